@@ -1,0 +1,48 @@
+# `make help` lists the targets.
+PYTHON ?= python3.11
+NPROC ?= 1
+INPUT ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.up-to-date
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test test-all style format lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+env: $(STAMP) ## make the project's environment (.venv) from pinned CPU requirements
+
+$(STAMP): requirements/cpu.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+quickstart: env ## real text to a trained Retro on CPU (NPROC=2: tensor parallel; INPUT=my.jsonl or a folder)
+	$(BIN)/python examples/quickstart/run.py --nproc $(NPROC) $(if $(INPUT),--input "$(INPUT)")
+
+test: env ## run the tests
+	$(BIN)/python -m pytest -m "not parity and not gpu"
+
+test-all: env ## run the tests, the comparison with megatron-core 0.15.3 included
+	$(BIN)/python -m pytest -m "not gpu"
+
+style: env ## check format, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: ## pin requirements/cpu.txt from requirements/cpu.in
+	rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet -r requirements/cpu.in
+	{ sed -n '/^#/p' requirements/cpu.txt; $(BIN)/python -m pip freeze --all | grep -v '^pip==' | sed 's/+cpu//'; } > requirements/cpu.new
+	mv requirements/cpu.new requirements/cpu.txt
+
+clean: ## remove the environment and the quickstart's output
+	rm -rf $(VENV) quickstart

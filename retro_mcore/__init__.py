@@ -1,0 +1,27 @@
+"""Retro for Megatron-Core: retrieval-enhanced pretraining, evaluation and generation."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retro_mcore.model.config import RetroConfig
+    from retro_mcore.model.model import RetroModel
+    from retro_mcore.model.specs import get_retro_decoder_block_spec
+
+__version__ = "0.1.0"
+__all__ = ["RetroConfig", "RetroModel", "get_retro_decoder_block_spec"]
+
+_HOMES = {
+    "RetroConfig": "retro_mcore.model.config",
+    "RetroModel": "retro_mcore.model.model",
+    "get_retro_decoder_block_spec": "retro_mcore.model.specs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: the data pipeline must not import megatron, nor `use_cpu` come after it.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,77 @@
+"""Pure chunk arithmetic: which token belongs to which chunk, and who attends to whose neighbors.
+
+A sample of S tokens is cut into chunks of M. The neighbors of chunk i are retrieved with its
+tokens, so they may be seen from its last token on (Borgeaud et al. 2022, section 2.4 and
+Algorithm 1): M consecutive positions attend to the neighbors of one chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from retro_mcore.errors import ConfigurationError
+
+Alignment = Literal["left", "right"]
+
+#: Chunk id of a neighbor or continuation that does not exist.
+NO_NEIGHBOR = -1
+
+
+@dataclass(frozen=True)
+class ChunkGrid:
+    """The chunks of one sequence.
+
+    Attributes:
+        sequence_length: S, in tokens.
+        chunk_length: M, in tokens.
+        alignment: "left": chunks start at token 0 and a trailing partial chunk has no neighbors
+            yet, so every prefix of a sequence has the grid of the whole. "right" (the retired
+            Megatron Retro): chunks end at the last token and the first one may be partial.
+    """
+
+    sequence_length: int
+    chunk_length: int
+    alignment: Alignment = "left"
+
+    @property
+    def num_chunks(self) -> int:
+        """L, the number of chunks that have neighbors."""
+        if self.alignment == "left":
+            return self.sequence_length // self.chunk_length
+        return -(-self.sequence_length // self.chunk_length)
+
+    @property
+    def first_attending(self) -> int:
+        """The first position that attends to neighbors (those of chunk 0)."""
+        if self.alignment == "left":
+            return self.chunk_length - 1
+        return (self.sequence_length - 1) % self.chunk_length
+
+    @property
+    def first_chunk_length(self) -> int:
+        """Number of tokens of chunk 0 (M but for a right-aligned grid's partial first chunk)."""
+        remainder = self.sequence_length % self.chunk_length
+        return remainder if self.alignment == "right" and remainder else self.chunk_length
+
+    def attended_chunk(self, position: int) -> int | None:
+        """The chunk whose neighbors `position` attends to, or None."""
+        if position < self.first_attending:
+            return None
+        chunk = (position - self.first_attending) // self.chunk_length
+        return chunk if chunk < self.num_chunks else None
+
+
+def chunks_per_sample(sequence_length: int, chunk_length: int) -> int:
+    """L for training samples, which must hold whole chunks.
+
+    Raises:
+        ConfigurationError: S is not a positive multiple of M.
+    """
+    if chunk_length <= 0 or sequence_length <= 0 or sequence_length % chunk_length:
+        raise ConfigurationError(
+            "--seq-length",
+            f"{sequence_length} is not a positive multiple of the chunk length {chunk_length}",
+            "Choose a sequence length that is a multiple of --retro-chunk-length",
+        )
+    return sequence_length // chunk_length

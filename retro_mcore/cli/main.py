@@ -1,0 +1,35 @@
+"""The `retro-mcore` console script: `retro-mcore COMMAND [flags]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from retro_mcore.errors import EXIT_CODE
+
+COMMANDS = {
+    "preprocess_corpus": "JSONL or text files into an indexed dataset",
+    "build_db": "the chunk database",
+    "build_index": "the Faiss index over the database's embeddings",
+    "query_neighbors": "the neighbors of every training, validation and test chunk",
+    "pretrain_retro": "train a Retro model",
+    "evaluate_perplexity": "perplexity with real, shuffled and no neighbors",
+    "generate": "text with live retrieval",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the named command with the remaining arguments; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0].replace("-", "_") if arguments else "help"
+    if name in COMMANDS:
+        return int(import_module(f"retro_mcore.cli.{name}").main(arguments[1:]))
+    print("usage: retro-mcore COMMAND [flags]; `retro-mcore COMMAND --help` lists the flags\n")
+    for command, summary in COMMANDS.items():
+        print(f"  {command:20} {summary}")
+    return 0 if name in ("help", "__help", "_h") else EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

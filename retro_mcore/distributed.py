@@ -1,0 +1,97 @@
+"""Helpers around torch.distributed that take their process group, and work without one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from retro_mcore.errors import RetroError
+
+
+def launched_by_torchrun() -> bool:
+    """Whether torchrun (or a scheduler that speaks its environment variables) started us."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def initialize(backend: str = "gloo", timeout_minutes: float = 60.0) -> None:
+    """Join the default process group; a process launched alone becomes a world of one.
+
+    Does nothing when the group exists. A world of one uses an in-memory store, so that no port is
+    needed.
+    """
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if launched_by_torchrun():
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+
+
+def get_rank(group: dist.ProcessGroup | None = None) -> int:
+    """Rank in `group` (default: the world); 0 without torch.distributed."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def get_world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Size of `group` (default: the world); 1 without torch.distributed."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait for every rank of `group`; nothing to wait for in a world of one."""
+    if get_world_size(group) > 1:
+        dist.barrier(group)
+
+
+def broadcast_object(value: object, group: dist.ProcessGroup | None = None) -> object:
+    """Rank 0's `value`, on every rank of `group`."""
+    if get_world_size(group) == 1:
+        return value
+    box = [value]
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]
+
+
+class PeerError(RuntimeError):
+    """Another rank failed with an error that is not the user's to mend."""
+
+
+@contextmanager
+def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run the body on every rank; if it raises on any, raise on all, so nobody waits in vain.
+
+    The body must not contain collectives of `group` after a point where one rank alone may raise.
+
+    Raises:
+        RetroError: the first (by rank) user error that any rank met.
+        PeerError: another rank met some other exception; that rank re-raises its own.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except Exception as caught:  # re-raised below, on every rank
+        error = caught
+    if get_world_size(group) == 1:
+        if error is not None:
+            raise error
+        return
+    report: RetroError | str | None = error if isinstance(error, RetroError) else None
+    if error is not None and report is None:
+        report = f"{type(error).__name__}: {error}"
+    reports: list[RetroError | str | None] = [None] * get_world_size(group)
+    dist.all_gather_object(reports, report, group=group)
+    if error is not None:
+        raise error
+    for rank, other in enumerate(reports):
+        if isinstance(other, RetroError):
+            raise other
+        if other is not None:
+            raise PeerError(f"rank {rank} failed: {other}")

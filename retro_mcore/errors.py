@@ -1,0 +1,56 @@
+"""Errors that a user can mend: each names its subject, what was found, and what to do about it."""
+
+from __future__ import annotations
+
+#: Exit code of a command that stops on one of these errors.
+EXIT_CODE = 2
+
+
+class RetroError(Exception):
+    """Base of every error that the user's input causes.
+
+    Args:
+        subject: The file, flag, field or argument at fault, as the user would write it.
+        found: What is there.
+        mend: What was expected, or how to mend it.
+    """
+
+    def __init__(self, subject: object, found: str, mend: str) -> None:
+        self.subject, self.found, self.mend = str(subject), found, mend
+        super().__init__(f"{self.subject}: {found}. {mend}")
+
+    def __reduce__(self) -> tuple:
+        # Exceptions travel between ranks pickled; the default would pass the message alone.
+        return type(self), (self.subject, self.found, self.mend)
+
+
+class ConfigurationError(RetroError):
+    """A flag or a configuration field has a value that cannot work."""
+
+
+class CorpusError(RetroError):
+    """The input text is missing, empty or malformed."""
+
+
+class TokenizerError(RetroError):
+    """A tokenizer cannot be loaded, or is not the project's."""
+
+
+class ProjectError(RetroError):
+    """A project directory lacks a stage, or belongs to another configuration."""
+
+
+class CorruptFileError(ProjectError):
+    """A file of the project is truncated, altered or of another format."""
+
+
+class CheckpointError(RetroError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
+class ShapeError(RetroError):
+    """A tensor does not have the shape that the model's configuration implies."""
+
+
+class MissingDependencyError(RetroError):
+    """An optional package is needed and not installed."""
