@@ -1,0 +1,158 @@
+"""Run real megatron-core on CPU and gloo.
+
+Megatron-Core asks torch.cuda for its current device, random states and streams by name. On a
+machine without CUDA `use_cpu` answers for torch.cuda: the device is the CPU, the random state is
+the CPU generator's, streams do nothing, and a factory told `device="cuda"` allocates on the CPU.
+Nothing of megatron-core's arithmetic or communication is replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from retro_mcore.errors import ConfigurationError
+
+_CPU = torch.device("cpu")
+
+# Patched one by one: a TorchFunctionMode would be popped during backward, where activation
+# recomputation allocates.
+_FACTORIES = (
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
+    "rand rand_like randint randint_like randn randn_like randperm tensor zeros zeros_like"
+).split()
+_TENSOR_FACTORIES = "new_empty new_full new_ones new_tensor new_zeros".split()
+
+_in_use = False
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: work on the CPU is already in order."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def _nothing(self, *args: object, **kwargs: object) -> None:
+        return None
+
+    synchronize = wait_event = wait_stream = record = wait = _nothing
+
+    def record_event(self, event: _NoStream | None = None) -> _NoStream:
+        return event or _NoStream()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: _NoStream) -> float:
+        return 0.0
+
+
+def is_cpu_in_use() -> bool:
+    """Whether `use_cpu` is in force in this process."""
+    return _in_use
+
+
+def use_cpu() -> None:
+    """Make megatron-core run on CPU and gloo in this process. Idempotent.
+
+    Configurations must also say `use_cpu_initialization=True, gradient_accumulation_fusion=False`
+    (RetroConfig does, when this is in force).
+
+    Raises:
+        ConfigurationError: CUDA has already been initialised here; the two do not mix.
+    """
+    global _in_use
+    if _in_use:
+        return
+    if torch.cuda.is_initialized():
+        raise ConfigurationError(
+            "use_cpu()",
+            "this process has already initialised CUDA",
+            "Call it before any CUDA work, or use the GPU",
+        )
+    _disable_compilation()
+    # Imported before the patches: megatron's decorators load torch._dynamo, whose tables refuse
+    # patched functions. Imported here: the data pipeline uses this package without megatron.
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    _patch_cuda_queries()
+    _patch_random_state(megatron_random)
+    _patch_allocation()
+    _in_use = True
+
+
+def _disable_compilation() -> None:
+    # Megatron decorates small functions with torch.compile, which needs a C++ compiler on CPU.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
+
+
+def _patch_cuda_queries() -> None:
+    def nothing(*args: object, **kwargs: object) -> None:
+        return None
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = cuda.set_device = cuda.empty_cache = nothing
+    cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
+    cuda.stream = lambda stream: nullcontext()
+    cuda.Stream = cuda.Event = _NoStream
+
+
+def _patch_random_state(megatron_random: Any) -> None:
+    def get_state(*args: object, **kwargs: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, *args: object, **kwargs: object) -> None:
+        torch.set_rng_state(new_state)
+
+    def seed(value: int) -> None:
+        torch.manual_seed(value)
+
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = get_state
+        module.set_rng_state = set_state
+        module.manual_seed = module.manual_seed_all = seed
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+
+def _patch_allocation() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in _TENSOR_FACTORIES:
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+
+    def stay(self: Any, *args: object, **kwargs: object) -> Any:
+        return self
+
+    torch.Tensor.cuda = stay  # type: ignore[assignment]
+    torch.nn.Module.cuda = stay  # type: ignore[assignment]
+
+    type_of = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        # Megatron's optimizer and gradient clipping compare this string.
+        if dtype is not None:
+            return type_of(self, dtype, **kwargs)
+        return type_of(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = cuda_type  # type: ignore[assignment]
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    @functools.wraps(factory)
+    def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return allocate
