@@ -1,0 +1,164 @@
+"""Real text with no download: the documentation inside this very Python installation.
+
+One document per help topic (`pydoc_data.topics`, the language reference that `help("yield")`
+prints) and one per module of the standard library (the docstrings of the module, its classes and
+functions). Source files are parsed, never imported, so nothing opens a window, prints or hangs;
+only modules compiled into the interpreter, which have no source file, are inspected alive.
+
+Documents come in the order of a hash of their names: always the same, and mixed, so that the
+held-out documents at the end resemble the others.
+
+    python examples/quickstart/make_corpus.py --output corpus.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import inspect
+import json
+import os
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+#: Folders of the standard library that hold no documentation of it.
+SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "dist-packages", "test"}
+#: A module that says less than this says nothing.
+MIN_CHARACTERS = 400
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Document(NamedTuple):
+    """One line of the JSONL file."""
+
+    id: str
+    title: str
+    text: str
+
+
+def topic_documents() -> Iterator[Document]:
+    """The language reference, one document per help topic."""
+    topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    for name, text in topics.items():
+        yield Document(f"topic:{name}", f"Help on {name}", text.strip())
+
+
+def source_documents(library: Path) -> Iterator[Document]:
+    """The docstrings of every module of the standard library that has a source file."""
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).with_suffix("").parts
+        if SKIPPED_FOLDERS.intersection(parts) or "tests" in parts:
+            continue
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in strings are not our concern
+            try:
+                tree = ast.parse(path.read_bytes())
+            except SyntaxError:
+                continue  # a template, or a sample of another Python
+        yield Document(f"module:{name}", f"Module {name}", "\n\n".join(_sections(name, tree)))
+
+
+def builtin_documents() -> Iterator[Document]:
+    """The docstrings of the modules that are compiled into the interpreter."""
+    for name in sorted(sys.builtin_module_names):
+        if name.startswith("_"):
+            continue
+        module = import_module(name)
+        sections = [_section(f"module {name}", inspect.getdoc(module))]
+        for member, value in _public(module):
+            sections.append(_section(member, inspect.getdoc(value)))
+            if inspect.isclass(value):
+                sections += [
+                    _section(f"{member}.{method}", inspect.getdoc(routine))
+                    for method, routine in _public(value)
+                ]
+        yield Document(f"module:{name}", f"Module {name}", "\n\n".join(filter(None, sections)))
+
+
+def _public(owner: object) -> list[tuple[str, object]]:
+    """The public classes and routines that a module or class itself defines."""
+    return [
+        (name, value)
+        for name, value in sorted(vars(owner).items())
+        if not name.startswith("_") and (inspect.isclass(value) or inspect.isroutine(value))
+    ]
+
+
+def _sections(module: str, tree: ast.Module) -> Iterator[str]:
+    """`heading, docstring` of the module and of what it defines, in the order of the source."""
+    if text := ast.get_docstring(tree):
+        yield _section(f"module {module}", text)
+    pending: list[tuple[str, Definition]] = _definitions(tree, "")
+    while pending:
+        name, node = pending.pop(0)
+        if text := ast.get_docstring(node):
+            yield _section(_signature(name, node), text)
+        if isinstance(node, ast.ClassDef):
+            pending = _definitions(node, f"{name}.") + pending
+
+
+def _definitions(node: ast.Module | ast.ClassDef, prefix: str) -> list[tuple[str, Definition]]:
+    return [(prefix + child.name, child) for child in node.body if isinstance(child, Definition)]
+
+
+def _signature(name: str, node: Definition) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        return f"class {name}({bases})" if bases else f"class {name}"
+    return f"{name}({ast.unparse(node.args)})"
+
+
+def _section(heading: str, text: str | None) -> str:
+    return f"{heading}\n\n{text.strip()}" if text else ""
+
+
+def python_documentation(max_documents: int | None = None) -> list[Document]:
+    """Every document, in the order of a hash of its id, at most `max_documents` of them."""
+    found = {
+        document.id: document
+        for documents in (
+            topic_documents(),
+            source_documents(Path(sysconfig.get_paths()["stdlib"])),
+            builtin_documents(),
+        )
+        for document in documents
+        if len(document.text) >= MIN_CHARACTERS
+    }
+    ordered = sorted(found.values(), key=lambda one: hashlib.sha256(one.id.encode()).digest())
+    return ordered[:max_documents]
+
+
+def write_jsonl(documents: list[Document], output: Path) -> int:
+    """One JSON object per document, written whole or not at all; returns the bytes written."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as lines:
+        for document in documents:
+            lines.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
+    temporary.replace(output)
+    return output.stat().st_size
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write Python's own documentation as JSONL.")
+    parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
+    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
+    options = parser.parse_args()
+    if options.max_documents is not None and options.max_documents < 1:
+        parser.error(f"--max-documents {options.max_documents}: must be at least 1")
+    documents = python_documentation(options.max_documents)
+    size = write_jsonl(documents, options.output)
+    print(f"{options.output}: {len(documents)} documents, {size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
