@@ -23,11 +23,30 @@ _CPU = torch.device("cpu")
 
 # Patched one by one: a TorchFunctionMode would be popped during backward, where activation
 # recomputation allocates.
-_FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
-    "rand rand_like randint randint_like randn randn_like randperm tensor zeros zeros_like"
-).split()
-_TENSOR_FACTORIES = "new_empty new_full new_ones new_tensor new_zeros".split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
+_TENSOR_FACTORIES = ["new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"]
 
 _in_use = False
 
@@ -114,9 +133,11 @@ def _patch_random_state(megatron_random: Any) -> None:
         torch.set_rng_state(new_state)
 
     def seed(value: int) -> None:
-        torch.manual_seed(value)
+        # Not torch.manual_seed: it calls torch.cuda's, which is this function.
+        torch.default_generator.manual_seed(value)
 
-    for module in (torch.cuda, torch.cuda.random):
+    modules: list[Any] = [torch.cuda, torch.cuda.random]
+    for module in modules:
         module.get_rng_state = get_state
         module.set_rng_state = set_state
         module.manual_seed = module.manual_seed_all = seed
