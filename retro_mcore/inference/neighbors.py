@@ -1,0 +1,114 @@
+"""Where a generated text's neighbors come from: a live search, or the caller.
+
+Shapes: N chunks asked for, M chunk length, K neighbors, R retrieved length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from retro_mcore.errors import ShapeError
+
+
+class CompletedChunk(NamedTuple):
+    """A chunk of a growing text that has got its last token."""
+
+    prompt: int
+    chunk: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class RetrievedNeighbors:
+    """The neighbors of N chunks, as the model reads them.
+
+    Attributes:
+        tokens: int64 [N, K, R].
+        mask: bool [N, K, R]; True = padding, or no neighbor.
+        ids: int64 [N, K], rows of the chunk database, or None if they come from elsewhere.
+        distances: float32 [N, K] of the search, or None.
+
+    Raises:
+        ShapeError: the arrays do not fit together.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    ids: np.ndarray | None = None
+    distances: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3 or self.mask.shape != self.tokens.shape:
+            raise ShapeError(
+                "neighbors",
+                f"tokens {list(self.tokens.shape)} and mask {list(self.mask.shape)}",
+                "Both are [chunks, neighbors, retrieved length]",
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def chunk(self, row: int) -> RetrievedNeighbors:
+        """The neighbors of one of the N chunks (N = 1)."""
+        one = slice(row, row + 1)
+        return RetrievedNeighbors(
+            self.tokens[one],
+            self.mask[one],
+            None if self.ids is None else self.ids[one],
+            None if self.distances is None else self.distances[one],
+        )
+
+
+class NeighborSource(Protocol):
+    """Gives each completed chunk its neighbors; it is asked once per chunk."""
+
+    def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
+        """The neighbors of N chunks, in the order of the chunks."""
+        ...
+
+
+class GivenNeighbors:
+    """Neighbors that the caller chose, as a `NeighborSource`.
+
+    Args:
+        neighbors: For each prompt (its place in the batch) the neighbors of its first chunks;
+            other chunks, and prompts that are not named, have none.
+        num_neighbors: K of the model.
+        retrieved_length: R of the model.
+        pad_id: The token in the place of a missing neighbor, which is masked.
+
+    Raises:
+        ShapeError: K or R of the neighbors are not the model's.
+    """
+
+    def __init__(
+        self,
+        neighbors: Mapping[int, RetrievedNeighbors],
+        num_neighbors: int,
+        retrieved_length: int,
+        pad_id: int,
+    ) -> None:
+        for prompt, given in neighbors.items():
+            if given.tokens.shape[1:] != (num_neighbors, retrieved_length):
+                raise ShapeError(
+                    f"neighbors of prompt {prompt}",
+                    f"[neighbors, retrieved length] is {list(given.tokens.shape[1:])}",
+                    f"The model reads {[num_neighbors, retrieved_length]}",
+                )
+        self._neighbors = dict(neighbors)
+        self._shape_KR = (num_neighbors, retrieved_length)
+        self._pad_id = pad_id
+
+    def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
+        """The given neighbors; all masked where none were given."""
+        shape_NKR = (len(chunks), *self._shape_KR)
+        tokens, mask = np.full(shape_NKR, self._pad_id, np.int64), np.ones(shape_NKR, bool)
+        for row, (prompt, chunk, _) in enumerate(chunks):
+            given = self._neighbors.get(prompt)
+            if given is not None and chunk < len(given):
+                tokens[row], mask[row] = given.tokens[chunk], given.mask[chunk]
+        return RetrievedNeighbors(tokens, mask)

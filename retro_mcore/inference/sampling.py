@@ -1,0 +1,82 @@
+"""From logits to a token: greedy, temperature, top-k and top-p (nucleus) sampling, seeded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from retro_mcore.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen; the names are Megatron's.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the most likely token (greedy).
+        top_k: Only the k most likely tokens stay; 0 keeps all.
+        top_p: Only the smallest set of tokens whose probabilities sum to at least p stays, after
+            top-k (Holtzman et al. 2020); 0 and 1 keep all.
+        seed: Prompt i of a batch draws from its own generator, seeded with `seed + i`.
+
+    Raises:
+        ConfigurationError: a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigurationError("--temperature", str(self.temperature), "Give 0 or more")
+        if self.top_k < 0:
+            raise ConfigurationError("--top-k", str(self.top_k), "Give 0 (all tokens) or more")
+        if not 0 <= self.top_p <= 1:
+            raise ConfigurationError("--top-p", str(self.top_p), "Give a number from 0 to 1")
+        if self.seed < 0:
+            raise ConfigurationError("--seed", str(self.seed), "Give 0 or more")
+
+    def generators(self, num_prompts: int) -> list[torch.Generator]:
+        """One random stream per prompt, so that no prompt's text depends on its companions."""
+        return [torch.Generator().manual_seed(self.seed + row) for row in range(num_prompts)]
+
+
+def next_token_probabilities(logits_BV: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
+    """The distribution to draw from, `[B, V]` in fp64 on the CPU: equal on every device."""
+    logits_BV = logits_BV.detach().to("cpu", torch.float64)
+    if options.temperature == 0:
+        return torch.nn.functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).double()
+    logits_BV = logits_BV / options.temperature
+    if 0 < options.top_k < logits_BV.shape[-1]:
+        kept_BK = logits_BV.topk(options.top_k, dim=-1)
+        logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(
+            -1, kept_BK.indices, kept_BK.values
+        )
+    probabilities_BV = logits_BV.softmax(-1)
+    if 0 < options.top_p < 1:
+        probabilities_BV = _nucleus(probabilities_BV, options.top_p)
+    return probabilities_BV
+
+
+def _nucleus(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
+    sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+    # A token stays while those before it do not yet reach top_p; so the first always stays.
+    reached_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
+    kept_BV = torch.zeros_like(sorted_BV).scatter(
+        -1, order_BV, sorted_BV.masked_fill(reached_BV, 0)
+    )
+    return kept_BV / kept_BV.sum(-1, keepdim=True)
+
+
+def sample(
+    logits_BV: torch.Tensor, options: SamplingOptions, generators: list[torch.Generator]
+) -> list[int]:
+    """One token per row of `logits_BV`, drawn with that row's generator."""
+    probabilities_BV = next_token_probabilities(logits_BV, options)
+    return [
+        int(torch.multinomial(row_V, 1, generator=generator))
+        for row_V, generator in zip(probabilities_BV, generators, strict=True)
+    ]
