@@ -1,0 +1,292 @@
+"""Retro's two cross-attentions (Borgeaud et al. 2022, section 2.4 and Algorithm 1).
+
+In the decoder, chunked cross-attention (CCA): M consecutive positions, from a chunk's last token
+on, attend to the encoded neighbors of that chunk. In the neighbor encoder: each retrieved token
+attends to the chunk that retrieved it.
+
+Both project first, in Megatron's ordinary `[S, B, D]` layout, where its parallel linears handle
+tensor and sequence parallelism, and cut into chunks between projection and core attention.
+Shapes: S sequence, B batch, D hidden, L chunks per sample, M chunk length, K neighbors,
+R retrieved length, H heads and G query groups of this rank, C channels per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import CrossAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from retro_mcore.model.chunks import (
+    attending_positions,
+    join_attending,
+    split_attending,
+    split_chunks,
+)
+from retro_mcore.model.config import RetroConfig
+
+if TYPE_CHECKING:
+    from retro_mcore.model.neighbor_encoder import NeighborEncoder
+
+
+class RetroCrossAttention(MegatronModule):
+    """Projections and core attention that both cross-attentions share.
+
+    Args:
+        config: The block's configuration.
+        submodules: linear_q, linear_kv, core_attention and linear_proj.
+        layer_number: Within the model, 1-based.
+        pg_collection: Process groups; Megatron's global ones by default.
+        attention_dropout: Overrides the config's.
+    """
+
+    def __init__(
+        self,
+        config: RetroConfig,
+        submodules: CrossAttentionSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        attention_dropout: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.config: RetroConfig = config
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(
+            required_pgs=["tp", "cp"]
+        )
+        channels = config.kv_channels
+        self.linear_q = self._build_projection(
+            submodules.linear_q, channels * config.num_attention_heads
+        )
+        self.linear_kv = self._build_projection(
+            submodules.linear_kv, 2 * channels * config.num_query_groups
+        )
+        self.core_attention = build_module(
+            submodules.core_attention,
+            config=config,
+            layer_number=layer_number,
+            attn_mask_type=AttnMaskType.no_mask,
+            attention_type="cross",
+            attention_dropout=attention_dropout,
+            softmax_scale=config.softmax_scale,
+            pg_collection=self.pg_collection,
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            channels * config.num_attention_heads,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=self.pg_collection.tp,
+        )
+        self.recompute_core_attention = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+
+    def _build_projection(self, linear: Any, output_size: int) -> torch.nn.Module:
+        return build_module(
+            linear,
+            self.config.hidden_size,
+            output_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            gather_output=False,
+            bias=self.config.add_bias_linear,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=self.pg_collection.tp,
+        )
+
+    def project_query(self, states: Tensor) -> Tensor:
+        """`[S, B, D]`, this rank's part of S, to `[S, B, H, C]`, the whole S, this rank's heads."""
+        query, _ = self.linear_q(states)
+        return query.unflatten(-1, (-1, self.config.kv_channels))
+
+    def project_key_value(self, states: Tensor) -> Tensor:
+        """`[S, B, D]` to `[S, B, G, 2, C]`: per group a key, then a value."""
+        key_value, _ = self.linear_kv(states)
+        return self._unflatten_key_value(key_value)
+
+    def key_value_of_zeros(self) -> Tensor | None:
+        """`[G, 2, C]`, what a zero state projects to; None for zero."""
+        bias = getattr(self.linear_kv, "bias", None)
+        return None if bias is None or bias.numel() == 0 else self._unflatten_key_value(bias)
+
+    def _unflatten_key_value(self, key_value: Tensor) -> Tensor:
+        return key_value.unflatten(-1, (-1, 2, self.config.kv_channels))
+
+    def join_neighbors(self, states: Tensor) -> Tensor:
+        """`[R, B * L * K, ...]` to `[R * K, B * L, ...]`: all neighbors of a chunk in one row."""
+        neighbors = states.unflatten(1, (-1, self.config.retro_num_neighbors))
+        return neighbors.transpose(1, 2).flatten(0, 1)
+
+    def part_neighbors(self, states: Tensor) -> Tensor:
+        """The inverse of `join_neighbors`."""
+        neighbors = states.unflatten(0, (-1, self.config.retro_num_neighbors))
+        return neighbors.transpose(1, 2).flatten(1, 2)
+
+    def attend(self, query: Tensor, key_value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[Sq, B, H, C]` over `[Sk, B, G, 2, C]` to `[Sq, B, H * C]`; mask True = masked out."""
+        key, value = key_value.unbind(dim=-2)
+        if self.recompute_core_attention and self.training:
+            return tensor_parallel.checkpoint(self._attend, False, query, key, value, mask)
+        return self._attend(query, key, value, mask)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return self.core_attention(query, key, value, mask, attn_mask_type=AttnMaskType.no_mask)
+
+
+class ChunkedCrossAttention(RetroCrossAttention):
+    """The decoder's cross-attention to the neighbors of the preceding chunk.
+
+    The first of these layers also encodes the neighbors, because the encoder is conditioned on its
+    normed hidden states: RetroModel hands it the encoder through `encode_neighbors_with`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # In a tuple, so that torch does not register the encoder here too: it is the model's.
+        self._neighbor_encoder: tuple[NeighborEncoder, ...] = ()
+
+    def encode_neighbors_with(self, encoder: NeighborEncoder) -> None:
+        """Make this layer the one that encodes the embedded neighbors."""
+        self._neighbor_encoder = (encoder,)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor | None]:
+        """Attend to the neighbors.
+
+        Args:
+            hidden_states: `[S, B, D]`, normed (under sequence parallelism this rank's part of S).
+            attention_mask: bool `[B * L * K, R]`, True = padding or missing. None: all real.
+            key_value_states: `[R, B * L * K, D]`, the embedded neighbors for the first of these
+                layers, the encoded ones for the others. None: retrieval is off.
+
+        Returns:
+            "output" `[S, B, D]` and "bias" `[S, B, D]` or None for RetroBiasDropoutAdd (output
+            None: retrieval is off), and "context", the encoded neighbors for the next layers.
+        """
+        if key_value_states is None:
+            return {"output": None, "bias": None, "context": None}
+        for encoder in self._neighbor_encoder:
+            key_value_states = encoder(key_value_states, hidden_states, attention_mask)
+
+        query_SBHC = self.project_query(hidden_states)
+        sequence_length, batch_size = query_SBHC.shape[:2]
+        grid = self.config.chunk_grid(sequence_length)
+        mask, has_neighbors_BL = self._retrieved_mask(attention_mask)
+        attended_MBLX = self.attend(
+            split_attending(query_SBHC, grid),
+            self.join_neighbors(self.project_key_value(key_value_states)),
+            mask,
+        )
+        if has_neighbors_BL is None:
+            has_neighbors_BL = attended_MBLX.new_ones(attended_MBLX.size(1), dtype=torch.bool)
+        else:
+            attended_MBLX = attended_MBLX * has_neighbors_BL[None, :, None]
+        output, bias = self.linear_proj(join_attending(attended_MBLX, grid, batch_size))
+        if bias is not None:
+            # Only positions that attend get the bias; the others stay as they were.
+            bias = bias * self._local_part(attending_positions(grid, has_neighbors_BL))
+        return {"output": output, "bias": bias, "context": key_value_states}
+
+    def _retrieved_mask(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The core attention's mask `[B * L, 1, 1, R * K]`, and which chunks have neighbors
+        `[B * L]`."""
+        if mask is None or not self.config.retro_mask_padding:
+            return None, None
+        mask_BLX = self.join_neighbors(mask.transpose(0, 1)).transpose(0, 1)
+        missing_BL = mask_BLX.all(dim=1)
+        # A row that is masked out whole would be NaN: its result is dropped instead.
+        mask_BLX = mask_BLX & ~missing_BL[:, None]
+        return mask_BLX[:, None, None, :], ~missing_BL
+
+    def _local_part(self, states_S: Tensor) -> Tensor:
+        """This rank's part of the sequence under sequence parallelism."""
+        if not self.config.sequence_parallel:
+            return states_S
+        group = self.pg_collection.tp
+        return states_S.chunk(group.size(), dim=0)[group.rank()]
+
+
+class EncoderCrossAttention(RetroCrossAttention):
+    """The neighbor encoder's cross-attention to the retrieving chunk.
+
+    A chunk's keys and values are projected once and shared by its K neighbors.
+    """
+
+    def __init__(self, config: RetroConfig, *args: Any, **kwargs: Any) -> None:
+        dropout = config.retro_encoder_cross_attention_dropout
+        super().__init__(config, *args, **{**kwargs, "attention_dropout": dropout})
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor | None]:
+        """Attend to the retrieving chunk.
+
+        Args:
+            hidden_states: `[R, B * L * K, D]`, normed retrieved tokens.
+            key_value_states: `[S, B, D]`, the decoder's hidden states.
+
+        Returns:
+            "output" and "bias" for RetroBiasDropoutAdd, and its "residual" where that is not the
+            stream.
+        """
+        assert key_value_states is not None, "the encoder always has its retrieving chunks"
+        query = self.project_query(hidden_states)
+        key_value = self.project_key_value(key_value_states)
+        grid = self.config.chunk_grid(key_value.size(0))
+        attended = self.attend(
+            self.join_neighbors(query),
+            split_chunks(key_value, grid, self.key_value_of_zeros()),
+        )
+        output, bias = self.linear_proj(self.part_neighbors(attended))
+        normed = self.config.retro_encoder_residual == "normed"
+        return {"output": output, "bias": bias, "residual": hidden_states if normed else None}
+
+
+class RetroBiasDropoutAdd(MegatronModule):
+    """Megatron's bias-dropout-add for the dictionaries that Retro's cross-attentions return."""
+
+    def __init__(self, config: RetroConfig, **kwargs: Any) -> None:
+        super().__init__(config=config)
+
+    def forward(self, training: bool, fused: bool) -> Callable[[dict, Tensor, float], Tensor]:
+        """A function of (attention's dictionary, residual, dropout probability)."""
+        bias_dropout_add = get_bias_dropout_add(training, fused)
+
+        def add(attention: dict[str, Tensor | None], stream: Tensor, probability: float) -> Tensor:
+            if attention["output"] is None:
+                return stream
+            residual = attention.get("residual")
+            return bias_dropout_add(
+                (attention["output"], attention["bias"]),
+                stream if residual is None else residual,
+                probability,
+            )
+
+        return add

@@ -1,0 +1,88 @@
+"""Cutting projected `[S, B, X]` states into chunks and putting them back.
+
+Projections act on single tokens, so they commute with cutting: everything here happens between a
+projection and the core attention, on the whole sequence, and knows nothing of parallelism.
+Shapes: S sequence, B batch, L chunks per sample, M chunk length, X anything.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retro_mcore.chunking import ChunkGrid
+
+
+def split_chunks(states_SBX: Tensor, grid: ChunkGrid, filler_X: Tensor | None = None) -> Tensor:
+    """The tokens of each chunk, for the encoder to be conditioned on.
+
+    Args:
+        states_SBX: `[S, B, ...]`.
+        grid: The chunks of the S tokens. A left-aligned grid leaves out a trailing partial chunk;
+            a right-aligned grid's partial first chunk is filled up at its end.
+        filler_X: `[...]`, what the partial first chunk is filled up with; zeros by default.
+
+    Returns:
+        `[M, B * L, ...]`, chunk `(b, l)` at column `b * L + l`.
+    """
+    if grid.alignment == "left":
+        return _stack_chunks(states_SBX[: grid.num_chunks * grid.chunk_length], grid)
+    first = grid.first_chunk_length
+    if first == grid.chunk_length:
+        return _stack_chunks(states_SBX, grid)
+    missing = grid.chunk_length - first
+    shape = (missing, *states_SBX.shape[1:])
+    filler = states_SBX.new_zeros(shape) if filler_X is None else filler_X.expand(shape)
+    return _stack_chunks(torch.cat((states_SBX[:first], filler, states_SBX[first:])), grid)
+
+
+def split_attending(states_SBX: Tensor, grid: ChunkGrid) -> Tensor:
+    """The M positions that attend to each chunk's neighbors: from the chunk's last token on.
+
+    Positions beyond the sequence's end are zero.
+
+    Args:
+        states_SBX: `[S, B, ...]`.
+
+    Returns:
+        `[M, B * L, ...]`, chunk `(b, l)` at column `b * L + l`.
+    """
+    attending = states_SBX[grid.first_attending :]
+    missing = grid.num_chunks * grid.chunk_length - attending.size(0)
+    padding = [0, 0] * (attending.dim() - 1) + [0, missing]
+    return _stack_chunks(torch.nn.functional.pad(attending, padding), grid)
+
+
+def join_attending(chunks_MBLX: Tensor, grid: ChunkGrid, batch_size: int) -> Tensor:
+    """The inverse of `split_attending`; positions that do not attend are zero.
+
+    Returns:
+        `[S, B, ...]`.
+    """
+    sequence = (
+        chunks_MBLX.unflatten(1, (batch_size, grid.num_chunks))
+        .permute(2, 0, 1, *range(3, chunks_MBLX.dim() + 1))
+        .flatten(0, 1)
+    )
+    first = grid.first_attending
+    padding = [0, 0] * (sequence.dim() - 1) + [first, 0]
+    return torch.nn.functional.pad(sequence[: grid.sequence_length - first], padding)
+
+
+def attending_positions(grid: ChunkGrid, has_neighbors_BL: Tensor) -> Tensor:
+    """Which positions attend to at least one retrieved token.
+
+    Args:
+        has_neighbors_BL: bool `[B * L]`, whether a chunk has any.
+
+    Returns:
+        bool `[S, B, 1]`.
+    """
+    batch_size = has_neighbors_BL.numel() // grid.num_chunks
+    by_position = has_neighbors_BL.expand(grid.chunk_length, -1)
+    return join_attending(by_position, grid, batch_size).unsqueeze(-1)
+
+
+def _stack_chunks(states_SBX: Tensor, grid: ChunkGrid) -> Tensor:
+    chunks_LMBX = states_SBX.unflatten(0, (grid.num_chunks, grid.chunk_length))
+    return chunks_LMBX.permute(1, 2, 0, *range(3, chunks_LMBX.dim())).flatten(1, 2)

@@ -1,0 +1,218 @@
+"""Configuration of a Retro model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.core.transformer import TransformerConfig
+
+from retro_mcore.chunking import Alignment, ChunkGrid
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform import is_cpu_in_use
+
+Origin = Literal["mcore-0.15", "mcore-0.5", "legacy"]
+
+# How the implementations that we replace differ from the paper (docs/decisions/origins.md).
+_MEGATRON = {
+    "retro_chunk_alignment": "right",
+    "retro_encoder_positions": False,
+    "retro_mask_padding": False,
+    "retro_encoder_residual": "normed",
+    "retro_final_layernorm": True,
+}
+_ORIGINS: dict[str, dict[str, Any]] = {
+    "mcore-0.15": {**_MEGATRON, "retro_final_layernorm": False},
+    "mcore-0.5": _MEGATRON,
+    "legacy": {**_MEGATRON, "retro_encoder_residual": "raw"},
+}
+
+
+@dataclass
+class RetroConfig(TransformerConfig):
+    """A TransformerConfig with Retro's fields, under the names that Megatron gave them.
+
+    The defaults are the paper's model (Borgeaud et al. 2022); `from_upstream` reproduces the
+    numerics of the implementations that Megatron shipped.
+
+    Raises:
+        ConfigurationError: a field's value cannot work; the message names the field.
+    """
+
+    retro_project_dir: str | None = None
+    """The project directory, made by the data pipeline."""
+
+    retro_block_size: int | None = None
+    """Rows per neighbor file, as the project was built."""
+
+    retro_chunk_length: int = 64
+    """M: tokens per chunk."""
+
+    retro_encoder_num_layers: int = 2
+    """Layers of the neighbor encoder; the first one cross-attends to the retrieving chunk."""
+
+    retro_encoder_hidden_dropout: float = 0.1
+    """Hidden dropout of the neighbor encoder."""
+
+    retro_encoder_attention_dropout: float = 0.1
+    """Attention dropout of the neighbor encoder's self-attention (of its cross-attention too,
+    unless `retro_encoder_cross_attention_dropout` says otherwise)."""
+
+    retro_encoder_cross_attention_dropout: float | None = None
+    """Attention dropout of the encoder's cross-attention to the retrieving chunk. None: as its
+    self-attention. Megatron used the decoder's rate here."""
+
+    retro_neighbor_dirs: dict | None = None
+    """Neighbor directories of the train, valid and test splits, relative to the project's
+    `query/`."""
+
+    retro_num_neighbors: int = 2
+    """K: neighbors per chunk."""
+
+    retro_num_retrieved_chunks: int = 2
+    """Chunks per neighbor: itself and its continuation."""
+
+    retro_retrieved_length: int | None = None
+    """R: tokens per neighbor, `retro_num_retrieved_chunks * retro_chunk_length`; derived."""
+
+    retro_split_preprocessing: str | None = None
+    """The split that the project was built with."""
+
+    retro_verify_neighbor_count: bool = True
+    """Check that there are as many neighbor rows as chunks in the samples."""
+
+    retro_decoder_layers: list[int] | None = None
+    """Layers with chunked cross-attention, 1-based. None: every third, from 6 in models of at most
+    15 layers and from 9 in larger ones."""
+
+    retro_chunk_alignment: Alignment = "left"
+    """Where the chunk grid starts: "left" at the first token, "right" at the last."""
+
+    retro_encoder_positions: bool = True
+    """Whether rotary embedding applies inside the neighbor encoder. (Learned positions always do.)
+    Without it the encoder cannot see the order of a neighbor's tokens."""
+
+    retro_encoder_residual: Literal["raw", "normed"] = "raw"
+    """What the encoder's cross-attention output is added to: the stream, or its norm."""
+
+    retro_final_layernorm: bool = True
+    """Whether the decoder ends with a norm."""
+
+    retro_mask_padding: bool = True
+    """Whether padding and missing neighbors (`context_mask`) are masked out."""
+
+    @classmethod
+    def from_upstream(cls, origin: Origin, **kwargs: Any) -> RetroConfig:
+        """A config that reproduces the numerics of an implementation that Megatron shipped.
+
+        Args:
+            origin: "mcore-0.15" (megatron-core 0.8 to 0.15), "mcore-0.5" (0.5 to 0.7), or "legacy"
+                (the InstructRetro branch of Megatron-LM).
+            **kwargs: Fields of RetroConfig; they win over the origin's.
+        """
+        if origin not in _ORIGINS:
+            raise ConfigurationError("origin", f"{origin!r}", f"Use one of {sorted(_ORIGINS)}")
+        decoder_dropout = kwargs.get("attention_dropout", cls.attention_dropout)
+        dropout = {"retro_encoder_cross_attention_dropout": decoder_dropout}
+        return cls(**{**_ORIGINS[origin], **dropout, **kwargs})
+
+    def __post_init__(self) -> None:
+        """Derive and validate; TransformerConfig's own checks run first."""
+        if is_cpu_in_use():
+            self.use_cpu_initialization = True
+            self.gradient_accumulation_fusion = False
+        super().__post_init__()
+        self._validate_retrieval()
+        self._validate_decoder_layers()
+        self._validate_parallelism()
+        if self.retro_encoder_cross_attention_dropout is None:
+            self.retro_encoder_cross_attention_dropout = self.retro_encoder_attention_dropout
+
+    @property
+    def retro_layer_numbers(self) -> list[int]:
+        """The decoder layers with chunked cross-attention, 1-based."""
+        if self.retro_decoder_layers is not None:
+            return list(self.retro_decoder_layers)
+        return list(range(6 if self.num_layers <= 15 else 9, self.num_layers + 1, 3))
+
+    def chunk_grid(self, sequence_length: int) -> ChunkGrid:
+        """The chunks of a sequence of `sequence_length` tokens."""
+        return ChunkGrid(sequence_length, self.retro_chunk_length, self.retro_chunk_alignment)
+
+    def encoder_config(self) -> RetroConfig:
+        """The neighbor encoder's own configuration: same sizes, its own depth and dropout, whole
+        on one pipeline stage."""
+        config = copy.copy(self)
+        config.num_layers = self.retro_encoder_num_layers
+        config.hidden_dropout = self.retro_encoder_hidden_dropout
+        config.attention_dropout = self.retro_encoder_attention_dropout
+        if self.recompute_granularity == "full":
+            # The layer that calls the encoder is recomputed with it.
+            config.recompute_granularity = config.recompute_method = None
+        return config
+
+    def _validate_retrieval(self) -> None:
+        for field in (
+            "retro_chunk_length",
+            "retro_num_neighbors",
+            "retro_num_retrieved_chunks",
+            "retro_encoder_num_layers",
+        ):
+            if getattr(self, field) < 1:
+                raise ConfigurationError(field, f"{getattr(self, field)}", "It must be at least 1")
+        retrieved_length = self.retro_num_retrieved_chunks * self.retro_chunk_length
+        if self.retro_retrieved_length not in (None, retrieved_length):
+            raise ConfigurationError(
+                "retro_retrieved_length",
+                f"{self.retro_retrieved_length}",
+                f"It is retro_num_retrieved_chunks * retro_chunk_length = {retrieved_length}; "
+                "leave it out",
+            )
+        self.retro_retrieved_length = retrieved_length
+        for field, choices in {
+            "retro_chunk_alignment": ("left", "right"),
+            "retro_encoder_residual": ("raw", "normed"),
+        }.items():
+            if getattr(self, field) not in choices:
+                raise ConfigurationError(
+                    field, f"{getattr(self, field)!r}", f"Use one of {choices}"
+                )
+
+    def _validate_decoder_layers(self) -> None:
+        layers = self.retro_layer_numbers
+        if not layers:
+            raise ConfigurationError(
+                "num_layers",
+                f"{self.num_layers} layers give no layer with cross-attention by the default rule",
+                "Use at least 6 layers, or set retro_decoder_layers, e.g. [2]",
+            )
+        if layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] > self.num_layers:
+            raise ConfigurationError(
+                "retro_decoder_layers",
+                f"{layers} in a model of {self.num_layers} layers",
+                "Give ascending layer numbers from 1 to num_layers",
+            )
+
+    def _validate_parallelism(self) -> None:
+        for field in ("pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, field) > 1:
+                raise ConfigurationError(
+                    field, f"{getattr(self, field)}", "Retro runs with 1; use tensor parallelism"
+                )
+        tensor_parallel = self.tensor_model_parallel_size
+        retrieved_length = self.retro_num_retrieved_chunks * self.retro_chunk_length
+        if self.num_query_groups % tensor_parallel:
+            raise ConfigurationError(
+                "num_query_groups",
+                f"{self.num_query_groups}, over tensor_model_parallel_size {tensor_parallel}",
+                "It must be a multiple",
+            )
+        if self.sequence_parallel and retrieved_length % tensor_parallel:
+            raise ConfigurationError(
+                "sequence_parallel",
+                f"{retrieved_length} retrieved tokens over {tensor_parallel} ranks",
+                "Choose chunk length * retrieved chunks as a multiple of the tensor parallel size",
+            )
+        if self.multi_latent_attention:
+            raise ConfigurationError("multi_latent_attention", "True", "Retro needs plain heads")

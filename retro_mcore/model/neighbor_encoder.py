@@ -1,0 +1,76 @@
+"""Retro's neighbor encoder (Borgeaud et al. 2022, Algorithm 1, ENCODER).
+
+A bidirectional transformer over each neighbor's R tokens. Its first layer also cross-attends to
+the chunk that retrieved the neighbor, so it runs inside the decoder, at the first layer with
+chunked cross-attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
+from torch import Tensor
+
+from retro_mcore.model.config import RetroConfig
+
+
+class NeighborEncoder(TransformerBlock):
+    """The encoder block; `RetroModel.neighbor_encoder`.
+
+    Args:
+        config: The model's configuration (the encoder derives its own).
+        submodules: The layers (`get_neighbor_encoder_block_spec`).
+        rotary: The rotary embedding of the retrieved tokens, or None for none.
+        pg_collection: Process groups.
+    """
+
+    def __init__(
+        self,
+        config: RetroConfig,
+        submodules: TransformerBlockSubmodules,
+        rotary: RotaryEmbedding | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(
+            config=config.encoder_config(),
+            spec=submodules,
+            post_layer_norm=False,
+            post_process=False,
+            pg_collection=pg_collection,
+        )
+        self._rotary = rotary
+
+    def forward(  # type: ignore[override]
+        self, embedded_neighbors: Tensor, chunk_states: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Encode neighbors.
+
+        Args:
+            embedded_neighbors: `[R, B * L * K, D]`, row `(b * L + l) * K + k`.
+            chunk_states: `[S, B, D]`, the decoder's states that the encoder is conditioned on.
+            mask: bool `[B * L * K, R]`, True = padding or missing.
+
+        Returns:
+            `[R, B * L * K, D]`.
+        """
+        rotary = None
+        if self._rotary is not None and self.config.retro_encoder_positions:
+            rotary = self._rotary(self.config.retro_retrieved_length)
+        return super().forward(
+            hidden_states=embedded_neighbors,
+            attention_mask=self._self_attention_mask(mask),
+            context=chunk_states,
+            rotary_pos_emb=rotary,
+        )
+
+    def _self_attention_mask(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None or not self.config.retro_mask_padding:
+            return None
+        # A missing neighbor attends to all of itself: nobody looks at the result.
+        mask = mask & ~mask.all(dim=1, keepdim=True)
+        return mask[:, None, None, :]

@@ -1,0 +1,179 @@
+"""Layer specs: the decoder with chunked cross-attention, its GPT twin, and the neighbor encoder.
+
+One builder serves Transformer Engine and local modules, through Megatron-Core's
+BackendSpecProvider.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import (
+    CrossAttentionSubmodules,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from retro_mcore.model.chunked_cross_attention import (
+    ChunkedCrossAttention,
+    EncoderCrossAttention,
+    RetroBiasDropoutAdd,
+)
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.platform.attention import SDPAttention
+from retro_mcore.platform.backends import get_backend
+
+
+@dataclass
+class RetroBlockSubmodules(TransformerBlockSubmodules):
+    """The decoder's layers, and the neighbor encoder's for the stage that holds it."""
+
+    neighbor_encoder: TransformerBlockSubmodules | None = None
+
+
+def get_retro_decoder_block_spec(
+    config: RetroConfig,
+    use_transformer_engine: bool = False,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> RetroBlockSubmodules:
+    """The Retro decoder: GPT layers, of which `config.retro_layer_numbers` cross-attend.
+
+    Args:
+        config: The model's configuration.
+        use_transformer_engine: Transformer Engine's modules, else megatron's local ones.
+        vp_stage: Virtual pipeline stage.
+        pp_rank: Pipeline rank; this process's by default.
+
+    Raises:
+        MissingDependencyError: Transformer Engine was asked for and does not import.
+    """
+    backend = get_backend(use_transformer_engine)
+    offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    retro_layers = config.retro_layer_numbers
+    numbers = range(offset + 1, offset + num_layers + 1)
+    return RetroBlockSubmodules(
+        layer_specs=[
+            _layer_spec(
+                config,
+                backend,
+                AttnMaskType.causal,
+                ChunkedCrossAttention if number in retro_layers else None,
+            )
+            for number in numbers
+        ],
+        layer_norm=_layer_norm(config, backend) if config.retro_final_layernorm else None,
+        neighbor_encoder=(
+            get_neighbor_encoder_block_spec(config, use_transformer_engine)
+            if retro_layers[0] in numbers
+            else None
+        ),
+    )
+
+
+def get_gpt_decoder_block_spec(
+    config: TransformerConfig,
+    use_transformer_engine: bool = False,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The same decoder without retrieval, for a GPTModel: the baseline to compare with."""
+    backend = get_backend(use_transformer_engine)
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(config, backend, AttnMaskType.causal)] * num_layers,
+        layer_norm=_layer_norm(config, backend),
+    )
+
+
+def get_neighbor_encoder_block_spec(
+    config: RetroConfig, use_transformer_engine: bool = False
+) -> TransformerBlockSubmodules:
+    """The neighbor encoder: bidirectional layers, the first with cross-attention to the chunk."""
+    backend = get_backend(use_transformer_engine)
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            _layer_spec(
+                config,
+                backend,
+                AttnMaskType.no_mask,
+                EncoderCrossAttention if number == 1 else None,
+            )
+            for number in range(1, config.retro_encoder_num_layers + 1)
+        ]
+    )
+
+
+def _layer_norm(config: TransformerConfig, backend: Any, for_qk: bool = False) -> type:
+    return backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=for_qk)
+
+
+def _layer_spec(
+    config: TransformerConfig,
+    backend: Any,
+    attn_mask_type: AttnMaskType,
+    cross_attention: type | None = None,
+) -> ModuleSpec:
+    fused = backend.fuse_layernorm_and_linear()
+    linear_qkv = (
+        backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    )
+    norm = _layer_norm(config, backend)
+    qk_norm = _layer_norm(config, backend, for_qk=True) if config.qk_layernorm else IdentityOp
+    bidirectional = attn_mask_type == AttnMaskType.no_mask
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=IdentityOp if fused else norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": attn_mask_type},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=linear_qkv,
+                # Retrieved chunks are padded inside, not only at the end, which Transformer
+                # Engine's padding masks cannot say.
+                core_attention=SDPAttention if bidirectional else backend.core_attention(),
+                linear_proj=backend.row_parallel_linear(),
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=IdentityOp if fused else norm,
+        mlp=get_mlp_module_spec_for_backend(backend),
+        mlp_bda=get_bias_dropout_add,
+    )
+    if cross_attention is not None:
+        submodules.pre_cross_attn_layernorm = norm
+        submodules.cross_attention = ModuleSpec(
+            module=cross_attention,
+            submodules=CrossAttentionSubmodules(
+                linear_q=backend.column_parallel_linear(),
+                linear_kv=backend.column_parallel_linear(),
+                core_attention=SDPAttention,
+                linear_proj=backend.row_parallel_linear(),
+            ),
+        )
+        submodules.cross_attn_bda = RetroBiasDropoutAdd
+    if not fused:
+        # Checkpoints carry Transformer Engine's names, so that either spec loads them.
+        submodules.sharded_state_dict_keys_map = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        }
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)

@@ -1,0 +1,137 @@
+"""Core attention through PyTorch's scaled_dot_product_attention.
+
+Takes the place of Megatron-Core's local DotProductAttention, which builds the whole score matrix.
+PyTorch chooses its flash, memory-efficient or plain kernel by device, dtype and mask.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from retro_mcore.errors import ConfigurationError
+
+
+class SDPAttention(MegatronModule):
+    """Scaled dot-product attention in Megatron's `[S, B, heads, channels]` layout.
+
+    Works on this tensor-parallel rank's heads; grouped queries need no repeated keys.
+
+    Args:
+        config: Gives dropout, scaling and the options that are refused.
+        layer_number: 1-based, for `apply_query_key_layer_scaling`.
+        attn_mask_type: The mask when `forward` is given none: causal or nothing.
+        attention_dropout: Overrides the config's.
+        softmax_scale: Overrides 1 / sqrt(channels).
+
+    Raises:
+        ConfigurationError: the configuration asks for something that these kernels cannot do.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        _refuse_unsupported(config)
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        scale = softmax_scale
+        if config.apply_query_key_layer_scaling:
+            scale = (scale or config.kv_channels**-0.5) / max(1, layer_number)
+        self.softmax_scale = scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `[Sq, B, heads, channels]`.
+            key, value: `[Sk, B, groups, channels]`.
+            attention_mask: bool, broadcastable to `[B, heads, Sq, Sk]`, True = masked out. No row
+                may be masked out whole. None: causal if the mask type says so, else everything.
+            attention_bias: added to the scores, likewise broadcastable.
+
+        Returns:
+            `[Sq, B, heads * channels]`.
+        """
+        if packed_seq_params is not None:
+            raise ConfigurationError(
+                "packed_seq_params", "not supported by this attention", "Use Transformer Engine"
+            )
+        mask_type = attn_mask_type or self.attn_mask_type
+        causal = attention_mask is None and mask_type in (
+            AttnMaskType.causal,
+            AttnMaskType.padding_causal,
+        )
+        mask = None if attention_mask is None else ~attention_mask
+        if attention_bias is not None:
+            mask, causal = _merge_bias(attention_bias, mask, causal, query, key), False
+        dropout = self.dropout if self.training else 0.0
+        with self._dropout_random_state(dropout):
+            output = torch.nn.functional.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal and query.size(0) > 1,
+                scale=self.softmax_scale,
+                enable_gqa=query.size(2) != key.size(2),
+            )
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_random_state(self, dropout: float) -> Any:
+        # Ranks hold different heads, so they must not drop the same entries. Under sequence
+        # parallelism the whole block already runs in the forked state.
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return nullcontext()
+        return get_cuda_rng_tracker().fork()
+
+
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    unsupported = {
+        "context_parallel_size": config.context_parallel_size > 1,
+        "window_size": config.window_size is not None,
+        "softmax_type": getattr(config, "softmax_type", "vanilla") != "vanilla",
+    }
+    for field, set_by_user in unsupported.items():
+        if set_by_user:
+            raise ConfigurationError(
+                field,
+                f"{getattr(config, field)!r} needs Transformer Engine's attention",
+                "Use the Transformer Engine spec, or leave the option at its default",
+            )
+
+
+def _merge_bias(
+    bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor
+) -> Tensor:
+    if causal:
+        size = (query.size(0), key.size(0))
+        mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+    if mask is None:
+        return bias.to(query.dtype)
+    return bias.to(query.dtype).masked_fill(~mask, float("-inf"))
