@@ -9,8 +9,10 @@ Nothing of megatron-core's arithmetic or communication is replaced.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -96,6 +98,7 @@ def use_cpu() -> None:
             "Call it before any CUDA work, or use the GPU",
         )
     _disable_compilation()
+    _silence_gpu_advice()
     # Imported before the patches: megatron's decorators load torch._dynamo, whose tables refuse
     # patched functions. Imported here: the data pipeline uses this package without megatron.
     from megatron.core.tensor_parallel import random as megatron_random
@@ -111,6 +114,13 @@ def _disable_compilation() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
+
+
+def _silence_gpu_advice() -> None:
+    # Advice to install GPU packages, and a check that the CPU's random state is not the GPU's.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|full scope is depr).*")
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def _patch_cuda_queries() -> None:
