@@ -1,0 +1,186 @@
+"""Reading a project's samples in their order, from any point on, divided over data parallel ranks.
+
+The order of the samples is the project's (its neighbors were queried in it), so a position in the
+data is one number: the samples consumed so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.training.batch import RetroBatch, collate
+from retro_mcore.training.options import DataOptions
+
+
+class Samples(Protocol):
+    """A split of a project: `samples[i]` as `collate` takes it, but for the sample's id."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class NumberedSamples(Dataset):
+    """Samples that also say which they are; without retrieval, only their text."""
+
+    def __init__(self, samples: Samples, retrieval: bool = True) -> None:
+        self.samples = samples
+        self.retrieval = retrieval
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.retrieval:
+            return {**self.samples[index], "sample_id": index}
+        text = self.samples.samples.tokens(index)  # type: ignore[attr-defined]
+        return {"text": text, "sample_id": index}
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Indices of this rank's micro batches: consecutive samples, dealt to the ranks in turn.
+
+    Args:
+        start: First sample.
+        stop: Sample after the last. A rest too small for a micro batch on every rank is left out
+            unless `keep_rest`.
+        micro_batch_size: B.
+        rank: This data parallel rank.
+        world_size: Number of data parallel ranks.
+        keep_rest: Also yield the rest; ranks may then get fewer or smaller batches than others.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        keep_rest: bool = False,
+    ) -> None:
+        self.start, self.stop, self.micro_batch_size = start, stop, micro_batch_size
+        self.rank, self.world_size, self.keep_rest = rank, world_size, keep_rest
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stride = self.micro_batch_size * self.world_size
+        for first in range(self.start, self.stop, stride):
+            if first + stride > self.stop and not self.keep_rest:
+                return
+            mine = first + self.rank * self.micro_batch_size
+            batch = list(range(mine, min(mine + self.micro_batch_size, self.stop)))
+            if batch:
+                yield batch
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def read_batches(
+    dataset: Dataset, sampler: MicroBatchSampler, num_workers: int, device: torch.device
+) -> Iterator[RetroBatch]:
+    """Micro batches on `device`, read ahead by `num_workers` processes."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        # A generator of its own: the loader draws from it, and the global one drives dropout,
+        # which must not depend on where a run was interrupted.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        yield batch.to(device)
+
+
+def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
+    """Refuse flags that contradict the project.
+
+    Raises:
+        ConfigurationError: naming the flag, its value and the project's.
+    """
+    fixed = {
+        "seq_length": config.retro_gpt_seq_length,
+        "retro_chunk_length": config.retro_gpt_chunk_length,
+        "global_batch_size": config.retro_gpt_global_batch_size,
+        "eval_interval": config.retro_gpt_eval_interval,
+        "eval_iters": config.retro_gpt_eval_iters,
+        "seed": config.retro_gpt_seed,
+        "split": config.retro_gpt_split,
+        "tokenizer_type": config.retro_gpt_tokenizer_type,
+    }
+    for name, of_project in fixed.items():
+        asked = getattr(options, name)
+        if asked is not None and asked != of_project:
+            raise ConfigurationError(
+                "--" + name.replace("_", "-"),
+                f"{asked}, but config.json of {options.project_dir} says {of_project}",
+                "Leave the flag out, or preprocess another project with this value",
+            )
+
+
+def number_of_iterations(options: DataOptions, config: ProjectConfig) -> int:
+    """Iterations that the options ask for, as far as the project's samples suffice.
+
+    Raises:
+        ConfigurationError: more samples are asked for than the project has neighbors for.
+    """
+    available, batch = config.retro_gpt_train_samples, config.retro_gpt_global_batch_size
+    asked = options.train_iters * batch if options.train_iters else options.train_samples
+    if asked is not None and asked > available:
+        raise ConfigurationError(
+            "--train-iters" if options.train_iters else "--train-samples",
+            f"needs {asked} samples, but config.json of {options.project_dir} has {available}",
+            f"Train on at most {available // batch} iterations of {batch} samples, or preprocess "
+            "a project with a larger --train-samples",
+        )
+    iterations = (available if asked is None else asked) // batch
+    if iterations == 0:
+        raise ConfigurationError(
+            "--train-samples", f"{asked or available}, less than one batch", f"At least {batch}"
+        )
+    return iterations
+
+
+def require_split(datasets: Mapping[str, Any], split: str, project_dir: str) -> Any:
+    """The dataset of `split`.
+
+    Raises:
+        ProjectError: the project has no neighbors (or no documents) for that split.
+    """
+    dataset = datasets.get(split)
+    if dataset is None or len(dataset) == 0:
+        raise ProjectError(
+            project_dir,
+            f"has no samples with neighbors in its {split} split",
+            "Run query_neighbors.py on it, with a --split that gives this part some documents",
+        )
+    return dataset
+
+
+def tokenizer_fingerprint(config: ProjectConfig, project_dir: str | Path) -> str:
+    """SHA-256 over the tokenizer's type and files, the same wherever the project lies."""
+    digest = hashlib.sha256(str(config.retro_gpt_tokenizer_type).encode())
+    names: Sequence[str | None] = (
+        config.retro_gpt_tokenizer_model,
+        config.retro_gpt_vocab_file,
+        config.retro_gpt_merge_file,
+    )
+    for name in names:
+        if name is None:
+            continue
+        path = Path(project_dir) / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()

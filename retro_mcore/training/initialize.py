@@ -1,0 +1,73 @@
+"""Process groups, model parallel groups, random seeds and the batch calculator of a run."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import torch
+from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
+
+from retro_mcore import distributed
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform import distributed_backend, is_cpu_in_use
+
+
+def initialize_parallel(tensor_model_parallel_size: int) -> None:
+    """Join the process group and make megatron's groups; both are reused where they fit.
+
+    Raises:
+        ConfigurationError: the number of processes is not a multiple of the tensor parallel size.
+    """
+    if not is_cpu_in_use():
+        # What Megatron needs to overlap tensor parallel communication with computation.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    distributed.initialize(distributed_backend())
+    world_size = distributed.get_world_size()
+    if world_size % tensor_model_parallel_size:
+        raise ConfigurationError(
+            "--tensor-model-parallel-size",
+            f"{tensor_model_parallel_size}, but there are {world_size} processes",
+            "Start a multiple of it: torchrun --nproc-per-node N tools/…",
+        )
+    if parallel_state.model_parallel_is_initialized():
+        if parallel_state.get_tensor_model_parallel_world_size() == tensor_model_parallel_size:
+            return
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size)
+
+
+def set_seeds(seed: int) -> None:
+    """Seed every generator; tensor parallel ranks get dropout streams of their own.
+
+    Raises:
+        ConfigurationError: the seed is not positive (Megatron's own condition).
+    """
+    if seed <= 0:
+        raise ConfigurationError("--seed", str(seed), "Choose a positive seed")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (libraries below us draw from the global generator)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def set_batch_sizes(global_batch_size: int, micro_batch_size: int) -> int:
+    """Tell megatron the batch sizes; returns the number of micro batches per iteration.
+
+    Raises:
+        ConfigurationError: the global batch does not divide into micro batches on all ranks.
+    """
+    data_parallel_size = parallel_state.get_data_parallel_world_size()
+    if global_batch_size % (micro_batch_size * data_parallel_size):
+        raise ConfigurationError(
+            "--micro-batch-size",
+            f"{micro_batch_size} on {data_parallel_size} data parallel processes, for the "
+            f"project's global batch of {global_batch_size}",
+            "The global batch must be a multiple of their product",
+        )
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    num_microbatches_calculator.init_num_microbatches_calculator(
+        distributed.get_rank(), None, global_batch_size, micro_batch_size, data_parallel_size
+    )
+    return num_microbatches_calculator.get_num_microbatches()

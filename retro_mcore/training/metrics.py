@@ -1,0 +1,86 @@
+"""Metrics of a run: JSON lines, one per report, and the loss curve drawn from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from retro_mcore.errors import MissingDependencyError
+from retro_mcore.project.atomic import atomic_write
+
+METRICS_FILE = "metrics.jsonl"
+LOSS_CURVE_FILE = "loss_curve.png"
+
+Record = dict[str, Any]
+
+
+class MetricsFile:
+    """`metrics.jsonl`: records with `kind` ("train" or "valid"), `iteration` and `loss`.
+
+    Args:
+        path: The file.
+        iteration: Where the run starts: later records, of an interrupted run, are dropped.
+    """
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["iteration"] <= iteration]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append a record; it is on disk when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a metrics file; a line cut short by a crash is left out."""
+    records: list[Record] = []
+    if not path.is_file():
+        return records
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def losses(records: Iterable[Record], kind: str) -> list[tuple[int, float]]:
+    """(iteration, loss) of the records of a kind."""
+    return [(record["iteration"], record["loss"]) for record in records if record["kind"] == kind]
+
+
+def draw_loss_curve(records: Iterable[Record], path: Path) -> Path:
+    """Draw training and validation loss over iterations into a PNG; returns its path.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "matplotlib", "not installed", "pip install matplotlib, for the loss curve"
+        ) from error
+    records = list(records)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for kind, style in (("train", "-"), ("valid", "o-")):
+        points = losses(records, kind)
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=kind, markersize=4)
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,123 @@
+"""Megatron's data parallel wrapper, optimizer and learning rate schedule for a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from retro_mcore.training.plan import TrainingPlan
+
+
+def wrap_model(model: GPTModel, plan: TrainingPlan) -> DistributedDataParallel:
+    """The model in its precision, with gradients averaged over data parallel ranks."""
+    config = model.config
+    options = plan.options
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        # As Megatron: gradients are summed in fp32 when the model computes in bf16.
+        grad_reduce_in_fp32=options.bf16,
+    )
+    module = Float16Module(config, model) if options.bf16 or options.fp16 else model
+    return DistributedDataParallel(config, ddp_config, module)
+
+
+def unwrap_model(model: torch.nn.Module) -> GPTModel:
+    """The model inside megatron's wrappers."""
+    while isinstance(model, DistributedDataParallel | Float16Module):
+        model = model.module
+    return model
+
+
+def build_optimizer(model: DistributedDataParallel, plan: TrainingPlan) -> MegatronOptimizer:
+    """AdamW in megatron's wrapper for the precision and for the distributed optimizer.
+
+    Also tells the model's configuration how to scale and to finish gradients.
+    """
+    options = plan.options
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=options.bf16,
+        fp16=options.fp16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(config, [model])
+    model.config.grad_scale_func = optimizer.scale_loss
+    model.config.no_sync_func = model.no_sync
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return optimizer
+
+
+def build_scheduler(optimizer: MegatronOptimizer, plan: TrainingPlan) -> OptimizerParamScheduler:
+    """Megatron's schedule of learning rate and weight decay; its steps are samples."""
+    options, batch = plan.options, plan.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=plan.lr_warmup_samples,
+        lr_decay_steps=plan.lr_decay_iters * batch,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=plan.train_iters * batch,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+    )
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The learning rate of the next step."""
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _adam_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [part.optimizer for part in parts]
+    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give PyTorch's Adam zero moments and step 0, which megatron expects before it loads state.
+
+    Fused Adams of Transformer Engine and Apex keep their step elsewhere and need nothing.
+    """
+    for adam in _adam_optimizers(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
+
+
+def unshare_adam_steps(optimizer: MegatronOptimizer) -> None:
+    """Give each parameter a step counter of its own after loading.
+
+    Megatron loads one tensor into all of them, and Adam would advance it once per parameter.
+    """
+    for adam in _adam_optimizers(optimizer):
+        for state in adam.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()

@@ -1,0 +1,208 @@
+"""Building the model from its arguments: for training, and again from a checkpoint alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.model import RetroModel
+from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
+from retro_mcore.platform import is_cpu_in_use
+from retro_mcore.training.options import ModelOptions, ParallelOptions, RecomputeOptions
+
+
+@dataclass(kw_only=True)
+class ModelArguments(ModelOptions):
+    """The flags of the model and what the project adds: all that its checkpoints need to say."""
+
+    seq_length: int
+    """S; also the number of learned positions."""
+    retro_chunk_length: int
+    """M."""
+    vocab_size: int
+    """The tokenizer's vocabulary."""
+    padded_vocab_size: int
+    """Rows of the embedding."""
+    tokenizer_type: str
+    """The project's tokenizer."""
+    tokenizer_fingerprint: str
+    """Hash over the tokenizer's files."""
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """The vocabulary rounded up so that every tensor parallel rank gets the same, aligned part.
+
+    >>> padded_vocab_size(50257, 128, 8)
+    51200
+    """
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def default_ffn_hidden_size(options: ModelOptions) -> int:
+    """Megatron's rule: 4 hidden sizes; with a gated MLP two thirds of it, in multiples of 64."""
+    if options.ffn_hidden_size is not None:
+        return options.ffn_hidden_size
+    if options.swiglu:
+        return int(4 * options.hidden_size * 2 / 3 / 64) * 64
+    return 4 * options.hidden_size
+
+
+def uses_transformer_engine(parallel: ParallelOptions) -> bool:
+    """Whether layers come from Transformer Engine.
+
+    Raises:
+        ConfigurationError: it was asked for where it cannot run.
+    """
+    available = not is_cpu_in_use() and importlib.util.find_spec("transformer_engine") is not None
+    if parallel.transformer_impl == "transformer_engine" and not available:
+        raise ConfigurationError(
+            "--transformer-impl",
+            "transformer_engine, which is not installed, or the device is the CPU",
+            "Use local or auto",
+        )
+    return available and parallel.transformer_impl != "local"
+
+
+def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
+    """Refuse sizes that do not divide by the heads or the tensor parallel size.
+
+    Raises:
+        ConfigurationError: naming the flag.
+    """
+    heads = arguments.num_attention_heads
+    groups = arguments.num_query_groups or heads
+    parts = parallel.tensor_model_parallel_size
+    if arguments.kv_channels is None and arguments.hidden_size % heads:
+        raise ConfigurationError(
+            "--num-attention-heads",
+            f"{heads} does not divide the hidden size {arguments.hidden_size}",
+            "Choose a divisor, or give --kv-channels",
+        )
+    if heads % groups:
+        raise ConfigurationError(
+            "--num-query-groups",
+            f"{groups} does not divide the {heads} attention heads",
+            "Choose a divisor",
+        )
+    for flag, value in (
+        ("--num-attention-heads", heads),
+        ("--num-query-groups", groups),
+        ("--ffn-hidden-size", default_ffn_hidden_size(arguments)),
+    ):
+        if value % parts:
+            raise ConfigurationError(
+                "--tensor-model-parallel-size", f"{parts} does not divide {flag} {value}",
+                f"Choose a tensor parallel size that divides {value}",
+            )
+    if parallel.sequence_parallel and parts == 1:
+        raise ConfigurationError(
+            "--sequence-parallel",
+            "given with --tensor-model-parallel-size 1",
+            "Leave it out, or use more tensor parallel processes",
+        )
+
+
+def build_config(
+    arguments: ModelArguments, parallel: ParallelOptions, recompute: RecomputeOptions
+) -> TransformerConfig:
+    """The model's configuration: a RetroConfig, or without retrieval a TransformerConfig.
+
+    Raises:
+        ConfigurationError: naming the field or flag.
+    """
+    check_divisible(arguments, parallel)
+    shared = _decoder_fields(arguments) | _layout_fields(parallel, recompute)
+    if arguments.no_retrieval:
+        return TransformerConfig(**shared)
+    return RetroConfig(
+        **shared,
+        retro_chunk_length=arguments.retro_chunk_length,
+        retro_num_neighbors=arguments.retro_num_neighbors,
+        retro_num_retrieved_chunks=arguments.retro_num_retrieved_chunks,
+        retro_encoder_num_layers=arguments.retro_encoder_num_layers,
+        retro_encoder_hidden_dropout=arguments.retro_encoder_hidden_dropout,
+        retro_encoder_attention_dropout=arguments.retro_encoder_attention_dropout,
+        retro_decoder_layers=arguments.retro_decoder_layers,
+    )
+
+
+def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
+    gated = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    return {
+        "num_layers": arguments.num_layers,
+        "hidden_size": arguments.hidden_size,
+        "num_attention_heads": arguments.num_attention_heads,
+        "num_query_groups": arguments.num_query_groups or arguments.num_attention_heads,
+        "ffn_hidden_size": default_ffn_hidden_size(arguments),
+        "kv_channels": arguments.kv_channels,
+        "normalization": arguments.normalization,
+        "layernorm_epsilon": arguments.norm_epsilon,
+        "layernorm_zero_centered_gamma": arguments.apply_layernorm_1p,
+        "add_bias_linear": not arguments.disable_bias_linear,
+        "hidden_dropout": arguments.hidden_dropout,
+        "attention_dropout": arguments.attention_dropout,
+        "init_method_std": arguments.init_method_std,
+        **(gated if arguments.swiglu else {}),
+    }
+
+
+def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> dict[str, Any]:
+    precision = torch.bfloat16 if parallel.bf16 else torch.float16 if parallel.fp16 else None
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "use_cpu_initialization": parallel.use_cpu_initialization or is_cpu_in_use(),
+        "bf16": parallel.bf16,
+        "fp16": parallel.fp16,
+        "params_dtype": precision or torch.float32,
+        "recompute_granularity": recompute.recompute_granularity,
+        "recompute_method": recompute.recompute_method,
+        "recompute_num_layers": recompute.recompute_num_layers,
+    }
+
+
+def build_model(
+    arguments: ModelArguments,
+    parallel: ParallelOptions,
+    recompute: RecomputeOptions | None = None,
+) -> GPTModel:
+    """This rank's part of the model, on its device, with initial weights.
+
+    Megatron's groups and seeds must have been set up. With `no_retrieval` it is the same decoder
+    without encoder and cross-attention.
+
+    Raises:
+        ConfigurationError: naming the field or flag.
+    """
+    config = build_config(arguments, parallel, recompute or RecomputeOptions())
+    engine = uses_transformer_engine(parallel)
+    sizes = {
+        "vocab_size": arguments.padded_vocab_size,
+        "share_embeddings_and_output_weights": not arguments.untie_embeddings_and_output_weights,
+        "position_embedding_type": arguments.position_embedding_type,
+        "rotary_percent": arguments.rotary_percent,
+        "rotary_base": arguments.rotary_base,
+    }
+    model: GPTModel
+    if isinstance(config, RetroConfig):
+        spec = get_retro_decoder_block_spec(config, use_transformer_engine=engine)
+        positions = max(arguments.seq_length, config.retro_retrieved_length)
+        model = RetroModel(config, spec, max_sequence_length=positions, **sizes)
+    else:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine)
+        model = GPTModel(config, spec, max_sequence_length=arguments.seq_length, **sizes)
+    return model if is_cpu_in_use() else model.cuda(torch.cuda.current_device())
+
+
+def arguments_from(values: dict[str, Any]) -> ModelArguments:
+    """Model arguments from a checkpoint's, whose other entries are left alone."""
+    names = {field.name for field in fields(ModelArguments)}
+    return ModelArguments(**{name: value for name, value in values.items() if name in names})

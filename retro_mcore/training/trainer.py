@@ -1,0 +1,283 @@
+"""Pretraining: the loop around megatron's forward-backward function, optimizer and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from retro_mcore import distributed
+from retro_mcore.distributed import raise_together
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.training.checkpointing import (
+    TrainingParts,
+    TrainingProgress,
+    checkpoint_path,
+    find_checkpoint,
+    latest_iteration,
+    load_checkpoint,
+    read_arguments,
+    save_checkpoint,
+)
+from retro_mcore.training.data import MicroBatchSampler, NumberedSamples, Samples, read_batches
+from retro_mcore.training.initialize import initialize_parallel, set_batch_sizes, set_seeds
+from retro_mcore.training.loss import forward_backward, mean_loss, total_loss
+from retro_mcore.training.metrics import METRICS_FILE, losses, read_metrics
+from retro_mcore.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    learning_rate,
+    wrap_model,
+)
+from retro_mcore.training.plan import TrainingPlan
+from retro_mcore.training.progress import TrainingReporter
+from retro_mcore.training.provider import build_model
+from megatron.core import parallel_state
+
+
+@dataclass
+class TrainingResult:
+    """What came of a run.
+
+    Attributes:
+        iteration: The last iteration.
+        consumed_samples: Training samples seen.
+        train_losses: Mean loss of each iteration that this process ran (not of those before it
+            resumed), in nats per token.
+        valid_losses: (iteration, loss) of each validation.
+        checkpoint: The last checkpoint, if any was saved.
+        loss_curve: The PNG, if one was drawn (on rank 0).
+        seconds: Wall time of this run.
+        reused: Whether the run was already finished, and nothing was trained.
+        num_parameters: Of the whole model, over all ranks.
+    """
+
+    iteration: int
+    consumed_samples: int
+    train_losses: list[float] = field(default_factory=list)
+    valid_losses: list[tuple[int, float]] = field(default_factory=list)
+    checkpoint: Path | None = None
+    loss_curve: Path | None = None
+    seconds: float = 0.0
+    reused: bool = False
+    num_parameters: int = 0
+
+
+class Trainer:
+    """One run of training.
+
+    Args:
+        plan: What to do.
+        train_samples: The training split; samples are used in order, once.
+        valid_samples: The validation split, or None for no validation. The same first
+            eval_iters batches are used each time, so that the points of the curve compare.
+        device: Of this process.
+
+    Raises:
+        ConfigurationError: flags, project and number of processes do not fit together.
+        CheckpointError: the checkpoint to resume from belongs to another configuration.
+    """
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        train_samples: Samples,
+        valid_samples: Samples | None,
+        device: torch.device,
+    ) -> None:
+        options = plan.options
+        initialize_parallel(options.tensor_model_parallel_size)
+        with raise_together():
+            checkpoint = checkpoint_to_resume(plan)
+            if checkpoint is not None:
+                plan = plan.with_vocabulary_of(read_arguments(checkpoint))
+            self._num_microbatches = set_batch_sizes(
+                plan.global_batch_size, options.micro_batch_size
+            )
+            set_seeds(plan.project.retro_gpt_seed)
+            model = build_model(plan.arguments, options, options)
+        self.plan, self._device = plan, device
+        self._train_samples, self._valid_samples = train_samples, valid_samples
+        self._parts = _training_parts(model, plan)
+        self._progress = TrainingProgress()
+        if checkpoint is not None:
+            self._progress = load_checkpoint(checkpoint, self._parts)
+        self._result = TrainingResult(0, 0, checkpoint=checkpoint)
+
+    def train(self) -> TrainingResult:
+        """Train until the last iteration, or the exit interval.
+
+        Raises:
+            NonFiniteLossError: the loss became NaN or infinite.
+        """
+        plan, progress, result = self.plan, self._progress, self._result
+        started = time.perf_counter()
+        with self._reporter() as reporter:
+            if progress.iteration:
+                reporter.message(f"resumed from {result.checkpoint}")
+            batches = self._train_batches()
+            self._parts.model.train()
+            while progress.iteration < plan.train_iters:
+                self._train_step(batches, reporter)
+                stop = self._stops_here()
+                reporter.pause()
+                if self._validates_here() or (stop and self._valid_samples is not None):
+                    self._validate(reporter)
+                if self._saves_here() or stop:
+                    self._save(reporter)
+                reporter.resume()
+                if stop:
+                    break
+            with raise_together():
+                result.loss_curve = reporter.draw()
+        result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
+        result.seconds = time.perf_counter() - started
+        result.num_parameters = num_parameters(self._parts.model)
+        return result
+
+    def _train_step(self, batches: object, reporter: TrainingReporter) -> None:
+        parts, progress, plan = self._parts, self._progress, self.plan
+        parts.model.zero_grad_buffer()
+        parts.optimizer.zero_grad()
+        reports = forward_backward(
+            parts.model,
+            batches,
+            self._num_microbatches,
+            plan.sequence_length,
+            plan.options.micro_batch_size,
+        )
+        loss = mean_loss(reports, progress.iteration + 1)
+        lr = learning_rate(parts.optimizer)
+        updated, grad_norm, _ = parts.optimizer.step()
+        if updated:  # not after an overflow in fp16
+            parts.scheduler.step(plan.global_batch_size)
+        progress.iteration += 1
+        progress.consumed_samples += plan.global_batch_size
+        self._result.train_losses.append(loss)
+        reporter.step(
+            progress.iteration, progress.consumed_samples, loss, lr, float(grad_norm or 0.0)
+        )
+
+    def _validate(self, reporter: TrainingReporter) -> None:
+        project, iteration = self.plan.project, self._progress.iteration
+        sampler = self._sampler(0, project.retro_gpt_eval_iters * self.plan.global_batch_size)
+        batches = read_batches(self._numbered(self._valid_samples), sampler, 0, self._device)
+        loss_sum, num_tokens = total_loss(self._parts.model, batches)
+        loss = loss_sum / num_tokens
+        self._result.valid_losses.append((iteration, loss))
+        reporter.validation(iteration, loss, math.exp(min(loss, 80.0)))
+
+    def _save(self, reporter: TrainingReporter) -> None:
+        if self.plan.options.save is None:
+            return
+        self._result.checkpoint = save_checkpoint(
+            self.plan.options.save, self._parts, self._progress, self.plan.checkpoint_args()
+        )
+        reporter.message(f"saved {self._result.checkpoint}")
+
+    def _stops_here(self) -> bool:
+        """After this iteration the run ends, for good or to be resumed."""
+        interval, iteration = self.plan.options.exit_interval, self._progress.iteration
+        return iteration == self.plan.train_iters or bool(interval and iteration % interval == 0)
+
+    def _validates_here(self) -> bool:
+        interval = self.plan.project.retro_gpt_eval_interval
+        return self._valid_samples is not None and self._progress.iteration % interval == 0
+
+    def _saves_here(self) -> bool:
+        interval = self.plan.options.save_interval
+        return bool(interval and self._progress.iteration % interval == 0)
+
+    def _train_batches(self) -> object:
+        samples = self.plan.train_iters * self.plan.global_batch_size
+        sampler = self._sampler(self._progress.consumed_samples, samples)
+        workers = self.plan.options.num_workers
+        return read_batches(self._numbered(self._train_samples), sampler, workers, self._device)
+
+    def _sampler(self, start: int, stop: int) -> MicroBatchSampler:
+        return MicroBatchSampler(
+            start,
+            stop,
+            self.plan.options.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+
+    def _numbered(self, samples: Samples) -> NumberedSamples:
+        return NumberedSamples(samples, retrieval=not self.plan.arguments.no_retrieval)
+
+    def _reporter(self) -> TrainingReporter:
+        return TrainingReporter(
+            self.plan.train_iters,
+            self._progress.iteration,
+            self.plan.global_batch_size * self.plan.sequence_length,
+            self.plan.options.log_interval,
+            self.plan.options.save,
+        )
+
+
+def checkpoint_to_resume(plan: TrainingPlan) -> Path | None:
+    """The checkpoint in --load, or None where there is none yet.
+
+    Raises:
+        CheckpointError: it is of another configuration.
+        ConfigurationError: --save holds a checkpoint that the run would overwrite.
+    """
+    options = plan.options
+    iteration = latest_iteration(options.load) if options.load is not None else None
+    if iteration is None:
+        if options.save is not None and latest_iteration(options.save) is not None:
+            raise ConfigurationError(
+                f"--save {options.save}",
+                f"holds a checkpoint of iteration {latest_iteration(options.save)}, which training "
+                "from the start would overwrite",
+                f"Add --load {options.save} to resume it, or save to another directory",
+            )
+        return None
+    checkpoint = checkpoint_path(options.load, iteration)
+    plan.check_resumes(read_arguments(checkpoint), checkpoint)
+    return checkpoint
+
+
+def finished_run(plan: TrainingPlan) -> TrainingResult | None:
+    """The result of a run that has already reached its last iteration; None if there is work left.
+
+    Raises:
+        CheckpointError: the checkpoint in --load is of another configuration.
+    """
+    checkpoint = checkpoint_to_resume(plan)
+    if checkpoint is None:
+        return None
+    iteration = latest_iteration(plan.options.load)
+    if iteration is None or iteration < plan.train_iters:
+        return None
+    records = read_metrics(checkpoint.parent / METRICS_FILE)
+    curve = checkpoint.parent / "loss_curve.png"
+    return TrainingResult(
+        iteration=iteration,
+        consumed_samples=iteration * plan.global_batch_size,
+        valid_losses=losses(records, "valid"),
+        checkpoint=checkpoint,
+        loss_curve=curve if curve.is_file() else None,
+        reused=True,
+    )
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Parameters of the whole model, over tensor parallel ranks."""
+    sharded = replicated = 0
+    for parameter in model.parameters():
+        if getattr(parameter, "tensor_model_parallel", False):
+            sharded += parameter.numel()
+        else:
+            replicated += parameter.numel()
+    return sharded * parallel_state.get_tensor_model_parallel_world_size() + replicated
+
+
+def _training_parts(model: torch.nn.Module, plan: TrainingPlan) -> TrainingParts:
+    wrapped = wrap_model(model, plan)
+    optimizer = build_optimizer(wrapped, plan)
+    return TrainingParts(wrapped, optimizer, build_scheduler(optimizer, plan))
