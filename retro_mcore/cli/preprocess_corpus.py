@@ -1,0 +1,508 @@
+"""`preprocess_corpus`: text to tokens, and the configuration that all later stages read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from retro_mcore.chunking import chunks_per_sample
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.data.corpus import CorpusPart, list_files, list_parts, read_documents, read_part
+from retro_mcore.data.shards import Shard, ShardReport, choose_shard_length, run_shards
+from retro_mcore.data.token_file import TokenFile, bin_path, idx_path
+from retro_mcore.data.tokenizers import (
+    TOKENIZER_TYPES,
+    GPTSentencePieceTokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    default_bert_vocab,
+    load_project_tokenizer,
+    train_sentencepiece,
+)
+from retro_mcore.datasets.indexed import token_dtype, write_indexed_dataset
+from retro_mcore.datasets.splits import check_documents, document_ranges, parse_split
+from retro_mcore.distributed import (
+    barrier,
+    broadcast_object,
+    get_rank,
+    initialize,
+    raise_together,
+)
+from retro_mcore.errors import ConfigurationError, CorpusError, TokenizerError
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.markers import (
+    FileState,
+    checksum,
+    fingerprint_of,
+    signed_write,
+    state_of,
+)
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.stages import check_stage, finish_stage
+
+STAGE = "preprocess_corpus"
+#: Texts tokenized in one call.
+_BATCH = 256
+#: Upstream's rows per file of neighbors; fewer for a small corpus, so that ranks can share it.
+_LONGEST_BLOCK = 100_000
+
+
+@dataclass
+class PreprocessCorpusOptions:
+    """Turn text into a project directory: tokens, tokenizer and configuration."""
+
+    project_dir: str
+    """Directory to make, or to go on with."""
+    input: list[str]
+    """JSONL files, text files or folders of them; each becomes a dataset of its own."""
+    input_weights: list[float] = field(default_factory=list)
+    """Share of each input in the samples (default: equal)."""
+    json_keys: list[str] = field(default_factory=lambda: ["text"])
+    """Keys of a JSON line that hold the text; several are joined by an empty line."""
+    tokenizer_type: str | None = None
+    """GPTSentencePieceTokenizer, GPT2BPETokenizer or HuggingFaceTokenizer (default: trained
+    SentencePiece)."""
+    tokenizer_model: str | None = None
+    """SentencePiece .model, or Hugging Face tokenizer.json or its directory."""
+    vocab_file: str | None = None
+    """GPT-2's vocab.json."""
+    merge_file: str | None = None
+    """GPT-2's merges.txt."""
+    vocab_size: int = 8192
+    """Pieces of a tokenizer that is trained; lowered for a small corpus."""
+    tokenizer_training_documents: int = 1_000_000
+    """Documents that a tokenizer is trained on, from the beginning of the inputs."""
+    bert_vocab_file: str | None = None
+    """WordPiece vocabulary that the database counts tokens with (default: MiniLM's)."""
+    seq_length: int = 512
+    """Tokens per sample."""
+    retro_chunk_length: int = 64
+    """Tokens per chunk."""
+    split: str = "90,5,5"
+    """Percentages of training, validation and test documents."""
+    train_samples: int | None = None
+    """Training samples over the whole training (default: --train-epochs)."""
+    train_epochs: float = 1.0
+    """Passes over the training documents that set --train-samples."""
+    global_batch_size: int = 8
+    """Samples per training step."""
+    eval_interval: int = 1000
+    """Training steps between evaluations."""
+    eval_iters: int = 10
+    """Batches per evaluation."""
+    seed: int = 1234
+    """Seed of the order of the samples."""
+    retro_block_size: int | None = None
+    """Rows per file of embeddings and neighbors (default: from the number of samples)."""
+
+
+@dataclass(frozen=True)
+class PreprocessedCorpus:
+    """What `preprocess_corpus` made."""
+
+    config: ProjectConfig
+    num_documents: int
+    num_tokens: int
+    vocab_size: int
+    reused: bool
+
+
+def preprocess_corpus(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
+    """Tokenize the inputs, and write config.json.
+
+    Raises:
+        CorpusError: an input is missing, empty or malformed.
+        TokenizerError: the tokenizer cannot be loaded or trained.
+        ConfigurationError: options that cannot work.
+        ProjectError: the project was built with other options or inputs.
+    """
+    initialize()
+    with raise_together():
+        _check_options(options)
+        sources = [Path(source) for source in options.input]
+        inputs = {}
+        for source in sources:
+            inputs.setdefault(f"--input {source.name}", _digest_source(source))
+        inputs.update(_digest_tokenizer_files(options))
+    paths = ProjectPaths(options.project_dir)
+    prefixes = _prefixes(sources, options.json_keys)
+    tokenize_options = _tokenize_options(options)
+    sample_options = _sample_options(options)
+    outputs = [bin_path(paths.data / prefix) for prefix in prefixes]
+    with raise_together():
+        check_stage(paths, STAGE, {**tokenize_options, **sample_options}, inputs, outputs[0])
+        fingerprint = fingerprint_of([tokenize_options, inputs])
+    names = _prepare_tokenizer(options, paths, sources, fingerprint)
+    with raise_together():
+        tokenizer = build_tokenizer(
+            names["type"], *(paths.root / name if (name := names[key]) else None for key in _FILES)
+        )
+    reports = []
+    for source, prefix in zip(sources, prefixes, strict=True):
+        reports.append(_tokenize_source(options, paths, source, prefix, tokenizer, fingerprint))
+    with raise_together():
+        datasets = [TokenFile(paths.data / prefix) for prefix in prefixes]
+        for source, dataset in zip(sources, datasets, strict=True):
+            check_documents(options.split, len(dataset), source)
+        config = _make_config(options, paths, prefixes, datasets, names)
+        if get_rank() == 0:
+            _save(config, options, paths)
+            finish_stage(paths, STAGE, {**tokenize_options, **sample_options}, inputs)
+    barrier()
+    result = PreprocessedCorpus(
+        config,
+        sum(len(dataset) for dataset in datasets),
+        sum(len(dataset.tokens) for dataset in datasets),
+        tokenizer.vocab_size,
+        reused=all(report is None for report in reports),
+    )
+    _summarize(result, options, names, reports)
+    return result
+
+
+_FILES = ("model", "vocab", "merges")
+
+
+def _check_options(options: PreprocessCorpusOptions) -> None:
+    chunks_per_sample(options.seq_length, options.retro_chunk_length)
+    parse_split(options.split)
+    for flag, least in (
+        ("global_batch_size", 1),
+        ("eval_interval", 1),
+        ("eval_iters", 0),
+        ("vocab_size", 1),
+        ("retro_block_size", 1),
+        ("train_samples", 1),
+        ("tokenizer_training_documents", 1),
+    ):
+        value = getattr(options, flag)
+        if value is not None and value < least:
+            raise ConfigurationError(
+                f"--{flag.replace('_', '-')}", str(value), f"Give at least {least}"
+            )
+    if options.train_epochs <= 0:
+        raise ConfigurationError("--train-epochs", str(options.train_epochs), "Give more than 0")
+    if not options.json_keys:
+        raise ConfigurationError("--json-keys", "none given", "Name the key of the text")
+    weights = options.input_weights
+    if weights and (len(weights) != len(options.input) or min(weights) <= 0):
+        raise ConfigurationError(
+            "--input-weights",
+            f"{weights} for {len(options.input)} inputs",
+            "Give one positive weight per --input",
+        )
+    if options.tokenizer_type is None and (options.vocab_file or options.merge_file):
+        raise ConfigurationError(
+            "--vocab-file",
+            "given without --tokenizer-type",
+            "Add --tokenizer-type GPT2BPETokenizer",
+        )
+
+
+def _digest_source(source: Path) -> str:
+    files = list_files(source)
+    root = source if source.is_dir() else source.parent
+    return fingerprint_of([[str(file.relative_to(root)), checksum(file)] for file in files])
+
+
+def _digest_tokenizer_files(options: PreprocessCorpusOptions) -> dict[str, str]:
+    digests = {}
+    for flag in ("tokenizer_model", "vocab_file", "merge_file"):
+        if (value := getattr(options, flag)) is not None:
+            digests[f"--{flag.replace('_', '-')}"] = checksum(_tokenizer_file(Path(value)))
+    vocab = Path(options.bert_vocab_file) if options.bert_vocab_file else default_bert_vocab()
+    digests["--bert-vocab-file"] = checksum(_tokenizer_file(vocab))
+    return digests
+
+
+def _tokenizer_file(path: Path) -> Path:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise TokenizerError(file, "no such file", "Check the path")
+    return file
+
+
+def _tokenize_options(options: PreprocessCorpusOptions) -> dict[str, object]:
+    training = options.tokenizer_model is None and options.vocab_file is None
+    return {
+        "--input": [Path(source).name for source in options.input],
+        "--json-keys": options.json_keys,
+        "--tokenizer-type": _tokenizer_type(options),
+        "--vocab-size": options.vocab_size if training else None,
+        "--tokenizer-training-documents": options.tokenizer_training_documents
+        if training
+        else None,
+    }
+
+
+def _sample_options(options: PreprocessCorpusOptions) -> dict[str, object]:
+    return {
+        "--input-weights": options.input_weights,
+        "--seq-length": options.seq_length,
+        "--retro-chunk-length": options.retro_chunk_length,
+        "--split": options.split,
+        "--train-samples": options.train_samples,
+        "--train-epochs": None if options.train_samples else options.train_epochs,
+        "--global-batch-size": options.global_batch_size,
+        "--eval-interval": options.eval_interval,
+        "--eval-iters": options.eval_iters,
+        "--seed": options.seed,
+        "--retro-block-size": options.retro_block_size,
+    }
+
+
+def _tokenizer_type(options: PreprocessCorpusOptions) -> str:
+    if options.tokenizer_type is not None:
+        if options.tokenizer_type not in TOKENIZER_TYPES:
+            raise TokenizerError(
+                "--tokenizer-type",
+                repr(options.tokenizer_type),
+                f"Choose one of {', '.join(TOKENIZER_TYPES)}",
+            )
+        return options.tokenizer_type
+    model = options.tokenizer_model
+    if model is not None and (Path(model).is_dir() or model.endswith(".json")):
+        return HuggingFaceTokenizer.name
+    return GPTSentencePieceTokenizer.name
+
+
+def _prefixes(sources: Sequence[Path], json_keys: Sequence[str]) -> list[str]:
+    """`<name>_<keys>_document` as Megatron names its datasets, told apart by a number."""
+    prefixes: list[str] = []
+    for source in sources:
+        prefix = base = f"{source.stem}_{'_'.join(json_keys)}_document"
+        number = 2
+        while prefix in prefixes:
+            prefix, number = f"{base}_{number}", number + 1
+        prefixes.append(prefix)
+    return prefixes
+
+
+def _prepare_tokenizer(
+    options: PreprocessCorpusOptions,
+    paths: ProjectPaths,
+    sources: Sequence[Path],
+    fingerprint: str,
+) -> dict[str, str | None]:
+    """Put the tokenizers' files into the project; returns their types and names there."""
+    tokenizer_type = _tokenizer_type(options)
+    names: dict[str, str | None] = dict.fromkeys(_FILES)
+    with raise_together():
+        bert = Path(options.bert_vocab_file) if options.bert_vocab_file else default_bert_vocab()
+        given = {
+            "model": options.tokenizer_model,
+            "vocab": options.vocab_file,
+            "merges": options.merge_file,
+            "bert": str(bert),
+        }
+        trains = tokenizer_type == GPTSentencePieceTokenizer.name and given["model"] is None
+        if not trains:
+            build_tokenizer(
+                tokenizer_type, options.tokenizer_model, options.vocab_file, options.merge_file
+            )
+        for key, value in given.items():
+            if value is None:
+                continue
+            file = _tokenizer_file(Path(value))
+            name = f"bert-{file.name}" if key == "bert" else file.name
+            names[key] = _copy(file, paths, name, fingerprint)
+        if trains:
+            names["model"] = _train(options, paths, sources, fingerprint)
+    barrier()
+    return {**names, "type": tokenizer_type}
+
+
+def _copy(file: Path, paths: ProjectPaths, name: str, fingerprint: str) -> str:
+    target = paths.tokenizer / name
+    if get_rank() == 0 and state_of(target, fingerprint) is not FileState.COMPLETE:
+        with signed_write(target, fingerprint) as temporary:
+            shutil.copyfile(file, temporary)
+    return paths.relative(target)
+
+
+def _train(
+    options: PreprocessCorpusOptions,
+    paths: ProjectPaths,
+    sources: Sequence[Path],
+    fingerprint: str,
+) -> str:
+    target = paths.tokenizer / "sentencepiece.model"
+    if get_rank() == 0 and state_of(target, fingerprint) is not FileState.COMPLETE:
+        texts = (text for source in sources for text in _texts(source, options.json_keys))
+        first = (text for text, _ in zip(texts, range(options.tokenizer_training_documents)))
+        with signed_write(target, fingerprint) as temporary:
+            train_sentencepiece(first, options.vocab_size, temporary)
+    return paths.relative(target)
+
+
+def _texts(source: Path, json_keys: Sequence[str]) -> Iterator[str]:
+    found = False
+    for document in read_documents(source, json_keys):
+        found = True
+        yield document.text
+    if not found:
+        raise _empty(source)
+
+
+def _empty(source: Path) -> CorpusError:
+    return CorpusError(source, "holds no text", "Give documents that are not empty")
+
+
+def _tokenize_source(
+    options: PreprocessCorpusOptions,
+    paths: ProjectPaths,
+    source: Path,
+    prefix: str,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+) -> ShardReport | None:
+    """Write one input's .bin and .idx; None if they are there already."""
+    target = paths.data / prefix
+    with raise_together():
+        files = (bin_path(target), idx_path(target))
+        done = all(state_of(file, fingerprint) is FileState.COMPLETE for file in files)
+    if broadcast_object(done):
+        return None
+    parts = list_parts(source)
+    parts_dir = paths.data / f"{prefix}.parts"
+    shards = [Shard(i, i + 1, parts_dir / f"{i}.hdf5") for i in range(len(parts))]
+
+    def build(shard: Shard, path: Path) -> None:
+        _tokenize_part(parts[shard.start], options.json_keys, tokenizer, path)
+
+    report = run_shards(shards, build, fingerprint, f"tokenize {source.name}")
+    with raise_together():
+        if get_rank() == 0:
+            dtype = token_dtype(tokenizer.vocab_size)
+            with (
+                signed_write(bin_path(target), fingerprint) as binary,
+                signed_write(idx_path(target), fingerprint) as index,
+            ):
+                if not write_indexed_dataset(binary, index, _documents(shards), dtype):
+                    raise _empty(source)
+            shutil.rmtree(parts_dir)
+    barrier()
+    return report
+
+
+def _tokenize_part(
+    part: CorpusPart, json_keys: Sequence[str], tokenizer: Tokenizer, path: Path
+) -> None:
+    tokens: list[np.ndarray] = []
+    batch: list[str] = []
+
+    def flush() -> None:
+        for ids in tokenizer.tokenize_batch(batch):
+            tokens.append(np.array([*ids, tokenizer.eod], dtype=np.int32))
+        batch.clear()
+
+    for document in read_part(part, json_keys):
+        batch.append(document.text)
+        if len(batch) == _BATCH:
+            flush()
+    flush()
+    with h5py.File(path, "w") as file:
+        file["lengths"] = np.array([len(ids) for ids in tokens], dtype=np.int64)
+        file["tokens"] = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
+
+
+def _documents(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
+    for shard in shards:
+        with h5py.File(shard.path, "r") as file:
+            tokens, lengths = file["tokens"][:], file["lengths"][:]
+        ends = np.cumsum(lengths)
+        for start, end in zip(ends - lengths, ends, strict=True):
+            yield tokens[start:end]
+
+
+def _make_config(
+    options: PreprocessCorpusOptions,
+    paths: ProjectPaths,
+    prefixes: Sequence[str],
+    datasets: Sequence[TokenFile],
+    names: dict[str, str | None],
+) -> ProjectConfig:
+    train_samples = options.train_samples or _samples_of_epochs(options, datasets)
+    weights = options.input_weights or [1.0] * len(prefixes)
+    rows = train_samples * (options.seq_length // options.retro_chunk_length)
+    config = ProjectConfig(
+        retro_block_size=options.retro_block_size or choose_shard_length(rows, _LONGEST_BLOCK),
+        retro_gpt_chunk_length=options.retro_chunk_length,
+        retro_gpt_seq_length=options.seq_length,
+        retro_gpt_global_batch_size=options.global_batch_size,
+        retro_gpt_train_samples=train_samples,
+        retro_gpt_eval_interval=options.eval_interval,
+        retro_gpt_eval_iters=options.eval_iters,
+        retro_gpt_split=options.split,
+        retro_gpt_seed=options.seed,
+        retro_gpt_data_path=[
+            item
+            for weight, prefix in zip(weights, prefixes, strict=True)
+            for item in (str(weight), prefix)
+        ],
+        retro_gpt_tokenizer_type=str(names["type"]),
+        retro_gpt_tokenizer_model=names["model"],
+        retro_gpt_vocab_file=names["vocab"],
+        retro_gpt_merge_file=names["merges"],
+        retro_bert_tokenizer_type="BertWordPieceLowerCase",
+        retro_bert_vocab_file=names["bert"],
+        retro_neighbor_dirs={"train": None, "valid": None, "test": None},
+    )
+    if paths.config.is_file():  # a finished query_neighbors has filled these in
+        config.retro_neighbor_dirs = ProjectConfig.load(paths.root).retro_neighbor_dirs
+    return config
+
+
+def _samples_of_epochs(options: PreprocessCorpusOptions, datasets: Sequence[TokenFile]) -> int:
+    """Samples of `train_epochs` passes over the training documents, in whole batches."""
+    tokens = 0
+    for dataset in datasets:
+        start, end = document_ranges(options.split, len(dataset))["train"]
+        tokens += int(dataset.lengths[start:end].sum(dtype=np.int64))
+    samples = int(options.train_epochs * (tokens - 1) // options.seq_length)
+    batch = options.global_batch_size
+    return max(samples // batch, 1) * batch
+
+
+def _save(config: ProjectConfig, options: PreprocessCorpusOptions, paths: ProjectPaths) -> None:
+    config.save(paths.root)
+    settings = ProjectSettings.load(paths.root)
+    settings.json_keys = options.json_keys
+    settings.save(paths.root)
+    load_project_tokenizer(config, paths)
+
+
+def _summarize(
+    result: PreprocessedCorpus,
+    options: PreprocessCorpusOptions,
+    names: dict[str, str | None],
+    reports: Sequence[ShardReport | None],
+) -> None:
+    config = result.config
+    trained = options.tokenizer_model is None and options.vocab_file is None
+    asked = options.vocab_size
+    vocab = f"{result.vocab_size} pieces"
+    if trained and result.vocab_size < asked:
+        vocab += f" (lowered from {asked}: the corpus has no more)"
+    source = "" if options.train_samples else f" ({options.train_epochs:g} epochs)"
+    rows = {
+        "project": options.project_dir,
+        "documents": f"{result.num_documents}{' (reused)' if result.reused else ''}",
+        "tokens": result.num_tokens,
+        "tokenizer": f"{names['type']}, {vocab}",
+        "samples": f"train {config.num_train_samples}{source}, valid {config.num_valid_samples}, "
+        f"test {config.num_test_samples}",
+        "chunks per sample": config.chunks_per_sample,
+    }
+    print_summary(STAGE, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(PreprocessCorpusOptions, preprocess_corpus, argv)

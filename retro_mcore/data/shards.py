@@ -1,0 +1,143 @@
+"""Work cut into shards, one file each, shared by any number of ranks.
+
+A shard's content depends on its range alone, so the bytes are the same for every world size and
+after every restart. Ranks take the next shard from a counter in torch.distributed's store, so a
+slow rank holds nobody back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from retro_mcore.distributed import barrier, get_rank, get_world_size, raise_together
+from retro_mcore.project.markers import FileState, signed_write, state_of
+
+_round = itertools.count()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows [start, end) and the file that holds their result."""
+
+    start: int
+    end: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a run over shards did, on all ranks together."""
+
+    total: int
+    reused: int
+    damaged: tuple[Path, ...]
+
+    @property
+    def built(self) -> int:
+        """Shards that this run built."""
+        return self.total - self.reused
+
+    def __str__(self) -> str:
+        if self.reused == self.total:
+            return f"{self.total} (reused)"
+        text = f"{self.total} ({self.reused} reused)" if self.reused else str(self.total)
+        if self.damaged:
+            text += f", rebuilt damaged {', '.join(path.name for path in self.damaged)}"
+        return text
+
+
+def cut(directory: Path, count: int, shard_length: int) -> list[Shard]:
+    """Cut rows [0, count) into shards, named as upstream names them: zero-padded `start-end`."""
+    if count <= 0:
+        return []
+    digits = math.ceil(math.log(count) / math.log(10)) + 1
+    return [
+        Shard(start, end, directory / f"{start:0{digits}d}-{end:0{digits}d}.hdf5")
+        for start in range(0, count, shard_length)
+        for end in [min(start + shard_length, count)]
+    ]
+
+
+def choose_shard_length(count: int, longest: int, shards: int = 64, shortest: int = 64) -> int:
+    """Rows per shard: enough shards to share among ranks, each neither tiny nor over `longest`."""
+    return min(longest, max(shortest, -(-count // shards)))
+
+
+def run_shards(
+    shards: Sequence[Shard],
+    build: Callable[[Shard, Path], None],
+    fingerprint: str,
+    description: str,
+    group: dist.ProcessGroup | None = None,
+) -> ShardReport:
+    """Build the shards that are not there yet, on all ranks of `group`; ends with a barrier.
+
+    Args:
+        shards: All shards of the stage.
+        build: Writes a shard's file at the temporary path that it is given.
+        fingerprint: What the shards are built from; a file of another one is built anew.
+        description: Label of the progress bar.
+        group: Default: the world.
+
+    Raises:
+        RetroError: on all ranks, whichever rank met it.
+    """
+    states: list[FileState] = [FileState.MISSING] * len(shards)
+    rank, world = get_rank(group), get_world_size(group)
+    with raise_together(group):
+        for index in range(rank, len(shards), world):
+            states[index] = state_of(shards[index].path, fingerprint)
+    states = _gather_states(states, world, group)
+    missing = [
+        shard
+        for shard, state in zip(shards, states, strict=True)
+        if state is not FileState.COMPLETE
+    ]
+    with raise_together(group):
+        progress = tqdm(total=len(missing), desc=description, disable=rank != 0 or not missing)
+        done = 0
+        for index in _take_turns(len(missing), group):
+            shard = missing[index]
+            with signed_write(shard.path, fingerprint) as temporary:
+                build(shard, temporary)
+            progress.update(index + 1 - done)
+            done = index + 1
+        progress.update(len(missing) - done)
+        progress.close()
+    barrier(group)
+    damaged = tuple(
+        shard.path
+        for shard, state in zip(shards, states, strict=True)
+        if state is FileState.DAMAGED
+    )
+    return ShardReport(len(shards), len(shards) - len(missing), damaged)
+
+
+def _gather_states(
+    states: list[FileState], world: int, group: dist.ProcessGroup | None
+) -> list[FileState]:
+    if world == 1:
+        return states
+    gathered: list[list[FileState] | None] = [None] * world
+    dist.all_gather_object(gathered, states, group=group)
+    return [gathered[index % world][index] for index in range(len(states))]  # type: ignore[index]
+
+
+def _take_turns(count: int, group: dist.ProcessGroup | None) -> Iterator[int]:
+    """Numbers below `count`, each given to one rank; whoever is free takes the next."""
+    if get_world_size(group) == 1:
+        yield from range(count)
+        return
+    # The store is shared by all collectives of this kind, so each round counts under its own key.
+    # Ranks run the same sequence of rounds.
+    key = f"retro_mcore/shards/{next(_round)}"
+    store = dist.distributed_c10d._get_default_store()
+    while (index := store.add(key, 1) - 1) < count:
+        yield index

@@ -1,0 +1,52 @@
+"""Writing Megatron's indexed datasets (.bin and .idx) with megatron-core's own builder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from retro_mcore.errors import TokenizerError
+
+
+def token_dtype(vocab_size: int) -> type[np.number]:
+    """The type that Megatron stores tokens of such a vocabulary in."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    return DType.optimal_dtype(vocab_size)
+
+
+def write_indexed_dataset(
+    binary: Path, index: Path, documents: Iterable[np.ndarray], dtype: type[np.number]
+) -> int:
+    """Write one sequence per document; returns the number of documents.
+
+    Args:
+        binary: Where the tokens go (.bin).
+        index: Where the index goes (.idx).
+        documents: Tokens of each document, end-of-document token included.
+        dtype: What tokens are stored as.
+
+    Raises:
+        TokenizerError: a token id does not fit `dtype`.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    largest = int(np.iinfo(dtype).max)
+    builder = IndexedDatasetBuilder(str(binary), dtype=dtype)
+    count = 0
+    try:
+        for count, document in enumerate(documents, start=1):
+            if len(document) and int(document.max()) > largest:
+                raise TokenizerError(
+                    "--tokenizer-model",
+                    f"token id {int(document.max())} is too large for {np.dtype(dtype).name}",
+                    "Use a tokenizer with fewer tokens",
+                )
+            builder.add_document(document, [len(document)])
+    except BaseException:
+        builder.data_file.close()
+        raise
+    builder.finalize(str(index))
+    return count

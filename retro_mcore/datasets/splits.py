@@ -1,0 +1,57 @@
+"""Which documents belong to which split."""
+
+from __future__ import annotations
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.project.config import SPLITS, Split
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Percentages of training, validation and test documents.
+
+    Raises:
+        ConfigurationError: not three numbers that sum to 100 with a training part.
+    """
+    try:
+        parts = [float(part) for part in split.split(",")]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or min(parts) < 0 or abs(sum(parts) - 100) > 1e-6 or int(parts[0] * 10) == 0:
+        raise ConfigurationError(
+            "--split",
+            repr(split),
+            "Give three percentages that sum to 100, the first above 0, such as 90,5,5",
+        )
+    return parts[0], parts[1], parts[2]
+
+
+def document_ranges(split: str, num_documents: int) -> dict[Split, tuple[int, int]]:
+    """Documents [start, end) of each split, rounded as Megatron's dataset builder rounds."""
+    bounds, share = [0.0], [part / sum(parse_split(split)) for part in parse_split(split)]
+    for part in share:
+        bounds.append(bounds[-1] + part)
+    edges = [round(bound * float(num_documents)) for bound in bounds]
+    return {name: (edges[i], edges[i + 1]) for i, name in enumerate(SPLITS)}
+
+
+def check_documents(split: str, num_documents: int, where: object) -> None:
+    """Refuse a split that asks for a part and leaves it no document.
+
+    The retrieval database takes the first floor(percentage · documents) documents, so it needs one
+    of these too.
+
+    Raises:
+        ConfigurationError: naming the part and a split that works.
+    """
+    parts = parse_split(split)
+    ranges = document_ranges(split, num_documents)
+    for name, part in zip(SPLITS, parts, strict=True):
+        start, end = ranges[name]
+        empty = end <= start or (name == "train" and int(part / 100 * num_documents) == 0)
+        if part and empty:
+            raise ConfigurationError(
+                "--split",
+                f"{split!r} leaves no {name} documents of the {num_documents} in {where}",
+                "Give more documents, or a split such as "
+                + ("60,20,20" if num_documents >= 5 else "100,0,0"),
+            )

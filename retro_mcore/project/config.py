@@ -1,0 +1,203 @@
+"""The project's configuration: config.json in upstream's keys, and our settings beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from retro_mcore.chunking import chunks_per_sample
+from retro_mcore.errors import CorruptFileError, ProjectError
+from retro_mcore.project.atomic import write_json
+from retro_mcore.project.paths import ProjectPaths
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+@dataclass
+class ProjectConfig:
+    """config.json: one field per key, named as Megatron's Retro names it.
+
+    Paths of tokenizer files are relative to the project directory, data prefixes to its `data/`.
+
+    Attributes:
+        retro_gpt_data_path: weight, prefix, weight, prefix … (weights are strings), or one prefix.
+        retro_block_size: Rows per file of embeddings and of neighbors.
+        retro_neighbor_dirs: Split to directory name under `query/`, None where there is none.
+        unknown: Keys of other writers, kept as they are.
+    """
+
+    retro_block_size: int
+    retro_gpt_chunk_length: int
+    retro_gpt_seq_length: int
+    retro_gpt_global_batch_size: int
+    retro_gpt_train_samples: int
+    retro_gpt_eval_interval: int
+    retro_gpt_eval_iters: int
+    retro_gpt_split: str
+    retro_gpt_seed: int
+    retro_gpt_data_path: list[str]
+    retro_gpt_tokenizer_type: str
+    retro_gpt_data_cache_path: str | None = None
+    retro_gpt_tokenizer_model: str | None = None
+    retro_gpt_vocab_file: str | None = None
+    retro_gpt_merge_file: str | None = None
+    retro_bert_tokenizer_type: str | None = None
+    retro_bert_vocab_file: str | None = None
+    retro_neighbor_dirs: dict[str, str | None] = field(default_factory=dict)
+    unknown: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, project_dir: Path | str) -> ProjectConfig:
+        """Read config.json, or args.json in older directories.
+
+        Raises:
+            ProjectError: there is neither, or a key that is needed is missing.
+            CorruptFileError: the file is not a JSON object.
+        """
+        paths = ProjectPaths(project_dir)
+        path = paths.config if paths.config.is_file() else paths.legacy_config
+        if not path.is_file():
+            raise ProjectError(
+                paths.config,
+                "no such file, so this is not a project directory",
+                "Run preprocess_corpus, or check --project-dir",
+            )
+        values = read_json_object(path)
+        known = {field_.name for field_ in fields(cls)} - {"unknown"}
+        unknown = {key: value for key, value in values.items() if key not in known}
+        values = {key: value for key, value in values.items() if key in known}
+        missing = sorted(
+            field_.name
+            for field_ in fields(cls)
+            if field_.name.startswith("retro_gpt_")
+            and field_.name not in values
+            and field_.name not in _OPTIONAL
+        )
+        if missing:
+            raise ProjectError(path, f"keys {', '.join(missing)} are missing", "Restore the file")
+        values.setdefault("retro_block_size", 100_000)
+        values["retro_neighbor_dirs"] = values.get("retro_neighbor_dirs") or {}
+        values["retro_gpt_data_path"] = [str(item) for item in values["retro_gpt_data_path"]]
+        return cls(**values, unknown=unknown)
+
+    def save(self, project_dir: Path | str) -> None:
+        """Write config.json (indented by 4, sorted keys), atomically."""
+        values = asdict(self)
+        unknown = values.pop("unknown")
+        write_json(ProjectPaths(project_dir).config, {**unknown, **values}, sort_keys=True)
+
+    @property
+    def chunks_per_sample(self) -> int:
+        """L."""
+        return chunks_per_sample(self.retro_gpt_seq_length, self.retro_gpt_chunk_length)
+
+    @property
+    def blend(self) -> tuple[list[float], list[str]]:
+        """Weights as given (not normalized) and data prefixes."""
+        path = self.retro_gpt_data_path
+        if len(path) == 1:
+            return [1.0], list(path)
+        return [float(weight) for weight in path[::2]], list(path[1::2])
+
+    @property
+    def num_train_samples(self) -> int:
+        """Samples of the training split."""
+        return self.retro_gpt_train_samples
+
+    @property
+    def num_valid_samples(self) -> int:
+        """Samples of all evaluations that training makes, the one before its end included."""
+        batches = self.retro_gpt_train_samples // self.retro_gpt_global_batch_size
+        evaluations = batches // self.retro_gpt_eval_interval + 1
+        return evaluations * self.retro_gpt_eval_iters * self.retro_gpt_global_batch_size
+
+    @property
+    def num_test_samples(self) -> int:
+        """Samples of the evaluation after training."""
+        return self.retro_gpt_eval_iters * self.retro_gpt_global_batch_size
+
+    def num_samples(self, split: Split) -> int:
+        """Samples of `split`."""
+        return {
+            "train": self.num_train_samples,
+            "valid": self.num_valid_samples,
+            "test": self.num_test_samples,
+        }[split]
+
+
+_OPTIONAL = {
+    field_.name
+    for field_ in fields(ProjectConfig)
+    if field_.name
+    in (
+        "retro_gpt_data_cache_path",
+        "retro_gpt_tokenizer_model",
+        "retro_gpt_vocab_file",
+        "retro_gpt_merge_file",
+    )
+}
+
+
+@dataclass
+class ProjectSettings:
+    """retro_mcore.json: what the pipeline needs to know and config.json has no key for.
+
+    Attributes:
+        json_keys: Keys of a JSONL line that hold the text.
+        embedder: Name or path that the embedder was loaded by.
+        embedding_dimension: Its dimension.
+        index_string: Faiss factory string.
+        nprobe: Lists searched per query; None where the index has no lists.
+        ef_search: Breadth of a graph search; None where the index has no graph.
+        num_neighbors_query: Candidates searched per chunk, before the same-document filter.
+        num_neighbors_save: Neighbors saved per chunk.
+    """
+
+    json_keys: list[str] = field(default_factory=lambda: ["text"])
+    embedder: str | None = None
+    embedding_dimension: int | None = None
+    index_string: str | None = None
+    nprobe: int | None = None
+    ef_search: int | None = None
+    num_neighbors_query: int | None = None
+    num_neighbors_save: int | None = None
+
+    @classmethod
+    def load(cls, project_dir: Path | str) -> ProjectSettings:
+        """Read retro_mcore.json; the defaults where there is none (another writer's directory).
+
+        Raises:
+            CorruptFileError: the file is not a JSON object, or holds an unknown key.
+        """
+        path = ProjectPaths(project_dir).settings
+        if not path.is_file():
+            return cls()
+        values = read_json_object(path)
+        unknown = sorted(set(values) - {field_.name for field_ in fields(cls)})
+        if unknown:
+            raise CorruptFileError(
+                path, f"unknown keys {', '.join(unknown)}", "Update retro-mcore, or remove them"
+            )
+        return cls(**values)
+
+    def save(self, project_dir: Path | str) -> None:
+        """Write retro_mcore.json, atomically."""
+        write_json(ProjectPaths(project_dir).settings, asdict(self))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        CorruptFileError: it holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(path, f"not JSON ({error})", "Restore the file") from error
+    if not isinstance(values, dict):
+        raise CorruptFileError(path, "not a JSON object", "Restore the file")
+    return values

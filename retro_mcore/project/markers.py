@@ -1,0 +1,107 @@
+"""Completion markers: a file counts as built only while its bytes are those that were written.
+
+Beside `name` lies `name.done`, a JSON object with its size, checksum and the fingerprint of what
+it was built from. So a truncated, altered or foreign file is found before it is used. The marker is
+written just before the file takes its name: a file of ours is never without one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+
+from retro_mcore.errors import CorruptFileError
+from retro_mcore.project.atomic import atomic_write, write_json
+
+
+class FileState(Enum):
+    """What a marker says about its file."""
+
+    MISSING = "missing"
+    COMPLETE = "complete"
+    DAMAGED = "damaged"
+
+
+def checksum(path: Path | str) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint_of(value: object) -> str:
+    """A short digest of a JSON-able value, independent of the order of keys."""
+    encoded = json.dumps(value, sort_keys=True, default=str).encode()
+    return hashlib.sha256(encoded).hexdigest()[:32]
+
+
+def marker_path(path: Path) -> Path:
+    """Where the marker of `path` lies."""
+    return path.with_name(f"{path.name}.done")
+
+
+@contextmanager
+def signed_write(path: Path, fingerprint: str = "") -> Iterator[Path]:
+    """`atomic_write` that also writes the completion marker."""
+    with atomic_write(path) as temporary:
+        yield temporary
+        write_json(
+            marker_path(path),
+            {
+                "bytes": temporary.stat().st_size,
+                "sha256": checksum(temporary),
+                "fingerprint": fingerprint,
+            },
+        )
+
+
+def _read_marker(path: Path) -> dict | None:
+    try:
+        marker = json.loads(marker_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def state_of(path: Path, fingerprint: str | None = None) -> FileState:
+    """Compare `path` with its marker, reading all of its bytes.
+
+    A file without a marker is not ours, and counts as missing. With `fingerprint`, a file built
+    from something else counts as damaged.
+    """
+    marker = _read_marker(path)
+    if marker is None or not path.is_file():
+        return FileState.MISSING
+    if path.stat().st_size != marker.get("bytes"):
+        return FileState.DAMAGED
+    if fingerprint is not None and marker.get("fingerprint") != fingerprint:
+        return FileState.DAMAGED
+    return FileState.COMPLETE if checksum(path) == marker.get("sha256") else FileState.DAMAGED
+
+
+def verify(path: Path, mend: str) -> None:
+    """Refuse a file that is missing or differs from its marker; one without a marker is trusted.
+
+    Directories of other writers have no markers.
+
+    Raises:
+        CorruptFileError: with `mend` as the way out.
+    """
+    if not path.is_file():
+        raise CorruptFileError(path, "no such file", mend)
+    if marker_path(path).exists() and state_of(path) is not FileState.COMPLETE:
+        raise CorruptFileError(path, "its bytes differ from its completion marker", mend)
+
+
+def digest_of(path: Path) -> str:
+    """Checksum of `path`: the marker's where the size agrees, else computed."""
+    marker = _read_marker(path)
+    if marker is not None and path.stat().st_size == marker.get("bytes"):
+        return str(marker["sha256"])
+    return checksum(path)

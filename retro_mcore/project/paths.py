@@ -1,0 +1,111 @@
+"""Where everything of a project directory lies (docs/data_formats.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+#: What the retired pipeline calls an index that is filled from per-shard codes. It names a
+#: directory; readers of either pipeline look for the added index below it.
+INDEX_TYPE = "faiss-par-add"
+
+
+@dataclass(frozen=True)
+class ProjectPaths:
+    """The paths of one project directory.
+
+    Attributes:
+        root: The project directory, absolute.
+    """
+
+    root: Path
+
+    def __init__(self, root: Path | str) -> None:
+        object.__setattr__(self, "root", Path(root).absolute())
+
+    @property
+    def config(self) -> Path:
+        """The configuration that Megatron's Retro reads too."""
+        return self.root / "config.json"
+
+    @property
+    def legacy_config(self) -> Path:
+        """The configuration's name in older directories."""
+        return self.root / "args.json"
+
+    @property
+    def settings(self) -> Path:
+        """Our own settings: embedder, index, search."""
+        return self.root / "retro_mcore.json"
+
+    @property
+    def data(self) -> Path:
+        """Tokens: <prefix>.bin and <prefix>.idx."""
+        return self.root / "data"
+
+    @property
+    def data_cache(self) -> Path:
+        """Sample indexes of Megatron's datasets."""
+        return self.data / "cache"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Tokenizer files named in the configuration."""
+        return self.root / "tokenizer"
+
+    @property
+    def db(self) -> Path:
+        """The chunk database."""
+        return self.root / "db"
+
+    @property
+    def dataset_infos(self) -> Path:
+        """Counts of documents and chunks per dataset."""
+        return self.db / "indexed_dataset_infos.json"
+
+    def individual_db(self, prefix: str) -> Path:
+        """Directory of one dataset's chunks, a file per range of documents."""
+        return self.db / "individual" / prefix
+
+    def merged_db(self, name: str) -> Path:
+        """The merged database `name`: "train" (the one retrieved from), "valid" or "sampled"."""
+        return self.db / "merged" / f"{name}.hdf5"
+
+    @property
+    def index(self) -> Path:
+        """Embeddings and indexes."""
+        return self.root / "index"
+
+    @property
+    def embeddings(self) -> Path:
+        """Embeddings of the rows of train.hdf5, a file per range."""
+        return self.index / "embeddings"
+
+    def index_dir(self, index_string: str) -> Path:
+        """Directory of one index."""
+        return self.index / INDEX_TYPE / index_string
+
+    def empty_index(self, index_string: str) -> Path:
+        """The trained index, without vectors."""
+        return self.index_dir(index_string) / "empty_1.000.faissindex"
+
+    def added_index(self, index_string: str) -> Path:
+        """The index with all vectors."""
+        return self.index_dir(index_string) / "added_1.000_1.000.faissindex"
+
+    def recall_report(self, index_string: str) -> Path:
+        """Measured recall of the index."""
+        return self.index_dir(index_string) / "recall.json"
+
+    @property
+    def query(self) -> Path:
+        """Neighbors, one directory per split."""
+        return self.root / "query"
+
+    def stage_record(self, stage: str) -> Path:
+        """What a stage was run with."""
+        return self.root / "stages" / f"{stage}.json"
+
+    def relative(self, path: Path) -> str:
+        """`path` as it is written in the configuration: relative to the project directory."""
+        return path.relative_to(self.root).as_posix()
