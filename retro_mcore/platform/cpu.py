@@ -156,6 +156,9 @@ def _patch_random_state(megatron_random: Any) -> None:
 
 
 def _patch_allocation() -> None:
+    # Contexts such as torch.device("meta"), under which transformers loads models, know factories
+    # by identity from a cached table: fill it while the names still mean the originals.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _TENSOR_FACTORIES:
