@@ -150,7 +150,8 @@ def generate(
     """Continue a batch of prompts.
 
     Args:
-        model: A model of one pipeline stage; its training mode is left as it was.
+        model: A model of one pipeline stage (without `neighbors` any GPTModel will do); its
+            training mode is left as it was.
         tokenizer: Gives the end of a text (EOD) and the number of tokens that mean something.
         prompt_tokens: At least one token each; their lengths may differ.
         max_new_tokens: Where a text stops that does not end by itself.
@@ -254,6 +255,10 @@ def _check(
         raise ConfigurationError("--max-new-tokens", str(max_new_tokens), "Give at least 1")
     if not prompts:
         raise ConfigurationError("--prompt", "no prompt", "Give at least one")
+    if neighbors is not None and getattr(model, "neighbor_encoder", None) is None:
+        raise ConfigurationError(
+            "--retro-neighbors", "the model was trained without retrieval", "Use none"
+        )
     if neighbors is not None and model.config.retro_chunk_alignment != "left":
         raise ConfigurationError(
             "retro_chunk_alignment",

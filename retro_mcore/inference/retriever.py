@@ -1,0 +1,179 @@
+"""Live retrieval: a chunk of tokens or a text in, its neighbors in the project's database out.
+
+The search is the one that built the project's training neighbors: the same text of a chunk, the
+same embedder, index and breadth. Nothing is filtered, since a text that is being written belongs
+to no document of the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.embedders import Embedder, build_embedder
+from retro_mcore.data.index import load_index, search
+from retro_mcore.data.text import chunk_texts
+from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.inference.neighbors import CompletedChunk, RetrievedNeighbors
+from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
+from retro_mcore.project.markers import verify
+from retro_mcore.project.stages import require_stage
+
+
+@dataclass(frozen=True)
+class NeighborDescription:
+    """A neighbor for human eyes.
+
+    Attributes:
+        id: Its row in the chunk database.
+        distance: Distance of the embeddings, in the index's metric.
+        text: The neighbor's own chunk.
+        continuation: The text of the chunks that follow it; empty at its document's end.
+        dataset: Prefix of the dataset that holds its document.
+        document: The document's place in that dataset.
+    """
+
+    id: int
+    distance: float
+    text: str
+    continuation: str
+    dataset: str
+    document: int
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, in words."""
+        return f"document {self.document} of {self.dataset}"
+
+
+class Retriever:
+    """The project's database and index, as a `NeighborSource`.
+
+    The embedder and the index are loaded by the first search, so that a rank that never searches
+    needs no memory for them.
+
+    Args:
+        project_dir: A project directory, after build_index.
+        num_neighbors: K.
+        num_retrieved_chunks: Chunks per neighbor, itself included.
+        device: Where the embedder runs ("cpu", "cuda"); None: CUDA where there is one.
+
+    Raises:
+        ProjectError: a stage has not run, or the index is not of this database.
+        ConfigurationError: K or the number of retrieved chunks is not positive.
+        TokenizerError: the tokenizer is not the project's.
+        CorruptFileError: a file is damaged.
+    """
+
+    def __init__(
+        self,
+        project_dir: Path | str,
+        num_neighbors: int = 2,
+        num_retrieved_chunks: int = 2,
+        device: str | None = None,
+    ) -> None:
+        for flag, value in (
+            ("--retro-num-neighbors", num_neighbors),
+            ("--retro-num-retrieved-chunks", num_retrieved_chunks),
+        ):
+            if value < 1:
+                raise ConfigurationError(flag, str(value), "Give at least 1")
+        self.num_neighbors, self.num_retrieved_chunks = num_neighbors, num_retrieved_chunks
+        self._paths, self._device = ProjectPaths(project_dir), device
+        config = ProjectConfig.load(project_dir)
+        self.chunk_length = config.retro_gpt_chunk_length
+        self.tokenizer = load_project_tokenizer(config, self._paths)
+        self.database = ChunkDatabase.open(project_dir)
+        self._datasets = config.blend[1]
+        self._settings = ProjectSettings.load(project_dir)
+        self._index_path = self._find_index()
+
+    def _find_index(self) -> Path:
+        settings = self._settings
+        if settings.index_string is None or settings.embedder is None:
+            raise ProjectError(
+                self._paths.settings,
+                "names no index and no embedder",
+                f"Run build_index --project-dir {self._paths.root} first",
+            )
+        path = self._paths.added_index(settings.index_string)
+        require_stage(self._paths, path, "build_index")
+        return path
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The embedder that the index was built with."""
+        embedder = build_embedder(str(self._settings.embedder), device=self._device)
+        if embedder.dimension != self._settings.embedding_dimension:
+            raise ProjectError(
+                self._paths.settings,
+                f"the index has dimension {self._settings.embedding_dimension}, but the embedder "
+                f"{embedder.name} now gives {embedder.dimension}",
+                "Restore the embedder's model",
+            )
+        return embedder
+
+    @cached_property
+    def index(self) -> Any:
+        """The Faiss index, with the search breadth that build_index chose."""
+        verify(self._index_path, f"Run build_index --project-dir {self._paths.root} again")
+        index = load_index(self._index_path, self._settings.nprobe, self._settings.ef_search)
+        if index.ntotal != len(self.database):
+            raise ProjectError(
+                self._index_path,
+                f"holds {index.ntotal} chunks, but the database {len(self.database)}",
+                f"Run build_index --project-dir {self._paths.root} again",
+            )
+        return index
+
+    def search_texts(self, texts: Sequence[str]) -> RetrievedNeighbors:
+        """The neighbors of N texts; where the index finds fewer than K, the rest is masked."""
+        shape_NK = (len(texts), self.num_neighbors)
+        ids, distances = np.full(shape_NK, NO_NEIGHBOR), np.full(shape_NK, np.inf, np.float32)
+        if len(texts):
+            found = min(self.num_neighbors, len(self.database))
+            distances[:, :found], ids[:, :found] = search(
+                self.index, self.embedder.embed(texts), found
+            )
+        tokens, mask = self.database.retrieved_tokens(
+            ids, self.num_retrieved_chunks, self.chunk_length, self.tokenizer.eod
+        )
+        return RetrievedNeighbors(tokens, mask, ids, distances)
+
+    def search_tokens(self, chunks: Sequence[Sequence[int]]) -> RetrievedNeighbors:
+        """The neighbors of N chunks of the project's tokens."""
+        arrays = [np.asarray(chunk, np.int64) for chunk in chunks]
+        return self.search_texts(chunk_texts(self.tokenizer, arrays))
+
+    def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
+        """The neighbors of N chunks of growing texts (`NeighborSource`)."""
+        return self.search_tokens([chunk.tokens for chunk in chunks])
+
+    def describe(self, retrieved: RetrievedNeighbors) -> list[list[NeighborDescription]]:
+        """Texts and source documents of what a search found, per chunk, nearest first."""
+        assert retrieved.ids is not None
+        assert retrieved.distances is not None
+        return [
+            [
+                self._describe(int(neighbor), float(distance))
+                for neighbor, distance in zip(ids_K, distances_K, strict=True)
+                if neighbor != NO_NEIGHBOR
+            ]
+            for ids_K, distances_K in zip(retrieved.ids, retrieved.distances, strict=True)
+        ]
+
+    def _describe(self, neighbor: int, distance: float) -> NeighborDescription:
+        ids = self.database.retrieved_ids(np.array(neighbor), self.num_retrieved_chunks)
+        texts = self.database.texts(ids[ids != NO_NEIGHBOR], self.tokenizer)
+        dataset, document = self.database.documents(np.array(neighbor)).tolist()
+        return NeighborDescription(
+            neighbor, distance, texts[0], "".join(texts[1:]), self._datasets[dataset], document
+        )

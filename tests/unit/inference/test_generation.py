@@ -1,0 +1,187 @@
+"""Generation on small models: consistent with one forward pass, however the texts are batched."""
+
+import numpy as np
+import pytest
+import torch
+
+from retro_mcore.errors import ConfigurationError, ProjectError
+from tests.unit.inference.small import (
+    CHUNK_LENGTH,
+    NUM_NEIGHBORS,
+    RETRIEVED_LENGTH,
+    ChunkFunction,
+    Vocabulary,
+    prompts,
+    small_model,
+)
+from tests.unit.model.builders import run_model
+
+# The end of a document never comes, so that lengths are known.
+ENDLESS = Vocabulary(eod=90)
+
+
+@pytest.fixture(scope="module")
+def model(megatron):
+    return small_model()
+
+
+def generate(model, prompt_tokens, **options):
+    from retro_mcore.inference.generation import generate
+    from retro_mcore.inference.sampling import SamplingOptions
+
+    greedy = SamplingOptions(temperature=0)
+    defaults = {"tokenizer": ENDLESS, "sampling": greedy, "max_new_tokens": 4}
+    return generate(model, prompt_tokens=prompt_tokens, **{**defaults, **options})
+
+
+def whole_logits(model, text, neighbors):
+    """One forward pass over a finished text with the neighbors of all of its chunks."""
+    tokens = torch.tensor([text.tokens])
+    retrieved = neighbors.neighbors_of(
+        [
+            type(neighbors.asked[0])(0, i, text.tokens[i * CHUNK_LENGTH :][:CHUNK_LENGTH])
+            for i in range(len(text.tokens) // CHUNK_LENGTH)
+        ]
+    )
+    inputs = {
+        "tokens": tokens,
+        "retrieved": torch.from_numpy(retrieved.tokens)[None],
+        "mask": torch.from_numpy(retrieved.mask)[None],
+    }
+    with torch.no_grad():
+        return run_model(model, inputs)[0, :, : ENDLESS.vocab_size]
+
+
+@pytest.mark.parametrize("length", [1, CHUNK_LENGTH - 1, CHUNK_LENGTH, 2 * CHUNK_LENGTH + 3])
+def test_greedy_tokens_are_the_argmax_of_one_pass_over_the_finished_text(model, length):
+    source = ChunkFunction()
+    (text,) = generate(model, prompts(length), max_new_tokens=20, neighbors=source)
+    expected = whole_logits(model, text, source).argmax(-1)
+    assert text.new_tokens == expected[length - 1 : -1].tolist()
+    assert text.finish_reason == "length"
+    assert len(text.new_tokens) == 20
+
+
+def test_each_chunk_is_retrieved_once_as_soon_as_it_is_complete(model):
+    source = ChunkFunction()
+    (text,) = generate(model, prompts(CHUNK_LENGTH + 2), max_new_tokens=15, neighbors=source)
+    # 25 tokens: the third chunk is complete before the last token is chosen, and used for it.
+    assert [chunk.chunk for chunk in source.asked] == [0, 1, 2]
+    for chunk in source.asked:
+        start = chunk.chunk * CHUNK_LENGTH
+        assert chunk.tokens == text.tokens[start : start + CHUNK_LENGTH]
+    assert len(text.neighbors) == 3
+
+
+def test_a_prompt_continues_the_same_with_any_companions(model):
+    given = prompts(3, 2 * CHUNK_LENGTH, CHUNK_LENGTH + 1)
+    together = generate(model, given, max_new_tokens=12, neighbors=ChunkFunction())
+    for prompt, text in zip(given, together, strict=True):
+        (alone,) = generate(model, [prompt], max_new_tokens=12, neighbors=ChunkFunction())
+        assert text.tokens == alone.tokens
+
+
+def test_neighbors_matter_and_without_them_the_model_is_its_gpt_decoder(model):
+    prompt = prompts(2 * CHUNK_LENGTH)
+    (live,) = generate(model, prompt, max_new_tokens=12, neighbors=ChunkFunction())
+    (off,) = generate(model, prompt, max_new_tokens=12)
+    assert live.tokens != off.tokens
+    assert off.neighbors == []
+    inputs = {"tokens": torch.tensor([off.tokens]), "retrieved": None, "mask": None}
+    with torch.no_grad():
+        expected = run_model(model, inputs)[0, :, : ENDLESS.vocab_size].argmax(-1)
+    assert off.new_tokens == expected[2 * CHUNK_LENGTH - 1 : -1].tolist()
+
+
+def test_given_neighbors_are_used_for_their_chunk_alone(model):
+    from retro_mcore.inference.neighbors import GivenNeighbors, RetrievedNeighbors
+
+    tokens = np.random.default_rng(1).integers(1, 90, (1, NUM_NEIGHBORS, RETRIEVED_LENGTH))
+    given = RetrievedNeighbors(tokens, np.zeros(tokens.shape, bool))
+    source = GivenNeighbors({1: given}, NUM_NEIGHBORS, RETRIEVED_LENGTH, pad_id=0)
+    same_twice = prompts(CHUNK_LENGTH) * 2
+    without, with_neighbors = generate(model, same_twice, max_new_tokens=10, neighbors=source)
+    assert without.tokens != with_neighbors.tokens
+    np.testing.assert_array_equal(with_neighbors.neighbors[0].tokens[0], tokens[0])
+    assert with_neighbors.neighbors[1].mask.all()
+
+
+def test_a_text_ends_at_eod_and_its_companions_go_on(model):
+    given = prompts(5, 6)
+    free = generate(model, given, max_new_tokens=6)
+    first = free[0].new_tokens
+    eod = next(token for token in first if token not in free[1].new_tokens)
+    texts = generate(model, given, max_new_tokens=6, tokenizer=Vocabulary(eod=eod))
+    assert texts[0].new_tokens == first[: first.index(eod)]
+    assert texts[0].finish_reason == "eod"
+    assert texts[1].tokens == free[1].tokens
+
+
+def test_sampling_is_reproducible_and_never_leaves_the_vocabulary(model):
+    from retro_mcore.inference.sampling import SamplingOptions
+
+    def draw(seed):
+        sampling = SamplingOptions(temperature=50.0, seed=seed)  # nearly uniform
+        texts = generate(model, prompts(4) * 4, max_new_tokens=30, sampling=sampling)
+        return [text.new_tokens for text in texts]
+
+    first = draw(1)
+    assert first == draw(1)
+    assert first != draw(2)
+    assert max(map(max, first)) < ENDLESS.vocab_size
+    assert len({tuple(tokens) for tokens in first}) == 4  # each row has draws of its own
+
+
+def test_every_token_is_announced_in_order(model):
+    heard = []
+    texts = generate(
+        model, prompts(2, 9), max_new_tokens=3, on_token=lambda *event: heard.append(event)
+    )
+    for row, text in enumerate(texts):
+        assert [token for place, token in heard if place == row] == text.new_tokens
+    assert [row for row, _ in heard] == [0, 1] * 3
+
+
+def test_the_models_mode_is_left_as_it_was(model):
+    model.train()
+    try:
+        generate(model, prompts(2), max_new_tokens=1)
+        assert model.training
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([[]], {}, "prompt 0: no tokens"),
+        ([[1], [90]], {}, "prompt 1: token ids from 90 to 90.*90 tokens"),
+        ([[1] * 60], {"max_new_tokens": 5}, "--max-new-tokens: 5 after the 60 .* window of 64"),
+        ([[1]], {"max_new_tokens": 0}, "--max-new-tokens: 0"),
+        ([], {}, "no prompt"),
+    ],
+)
+def test_impossible_requests_are_refused(model, prompt, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        generate(model, prompt, **options)
+
+
+def test_the_window_may_be_filled_to_its_last_position(model):
+    (text,) = generate(model, [[1] * 60], max_new_tokens=4)
+    assert len(text.tokens) == 64
+
+
+def test_a_right_aligned_model_generates_without_neighbors_only(megatron):
+    model = small_model(retro_chunk_alignment="right")
+    with pytest.raises(ConfigurationError, match="retro_chunk_alignment"):
+        generate(model, prompts(3), neighbors=ChunkFunction())
+    assert len(generate(model, prompts(3), max_new_tokens=2)[0].new_tokens) == 2
+
+
+def test_an_error_of_the_search_reaches_the_caller(model):
+    class Broken:
+        def neighbors_of(self, chunks):
+            raise ProjectError("index", "gone", "Build it")
+
+    with pytest.raises(ProjectError, match="gone"):
+        generate(model, prompts(CHUNK_LENGTH), neighbors=Broken())
