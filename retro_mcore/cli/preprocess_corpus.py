@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def preprocess_corpus(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
     with raise_together():
         _check_options(options)
         sources = [Path(source) for source in options.input]
-        inputs = {}
+        inputs: dict[str, str] = {}
         for source in sources:
             inputs.setdefault(f"--input {source.name}", _digest_source(source))
         inputs.update(_digest_tokenizer_files(options))
@@ -141,7 +142,8 @@ def preprocess_corpus(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
     names = _prepare_tokenizer(options, paths, sources, fingerprint)
     with raise_together():
         tokenizer = build_tokenizer(
-            names["type"], *(paths.root / name if (name := names[key]) else None for key in _FILES)
+            _tokenizer_type(options),
+            *(paths.root / name if (name := names[key]) else None for key in _FILES),
         )
     reports = []
     for source, prefix in zip(sources, prefixes, strict=True):
@@ -335,7 +337,7 @@ def _train(
     target = paths.tokenizer / "sentencepiece.model"
     if get_rank() == 0 and state_of(target, fingerprint) is not FileState.COMPLETE:
         texts = (text for source in sources for text in _texts(source, options.json_keys))
-        first = (text for text, _ in zip(texts, range(options.tokenizer_training_documents)))
+        first = itertools.islice(texts, options.tokenizer_training_documents)
         with signed_write(target, fingerprint) as temporary:
             train_sentencepiece(first, options.vocab_size, temporary)
     return paths.relative(target)

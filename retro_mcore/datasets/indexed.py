@@ -33,11 +33,10 @@ def write_indexed_dataset(
     """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    largest = int(np.iinfo(dtype).max)
+    largest = np.iinfo(np.dtype(dtype)).max
     builder = IndexedDatasetBuilder(str(binary), dtype=dtype)
-    count = 0
     try:
-        for count, document in enumerate(documents, start=1):
+        for document in documents:
             if len(document) and int(document.max()) > largest:
                 raise TokenizerError(
                     "--tokenizer-model",
@@ -49,4 +48,4 @@ def write_indexed_dataset(
         builder.data_file.close()
         raise
     builder.finalize(str(index))
-    return count
+    return len(builder.sequence_lengths)

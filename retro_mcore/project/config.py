@@ -201,3 +201,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CorruptFileError(path, "not a JSON object", "Restore the file")
     return values
+
+
+def read_json_list(path: Path) -> list[dict[str, Any]]:
+    """The JSON list of objects in `path`.
+
+    Raises:
+        CorruptFileError: it holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(path, f"not JSON ({error})", "Restore the file") from error
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise CorruptFileError(path, "not a list of JSON objects", "Restore the file")
+    return values

@@ -1,0 +1,161 @@
+"""`query_neighbors`: the neighbors of every training, validation and test chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.embedders import build_embedder
+from retro_mcore.data.index import load_index
+from retro_mcore.data.neighbors import query_split
+from retro_mcore.data.shards import ShardReport, cut
+from retro_mcore.data.token_file import bin_path, idx_path
+from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.datasets.samples import build_all_gpt_samples
+from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
+from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.platform import setup_device
+from retro_mcore.project.config import SPLITS, ProjectConfig, ProjectSettings, Split
+from retro_mcore.project.markers import verify
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.stages import check_stage, finish_stage, input_digests, require_stage
+
+STAGE = "query_neighbors"
+
+
+@dataclass
+class QueryNeighborsOptions:
+    """Search the neighbors of every chunk of every sample, and save them."""
+
+    project_dir: str
+    """Project directory, after build_index."""
+    num_neighbors_query: int | None = None
+    """Candidates searched per chunk, before those of the sample's own documents are dropped
+    (default: 200, or all of a smaller database)."""
+    num_neighbors_save: int = 20
+    """Neighbors saved per chunk."""
+    embed_batch_size: int = 16
+    """Chunks per forward pass of the embedder."""
+    device: str = "auto"
+    """Where the embedder runs: auto, cpu or cuda."""
+
+
+@dataclass(frozen=True)
+class QueriedNeighbors:
+    """What `query_neighbors` made or found, per split that has samples."""
+
+    reports: dict[Split, ShardReport]
+    num_chunks: dict[Split, int]
+
+
+def query_neighbors(options: QueryNeighborsOptions) -> QueriedNeighbors:
+    """Fill query/ of a project, and name its directories in config.json.
+
+    Raises:
+        ProjectError: an earlier stage has not run, or the neighbors were searched with other
+            options.
+        CorruptFileError: the database or the index is damaged.
+    """
+    initialize()
+    with raise_together():
+        _check_options(options)
+        paths = ProjectPaths(options.project_dir)
+        config = ProjectConfig.load(paths.root)
+        settings = ProjectSettings.load(paths.root)
+        database = ChunkDatabase.open(paths.root)
+        if settings.index_string is None or settings.embedder is None:
+            raise ProjectError(
+                paths.index, "no index", f"Run build_index --project-dir {paths.root} first"
+            )
+        added = paths.added_index(settings.index_string)
+        require_stage(paths, added, "build_index")
+        verify(added, f"Run build_index --project-dir {paths.root} again")
+        num_query = options.num_neighbors_query or min(200, len(database))
+        stage_options = {
+            "--num-neighbors-query": num_query,
+            "--num-neighbors-save": options.num_neighbors_save,
+            "--embed-batch-size": options.embed_batch_size,
+            **{
+                key: getattr(config, key)
+                for key in vars(config)
+                if key.startswith(("retro_gpt_", "retro_block_size"))
+                and not key.endswith("cache_path")
+            },
+        }
+        prefixes = [paths.data / prefix for prefix in config.blend[1]]
+        files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
+        inputs = input_digests(paths, [*files, paths.merged_db("train"), added])
+        fingerprint = check_stage(paths, STAGE, stage_options, inputs, paths.query / "none")
+        device = setup_device(options.device)  # type: ignore[arg-type]
+        tokenizer = load_project_tokenizer(config, paths)
+        embedder = build_embedder(settings.embedder, options.embed_batch_size, str(device))
+        index = load_index(added, settings.nprobe, settings.ef_search)
+        _check_index(index, database, embedder.dimension, paths)
+    result = QueriedNeighbors({}, {})
+    directories: dict[str, str | None] = dict.fromkeys(SPLITS)
+    for split, samples in build_all_gpt_samples(config, paths, tokenizer).items():
+        if samples is None:
+            continue
+        # A finished directory keeps its name in a project that was moved.
+        name = config.retro_neighbor_dirs.get(split) or f"{split}_{samples.description_hash}"
+        rows = len(samples) * config.chunks_per_sample
+        result.num_chunks[split] = rows
+        directories[split] = name
+        result.reports[split] = query_split(
+            samples,
+            database,
+            index,
+            tokenizer,
+            embedder,
+            cut(paths.query / name, rows, config.retro_block_size),
+            config.retro_gpt_chunk_length,
+            num_query,
+            options.num_neighbors_save,
+            fingerprint,
+            f"neighbors of {split}",
+        )
+    with raise_together():
+        if get_rank() == 0:
+            config.retro_neighbor_dirs = directories
+            config.save(paths.root)
+            settings.num_neighbors_query = num_query
+            settings.num_neighbors_save = options.num_neighbors_save
+            settings.save(paths.root)
+            finish_stage(paths, STAGE, stage_options, inputs)
+    barrier()
+    summary: dict[str, object] = {
+        split: f"{result.num_chunks[split]} chunks in files {report}"
+        for split, report in result.reports.items()
+    }
+    summary["neighbors"] = f"{options.num_neighbors_save} saved of {num_query} searched"
+    print_summary(STAGE, summary)
+    return result
+
+
+def _check_options(options: QueryNeighborsOptions) -> None:
+    for flag in ("num_neighbors_query", "num_neighbors_save", "embed_batch_size"):
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"--{flag.replace('_', '-')}", str(value), "Give at least 1")
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError("--device", options.device, "Choose auto, cpu or cuda")
+
+
+def _check_index(
+    index: object, database: ChunkDatabase, dimension: int, paths: ProjectPaths
+) -> None:
+    total, width = int(index.ntotal), int(index.d)  # type: ignore[attr-defined]
+    if (total, width) != (len(database), dimension):
+        raise ProjectError(
+            paths.index,
+            f"the index holds {total} vectors of {width}, the database {len(database)} chunks and "
+            f"the embedder gives {dimension}",
+            f"Run build_index --project-dir {paths.root} again",
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(QueryNeighborsOptions, query_neighbors, argv)

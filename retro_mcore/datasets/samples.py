@@ -1,0 +1,133 @@
+"""The samples that a model trains on, whose chunks the neighbors are searched for.
+
+They are those of Megatron's GPT datasets: megatron-core's own classes build them, under the class
+name and with the attributes that the retired Retro used, so order, content and the hash that names
+the neighbor directories are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.data.token_file import open_token_files
+from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
+from retro_mcore.datasets.splits import document_ranges, parse_split
+from retro_mcore.distributed import initialize, raise_together
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.project.config import SPLITS, ProjectConfig, Split
+from retro_mcore.project.paths import ProjectPaths
+
+
+@dataclass
+class GPTSamples:
+    """The samples of one split. Picklable.
+
+    Attributes:
+        split: Which split.
+        blended: Megatron's blended dataset; it may hold a few more samples than are used.
+        num_samples: How many are used.
+    """
+
+    split: Split
+    blended: Any
+    num_samples: int
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def tokens(self, index: int) -> np.ndarray:
+        """i64 [S+1]: the sample's tokens and the label of the last one."""
+        return self.blended[index]["text"]
+
+    def documents(self, index: int) -> tuple[int, np.ndarray]:
+        """The dataset's number, and the documents that the sample is cut from, i64 [n]."""
+        sample = self.blended[index]
+        return int(sample["dataset_id"]), sample["document_ids"]
+
+    def document_ids(self, index: int) -> np.ndarray:
+        """The documents that the sample is cut from, i64 [n]."""
+        return self.documents(index)[1]
+
+    @property
+    def description_hash(self) -> str:
+        """The md5 in the name of the neighbor directory."""
+        return str(self.blended.unique_description_hash)
+
+
+def build_gpt_samples(
+    config: ProjectConfig,
+    paths: ProjectPaths,
+    split: Split,
+    tokenizer: Tokenizer | None = None,
+) -> GPTSamples | None:
+    """The samples of one split; None if the split has no documents or no samples.
+
+    All ranks must call it: rank 0 writes Megatron's sample indexes to data/cache.
+
+    Args:
+        config: The project's configuration.
+        paths: The project.
+        split: Which split.
+        tokenizer: The project's tokenizer, if it is loaded already.
+    """
+    return build_all_gpt_samples(config, paths, tokenizer)[split]
+
+
+def build_all_gpt_samples(
+    config: ProjectConfig, paths: ProjectPaths, tokenizer: Tokenizer | None = None
+) -> dict[Split, GPTSamples | None]:
+    """The samples of every split; see `build_gpt_samples`.
+
+    Raises:
+        ConfigurationError: a split of more than 0 percent has no documents.
+        TokenizerError: the tokenizer is not the project's.
+    """
+    initialize()
+    with raise_together():
+        tokenizer = tokenizer or load_project_tokenizer(config, paths)
+        _check_splits(config, paths)
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+
+    from retro_mcore.datasets.multi_split import MultiSplitGPTDataset, MultiSplitGPTDatasetConfig
+
+    weights, prefixes = config.blend
+    data_config = MultiSplitGPTDatasetConfig(
+        random_seed=config.retro_gpt_seed,
+        sequence_length=config.retro_gpt_seq_length,
+        blend=([str(paths.data / prefix) for prefix in prefixes], weights),
+        split=config.retro_gpt_split,
+        split_preprocessing=config.retro_gpt_split,
+        path_to_cache=str(paths.data_cache),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes = [config.num_samples(split) for split in SPLITS]
+    datasets = BlendedMegatronDatasetBuilder(
+        MultiSplitGPTDataset, sizes, lambda: True, data_config
+    ).build()
+    return {
+        split: GPTSamples(split, dataset, size) if dataset is not None and size else None
+        for split, dataset, size in zip(SPLITS, datasets, sizes, strict=True)
+    }
+
+
+def _check_splits(config: ProjectConfig, paths: ProjectPaths) -> None:
+    # Megatron would count epochs of nothing without end.
+    parts = parse_split(config.retro_gpt_split)
+    for dataset, prefix in zip(open_token_files(config, paths), config.blend[1], strict=True):
+        ranges = document_ranges(config.retro_gpt_split, len(dataset))
+        for name, part in zip(SPLITS, parts, strict=True):
+            if part and ranges[name][0] == ranges[name][1]:
+                raise ConfigurationError(
+                    f"retro_gpt_split {config.retro_gpt_split!r}",
+                    f"leaves no {name} documents of the {len(dataset)} in {prefix}",
+                    "Give more documents, or another --split",
+                )
