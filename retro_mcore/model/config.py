@@ -147,6 +147,13 @@ class RetroConfig(TransformerConfig):
         config.num_layers = self.retro_encoder_num_layers
         config.hidden_dropout = self.retro_encoder_hidden_dropout
         config.attention_dropout = self.retro_encoder_attention_dropout
+        config.pipeline_model_parallel_size = 1
+        config.virtual_pipeline_model_parallel_size = None
+        config.pipeline_model_parallel_layout = None
+        config.num_layers_in_first_pipeline_stage = None
+        config.num_layers_in_last_pipeline_stage = None
+        config.account_for_embedding_in_pipeline_split = False
+        config.account_for_loss_in_pipeline_split = False
         if self.recompute_granularity == "full":
             # The layer that calls the encoder is recomputed with it.
             config.recompute_granularity = config.recompute_method = None
@@ -195,11 +202,12 @@ class RetroConfig(TransformerConfig):
             )
 
     def _validate_parallelism(self) -> None:
-        for field in ("pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, field) > 1:
-                raise ConfigurationError(
-                    field, f"{getattr(self, field)}", "Retro runs with 1; use tensor parallelism"
-                )
+        if self.context_parallel_size > 1:
+            raise ConfigurationError(
+                "context_parallel_size",
+                f"{self.context_parallel_size}",
+                "Retro runs with 1; use tensor, sequence and pipeline parallelism",
+            )
         tensor_parallel = self.tensor_model_parallel_size
         retrieved_length = self.retro_num_retrieved_chunks * self.retro_chunk_length
         if self.num_query_groups % tensor_parallel:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError, ShapeError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.neighbor_encoder import NeighborEncoder
+from retro_mcore.model.pipeline import (
+    carries_neighbors,
+    is_interleaved,
+    stage_layer_numbers,
+    unpack,
+)
 from retro_mcore.model.specs import RetroBlockSubmodules
 
 
@@ -61,6 +68,7 @@ class RetroModel(GPTModel):
                 f"{max_sequence_length} positions for {retrieved_length} retrieved tokens",
                 "Raise it to retro_num_retrieved_chunks * retro_chunk_length",
             )
+        self._stage_input: Tensor | None = None
         self.neighbor_encoder: NeighborEncoder | None = None
         if transformer_layer_spec.neighbor_encoder is not None:
             self.neighbor_encoder = NeighborEncoder(
@@ -70,6 +78,45 @@ class RetroModel(GPTModel):
                 pg_collection=self.pg_collection,
             )
             self._first_retro_layer().cross_attention.encode_neighbors_with(self.neighbor_encoder)
+            if not self.pre_process:
+                self._copy_embedding()
+        elif self.pre_process:
+            self._mark_copied(self.embedding, is_copy=False)
+
+    @property
+    def has_embedding_copy(self) -> bool:
+        """Whether this stage holds the embedding for the encoder, not for its own input."""
+        return self.neighbor_encoder is not None and not self.pre_process
+
+    @property
+    def has_own_embedding_copy(self) -> bool:
+        """As `has_embedding_copy`, and it is not the tied output weight of the last stage."""
+        return self.has_embedding_copy and not self._output_is_embedding()
+
+    def _output_is_embedding(self) -> bool:
+        return self.post_process and self.share_embeddings_and_output_weights
+
+    def _copy_embedding(self) -> None:
+        """The embedding of the retrieved tokens, on a stage that is not the first."""
+        self.embedding = LanguageModelEmbedding(
+            config=self.config,
+            vocab_size=self.vocab_size,
+            max_sequence_length=self.max_sequence_length,
+            position_embedding_type=self.position_embedding_type,
+            tp_group=self.pg_collection.tp,
+        )
+        self._mark_copied(self.embedding, is_copy=True)
+        if self._output_is_embedding():
+            self.embedding.word_embeddings.weight = self.output_layer.weight
+
+    def _mark_copied(self, embedding: LanguageModelEmbedding, is_copy: bool) -> None:
+        if self.config.pipeline_model_parallel_size == 1:
+            return
+        for weight in embedding.parameters():
+            # A gradient bucket of its own, so that the distributed optimizer cuts every copy alike.
+            weight.shared_embedding = True  # type: ignore[attr-defined]
+            if is_copy:  # left out of the gradient norm
+                weight.shared = True  # type: ignore[attr-defined]
 
     def _first_retro_layer(self) -> Any:
         first = self.config.retro_layer_numbers[0]
@@ -77,8 +124,8 @@ class RetroModel(GPTModel):
 
     def forward(  # type: ignore[override]
         self,
-        input_ids: Tensor,
-        position_ids: Tensor,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
         attention_mask: Tensor | None,
         context_input_ids: Tensor | None = None,
         context_position_ids: Tensor | None = None,
@@ -91,11 +138,12 @@ class RetroModel(GPTModel):
         """Logits, or the loss of each token.
 
         Args:
-            input_ids: `[B, S]`.
-            position_ids: `[B, S]`.
+            input_ids: `[B, S]`; may be None on pipeline stages that are neither first nor last.
+            position_ids: `[B, S]`, likewise.
             attention_mask: bool, broadcastable to `[B, 1, S, S]`, True = masked out; None: causal.
             context_input_ids: `[B * L * K, R]`, the retrieved tokens, row `(b * L + l) * K + k`.
-                None: retrieval is off and the model is its GPT decoder.
+                None: retrieval is off and the model is its GPT decoder. Every pipeline stage must
+                get it, for the shape of what it receives.
             context_position_ids: `[B * L * K, R]`; None: each row counts from 0.
             context_mask: bool `[B * L * K, R]`, True = padding or missing; None: all are real.
             labels: `[B, S]`.
@@ -109,11 +157,14 @@ class RetroModel(GPTModel):
         context = None
         if context_input_ids is not None:
             self._check_context(input_ids, context_input_ids, context_mask)
-        if context_input_ids is not None and context_input_ids.numel():
-            if context_position_ids is None:
-                positions = torch.arange(context_input_ids.size(1), device=context_input_ids.device)
-                context_position_ids = positions.expand_as(context_input_ids)
-            context = self.embedding(context_input_ids, context_position_ids)
+        if context_input_ids is None or not context_input_ids.numel():
+            context_input_ids = context_mask = None
+        elif self.config.pipeline_model_parallel_size > 1 and context_mask is None:
+            context_mask = torch.zeros_like(context_input_ids, dtype=torch.bool)
+        if not self.pre_process:
+            context = self._unpack_stage_input(context_input_ids)
+        if context_input_ids is not None and self.neighbor_encoder is not None:
+            context = self._embed_neighbors(context_input_ids, context_position_ids)
         return super().forward(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -125,7 +176,38 @@ class RetroModel(GPTModel):
             **kwargs,
         )
 
-    def _check_context(self, input_ids: Tensor, context: Tensor, mask: Tensor | None) -> None:
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take what the previous stage sent; `forward` knows how to unpack it."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        self._stage_input = input_tensor
+
+    def _unpack_stage_input(self, context_input_ids: Tensor | None) -> Tensor | None:
+        """Hand the hidden states to the decoder; the encoded neighbors, if they came along."""
+        assert self._stage_input is not None, "the schedule sets the input of a later stage first"
+        hidden, neighbors = self._stage_input, None
+        previous_layer = stage_layer_numbers(self.config, self.vp_stage).start - 1
+        arriving = carries_neighbors(self.config, previous_layer)
+        if context_input_ids is not None and (arriving or is_interleaved(self.config)):
+            rows = context_input_ids.numel() // hidden.size(1)
+            if self.config.sequence_parallel:
+                rows //= self.config.tensor_model_parallel_size
+            per_sample = context_input_ids.size(0) // hidden.size(1)
+            hidden, neighbors = unpack(hidden, rows, per_sample)
+            neighbors = neighbors.to(self.config.params_dtype) if arriving else None
+        self.decoder.set_input_tensor(hidden)
+        return neighbors
+
+    def _embed_neighbors(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        if positions is None:
+            positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        return self.embedding(tokens, positions)
+
+    def _check_context(
+        self, input_ids: Tensor | None, context: Tensor, mask: Tensor | None
+    ) -> None:
+        if input_ids is None:  # stages in the middle of a pipeline need no text
+            return
         batch_size, sequence_length = input_ids.shape
         num_chunks = self.config.chunk_grid(sequence_length).num_chunks
         rows = batch_size * num_chunks * self.config.retro_num_neighbors
@@ -145,4 +227,10 @@ class RetroModel(GPTModel):
     ) -> dict:
         """As GPTModel's; layers differ from one another, so each is stored under its own name."""
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.has_embedding_copy:
+            for key, entry in state.items():
+                if key.startswith(f"{prefix}embedding.") and hasattr(entry, "replica_id"):
+                    # Not the main replica: the first stage's (0) and the tied output's (1) differ.
+                    entry.replica_id = (2, *entry.replica_id[1:])
+        return state

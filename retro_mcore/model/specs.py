@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import (
@@ -19,23 +20,26 @@ from megatron.core.transformer.attention import (
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
-    get_transformer_layer_offset,
 )
 
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.chunked_cross_attention import (
     ChunkedCrossAttention,
     EncoderCrossAttention,
     RetroBiasDropoutAdd,
 )
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.pipeline import (
+    RetroTransformerLayer,
+    carries_neighbors,
+    is_interleaved,
+    stage_layer_numbers,
+)
 from retro_mcore.platform.attention import SDPAttention
 from retro_mcore.platform.backends import get_backend
 
@@ -65,20 +69,22 @@ def get_retro_decoder_block_spec(
         MissingDependencyError: Transformer Engine was asked for and does not import.
     """
     backend = get_backend(use_transformer_engine)
-    offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
-    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     retro_layers = config.retro_layer_numbers
-    numbers = range(offset + 1, offset + num_layers + 1)
+    numbers = stage_layer_numbers(config, vp_stage, pp_rank)
+    layer_specs = [
+        _layer_spec(
+            config,
+            backend,
+            AttnMaskType.causal,
+            ChunkedCrossAttention if number in retro_layers else None,
+        )
+        for number in numbers
+    ]
+    if _packs_at_the_end(config, numbers, vp_stage, pp_rank):
+        layer_specs[-1].module = RetroTransformerLayer
+        layer_specs[-1].params["packing"] = True
     return RetroBlockSubmodules(
-        layer_specs=[
-            _layer_spec(
-                config,
-                backend,
-                AttnMaskType.causal,
-                ChunkedCrossAttention if number in retro_layers else None,
-            )
-            for number in numbers
-        ],
+        layer_specs=layer_specs,
         layer_norm=_layer_norm(config, backend) if config.retro_final_layernorm else None,
         neighbor_encoder=(
             get_neighbor_encoder_block_spec(config, use_transformer_engine)
@@ -86,6 +92,26 @@ def get_retro_decoder_block_spec(
             else None
         ),
     )
+
+
+def _packs_at_the_end(
+    config: RetroConfig, numbers: range, vp_stage: int | None, pp_rank: int | None
+) -> bool:
+    """Whether the stage's last layer packs neighbors (or, interleaved, zeros) into its output."""
+    if pp_rank is None:
+        pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    is_last_rank = pp_rank == config.pipeline_model_parallel_size - 1
+    if is_last_rank and (vp_stage or 0) == last_chunk:
+        return False
+    packs = is_interleaved(config) or carries_neighbors(config, numbers.stop - 1)
+    if packs and not numbers:
+        raise ConfigurationError(
+            "pipeline_model_parallel_layout",
+            f"pipeline rank {pp_rank} has a stage without decoder layers",
+            "Give it a layer: it must pass the encoded neighbors on",
+        )
+    return packs
 
 
 def get_gpt_decoder_block_spec(
@@ -96,7 +122,7 @@ def get_gpt_decoder_block_spec(
 ) -> TransformerBlockSubmodules:
     """The same decoder without retrieval, for a GPTModel: the baseline to compare with."""
     backend = get_backend(use_transformer_engine)
-    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    num_layers = len(stage_layer_numbers(config, vp_stage, pp_rank))
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(config, backend, AttnMaskType.causal)] * num_layers,
         layer_norm=_layer_norm(config, backend),

@@ -43,10 +43,6 @@ def test_default_rule_for_retro_layers(megatron, num_layers, expected):
         ({"retro_retrieved_length": 24}, "retro_retrieved_length"),
         ({"retro_chunk_alignment": "center"}, "retro_chunk_alignment"),
         ({"retro_encoder_residual": "none"}, "retro_encoder_residual"),
-        (
-            {"pipeline_model_parallel_size": 2, "pipeline_dtype": "x"},
-            "pipeline_model_parallel_size",
-        ),
         ({"context_parallel_size": 2}, "context_parallel_size"),
         (
             {

@@ -1,0 +1,317 @@
+"""Retro under pipeline parallelism, without touching Megatron's schedules.
+
+What crosses a stage boundary is one tensor: hidden states and, between the first and the last
+layer with chunked cross-attention, the encoded neighbors behind them along dimension 0. The last
+layer of a stage packs, RetroModel unpacks. The stage that encodes needs the embedding: it holds a
+copy, whose gradients are summed with the first stage's before the optimizer's step.
+
+Shapes: S sequence, B batch, D hidden, L chunks per sample, K neighbors, R retrieved length; under
+sequence parallelism each rank packs its own part of S and of R. See docs/parallelism.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    get_transformer_layer_offset,
+)
+from torch import Tensor
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.config import RetroConfig
+
+Shape = tuple[int, ...]
+
+
+def stage_layer_numbers(
+    config: Any, vp_stage: int | None = None, pp_rank: int | None = None
+) -> range:
+    """The decoder layers of a pipeline stage, 1-based.
+
+    Args:
+        config: A TransformerConfig.
+        vp_stage: Virtual stage, under the interleaved schedule.
+        pp_rank: Pipeline rank; this process's by default.
+    """
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        where = {"layer_type": LayerType.decoder, "vp_stage": vp_stage, "pp_rank": pp_rank}
+        offset = layout.get_layer_offset(**where)
+        return range(offset + 1, offset + layout.get_num_layers_to_build(**where) + 1)
+    offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    return range(offset + 1, offset + get_num_layers_to_build(config, vp_stage, pp_rank) + 1)
+
+
+def carries_neighbors(config: RetroConfig, last_layer: int) -> bool:
+    """Whether encoded neighbors cross the boundary after layer `last_layer` (0: before layer 1)."""
+    return config.retro_layer_numbers[0] <= last_layer < config.retro_layer_numbers[-1]
+
+
+def is_interleaved(config: RetroConfig) -> bool:
+    """Whether the schedule is the interleaved one, whose boundaries all have one shape."""
+    return config.virtual_pipeline_model_parallel_size is not None
+
+
+def packed_rows(config: RetroConfig, sequence_length: int) -> int:
+    """Rows of dimension 0 that the encoded neighbors add to a boundary: R * L * K, whole S."""
+    num_chunks = config.chunk_grid(sequence_length).num_chunks
+    retrieved_length = config.retro_num_retrieved_chunks * config.retro_chunk_length
+    return retrieved_length * num_chunks * config.retro_num_neighbors
+
+
+def schedule_kwargs(
+    config: RetroConfig,
+    sequence_length: int,
+    with_retrieval: bool = True,
+    pp_rank: int | None = None,
+) -> dict[str, Any]:
+    """`seq_length` and `adjust_tensor_shapes_fn` for megatron's forward-backward function.
+
+    Args:
+        config: The model's configuration.
+        sequence_length: S.
+        with_retrieval: Whether the model gets neighbors in this call.
+        pp_rank: Pipeline rank; this process's by default.
+    """
+    if config.pipeline_model_parallel_size == 1 or not with_retrieval:
+        return {"seq_length": sequence_length}
+    rows = packed_rows(config, sequence_length)
+    if is_interleaved(config):
+        return {"seq_length": sequence_length + rows}
+    if config.sequence_parallel:
+        rows //= config.tensor_model_parallel_size
+    numbers = stage_layer_numbers(config, None, pp_rank)
+
+    def add_rows(shapes: Sequence[Shape], last_layer: int) -> list[Shape]:
+        if not carries_neighbors(config, last_layer):
+            return list(shapes)
+        return [(length + rows, *rest) for length, *rest in shapes]
+
+    def adjust(receive: Sequence[Shape], send: Sequence[Shape]) -> tuple[list[Shape], list[Shape]]:
+        return add_rows(receive, numbers.start - 1), add_rows(send, numbers.stop - 1)
+
+    return {"seq_length": sequence_length, "adjust_tensor_shapes_fn": adjust}
+
+
+def pack(hidden_SBD: Tensor, neighbors: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
+    """Put the encoded neighbors behind the hidden states.
+
+    Args:
+        hidden_SBD: `[S, B, D]`.
+        neighbors: `[R, B * L * K, D]`, or None for zeros.
+        rows: R * L * K.
+        dtype: What the pipeline sends.
+
+    Returns:
+        `[S + rows, B, D]`, no view, so that the schedule may free it.
+    """
+    _, batch_size, hidden_size = hidden_SBD.shape
+    if neighbors is None:
+        tail = hidden_SBD.new_zeros(rows, batch_size, hidden_size, dtype=dtype)
+    else:
+        tail = neighbors.unflatten(1, (batch_size, -1)).transpose(1, 2).flatten(0, 1)
+    return torch.cat((hidden_SBD.to(dtype), tail.to(dtype)))
+
+
+def unpack(packed: Tensor, rows: int, neighbors_per_sample: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`: hidden states `[S, B, D]` and neighbors `[R, B * L * K, D]`.
+
+    Args:
+        packed: `[S + rows, B, D]`.
+        rows: R * L * K.
+        neighbors_per_sample: L * K.
+    """
+    hidden_SBD, tail = packed.split((packed.size(0) - rows, rows))
+    neighbors = tail.unflatten(0, (-1, neighbors_per_sample)).transpose(1, 2).flatten(1, 2)
+    return hidden_SBD, neighbors
+
+
+class RetroTransformerLayer(TransformerLayer):
+    """A transformer layer that, where its stage ends, sends the encoded neighbors along.
+
+    Args:
+        packing: Whether this is the last layer of a stage whose boundary has room for neighbors.
+        **kwargs: As TransformerLayer takes them.
+    """
+
+    def __init__(self, *args: Any, packing: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.packing = packing
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As TransformerLayer, the output packed if this layer ends its stage.
+
+        Packing here, not after the block, puts it under activation recomputation too.
+        """
+        hidden_states, context = super().forward(*args, **kwargs)
+        mask = kwargs.get("context_mask")
+        if self.packing and mask is not None:
+            config: RetroConfig = self.config
+            rows = mask.numel() // hidden_states.size(1)
+            if config.sequence_parallel:
+                rows //= config.tensor_model_parallel_size
+            sent = context if carries_neighbors(config, self.layer_number) else None
+            hidden_states = pack(hidden_states, sent, rows, config.pipeline_dtype)
+        return hidden_states, context
+
+
+@dataclass(frozen=True)
+class EmbeddingGroups:
+    """Who holds a copy of the embedding because the neighbor encoder's stage needs one.
+
+    Attributes:
+        word: The ranks with a word embedding: first stage, encoder's stage, and the last stage if
+            it ties its output weights. None: no copies.
+        position: The ranks with learned positions: first and encoder's stage. None: no copies.
+    """
+
+    word: dist.ProcessGroup | None = None
+    position: dist.ProcessGroup | None = None
+
+
+def create_embedding_groups(
+    config: RetroConfig, pipeline_group: dist.ProcessGroup, tied_output: bool
+) -> EmbeddingGroups:
+    """Groups of the ranks that hold copies of the embedding. Every rank must call this.
+
+    Args:
+        config: The model's configuration.
+        pipeline_group: This rank's pipeline-parallel group.
+        tied_output: Whether output and embedding weights are shared.
+    """
+    if config.pipeline_model_parallel_size == 1:
+        return EmbeddingGroups()
+    encoder, last = _encoder_rank(config), config.pipeline_model_parallel_size - 1
+    position = sorted({0, encoder})
+    word = sorted({0, encoder, last} if tied_output else {0, encoder})
+    pipelines: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pipelines, dist.get_process_group_ranks(pipeline_group))
+    return EmbeddingGroups(_new_group(pipelines, word), _new_group(pipelines, position))
+
+
+def _encoder_rank(config: RetroConfig) -> int:
+    for pp_rank in range(config.pipeline_model_parallel_size):
+        for vp_stage in range(config.virtual_pipeline_model_parallel_size or 1):
+            stage = vp_stage if is_interleaved(config) else None
+            if config.retro_layer_numbers[0] in stage_layer_numbers(config, stage, pp_rank):
+                return pp_rank
+    raise ConfigurationError(
+        "pipeline_model_parallel_layout",
+        f"no stage holds layer {config.retro_layer_numbers[0]}",
+        "Give every decoder layer to a stage",
+    )
+
+
+def _new_group(pipelines: Iterable[list[int]], members: list[int]) -> dist.ProcessGroup | None:
+    own = None
+    for ranks in sorted({tuple(ranks) for ranks in pipelines}):
+        group_ranks = [ranks[member] for member in members]
+        group = dist.new_group(group_ranks)
+        if dist.get_rank() in group_ranks:
+            own = group
+    return own
+
+
+def synchronize_embedding_copies(chunks: Sequence[Any], groups: EmbeddingGroups) -> None:
+    """Give every copy of the embedding the first stage's values; once, after construction.
+
+    Args:
+        chunks: This rank's model chunks (RetroModels, wrapped or not).
+    """
+    for group, pick in ((groups.word, _word_weights), (groups.position, _position_weights)):
+        held = pick(chunks)
+        if group is None or not held.all:
+            continue
+        source = dist.get_global_rank(group, 0)
+        if held.source is not None:
+            dist.broadcast(held.source.data, source, group)
+        else:
+            dist.broadcast(held.all[0].data, source, group)
+        values = held.source if held.source is not None else held.all[0]
+        for weight in held.all:
+            weight.data.copy_(values.data)
+
+
+def finalize_model_grads_with(groups: EmbeddingGroups) -> Callable:
+    """megatron's `finalize_model_grads`, followed by the sum over the embedding's copies.
+
+    Set it as `config.finalize_model_grads_func`.
+    """
+    return partial(_finalize_model_grads, groups)
+
+
+def _finalize_model_grads(
+    groups: EmbeddingGroups, model: Sequence[Any], *args: Any, **kwargs: Any
+) -> None:
+    from megatron.core.distributed import finalize_model_grads
+
+    finalize_model_grads(model, *args, **kwargs)
+    for group, pick in ((groups.word, _word_weights), (groups.position, _position_weights)):
+        held = pick(model)
+        if group is None or not held.all:
+            continue
+        # Tied output weights hold the first stage's sum already: megatron added the two.
+        addends = [weight for weight in (held.source, *held.copies) if weight is not None]
+        total = torch.zeros_like(held.all[0].main_grad)
+        for weight in addends:
+            total += weight.main_grad
+        dist.all_reduce(total, group=group)
+        for weight in held.all:
+            weight.main_grad.copy_(total)
+
+
+@dataclass
+class _Held:
+    """The weights of one embedding table that this rank holds."""
+
+    source: Any
+    copies: list[Any]
+    output: list[Any]
+
+    @property
+    def all(self) -> list[Any]:
+        first = [] if self.source is None else [self.source]
+        return [*first, *self.copies, *self.output]
+
+
+def _word_weights(chunks: Sequence[Any]) -> _Held:
+    models = [_unwrap(chunk) for chunk in chunks]
+    return _Held(
+        source=next((m.embedding.word_embeddings.weight for m in models if m.pre_process), None),
+        copies=[m.embedding.word_embeddings.weight for m in models if m.has_own_embedding_copy],
+        output=[
+            m.output_layer.weight
+            for m in models
+            if m.post_process and not m.pre_process and m.share_embeddings_and_output_weights
+        ],
+    )
+
+
+def _position_weights(chunks: Sequence[Any]) -> _Held:
+    models = [
+        model
+        for model in map(_unwrap, chunks)
+        if model.position_embedding_type == "learned_absolute"
+    ]
+    return _Held(
+        source=next(
+            (m.embedding.position_embeddings.weight for m in models if m.pre_process), None
+        ),
+        copies=[m.embedding.position_embeddings.weight for m in models if m.has_embedding_copy],
+        output=[],
+    )
+
+
+def _unwrap(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

@@ -1,0 +1,134 @@
+"""Five optimizer steps under each parallel layout equal those of one process."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.distributed.layouts import Layout, Run, join_layout, serial_weights, train
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+ROPE = {
+    "position_embedding_type": "rope",
+    "num_query_groups": 2,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "add_bias_linear": False,
+}
+TIED = {"share_embeddings_and_output_weights": True}
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
+
+TWO_RANKS = {
+    "TP2": Layout(tensor=2),
+    "TP2+SP": Layout(tensor=2, sequence=True),
+    "TP2+SP, rotary": Layout(tensor=2, sequence=True, fields=ROPE),
+    "DP2": Layout(),
+    "DP2, distributed optimizer": Layout(distributed_optimizer=True, fields=TIED),
+    "PP2, encoder first": Layout(pipeline=2, fields={"retro_decoder_layers": [2, 7]}),
+    "PP2, encoder last": Layout(pipeline=2, fields={"retro_decoder_layers": [6, 8]}),
+    "PP2, encoder last, tied": Layout(pipeline=2, fields={"retro_decoder_layers": [5], **TIED}),
+    "PP2, tied, rotary": Layout(pipeline=2, fields={**ROPE, **TIED}),
+    "PP2, uneven": Layout(pipeline=2, fields={"num_layers_in_first_pipeline_stage": 2}),
+    "PP2 of 2": Layout(pipeline=2, virtual=2),
+    "PP2 of 2, encoder in the second chunk of the first rank, tied": Layout(
+        pipeline=2, virtual=2, fields={"retro_decoder_layers": [5, 8], **TIED}
+    ),
+    "PP2, full recomputation, uniform": Layout(
+        pipeline=2, fields={**FULL, "recompute_method": "uniform"}
+    ),
+    "PP2, full recomputation, block": Layout(
+        pipeline=2, fields={**FULL, "recompute_method": "block", "recompute_num_layers": 3}
+    ),
+    "PP2 of 2, full recomputation": Layout(
+        pipeline=2, virtual=2, fields={**FULL, "recompute_method": "uniform"}
+    ),
+    "TP2, selective recomputation": Layout(tensor=2, fields={"recompute_granularity": "selective"}),
+    "TP2+SP, full recomputation": Layout(
+        tensor=2, sequence=True, fields={**FULL, "recompute_method": "uniform"}
+    ),
+}
+FOUR_RANKS = {
+    "TP4+SP": Layout(tensor=4, sequence=True),
+    "PP4, encoder in the middle": Layout(pipeline=4),
+    "PP4, encoder in the middle, tied": Layout(pipeline=4, fields=TIED),
+    "PP4, layout": Layout(
+        pipeline=4,
+        fields={
+            "pipeline_model_parallel_layout": [
+                ["embedding", "decoder"],
+                ["decoder"] * 3,
+                ["decoder"] * 2,
+                ["decoder"] * 2 + ["loss"],
+            ]
+        },
+    ),
+    "TP2+SP, PP2": Layout(tensor=2, pipeline=2, sequence=True),
+    "TP2+SP, PP2 of 2, rotary": Layout(tensor=2, pipeline=2, virtual=2, sequence=True, fields=ROPE),
+    "TP2+SP, PP2, full recomputation": Layout(
+        tensor=2,
+        pipeline=2,
+        sequence=True,
+        fields={**FULL, "recompute_method": "uniform"},
+    ),
+    "PP2, DP2, distributed optimizer": Layout(pipeline=2, distributed_optimizer=True, fields=TIED),
+    "PP2, DP2, distributed optimizer, untied, encoder last": Layout(
+        pipeline=2, distributed_optimizer=True, fields={"retro_decoder_layers": [6]}
+    ),
+}
+THREE_RANKS = {
+    "PP3, uneven": Layout(
+        pipeline=3,
+        fields={"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1},
+    ),
+}
+
+
+@cache
+def parallel_runs(world_size: int) -> list[dict[str, Run]]:
+    """Every layout of a world size, on each of its ranks."""
+    layouts = {2: TWO_RANKS, 3: THREE_RANKS, 4: FOUR_RANKS}[world_size]
+    weights = {name: weights_of(layout) for name, layout in layouts.items()}
+    return run_ranks(world_size, train_all, layouts, weights)
+
+
+def train_all(layouts, weights):
+    return {name: train(layout, weights[name]) for name, layout in layouts.items()}
+
+
+def weights_of(layout: Layout):
+    join_layout(Layout())
+    return serial_weights(layout.model_fields())
+
+
+def check_equal_to_one_process(world_size: int, name: str, layout: Layout) -> None:
+    runs = [ranks[name] for ranks in parallel_runs(world_size)]
+    serial = train(Layout(fields=layout.model_fields()), weights_of(layout))
+    assert serial.losses[-1] < serial.losses[0]
+    for run in runs:
+        assert run.losses == pytest.approx(serial.losses, abs=1e-5)
+        assert run.gradient_norms == pytest.approx(serial.gradient_norms, rel=1e-4)
+        for copy in run.embedding_copies:
+            assert torch.equal(copy, runs[0].embedding_copies[0])
+    torch.testing.assert_close(
+        runs[0].embedding_copies[0], serial.embedding_copies[0], atol=2e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks(megatron, name):
+    check_equal_to_one_process(2, name, TWO_RANKS[name])
+
+
+@pytest.mark.parametrize("name", THREE_RANKS)
+def test_three_ranks(megatron, name):
+    check_equal_to_one_process(3, name, THREE_RANKS[name])
+
+
+@pytest.mark.parametrize("name", FOUR_RANKS)
+def test_four_ranks(megatron, name):
+    check_equal_to_one_process(4, name, FOUR_RANKS[name])
