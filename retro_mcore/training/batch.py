@@ -6,8 +6,9 @@ parallel group reads the same samples itself, so nothing is broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,19 +42,17 @@ class RetroBatch:
         """This batch on `device`."""
         if device.type == "cpu":
             return self
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return RetroBatch(**moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> RetroBatch:
         """This batch in page-locked memory; the DataLoader calls it where it was asked to."""
-        pinned = {
-            name: value.pin_memory() if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> RetroBatch:
+        tensors: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return RetroBatch(**pinned)
+        return replace(self, **tensors)
 
     def model_inputs(self) -> dict[str, Tensor | None]:
         """Keyword arguments of the model's forward pass but the labels."""

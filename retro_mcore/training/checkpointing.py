@@ -24,6 +24,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -32,10 +33,11 @@ from retro_mcore import distributed
 from retro_mcore.errors import CheckpointError
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.training.initialize import initialize_parallel, set_seeds
-from retro_mcore.training.optimizer import (
+from retro_mcore.training.optimizer import unwrap_model
+from retro_mcore.training.optimizer_state import (
     allocate_adam_state,
+    keeping_adam_steps,
     unshare_adam_steps,
-    unwrap_model,
 )
 from retro_mcore.training.options import ParallelOptions
 from retro_mcore.training.provider import ModelArguments, arguments_from, build_model
@@ -69,7 +71,7 @@ class TrainingProgress:
 class TrainingParts:
     """What a checkpoint holds the state of."""
 
-    model: torch.nn.Module
+    model: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -101,6 +103,11 @@ def latest_iteration(directory: str | Path) -> int | None:
 def checkpoint_path(directory: str | Path, iteration: int) -> Path:
     """Where a checkpoint lies: `iter_0000100`, as in Megatron."""
     return Path(directory) / f"iter_{iteration:07d}"
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("iter_"))
 
 
 def find_checkpoint(directory: str | Path) -> Path:
@@ -175,7 +182,8 @@ def load_checkpoint(checkpoint: Path, parts: TrainingParts) -> TrainingProgress:
     request = _state_dict(parts, is_loading=True, random_state=same_layout)
     state = _load(request, checkpoint)
     unwrap_model(parts.model).load_state_dict(state["model"])
-    parts.optimizer.load_state_dict(state["optimizer"])
+    with keeping_adam_steps(parts.optimizer):
+        parts.optimizer.load_state_dict(state["optimizer"])
     unshare_adam_steps(parts.optimizer)
     parts.scheduler.load_state_dict(common["opt_param_scheduler"])
     if same_layout:
@@ -203,11 +211,11 @@ def load_model_from_checkpoint(
         ConfigurationError: the layout does not fit the model.
     """
     parallel = parallel or ParallelOptions()
+    initialize_parallel(parallel.tensor_model_parallel_size)
     with distributed.raise_together():
         checkpoint = find_checkpoint(directory)
         saved = read_arguments(checkpoint)
         arguments = arguments_from(saved)
-    initialize_parallel(parallel.tensor_model_parallel_size)
     set_seeds(saved["seed"])
     precision = {"bf16": saved["bf16"], "fp16": saved["fp16"]}
     layout = ParallelOptions(**{**vars(parallel), **precision})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -88,36 +86,3 @@ def build_scheduler(optimizer: MegatronOptimizer, plan: TrainingPlan) -> Optimiz
 def learning_rate(optimizer: MegatronOptimizer) -> float:
     """The learning rate of the next step."""
     return float(optimizer.param_groups[0]["lr"])
-
-
-def _adam_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [part.optimizer for part in parts]
-    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
-
-
-def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give PyTorch's Adam zero moments and step 0, which megatron expects before it loads state.
-
-    Fused Adams of Transformer Engine and Apex keep their step elsewhere and need nothing.
-    """
-    for adam in _adam_optimizers(optimizer):
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                if not adam.state[parameter]:
-                    adam.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter.data),
-                        "exp_avg_sq": torch.zeros_like(parameter.data),
-                    }
-
-
-def unshare_adam_steps(optimizer: MegatronOptimizer) -> None:
-    """Give each parameter a step counter of its own after loading.
-
-    Megatron loads one tensor into all of them, and Adam would advance it once per parameter.
-    """
-    for adam in _adam_optimizers(optimizer):
-        for state in adam.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()

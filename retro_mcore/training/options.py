@@ -113,9 +113,7 @@ class RecomputeOptions:
             ("--recompute-num-layers", self.recompute_num_layers),
         ):
             if self.recompute_granularity == "full" and value is None:
-                raise ConfigurationError(
-                    flag, "not given", "--recompute-granularity full needs it"
-                )
+                raise ConfigurationError(flag, "not given", "--recompute-granularity full needs it")
             if self.recompute_granularity != "full" and value is not None:
                 raise ConfigurationError(
                     flag, f"{value}, which has no effect", "Add --recompute-granularity full"

@@ -19,8 +19,8 @@ from retro_mcore.training.data import (
 from retro_mcore.training.options import ModelOptions, OptimizerOptions, TrainingOptions
 from retro_mcore.training.provider import ModelArguments, padded_vocab_size
 
-# May change when a run is resumed: it is how the same run is computed.
-_LAYOUT = {"use_distributed_optimizer", "padded_vocab_size", "make_vocab_size_divisible_by"}
+# May differ when a run is resumed: the checkpoint's padding is kept.
+_PADDING = {"padded_vocab_size", "make_vocab_size_divisible_by"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class TrainingPlan:
 
     def configuration(self) -> dict[str, Any]:
         """Everything that a run must share with the run that it resumes, by flag name."""
-        trained = {field.name: getattr(self.options, field.name) for field in _training_fields()}
+        trained = {
+            field.name: getattr(self.options, field.name) for field in fields(OptimizerOptions)
+        }
         return {
             **asdict(self.arguments),
             **trained,
@@ -90,7 +92,7 @@ class TrainingPlan:
             CheckpointError: naming the first flag that differs, and both values.
         """
         for name, mine in self.configuration().items():
-            if name in _LAYOUT or saved.get(name) == mine:
+            if name in _PADDING or saved.get(name) == mine:
                 continue
             raise CheckpointError(
                 str(checkpoint),
@@ -164,7 +166,3 @@ def _warmup_samples(options: TrainingOptions, decay_iters: int, project: Project
             "Warm up for fewer iterations than --lr-decay-iters",
         )
     return samples
-
-
-def _training_fields() -> list:
-    return [field for field in fields(OptimizerOptions) if field.name not in _LAYOUT]

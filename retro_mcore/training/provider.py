@@ -99,7 +99,8 @@ def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
     ):
         if value % parts:
             raise ConfigurationError(
-                "--tensor-model-parallel-size", f"{parts} does not divide {flag} {value}",
+                "--tensor-model-parallel-size",
+                f"{parts} does not divide {flag} {value}",
                 f"Choose a tensor parallel size that divides {value}",
             )
     if parallel.sequence_parallel and parts == 1:
@@ -184,7 +185,7 @@ def build_model(
     """
     config = build_config(arguments, parallel, recompute or RecomputeOptions())
     engine = uses_transformer_engine(parallel)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": arguments.padded_vocab_size,
         "share_embeddings_and_output_weights": not arguments.untie_embeddings_and_output_weights,
         "position_embedding_type": arguments.position_embedding_type,
@@ -194,7 +195,7 @@ def build_model(
     model: GPTModel
     if isinstance(config, RetroConfig):
         spec = get_retro_decoder_block_spec(config, use_transformer_engine=engine)
-        positions = max(arguments.seq_length, config.retro_retrieved_length)
+        positions = max(arguments.seq_length, config.retro_retrieved_length or 0)
         model = RetroModel(config, spec, max_sequence_length=positions, **sizes)
     else:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine)

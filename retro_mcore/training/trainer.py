@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
-from retro_mcore import distributed
 from retro_mcore.distributed import raise_together
-from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.training.batch import RetroBatch
 from retro_mcore.training.checkpointing import (
     TrainingParts,
     TrainingProgress,
     checkpoint_path,
-    find_checkpoint,
+    iteration_of,
     latest_iteration,
     load_checkpoint,
     read_arguments,
@@ -25,7 +27,7 @@ from retro_mcore.training.checkpointing import (
 from retro_mcore.training.data import MicroBatchSampler, NumberedSamples, Samples, read_batches
 from retro_mcore.training.initialize import initialize_parallel, set_batch_sizes, set_seeds
 from retro_mcore.training.loss import forward_backward, mean_loss, total_loss
-from retro_mcore.training.metrics import METRICS_FILE, losses, read_metrics
+from retro_mcore.training.metrics import LOSS_CURVE_FILE, METRICS_FILE, losses, read_metrics
 from retro_mcore.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -35,7 +37,6 @@ from retro_mcore.training.optimizer import (
 from retro_mcore.training.plan import TrainingPlan
 from retro_mcore.training.progress import TrainingReporter
 from retro_mcore.training.provider import build_model
-from megatron.core import parallel_state
 
 
 @dataclass
@@ -124,7 +125,7 @@ class Trainer:
                 self._train_step(batches, reporter)
                 stop = self._stops_here()
                 reporter.pause()
-                if self._validates_here() or (stop and self._valid_samples is not None):
+                if self._validates_here() or stop:
                     self._validate(reporter)
                 if self._saves_here() or stop:
                     self._save(reporter)
@@ -138,7 +139,7 @@ class Trainer:
         result.num_parameters = num_parameters(self._parts.model)
         return result
 
-    def _train_step(self, batches: object, reporter: TrainingReporter) -> None:
+    def _train_step(self, batches: Iterator[RetroBatch], reporter: TrainingReporter) -> None:
         parts, progress, plan = self._parts, self._progress, self.plan
         parts.model.zero_grad_buffer()
         parts.optimizer.zero_grad()
@@ -162,6 +163,8 @@ class Trainer:
         )
 
     def _validate(self, reporter: TrainingReporter) -> None:
+        if self._valid_samples is None:
+            return
         project, iteration = self.plan.project, self._progress.iteration
         sampler = self._sampler(0, project.retro_gpt_eval_iters * self.plan.global_batch_size)
         batches = read_batches(self._numbered(self._valid_samples), sampler, 0, self._device)
@@ -185,13 +188,13 @@ class Trainer:
 
     def _validates_here(self) -> bool:
         interval = self.plan.project.retro_gpt_eval_interval
-        return self._valid_samples is not None and self._progress.iteration % interval == 0
+        return self._progress.iteration % interval == 0
 
     def _saves_here(self) -> bool:
         interval = self.plan.options.save_interval
         return bool(interval and self._progress.iteration % interval == 0)
 
-    def _train_batches(self) -> object:
+    def _train_batches(self) -> Iterator[RetroBatch]:
         samples = self.plan.train_iters * self.plan.global_batch_size
         sampler = self._sampler(self._progress.consumed_samples, samples)
         workers = self.plan.options.num_workers
@@ -220,26 +223,27 @@ class Trainer:
 
 
 def checkpoint_to_resume(plan: TrainingPlan) -> Path | None:
-    """The checkpoint in --load, or None where there is none yet.
+    """The latest checkpoint in --load, or None where there is none yet.
 
     Raises:
         CheckpointError: it is of another configuration.
         ConfigurationError: --save holds a checkpoint that the run would overwrite.
     """
-    options = plan.options
-    iteration = latest_iteration(options.load) if options.load is not None else None
-    if iteration is None:
-        if options.save is not None and latest_iteration(options.save) is not None:
-            raise ConfigurationError(
-                f"--save {options.save}",
-                f"holds a checkpoint of iteration {latest_iteration(options.save)}, which training "
-                "from the start would overwrite",
-                f"Add --load {options.save} to resume it, or save to another directory",
-            )
-        return None
-    checkpoint = checkpoint_path(options.load, iteration)
-    plan.check_resumes(read_arguments(checkpoint), checkpoint)
-    return checkpoint
+    load, save = plan.options.load, plan.options.save
+    iteration = None if load is None else latest_iteration(load)
+    if load is not None and iteration is not None:
+        checkpoint = checkpoint_path(load, iteration)
+        plan.check_resumes(read_arguments(checkpoint), checkpoint)
+        return checkpoint
+    overwritten = None if save is None else latest_iteration(save)
+    if overwritten is not None:
+        raise ConfigurationError(
+            f"--save {save}",
+            f"holds a checkpoint of iteration {overwritten}, which training from the start would "
+            "overwrite",
+            f"Add --load {save} to resume it, or save to another directory",
+        )
+    return None
 
 
 def finished_run(plan: TrainingPlan) -> TrainingResult | None:
@@ -247,19 +251,17 @@ def finished_run(plan: TrainingPlan) -> TrainingResult | None:
 
     Raises:
         CheckpointError: the checkpoint in --load is of another configuration.
+        ConfigurationError: --save holds a checkpoint that the run would overwrite.
     """
     checkpoint = checkpoint_to_resume(plan)
-    if checkpoint is None:
+    if checkpoint is None or iteration_of(checkpoint) < plan.train_iters:
         return None
-    iteration = latest_iteration(plan.options.load)
-    if iteration is None or iteration < plan.train_iters:
-        return None
-    records = read_metrics(checkpoint.parent / METRICS_FILE)
-    curve = checkpoint.parent / "loss_curve.png"
+    iteration = iteration_of(checkpoint)
+    curve = checkpoint.parent / LOSS_CURVE_FILE
     return TrainingResult(
         iteration=iteration,
         consumed_samples=iteration * plan.global_batch_size,
-        valid_losses=losses(records, "valid"),
+        valid_losses=losses(read_metrics(checkpoint.parent / METRICS_FILE), "valid"),
         checkpoint=checkpoint,
         loss_curve=curve if curve.is_file() else None,
         reused=True,

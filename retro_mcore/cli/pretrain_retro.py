@@ -1,0 +1,97 @@
+"""`pretrain_retro`: train a Retro model, or its GPT twin, on a project's samples."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from retro_mcore import distributed
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.platform import distributed_backend, setup_device
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from retro_mcore.training.plan import TrainingPlan
+    from retro_mcore.training.trainer import TrainingResult
+
+
+@dataclass(kw_only=True)
+class PretrainRetroOptions(TrainingOptions):
+    """Train a Retro model on a project's samples and neighbors.
+
+    Flags have Megatron's names. What the project's config.json fixes is taken from there. Under
+    torchrun the model is trained by all processes; run again with --load, it resumes.
+    """
+
+
+def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult:
+    """Train, or resume, or find that the training is already finished.
+
+    Raises:
+        RetroError: options, project, checkpoint and processes do not fit together.
+    """
+    device = setup_device(options.device)
+    distributed.initialize(distributed_backend())
+    # Megatron is imported only after the device is set up.
+    from retro_mcore.training.plan import make_plan
+    from retro_mcore.training.trainer import finished_run
+
+    with distributed.raise_together():
+        project = ProjectConfig.load(options.project_dir)
+        tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
+        plan = make_plan(options, project, tokenizer.vocab_size)
+        result = finished_run(plan)
+    if result is None:
+        result = _train(plan, device)
+    _summarize(plan, result)
+    return result
+
+
+def _train(plan: TrainingPlan, device: torch.device) -> TrainingResult:
+    from retro_mcore.datasets.retro_dataset import build_retro_datasets
+    from retro_mcore.training.data import require_split
+    from retro_mcore.training.trainer import Trainer
+
+    options = plan.options
+    datasets = build_retro_datasets(
+        options.project_dir, options.retro_num_neighbors, options.retro_num_retrieved_chunks
+    )
+    with distributed.raise_together():
+        train = require_split(datasets, "train", options.project_dir)
+    return Trainer(plan, train, datasets.get("valid"), device).train()
+
+
+def _summarize(plan: TrainingPlan, result: TrainingResult) -> None:
+    rows: dict[str, object] = {}
+    if result.reused:
+        rows["reused"] = "this training is already finished"
+    rows["iterations"] = f"{result.iteration} of {plan.train_iters}"
+    rows["samples"] = result.consumed_samples
+    if result.num_parameters:
+        rows["parameters"] = f"{result.num_parameters:,}"
+    if result.train_losses:
+        rows["training loss"] = f"{result.train_losses[0]:.4f} -> {result.train_losses[-1]:.4f}"
+    if result.valid_losses:
+        rows["validation loss"] = f"{result.valid_losses[-1][1]:.4f}"
+    for name, path in (("checkpoint", result.checkpoint), ("loss curve", result.loss_curve)):
+        if path is not None:
+            rows[name] = path
+    if not result.reused:
+        rows["seconds"] = f"{result.seconds:.1f}"
+    print_summary("pretrain_retro", rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(PretrainRetroOptions, pretrain_retro, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

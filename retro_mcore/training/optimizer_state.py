@@ -1,0 +1,76 @@
+"""Loading Adam's state through megatron where its Adam is PyTorch's own.
+
+Megatron is written for the fused Adams of Transformer Engine and Apex, which count steps per group.
+PyTorch's counts them per parameter, and three things then go wrong in loading (megatron-core 0.15
+to 0.19); each function here mends one, and does nothing to a fused Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
+
+
+def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give Adam zero moments and step 0, which megatron reads before it loads the real ones."""
+    for adam in _torch_adams(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
+
+
+@contextmanager
+def keeping_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """While loading, let the distributed optimizer leave the steps, which come from the groups.
+
+    It copies every entry of a parameter's state from the checkpoint, where there is no step.
+    """
+    parts = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    for part in parts:
+        part._set_main_param_and_optimizer_states = partial(_set_state_but_step, part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part._set_main_param_and_optimizer_states
+
+
+def unshare_adam_steps(optimizer: MegatronOptimizer) -> None:
+    """Give each parameter a step counter of its own after loading.
+
+    Megatron loads one tensor into all of them, which Adam would advance once per parameter.
+    """
+    for adam in _torch_adams(optimizer):
+        for state in adam.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+
+def _set_state_but_step(
+    part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Tensor]
+) -> None:
+    group, order = part.model_param_group_index_map[parameter]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+    own = {"step": state["step"]} if "step" in state else {}
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, parameter, {**own, **tensors})
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    inner = [part.optimizer for part in _parts(optimizer)]
+    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]

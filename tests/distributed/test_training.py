@@ -1,0 +1,90 @@
+"""Training on two processes: every layout gives the losses of one, and checkpoints change layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.processes import run_ranks
+from tests.unit.training.small import NO_DROPOUT, train
+
+pytestmark = pytest.mark.distributed
+
+TENSOR_PARALLEL = {**NO_DROPOUT, "tensor_model_parallel_size": 2}
+LAYOUTS = {
+    "data parallel": NO_DROPOUT,
+    "distributed optimizer": {**NO_DROPOUT, "use_distributed_optimizer": True},
+    "tensor parallel": TENSOR_PARALLEL,
+    "sequence parallel": {**TENSOR_PARALLEL, "sequence_parallel": True},
+}
+STOP = 3
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, megatron):
+    directory = str(tmp_path_factory.mktemp("one_process"))
+    stopped = train(**NO_DROPOUT, save=directory, exit_interval=STOP)
+    resumed = train(**NO_DROPOUT, load=directory)
+    return directory, stopped.train_losses + resumed.train_losses
+
+
+@pytest.fixture(scope="module")
+def two_processes(one_process, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("two_processes"))
+    return folder, run_ranks(2, on_one_rank, folder, one_process[0])[0]
+
+
+def on_one_rank(folder, saved_by_one_process):
+    results = {}
+    for name, layout in LAYOUTS.items():
+        directory = f"{folder}/{name}"
+        results[name, "stopped"] = train(**layout, save=directory, exit_interval=STOP).train_losses
+        results[name, "resumed"] = train(**layout, load=directory).train_losses
+        if name != "distributed optimizer":
+            results[name, "from one"] = train(**layout, load=saved_by_one_process).train_losses
+    dropout = {"use_distributed_optimizer": True}
+    directory = f"{folder}/dropout"
+    results["dropout"] = train(**dropout).train_losses
+    results["dropout, stopped"] = train(**dropout, save=directory, exit_interval=2).train_losses
+    results["dropout, resumed"] = train(**dropout, load=directory).train_losses
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_stops_and_resumes_like_one_process(one_process, two_processes, layout):
+    _, expected = one_process
+    results = two_processes[1]
+    losses = results[layout, "stopped"] + results[layout, "resumed"]
+    assert losses == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "distributed optimizer"])
+def test_a_layout_continues_what_one_process_began(one_process, two_processes, layout):
+    assert two_processes[1][layout, "from one"] == pytest.approx(one_process[1][STOP:], rel=2e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_process_continues_what_a_layout_began(one_process, two_processes, layout):
+    distributed = LAYOUTS[layout].get("use_distributed_optimizer", False)
+    directory = f"{two_processes[0]}/{layout}"
+    losses = train(
+        **NO_DROPOUT, load=directory, use_distributed_optimizer=distributed
+    ).train_losses
+    assert losses == pytest.approx(one_process[1][STOP:], rel=2e-6)
+
+
+def test_the_distributed_optimizer_resumes_bit_for_bit(two_processes):
+    results = two_processes[1]
+    assert results["dropout, stopped"] + results["dropout, resumed"] == results["dropout"]
+
+
+def test_a_checkpoint_of_two_processes_is_rebuilt_on_one(two_processes, megatron):
+    from retro_mcore.training.checkpointing import load_model_from_checkpoint
+
+    model, arguments = load_model_from_checkpoint(f"{two_processes[0]}/tensor parallel")
+    assert arguments.retro_decoder_layers == [2]
+    assert not model.training
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        logits = model(tokens, tokens, None)
+    assert logits.shape == (1, 32, arguments.padded_vocab_size)
