@@ -20,7 +20,6 @@ from retro_mcore.project import ProjectConfig, ProjectPaths
 
 if TYPE_CHECKING:
     from retro_mcore.inference.generation import GeneratedText
-    from retro_mcore.training.provider import ModelArguments
 
 
 @dataclass(kw_only=True)
@@ -85,6 +84,7 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     """
     device = setup_device(options.device)
     # Only now: megatron is imported after the device is chosen.
+    from retro_mcore.evaluation.perplexity import check_tokenizer
     from retro_mcore.inference import generation
     from retro_mcore.training.checkpointing import load_model_from_checkpoint
     from retro_mcore.training.options import ParallelOptions
@@ -100,7 +100,8 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     )
     model, arguments = load_model_from_checkpoint(options.load, parallel)
     with raise_together():
-        _refuse_other_project(options, arguments, project, tokenizer)
+        check_tokenizer(arguments, project, options.project_dir)
+        _refuse_other_chunks(options, arguments.retro_chunk_length, project.retro_gpt_chunk_length)
         retriever = None
         if options.retro_neighbors == "live":
             retriever = Retriever(
@@ -197,22 +198,13 @@ def _prompt_of_line(subject: str, line: str) -> str:
     return prompt
 
 
-def _refuse_other_project(
-    options: GenerateOptions,
-    arguments: ModelArguments,
-    project: ProjectConfig,
-    tokenizer: Tokenizer,
-) -> None:
-    for what, of_model, of_project in (
-        ("chunk length", arguments.retro_chunk_length, project.retro_gpt_chunk_length),
-        ("vocabulary size", arguments.vocab_size, tokenizer.vocab_size),
-    ):
-        if of_model != of_project:
-            raise ConfigurationError(
-                f"--load {options.load}",
-                f"a model of {what} {of_model}, but {options.project_dir} has {of_project}",
-                "Use the project that the model was trained on",
-            )
+def _refuse_other_chunks(options: GenerateOptions, of_model: int, of_project: int) -> None:
+    if of_model != of_project:
+        raise ConfigurationError(
+            f"--load {options.load}",
+            f"a model of chunk length {of_model}, but {options.project_dir} has {of_project}",
+            "Use the project that the model was trained on",
+        )
 
 
 def _new_text(tokenizer: Tokenizer, text: GeneratedText) -> str:

@@ -1,0 +1,228 @@
+"""From text to a trained Retro model and a generated paragraph, in seven commands.
+
+    python examples/quickstart/run.py                      # Python's own documentation
+    python examples/quickstart/run.py --input my.jsonl     # or a folder of .txt files
+    python examples/quickstart/run.py --nproc 2            # two processes, tensor parallel
+
+Each command is printed as you would type it, and run. Everything is written below --output; run
+again, the commands find what is finished there and reuse it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: The prompt is the beginning of the last document, which is a held-out one: so many chunks of it.
+PROMPT_CHUNKS = 1.5
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is: the flags of the commands that have a choice."""
+
+    chunk_length: int
+    max_documents: int
+    preprocess_corpus: str
+    pretrain_retro: str
+    generate: str
+
+
+# About ten minutes on two cores: most of it goes into embedding chunks (about 50 chunks a second
+# and core) and into training.
+LAPTOP = Size(
+    chunk_length=64,
+    max_documents=260,
+    preprocess_corpus="--vocab-size 4096 --seq-length 256 --split 95,5,0 --train-epochs 1 "
+    "--global-batch-size 4 --eval-interval 200 --eval-iters 8",
+    pretrain_retro="--num-layers 4 --hidden-size 128 --num-attention-heads 4 "
+    "--retro-decoder-layers 2 4 --retro-encoder-num-layers 1 --position-embedding-type rope "
+    "--normalization RMSNorm --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 "
+    "--retro-encoder-hidden-dropout 0 --retro-encoder-attention-dropout 0 "
+    "--init-method-std 0.06 --micro-batch-size 4 --lr 3e-3 --min-lr 3e-4 "
+    "--lr-decay-style cosine --lr-warmup-fraction 0.05 --adam-beta2 0.95 --weight-decay 0.1 "
+    "--log-interval 20",
+    generate="--max-new-tokens 128 --temperature 0.7 --top-k 40",
+)
+
+# The same path in under a minute; its model has seen too little to be of any use.
+SMOKE = Size(
+    chunk_length=16,
+    max_documents=24,
+    preprocess_corpus="--vocab-size 600 --seq-length 64 --split 90,10,0 --train-samples 16 "
+    "--global-batch-size 4 --eval-interval 4 --eval-iters 1",
+    pretrain_retro="--num-layers 2 --hidden-size 32 --num-attention-heads 2 "
+    "--retro-decoder-layers 2 --retro-encoder-num-layers 1 --position-embedding-type rope "
+    "--micro-batch-size 4 --lr 1e-3 --log-interval 1 --num-workers 0",
+    generate="--max-new-tokens 12 --temperature 0.7 --top-k 40",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run writes."""
+
+    root: Path
+
+    @property
+    def corpus(self) -> Path:
+        return self.root / "corpus.jsonl"
+
+    @property
+    def project(self) -> Path:
+        return self.root / "project"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def prompt(self) -> Path:
+        return self.root / "prompt.txt"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.checkpoints / "loss_curve.png"
+
+
+def stages(size: Size, source: Path, layout: Layout, nproc: int) -> list[tuple[str, list[str]]]:
+    """The seven commands and their flags."""
+    project = ["--project-dir", str(layout.project)]
+    tensor_parallel = ["--tensor-model-parallel-size", str(nproc)] if nproc > 1 else []
+    trained = [*project, "--load", str(layout.checkpoints), *tensor_parallel]
+    chunks = ["--retro-chunk-length", str(size.chunk_length)]
+    prompt = ["--prompt-file", str(layout.prompt), "--show-neighbors"]
+    return [
+        (
+            "preprocess_corpus",
+            [*project, "--input", str(source), *chunks, *size.preprocess_corpus.split()],
+        ),
+        ("build_db", project),
+        ("build_index", project),
+        ("query_neighbors", project),
+        (
+            "pretrain_retro",
+            [*trained, "--save", str(layout.checkpoints), *size.pretrain_retro.split()],
+        ),
+        ("evaluate_perplexity", trained),
+        ("generate", [*trained, *prompt, *size.generate.split()]),
+    ]
+
+
+def run_stage(name: str, flags: list[str], nproc: int) -> int:
+    """Print and run one command; returns its own exit code, from under torchrun too."""
+    script = os.path.relpath(REPOSITORY / "tools" / f"{name}.py")
+    arguments = [script, *flags]
+    if nproc == 1:
+        command = [os.path.relpath(sys.executable), *arguments]
+        _show(command)
+        return subprocess.run(command, check=False).returncode
+    arguments = ["--standalone", "--nproc-per-node", str(nproc), *arguments]
+    _show([os.path.relpath(Path(sys.executable).with_name("torchrun")), *arguments])
+    return _torchrun(arguments)
+
+
+def _show(command: list[str]) -> None:
+    print(f"\n$ {shlex.join(command)}", flush=True)
+
+
+def _torchrun(arguments: list[str]) -> int:
+    """What the command `torchrun` does, but for its traceback and its exit code, always 1."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    try:
+        run(parse_args(arguments))
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    return 0
+
+
+def write_prompt(source: Path, layout: Layout, num_tokens: int) -> None:
+    """The first tokens of the corpus's last document, as text."""
+    from retro_mcore.data.corpus import read_documents
+    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.project import ProjectConfig, ProjectPaths
+
+    config = ProjectConfig.load(layout.project)
+    tokenizer = load_project_tokenizer(config, ProjectPaths(layout.project))
+    *_, last = read_documents(source)
+    tokens = tokenizer.tokenize(last.text)[:num_tokens]
+    layout.prompt.write_text(tokenizer.detokenize(tokens) + "\n", encoding="utf-8")
+
+
+def make_corpus(layout: Layout, max_documents: int) -> int:
+    """Python's own documentation; returns an exit code."""
+    if layout.corpus.is_file():
+        print(f"{layout.corpus} is there already")
+        return 0
+    script = os.path.relpath(Path(__file__).with_name("make_corpus.py"))
+    flags = ["--output", str(layout.corpus), "--max-documents", str(max_documents)]
+    command = [os.path.relpath(sys.executable), script, *flags]
+    _show(command)
+    return subprocess.run(command, check=False).returncode
+
+
+def run(size: Size, layout: Layout, source: Path | None, nproc: int) -> int:
+    """The whole chain; stops at the first command that fails, with its exit code."""
+    if source is None:
+        if code := make_corpus(layout, size.max_documents):
+            return code
+        source = layout.corpus
+    seconds: dict[str, float] = {}
+    for name, flags in stages(size, source, layout, nproc):
+        if name == "generate":
+            write_prompt(source, layout, int(PROMPT_CHUNKS * size.chunk_length))
+        start = time.monotonic()
+        if code := run_stage(name, flags, nproc):
+            print(f"{name} stopped with exit code {code}", file=sys.stderr)
+            return code
+        seconds[name] = time.monotonic() - start
+    _summarize(seconds, layout)
+    return 0
+
+
+def _summarize(seconds: dict[str, float], layout: Layout) -> None:
+    from retro_mcore.cli.command import print_summary
+
+    rows: dict[str, object] = {name: f"{value:6.1f} s" for name, value in seconds.items()}
+    rows["total"] = f"{sum(seconds.values()):6.1f} s"
+    measured = json.loads((layout.checkpoints / "perplexity.json").read_text(encoding="utf-8"))
+    rows["perplexity by neighbors"] = ", ".join(
+        f"{row['neighbors']} {row['perplexity']:.2f}" for row in measured
+    )
+    rows["loss curve"] = layout.loss_curve
+    print_summary("quickstart", rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", type=Path, help="a JSONL file with a text field, or a folder")
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="where to write")
+    parser.add_argument("--nproc", type=int, default=1, help="processes for each command")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run that only tries the path")
+    options = parser.parse_args()
+    if options.nproc < 1:
+        parser.error(f"--nproc {options.nproc}: must be at least 1")
+    if options.nproc > 1:
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.nproc))
+        )
+    size = SMOKE if options.smoke else LAPTOP
+    try:
+        return run(size, Layout(options.output), options.input, options.nproc)
+    except KeyboardInterrupt:
+        print("interrupted; run again to go on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
