@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import CrossAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -92,6 +94,14 @@ class RetroCrossAttention(MegatronModule):
             tp_comm_buffer_name="proj",
             tp_group=self.pg_collection.tp,
         )
+        self._rotary: RotaryEmbedding | None = None
+        if config.retro_cross_attention_positions == "rotary":
+            self._rotary = RotaryEmbedding(
+                channels,
+                rotary_percent=1.0,
+                use_cpu_initialization=config.use_cpu_initialization,
+                cp_group=self.pg_collection.cp,
+            )
         self.recompute_core_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
@@ -127,6 +137,21 @@ class RetroCrossAttention(MegatronModule):
 
     def _unflatten_key_value(self, key_value: Tensor) -> Tensor:
         return key_value.unflatten(-1, (-1, 2, self.config.kv_channels))
+
+    def rotate(self, states: Tensor, first: int = 0) -> Tensor:
+        """Rotary embedding of `[S, B, H, C]` at positions `first`, `first + 1`, ...; as they are
+        without relative positions."""
+        if self._rotary is None:
+            return states
+        angles = self._rotary(first + states.size(0))[first:]
+        return apply_rotary_pos_emb(states, angles, self.config, cp_group=self.pg_collection.cp)
+
+    def rotate_keys(self, key_value: Tensor) -> Tensor:
+        """As `rotate`, for the keys of `[S, B, G, 2, C]`."""
+        if self._rotary is None:
+            return key_value
+        key, value = key_value.unbind(dim=-2)
+        return torch.stack((self.rotate(key), value), dim=-2)
 
     def join_neighbors(self, states: Tensor) -> Tensor:
         """`[R, B * L * K, ...]` to `[R * K, B * L, ...]`: all neighbors of a chunk in one row."""
@@ -187,6 +212,9 @@ class ChunkedCrossAttention(RetroCrossAttention):
         """
         if key_value_states is None:
             return {"output": None, "bias": None, "context": None}
+        gate = self.config.retro_attention_gate
+        if gate == 0.0:
+            return {"output": None, "bias": None, "context": key_value_states}
         for encoder in self._neighbor_encoder:
             key_value_states = encoder(key_value_states, hidden_states, attention_mask)
 
@@ -194,9 +222,10 @@ class ChunkedCrossAttention(RetroCrossAttention):
         sequence_length, batch_size = query_SBHC.shape[:2]
         grid = self.config.chunk_grid(sequence_length)
         mask, has_neighbors_BL = self._retrieved_mask(attention_mask)
+        # The attending tokens start with their chunk's last one.
         attended_MBLX = self.attend(
-            split_attending(query_SBHC, grid),
-            self.join_neighbors(self.project_key_value(key_value_states)),
+            self.rotate(split_attending(query_SBHC, grid), first=grid.chunk_length - 1),
+            self.join_neighbors(self.rotate_keys(self.project_key_value(key_value_states))),
             mask,
         )
         if has_neighbors_BL is None:
@@ -207,6 +236,8 @@ class ChunkedCrossAttention(RetroCrossAttention):
         if bias is not None:
             # Only positions that attend get the bias; the others stay as they were.
             bias = bias * self._local_part(attending_positions(grid, has_neighbors_BL))
+        if gate != 1.0:
+            output, bias = output * gate, None if bias is None else bias * gate
         return {"output": output, "bias": bias, "context": key_value_states}
 
     def _retrieved_mask(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -257,12 +288,12 @@ class EncoderCrossAttention(RetroCrossAttention):
             stream.
         """
         assert key_value_states is not None, "the encoder always has its retrieving chunks"
-        query = self.project_query(hidden_states)
+        query = self.rotate(self.project_query(hidden_states))
         key_value = self.project_key_value(key_value_states)
         grid = self.config.chunk_grid(key_value.size(0))
         attended = self.attend(
             self.join_neighbors(query),
-            split_chunks(key_value, grid, self.key_value_of_zeros()),
+            self.rotate_keys(split_chunks(key_value, grid, self.key_value_of_zeros())),
         )
         output, bias = self.linear_proj(self.part_neighbors(attended))
         normed = self.config.retro_encoder_residual == "normed"

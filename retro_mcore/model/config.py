@@ -102,6 +102,14 @@ class RetroConfig(TransformerConfig):
     retro_mask_padding: bool = True
     """Whether padding and missing neighbors (`context_mask`) are masked out."""
 
+    retro_cross_attention_positions: Literal["none", "rotary"] = "none"
+    """Relative positions in both cross-attentions: "rotary" rotates queries and keys by their
+    distance, a chunk and its neighbors starting at the same position."""
+
+    retro_attention_gate: float = 1.0
+    """Scales what chunked cross-attention adds; 0 leaves the GPT decoder, and does not run the
+    encoder. May be changed on a built model's config."""
+
     @classmethod
     def from_upstream(cls, origin: Origin, **kwargs: Any) -> RetroConfig:
         """A config that reproduces the numerics of an implementation that Megatron shipped.
@@ -180,6 +188,7 @@ class RetroConfig(TransformerConfig):
         for field, choices in {
             "retro_chunk_alignment": ("left", "right"),
             "retro_encoder_residual": ("raw", "normed"),
+            "retro_cross_attention_positions": ("none", "rotary"),
         }.items():
             if getattr(self, field) not in choices:
                 raise ConfigurationError(

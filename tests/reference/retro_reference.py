@@ -29,7 +29,8 @@ class RetroReference:
                 normed = self.norm(hidden, name + "pre_cross_attn_layernorm.")
                 if encoded is None:
                     encoded = self.encode_all(retrieved_LKR, mask_LKR, normed)
-                hidden = hidden + self.chunked_cross_attention(normed, encoded, mask_LKR, name)
+                attended = self.chunked_cross_attention(normed, encoded, mask_LKR, name)
+                hidden = hidden + config.retro_attention_gate * attended
             hidden = hidden + self.mlp(hidden, name)
         if config.retro_final_layernorm:
             hidden = self.norm(hidden, "decoder.final_layernorm.")
@@ -80,14 +81,21 @@ class RetroReference:
             mask = None if mask_LKR is None else mask_LKR[chunk].flatten()
             if mask is None or not mask.all():
                 states = torch.cat(neighbors_KRD)
-                output[here] = self.cross_attention(normed_SD[here], states, mask, name)
+                output[here] = self.cross_attention(
+                    normed_SD[here], states, mask, name, first=length - 1
+                )
         return output
 
-    def cross_attention(self, normed, states, mask, name):
+    def cross_attention(self, normed, states, mask, name, first=0):
         name = name + "cross_attention."
         query = self.linear(normed, name + "linear_q.").unflatten(-1, (-1, self.config.kv_channels))
         key_value = self.linear(states, name + "linear_kv.")
         key, value = key_value.unflatten(-1, (-1, 2, self.config.kv_channels)).unbind(-2)
+        if self.config.retro_cross_attention_positions == "rotary":
+            # Each neighbor's tokens count from 0, as do those of a chunk.
+            length = self.config.retro_retrieved_length if first else len(key)
+            key = torch.cat([self.rotate(part, whole=True) for part in key.split(length)])
+            query = self.rotate(query, first, whole=True)
         return self.linear(self.attend(query, key, value, mask), name + "linear_proj.")
 
     def self_attention(self, hidden, name, causal=False, rope=False, mask=None):
@@ -111,11 +119,12 @@ class RetroReference:
             scores = scores.masked_fill(mask, float("-inf"))
         return torch.einsum("hqk,khc->qhc", scores.softmax(-1), value).flatten(1)
 
-    def rotate(self, states):
-        """Rotary embedding of `[S, heads, C]`: its first `rotary_size` channels."""
-        size = self.rotary_size
+    def rotate(self, states, first=0, whole=False):
+        """Rotary embedding of `[S, heads, C]` from position `first` on."""
+        size = states.size(-1) if whole else self.rotary_size
         frequencies = self.rotary_base ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
-        angles = torch.outer(torch.arange(len(states)).float(), frequencies).repeat(1, 2)[:, None]
+        positions = torch.arange(first, first + len(states)).float()
+        angles = torch.outer(positions, frequencies).repeat(1, 2)[:, None]
         rotated, rest = states[..., :size], states[..., size:]
         half = torch.cat((-rotated[..., size // 2 :], rotated[..., : size // 2]), -1)
         cosine, sine = angles.cos().to(states.dtype), angles.sin().to(states.dtype)

@@ -39,6 +39,11 @@ VARIANTS = {
         "position_embedding_type": "rope",
     },
     "no final norm": {"retro_final_layernorm": False},
+    "relative positions in cross-attention": {
+        "retro_cross_attention_positions": "rotary",
+        "num_query_groups": 2,
+    },
+    "half-open gate": {"retro_attention_gate": 0.5},
 }
 
 

@@ -103,6 +103,26 @@ def test_every_prefix_has_the_logits_of_the_whole(model, length):
         torch.testing.assert_close(run_model(model, prefix), whole, atol=1e-9, rtol=0)
 
 
+def test_a_closed_gate_is_retrieval_off(model):
+    inputs = make_inputs(model.config)
+    without = run_model(model, {**inputs, "retrieved": None, "mask": None})
+    model.config.retro_attention_gate = 0.0
+    assert torch.equal(run_model(model, inputs), without)
+
+
+def test_relative_positions_tell_where_a_neighbors_token_stands(megatron):
+    """Without any positions inside the encoder the order of a neighbor's tokens is invisible."""
+    fields = {"retro_encoder_positions": False, "position_embedding_type": "rope"}
+    blind = build_model(**fields).double()
+    seeing = build_model(**fields, retro_cross_attention_positions="rotary").double()
+    inputs = {**make_inputs(blind.config), "mask": None}
+    swapped = {**inputs, "retrieved": inputs["retrieved"].flip(-1)}
+    with torch.no_grad():
+        torch.testing.assert_close(run_model(blind, inputs), run_model(blind, swapped))
+        difference = (run_model(seeing, inputs) - run_model(seeing, swapped)).abs().max()
+    assert difference > 1e-3
+
+
 def test_retrieval_off_is_megatrons_own_gpt_model(megatron):
     from megatron.core.models.gpt import GPTModel
 
