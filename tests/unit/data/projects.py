@@ -1,0 +1,63 @@
+"""A small project on real text, built once and copied by the tests that change it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+
+
+def documents(count: int = 20, length: int = 350) -> list[str]:
+    """Beginnings of Python's help topics, the second half repeated from the first (neighbors)."""
+    from pydoc_data.topics import topics
+
+    texts = [topics[name].strip()[:length] for name in sorted(topics)[: count // 2]]
+    return texts + [f"Again: {text}" for text in texts[: count - len(texts)]]
+
+
+def write_corpus(path: Path, texts: list[str], key: str = "text") -> Path:
+    """JSON lines."""
+    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def preprocess_options(project: Path, corpus: Path, **changes: object) -> PreprocessCorpusOptions:
+    """S 64, M 16, 8 training samples."""
+    values: dict = {
+        "project_dir": str(project),
+        "input": [str(corpus)],
+        "vocab_size": 500,
+        "seq_length": 64,
+        "retro_chunk_length": 16,
+        "split": "60,20,20",
+        "train_samples": 8,
+        "global_batch_size": 2,
+        "eval_iters": 1,
+        "retro_block_size": 20,
+    }
+    return PreprocessCorpusOptions(**{**values, **changes})
+
+
+def build_all(project: Path, corpus: Path) -> None:
+    """All four stages."""
+    preprocess_corpus(preprocess_options(project, corpus))
+    build_db(BuildDbOptions(str(project), retro_doc_block_size=6))
+    build_index(BuildIndexOptions(str(project)))
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+
+
+@cache
+def built_project() -> Path:
+    """A finished project; do not change it."""
+    folder = Path(tempfile.mkdtemp(prefix="retro_project_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    build_all(folder / "project", write_corpus(folder / "corpus.jsonl", documents()))
+    return folder / "project"

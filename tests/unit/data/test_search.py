@@ -1,0 +1,190 @@
+"""Shards, embedder, index and neighbors."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.embedders import build_embedder, embed_unique
+from retro_mcore.data.index import (
+    Embeddings,
+    add_to_index,
+    choose_index_string,
+    load_index,
+    measure_recall,
+    save_index,
+    search,
+    train_index,
+)
+from retro_mcore.data.neighbors import SavedNeighbors, keep_first
+from retro_mcore.data.shards import Shard, choose_shard_length, cut, run_shards
+from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
+from tests.unit.data.projects import built_project
+
+
+def write_rows(rows: np.ndarray, directory, length: int) -> list[Shard]:
+    shards = cut(directory, len(rows), length)
+
+    def build(shard, path):
+        with h5py.File(path, "w") as file:
+            file["data"] = rows[shard.start : shard.end]
+
+    run_shards(shards, build, "rows", "rows")
+    return shards
+
+
+def test_shards_are_named_as_upstream_names_them(tmp_path):
+    names = [shard.path.name for shard in cut(tmp_path, 250, 100)]
+    assert names == ["0000-0100.hdf5", "0100-0200.hdf5", "0200-0250.hdf5"]
+    assert [shard.path.name for shard in cut(tmp_path, 1, 100)] == ["0-1.hdf5"]
+    assert cut(tmp_path, 0, 100) == []
+    assert choose_shard_length(10_000_000, 100_000) == 100_000
+    assert choose_shard_length(6400, 100_000) == 100
+    assert choose_shard_length(3, 100_000) == 64
+
+
+def test_only_missing_and_damaged_shards_are_built_again(tmp_path):
+    rows = np.arange(40, dtype=np.float32).reshape(10, 4)
+    shards = write_rows(rows, tmp_path, 3)
+    before = [shard.path.read_bytes() for shard in shards]
+    shards[0].path.unlink()
+    shards[2].path.write_bytes(b"\0" * len(before[2]))
+    built = []
+
+    def build(shard, path):
+        built.append(shard.start)
+        with h5py.File(path, "w") as file:
+            file["data"] = rows[shard.start : shard.end]
+
+    report = run_shards(shards, build, "rows", "again")
+    assert built == [0, 6]
+    assert (report.total, report.reused, report.damaged) == (4, 2, (shards[2].path,))
+    assert [shard.path.read_bytes() for shard in shards] == before
+    assert str(run_shards(shards, build, "rows", "third")) == "4 (reused)"
+    assert run_shards(shards, build, "other rows", "foreign").built == 4
+
+
+def test_the_installed_encoder_finds_the_related_text():
+    embedder = build_embedder("minilm", device="cpu")
+    texts = ["A dog chases a cat.", "Interest rates rose.", "A dog chases a cat.", ""]
+    vectors = embed_unique(embedder, texts)
+    assert vectors.shape == (4, embedder.dimension) == (4, 384)
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors[0], vectors[2])
+    query = embedder.embed(["The puppy runs after a kitten."])[0]
+    assert query @ vectors[0] > query @ vectors[1]
+
+
+def test_an_embedder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"--embedder: .*nothing"):
+        build_embedder(str(tmp_path / "nothing"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("count", "string"),
+    [
+        (1, "Flat"),
+        (50_000, "Flat"),
+        (100_000, "IVF1024,Flat"),
+        (5_000_000, "IVF8192_HNSW32,Flat"),
+        (1_000_000_000, "OPQ64,IVF131072_HNSW32,PQ64"),
+    ],
+)
+def test_the_index_fits_the_number_of_vectors(count, string):
+    choice = choose_index_string(count, 384)
+    assert choice.string == string
+    assert str(count) in choice.reason
+
+
+@pytest.mark.parametrize("string", ["Flat", "IVF8,Flat", "IVF4_HNSW4,Flat", "HNSW8,Flat"])
+def test_an_index_finds_its_vectors_and_its_recall_is_measured(tmp_path, string):
+    rows = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
+    embeddings = Embeddings(write_rows(rows, tmp_path, 250))
+    assert np.array_equal(embeddings.rows(np.array([599, 0, 250])), rows[[599, 0, 250]])
+    index = train_index(string, embeddings, np.arange(600))
+    add_to_index(index, embeddings, string)
+    save_index(index, tmp_path / "index")
+    index = load_index(tmp_path / "index")
+    recall = measure_recall(index, embeddings)
+    assert recall.at[2] >= 0.95
+    assert (recall.nprobe is None) == ("IVF" not in string)
+    assert (recall.ef_search is None) == ("HNSW" not in string)
+    index = load_index(tmp_path / "index", recall.nprobe, recall.ef_search)
+    assert (search(index, rows[:5], 1)[1][:, 0] == np.arange(5)).all()
+
+
+def test_three_vectors_are_enough(tmp_path):
+    rows = np.eye(3, 4, dtype=np.float32)
+    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
+    string = choose_index_string(3, 4).string
+    index = train_index(string, embeddings, np.arange(3))
+    add_to_index(index, embeddings, string)
+    assert measure_recall(index, embeddings).at == {1: 1.0, 2: 1.0}
+    assert search(index, rows[:1], 5)[1].tolist()[0][3:] == [NO_NEIGHBOR] * 2
+
+
+@pytest.mark.parametrize("string", ["Flatt", "IVF64,Flat", "IVF4,PQ7"])
+def test_an_index_string_that_cannot_work_is_named(tmp_path, string):
+    rows = np.zeros((10, 8), np.float32)
+    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
+    with pytest.raises(ConfigurationError, match="--index-str"):
+        train_index(string, embeddings, np.arange(10))
+
+
+def test_a_truncated_index_is_named(tmp_path):
+    (tmp_path / "index").write_bytes(b"IxF2")
+    with pytest.raises(CorruptFileError, match=r"index: unreadable.*build_index"):
+        load_index(tmp_path / "index")
+
+
+def test_the_first_allowed_candidates_are_kept_in_order():
+    candidates = np.array([[7, 3, 9, 1], [5, 6, -1, -1], [2, 4, 8, 0]])
+    allowed = np.array([[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+    assert keep_first(candidates, allowed, 3).tolist() == [[3, 1, -1], [5, 6, -1], [-1, -1, -1]]
+    assert keep_first(candidates, allowed, 6)[1].tolist() == [5, 6, -1, -1, -1, -1]
+
+
+def test_neighbors_are_the_nearest_chunks_of_other_documents():
+    """Against exact search and a filter, row by row."""
+    from retro_mcore.data.text import chunk_texts
+    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.datasets.samples import build_gpt_samples
+
+    paths = ProjectPaths(built_project())
+    config = ProjectConfig.load(paths.root)
+    tokenizer = load_project_tokenizer(config, paths)
+    database = ChunkDatabase.open(paths.root)
+    embedder = build_embedder("minilm", device="cpu")
+    everything = embedder.embed(chunk_texts(tokenizer, database.tokens(range(len(database)))))
+    samples = build_gpt_samples(config, paths, "train")
+    saved = SavedNeighbors(paths.query / config.retro_neighbor_dirs["train"])
+    assert len(saved) == 8 * 4
+    assert saved.num_saved == 5
+    for sample in (0, 5, 7):  # chunks of sample 5 lie in two files
+        rows = saved.rows(sample * 4, sample * 4 + 4)
+        own = set(samples.document_ids(sample).tolist())
+        for chunk in range(4):
+            tokens = samples.tokens(sample)[chunk * 16 : chunk * 16 + 16]
+            vector = embedder.embed(chunk_texts(tokenizer, [tokens]))[0]
+            distances = ((everything - vector) ** 2).sum(1)
+            documents = database.documents(np.arange(len(database)))[:, 1]
+            allowed = [i for i in np.argsort(distances) if documents[i] not in own]
+            assert not set(database.documents(rows[chunk])[:, 1].tolist()) & own
+            np.testing.assert_allclose(distances[rows[chunk]], distances[allowed[:5]], atol=1e-5)
+
+
+def test_the_recall_is_stored_beside_the_index():
+    paths = ProjectPaths(built_project())
+    settings = ProjectSettings.load(paths.root)
+    assert (settings.embedder, settings.embedding_dimension) == ("minilm", 384)
+    assert settings.index_string == "Flat"
+    assert settings.num_neighbors_save == 5
+    report = json.loads(paths.recall_report("Flat").read_text())
+    assert report["at"]["1"] == 1.0
+    assert report["num_vectors"] == len(ChunkDatabase.open(paths.root))
+    assert paths.added_index("Flat").is_file()
+    assert paths.empty_index("Flat").is_file()
