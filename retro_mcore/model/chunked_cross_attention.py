@@ -48,6 +48,7 @@ class RetroCrossAttention(MegatronModule):
         layer_number: Within the model, 1-based.
         pg_collection: Process groups; Megatron's global ones by default.
         attention_dropout: Overrides the config's.
+        key_value_size: Width of what is attended to; the config's hidden size by default.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RetroCrossAttention(MegatronModule):
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         attention_dropout: float | None = None,
+        key_value_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
@@ -66,10 +68,12 @@ class RetroCrossAttention(MegatronModule):
         )
         channels = config.kv_channels
         self.linear_q = self._build_projection(
-            submodules.linear_q, channels * config.num_attention_heads
+            submodules.linear_q, config.hidden_size, channels * config.num_attention_heads
         )
         self.linear_kv = self._build_projection(
-            submodules.linear_kv, 2 * channels * config.num_query_groups
+            submodules.linear_kv,
+            key_value_size or config.hidden_size,
+            2 * channels * config.num_query_groups,
         )
         self.core_attention = build_module(
             submodules.core_attention,
@@ -106,10 +110,10 @@ class RetroCrossAttention(MegatronModule):
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
 
-    def _build_projection(self, linear: Any, output_size: int) -> torch.nn.Module:
+    def _build_projection(self, linear: Any, input_size: int, output_size: int) -> torch.nn.Module:
         return build_module(
             linear,
-            self.config.hidden_size,
+            input_size,
             output_size,
             config=self.config,
             init_method=self.config.init_method,
@@ -181,8 +185,8 @@ class ChunkedCrossAttention(RetroCrossAttention):
     normed hidden states: RetroModel hands it the encoder through `encode_neighbors_with`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: RetroConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **{**kwargs, "key_value_size": config.encoder_hidden_size})
         # In a tuple, so that torch does not register the encoder here too: it is the model's.
         self._neighbor_encoder: tuple[NeighborEncoder, ...] = ()
 
@@ -203,8 +207,9 @@ class ChunkedCrossAttention(RetroCrossAttention):
         Args:
             hidden_states: `[S, B, D]`, normed (under sequence parallelism this rank's part of S).
             attention_mask: bool `[B * L * K, R]`, True = padding or missing. None: all real.
-            key_value_states: `[R, B * L * K, D]`, the embedded neighbors for the first of these
-                layers, the encoded ones for the others. None: retrieval is off.
+            key_value_states: `[R, B * L * K, D]`, the embedded neighbors, for the first of these
+                layers; `[R, B * L * K, encoder's D]`, the encoded ones, for the others. None:
+                retrieval is off.
 
         Returns:
             "output" `[S, B, D]` and "bias" `[S, B, D]` or None for RetroBiasDropoutAdd (output
@@ -263,6 +268,10 @@ class EncoderCrossAttention(RetroCrossAttention):
     """The neighbor encoder's cross-attention to the retrieving chunk.
 
     A chunk's keys and values are projected once and shared by its K neighbors.
+
+    Args:
+        config: The encoder's configuration.
+        *args, **kwargs: As RetroCrossAttention takes them; `key_value_size` is the decoder's width.
     """
 
     def __init__(self, config: RetroConfig, *args: Any, **kwargs: Any) -> None:

@@ -63,6 +63,16 @@ class RetroConfig(TransformerConfig):
     """Attention dropout of the encoder's cross-attention to the retrieving chunk. None: as its
     self-attention. Megatron used the decoder's rate here."""
 
+    retro_encoder_hidden_size: int | None = None
+    """Width of the neighbor encoder. None: the decoder's."""
+
+    retro_encoder_num_attention_heads: int | None = None
+    """Attention heads of the neighbor encoder, each with its own key and value. None: heads and
+    query groups of the decoder."""
+
+    retro_encoder_ffn_hidden_size: int | None = None
+    """Width of the neighbor encoder's MLP. None: the decoder's, in proportion to the width."""
+
     retro_neighbor_dirs: dict | None = None
     """Neighbor directories of the train, valid and test splits, relative to the project's
     `query/`."""
@@ -133,6 +143,7 @@ class RetroConfig(TransformerConfig):
         super().__post_init__()
         self._validate_retrieval()
         self._validate_decoder_layers()
+        self._validate_encoder()
         self._validate_parallelism()
         if self.retro_encoder_cross_attention_dropout is None:
             self.retro_encoder_cross_attention_dropout = self.retro_encoder_attention_dropout
@@ -143,6 +154,11 @@ class RetroConfig(TransformerConfig):
         if self.retro_decoder_layers is not None:
             return list(self.retro_decoder_layers)
         return list(range(6 if self.num_layers <= 15 else 9, self.num_layers + 1, 3))
+
+    @property
+    def encoder_hidden_size(self) -> int:
+        """Width of the neighbor encoder."""
+        return self.retro_encoder_hidden_size or self.hidden_size
 
     def chunk_grid(self, sequence_length: int) -> ChunkGrid:
         """The chunks of a sequence of `sequence_length` tokens."""
@@ -155,6 +171,16 @@ class RetroConfig(TransformerConfig):
         config.num_layers = self.retro_encoder_num_layers
         config.hidden_dropout = self.retro_encoder_hidden_dropout
         config.attention_dropout = self.retro_encoder_attention_dropout
+        config.hidden_size = self.encoder_hidden_size
+        config.ffn_hidden_size = (
+            self.retro_encoder_ffn_hidden_size
+            or self.ffn_hidden_size * self.encoder_hidden_size // self.hidden_size
+        )
+        if self.retro_encoder_num_attention_heads is not None:
+            config.num_attention_heads = self.retro_encoder_num_attention_heads
+            config.num_query_groups = self.retro_encoder_num_attention_heads
+        if config.hidden_size != self.hidden_size or self.retro_encoder_num_attention_heads:
+            config.kv_channels = config.hidden_size // config.num_attention_heads
         config.pipeline_model_parallel_size = 1
         config.virtual_pipeline_model_parallel_size = None
         config.pipeline_model_parallel_layout = None
@@ -208,6 +234,22 @@ class RetroConfig(TransformerConfig):
                 "retro_decoder_layers",
                 f"{layers} in a model of {self.num_layers} layers",
                 "Give ascending layer numbers from 1 to num_layers",
+            )
+
+    def _validate_encoder(self) -> None:
+        heads = self.retro_encoder_num_attention_heads or self.num_attention_heads
+        own_sizes = self.retro_encoder_hidden_size or self.retro_encoder_num_attention_heads
+        if own_sizes and self.encoder_hidden_size % heads:
+            raise ConfigurationError(
+                "retro_encoder_hidden_size",
+                f"{self.encoder_hidden_size} over {heads} attention heads",
+                "Choose a multiple, or set retro_encoder_num_attention_heads",
+            )
+        if heads % self.tensor_model_parallel_size:
+            raise ConfigurationError(
+                "retro_encoder_num_attention_heads",
+                f"{heads} over tensor_model_parallel_size {self.tensor_model_parallel_size}",
+                "It must be a multiple",
             )
 
     def _validate_parallelism(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class RetroModel(GPTModel):
             self.neighbor_encoder = NeighborEncoder(
                 config,
                 transformer_layer_spec.neighbor_encoder,
-                rotary=getattr(self, "rotary_pos_emb", None),
+                rotary=self._encoder_rotary(),
                 pg_collection=self.pg_collection,
             )
             self._first_retro_layer().cross_attention.encode_neighbors_with(self.neighbor_encoder)
@@ -82,6 +83,21 @@ class RetroModel(GPTModel):
                 self._copy_embedding()
         elif self.pre_process:
             self._mark_copied(self.embedding, is_copy=False)
+
+    def _encoder_rotary(self) -> RotaryEmbedding | None:
+        if self.position_embedding_type != "rope":
+            return None
+        channels = self.config.encoder_config().kv_channels
+        if channels == self.config.kv_channels:
+            return self.rotary_pos_emb
+        return RotaryEmbedding(
+            channels,
+            rotary_percent=self.rotary_percent,
+            rotary_interleaved=self.config.rotary_interleaved,
+            rotary_base=self.rotary_base,
+            use_cpu_initialization=self.config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
 
     @property
     def has_embedding_copy(self) -> bool:
@@ -189,11 +205,7 @@ class RetroModel(GPTModel):
         previous_layer = stage_layer_numbers(self.config, self.vp_stage).start - 1
         arriving = carries_neighbors(self.config, previous_layer)
         if context_input_ids is not None and (arriving or is_interleaved(self.config)):
-            rows = context_input_ids.numel() // hidden.size(1)
-            if self.config.sequence_parallel:
-                rows //= self.config.tensor_model_parallel_size
-            per_sample = context_input_ids.size(0) // hidden.size(1)
-            hidden, neighbors = unpack(hidden, rows, per_sample)
+            hidden, neighbors = unpack(hidden, self.config, context_input_ids.size(0))
             neighbors = neighbors.to(self.config.params_dtype) if arriving else None
         self.decoder.set_input_tensor(hidden)
         return neighbors

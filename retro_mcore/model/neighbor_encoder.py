@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -25,7 +26,8 @@ class NeighborEncoder(TransformerBlock):
     Args:
         config: The model's configuration (the encoder derives its own).
         submodules: The layers (`get_neighbor_encoder_block_spec`).
-        rotary: The rotary embedding of the retrieved tokens, or None for none.
+        rotary: The rotary embedding of the retrieved tokens (for this encoder's channels per
+            head), or None for none.
         pg_collection: Process groups.
     """
 
@@ -44,6 +46,19 @@ class NeighborEncoder(TransformerBlock):
             pg_collection=pg_collection,
         )
         self._rotary = rotary
+        self.input_projection: torch.nn.Linear | None = None
+        if config.encoder_hidden_size != config.hidden_size:
+            self.input_projection = self._build_input_projection(config)
+
+    def _build_input_projection(self, config: RetroConfig) -> torch.nn.Linear:
+        """From the embedding's width to the encoder's; whole on every tensor-parallel rank."""
+        projection = torch.nn.Linear(
+            config.hidden_size, config.encoder_hidden_size, bias=False, dtype=config.params_dtype
+        )
+        config.init_method(projection.weight)
+        # Each rank projects its part of R: megatron sums these gradients over TP.
+        projection.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return projection
 
     def forward(  # type: ignore[override]
         self, embedded_neighbors: Tensor, chunk_states: Tensor, mask: Tensor | None = None
@@ -56,8 +71,10 @@ class NeighborEncoder(TransformerBlock):
             mask: bool `[B * L * K, R]`, True = padding or missing.
 
         Returns:
-            `[R, B * L * K, D]`.
+            `[R, B * L * K, encoder's D]`.
         """
+        if self.input_projection is not None:
+            embedded_neighbors = self.input_projection(embedded_neighbors)
         rotary = None
         if self._rotary is not None and self.config.retro_encoder_positions:
             rotary = self._rotary(self.config.retro_retrieved_length)

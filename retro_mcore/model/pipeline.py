@@ -61,11 +61,20 @@ def is_interleaved(config: RetroConfig) -> bool:
     return config.virtual_pipeline_model_parallel_size is not None
 
 
-def packed_rows(config: RetroConfig, sequence_length: int) -> int:
-    """Rows of dimension 0 that the encoded neighbors add to a boundary: R * L * K, whole S."""
-    num_chunks = config.chunk_grid(sequence_length).num_chunks
-    retrieved_length = config.retro_num_retrieved_chunks * config.retro_chunk_length
-    return retrieved_length * num_chunks * config.retro_num_neighbors
+def packed_rows(config: RetroConfig, neighbors_per_sample: int) -> int:
+    """Rows of dimension 0 that the encoded neighbors add to what a rank sends.
+
+    R * L * K rows of the encoder's width, as rows of the decoder's width, divided over the
+    tensor-parallel ranks under sequence parallelism.
+
+    Args:
+        config: The model's configuration.
+        neighbors_per_sample: L * K.
+    """
+    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    retrieved_length = config.retro_num_retrieved_chunks * config.retro_chunk_length // parts
+    channels = retrieved_length * neighbors_per_sample * config.encoder_hidden_size
+    return -(-channels // config.hidden_size)
 
 
 def schedule_kwargs(
@@ -84,11 +93,12 @@ def schedule_kwargs(
     """
     if config.pipeline_model_parallel_size == 1 or not with_retrieval:
         return {"seq_length": sequence_length}
-    rows = packed_rows(config, sequence_length)
+    num_chunks = config.chunk_grid(sequence_length).num_chunks
+    rows = packed_rows(config, num_chunks * config.retro_num_neighbors)
     if is_interleaved(config):
-        return {"seq_length": sequence_length + rows}
-    if config.sequence_parallel:
-        rows //= config.tensor_model_parallel_size
+        # Megatron divides the length over the ranks under sequence parallelism.
+        parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        return {"seq_length": sequence_length + rows * parts}
     numbers = stage_layer_numbers(config, None, pp_rank)
 
     def add_rows(shapes: Sequence[Shape], last_layer: int) -> list[Shape]:
@@ -102,36 +112,54 @@ def schedule_kwargs(
     return {"seq_length": sequence_length, "adjust_tensor_shapes_fn": adjust}
 
 
-def pack(hidden_SBD: Tensor, neighbors: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
+def pack(
+    hidden_SBD: Tensor, neighbors: Tensor | None, config: RetroConfig, num_neighbors: int
+) -> Tensor:
     """Put the encoded neighbors behind the hidden states.
 
     Args:
         hidden_SBD: `[S, B, D]`.
-        neighbors: `[R, B * L * K, D]`, or None for zeros.
-        rows: R * L * K.
-        dtype: What the pipeline sends.
+        neighbors: `[R, B * L * K, encoder's D]`, or None for zeros.
+        config: The model's configuration.
+        num_neighbors: B * L * K.
 
     Returns:
-        `[S + rows, B, D]`, no view, so that the schedule may free it.
+        `[S + packed rows, B, D]` in `pipeline_dtype`, no view, so that the schedule may free it.
     """
     _, batch_size, hidden_size = hidden_SBD.shape
+    rows, dtype = packed_rows(config, num_neighbors // batch_size), config.pipeline_dtype
     if neighbors is None:
         tail = hidden_SBD.new_zeros(rows, batch_size, hidden_size, dtype=dtype)
     else:
-        tail = neighbors.unflatten(1, (batch_size, -1)).transpose(1, 2).flatten(0, 1)
+        tail_BX = neighbors.unflatten(1, (batch_size, -1)).transpose(0, 1).flatten(1)
+        missing = rows * hidden_size - tail_BX.size(1)
+        tail_BX = torch.nn.functional.pad(tail_BX, (0, missing))
+        tail = tail_BX.unflatten(1, (rows, hidden_size)).transpose(0, 1)
     return torch.cat((hidden_SBD.to(dtype), tail.to(dtype)))
 
 
-def unpack(packed: Tensor, rows: int, neighbors_per_sample: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack`: hidden states `[S, B, D]` and neighbors `[R, B * L * K, D]`.
+def unpack(packed: Tensor, config: RetroConfig, num_neighbors: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`: hidden states `[S, B, D]`, neighbors `[R, B * L * K, encoder's D]`.
 
     Args:
-        packed: `[S + rows, B, D]`.
-        rows: R * L * K.
-        neighbors_per_sample: L * K.
+        packed: `[S + packed rows, B, D]`.
+        config: The model's configuration.
+        num_neighbors: B * L * K.
     """
+    batch_size = packed.size(1)
+    per_sample = num_neighbors // batch_size
+    rows = packed_rows(config, per_sample)
     hidden_SBD, tail = packed.split((packed.size(0) - rows, rows))
-    neighbors = tail.unflatten(0, (-1, neighbors_per_sample)).transpose(1, 2).flatten(1, 2)
+    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    retrieved_length = config.retro_num_retrieved_chunks * config.retro_chunk_length // parts
+    size = retrieved_length * per_sample * config.encoder_hidden_size
+    neighbors = (
+        tail.transpose(0, 1)
+        .flatten(1)[:, :size]
+        .unflatten(1, (retrieved_length, per_sample, -1))
+        .transpose(0, 1)
+        .flatten(1, 2)
+    )
     return hidden_SBD, neighbors
 
 
@@ -155,12 +183,8 @@ class RetroTransformerLayer(TransformerLayer):
         hidden_states, context = super().forward(*args, **kwargs)
         mask = kwargs.get("context_mask")
         if self.packing and mask is not None:
-            config: RetroConfig = self.config
-            rows = mask.numel() // hidden_states.size(1)
-            if config.sequence_parallel:
-                rows //= config.tensor_model_parallel_size
-            sent = context if carries_neighbors(config, self.layer_number) else None
-            hidden_states = pack(hidden_states, sent, rows, config.pipeline_dtype)
+            sent = context if carries_neighbors(self.config, self.layer_number) else None
+            hidden_states = pack(hidden_states, sent, self.config, mask.size(0))
         return hidden_states, context
 
 

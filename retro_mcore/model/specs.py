@@ -141,6 +141,7 @@ def get_neighbor_encoder_block_spec(
                 backend,
                 AttnMaskType.no_mask,
                 EncoderCrossAttention if number == 1 else None,
+                key_value_size=config.hidden_size,
             )
             for number in range(1, config.retro_encoder_num_layers + 1)
         ]
@@ -156,6 +157,7 @@ def _layer_spec(
     backend: Any,
     attn_mask_type: AttnMaskType,
     cross_attention: type | None = None,
+    **cross_attention_params: Any,
 ) -> ModuleSpec:
     fused = backend.fuse_layernorm_and_linear()
     linear_qkv = (
@@ -188,6 +190,7 @@ def _layer_spec(
         submodules.pre_cross_attn_layernorm = norm
         submodules.cross_attention = ModuleSpec(
             module=cross_attention,
+            params=cross_attention_params,
             submodules=CrossAttentionSubmodules(
                 linear_q=backend.column_parallel_linear(),
                 linear_kv=backend.column_parallel_linear(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,6 +42,8 @@ class Run:
     losses: list[float]
     gradient_norms: list[float]
     embedding_copies: list[torch.Tensor]
+    #: Bytes that this rank sent to each other pipeline rank in the first step.
+    sent_bytes: dict[int, int]
 
 
 def serial_weights(fields: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -53,8 +57,36 @@ def serial_weights(fields: dict[str, Any]) -> dict[str, torch.Tensor]:
 def train(layout: Layout, weights: dict[str, torch.Tensor]) -> Run:
     """Join the layout's groups, load this rank's part of `weights`, and take the steps."""
     trainer = Trainer(layout, weights)
-    runs = [trainer.step(step) for step in range(STEPS)]
-    return Run([r[0] for r in runs], [r[1] for r in runs], trainer.embedding_copies())
+    with counting_sent_bytes() as sent_bytes:
+        runs = [trainer.step(0)]
+    runs += [trainer.step(step) for step in range(1, STEPS)]
+    losses, norms = ([run[i] for run in runs] for i in range(2))
+    return Run(losses, norms, trainer.embedding_copies(), sent_bytes)
+
+
+@contextmanager
+def counting_sent_bytes() -> Iterator[dict[int, int]]:
+    """What the non-interleaved schedule sends, in bytes by pipeline rank."""
+    from megatron.core import parallel_state
+
+    sent: dict[int, int] = {}
+    ranks = torch.distributed.get_process_group_ranks(
+        parallel_state.get_pipeline_model_parallel_group()
+    )
+    exchange = torch.distributed.batch_isend_irecv
+
+    def counting(operations):
+        for operation in operations:
+            if operation.op is torch.distributed.isend:
+                peer = ranks.index(operation.peer)
+                sent[peer] = sent.get(peer, 0) + operation.tensor.nbytes
+        return exchange(operations)
+
+    torch.distributed.batch_isend_irecv = counting
+    try:
+        yield sent
+    finally:
+        torch.distributed.batch_isend_irecv = exchange
 
 
 class Trainer:

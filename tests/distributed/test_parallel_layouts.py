@@ -7,7 +7,15 @@ from functools import cache
 import pytest
 import torch
 
-from tests.distributed.layouts import Layout, Run, join_layout, serial_weights, train
+from tests.distributed.layouts import (
+    GLOBAL_BATCH_SIZE,
+    SEQUENCE_LENGTH,
+    Layout,
+    Run,
+    join_layout,
+    serial_weights,
+    train,
+)
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -21,6 +29,7 @@ ROPE = {
     "add_bias_linear": False,
 }
 TIED = {"share_embeddings_and_output_weights": True}
+NARROW = {"retro_encoder_hidden_size": 24, "retro_encoder_num_attention_heads": 2}
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 
 TWO_RANKS = {
@@ -33,6 +42,10 @@ TWO_RANKS = {
     "PP2, encoder last": Layout(pipeline=2, fields={"retro_decoder_layers": [6, 8]}),
     "PP2, encoder last, tied": Layout(pipeline=2, fields={"retro_decoder_layers": [5], **TIED}),
     "PP2, tied, rotary": Layout(pipeline=2, fields={**ROPE, **TIED}),
+    "PP2, narrow encoder": Layout(pipeline=2, fields=NARROW),
+    "TP2+SP, narrow encoder, relative positions": Layout(
+        tensor=2, sequence=True, fields={**NARROW, "retro_cross_attention_positions": "rotary"}
+    ),
     "PP2, uneven": Layout(pipeline=2, fields={"num_layers_in_first_pipeline_stage": 2}),
     "PP2 of 2": Layout(pipeline=2, virtual=2),
     "PP2 of 2, encoder in the second chunk of the first rank, tied": Layout(
@@ -132,3 +145,26 @@ def test_three_ranks(megatron, name):
 @pytest.mark.parametrize("name", FOUR_RANKS)
 def test_four_ranks(megatron, name):
     check_equal_to_one_process(4, name, FOUR_RANKS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "carrying"),
+    [
+        ("PP2, encoder first", True),  # layers 2 and 7 cross-attend, the boundary is after 4
+        ("PP2, encoder last", False),
+        ("PP2, narrow encoder", True),
+    ],
+)
+def test_only_what_later_layers_need_crosses_the_boundary(megatron, name, carrying):
+    """The formula of docs/parallelism.md, forward and backward, in float32."""
+    fields = TWO_RANKS[name].model_fields()
+    hidden_size, chunk_length = fields["hidden_size"], fields["retro_chunk_length"]
+    retrieved_length = fields["retro_num_retrieved_chunks"] * chunk_length
+    num_chunks = SEQUENCE_LENGTH // chunk_length
+    neighbors = retrieved_length * num_chunks * fields["retro_num_neighbors"]
+    encoder_width = fields.get("retro_encoder_hidden_size", hidden_size)
+    rows = SEQUENCE_LENGTH + (neighbors * encoder_width // hidden_size if carrying else 0)
+    step = rows * GLOBAL_BATCH_SIZE * hidden_size * 4
+    first, last = (ranks[name] for ranks in parallel_runs(2))
+    assert first.sent_bytes == {1: step}
+    assert last.sent_bytes == {0: step}

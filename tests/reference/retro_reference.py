@@ -15,8 +15,8 @@ class RetroReference:
 
     def __init__(self, config, weights, rotary_percent=1.0, rotary_base=10000, rope=False):
         self.config, self.weights, self.rope = config, weights, rope
-        self.rotary_size = int(config.kv_channels * rotary_percent)
-        self.rotary_base = rotary_base
+        self.encoder = config.encoder_config()  # sizes of the neighbor encoder
+        self.rotary_percent, self.rotary_base = rotary_percent, rotary_base
 
     def logits(self, tokens_S: Tensor, retrieved_LKR: Tensor | None, mask_LKR: Tensor | None):
         """`[S, V]`; mask True = padding. `retrieved` None: the GPT decoder."""
@@ -52,6 +52,8 @@ class RetroReference:
 
     def encode(self, tokens_R, mask_R, chunk_MD):
         hidden = self.embed(tokens_R)
+        if self.encoder.hidden_size != self.config.hidden_size:
+            hidden = self.linear(hidden, "neighbor_encoder.input_projection.")
         rope = self.rope and self.config.retro_encoder_positions
         for layer in range(self.config.retro_encoder_num_layers):
             name = f"neighbor_encoder.layers.{layer}."
@@ -87,10 +89,10 @@ class RetroReference:
         return output
 
     def cross_attention(self, normed, states, mask, name, first=0):
-        name = name + "cross_attention."
-        query = self.linear(normed, name + "linear_q.").unflatten(-1, (-1, self.config.kv_channels))
+        channels, name = self.sizes(name).kv_channels, name + "cross_attention."
+        query = self.linear(normed, name + "linear_q.").unflatten(-1, (-1, channels))
         key_value = self.linear(states, name + "linear_kv.")
-        key, value = key_value.unflatten(-1, (-1, 2, self.config.kv_channels)).unbind(-2)
+        key, value = key_value.unflatten(-1, (-1, 2, channels)).unbind(-2)
         if self.config.retro_cross_attention_positions == "rotary":
             # Each neighbor's tokens count from 0, as do those of a chunk.
             length = self.config.retro_retrieved_length if first else len(key)
@@ -99,8 +101,8 @@ class RetroReference:
         return self.linear(self.attend(query, key, value, mask), name + "linear_proj.")
 
     def self_attention(self, hidden, name, causal=False, rope=False, mask=None):
+        channels, groups = self.sizes(name).kv_channels, self.sizes(name).num_query_groups
         normed, name = self.norm(hidden, name + "input_layernorm."), name + "self_attention."
-        channels, groups = self.config.kv_channels, self.config.num_query_groups
         qkv = self.linear(normed, name + "linear_qkv.").unflatten(-1, (groups, -1, channels))
         query, key, value = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
         if rope:
@@ -111,17 +113,20 @@ class RetroReference:
             mask = None  # nobody looks at a missing neighbor
         return self.linear(self.attend(query, key, value, mask), name + "linear_proj.")
 
+    def sizes(self, name):
+        return self.encoder if name.startswith("neighbor_encoder.") else self.config
+
     def attend(self, query, key, value, mask):
         repeat = query.size(1) // key.size(1)
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        scores = torch.einsum("qhc,khc->hqk", query, key) / self.config.kv_channels**0.5
+        scores = torch.einsum("qhc,khc->hqk", query, key) / query.size(-1) ** 0.5
         if mask is not None:
             scores = scores.masked_fill(mask, float("-inf"))
         return torch.einsum("hqk,khc->qhc", scores.softmax(-1), value).flatten(1)
 
     def rotate(self, states, first=0, whole=False):
         """Rotary embedding of `[S, heads, C]` from position `first` on."""
-        size = states.size(-1) if whole else self.rotary_size
+        size = states.size(-1) if whole else int(states.size(-1) * self.rotary_percent)
         frequencies = self.rotary_base ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
         positions = torch.arange(first, first + len(states)).float()
         angles = torch.outer(positions, frequencies).repeat(1, 2)[:, None]

@@ -43,6 +43,17 @@ VARIANTS = {
         "retro_cross_attention_positions": "rotary",
         "num_query_groups": 2,
     },
+    "a smaller encoder": {
+        "retro_encoder_hidden_size": 24,
+        "retro_encoder_num_attention_heads": 2,
+        "position_embedding_type": "rope",
+    },
+    "a larger encoder with more heads and its own MLP": {
+        "retro_encoder_hidden_size": 48,
+        "retro_encoder_num_attention_heads": 6,
+        "retro_encoder_ffn_hidden_size": 40,
+        "num_query_groups": 2,
+    },
     "half-open gate": {"retro_attention_gate": 0.5},
 }
 
