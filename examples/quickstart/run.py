@@ -55,8 +55,8 @@ LAPTOP = Size(
 
 # The same path in under a minute; its model has seen too little to be of any use.
 SMOKE = Size(
-    chunk_length=16,
-    max_documents=24,
+    chunk_length=32,
+    max_documents=10,
     preprocess_corpus="--vocab-size 600 --seq-length 64 --split 90,10,0 --train-samples 16 "
     "--global-batch-size 4 --eval-interval 4 --eval-iters 1",
     pretrain_retro="--num-layers 2 --hidden-size 32 --num-attention-heads 2 "

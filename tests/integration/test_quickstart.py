@@ -1,0 +1,128 @@
+"""The quickstart: seven commands from text to a generated paragraph, on real data and processes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
+COMMANDS = [
+    "preprocess_corpus",
+    "build_db",
+    "build_index",
+    "query_neighbors",
+    "pretrain_retro",
+    "evaluate_perplexity",
+    "generate",
+]
+
+
+def run_script(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, QUICKSTART / name, *flags]
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def commands_shown(output: str) -> list[str]:
+    """The commands that were printed for the newcomer to learn."""
+    return re.findall(r"^\$ .*tools/(\w+)\.py", output, re.MULTILINE)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run on two processes: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    result = run_script("run.py", "--smoke", "--nproc", 2, "--output", folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_go_from_text_to_a_paragraph(finished):
+    folder, output = finished
+    assert commands_shown(output) == COMMANDS
+    assert output.count("torchrun --standalone --nproc-per-node 2") == len(COMMANDS)
+    assert (folder / "checkpoints" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    measured = json.loads((folder / "checkpoints" / "perplexity.json").read_text("utf-8"))
+    assert [row["neighbors"] for row in measured] == ["real", "shuffled", "none"]
+    assert len({row["perplexity"] for row in measured}) == 3
+    assert (folder / "prompt.txt").read_text("utf-8").strip() in output
+    assert re.search(r"distance \d", output)
+    closing = output[output.rindex("quickstart") :]
+    assert all(re.search(rf"{name} .*\d s", closing) for name in COMMANDS)
+    assert "loss_curve.png" in closing
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_second_run_on_one_process_reuses_what_is_finished(finished):
+    folder, _ = finished
+    built = contents(folder / "project" / "db") | contents(folder / "project" / "query")
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    trained_at = tracker.stat().st_mtime_ns
+    result = run_script("run.py", "--smoke", "--output", folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert commands_shown(result.stdout) == COMMANDS
+    for name in COMMANDS[:5]:
+        start = result.stdout.index(f"tools/{name}.py")
+        assert "reused" in result.stdout[start:].split("\n$ ")[0], name
+    assert contents(folder / "project" / "db") | contents(folder / "project" / "query") == built
+    assert tracker.stat().st_mtime_ns == trained_at
+
+
+@pytest.mark.parametrize(
+    "nproc", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.distributed])]
+)
+def test_a_commands_failure_is_forwarded_with_its_code_and_message(tmp_path, nproc):
+    corpus = tmp_path / "broken.jsonl"
+    corpus.write_text('{"text": "fine"}\n{"text": \n', encoding="utf-8")
+    result = run_script(
+        "run.py", "--smoke", "--input", corpus, "--nproc", nproc, "--output", tmp_path / "out"
+    )
+    assert result.returncode == 2
+    assert f"error: {corpus}:2: invalid JSON" in result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert "preprocess_corpus stopped with exit code 2" in result.stderr
+    assert commands_shown(result.stdout) == ["preprocess_corpus"]
+
+
+def test_the_corpus_is_pythons_documentation_always_the_same(tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    for path in (first, second):
+        result = run_script("make_corpus.py", "--output", path)
+        assert result.returncode == 0, result.stderr
+    assert first.read_bytes() == second.read_bytes()
+    documents = {
+        record["id"]: record["text"] for record in map(json.loads, first.open(encoding="utf-8"))
+    }
+    assert len(documents) > 300
+    assert sum(map(len, documents.values())) > 1_500_000
+    assert "PriorityQueue" in documents["module:queue"]
+    assert "yield expression" in documents["topic:yield"]
+    assert "str.partition" in documents["module:builtins"]
+    assert not any(name.startswith(("module:test", "module:idlelib")) for name in documents)
+
+
+def test_fewer_documents_are_the_first_ones(tmp_path):
+    for count in (3, 5):
+        path = tmp_path / f"{count}.jsonl"
+        result = run_script("make_corpus.py", "--output", path, "--max-documents", count)
+        assert f"{count} documents" in result.stdout
+    three, five = (
+        (tmp_path / name).read_text("utf-8").splitlines() for name in ("3.jsonl", "5.jsonl")
+    )
+    assert five[:3] == three
+    refused = run_script("make_corpus.py", "--output", tmp_path / "0.jsonl", "--max-documents", 0)
+    assert refused.returncode == 2
+    assert "--max-documents 0" in refused.stderr
