@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.database import ChunkDatabase
@@ -64,6 +65,7 @@ def query_neighbors(options: QueryNeighborsOptions) -> QueriedNeighbors:
         paths = ProjectPaths(options.project_dir)
         config = ProjectConfig.load(paths.root)
         settings = ProjectSettings.load(paths.root)
+        tokenizer = load_project_tokenizer(config, paths)
         database = ChunkDatabase.open(paths.root)
         if settings.index_string is None or settings.embedder is None:
             raise ProjectError(
@@ -77,6 +79,8 @@ def query_neighbors(options: QueryNeighborsOptions) -> QueriedNeighbors:
             "--num-neighbors-query": num_query,
             "--num-neighbors-save": options.num_neighbors_save,
             "--embed-batch-size": options.embed_batch_size,
+            "--nprobe of build_index": settings.nprobe,
+            "--ef-search of build_index": settings.ef_search,
             **{
                 key: getattr(config, key)
                 for key in vars(config)
@@ -87,9 +91,8 @@ def query_neighbors(options: QueryNeighborsOptions) -> QueriedNeighbors:
         prefixes = [paths.data / prefix for prefix in config.blend[1]]
         files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
         inputs = input_digests(paths, [*files, paths.merged_db("train"), added])
-        fingerprint = check_stage(paths, STAGE, stage_options, inputs, paths.query / "none")
+        fingerprint = check_stage(paths, STAGE, stage_options, inputs, _first_output(config, paths))
         device = setup_device(options.device)  # type: ignore[arg-type]
-        tokenizer = load_project_tokenizer(config, paths)
         embedder = build_embedder(settings.embedder, options.embed_batch_size, str(device))
         index = load_index(added, settings.nprobe, settings.ef_search)
         _check_index(index, database, embedder.dimension, paths)
@@ -132,6 +135,13 @@ def query_neighbors(options: QueryNeighborsOptions) -> QueriedNeighbors:
     summary["neighbors"] = f"{options.num_neighbors_save} saved of {num_query} searched"
     print_summary(STAGE, summary)
     return result
+
+
+def _first_output(config: ProjectConfig, paths: ProjectPaths) -> Path:
+    """A file of the neighbors that config.json names, if there is one."""
+    names = [name for name in config.retro_neighbor_dirs.values() if name is not None]
+    files = [file for name in names for file in sorted((paths.query / name).glob("*.hdf5"))]
+    return files[0] if files else paths.query / "none"
 
 
 def _check_options(options: QueryNeighborsOptions) -> None:

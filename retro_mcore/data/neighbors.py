@@ -21,7 +21,6 @@ from retro_mcore.data.shards import Shard, ShardReport, run_shards
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import Tokenizer
 from retro_mcore.errors import CorruptFileError, ProjectError
-from retro_mcore.project.markers import marker_path
 
 #: Queries that are searched in one call; bounds the memory that candidates take.
 _SEARCH_BATCH = 4096
@@ -32,11 +31,8 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def tokens(self, index: int) -> np.ndarray:
-        """i64 [S+1]."""
-
-    def documents(self, index: int) -> tuple[int, np.ndarray]:
-        """Dataset number and document ids of a sample."""
+    def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """Tokens i64 [S+1], dataset number and document ids of a sample."""
 
 
 def query_split(
@@ -89,13 +85,12 @@ def _read_chunks(
     """Tokens, dataset and documents of each row; a sample is read once for all of its chunks."""
     chunks: list[np.ndarray] = []
     datasets, documents = [], []
+    per_sample = (len(samples.read(0)[0]) - 1) // chunk_length
     row = shard.start
     while row < shard.end:
-        per_sample = (len(samples.tokens(0)) - 1) // chunk_length
         sample, first = divmod(row, per_sample)
         last = min(per_sample, first + shard.end - row)
-        tokens = samples.tokens(sample)
-        dataset, ids = samples.documents(sample)
+        tokens, dataset, ids = samples.read(sample)
         chunks.extend(
             tokens[chunk * chunk_length : (chunk + 1) * chunk_length]
             for chunk in range(first, last)
@@ -174,8 +169,7 @@ class SavedNeighbors:
         expected = 0
         for path, (start, end) in zip(paths, bounds, strict=True):
             rows = map_dataset(path, "neighbors")
-            complete = not marker_path(path).exists() or len(rows) == end - start
-            if start != expected or rows.ndim != 2 or len(rows) != end - start or not complete:
+            if start != expected or rows.ndim != 2 or len(rows) != end - start:
                 raise CorruptFileError(
                     path, f"holds {len(rows)} rows from {start}", "Run query_neighbors again"
                 )

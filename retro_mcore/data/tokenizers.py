@@ -10,7 +10,7 @@ import io
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -323,10 +323,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path | str)
     """
     import sentencepiece
 
-    model = io.BytesIO()
+    model, lines = io.BytesIO(), _TrainingLines(texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in _training_lines(text)),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -342,6 +342,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path | str)
             minloglevel=2,
         )
     except RuntimeError as error:
+        lines.raise_error()
         needed = re.search(r"(\d+) vs (\d+)", str(error))
         raise TokenizerError(
             "--vocab-size",
@@ -350,17 +351,40 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path | str)
             else "the corpus holds no text to train a tokenizer on",
             f"Choose at least {needed[2]}" if needed else "Check --input",
         ) from error
+    lines.raise_error()
     with atomic_write(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return GPTSentencePieceTokenizer(path).vocab_size
 
 
-def _training_lines(text: str) -> Iterable[str]:
-    # SentencePiece learns from lines, reserves tabs and drops lines that are too long.
-    for line in text.replace("\t", " ").replace("\0", " ").splitlines():
-        for start in range(0, len(line), _LONGEST_LINE // 4):
-            if piece := line[start : start + _LONGEST_LINE // 4]:
-                yield piece
+class _TrainingLines:
+    """Lines that SentencePiece can learn from; keeps an error of `texts`.
+
+    SentencePiece reserves tabs, drops lines that are too long, and takes an exception of its
+    iterator for the end of the text.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self._texts:
+                yield from self._lines(text)
+        except Exception as error:  # raised again by raise_error
+            self._error = error
+
+    @staticmethod
+    def _lines(text: str) -> Iterator[str]:
+        width = _LONGEST_LINE // 4  # a character takes up to four bytes
+        for line in text.replace("\t", " ").replace("\0", " ").splitlines():
+            yield from (line[start : start + width] for start in range(0, len(line), width))
+
+    def raise_error(self) -> None:
+        """Raise what stopped the texts, if anything did."""
+        if self._error is not None:
+            raise self._error
 
 
 class BertTokenCounter:

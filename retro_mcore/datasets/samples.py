@@ -38,18 +38,23 @@ class GPTSamples:
     def __len__(self) -> int:
         return self.num_samples
 
+    def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """One sample.
+
+        Returns:
+            Tokens i64 [S+1] (those of the sample and the label of the last one), the number of its
+            dataset, and the documents that it is cut from, i64 [n].
+        """
+        sample = self.blended[index]
+        return sample["text"], int(sample["dataset_id"]), sample["document_ids"]
+
     def tokens(self, index: int) -> np.ndarray:
         """i64 [S+1]: the sample's tokens and the label of the last one."""
-        return self.blended[index]["text"]
-
-    def documents(self, index: int) -> tuple[int, np.ndarray]:
-        """The dataset's number, and the documents that the sample is cut from, i64 [n]."""
-        sample = self.blended[index]
-        return int(sample["dataset_id"]), sample["document_ids"]
+        return self.read(index)[0]
 
     def document_ids(self, index: int) -> np.ndarray:
         """The documents that the sample is cut from, i64 [n]."""
-        return self.documents(index)[1]
+        return self.read(index)[2]
 
     @property
     def description_hash(self) -> str:

@@ -159,7 +159,8 @@ def test_neighbors_are_the_nearest_chunks_of_other_documents():
     tokenizer = load_project_tokenizer(config, paths)
     database = ChunkDatabase.open(paths.root)
     embedder = build_embedder("minilm", device="cpu")
-    everything = embedder.embed(chunk_texts(tokenizer, database.tokens(range(len(database)))))
+    shards = cut(paths.embeddings, len(database), config.retro_block_size)
+    everything = Embeddings(shards).rows(np.arange(len(database)))
     samples = build_gpt_samples(config, paths, "train")
     saved = SavedNeighbors(paths.query / config.retro_neighbor_dirs["train"])
     assert len(saved) == 8 * 4

@@ -148,9 +148,9 @@ def test_a_sample_holds_its_neighbors_and_continuations(datasets, samples):
 def test_workers_give_the_same_samples(datasets):
     dataset = datasets["train"]
     again = pickle.loads(pickle.dumps(dataset))
-    for item, other in zip(
-        DataLoader(dataset, batch_size=None, num_workers=2), again, strict=False
-    ):
+    loader = DataLoader(dataset, batch_size=None, num_workers=2)
+    for index, item in enumerate(loader):
+        other = again[index]
         for key, value in other.items():
             assert np.array_equal(np.asarray(item[key]), value)
     with pytest.raises(IndexError):
