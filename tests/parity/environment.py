@@ -1,0 +1,86 @@
+"""The environment of the retired Retro: megatron-core 0.15.3 in a folder of its own.
+
+Megatron-Core dropped Retro after 0.15.3, so its numbers come from a second process in which that
+release shadows ours: same interpreter, same torch, its folder first on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from retro_mcore.errors import MissingDependencyError
+
+VERSION = "0.15.3"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".parity" / f"megatron-core-{VERSION}"
+_MARKER = ".complete"
+
+
+def install(folder: Path = FOLDER) -> Path:
+    """Install the retired release once; later calls, also from other processes, reuse it.
+
+    Args:
+        folder: Where to; made, and emptied of an installation that did not complete.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MissingDependencyError: pip cannot get the release, most likely for lack of a network.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / _MARKER).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            _pip_install(folder)
+            (folder / _MARKER).touch()
+    return folder
+
+
+def run(arguments: Sequence[str], **environment: str) -> None:
+    """Run `python ARGUMENTS` with the retired release in place of ours, from the repository root.
+
+    Args:
+        arguments: A script and its arguments, or `-m` and a module.
+        **environment: Further environment variables.
+
+    Raises:
+        MissingDependencyError: see `install`.
+        RuntimeError: the process failed; the message ends with what it wrote to stderr.
+    """
+    path = os.pathsep.join([str(install()), str(ROOT)])
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        raise RuntimeError(
+            f"{' '.join(arguments)} failed under megatron-core {VERSION} "
+            f"with exit code {process.returncode}:\n{process.stderr[-4000:]}"
+        )
+
+
+def _pip_install(folder: Path) -> None:
+    requirement = f"megatron-core=={VERSION}"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # Its dependencies are torch, which is shared, and packages that Retro does not use.
+    command += ["--no-deps", "--ignore-requires-python", "--target", str(folder), requirement]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if pip.returncode:
+        raise MissingDependencyError(
+            requirement,
+            f"pip could not install it into {folder}: {pip.stderr.strip()[-1000:]}",
+            "The comparison with the retired Retro needs it once: connect to a package index, or "
+            "point PIP_FIND_LINKS at a folder with its wheel",
+        )
