@@ -144,8 +144,16 @@ class TextStream:
         self._tokens.append(token)
         text = self._tokenizer.detokenize(self._tokens)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[self._shown :], end="", flush=True)
-            self._shown = len(text)
+            self._print_rest(text)
+
+    def finish(self) -> None:
+        """Print what still waits, and end the line."""
+        self._print_rest(self._tokenizer.detokenize(self._tokens))
+        print()
+
+    def _print_rest(self, text: str) -> None:
+        print(text[self._shown :], end="", flush=True)
+        self._shown = len(text)
 
 
 def _read_prompts(options: GenerateOptions) -> list[str]:
@@ -216,7 +224,10 @@ def _print_result(
     result: Continuation, retriever: Retriever | None, stream: TextStream | None
 ) -> None:
     """The text, unless it was streamed, and with a retriever what was retrieved."""
-    print("" if stream else result.prompt + result.text)
+    if stream is None:
+        print(result.prompt + result.text)
+    else:
+        stream.finish()
     if retriever is not None:
         print()
         for line in _neighbor_lines(retriever, result.generated):
