@@ -139,7 +139,9 @@ class ShuffledNeighbors:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Neighbors i64 [stop - start, num_saved] of the chunks' donors."""
-        return np.concatenate([self.neighbors.rows(row, row + 1) for row in self.donors[start:stop]])
+        return np.concatenate(
+            [self.neighbors.rows(row, row + 1) for row in self.donors[start:stop]]
+        )
 
 
 def with_shuffled_neighbors(dataset: RetroDataset, seed: int) -> RetroDataset:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import random
 import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from retro_mcore.training.optimizer import unwrap_model
 from retro_mcore.training.optimizer_state import (
     allocate_adam_state,
     keeping_adam_steps,
+    supply_adam_step,
     unshare_adam_steps,
 )
 from retro_mcore.training.options import ParallelOptions
@@ -174,7 +176,6 @@ def load_checkpoint(checkpoint: Path, parts: TrainingParts) -> TrainingProgress:
         CheckpointError: it cannot be read, or its model is another.
     """
     common = _read_common(checkpoint)
-    allocate_adam_state(parts.optimizer)
     same_layout = (
         common["args"].tensor_model_parallel_size
         == parallel_state.get_tensor_model_parallel_world_size()
@@ -182,6 +183,7 @@ def load_checkpoint(checkpoint: Path, parts: TrainingParts) -> TrainingProgress:
     request = _state_dict(parts, is_loading=True, random_state=same_layout)
     state = _load(request, checkpoint)
     unwrap_model(parts.model).load_state_dict(state["model"])
+    supply_adam_step(parts.optimizer, state["optimizer"])
     with keeping_adam_steps(parts.optimizer):
         parts.optimizer.load_state_dict(state["optimizer"])
     unshare_adam_steps(parts.optimizer)
@@ -229,6 +231,7 @@ def load_model_from_checkpoint(
 def _state_dict(
     parts: TrainingParts, is_loading: bool, random_state: bool = True
 ) -> dict[str, Any]:
+    allocate_adam_state(parts.optimizer)
     model = unwrap_model(parts.model).sharded_state_dict(metadata=_METADATA)
     state = {
         "model": model,
@@ -243,7 +246,9 @@ def _state_dict(
 
 def _load(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(request, str(checkpoint), strict="raise_unexpected")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # megatron's use of torch
+            return dist_checkpointing.load(request, str(checkpoint), strict="raise_unexpected")
     except Exception as error:  # megatron raises many kinds for a damaged or foreign checkpoint
         raise CheckpointError(
             str(checkpoint),

@@ -151,7 +151,7 @@ def number_of_iterations(options: DataOptions, config: ProjectConfig) -> int:
     return iterations
 
 
-def require_split(datasets: Mapping[str, Any], split: str, project_dir: str) -> Any:
+def require_split(datasets: Mapping[Any, Any], split: str, project_dir: str) -> Any:
     """The dataset of `split`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Loading Adam's state through megatron where its Adam is PyTorch's own.
 
 Megatron is written for the fused Adams of Transformer Engine and Apex, which count steps per group.
-PyTorch's counts them per parameter, and three things then go wrong in loading (megatron-core 0.15
+PyTorch's counts them per parameter, and several things then go wrong in loading (megatron-core 0.15
 to 0.19); each function here mends one, and does nothing to a fused Adam.
 """
 
@@ -19,7 +19,11 @@ from torch import Tensor
 
 
 def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give Adam zero moments and step 0, which megatron reads before it loads the real ones."""
+    """Give Adam zero moments and step 0 where it has not made a step.
+
+    Megatron reads them before it loads the real ones, and a checkpoint may be saved before the
+    first step (in fp16, while the loss scale is found).
+    """
     for adam in _torch_adams(optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
@@ -45,6 +49,13 @@ def keeping_adam_steps(optimizer: MegatronOptimizer) -> Iterator[None]:
     finally:
         for part in parts:
             del part._set_main_param_and_optimizer_states
+
+
+def supply_adam_step(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Put step 0 into a loaded state that has none: megatron does not save it before a step."""
+    parameters = state.get("optimizer", state).get("state")
+    if parameters is not None and _torch_adams(optimizer):
+        parameters.setdefault("common_step", torch.tensor(0.0))
 
 
 def unshare_adam_steps(optimizer: MegatronOptimizer) -> None:

@@ -1,4 +1,4 @@
-"""Training on two processes: every layout gives the losses of one, and checkpoints change layout."""
+"""On two processes every layout gives the losses of one, and checkpoints change layout."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ def test_a_layout_continues_what_one_process_began(one_process, two_processes, l
 def test_one_process_continues_what_a_layout_began(one_process, two_processes, layout):
     distributed = LAYOUTS[layout].get("use_distributed_optimizer", False)
     directory = f"{two_processes[0]}/{layout}"
-    losses = train(
-        **NO_DROPOUT, load=directory, use_distributed_optimizer=distributed
-    ).train_losses
+    losses = train(**NO_DROPOUT, load=directory, use_distributed_optimizer=distributed).train_losses
     assert losses == pytest.approx(one_process[1][STOP:], rel=2e-6)
 
 

@@ -128,7 +128,9 @@ def test_a_nan_loss_names_iteration_and_samples():
         model.module.embedding.word_embeddings.weight[VOCABULARY] = math.nan
     before = [parameter.clone() for parameter in model.parameters()]
     # The second micro batch of the first iteration.
-    with pytest.raises(NonFiniteLossError, match=r"iteration 1: the loss is nan on samples \[2, 3\]"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"iteration 1: the loss is nan on samples \[2, 3\]"
+    ):
         trainer.train()
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.nan_to_num(), value.nan_to_num())  # no step was taken
@@ -138,3 +140,9 @@ def test_without_retrieval_it_is_a_gpt_model():
     result = train(no_retrieval=True, train_iters=2)
     assert result.iteration == 2
     assert result.num_parameters < train(train_iters=1).num_parameters
+
+
+def test_fp16_resumes_from_a_checkpoint_that_precedes_the_first_update(tmp_path):
+    first = train(save=str(tmp_path), fp16=True, exit_interval=1)
+    second = train(load=str(tmp_path), fp16=True)
+    assert first.train_losses + second.train_losses == train(fp16=True).train_losses
