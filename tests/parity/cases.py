@@ -25,6 +25,8 @@ class Case:
         final_layernorm: Give the retired model the final norm that releases 0.5 to 0.7 had
             (origin "mcore-0.5").
         zero_centered_gamma: Load the retired model's norms into ours as gamma - 1 (LayerNorm-1p).
+        dropout: Give each dropout a rate of its own. Such a model runs in evaluation mode: only its
+            numbers without dropout, and where each rate went, can be compared.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Case:
     batch_size: int = 2
     final_layernorm: bool = False
     zero_centered_gamma: bool = False
+    dropout: bool = False
 
     @property
     def origin(self) -> str:
@@ -57,7 +60,8 @@ class Case:
         return "mcore-0.5" if self.final_layernorm else "mcore-0.15"
 
     def config_fields(self) -> dict[str, Any]:
-        """Fields of either RetroConfig; dropout off."""
+        """Fields of either RetroConfig."""
+        rates = (0.11, 0.12, 0.13, 0.14) if self.dropout else (0.0,) * 4
         same = [
             field.name
             for field in dataclasses.fields(self)
@@ -71,10 +75,10 @@ class Case:
             "activation_func": torch.nn.functional.silu
             if self.swiglu
             else torch.nn.functional.gelu,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "retro_encoder_hidden_dropout": 0.0,
-            "retro_encoder_attention_dropout": 0.0,
+            "hidden_dropout": rates[0],
+            "attention_dropout": rates[1],
+            "retro_encoder_hidden_dropout": rates[2],
+            "retro_encoder_attention_dropout": rates[3],
         }
 
     def model_arguments(self) -> dict[str, Any]:
@@ -148,6 +152,7 @@ CASES = [
     Case("shorter_than_a_chunk", sequence_length=5),
     Case("exactly_a_chunk", sequence_length=8),
     Case("one_token", sequence_length=1),
+    Case("dropout", dropout=True),
     Case("layernorm_1p", zero_centered_gamma=True),
     # Combinations.
     Case("smallest", retro_num_neighbors=1, retro_num_retrieved_chunks=1,

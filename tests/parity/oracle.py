@@ -84,6 +84,24 @@ def run_double(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]
     return {"logits": logits.detach(), "gradients": _take_gradients(model)}
 
 
+def dropout_rates(model: torch.nn.Module) -> dict[str, float]:
+    """The rate of every layer's hidden dropout and of the embedding's and attentions', by module.
+
+    Reads either implementation: megatron's attention holds a Dropout, ours the rate.
+    """
+    rates = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "hidden_dropout"):
+            rates[name] = module.hidden_dropout
+        elif name.endswith("core_attention"):
+            rates[name] = (
+                module.dropout if hasattr(module, "dropout") else module.attention_dropout.p
+            )
+        elif name == "embedding":
+            rates[name] = module.embedding_dropout.p
+    return rates
+
+
 def _take_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
@@ -96,6 +114,7 @@ def answer(case: Case) -> dict[str, Any]:
     model = build_retired_model(
         case.config_fields(), case.model_arguments(), final_layernorm=case.final_layernorm
     )
+    model.train(not case.dropout)
     randomize(model)
     state = model.state_dict()
     inputs = case.inputs()
@@ -103,6 +122,7 @@ def answer(case: Case) -> dict[str, Any]:
         "state_dict": {
             name: tensor.clone() for name, tensor in state.items() if torch.is_tensor(tensor)
         },
+        "dropout_rates": dropout_rates(model),
         "fp32": run_single(model, inputs),
         "fp64": run_double(model, inputs),
     }

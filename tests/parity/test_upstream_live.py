@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.cases import CASES, Case
-from tests.parity.oracle import run_double, run_single
+from tests.parity.oracle import dropout_rates, run_double, run_single
 
 pytestmark = pytest.mark.parity
 
@@ -49,7 +49,7 @@ def build_ours(case: Case, state_dict: dict[str, Tensor]) -> Any:
         **case.model_arguments(),
     )
     upstream.load_state_dict(model, state_dict)
-    return model
+    return model.train(not case.dropout)
 
 
 def weights_for_ours(case: Case, answer: dict[str, Any]) -> dict[str, Tensor]:
@@ -117,3 +117,19 @@ def test_neighbors_show_in_the_logits(case: Case, answer: dict[str, Any]) -> Non
     with torch.no_grad():
         alone = model(inputs["input_ids"], inputs["position_ids"], None)
     assert (alone - answer["fp64"]["logits"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.dropout], ids=lambda c: c.name)
+def test_every_dropout_has_its_rate(case: Case, answer: dict[str, Any]) -> None:
+    from retro_mcore.conversion.upstream import to_upstream_name
+
+    model = build_ours(case, answer["state_dict"])
+    first = model.config.retro_layer_numbers[0]
+    ours = {
+        to_upstream_name(name, first).replace(
+            "cross_attention.core", "cross_attention.attn.core"
+        ): rate
+        for name, rate in dropout_rates(model).items()
+    }
+    assert set(ours.values()) == {0.11, 0.12, 0.13, 0.14}
+    assert ours == answer["dropout_rates"]
