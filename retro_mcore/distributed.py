@@ -88,10 +88,13 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         report = f"{type(error).__name__}: {error}"
     reports: list[RetroError | str | None] = [None] * get_world_size(group)
     dist.all_gather_object(reports, report, group=group)
+    users = [other for other in reports if isinstance(other, RetroError)]
+    if users:
+        first = error if isinstance(error, RetroError) else users[0]
+        first.raised_together = True
+        raise first
     if error is not None:
         raise error
     for rank, other in enumerate(reports):
-        if isinstance(other, RetroError):
-            raise other
         if other is not None:
             raise PeerError(f"rank {rank} failed: {other}")

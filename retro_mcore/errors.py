@@ -13,7 +13,12 @@ class RetroError(Exception):
         subject: The file, flag, field or argument at fault, as the user would write it.
         found: What is there.
         mend: What was expected, or how to mend it.
+
+    Attributes:
+        raised_together: Whether every rank raises it, so that one of them may report it.
     """
+
+    raised_together = False
 
     def __init__(self, subject: object, found: str, mend: str) -> None:
         self.subject, self.found, self.mend = str(subject), found, mend

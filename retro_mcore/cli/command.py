@@ -2,61 +2,76 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch.distributed as dist
 import tyro
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from retro_mcore.distributed import get_rank
+from retro_mcore.distributed import get_rank, get_world_size, launched_by_torchrun
 from retro_mcore.errors import EXIT_CODE, ConfigurationError, RetroError
 
 Options = TypeVar("Options")
 
 
 def parse_options(options_type: type[Options], argv: Sequence[str] | None = None) -> Options:
-    """Flags (`--seq-length 512`) into a dataclass; `--config FILE.yaml` gives other defaults.
+    """Flags (`--seq-length 512`) into a dataclass; `--config FILE.yaml` gives flags too.
 
-    A key of the YAML file is a field of the dataclass; a flag on the command line wins.
+    A key of the YAML file is a field of the dataclass. It is read as if its flag stood before the
+    others, so a flag on the command line wins.
 
     Raises:
         ConfigurationError: the YAML file is missing, or holds a key that is no option.
         SystemExit: bad flags (code 2), `--help` (code 0).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    default = None
     if "--config" in arguments:
         where = arguments.index("--config")
         if where + 1 == len(arguments):
             raise ConfigurationError("--config", "no file given", "Name a YAML file")
-        default = _options_from_yaml(options_type, Path(arguments[where + 1]))
+        path = Path(arguments[where + 1])
         del arguments[where : where + 2]
+        arguments = [*_flags_of_file(options_type, path, arguments), *arguments]
     return tyro.cli(
         options_type,
         args=arguments,
-        default=default,
         description=options_type.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
-def _options_from_yaml(options_type: type[Options], path: Path) -> Options:
+def _flags_of_file(options_type: type, path: Path, given: Sequence[str]) -> list[str]:
+    """The YAML file's options as flags, but for those that are given."""
     if not path.is_file():
         raise ConfigurationError(f"--config {path}", "no such file", "Name a YAML file")
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    fields = getattr(options_type, "__dataclass_fields__", {})
     if not isinstance(values, dict):
         raise ConfigurationError(f"--config {path}", "not a mapping", "Write `option: value` lines")
-    for key in values:
+    fields = {field.name: field for field in dataclasses.fields(options_type)}
+    names = {argument.lstrip("-").replace("-", "_").split("=")[0] for argument in given}
+    flags: list[str] = []
+    for key, value in values.items():
         if key not in fields:
             raise ConfigurationError(
-                f"--config {path}", f"unknown option {key!r}", f"Known: {', '.join(sorted(fields))}"
+                f"--config {path}", f"unknown option {key!r}", f"Known: {', '.join(fields)}"
             )
-    return options_type(**values)
+        if value is None or key in names:
+            continue
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            if value != fields[key].default:
+                flags.append(flag if value else f"--no-{key.replace('_', '-')}")
+        else:
+            parts = value if isinstance(value, list) else [value]
+            flags += [flag, *map(str, parts)]
+    return flags
 
 
 def run_command(
@@ -68,13 +83,24 @@ def run_command(
     try:
         function(parse_options(options_type, argv))
     except RetroError as error:
-        if get_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_error(error)
         return EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    finally:
+        if dist.is_initialized() and launched_by_torchrun():
+            dist.destroy_process_group()
     return 0
+
+
+def _print_error(error: RetroError) -> None:
+    """Once, if every rank met it; else from the rank that did."""
+    rank = int(os.environ.get("RANK", 0))
+    everywhere = getattr(error, "raised_together", False) or not dist.is_initialized()
+    if rank == 0 or not everywhere:
+        where = "" if everywhere or get_world_size() == 1 else f"[rank {rank}] "
+        print(f"{where}error: {error}", file=sys.stderr, flush=True)
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:
