@@ -44,22 +44,26 @@ def install(folder: Path = FOLDER) -> Path:
     return folder
 
 
-def run(arguments: Sequence[str], **environment: str) -> None:
-    """Run `python ARGUMENTS` with the retired release in place of ours, from the repository root.
+def variables() -> dict[str, str]:
+    """Environment variables under which `python` imports the retired release in place of ours.
 
-    Args:
-        arguments: A script and its arguments, or `-m` and a module.
-        **environment: Further environment variables.
+    Raises:
+        MissingDependencyError: see `install`.
+    """
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(install()), str(ROOT)])}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run `python ARGUMENTS` under the retired release, from the repository root.
 
     Raises:
         MissingDependencyError: see `install`.
         RuntimeError: the process failed; the message ends with what it wrote to stderr.
     """
-    path = os.pathsep.join([str(install()), str(ROOT)])
     process = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env=variables(),
         stderr=subprocess.PIPE,
         text=True,
         check=False,
