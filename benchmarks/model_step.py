@@ -231,7 +231,7 @@ def _print(measurements: list[Measurement], options: Options) -> None:
                 "",
                 name,
                 "",
-                f"{top.seconds / bottom.seconds:.3f}",
+                f"{_time_ratio(top, bottom):.3f}",
                 f"{top.peak_bytes / bottom.peak_bytes:.3f}",
                 f"{top.saved_bytes / bottom.saved_bytes:.3f}",
                 f"{top.flops / bottom.flops:.3f}",
@@ -240,6 +240,12 @@ def _print(measurements: list[Measurement], options: Options) -> None:
             )
         table.add_section()
     Console(width=100).print(table)
+
+
+def _time_ratio(top: Measurement, bottom: Measurement) -> float:
+    """Median over the rounds: neighbors in time share what slowed the machine down."""
+    pairs = zip(top.all_seconds, bottom.all_seconds, strict=True)
+    return statistics.median(above / below for above, below in pairs)
 
 
 def main() -> int:

@@ -7,12 +7,13 @@ optimizer, which is the same for all.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class Side:
             before = torch.cuda.memory_allocated()
             self.step()
             return torch.cuda.max_memory_allocated() - before
+        # What building left free on the heap would be used again unseen.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = _resident_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM, the peak
         self.step()
@@ -74,15 +77,26 @@ class Side:
 
     def saved_bytes(self) -> int:
         """What the forward pass keeps for the backward pass: distinct storages, not parameters."""
-        storages: dict[int, int] = {}
+        storages: dict[int, torch.UntypedStorage] = {}
+        total = 0
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in self.parameters:
+                storages[storage._cdata] = storage
             return tensor
 
-        self.step(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
-        return sum(size for where, size in storages.items() if where not in self.parameters)
+        @contextmanager
+        def counting() -> Iterator[None]:
+            nonlocal total
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                yield
+            # At the end of the forward pass: recomputation discards outputs after they are saved.
+            total = sum(storage.nbytes() for storage in storages.values())
+            storages.clear()
+
+        self.step(counting())
+        return total
 
     def flops(self) -> int:
         """Of the matrix products in a step; attention counted whole, masked half included."""

@@ -1,0 +1,46 @@
+"""The benchmark against the retired Retro runs, and what it says of a small model is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.model_step import Options, measure
+from retro_mcore.errors import ConfigurationError
+
+pytestmark = pytest.mark.parity
+
+SMALL = {
+    "hidden_size": [32],
+    "num_layers": 6,
+    "head_channels": 16,
+    "seq_length": 64,
+    "chunk_length": 16,
+    "retrieved": 32,
+    "rounds": 2,
+}
+
+
+def test_three_sides_of_a_small_model(tmp_path: Path) -> None:
+    sides = {m.side: m for m in measure(Options(**SMALL, json=tmp_path / "step.json"))}
+    assert list(sides) == ["retired", "ours", "gpt"]
+    assert sides["ours"].loss == pytest.approx(sides["retired"].loss, rel=1e-6)
+    assert sides["gpt"].loss != pytest.approx(sides["ours"].loss, rel=1e-6)
+    for side in sides.values():
+        assert len(side.all_seconds) == 2
+        assert min(side.all_seconds) > 0
+    # The encoder's own linear layers alone: 2 layers, 6 x 12 D^2 FLOPs a token and layer.
+    retrieved = 2 * 4 * 2 * 32
+    assert sides["ours"].flops - sides["gpt"].flops > 2 * 6 * 12 * 32**2 * retrieved
+    assert sides["gpt"].saved_bytes < sides["ours"].saved_bytes < sides["retired"].saved_bytes
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert [side["flops"] for side in written["sides"]] == [m.flops for m in sides.values()]
+
+
+def test_sizes_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="--retrieved: 40"):
+        measure(Options(**{**SMALL, "retrieved": 40}))
+    with pytest.raises(ConfigurationError, match="--hidden-size: 40"):
+        measure(Options(**{**SMALL, "hidden_size": [40]}))
