@@ -104,7 +104,7 @@ def measure_perplexity(
         total=len(sampler),
         disable=get_rank() != 0,
     )
-    loss_sum, num_tokens = total_loss(model, batches)
+    loss_sum, num_tokens = total_loss([model], batches)
     loss = loss_sum / num_tokens
     return Perplexity(
         split=split,

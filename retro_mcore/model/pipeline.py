@@ -252,8 +252,7 @@ def synchronize_embedding_copies(chunks: Sequence[Any], groups: EmbeddingGroups)
         chunks: This rank's model chunks (RetroModels, wrapped or not).
     """
     for group, pick in ((groups.word, _word_weights), (groups.position, _position_weights)):
-        held = pick(chunks)
-        if group is None or not held.all:
+        if group is None or not (held := pick(chunks)).all:
             continue
         source = dist.get_global_rank(group, 0)
         if held.source is not None:
@@ -280,8 +279,7 @@ def _finalize_model_grads(
 
     finalize_model_grads(model, *args, **kwargs)
     for group, pick in ((groups.word, _word_weights), (groups.position, _position_weights)):
-        held = pick(model)
-        if group is None or not held.all:
+        if group is None or not (held := pick(model)).all:
             continue
         # Tied output weights hold the first stage's sum already: megatron added the two.
         addends = [weight for weight in (held.source, *held.copies) if weight is not None]

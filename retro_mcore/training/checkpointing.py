@@ -14,7 +14,7 @@ import random
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from retro_mcore import distributed
 from retro_mcore.errors import CheckpointError
 from retro_mcore.project.atomic import atomic_write
-from retro_mcore.training.initialize import initialize_parallel, set_seeds
+from retro_mcore.training.initialize import initialize_parallel, parallel_sizes, set_seeds
 from retro_mcore.training.optimizer import unwrap_model
 from retro_mcore.training.optimizer_state import (
     allocate_adam_state,
     keeping_adam_steps,
     supply_adam_step,
+    unpadded_bucket_offsets,
     unshare_adam_steps,
 )
 from retro_mcore.training.options import ParallelOptions
@@ -73,7 +74,7 @@ class TrainingProgress:
 class TrainingParts:
     """What a checkpoint holds the state of."""
 
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -169,20 +170,23 @@ def save_checkpoint(
 def load_checkpoint(checkpoint: Path, parts: TrainingParts) -> TrainingProgress:
     """Put a checkpoint's state into the parts of a run, whatever layout it was saved under.
 
-    Random states are those of the checkpoint if the tensor parallel size is the same; else the
-    run goes on with those of its seed.
+    Random states are those of the checkpoint if the model is laid out alike; else the run goes on
+    with those of its seed.
 
     Raises:
         CheckpointError: it cannot be read, or its model is another.
     """
     common = _read_common(checkpoint)
-    same_layout = (
-        common["args"].tensor_model_parallel_size
-        == parallel_state.get_tensor_model_parallel_world_size()
+    args = common["args"]
+    same_layout = parallel_sizes() == (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        getattr(args, "virtual_pipeline_model_parallel_size", None),
     )
     request = _state_dict(parts, is_loading=True, random_state=same_layout)
     state = _load(request, checkpoint)
-    unwrap_model(parts.model).load_state_dict(state["model"])
+    for index, chunk in enumerate(parts.chunks):
+        unwrap_model(chunk).load_state_dict(state[_model_key(index, parts.chunks)])
     supply_adam_step(parts.optimizer, state["optimizer"])
     with keeping_adam_steps(parts.optimizer):
         parts.optimizer.load_state_dict(state["optimizer"])
@@ -213,7 +217,7 @@ def load_model_from_checkpoint(
         ConfigurationError: the layout does not fit the model.
     """
     parallel = parallel or ParallelOptions()
-    initialize_parallel(parallel.tensor_model_parallel_size)
+    initialize_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     with distributed.raise_together():
         checkpoint = find_checkpoint(directory)
         saved = read_arguments(checkpoint)
@@ -232,16 +236,22 @@ def _state_dict(
     parts: TrainingParts, is_loading: bool, random_state: bool = True
 ) -> dict[str, Any]:
     allocate_adam_state(parts.optimizer)
-    model = unwrap_model(parts.model).sharded_state_dict(metadata=_METADATA)
-    state = {
-        "model": model,
-        "optimizer": parts.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_METADATA
-        ),
+    state: dict[str, Any] = {
+        _model_key(index, parts.chunks): unwrap_model(chunk).sharded_state_dict(metadata=_METADATA)
+        for index, chunk in enumerate(parts.chunks)
     }
+    with unpadded_bucket_offsets(parts.optimizer):
+        state["optimizer"] = parts.optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=_METADATA
+        )
     if random_state:
         state["rng_state"] = _sharded_random_state()
     return state
+
+
+def _model_key(index: int, chunks: Sequence[object]) -> str:
+    """As Megatron names them: `model`, or `model0`, `model1`, … in the interleaved schedule."""
+    return "model" if len(chunks) == 1 else f"model{index}"
 
 
 def _load(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -274,8 +284,14 @@ def _sharded_random_state() -> ShardedObject:
     return ShardedObject(
         "rng_state",
         [_random_state()],
-        (1, parallel_state.get_tensor_model_parallel_world_size()),
-        (0, parallel_state.get_tensor_model_parallel_rank()),
+        (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        ),
+        (
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_rank(),
+        ),
         replica_id=parallel_state.get_data_parallel_rank(),
     )
 

@@ -14,28 +14,51 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import distributed_backend, is_cpu_in_use
 
 
-def initialize_parallel(tensor_model_parallel_size: int) -> None:
+def initialize_parallel(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+) -> None:
     """Join the process group and make megatron's groups; both are reused where they fit.
 
     Raises:
-        ConfigurationError: the number of processes is not a multiple of the tensor parallel size.
+        ConfigurationError: the number of processes is not a multiple of what one model takes.
     """
     if not is_cpu_in_use():
         # What Megatron needs to overlap tensor parallel communication with computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     distributed.initialize(distributed_backend())
     world_size = distributed.get_world_size()
-    if world_size % tensor_model_parallel_size:
+    needed = tensor_model_parallel_size * pipeline_model_parallel_size
+    if world_size % needed:
+        flag, size = "--tensor-model-parallel-size", f"{tensor_model_parallel_size}"
+        if pipeline_model_parallel_size > 1:
+            flag += " x --pipeline-model-parallel-size"
+            size += f" x {pipeline_model_parallel_size}"
         raise ConfigurationError(
-            "--tensor-model-parallel-size",
-            f"{tensor_model_parallel_size}, but there are {world_size} processes",
+            flag,
+            f"{size}, but there are {world_size} processes",
             "Start a multiple of it: torchrun --nproc-per-node N tools/…",
         )
+    sizes = (
+        tensor_model_parallel_size,
+        pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size,
+    )
     if parallel_state.model_parallel_is_initialized():
-        if parallel_state.get_tensor_model_parallel_world_size() == tensor_model_parallel_size:
+        if sizes == parallel_sizes():
             return
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size)
+    parallel_state.initialize_model_parallel(*sizes)
+
+
+def parallel_sizes() -> tuple[int, int, int | None]:
+    """Tensor, pipeline and virtual pipeline parallel sizes of megatron's groups."""
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+    )
 
 
 def set_seeds(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,9 +11,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from retro_mcore.errors import RetroError
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.pipeline import schedule_kwargs
 from retro_mcore.training.batch import RetroBatch
 
 #: What a micro batch reports: [sum of losses, number of tokens] (float32) and its samples.
@@ -51,36 +55,61 @@ def masked_loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, L
 
 
 def forward_backward(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     batches: Iterator[RetroBatch],
     num_microbatches: int,
     sequence_length: int,
     micro_batch_size: int,
+    with_retrieval: bool,
     forward_only: bool = False,
 ) -> list[LossReport]:
-    """Run micro batches through megatron's forward-backward function; returns their reports."""
-    return get_forward_backward_func()(
+    """Run micro batches through megatron's forward-backward function.
+
+    Args:
+        chunks: This rank's stages of the model.
+        batches: The same on every stage; `num_microbatches` are taken.
+        num_microbatches: Of this step.
+        sequence_length: S.
+        micro_batch_size: B.
+        with_retrieval: Whether the batches hold retrieved tokens.
+        forward_only: No gradients.
+
+    Returns:
+        The micro batches' reports on the last pipeline stage, nothing on the others.
+    """
+    config = get_model_config(chunks[0])
+    lengths: dict[str, Any] = {"seq_length": sequence_length}
+    if isinstance(config, RetroConfig):
+        lengths = schedule_kwargs(config, sequence_length, with_retrieval)
+    # Every chunk reads the step's batches, each at its own pace.
+    iterators = itertools.tee(itertools.islice(batches, num_microbatches), len(chunks))
+    reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=batches,
-        model=[model],
+        data_iterator=list(iterators),
+        model=list(chunks),
         num_microbatches=num_microbatches,
-        seq_length=sequence_length,
         micro_batch_size=micro_batch_size,
-        decoder_seq_length=sequence_length,
         forward_only=forward_only,
+        **lengths,
     )
+    return reports
+
+
+def _sum_over_ranks(total: Tensor) -> Tensor:
+    """[sum of losses, number of tokens], which last stages have, over data parallel ranks."""
+    total = total.to(torch.cuda.current_device())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return total
 
 
 def mean_loss(reports: Sequence[LossReport], iteration: int) -> float:
-    """Mean loss per token over micro batches and data parallel ranks.
+    """Mean loss per token over micro batches and data parallel ranks, on every rank.
 
     Raises:
         NonFiniteLossError: on every rank, naming the samples.
     """
-    sums = torch.stack([report["sums"] for report in reports])
-    total = sums.sum(dim=0)
-    group = parallel_state.get_data_parallel_group()
-    dist.all_reduce(total, group=group)
+    total = _sum_over_ranks(sum((report["sums"] for report in reports), torch.zeros(2)))
     loss = (total[0] / total[1].clamp(min=1)).item()
     if loss - loss != 0:  # NaN or infinite
         suspects = [
@@ -89,16 +118,14 @@ def mean_loss(reports: Sequence[LossReport], iteration: int) -> float:
             if not torch.isfinite(report["sums"][0])
             for sample in report["sample_ids"]
         ]
-        _raise_non_finite(loss, suspects, iteration, group)
+        _raise_non_finite(loss, suspects, iteration)
     return loss
 
 
-def _raise_non_finite(
-    loss: float, suspects: list[int], iteration: int, group: dist.ProcessGroup
-) -> None:
-    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(gathered, suspects, group=group)
-    samples = sorted(sample for part in gathered for sample in part)
+def _raise_non_finite(loss: float, suspects: list[int], iteration: int) -> None:
+    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, suspects)
+    samples = sorted({sample for part in gathered for sample in part})
     raise NonFiniteLossError(
         f"iteration {iteration}",
         f"the loss is {loss} on samples {samples}",
@@ -108,21 +135,40 @@ def _raise_non_finite(
 
 
 @torch.no_grad()
-def total_loss(model: torch.nn.Module, batches: Iterable[RetroBatch]) -> tuple[float, int]:
+def total_loss(
+    chunks: Sequence[torch.nn.Module],
+    batches: Iterable[RetroBatch],
+    microbatches_per_step: int = 1,
+) -> tuple[float, int]:
     """Summed loss and number of tokens over all batches of all data parallel ranks.
 
     The ranks' batches may differ in number and size. The model is put back into the mode
     (training or evaluation) that it came in.
+
+    Args:
+        chunks: This rank's stages of the model.
+        batches: The same on every stage.
+        microbatches_per_step: Batches of equal size that run together; more than one fills a
+            pipeline, and the interleaved schedule needs a multiple of the pipeline's size.
     """
-    was_training = model.training
-    model.eval()
+    was_training = chunks[0].training
+    for chunk in chunks:
+        chunk.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    for batch in batches:
-        [report] = forward_backward(
-            model, iter([batch]), 1, batch.tokens.shape[1], len(batch.sample_ids), forward_only=True
+    remaining = iter(batches)
+    while step := list(itertools.islice(remaining, microbatches_per_step)):
+        reports = forward_backward(
+            chunks,
+            iter(step),
+            len(step),
+            step[0].tokens.shape[1],
+            len(step[0].sample_ids),
+            step[0].retrieved_tokens is not None,
+            forward_only=True,
         )
-        total += report["sums"].to("cpu", torch.float64)
-    model.train(was_training)
-    total = total.to(torch.cuda.current_device())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        for report in reports:
+            total += report["sums"].to("cpu", torch.float64)
+    for chunk in chunks:
+        chunk.train(was_training)
+    total = _sum_over_ranks(total)
     return total[0].item(), int(total[1].item())

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.pipeline import (
+    EmbeddingGroups,
+    create_embedding_groups,
+    finalize_model_grads_with,
+    synchronize_embedding_copies,
+)
 from retro_mcore.training.plan import TrainingPlan
 
 
-def wrap_model(model: GPTModel, plan: TrainingPlan) -> DistributedDataParallel:
+def share_embeddings(models: Sequence[GPTModel]) -> EmbeddingGroups:
+    """Give the copies of the embedding that a pipeline holds the same values.
+
+    Returns:
+        Who holds them, for `build_optimizer`.
+    """
+    config = models[0].config
+    if not isinstance(config, RetroConfig):
+        return EmbeddingGroups()
+    groups = create_embedding_groups(
+        config,
+        parallel_state.get_pipeline_model_parallel_group(),
+        models[0].share_embeddings_and_output_weights,
+    )
+    synchronize_embedding_copies(models, groups)
+    return groups
+
+
+def wrap_model(
+    model: GPTModel, plan: TrainingPlan, disable_bucketing: bool = False
+) -> DistributedDataParallel:
     """The model in its precision, with gradients averaged over data parallel ranks."""
     config = model.config
     options = plan.options
@@ -27,7 +53,7 @@ def wrap_model(model: GPTModel, plan: TrainingPlan) -> DistributedDataParallel:
         grad_reduce_in_fp32=options.bf16,
     )
     module = Float16Module(config, model) if options.bf16 or options.fp16 else model
-    return DistributedDataParallel(config, ddp_config, module)
+    return DistributedDataParallel(config, ddp_config, module, disable_bucketing=disable_bucketing)
 
 
 def unwrap_model(model: torch.nn.Module) -> GPTModel:
@@ -37,10 +63,12 @@ def unwrap_model(model: torch.nn.Module) -> GPTModel:
     return model
 
 
-def build_optimizer(model: DistributedDataParallel, plan: TrainingPlan) -> MegatronOptimizer:
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel], groups: EmbeddingGroups, plan: TrainingPlan
+) -> MegatronOptimizer:
     """AdamW in megatron's wrapper for the precision and for the distributed optimizer.
 
-    Also tells the model's configuration how to scale and to finish gradients.
+    Also tells the chunks' configurations how to scale and to finish gradients.
     """
     options = plan.options
     config = OptimizerConfig(
@@ -54,13 +82,15 @@ def build_optimizer(model: DistributedDataParallel, plan: TrainingPlan) -> Megat
         clip_grad=options.clip_grad,
         bf16=options.bf16,
         fp16=options.fp16,
-        params_dtype=model.config.params_dtype,
+        params_dtype=chunks[0].config.params_dtype,
         use_distributed_optimizer=options.use_distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, [model])
-    model.config.grad_scale_func = optimizer.scale_loss
-    model.config.no_sync_func = model.no_sync
-    model.config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(config, list(chunks))
+    no_sync = [chunk.no_sync for chunk in chunks]
+    for chunk in chunks:
+        chunk.config.grad_scale_func = optimizer.scale_loss
+        chunk.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        chunk.config.finalize_model_grads_func = finalize_model_grads_with(groups)
     return optimizer
 
 

@@ -1,12 +1,15 @@
-"""Loading Adam's state through megatron where its Adam is PyTorch's own.
+"""Saving and loading Adam's state through megatron where its Adam is PyTorch's own.
 
 Megatron is written for the fused Adams of Transformer Engine and Apex, which count steps per group.
 PyTorch's counts them per parameter, and several things then go wrong in loading (megatron-core 0.15
-to 0.19); each function here mends one, and does nothing to a fused Adam.
+to 0.19); each of the first functions mends one, and does nothing to a fused Adam. The last mends
+offsets in the distributed optimizer's saved state.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -67,6 +70,51 @@ def unshare_adam_steps(optimizer: MegatronOptimizer) -> None:
         for state in adam.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
+
+
+@contextmanager
+def unpadded_bucket_offsets(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """While making sharded state dicts, give parameters their places in the unpadded buffer.
+
+    The distributed optimizer gathers its state bucket by bucket without the buckets' padding, and
+    then cuts parameters out of it at offsets that count the padding. With several buckets every
+    parameter behind the first one gets another's state, without an error.
+    """
+    if not _has_padded_offsets():
+        yield
+        return
+    buffers = [
+        buffer
+        for part in _parts(optimizer)
+        if isinstance(part, DistributedOptimizer)
+        for buffer in part.buffers
+    ]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        buffer.param_index_map = _unpadded_index_map(buffer)
+    try:
+        yield
+    finally:
+        for buffer, index_map in zip(buffers, padded, strict=True):
+            buffer.param_index_map = index_map
+
+
+def _has_padded_offsets() -> bool:
+    # Mended upstream after 0.19.2; the faulty code names this issue in a comment.
+    source = inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable)
+    return "issue #504" in source
+
+
+def _unpadded_index_map(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    ends = list(itertools.accumulate(bucket.numel_unpadded for bucket in buffer.buckets))
+    shifts = [
+        end - bucket.numel_unpadded - bucket.offset
+        for end, bucket in zip(ends, buffer.buckets, strict=True)
+    ]
+    return {
+        parameter: (start + shifts[bucket], end + shifts[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def _set_state_but_step(

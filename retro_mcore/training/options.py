@@ -80,6 +80,16 @@ class ParallelOptions:
     """Processes that share one copy of the model."""
     sequence_parallel: bool = False
     """Split the norms' and dropouts' activations over the tensor parallel processes."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are divided into."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Stages per process, in the interleaved schedule. Default: one."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first stage, if it shall have another number than the others."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last stage, likewise."""
+    pipeline_model_parallel_layout: str | None = None
+    """What each stage holds, in Megatron's notation, e.g. "Et*3|t*4|t*4|t*3L"."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers' implementation; auto: Transformer Engine where it is installed, on CUDA."""
     bf16: bool = False
@@ -258,6 +268,10 @@ _POSITIVE = (
     "retro_num_retrieved_chunks",
     "retro_encoder_num_layers",
     "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
     "micro_batch_size",
     "train_iters",
     "train_samples",

@@ -81,7 +81,8 @@ class TrainingPlan:
             train_iters=self.train_iters,
             micro_batch_size=self.options.micro_batch_size,
             tensor_model_parallel_size=self.options.tensor_model_parallel_size,
-            pipeline_model_parallel_size=1,
+            pipeline_model_parallel_size=self.options.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.options.num_virtual_stages_per_pipeline_rank,
             sequence_parallel=self.options.sequence_parallel,
         )
 

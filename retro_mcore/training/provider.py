@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -103,11 +104,50 @@ def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
                 f"{parts} does not divide {flag} {value}",
                 f"Choose a tensor parallel size that divides {value}",
             )
+    _check_pipeline(arguments, parallel)
     if parallel.sequence_parallel and parts == 1:
         raise ConfigurationError(
             "--sequence-parallel",
             "given with --tensor-model-parallel-size 1",
             "Leave it out, or use more tensor parallel processes",
+        )
+
+
+def _check_pipeline(arguments: ModelOptions, parallel: ParallelOptions) -> None:
+    stages = parallel.pipeline_model_parallel_size
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    first_last = {
+        "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
+        "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
+    }
+    uneven = {flag: number for flag, number in first_last.items() if number is not None}
+    layout = parallel.pipeline_model_parallel_layout
+    if stages == 1:
+        given = {
+            **uneven,
+            "--num-virtual-stages-per-pipeline-rank": virtual,
+            "--pipeline-model-parallel-layout": layout,
+        }
+        for flag, value in given.items():
+            if value is not None:
+                raise ConfigurationError(
+                    flag, f"{value}, without a pipeline", "Add --pipeline-model-parallel-size"
+                )
+        return
+    if layout is not None:
+        if uneven:
+            raise ConfigurationError(
+                next(iter(uneven)), "given with --pipeline-model-parallel-layout", "Choose one"
+            )
+        return
+    layers = arguments.num_layers - sum(uneven.values())
+    parts = (stages - len(uneven)) * (virtual or 1)
+    if layers < parts or (parts and layers % parts) or (not parts and layers):
+        raise ConfigurationError(
+            "--pipeline-model-parallel-size",
+            f"{stages} stages of {virtual or 1} do not divide {arguments.num_layers} layers"
+            + "".join(f", {flag} {number}" for flag, number in uneven.items()),
+            "Choose stages that divide the layers, or --pipeline-model-parallel-layout",
         )
 
 
@@ -160,6 +200,7 @@ def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> di
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
+        **_pipeline_fields(parallel, precision or torch.float32),
         "use_cpu_initialization": parallel.use_cpu_initialization or is_cpu_in_use(),
         "bf16": parallel.bf16,
         "fp16": parallel.fp16,
@@ -170,10 +211,44 @@ def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> di
     }
 
 
+def _pipeline_fields(parallel: ParallelOptions, dtype: torch.dtype) -> dict[str, Any]:
+    stages = parallel.pipeline_model_parallel_size
+    if stages == 1:
+        return {}
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    # gloo knows no message tags: batched transfers of the interleaved schedule would be mixed up.
+    gloo = {"batch_p2p_comm": False, "overlap_p2p_comm": False}
+    return {
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
+        "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
+        "pipeline_dtype": dtype,
+        **(gloo if virtual is not None and is_cpu_in_use() else {}),
+    }
+
+
+def build_model_chunks(
+    arguments: ModelArguments,
+    parallel: ParallelOptions,
+    recompute: RecomputeOptions | None = None,
+) -> list[GPTModel]:
+    """This rank's stages of the model: one, or with the interleaved schedule several.
+
+    Raises:
+        ConfigurationError: naming the field or flag.
+    """
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    stages = [None] if virtual is None else list(range(virtual))
+    return [build_model(arguments, parallel, recompute, stage) for stage in stages]
+
+
 def build_model(
     arguments: ModelArguments,
     parallel: ParallelOptions,
     recompute: RecomputeOptions | None = None,
+    vp_stage: int | None = None,
 ) -> GPTModel:
     """This rank's part of the model, on its device, with initial weights.
 
@@ -185,7 +260,11 @@ def build_model(
     """
     config = build_config(arguments, parallel, recompute or RecomputeOptions())
     engine = uses_transformer_engine(parallel)
+    where = {"ignore_virtual": False, "vp_stage": vp_stage}
     sizes: dict[str, Any] = {
+        "pre_process": parallel_state.is_pipeline_first_stage(**where),
+        "post_process": parallel_state.is_pipeline_last_stage(**where),
+        "vp_stage": vp_stage,
         "vocab_size": arguments.padded_vocab_size,
         "share_embeddings_and_output_weights": not arguments.untie_embeddings_and_output_weights,
         "position_embedding_type": arguments.position_embedding_type,
@@ -194,11 +273,11 @@ def build_model(
     }
     model: GPTModel
     if isinstance(config, RetroConfig):
-        spec = get_retro_decoder_block_spec(config, use_transformer_engine=engine)
+        spec = get_retro_decoder_block_spec(config, engine, vp_stage)
         positions = max(arguments.seq_length, config.retro_retrieved_length or 0)
         model = RetroModel(config, spec, max_sequence_length=positions, **sizes)
     else:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine)
+        spec = get_gpt_decoder_block_spec(config, engine, vp_stage)
         model = GPTModel(config, spec, max_sequence_length=arguments.seq_length, **sizes)
     return model if is_cpu_in_use() else model.cuda(torch.cuda.current_device())
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ConfigurationError
@@ -32,11 +34,12 @@ from retro_mcore.training.optimizer import (
     build_optimizer,
     build_scheduler,
     learning_rate,
+    share_embeddings,
     wrap_model,
 )
 from retro_mcore.training.plan import TrainingPlan
 from retro_mcore.training.progress import TrainingReporter
-from retro_mcore.training.provider import build_model
+from retro_mcore.training.provider import build_model_chunks
 
 
 @dataclass
@@ -90,7 +93,11 @@ class Trainer:
         device: torch.device,
     ) -> None:
         options = plan.options
-        initialize_parallel(options.tensor_model_parallel_size)
+        initialize_parallel(
+            options.tensor_model_parallel_size,
+            options.pipeline_model_parallel_size,
+            options.num_virtual_stages_per_pipeline_rank,
+        )
         with raise_together():
             checkpoint = checkpoint_to_resume(plan)
             if checkpoint is not None:
@@ -99,10 +106,10 @@ class Trainer:
                 plan.global_batch_size, options.micro_batch_size
             )
             set_seeds(plan.project.retro_gpt_seed)
-            model = build_model(plan.arguments, options, options)
+            models = build_model_chunks(plan.arguments, options, options)
         self.plan, self._device = plan, device
         self._train_samples, self._valid_samples = train_samples, valid_samples
-        self._parts = _training_parts(model, plan)
+        self._parts = _training_parts(models, plan)
         self._progress = TrainingProgress()
         if checkpoint is not None:
             self._progress = load_checkpoint(checkpoint, self._parts)
@@ -120,7 +127,8 @@ class Trainer:
             if progress.iteration:
                 reporter.message(f"resumed from {result.checkpoint}")
             batches = self._train_batches()
-            self._parts.model.train()
+            for chunk in self._parts.chunks:
+                chunk.train()
             while progress.iteration < plan.train_iters:
                 self._train_step(batches, reporter)
                 stop = self._stops_here()
@@ -136,19 +144,21 @@ class Trainer:
                 result.loss_curve = reporter.draw()
         result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
         result.seconds = time.perf_counter() - started
-        result.num_parameters = num_parameters(self._parts.model)
+        result.num_parameters = num_parameters(self._parts.chunks)
         return result
 
     def _train_step(self, batches: Iterator[RetroBatch], reporter: TrainingReporter) -> None:
         parts, progress, plan = self._parts, self._progress, self.plan
-        parts.model.zero_grad_buffer()
+        for chunk in parts.chunks:
+            chunk.zero_grad_buffer()
         parts.optimizer.zero_grad()
         reports = forward_backward(
-            parts.model,
+            parts.chunks,
             batches,
             self._num_microbatches,
             plan.sequence_length,
             plan.options.micro_batch_size,
+            not plan.arguments.no_retrieval,
         )
         loss = mean_loss(reports, progress.iteration + 1)
         lr = learning_rate(parts.optimizer)
@@ -168,7 +178,7 @@ class Trainer:
         project, iteration = self.plan.project, self._progress.iteration
         sampler = self._sampler(0, project.retro_gpt_eval_iters * self.plan.global_batch_size)
         batches = read_batches(self._numbered(self._valid_samples), sampler, 0, self._device)
-        loss_sum, num_tokens = total_loss(self._parts.model, batches)
+        loss_sum, num_tokens = total_loss(self._parts.chunks, batches, self._num_microbatches)
         loss = loss_sum / num_tokens
         self._result.valid_losses.append((iteration, loss))
         reporter.validation(iteration, loss, math.exp(min(loss, 80.0)))
@@ -268,18 +278,26 @@ def finished_run(plan: TrainingPlan) -> TrainingResult | None:
     )
 
 
-def num_parameters(model: torch.nn.Module) -> int:
-    """Parameters of the whole model, over tensor parallel ranks."""
+def num_parameters(chunks: Sequence[torch.nn.Module]) -> int:
+    """Parameters of the whole model, over tensor and pipeline parallel ranks."""
     sharded = replicated = 0
-    for parameter in model.parameters():
-        if getattr(parameter, "tensor_model_parallel", False):
-            sharded += parameter.numel()
-        else:
-            replicated += parameter.numel()
-    return sharded * parallel_state.get_tensor_model_parallel_world_size() + replicated
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if getattr(parameter, "shared", False):  # a copy of another stage's
+                continue
+            if getattr(parameter, "tensor_model_parallel", False):
+                sharded += parameter.numel()
+            else:
+                replicated += parameter.numel()
+    own = sharded * parallel_state.get_tensor_model_parallel_world_size() + replicated
+    total = torch.tensor(own, device=torch.cuda.current_device())
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return int(total)
 
 
-def _training_parts(model: torch.nn.Module, plan: TrainingPlan) -> TrainingParts:
-    wrapped = wrap_model(model, plan)
-    optimizer = build_optimizer(wrapped, plan)
-    return TrainingParts(wrapped, optimizer, build_scheduler(optimizer, plan))
+def _training_parts(models: Sequence[GPTModel], plan: TrainingPlan) -> TrainingParts:
+    groups = share_embeddings(models)
+    # As Megatron: gradients of the first chunk alone are worth sending early.
+    chunks = [wrap_model(model, plan, index > 0) for index, model in enumerate(models)]
+    optimizer = build_optimizer(chunks, groups, plan)
+    return TrainingParts(chunks, optimizer, build_scheduler(optimizer, plan))
