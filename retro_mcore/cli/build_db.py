@@ -13,6 +13,7 @@ from retro_mcore.datasets.splits import check_documents
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import verify
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import check_stage, finish_stage, input_digests, require_stage
@@ -36,11 +37,17 @@ def build_db(options: BuildDbOptions) -> DatabaseReport:
     """Build db/ of a project.
 
     Raises:
-        ProjectError: preprocess_corpus has not run, or the database was built with other options.
+        ProjectError: preprocess_corpus has not run, the database was built with other options,
+            another run works on the project, or the disk is full.
         CorruptFileError: the tokens are damaged.
         TokenizerError: the tokenizer is not the project's.
     """
     initialize()
+    with stage_lock(ProjectPaths(options.project_dir), STAGE):
+        return _build(options)
+
+
+def _build(options: BuildDbOptions) -> DatabaseReport:
     with raise_together():
         for flag in ("retro_index_ntrain", "retro_doc_block_size"):
             value = getattr(options, flag)

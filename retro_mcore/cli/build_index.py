@@ -20,6 +20,7 @@ from retro_mcore.data.index import (
     load_index,
     measure_recall,
     save_index,
+    stored_bytes,
     train_index,
 )
 from retro_mcore.data.shards import ShardReport, cut
@@ -35,8 +36,10 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json_list
+from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import FileState, fingerprint_of, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.space import require_space
 from retro_mcore.project.stages import check_stage, finish_stage, input_digests
 
 STAGE = "build_index"
@@ -77,11 +80,17 @@ def build_index(options: BuildIndexOptions) -> BuiltIndex:
     """Build index/ of a project.
 
     Raises:
-        ProjectError: build_db has not run, or the index was built with other options.
+        ProjectError: build_db has not run, the index was built with other options, another run
+            works on the project, or the disk is full.
         ConfigurationError: the embedder or the index string cannot work.
         CorruptFileError: the database is damaged.
     """
     initialize()
+    with stage_lock(ProjectPaths(options.project_dir), STAGE):
+        return _embed_and_index(options)
+
+
+def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
     with raise_together():
         for flag in ("embed_batch_size", "nprobe", "ef_search"):
             value = getattr(options, flag)
@@ -168,6 +177,7 @@ def _build(
         with signed_write(empty, fingerprint) as temporary:
             save_index(trained, temporary)
     index = load_index(empty)
+    require_space(added, stored_bytes(index, len(embeddings)), "the index's vectors")
     add_to_index(index, embeddings, index_string)
     with signed_write(added, fingerprint) as temporary:
         save_index(index, temporary)

@@ -36,7 +36,9 @@ from retro_mcore.distributed import (
     raise_together,
 )
 from retro_mcore.errors import ConfigurationError, CorpusError, TokenizerError
+from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import (
     FileState,
     checksum,
@@ -121,11 +123,18 @@ def preprocess_corpus(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
         CorpusError: an input is missing, empty or malformed.
         TokenizerError: the tokenizer cannot be loaded or trained.
         ConfigurationError: options that cannot work.
-        ProjectError: the project was built with other options or inputs.
+        ProjectError: the project was built with other options or inputs, another run works on it,
+            or the disk is full.
     """
     initialize()
     with raise_together():
         _check_options(options)
+    with stage_lock(ProjectPaths(options.project_dir), STAGE, create=True):
+        return _preprocess(options)
+
+
+def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
+    with raise_together():
         sources = [Path(source) for source in options.input]
         inputs: dict[str, str] = {}
         for source in sources:
@@ -381,6 +390,7 @@ def _tokenize_source(
     report = run_shards(shards, build, fingerprint, f"tokenize {source.name}")
     with raise_together():
         if get_rank() == 0:
+            setup_device()  # before megatron is imported, so that it gives no advice on GPUs
             dtype = token_dtype(tokenizer.vocab_size)
             with (
                 signed_write(bin_path(target), fingerprint) as binary,

@@ -14,11 +14,12 @@ from retro_mcore.data.neighbors import query_split
 from retro_mcore.data.shards import ShardReport, cut
 from retro_mcore.data.token_file import bin_path, idx_path
 from retro_mcore.data.tokenizers import load_project_tokenizer
-from retro_mcore.datasets.samples import build_all_gpt_samples
+from retro_mcore.datasets.samples import build_all_gpt_samples, remove_truncated_cache
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import SPLITS, ProjectConfig, ProjectSettings, Split
+from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import verify
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import check_stage, finish_stage, input_digests, require_stage
@@ -55,11 +56,16 @@ def query_neighbors(options: QueryNeighborsOptions) -> QueriedNeighbors:
     """Fill query/ of a project, and name its directories in config.json.
 
     Raises:
-        ProjectError: an earlier stage has not run, or the neighbors were searched with other
-            options.
+        ProjectError: an earlier stage has not run, the neighbors were searched with other options,
+            another run works on the project, or the disk is full.
         CorruptFileError: the database or the index is damaged.
     """
     initialize()
+    with stage_lock(ProjectPaths(options.project_dir), STAGE):
+        return _query(options)
+
+
+def _query(options: QueryNeighborsOptions) -> QueriedNeighbors:
     with raise_together():
         _check_options(options)
         paths = ProjectPaths(options.project_dir)
@@ -95,6 +101,8 @@ def query_neighbors(options: QueryNeighborsOptions) -> QueriedNeighbors:
         device = setup_device(options.device)  # type: ignore[arg-type]
         embedder = build_embedder(settings.embedder, options.embed_batch_size, str(device))
         index = load_index(added, settings.nprobe, settings.ef_search)
+        if get_rank() == 0:
+            remove_truncated_cache(paths)
         _check_index(index, database, embedder.dimension, paths)
     result = QueriedNeighbors({}, {})
     directories: dict[str, str | None] = dict.fromkeys(SPLITS)

@@ -24,6 +24,7 @@ from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.markers import FileState, signed_write, state_of, verify
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.space import require_space
 from retro_mcore.project.stages import require_stage
 
 #: Documents per file that upstream takes; fewer for a small corpus, so that ranks can share it.
@@ -100,7 +101,9 @@ def build_database(
         def build(shard: Shard, path: Path, dataset: TokenFile = dataset) -> None:
             _build_shard(shard, path, dataset, tokenizer, counter, config.retro_gpt_chunk_length)
 
-        reports.append(run_shards(shards, build, fingerprint, f"chunks of {prefix}"))
+        num_chunks = (-(-dataset.lengths // config.retro_gpt_chunk_length)).sum(dtype=np.int64)
+        row_bytes = 16 * float(num_chunks) / max(num_docs, 1)
+        reports.append(run_shards(shards, build, fingerprint, f"chunks of {prefix}", row_bytes))
     merged_reused = True
     with raise_together():
         _count_chunks(infos, all_shards, num_sampled)
@@ -253,6 +256,7 @@ def _merge(
     ]
     total = sum(end - start for start, end in bounds)
     num_docs = sum(info.n_docs_train for info in infos)
+    require_space(path.parent, 20 * total, f"the {total} chunks of {name}.hdf5")
     with h5py.File(path, "w") as file:
         merged = file.create_dataset("chunks", (total, 5), dtype=np.uint32)
         file["n_written"] = np.array([total], np.uint64)

@@ -91,7 +91,8 @@ def embed_database(
         with h5py.File(path, "w") as file:
             file["data"] = embed_unique(embedder, texts)
 
-    return run_shards(shards, build, fingerprint, "embed database")
+    row_bytes = 4 * embedder.dimension
+    return run_shards(shards, build, fingerprint, "embed database", row_bytes)
 
 
 class Embeddings:
@@ -157,6 +158,14 @@ def add_to_index(index: Any, embeddings: Embeddings, index_string: str) -> None:
         faiss.omp_set_num_threads(1)  # threads would race in building the graph
     for start in tqdm(range(0, len(embeddings), _ADD_BATCH), desc="add to index"):
         index.add(embeddings.rows(np.arange(start, min(start + _ADD_BATCH, len(embeddings)))))
+
+
+def stored_bytes(index: Any, count: int) -> int:
+    """Bytes that `count` vectors take in an index's file, codes and ids; 0 if Faiss can't say."""
+    try:
+        return count * (int(index.sa_code_size()) + 8)
+    except RuntimeError:  # not every index has codes of one size
+        return 0
 
 
 def save_index(index: Any, path: Path) -> None:

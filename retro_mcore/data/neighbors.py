@@ -76,7 +76,7 @@ def query_split(
         with h5py.File(path, "w") as file:
             file["neighbors"] = neighbors
 
-    return run_shards(shards, build, fingerprint, description)
+    return run_shards(shards, build, fingerprint, description, 8.0 * num_save)
 
 
 def _read_chunks(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from retro_mcore.distributed import barrier, get_rank, get_world_size, raise_together
 from retro_mcore.project.markers import FileState, signed_write, state_of
+from retro_mcore.project.space import require_space
 
 _round = itertools.count()
 
@@ -75,6 +76,7 @@ def run_shards(
     build: Callable[[Shard, Path], None],
     fingerprint: str,
     description: str,
+    row_bytes: float = 0.0,
     group: dist.ProcessGroup | None = None,
 ) -> ShardReport:
     """Build the shards that are not there yet, on all ranks of `group`; ends with a barrier.
@@ -84,9 +86,11 @@ def run_shards(
         build: Writes a shard's file at the temporary path that it is given.
         fingerprint: What the shards are built from; a file of another one is built anew.
         description: Label of the progress bar.
+        row_bytes: Bytes that a row takes on the disk, where that is known beforehand.
         group: Default: the world.
 
     Raises:
+        ProjectError: the shards that are missing would not fit on the disk; nothing is written.
         RetroError: on all ranks, whichever rank met it.
     """
     states: list[FileState] = [FileState.MISSING] * len(shards)
@@ -101,16 +105,20 @@ def run_shards(
         if state is not FileState.COMPLETE
     ]
     with raise_together(group):
-        progress = tqdm(total=len(missing), desc=description, disable=rank != 0 or not missing)
-        done = 0
-        for index in _take_turns(len(missing), group):
-            shard = missing[index]
-            with signed_write(shard.path, fingerprint) as temporary:
-                build(shard, temporary)
-            progress.update(index + 1 - done)
-            done = index + 1
-        progress.update(len(missing) - done)
-        progress.close()
+        if missing:
+            rows = sum(shard.end - shard.start for shard in missing)
+            needed = math.ceil(rows * row_bytes)
+            require_space(missing[0].path.parent, needed, f"{len(missing)} files ({description})")
+        hidden = rank != 0 or not missing
+        with tqdm(total=len(missing), desc=description, disable=hidden) as progress:
+            done = 0
+            for index in _take_turns(len(missing), group):
+                shard = missing[index]
+                with signed_write(shard.path, fingerprint) as temporary:
+                    build(shard, temporary)
+                progress.update(index + 1 - done)
+                done = index + 1
+            progress.update(len(missing) - done)
     barrier(group)
     damaged = tuple(
         shard.path

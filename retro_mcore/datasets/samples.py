@@ -7,7 +7,11 @@ the neighbor directories are the same.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,13 +119,52 @@ def build_all_gpt_samples(
         create_attention_mask=False,
     )
     sizes = [config.num_samples(split) for split in SPLITS]
-    datasets = BlendedMegatronDatasetBuilder(
-        MultiSplitGPTDataset, sizes, lambda: True, data_config
-    ).build()
+    builder = BlendedMegatronDatasetBuilder(MultiSplitGPTDataset, sizes, lambda: True, data_config)
+    with _without_blending_advice():
+        datasets = builder.build()
     return {
         split: GPTSamples(split, dataset, size) if dataset is not None and size else None
         for split, dataset, size in zip(SPLITS, datasets, sizes, strict=True)
     }
+
+
+@contextmanager
+def _without_blending_advice() -> Iterator[None]:
+    """Keep megatron from warning of a blend of one dataset, which is how Retro names its samples.
+
+    The neighbor directories' hashes are those of a blended dataset, of one corpus too.
+    """
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "Building a BlendedDataset" not in record.getMessage()
+
+    logger = logging.getLogger("megatron.core.datasets.blended_dataset")
+    logger.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_wanted)
+
+
+def remove_truncated_cache(paths: ProjectPaths) -> list[Path]:
+    """Remove sample indexes that a killed run left half-written; returns their paths.
+
+    Megatron writes them in place and reuses whatever is there. The stage that writes them calls
+    this first, on rank 0, while no other run works on the project.
+    """
+    truncated = [path for path in sorted(paths.data_cache.glob("*.npy")) if not _is_whole(path)]
+    for path in truncated:
+        path.unlink()
+    return truncated
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError):
+        return False
+    # Zeros after the header of a sparse file would pass, but megatron writes from front to back.
+    return path.stat().st_size == array.offset + array.nbytes
 
 
 def _check_splits(config: ProjectConfig, paths: ProjectPaths) -> None:

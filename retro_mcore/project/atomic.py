@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from retro_mcore.project.space import disk_full_error, is_disk_full
+
+#: Matches the temporary files of `atomic_write`, those that a killed process left included.
+TEMPORARY = ".*.tmp"
+
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
@@ -16,15 +21,24 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
     Missing parent directories are made. A reader never sees a partial file, and whatever `path`
     held before stays until the new content is complete and on the disk.
+
+    Raises:
+        ProjectError: the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        size = temporary.stat().st_size if temporary.exists() else 0
+        temporary.unlink(missing_ok=True)  # first, so that the space it took counts as free
+        raise disk_full_error(path, size) from error
     finally:
         temporary.unlink(missing_ok=True)
 

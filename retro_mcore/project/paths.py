@@ -102,9 +102,19 @@ class ProjectPaths:
         """Neighbors, one directory per split."""
         return self.root / "query"
 
+    @property
+    def lock(self) -> Path:
+        """Held by the run that works on the project; absent while none does."""
+        return self.root / ".lock"
+
+    @property
+    def stages(self) -> Path:
+        """What each stage was run with."""
+        return self.root / "stages"
+
     def stage_record(self, stage: str) -> Path:
-        """What a stage was run with."""
-        return self.root / "stages" / f"{stage}.json"
+        """What one stage was run with."""
+        return self.stages / f"{stage}.json"
 
     def relative(self, path: Path) -> str:
         """`path` as it is written in the configuration: relative to the project directory."""

@@ -6,10 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
 from retro_mcore.cli.preprocess_corpus import preprocess_corpus
-from retro_mcore.errors import CorpusError
+from retro_mcore.errors import CorpusError, ProjectError
+from retro_mcore.project import ProjectPaths
+from retro_mcore.project.lock import stage_lock
 from tests.processes import run_ranks
 from tests.unit.data.projects import build_all, documents, preprocess_options, write_corpus
 
@@ -30,10 +33,30 @@ def preprocess_and_cut(project: Path, corpus: Path) -> None:
     build_db(BuildDbOptions(str(project), retro_doc_block_size=1))
 
 
+def refuse_a_second_run(project: Path, corpus: Path) -> tuple[str, bool]:
+    """What this rank is told while rank 0 of another run holds the project, and what follows."""
+    paths = ProjectPaths(project)
+    with stage_lock(paths, "build_index"):
+        with pytest.raises(ProjectError) as caught:
+            preprocess_corpus(preprocess_options(project, corpus))
+        held = paths.lock.is_file()
+    torch.distributed.barrier()
+    return str(caught.value), held and not paths.lock.exists()
+
+
 def fail_on_one_rank(project: Path, corpus: Path) -> str:
     with pytest.raises(CorpusError) as caught:
         preprocess_corpus(preprocess_options(project, corpus))
     return str(caught.value)
+
+
+def test_all_ranks_are_refused_a_project_that_another_run_holds(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents(10, 200))
+    (tmp_path / "project").mkdir()
+    told = run_ranks(2, refuse_a_second_run, tmp_path / "project", corpus)
+    assert told[0][0] == told[1][0]
+    assert "another run works on it: build_index, process" in told[0][0]
+    assert told[0][1]
 
 
 def test_two_ranks_write_the_bytes_of_one_and_mend_what_was_damaged(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import pickle
 import shutil
 
@@ -13,7 +14,7 @@ from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.token_file import TokenFile
 from retro_mcore.datasets.indexed import token_dtype, write_indexed_dataset
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
-from retro_mcore.datasets.samples import build_all_gpt_samples
+from retro_mcore.datasets.samples import build_all_gpt_samples, remove_truncated_cache
 from retro_mcore.datasets.splits import check_documents, document_ranges, parse_split
 from retro_mcore.errors import ConfigurationError, CorruptFileError, TokenizerError
 from retro_mcore.project import ProjectConfig, ProjectPaths
@@ -175,3 +176,25 @@ def test_more_neighbors_than_saved_and_missing_files_are_refused(project, tmp_pa
     files[-1].unlink()
     with pytest.raises(CorruptFileError, match="holds neighbors of 20 chunks, the samples have 32"):
         build_retro_datasets(copy)
+
+
+def test_sample_indexes_that_a_killed_run_left_are_removed(tmp_path):
+    paths = ProjectPaths(tmp_path)
+    paths.data_cache.mkdir(parents=True)
+    names = ["whole.npy", "cut.npy", "header.npy", "empty.npy"]
+    for name in names:
+        np.save(paths.data_cache / name, np.arange(100))
+    for name, length in (("cut.npy", 500), ("header.npy", 20), ("empty.npy", 0)):
+        path = paths.data_cache / name
+        path.write_bytes(path.read_bytes()[:length])
+    assert [path.name for path in remove_truncated_cache(paths)] == sorted(names[1:])
+    assert [path.name for path in paths.data_cache.iterdir()] == ["whole.npy"]
+
+
+def test_megatron_does_not_warn_of_one_dataset(caplog):
+    paths = ProjectPaths(built_project())
+    with caplog.at_level("WARNING"):
+        build_all_gpt_samples(ProjectConfig.load(paths.root), paths)
+    assert "BlendedDataset" not in caplog.text
+    logger = logging.getLogger("megatron.core.datasets.blended_dataset")
+    assert not logger.filters

@@ -1,0 +1,119 @@
+"""One run at a time on a project directory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from retro_mcore.distributed import get_rank, raise_together
+from retro_mcore.errors import ProjectError
+from retro_mcore.project.atomic import TEMPORARY
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.space import disk_full_error, is_disk_full
+
+
+@contextmanager
+def stage_lock(paths: ProjectPaths, stage: str, create: bool = False) -> Iterator[None]:
+    """Run a stage while no other run works on the project; all ranks call it.
+
+    Rank 0 holds a flock on `PROJECT/.lock` for all of them. The system releases it when the
+    process ends, however it ends, so a killed run never has to be cleaned up after. What a killed
+    run was writing (`atomic_write`'s temporary files) is removed before the body runs. A disk that
+    fills up inside libraries that write by themselves is told as `atomic_write` tells it.
+
+    Args:
+        paths: The project. One that does not exist is not locked, unless `create` makes it.
+        stage: Name of the command, for the other run's message.
+        create: Make the directory; removed again if the stage leaves it empty.
+
+    Raises:
+        ProjectError: on every rank; another run holds the directory, or the disk is full.
+    """
+    held: int | None = None
+    made = False
+    try:
+        with raise_together():
+            if get_rank() == 0:
+                if create and not paths.root.exists():
+                    paths.root.mkdir(parents=True)
+                    made = True
+                if paths.root.is_dir():
+                    held = _acquire(paths.lock, stage)
+                    _remove_leftovers(paths)
+        try:
+            yield
+        except Exception as error:
+            if not is_disk_full(error) or isinstance(error, ProjectError):
+                raise
+            raise disk_full_error(paths.root, 0) from error
+    finally:
+        if held is not None:
+            paths.lock.unlink(missing_ok=True)
+            os.close(held)
+        if made:
+            with suppress(OSError):  # not empty: the stage wrote something
+                paths.root.rmdir()
+
+
+def _acquire(path: Path, stage: str) -> int:
+    """A locked file descriptor of `path`, which holds who we are."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ProjectError(
+                path, f"cannot be made ({error.strerror})", "Make the project directory writable"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _read_holder(descriptor)
+            os.close(descriptor)
+            raise ProjectError(
+                path.parent,
+                f"another run works on it: {holder}",
+                "Wait until it has finished, or stop it",
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise ProjectError(
+                path,
+                f"this file system cannot lock ({error.strerror})",
+                "Put the project on one with flock (NFS: version 4, without local_lock)",
+            ) from error
+        # The last holder may have removed the file between our two calls: then ours has no name.
+        if _is_named(descriptor, path):
+            break
+        os.close(descriptor)
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+    return descriptor
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_holder(descriptor: int) -> str:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+        return f"{owner['stage']}, process {owner['pid']} on {owner['host']}"
+    except (ValueError, KeyError, TypeError):  # it has the lock, and has not written its name yet
+        return "it has just started"
+
+
+def _remove_leftovers(paths: ProjectPaths) -> None:
+    """Temporary files of killed runs, in the directories that stages write to."""
+    folders = (paths.data, paths.tokenizer, paths.db, paths.index, paths.query, paths.stages)
+    found = [file for folder in folders for file in folder.rglob(TEMPORARY)]
+    for file in [*paths.root.glob(TEMPORARY), *found]:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,169 @@
+"""One run at a time, nothing half-written after a kill or an interrupt, and full disks."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from retro_mcore.data.shards import cut, run_shards
+from retro_mcore.errors import ProjectError
+from retro_mcore.project import ProjectPaths
+from retro_mcore.project.atomic import atomic_write, write_json
+from retro_mcore.project.lock import stage_lock
+from retro_mcore.project.markers import signed_write
+from retro_mcore.project.space import free_bytes, require_space, show_bytes
+
+# Writes half of a file inside a stage, says so, and sleeps.
+HOLDER = """
+import sys, time
+from retro_mcore.cli.command import run_command
+from retro_mcore.project import ProjectPaths
+from retro_mcore.project.lock import stage_lock
+from retro_mcore.project.markers import signed_write
+from dataclasses import dataclass
+
+@dataclass
+class Options:
+    '''Hold a project.'''
+    project_dir: str
+    '''Which.'''
+
+def hold(options):
+    paths = ProjectPaths(options.project_dir)
+    with stage_lock(paths, "build_db"), signed_write(paths.merged_db("train")) as temporary:
+        temporary.write_bytes(b"half")
+        print("ready", flush=True)
+        time.sleep(60)
+
+sys.exit(run_command(Options, hold))
+"""
+
+
+def start_holder(project: Path) -> subprocess.Popen:
+    """A process that holds the project and is writing train.hdf5."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, "--project-dir", str(project)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_second_run_is_refused_by_name_until_the_first_is_killed(tmp_path):
+    paths = ProjectPaths(tmp_path)
+    process = start_holder(tmp_path)
+    with pytest.raises(ProjectError) as caught, stage_lock(paths, "build_index"):
+        pass
+    name = f"build_db, process {process.pid} on {socket.gethostname()}"
+    assert str(caught.value).startswith(f"{tmp_path}: another run works on it: {name}. Wait")
+    assert len(files(tmp_path)) == 2  # the lock, and what is being written
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".model.7.tmp").touch()  # not a stage's
+    with stage_lock(paths, "build_index"):
+        assert files(tmp_path) == [".lock", "checkpoints/.model.7.tmp"]
+    assert files(tmp_path) == ["checkpoints/.model.7.tmp"]
+
+
+def test_an_interrupt_leaves_no_half_written_file(tmp_path):
+    process = start_holder(tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert files(tmp_path) == []
+
+
+def test_an_exception_releases_the_lock_and_an_empty_directory_goes(tmp_path):
+    paths = ProjectPaths(tmp_path / "new" / "project")
+
+    def fail() -> None:
+        with stage_lock(paths, "preprocess_corpus", create=True):
+            assert paths.lock.is_file()
+            raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fail()
+    assert not paths.root.exists()
+    with stage_lock(paths, "build_db"):  # refused later, for what it lacks
+        assert not paths.root.exists()
+    with stage_lock(paths, "preprocess_corpus", create=True):
+        paths.config.write_text("{}")
+    assert files(paths.root) == ["config.json"]
+
+
+def write_text(path: Path) -> None:
+    path.write_text("x" * 100_000)
+
+
+def write_hdf5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["rows"] = np.zeros(100_000)
+
+
+def write_index(path: Path) -> None:
+    import faiss
+
+    index = faiss.IndexFlatL2(8)
+    index.add(np.zeros((10_000, 8), np.float32))
+    faiss.write_index(index, str(path))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("write", [write_text, write_hdf5, write_index])
+def test_a_full_disk_keeps_what_was_there(tmp_path, write):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fill() -> None:
+        with atomic_write(path) as temporary:
+            temporary.symlink_to("/dev/full")
+            write(temporary)
+
+    with pytest.raises(ProjectError) as caught:
+        fill()
+    assert f"{path}: the disk is full: more than" in str(caught.value)
+    assert f"{show_bytes(free_bytes(path))} are free. Free space" in str(caught.value)
+    assert files(tmp_path) == ["file"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_others_fill_is_told_alike(tmp_path):
+    paths = ProjectPaths(tmp_path)
+    with pytest.raises(ProjectError, match="the disk is full"), stage_lock(paths, "build_db"):
+        Path("/dev/full").write_text("x")
+    with pytest.raises(OSError, match="No such file"), stage_lock(paths, "build_db"):
+        Path("/none/file").write_text("x")
+
+
+def test_what_will_not_fit_is_not_begun(tmp_path):
+    require_space(tmp_path / "not" / "yet", 1, "a byte")
+    shards = cut(tmp_path / "rows", 100, 10)
+    built = []
+    with pytest.raises(ProjectError) as caught:
+        run_shards(shards, lambda shard, path: built.append(shard), "f", "rows", 1 << 50)
+    assert "10 files (rows) need 102400.0 TiB" in str(caught.value)
+    assert "are free" in str(caught.value)
+    assert built == []
+
+
+def test_a_file_that_is_written_while_the_lock_is_held_is_whole(tmp_path):
+    paths = ProjectPaths(tmp_path)
+    with stage_lock(paths, "build_db"):
+        write_json(paths.config, {"a": 1})
+        with signed_write(paths.merged_db("train")) as temporary:
+            assert temporary.name.endswith(f".{os.getpid()}.tmp")
+            temporary.write_bytes(b"rows")
+    assert files(tmp_path) == ["config.json", "db/merged/train.hdf5", "db/merged/train.hdf5.done"]
