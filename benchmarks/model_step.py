@@ -179,10 +179,10 @@ def _measure(hidden: int, options: Options) -> list[Measurement]:
             for side in SIDES:
                 log = (Path(folder) / f"{side}.log").open("w+")
                 workers[side] = Worker(side, hidden, options, weights, log)
-            # The peak before anything else: the system counts it from the process's start.
-            found = {side: {"peak_bytes": worker.ask("peak")} for side, worker in workers.items()}
+            found: dict[str, dict[str, Any]] = {side: {} for side in workers}
             for side, worker in workers.items():
                 found[side]["loss"] = worker.ask("loss")
+                found[side]["peak_bytes"] = worker.ask("peak")
             rounds: dict[str, list[float]] = {side: [] for side in workers}
             for _ in range(options.rounds):
                 for side, worker in workers.items():

@@ -7,18 +7,18 @@ optimizer, which is the same for all.
 
 from __future__ import annotations
 
-import ctypes
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 
 class Side:
@@ -61,19 +61,22 @@ class Side:
         return time.perf_counter() - start
 
     def peak_bytes(self) -> int:
-        """What a step needs at its peak, beyond what there is before it (parameters, program)."""
+        """Most memory that tensors take during a step, beyond what there is before it."""
+        self.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
-            self.model.zero_grad(set_to_none=True)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             self.step()
             return torch.cuda.max_memory_allocated() - before
-        # What building left free on the heap would be used again unseen.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = _resident_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM, the peak
-        self.step()
-        return _resident_bytes("VmHWM") - before
+        # Not the process's memory: that shows the heap's fragmentation more than the model's need.
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.step()
+        assert profiler.profiler is not None
+        events = profiler.profiler.kineto_results.events()
+        changes = [
+            (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+        ]
+        return max(itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0])))
 
     def saved_bytes(self) -> int:
         """What the forward pass keeps for the backward pass: distinct storages, not parameters."""
@@ -203,12 +206,6 @@ def _join(device: str) -> torch.device:
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
     return where
-
-
-def _resident_bytes(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    (kibibytes,) = [line.split()[1] for line in status if line.startswith(f"{field}:")]
-    return int(kibibytes) * 1024
 
 
 def main() -> None:
