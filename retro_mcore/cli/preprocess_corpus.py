@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +13,17 @@ import numpy as np
 
 from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.cli.command import print_summary, run_command
-from retro_mcore.data.corpus import CorpusPart, list_files, list_parts, read_documents, read_part
+from retro_mcore.data.corpus import (
+    Document,
+    list_files,
+    list_parts,
+    read_documents,
+    read_part,
+    text_cleaner,
+)
 from retro_mcore.data.shards import Shard, ShardReport, choose_shard_length, run_shards
 from retro_mcore.data.token_file import TokenFile, bin_path, idx_path
+from retro_mcore.data.token_input import check_token_input, find_token_input, take_token_input
 from retro_mcore.data.tokenizers import (
     TOKENIZER_TYPES,
     GPTSentencePieceTokenizer,
@@ -63,11 +71,14 @@ class PreprocessCorpusOptions:
     project_dir: str
     """Directory to make, or to go on with."""
     input: list[str]
-    """JSONL files, text files or folders of them; each becomes a dataset of its own."""
+    """JSONL files (also .gz, .zst), text files, folders of these, or Megatron .bin/.idx pairs; each
+    becomes a dataset of its own."""
     input_weights: list[float] = field(default_factory=list)
     """Share of each input in the samples (default: equal)."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Keys of a JSON line that hold the text; several are joined by an empty line."""
+    clean_text: bool = False
+    """Mend broken characters with ftfy: mojibake, control characters, HTML entities."""
     tokenizer_type: str | None = None
     """GPTSentencePieceTokenizer, GPT2BPETokenizer or HuggingFaceTokenizer (default: trained
     SentencePiece)."""
@@ -135,20 +146,22 @@ def preprocess_corpus(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
 
 def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
     with raise_together():
+        cleaner = text_cleaner() if options.clean_text else None
         sources = [Path(source) for source in options.input]
         inputs: dict[str, str] = {}
         for source in sources:
             inputs.setdefault(f"--input {source.name}", _digest_source(source))
         inputs.update(_digest_tokenizer_files(options))
+        prefixes = _prefixes(sources, options.json_keys)
+        _require_tokenizer(options, sources)
     paths = ProjectPaths(options.project_dir)
-    prefixes = _prefixes(sources, options.json_keys)
     tokenize_options = _tokenize_options(options)
     sample_options = _sample_options(options)
     outputs = [bin_path(paths.data / prefix) for prefix in prefixes]
     with raise_together():
         check_stage(paths, STAGE, {**tokenize_options, **sample_options}, inputs, outputs[0])
         fingerprint = fingerprint_of([tokenize_options, inputs])
-    names = _prepare_tokenizer(options, paths, sources, fingerprint)
+    names = _prepare_tokenizer(options, paths, sources, cleaner, fingerprint)
     with raise_together():
         tokenizer = build_tokenizer(
             _tokenizer_type(options),
@@ -156,7 +169,14 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
         )
     reports = []
     for source, prefix in zip(sources, prefixes, strict=True):
-        reports.append(_tokenize_source(options, paths, source, prefix, tokenizer, fingerprint))
+        target = paths.data / prefix
+        given = find_token_input(source)
+        if given is not None:
+            reports.append(_take_tokens(given, target, tokenizer, fingerprint))
+            continue
+        reports.append(
+            _tokenize_source(options.json_keys, cleaner, source, target, tokenizer, fingerprint)
+        )
     with raise_together():
         datasets = [TokenFile(paths.data / prefix) for prefix in prefixes]
         for source, dataset in zip(sources, datasets, strict=True):
@@ -217,6 +237,8 @@ def _check_options(options: PreprocessCorpusOptions) -> None:
 
 
 def _digest_source(source: Path) -> str:
+    if (prefix := find_token_input(source)) is not None:
+        return fingerprint_of([checksum(bin_path(prefix)), checksum(idx_path(prefix))])
     files = list_files(source)
     root = source if source.is_dir() else source.parent
     return fingerprint_of([[str(file.relative_to(root)), checksum(file)] for file in files])
@@ -249,6 +271,8 @@ def _tokenize_options(options: PreprocessCorpusOptions) -> dict[str, object]:
         "--tokenizer-training-documents": options.tokenizer_training_documents
         if training
         else None,
+        # Only where it is set: projects made before it existed go on.
+        **({"--clean-text": True} if options.clean_text else {}),
     }
 
 
@@ -284,10 +308,15 @@ def _tokenizer_type(options: PreprocessCorpusOptions) -> str:
 
 
 def _prefixes(sources: Sequence[Path], json_keys: Sequence[str]) -> list[str]:
-    """`<name>_<keys>_document` as Megatron names its datasets, told apart by a number."""
+    """`<name>_<keys>_document` as Megatron names its datasets, told apart by a number.
+
+    Tokens that were made elsewhere keep their name.
+    """
     prefixes: list[str] = []
     for source in sources:
-        prefix = base = f"{source.stem}_{'_'.join(json_keys)}_document"
+        given = find_token_input(source)
+        name = source.stem.removesuffix(".jsonl").removesuffix(".json")
+        prefix = base = given.name if given else f"{name}_{'_'.join(json_keys)}_document"
         number = 2
         while prefix in prefixes:
             prefix, number = f"{base}_{number}", number + 1
@@ -299,6 +328,7 @@ def _prepare_tokenizer(
     options: PreprocessCorpusOptions,
     paths: ProjectPaths,
     sources: Sequence[Path],
+    cleaner: Callable[[str], str] | None,
     fingerprint: str,
 ) -> dict[str, str | None]:
     """Put the tokenizers' files into the project; returns their types and names there."""
@@ -324,7 +354,7 @@ def _prepare_tokenizer(
             name = f"bert-{file.name}" if key == "bert" else file.name
             names[key] = _copy(file, paths, name, fingerprint)
         if trains:
-            names["model"] = _train(options, paths, sources, fingerprint)
+            names["model"] = _train(options, paths, sources, cleaner, fingerprint)
     barrier()
     return {**names, "type": tokenizer_type}
 
@@ -341,20 +371,23 @@ def _train(
     options: PreprocessCorpusOptions,
     paths: ProjectPaths,
     sources: Sequence[Path],
+    cleaner: Callable[[str], str] | None,
     fingerprint: str,
 ) -> str:
     target = paths.tokenizer / "sentencepiece.model"
     if get_rank() == 0 and state_of(target, fingerprint) is not FileState.COMPLETE:
-        texts = (text for source in sources for text in _texts(source, options.json_keys))
+        texts = (text for source in sources for text in _texts(source, options.json_keys, cleaner))
         first = itertools.islice(texts, options.tokenizer_training_documents)
         with signed_write(target, fingerprint) as temporary:
             train_sentencepiece(first, options.vocab_size, temporary)
     return paths.relative(target)
 
 
-def _texts(source: Path, json_keys: Sequence[str]) -> Iterator[str]:
+def _texts(
+    source: Path, json_keys: Sequence[str], cleaner: Callable[[str], str] | None
+) -> Iterator[str]:
     found = False
-    for document in read_documents(source, json_keys):
+    for document in read_documents(source, json_keys, cleaner):
         found = True
         yield document.text
     if not found:
@@ -365,27 +398,58 @@ def _empty(source: Path) -> CorpusError:
     return CorpusError(source, "holds no text", "Give documents that are not empty")
 
 
+def _require_tokenizer(options: PreprocessCorpusOptions, sources: Sequence[Path]) -> None:
+    """Tokens that were made elsewhere mean nothing without the tokenizer that made them."""
+    if options.tokenizer_model is not None or options.vocab_file is not None:
+        return
+    for source in sources:
+        if find_token_input(source) is not None:
+            raise TokenizerError(
+                f"--input {source}",
+                "holds tokens, and no tokenizer is given",
+                "Name the one that they were made with: --tokenizer-type, --tokenizer-model",
+            )
+
+
+def _is_done(target: Path, fingerprint: str) -> bool:
+    """Whether the .bin and .idx at `target` are complete; the same answer on every rank."""
+    with raise_together():
+        files = (bin_path(target), idx_path(target))
+        done = all(state_of(file, fingerprint) is FileState.COMPLETE for file in files)
+    return bool(broadcast_object(done))
+
+
+def _take_tokens(
+    source: Path, target: Path, tokenizer: Tokenizer, fingerprint: str
+) -> ShardReport | None:
+    """Check and link or copy a .bin and .idx; None if they are there already."""
+    if _is_done(target, fingerprint):
+        return None
+    with raise_together():
+        if get_rank() == 0:
+            check_token_input(source, tokenizer)
+            take_token_input(source, target, fingerprint)
+    barrier()
+    return ShardReport(1, 0, ())
+
+
 def _tokenize_source(
-    options: PreprocessCorpusOptions,
-    paths: ProjectPaths,
+    json_keys: Sequence[str],
+    cleaner: Callable[[str], str] | None,
     source: Path,
-    prefix: str,
+    target: Path,
     tokenizer: Tokenizer,
     fingerprint: str,
 ) -> ShardReport | None:
     """Write one input's .bin and .idx; None if they are there already."""
-    target = paths.data / prefix
-    with raise_together():
-        files = (bin_path(target), idx_path(target))
-        done = all(state_of(file, fingerprint) is FileState.COMPLETE for file in files)
-    if broadcast_object(done):
+    if _is_done(target, fingerprint):
         return None
     parts = list_parts(source)
-    parts_dir = paths.data / f"{prefix}.parts"
+    parts_dir = target.with_name(f"{target.name}.parts")
     shards = [Shard(i, i + 1, parts_dir / f"{i}.hdf5") for i in range(len(parts))]
 
     def build(shard: Shard, path: Path) -> None:
-        _tokenize_part(parts[shard.start], options.json_keys, tokenizer, path)
+        _tokenize_part(read_part(parts[shard.start], json_keys, cleaner), tokenizer, path)
 
     report = run_shards(shards, build, fingerprint, f"tokenize {source.name}")
     with raise_together():
@@ -403,9 +467,7 @@ def _tokenize_source(
     return report
 
 
-def _tokenize_part(
-    part: CorpusPart, json_keys: Sequence[str], tokenizer: Tokenizer, path: Path
-) -> None:
+def _tokenize_part(documents: Iterable[Document], tokenizer: Tokenizer, path: Path) -> None:
     tokens: list[np.ndarray] = []
     batch: list[str] = []
 
@@ -414,7 +476,7 @@ def _tokenize_part(
             tokens.append(np.array([*ids, tokenizer.eod], dtype=np.int32))
         batch.clear()
 
-    for document in read_part(part, json_keys):
+    for document in documents:
         batch.append(document.text)
         if len(batch) == _BATCH:
             flush()

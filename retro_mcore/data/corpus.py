@@ -1,17 +1,19 @@
-"""Reading a corpus: JSON lines, text files and folders of them.
+"""Reading a corpus: JSON lines (also compressed), text files and folders of them.
 
 A corpus is cut into parts (ranges of a JSONL file, groups of text files), so that any number of
-ranks can share it and the order of the documents never depends on how many they are.
+ranks can share it and the order of the documents never depends on how many they are. A compressed
+file is one part, since it can only be read from its beginning.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retro_mcore.errors import CorpusError
+from retro_mcore.data.compressed import COMPRESSED, open_binary
+from retro_mcore.errors import CorpusError, MissingDependencyError
 
 #: Size that a part aims at, in bytes of text.
 PART_BYTES = 32 << 20
@@ -23,7 +25,7 @@ class Document:
 
     Attributes:
         text: Its text, never empty.
-        source_id: Where it came from: `file:byte` for JSON lines, the file for text.
+        source_id: Where it came from: `file:byte` (decompressed) for JSON lines, the file for text.
     """
 
     text: str
@@ -44,7 +46,26 @@ class CorpusPart:
         return _is_jsonl(self.files[0])
 
 
-def read_documents(source: Path | str, json_keys: Sequence[str] = ("text",)) -> Iterator[Document]:
+def text_cleaner() -> Callable[[str], str]:
+    """ftfy's `fix_text`: mends mojibake, stray control characters and HTML entities.
+
+    Raises:
+        MissingDependencyError: ftfy is not installed.
+    """
+    try:
+        import ftfy
+    except ImportError as error:
+        raise MissingDependencyError(
+            "ftfy", "not installed, and --clean-text needs it", "Install retro-mcore[corpus]"
+        ) from error
+    return ftfy.fix_text
+
+
+def read_documents(
+    source: Path | str,
+    json_keys: Sequence[str] = ("text",),
+    clean: Callable[[str], str] | None = None,
+) -> Iterator[Document]:
     """All documents of a JSONL file, a text file, or a folder (sorted by path, recursive).
 
     Documents that are empty or only white space are left out.
@@ -52,19 +73,20 @@ def read_documents(source: Path | str, json_keys: Sequence[str] = ("text",)) -> 
     Args:
         source: The file or folder.
         json_keys: Keys of a JSON line that hold the text; several are joined by an empty line.
+        clean: Applied to every text, such as `text_cleaner()`.
 
     Raises:
         CorpusError: nothing to read, or a malformed line or file; names file and line.
     """
     for part in list_parts(source):
-        yield from read_part(part, json_keys)
+        yield from read_part(part, json_keys, clean)
 
 
 def list_files(source: Path | str) -> list[Path]:
     """The corpus files of `source`, in reading order.
 
     Raises:
-        CorpusError: it doesn't exist, or is a folder without .jsonl or .txt files.
+        CorpusError: it doesn't exist, or is a folder without files that can be read.
     """
     source = Path(source)
     if source.is_file():
@@ -77,7 +99,9 @@ def list_files(source: Path | str) -> list[Path]:
         if path.is_file() and (path.suffix == ".txt" or _is_jsonl(path))
     )
     if not files:
-        raise CorpusError(source, "holds no .jsonl or .txt files", "Check --input")
+        raise CorpusError(
+            source, "holds no .jsonl, .jsonl.gz, .jsonl.zst or .txt files", "Check --input"
+        )
     return files
 
 
@@ -91,6 +115,9 @@ def list_parts(source: Path | str, part_bytes: int = PART_BYTES) -> list[CorpusP
         if _is_jsonl(file):
             parts.extend([CorpusPart(tuple(texts))] if texts else [])
             texts, size = [], 0
+            if file.suffix in COMPRESSED:
+                parts.append(CorpusPart((file,)))
+                continue
             starts = range(0, max(file_bytes, 1), part_bytes)
             parts.extend(
                 CorpusPart((file,), start, min(start + part_bytes, file_bytes)) for start in starts
@@ -104,8 +131,19 @@ def list_parts(source: Path | str, part_bytes: int = PART_BYTES) -> list[CorpusP
     return [*parts, CorpusPart(tuple(texts))] if texts else parts
 
 
-def read_part(part: CorpusPart, json_keys: Sequence[str] = ("text",)) -> Iterator[Document]:
+def read_part(
+    part: CorpusPart,
+    json_keys: Sequence[str] = ("text",),
+    clean: Callable[[str], str] | None = None,
+) -> Iterator[Document]:
     """The documents of one part; see `read_documents`."""
+    for document in _read_raw(part, json_keys):
+        text = clean(document.text) if clean else document.text
+        if text.strip():
+            yield Document(text, document.source_id)
+
+
+def _read_raw(part: CorpusPart, json_keys: Sequence[str]) -> Iterator[Document]:
     if part.is_jsonl:
         yield from _read_lines(part, json_keys)
         return
@@ -114,29 +152,27 @@ def read_part(part: CorpusPart, json_keys: Sequence[str] = ("text",)) -> Iterato
             text = file.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise CorpusError(file, _not_utf8(error), "Convert it to UTF-8") from error
-        if text.strip():
-            yield Document(text, str(file))
+        yield Document(text, str(file))
 
 
 def _read_lines(part: CorpusPart, json_keys: Sequence[str]) -> Iterator[Document]:
     """Lines that begin inside the part's bytes; the last one may run past its end."""
     (path,) = part.files
-    with path.open("rb") as file:
+    with open_binary(path) as file:
+        position = part.start
         if part.start:
             file.seek(part.start - 1)
-            file.readline()
-        end = path.stat().st_size if part.end is None else part.end
-        while (position := file.tell()) < end:
-            line = file.readline()
+            position += len(file.readline()) - 1
+        while (part.end is None or position < part.end) and (line := file.readline()):
+            begin, position = position, position + len(line)
             if not line.strip():
                 continue
             try:
                 text = _text_of_line(line, json_keys)
             except CorpusError as error:
-                where = f"{path}:{_line_number(path, position)}"
+                where = f"{path}:{_line_number(path, begin)}"
                 raise CorpusError(where, error.found, error.mend) from error
-            if text.strip():
-                yield Document(text, f"{path}:{position}")
+            yield Document(text, f"{path}:{begin}")
 
 
 def _text_of_line(line: bytes, json_keys: Sequence[str]) -> str:
@@ -169,7 +205,7 @@ def _text_of_line(line: bytes, json_keys: Sequence[str]) -> str:
 def _line_number(path: Path, position: int) -> int:
     """1-based number of the line that begins at byte `position`."""
     lines, left = 1, position
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         while left and (block := file.read(min(left, 1 << 20))):
             lines += block.count(b"\n")
             left -= len(block)
@@ -181,4 +217,5 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _is_jsonl(path: Path) -> bool:
-    return path.suffix in (".jsonl", ".json")
+    name = path.stem if path.suffix in COMPRESSED else path.name
+    return name.endswith((".jsonl", ".json"))

@@ -1,11 +1,13 @@
-"""Reading JSON lines and text."""
+"""Reading JSON lines and text, compressed or not."""
 
+import gzip
 import json
+import sys
 
 import pytest
 
-from retro_mcore.data.corpus import list_parts, read_documents, read_part
-from retro_mcore.errors import CorpusError
+from retro_mcore.data.corpus import list_parts, read_documents, read_part, text_cleaner
+from retro_mcore.errors import CorpusError, MissingDependencyError
 
 
 def test_folders_are_read_in_order_and_blank_documents_left_out(tmp_path):
@@ -57,8 +59,76 @@ def test_a_malformed_line_is_named(tmp_path, line, found):
 def test_missing_input_and_text_that_is_not_utf8(tmp_path):
     with pytest.raises(CorpusError, match="no such file or folder"):
         list(read_documents(tmp_path / "none"))
-    with pytest.raises(CorpusError, match=r"no \.jsonl or \.txt"):
+    with pytest.raises(CorpusError, match=r"holds no \.jsonl, .*or \.txt files"):
         list(read_documents(tmp_path))
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
     with pytest.raises(CorpusError, match=r"latin\.txt: not UTF-8 .*offset 2"):
         list(read_documents(tmp_path))
+
+
+def compress(path, data: bytes) -> None:
+    import zstandard
+
+    middle = len(data) // 2  # two frames, as parallel compressors write them
+    squeeze = gzip.compress if path.suffix == ".gz" else zstandard.ZstdCompressor().compress
+    path.write_bytes(squeeze(data[:middle]) + squeeze(data[middle:]))
+
+
+def test_compressed_lines_in_a_folder_with_others(tmp_path):
+    lines = b"".join(json.dumps({"text": f"line {i} \u00fc"}).encode() + b"\n" for i in range(5000))
+    compress(tmp_path / "a.jsonl.gz", lines)
+    compress(tmp_path / "b.json.zst", lines)
+    (tmp_path / "c.jsonl").write_bytes(lines)
+    (tmp_path / "d.txt").write_text("text")
+    (tmp_path / "ignored.md").write_text("not read")
+    documents = list(read_documents(tmp_path))
+    texts = [f"line {i} \u00fc" for i in range(5000)]
+    assert [document.text for document in documents] == [*texts * 3, "text"]
+    sources = [document.source_id.removeprefix(f"{tmp_path}/") for document in documents]
+    assert sources[7].split(":")[1] == sources[5007].split(":")[1] == sources[10007].split(":")[1]
+    assert sources[5007].startswith("b.json.zst:")
+    assert len(list_parts(tmp_path, 10_000)) > 5  # the plain file is cut, the others are not
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "foreign"])
+def test_damaged_compression_is_named(tmp_path, ending, harm):
+    path = tmp_path / f"corpus.jsonl{ending}"
+    compress(path, b'{"text": "a line"}\n' * 2000)
+    data = bytearray(path.read_bytes())
+    if harm == "cut":
+        data = data[:-3]
+    elif harm == "flip":
+        data[2 if ending == ".gz" else 1] ^= 0xFF
+    else:
+        data = bytearray(b'{"text": "not compressed"}\n')
+    path.write_bytes(data)
+    with pytest.raises(CorpusError, match=rf"corpus\.jsonl\{ending}: damaged \{ending} data"):
+        list(read_documents(path))
+
+
+def test_a_malformed_line_of_a_compressed_file_is_numbered(tmp_path):
+    path = tmp_path / "corpus.jsonl.zst"
+    compress(path, b'{"text": "fine"}\n' * 3 + b'{"text"\n')
+    with pytest.raises(CorpusError, match=r"corpus\.jsonl\.zst:4: invalid JSON"):
+        list(read_documents(path))
+
+
+def test_text_is_cleaned_on_request(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    broken = "gr\u00fcn &lt;b&gt;".encode().decode("latin-1")
+    path.write_text(json.dumps({"text": broken}) + "\n" + json.dumps({"text": "\u0007"}) + "\n")
+    assert [document.text for document in read_documents(path)] == [broken, "\u0007"]
+    cleaned = [document.text for document in read_documents(path, clean=text_cleaner())]
+    assert cleaned == ["gr\u00fcn <b>"]  # and the document that was a control character is gone
+
+
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+    path = tmp_path / "corpus.jsonl.zst"
+    compress(path, b"{}\n")
+    for name in ("ftfy", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependencyError, match=r"ftfy: not installed.*retro-mcore.corpus"):
+        text_cleaner()
+    with pytest.raises(MissingDependencyError, match="zstandard: not installed"):
+        list(read_documents(path))

@@ -1,0 +1,81 @@
+"""Compressed files as streams of bytes: .gz with the standard library, .zst with zstandard."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from retro_mcore.errors import CorpusError, MissingDependencyError
+
+#: File name endings that `open_binary` decompresses.
+COMPRESSED = (".gz", ".zst")
+_BLOCK = 1 << 20
+#: Frames of `zstd --long=31` need as much.
+_LARGEST_WINDOW = 1 << 31
+
+
+@contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed as its ending says. Seekable unless it is compressed.
+
+    Raises:
+        CorpusError: the compressed data are damaged or end early.
+        MissingDependencyError: a .zst file and zstandard is not installed.
+    """
+    if path.suffix not in COMPRESSED:
+        with path.open("rb") as file:
+            yield file
+        return
+    with path.open("rb") as file:
+        opened = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else _ZstdFile(file)
+        try:
+            yield cast(BinaryIO, io.BufferedReader(cast(Any, opened), _BLOCK))
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise CorpusError(
+                path,
+                f"damaged {path.suffix} data ({error})",
+                "Restore the file, or compress it again",
+            ) from error
+
+
+class _ZstdFile(io.RawIOBase):
+    """A .zst file of any number of frames; a last one that is cut raises EOFError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise MissingDependencyError(
+                "zstandard", "not installed, and the corpus is .zst", "Install retro-mcore[corpus]"
+            ) from error
+        self._file, self._error = file, zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(_BLOCK)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("ends inside a frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._output = self._frame.decompress(self._input)
+            except self._error as error:
+                raise EOFError(error) from error
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count

@@ -1,0 +1,83 @@
+"""Tokens that somebody has made already: Megatron .bin and .idx files as a corpus."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from retro_mcore.data.token_file import TokenFile, bin_path, idx_path
+from retro_mcore.data.tokenizers import Tokenizer
+from retro_mcore.errors import CorpusError, TokenizerError
+from retro_mcore.project.markers import signed_write
+from retro_mcore.project.space import require_space
+
+#: Tokens looked at in one call.
+_BATCH = 1 << 24
+
+
+def find_token_input(source: Path) -> Path | None:
+    """The prefix of the .bin and .idx pair that `source` names; None if it is something else.
+
+    Args:
+        source: Either file, or their common path without an ending.
+
+    Raises:
+        CorpusError: one file of the pair is missing.
+    """
+    named = source.suffix in (".bin", ".idx")
+    prefix = source.with_suffix("") if named else source
+    files = bin_path(prefix), idx_path(prefix)
+    if not named and (source.exists() or not any(file.is_file() for file in files)):
+        return None
+    for file in files:
+        if not file.is_file():
+            raise CorpusError(file, "no such file", "Give both files of an indexed dataset")
+    return prefix
+
+
+def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
+    """Refuse tokens that cannot be `tokenizer`'s, or that are not one sequence per document.
+
+    Raises:
+        TokenizerError: an id beyond the vocabulary, or documents without its end-of-document token.
+        CorpusError: documents of several sequences, or an empty one.
+    """
+    file = TokenFile(prefix)
+    if file.num_documents != len(file):
+        raise CorpusError(
+            idx_path(prefix),
+            f"{len(file)} sequences for {file.num_documents} documents",
+            "Make it without --split-sentences: a document must be one sequence",
+        )
+    if not len(file) or not file.lengths.min():
+        raise CorpusError(idx_path(prefix), "holds an empty document, or none", "Make it anew")
+    batches = (file.tokens[i : i + _BATCH] for i in range(0, len(file.tokens), _BATCH))
+    largest = max(int(batch.max()) for batch in batches)
+    if largest >= tokenizer.vocab_size:
+        raise TokenizerError(
+            bin_path(prefix),
+            f"holds token id {largest}, but the tokenizer given has {tokenizer.vocab_size}",
+            "Name the tokenizer that the tokens were made with",
+        )
+    open_ends = int(np.count_nonzero(file.tokens[file.starts + file.lengths - 1] != tokenizer.eod))
+    if open_ends:
+        raise TokenizerError(
+            bin_path(prefix),
+            f"{open_ends} of {len(file)} documents do not end with the tokenizer's end-of-document "
+            f"token ({tokenizer.eod})",
+            "Make them with --append-eod, or name the tokenizer that they were made with",
+        )
+
+
+def take_token_input(prefix: Path, target: Path, fingerprint: str) -> None:
+    """Put the pair at `target` (a prefix): hard links on the same file system, else copies."""
+    for path in (bin_path, idx_path):
+        with signed_write(path(target), fingerprint) as temporary:
+            try:
+                os.link(path(prefix).resolve(), temporary)
+            except OSError:
+                require_space(target.parent, path(prefix).stat().st_size, path(prefix).name)
+                shutil.copyfile(path(prefix), temporary)
