@@ -21,7 +21,7 @@ def flags(options: PreprocessCorpusOptions) -> list[str]:
     """Options as a user types them."""
     arguments = []
     for name, value in vars(options).items():
-        if value is None or value == []:
+        if value is None or value is False or value == []:
             continue
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
