@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.database import ChunkDatabase, DatasetInfo
-from retro_mcore.data.embedders import DEFAULT_EMBEDDER, build_embedder
+from retro_mcore.data.embedders import DEFAULT_EMBEDDER, LEXICAL_EMBEDDER, build_embedder
 from retro_mcore.data.index import (
     Embeddings,
     IndexChoice,
@@ -23,8 +25,10 @@ from retro_mcore.data.index import (
     stored_bytes,
     train_index,
 )
+from retro_mcore.data.lexical import bucket_weights
 from retro_mcore.data.shards import ShardReport, cut
-from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.data.text import chunk_texts
+from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import (
     barrier,
     broadcast_object,
@@ -43,6 +47,8 @@ from retro_mcore.project.space import require_space
 from retro_mcore.project.stages import check_stage, finish_stage, input_digests
 
 STAGE = "build_index"
+#: Chunks that the lexical embedder takes the rarity of words from.
+_WEIGHED_CHUNKS = 200_000
 
 
 @dataclass
@@ -52,8 +58,12 @@ class BuildIndexOptions:
     project_dir: str
     """Project directory, after build_db."""
     embedder: str = DEFAULT_EMBEDDER
-    """"minilm" (an installed package), a sentence-transformers or Hugging Face model's folder, or
-    its hub name."""
+    """"minilm" (an installed package), "lexical" (hashed words, no model), a sentence-transformers
+    or Hugging Face model's folder, or its hub name."""
+    embedder_pooling: Literal["mean", "cls"] | None = None
+    """Pooling of a Hugging Face model (default: as the model says, else mean)."""
+    embed_fp16: bool = False
+    """Embed in half precision, on a GPU."""
     embed_batch_size: int = 16
     """Chunks per forward pass of the embedder."""
     index_str: str | None = None
@@ -108,6 +118,9 @@ def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
             "--embedder": options.embedder,
             "--embed-batch-size": options.embed_batch_size,
             "retro_block_size": config.retro_block_size,
+            # Only where they are set: projects made before they existed go on.
+            **({"--embedder-pooling": pooling} if (pooling := options.embedder_pooling) else {}),
+            **({"--embed-fp16": True} if options.embed_fp16 else {}),
         }
         index_options = {
             "--index-str": options.index_str,
@@ -118,16 +131,25 @@ def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
         settings = ProjectSettings.load(paths.root)
         device = setup_device(options.device)  # type: ignore[arg-type]
         tokenizer = load_project_tokenizer(config, paths)
-        embedder = build_embedder(options.embedder, options.embed_batch_size, str(device))
+        embed_fingerprint = fingerprint_of([embed_options, inputs])
+        if options.embedder == LEXICAL_EMBEDDER and get_rank() == 0:
+            _weigh_words(database, tokenizer, paths.lexical_weights, embed_fingerprint)
+    with raise_together():
+        embedder = build_embedder(
+            options.embedder,
+            options.embed_batch_size,
+            str(device),
+            options.embedder_pooling,
+            options.embed_fp16,
+            paths.lexical_weights,
+        )
         choice = choose_index_string(len(database), embedder.dimension)
         if options.index_str is not None:
             choice = IndexChoice(options.index_str, "as --index-str says")
         added = paths.added_index(choice.string)
         fingerprint = check_stage(paths, STAGE, stage_options, inputs, added)
         shards = cut(paths.embeddings, len(database), config.retro_block_size)
-    embedded = embed_database(
-        database, tokenizer, embedder, shards, fingerprint_of([embed_options, inputs])
-    )
+    embedded = embed_database(database, tokenizer, embedder, shards, embed_fingerprint)
     outcome: tuple[Recall, bool] | None = None
     with raise_together():
         if get_rank() == 0:
@@ -138,6 +160,7 @@ def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
             report = {**asdict(choice), "num_vectors": len(embeddings), **asdict(recall)}
             write_json(paths.recall_report(choice.string), report)
             settings.embedder = options.embedder
+            settings.embedder_pooling = options.embedder_pooling
             settings.embedding_dimension = embedder.dimension
             settings.index_string = choice.string
             settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search
@@ -163,6 +186,20 @@ def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
     }
     print_summary(STAGE, rows)
     return BuiltIndex(choice, embedded, recall, reused)
+
+
+def _weigh_words(
+    database: ChunkDatabase, tokenizer: Tokenizer, path: Path, fingerprint: str
+) -> None:
+    """Save how rare words are, from evenly spaced chunks of the database."""
+    if state_of(path, fingerprint) is FileState.COMPLETE:
+        return
+    count = min(len(database), _WEIGHED_CHUNKS)
+    rows = np.linspace(0, len(database) - 1, count).astype(np.int64)
+    batches = (rows[start : start + 4096] for start in range(0, count, 4096))
+    texts = (text for ids in batches for text in chunk_texts(tokenizer, database.tokens(ids)))
+    with signed_write(path, fingerprint) as temporary, temporary.open("wb") as file:
+        np.save(file, bucket_weights(texts))
 
 
 def _build(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.data.embedders import build_embedder
+from retro_mcore.data.embedders import load_project_embedder
 from retro_mcore.data.index import load_index
 from retro_mcore.data.neighbors import query_split
 from retro_mcore.data.shards import ShardReport, cut
@@ -40,6 +40,8 @@ class QueryNeighborsOptions:
     """Neighbors saved per chunk."""
     embed_batch_size: int = 16
     """Chunks per forward pass of the embedder."""
+    embed_fp16: bool = False
+    """Embed in half precision, on a GPU."""
     device: str = "auto"
     """Where the embedder runs: auto, cpu or cuda."""
 
@@ -87,6 +89,7 @@ def _query(options: QueryNeighborsOptions) -> QueriedNeighbors:
             "--embed-batch-size": options.embed_batch_size,
             "--nprobe of build_index": settings.nprobe,
             "--ef-search of build_index": settings.ef_search,
+            **({"--embed-fp16": True} if options.embed_fp16 else {}),
             **{
                 key: getattr(config, key)
                 for key in vars(config)
@@ -99,7 +102,9 @@ def _query(options: QueryNeighborsOptions) -> QueriedNeighbors:
         inputs = input_digests(paths, [*files, paths.merged_db("train"), added])
         fingerprint = check_stage(paths, STAGE, stage_options, inputs, _first_output(config, paths))
         device = setup_device(options.device)  # type: ignore[arg-type]
-        embedder = build_embedder(settings.embedder, options.embed_batch_size, str(device))
+        embedder = load_project_embedder(
+            settings, paths, options.embed_batch_size, str(device), options.embed_fp16
+        )
         index = load_index(added, settings.nprobe, settings.ef_search)
         if get_rank() == 0:
             remove_truncated_cache(paths)

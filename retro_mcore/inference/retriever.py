@@ -17,7 +17,7 @@ import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.data.embedders import Embedder, build_embedder
+from retro_mcore.data.embedders import Embedder, load_project_embedder
 from retro_mcore.data.index import load_index, search
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import load_project_tokenizer
@@ -111,7 +111,7 @@ class Retriever:
     @cached_property
     def embedder(self) -> Embedder:
         """The embedder that the index was built with."""
-        embedder = build_embedder(str(self._settings.embedder), device=self._device)
+        embedder = load_project_embedder(self._settings, self._paths, device=self._device)
         if embedder.dimension != self._settings.embedding_dimension:
             raise ProjectError(
                 self._paths.settings,

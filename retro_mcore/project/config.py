@@ -148,6 +148,7 @@ class ProjectSettings:
     Attributes:
         json_keys: Keys of a JSONL line that hold the text.
         embedder: Name or path that the embedder was loaded by.
+        embedder_pooling: How its hidden states are pooled; None: as the model itself says.
         embedding_dimension: Its dimension.
         index_string: Faiss factory string.
         nprobe: Lists searched per query; None where the index has no lists.
@@ -158,6 +159,7 @@ class ProjectSettings:
 
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     embedder: str | None = None
+    embedder_pooling: Literal["mean", "cls"] | None = None
     embedding_dimension: int | None = None
     index_string: str | None = None
     nprobe: int | None = None

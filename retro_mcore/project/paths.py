@@ -81,6 +81,11 @@ class ProjectPaths:
         """Embeddings of the rows of train.hdf5, a file per range."""
         return self.index / "embeddings"
 
+    @property
+    def lexical_weights(self) -> Path:
+        """Weights of the lexical embedder's buckets."""
+        return self.index / "lexical_weights.npy"
+
     def index_dir(self, index_string: str) -> Path:
         """Directory of one index."""
         return self.index / INDEX_TYPE / index_string
