@@ -237,7 +237,11 @@ class ChunkedCrossAttention(RetroCrossAttention):
             has_neighbors_BL = attended_MBLX.new_ones(attended_MBLX.size(1), dtype=torch.bool)
         else:
             attended_MBLX = attended_MBLX * has_neighbors_BL[None, :, None]
-        output, bias = self.linear_proj(join_attending(attended_MBLX, grid, batch_size))
+        if self.config.sequence_parallel:  # the output projection scatters the sequence
+            output, bias = self.linear_proj(join_attending(attended_MBLX, grid, batch_size))
+        else:  # no padded copy of its input is kept for the backward pass
+            output, bias = self.linear_proj(attended_MBLX)
+            output = join_attending(output, grid, batch_size)
         if bias is not None:
             # Only positions that attend get the bias; the others stay as they were.
             bias = bias * self._local_part(attending_positions(grid, has_neighbors_BL))
@@ -304,7 +308,8 @@ class EncoderCrossAttention(RetroCrossAttention):
             self.join_neighbors(query),
             self.rotate_keys(split_chunks(key_value, grid, self.key_value_of_zeros())),
         )
-        output, bias = self.linear_proj(self.part_neighbors(attended))
+        output, bias = self.linear_proj(attended)
+        output = self.part_neighbors(output)
         normed = self.config.retro_encoder_residual == "normed"
         return {"output": output, "bias": bias, "residual": hidden_states if normed else None}
 
