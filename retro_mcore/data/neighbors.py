@@ -21,6 +21,7 @@ from retro_mcore.data.shards import Shard, ShardReport, run_shards
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import Tokenizer
 from retro_mcore.errors import CorruptFileError, ProjectError
+from retro_mcore.project.markers import signed_write
 
 #: Queries that are searched in one call; bounds the memory that candidates take.
 _SEARCH_BATCH = 4096
@@ -68,15 +69,28 @@ def query_split(
         chunks, datasets, documents = _read_chunks(samples, shard, chunk_length)
         vectors = embed_unique(embedder, chunk_texts(tokenizer, chunks))
         neighbors = np.empty((len(chunks), num_save), np.int64)
+        distances = np.empty((len(chunks), num_save), np.float32)
         for start in range(0, len(chunks), _SEARCH_BATCH):
             rows = slice(start, start + _SEARCH_BATCH)
-            _, candidates = search(index, vectors[rows], num_query)
+            found, candidates = search(index, vectors[rows], num_query)
             own = own_document_mask(database, candidates, datasets[rows], documents[rows])
-            neighbors[rows] = keep_first(candidates, ~own, num_save)
+            neighbors[rows], distances[rows] = keep_first(candidates, found, ~own, num_save)
+        # First, so that no neighbors are ever without their distances.
+        with (
+            signed_write(_distances_path(shard), fingerprint) as temporary,
+            h5py.File(temporary, "w") as file,
+        ):
+            file["distances"] = distances
         with h5py.File(path, "w") as file:
             file["neighbors"] = neighbors
 
-    return run_shards(shards, build, fingerprint, description, 8.0 * num_save)
+    row_bytes = (8 + 4) * num_save
+    return run_shards(shards, build, fingerprint, description, row_bytes, _distances_path)
+
+
+def _distances_path(shard: Shard) -> Path:
+    # In a folder of its own: other readers take every .hdf5 file beside the neighbors for theirs.
+    return shard.path.parent / "distances" / shard.path.name
 
 
 def _read_chunks(
@@ -131,21 +145,29 @@ def own_document_mask(
     return own
 
 
-def keep_first(candidates: np.ndarray, allowed: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` allowed candidates of each row; NO_NEIGHBOR after them.
+def keep_first(
+    candidates: np.ndarray, distances: np.ndarray, allowed: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` allowed candidates of each row, and their distances.
 
     Args:
         candidates: Chunk ids [rows, candidates], NO_NEIGHBOR where there is none.
+        distances: f32 [rows, candidates].
         allowed: bool [rows, candidates].
-        count: Columns of the result.
+        count: Columns of the results.
+
+    Returns:
+        Chunk ids i64 [rows, count], NO_NEIGHBOR where too few are allowed, and distances
+        f32 [rows, count], NaN there.
     """
     allowed = allowed & (candidates != NO_NEIGHBOR)
     order = np.argsort(~allowed, axis=1, kind="stable")[:, :count]
-    kept = np.take_along_axis(candidates, order, axis=1)
-    kept[~np.take_along_axis(allowed, order, axis=1)] = NO_NEIGHBOR
-    result = np.full((len(candidates), count), NO_NEIGHBOR, np.int64)
-    result[:, : kept.shape[1]] = kept
-    return result
+    kept = np.take_along_axis(allowed, order, axis=1)
+    ids = np.full((len(candidates), count), NO_NEIGHBOR, np.int64)
+    lengths = np.full((len(candidates), count), np.nan, np.float32)
+    ids[:, : kept.shape[1]][kept] = np.take_along_axis(candidates, order, axis=1)[kept]
+    lengths[:, : kept.shape[1]][kept] = np.take_along_axis(distances, order, axis=1)[kept]
+    return ids, lengths
 
 
 class SavedNeighbors:
@@ -159,6 +181,8 @@ class SavedNeighbors:
         CorruptFileError: a file is unreadable, or rows are missing.
     """
 
+    _dataset = "neighbors"
+
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         paths = sorted(self.directory.glob("*.hdf5"))
@@ -168,7 +192,7 @@ class SavedNeighbors:
         self._files = []
         expected = 0
         for path, (start, end) in zip(paths, bounds, strict=True):
-            rows = map_dataset(path, "neighbors")
+            rows = map_dataset(path, self._dataset)
             if start != expected or rows.ndim != 2 or len(rows) != end - start:
                 raise CorruptFileError(
                     path, f"holds {len(rows)} rows from {start}", "Run query_neighbors again"
@@ -189,7 +213,7 @@ class SavedNeighbors:
         return int(self._files[0].shape[1])
 
     def rows(self, start: int, end: int) -> np.ndarray:
-        """i64 [end - start, num_saved]."""
+        """i64 [end - start, num_saved] (distances: f32)."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < end:
@@ -198,3 +222,26 @@ class SavedNeighbors:
             parts.append(self._files[first][start - offset : stop - offset])
             start, first = stop, first + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class SavedDistances(SavedNeighbors):
+    """The distances of a split's neighbors as the index gave them, NaN where there is none.
+
+    Squared for an L2 index, and approximate for one that compresses. Directories of other writers
+    have none.
+
+    Args:
+        directory: The directory of the neighbors, under `query/`.
+
+    Raises:
+        ProjectError: no distances were saved.
+        CorruptFileError: a file is unreadable, or rows are missing.
+    """
+
+    _dataset = "distances"
+
+    def __init__(self, directory: Path | str) -> None:
+        super().__init__(Path(directory) / "distances")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.directory.parent,)

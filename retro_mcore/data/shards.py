@@ -77,6 +77,7 @@ def run_shards(
     fingerprint: str,
     description: str,
     row_bytes: float = 0.0,
+    beside: Callable[[Shard], Path] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> ShardReport:
     """Build the shards that are not there yet, on all ranks of `group`; ends with a barrier.
@@ -87,6 +88,7 @@ def run_shards(
         fingerprint: What the shards are built from; a file of another one is built anew.
         description: Label of the progress bar.
         row_bytes: Bytes that a row takes on the disk, where that is known beforehand.
+        beside: Another file that `build` writes itself (signed); a shard is there if both are.
         group: Default: the world.
 
     Raises:
@@ -97,7 +99,7 @@ def run_shards(
     rank, world = get_rank(group), get_world_size(group)
     with raise_together(group):
         for index in range(rank, len(shards), world):
-            states[index] = state_of(shards[index].path, fingerprint)
+            states[index] = _state(shards[index], fingerprint, beside)
     states = _gather_states(states, world, group)
     missing = [
         shard
@@ -126,6 +128,13 @@ def run_shards(
         if state is FileState.DAMAGED
     )
     return ShardReport(len(shards), len(shards) - len(missing), damaged)
+
+
+def _state(shard: Shard, fingerprint: str, beside: Callable[[Shard], Path] | None) -> FileState:
+    state = state_of(shard.path, fingerprint)
+    if state is not FileState.COMPLETE or beside is None:
+        return state
+    return state_of(beside(shard), fingerprint)
 
 
 def _gather_states(

@@ -1,12 +1,15 @@
 """Shards, embedder, index and neighbors."""
 
 import json
+import pickle
+import shutil
 
 import h5py
 import numpy as np
 import pytest
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import build_embedder, embed_unique
 from retro_mcore.data.index import (
@@ -19,7 +22,7 @@ from retro_mcore.data.index import (
     search,
     train_index,
 )
-from retro_mcore.data.neighbors import SavedNeighbors, keep_first
+from retro_mcore.data.neighbors import SavedDistances, SavedNeighbors, keep_first
 from retro_mcore.data.shards import Shard, choose_shard_length, cut, run_shards
 from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
@@ -144,8 +147,11 @@ def test_a_truncated_index_is_named(tmp_path):
 def test_the_first_allowed_candidates_are_kept_in_order():
     candidates = np.array([[7, 3, 9, 1], [5, 6, -1, -1], [2, 4, 8, 0]])
     allowed = np.array([[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
-    assert keep_first(candidates, allowed, 3).tolist() == [[3, 1, -1], [5, 6, -1], [-1, -1, -1]]
-    assert keep_first(candidates, allowed, 6)[1].tolist() == [5, 6, -1, -1, -1, -1]
+    distances = np.where(candidates < 0, np.inf, candidates / 2).astype(np.float32)
+    ids, kept = keep_first(candidates, distances, allowed, 3)
+    assert ids.tolist() == [[3, 1, -1], [5, 6, -1], [-1, -1, -1]]
+    np.testing.assert_array_equal(kept, np.where(ids < 0, np.nan, ids / 2))
+    assert keep_first(candidates, distances, allowed, 6)[0][1].tolist() == [5, 6, -1, -1, -1, -1]
 
 
 def test_neighbors_are_the_nearest_chunks_of_other_documents():
@@ -163,7 +169,8 @@ def test_neighbors_are_the_nearest_chunks_of_other_documents():
     everything = Embeddings(shards).rows(np.arange(len(database)))
     samples = build_gpt_samples(config, paths, "train")
     saved = SavedNeighbors(paths.query / config.retro_neighbor_dirs["train"])
-    assert len(saved) == 8 * 4
+    saved_distances = pickle.loads(pickle.dumps(SavedDistances(saved.directory)))
+    assert len(saved) == len(saved_distances) == 8 * 4
     assert saved.num_saved == 5
     for sample in (0, 5, 7):  # chunks of sample 5 lie in two files
         rows = saved.rows(sample * 4, sample * 4 + 4)
@@ -176,6 +183,8 @@ def test_neighbors_are_the_nearest_chunks_of_other_documents():
             allowed = [i for i in np.argsort(distances) if documents[i] not in own]
             assert not set(database.documents(rows[chunk])[:, 1].tolist()) & own
             np.testing.assert_allclose(distances[rows[chunk]], distances[allowed[:5]], atol=1e-5)
+            told = saved_distances.rows(sample * 4 + chunk, sample * 4 + chunk + 1)[0]
+            np.testing.assert_allclose(told, distances[rows[chunk]], atol=1e-5)
 
 
 def test_the_recall_is_stored_beside_the_index():
@@ -189,3 +198,18 @@ def test_the_recall_is_stored_beside_the_index():
     assert report["num_vectors"] == len(ChunkDatabase.open(paths.root))
     assert paths.added_index("Flat").is_file()
     assert paths.empty_index("Flat").is_file()
+
+
+def test_neighbors_without_their_distances_are_searched_again(tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(built_project(), project)
+    (directory,) = (project / "query").glob("train_*")
+    before = {path: path.read_bytes() for path in directory.rglob("*.hdf5")}
+    files = sorted((directory / "distances").glob("*.hdf5"))
+    assert [path.name for path in files] == [path.name for path in sorted(directory.glob("*.hdf5"))]
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    report = query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+    train = report.reports["train"]
+    assert (train.built, train.total) == (2, 2)
+    assert {path: path.read_bytes() for path in directory.rglob("*.hdf5")} == before
