@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-all style format lock clean
+.PHONY: help env quickstart test test-slow test-parity style format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,10 +24,13 @@ quickstart: env ## real text to a trained Retro on CPU (NPROC=2: tensor parallel
 	$(BIN)/python examples/quickstart/run.py --nproc $(NPROC) $(if $(INPUT),--input "$(INPUT)")
 
 test: env ## run the tests
-	$(BIN)/python -m pytest -m "not parity and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not parity and not gpu"
 
-test-all: env ## run the tests, the comparison with megatron-core 0.15.3 included
-	$(BIN)/python -m pytest -m "not gpu"
+test-slow: env ## run the tests that take longer: every parallel layout, the quickstart's chain
+	$(BIN)/python -m pytest -m "slow and not parity and not gpu"
+
+test-parity: env ## compare live with megatron-core 0.15.3, installed into .parity
+	$(BIN)/python -m pytest -m parity
 
 style: env ## check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

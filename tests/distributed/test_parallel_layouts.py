@@ -18,7 +18,7 @@ from tests.distributed.layouts import (
 )
 from tests.processes import run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROPE = {
     "position_embedding_type": "rope",
