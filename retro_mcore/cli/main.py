@@ -13,6 +13,7 @@ COMMANDS = {
     "build_db": "the chunk database",
     "build_index": "the Faiss index over the database's embeddings",
     "query_neighbors": "the neighbors of every training, validation and test chunk",
+    "inspect_neighbors": "a page that shows samples, their neighbors and the overlap of both",
     "pretrain_retro": "train a Retro model",
     "evaluate_perplexity": "perplexity with real, shuffled and no neighbors",
     "generate": "text with live retrieval",

@@ -1,0 +1,162 @@
+"""The page of `inspect_neighbors`: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+import numpy as np
+
+#: A stretch of text, and whether its tokens are shared.
+Piece = tuple[str, bool]
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --mark: #ffd54a88; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
+section { border-top: 1px solid var(--line); margin-top: 1.2rem; padding-top: .4rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft);
+  padding: .4rem .7rem; border-radius: .3rem; font: 13px/1.5 ui-monospace, monospace; }
+.neighbor { margin: .6rem 0 .6rem 2rem; } .about { font-size: .85rem; opacity: .8; }
+.continuation { border-top: 1px dashed var(--line); margin-top: .3rem; padding-top: .3rem; }
+mark { background: var(--mark); color: inherit; border-radius: .15rem; }
+.charts { display: flex; flex-wrap: wrap; gap: 2rem; } figure { margin: 0; }
+svg { font: 11px system-ui, sans-serif; } svg rect { fill: #4a7fd0; }
+svg text { fill: currentColor; } svg line { stroke: currentColor; }
+"""
+_WIDTH, _HEIGHT, _BINS = 420, 160, 25
+
+
+@dataclass(frozen=True)
+class NeighborView:
+    """One neighbor of a chunk, ready to show.
+
+    Attributes:
+        about: Rank, chunk id, source document, distance and overlap.
+        chunks: The neighbor and its continuations, as pieces of text; None where there is none.
+    """
+
+    about: str
+    chunks: Sequence[Sequence[Piece] | None]
+
+
+@dataclass(frozen=True)
+class ChunkView:
+    """One chunk of a sample with its neighbors."""
+
+    number: int
+    text: Sequence[Piece]
+    neighbors: Sequence[NeighborView]
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One sample: its number, the documents it is cut from, and its chunks."""
+
+    number: int
+    documents: str
+    chunks: Sequence[ChunkView]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values to count; `unit` labels the axis, `bounds` are its ends if they are fixed."""
+
+    title: str
+    unit: str
+    values: np.ndarray
+    bounds: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that the page shows."""
+
+    title: str
+    facts: dict[str, str]
+    histograms: Sequence[Histogram]
+    samples: Sequence[SampleView] = field(default_factory=list)
+
+
+def render(page: Page) -> str:
+    """The page as HTML; every text in it is escaped."""
+    facts = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>\n"
+        for name, value in page.facts.items()
+    )
+    charts = "\n".join(map(_histogram, page.histograms))
+    samples = "\n".join(map(_sample, page.samples))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{escape(page.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(page.title)}</h1>\n<table>\n{facts}</table>\n"
+        f'<div class="charts">\n{charts}\n</div>\n{samples}\n</body>\n</html>\n'
+    )
+
+
+def _sample(sample: SampleView) -> str:
+    chunks = "\n".join(map(_chunk, sample.chunks))
+    about = f'<p class="about">from {escape(sample.documents)}</p>'
+    return f'<h2 id="sample-{sample.number}">Sample {sample.number}</h2>\n{about}\n{chunks}'
+
+
+def _chunk(chunk: ChunkView) -> str:
+    neighbors = "\n".join(map(_neighbor, chunk.neighbors))
+    if not chunk.neighbors:
+        neighbors = '<div class="neighbor about">no neighbors</div>'
+    return (
+        f'<section>\n<div class="about">chunk {chunk.number}</div>\n'
+        f'<div class="text">{_text(chunk.text)}</div>\n{neighbors}\n</section>'
+    )
+
+
+def _neighbor(neighbor: NeighborView) -> str:
+    first, *rest = neighbor.chunks
+    parts = [f"<div>{_text(first or [])}</div>"]
+    for following in rest:
+        text = "<i>end of its document</i>" if following is None else _text(following)
+        parts.append(f'<div class="continuation">{text}</div>')
+    return (
+        f'<div class="neighbor">\n<div class="about">{escape(neighbor.about)}</div>\n'
+        f'<div class="text">{"".join(parts)}</div>\n</div>'
+    )
+
+
+def _text(pieces: Sequence[Piece]) -> str:
+    return "".join(
+        f"<mark>{escape(text)}</mark>" if shared else escape(text) for text, shared in pieces
+    )
+
+
+def _histogram(histogram: Histogram) -> str:
+    values = histogram.values
+    title = escape(histogram.title)
+    if not len(values):
+        return f"<figure><figcaption>{title}: none were saved</figcaption></figure>"
+    low, high = histogram.bounds or (float(values.min()), float(values.max()))
+    high = high if high > low else low + 1.0
+    counts, _ = np.histogram(values, _BINS, (low, high))
+    step, tallest = _WIDTH / _BINS, max(int(counts.max()), 1)
+    bars = []
+    for number, count in enumerate(counts):
+        size = (_HEIGHT - 30) * int(count) / tallest
+        start, end = (low + (high - low) * i / _BINS for i in (number, number + 1))
+        bars.append(
+            f'<rect x="{number * step:.1f}" y="{_HEIGHT - 20 - size:.1f}" width="{step - 1:.1f}" '
+            f'height="{size:.1f}"><title>{start:.3g} to {end:.3g}: {count}</title></rect>'
+        )
+    floor = _HEIGHT - 20
+    return (
+        f"<figure>\n<figcaption>{title}: mean {values.mean():.3g}, "
+        f"median {np.median(values):.3g}, {len(values)} values</figcaption>\n"
+        f'<svg role="img" aria-label="{title}" width="{_WIDTH}" height="{_HEIGHT}">\n'
+        + "\n".join(bars)
+        + f'\n<line x1="0" y1="{floor}" x2="{_WIDTH}" y2="{floor}"/>'
+        f'<text x="0" y="{_HEIGHT - 5}">{low:.3g}</text>'
+        f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(histogram.unit)}'
+        f'</text><text x="{_WIDTH}" y="{_HEIGHT - 5}" text-anchor="end">{high:.3g}</text>\n'
+        "</svg>\n</figure>"
+    )
