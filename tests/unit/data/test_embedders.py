@@ -19,6 +19,7 @@ from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights
 from retro_mcore.data.tokenizers import default_bert_vocab
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.inference.retriever import Retriever
 from retro_mcore.project import ProjectPaths
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
 
@@ -170,3 +171,7 @@ def test_a_project_with_the_lexical_embedder(tmp_path):
             own = set(item["text"][chunk * 16 : chunk * 16 + 16].tolist())
             overlap.append(len(own & set(database.tokens([first])[0].tolist())) / len(own))
     assert np.mean(overlap) > 0.4
+    # Live retrieval finds a chunk by its own text, with the weights of the project.
+    retriever = Retriever(project)
+    texts = database.texts([3, 40], retriever.tokenizer)
+    assert retriever.search_texts(texts).ids[:, 0].tolist() == [3, 40]
