@@ -120,20 +120,26 @@ def _section(heading: str, text: str | None) -> str:
     return f"{heading}\n\n{text.strip()}" if text else ""
 
 
-def python_documentation(max_documents: int | None = None) -> list[Document]:
-    """Every document, in the order of a hash of its id, at most `max_documents` of them."""
-    found = {
-        document.id: document
-        for documents in (
-            topic_documents(),
-            source_documents(Path(sysconfig.get_paths()["stdlib"])),
-            builtin_documents(),
-        )
-        for document in documents
-        if len(document.text) >= MIN_CHARACTERS
-    }
-    ordered = sorted(found.values(), key=lambda one: hashlib.sha256(one.id.encode()).digest())
-    return ordered[:max_documents]
+def python_documentation(
+    max_modules: int | None = None, max_documents: int | None = None
+) -> list[Document]:
+    """The documents, in the order of a hash of their ids.
+
+    Args:
+        max_modules: At most so many modules. The help topics, whose chapters and sections repeat
+            one another, are always there: repetition is what a small model retrieves best.
+        max_documents: At most so many documents.
+    """
+    modules = _in_order(
+        [*source_documents(Path(sysconfig.get_paths()["stdlib"])), *builtin_documents()]
+    )
+    return _in_order([*topic_documents(), *modules[:max_modules]])[:max_documents]
+
+
+def _in_order(documents: list[Document]) -> list[Document]:
+    """Those that say something, each once, in the order of a hash of their ids."""
+    found = {one.id: one for one in documents if len(one.text) >= MIN_CHARACTERS}
+    return sorted(found.values(), key=lambda one: hashlib.sha256(one.id.encode()).digest())
 
 
 def write_jsonl(documents: list[Document], output: Path) -> int:
@@ -150,11 +156,16 @@ def write_jsonl(documents: list[Document], output: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write Python's own documentation as JSONL.")
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
+    parser.add_argument("--max-modules", type=int, help="modules beside the help topics")
     parser.add_argument("--max-documents", type=int, help="stop after so many documents")
     options = parser.parse_args()
-    if options.max_documents is not None and options.max_documents < 1:
-        parser.error(f"--max-documents {options.max_documents}: must be at least 1")
-    documents = python_documentation(options.max_documents)
+    for flag, value, least in (
+        ("--max-modules", options.max_modules, 0),
+        ("--max-documents", options.max_documents, 1),
+    ):
+        if value is not None and value < least:
+            parser.error(f"{flag} {value}: must be at least {least}")
+    documents = python_documentation(options.max_modules, options.max_documents)
     size = write_jsonl(documents, options.output)
     print(f"{options.output}: {len(documents)} documents, {size:,} bytes")
     return 0
