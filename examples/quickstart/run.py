@@ -30,19 +30,18 @@ class Size:
     """How large a run is: the flags of the commands that have a choice."""
 
     chunk_length: int
-    max_documents: int
+    make_corpus: str
     preprocess_corpus: str
     pretrain_retro: str
     generate: str
 
 
-# About ten minutes on two cores: most of it goes into embedding chunks (about 50 chunks a second
-# and core) and into training.
+# Seven to eight minutes on two cores: half of it embeds chunks, a third trains.
 LAPTOP = Size(
-    chunk_length=64,
-    max_documents=260,
-    preprocess_corpus="--vocab-size 2048 --seq-length 256 --split 95,5,0 --train-epochs 1 "
-    "--global-batch-size 4 --eval-interval 200 --eval-iters 8",
+    chunk_length=32,
+    make_corpus="--max-modules 12",
+    preprocess_corpus="--vocab-size 2048 --seq-length 256 --split 88,12,0 --train-epochs 4 "
+    "--global-batch-size 4 --eval-interval 100 --eval-iters 4",
     pretrain_retro="--num-layers 4 --hidden-size 128 --num-attention-heads 4 "
     "--retro-decoder-layers 2 3 4 --retro-encoder-num-layers 1 --position-embedding-type rope "
     "--normalization RMSNorm --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 "
@@ -53,10 +52,10 @@ LAPTOP = Size(
     generate="--max-new-tokens 128 --temperature 0.7 --top-k 40",
 )
 
-# The same path in under a minute; its model has seen too little to be of any use.
+# The same path in a minute or two; its model has seen too little to be of any use.
 SMOKE = Size(
     chunk_length=32,
-    max_documents=10,
+    make_corpus="--max-documents 10",
     preprocess_corpus="--vocab-size 600 --seq-length 64 --split 90,10,0 --train-samples 16 "
     "--global-batch-size 4 --eval-interval 4 --eval-iters 1",
     pretrain_retro="--num-layers 2 --hidden-size 32 --num-attention-heads 2 "
@@ -159,14 +158,14 @@ def write_prompt(source: Path, layout: Layout, num_tokens: int) -> None:
     layout.prompt.write_text(tokenizer.detokenize(tokens) + "\n", encoding="utf-8")
 
 
-def make_corpus(layout: Layout, max_documents: int) -> int:
+def make_corpus(layout: Layout, flags: str) -> int:
     """Python's own documentation; returns an exit code."""
     if layout.corpus.is_file():
         print(f"{layout.corpus} is there already")
         return 0
     script = os.path.relpath(Path(__file__).with_name("make_corpus.py"))
-    flags = ["--output", str(layout.corpus), "--max-documents", str(max_documents)]
-    command = [os.path.relpath(sys.executable), script, *flags]
+    command = [os.path.relpath(sys.executable), script, "--output", str(layout.corpus)]
+    command += flags.split()
     _show(command)
     return subprocess.run(command, check=False).returncode
 
@@ -174,7 +173,7 @@ def make_corpus(layout: Layout, max_documents: int) -> int:
 def run(size: Size, layout: Layout, source: Path | None, nproc: int) -> int:
     """The whole chain; stops at the first command that fails, with its exit code."""
     if source is None:
-        if code := make_corpus(layout, size.max_documents):
+        if code := make_corpus(layout, size.make_corpus):
             return code
         source = layout.corpus
     seconds: dict[str, float] = {}
