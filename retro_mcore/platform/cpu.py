@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform.compatibility import allow_missing_triton
 
 _CPU = torch.device("cpu")
 
@@ -99,6 +100,7 @@ def use_cpu() -> None:
         )
     _disable_compilation()
     _silence_gpu_advice()
+    allow_missing_triton()
     # Imported before the patches: megatron's decorators load torch._dynamo, whose tables refuse
     # patched functions. Imported here: the data pipeline uses this package without megatron.
     from megatron.core.tensor_parallel import random as megatron_random
