@@ -36,7 +36,7 @@ class Size:
     generate: str
 
 
-# Seven to eight minutes on two cores: half of it embeds chunks, a third trains.
+# Six and a half minutes on two cores: half of it embeds chunks, the other half trains.
 LAPTOP = Size(
     chunk_length=32,
     make_corpus="--max-modules 12",
