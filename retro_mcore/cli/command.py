@@ -20,6 +20,8 @@ from retro_mcore.errors import EXIT_CODE, ConfigurationError, RetroError
 
 Options = TypeVar("Options")
 
+_UNLIMITED = 10_000
+
 
 def parse_options(options_type: type[Options], argv: Sequence[str] | None = None) -> Options:
     """Flags (`--seq-length 512`) into a dataclass; `--config FILE.yaml` gives flags too.
@@ -109,7 +111,9 @@ def print_summary(title: str, rows: Mapping[str, object]) -> None:
         return
     table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="cyan")
-    table.add_column()
+    table.add_column(overflow="fold")  # a path is not cut short
     for name, value in rows.items():
         table.add_row(name, str(value))
-    Console().print(table)
+    # A file or a pipe has no width to keep to.
+    width = None if sys.stdout.isatty() else _UNLIMITED
+    Console(width=width).print(table)

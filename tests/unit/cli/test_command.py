@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from retro_mcore.cli.command import parse_options, run_command
+from retro_mcore.cli.command import parse_options, print_summary, run_command
 from retro_mcore.cli.main import COMMANDS, main
 from retro_mcore.errors import ConfigurationError, CorpusError
 
@@ -123,6 +123,12 @@ def test_launchers_end_with_the_commands_exit_code(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "preprocess_corpus" in done.stderr
+
+
+def test_a_summary_shows_long_paths_whole(capsys):
+    path = "folder/" * 30 + "loss_curve.png"
+    print_summary("stage", {"loss curve": path})
+    assert path in capsys.readouterr().out
 
 
 def test_the_console_script_lists_the_commands(capsys):
