@@ -36,16 +36,28 @@ class ModelOptions:
     """Center the norms' gain around zero (the published Retro checkpoints do)."""
     swiglu: bool = False
     """Gated SiLU in the MLP in place of GELU."""
+    openai_gelu: bool = False
+    """GELU by its tanh approximation, as GPT-2 has it."""
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
     """Kind of position embedding."""
     rotary_percent: float = 1.0
     """Share of a head's width that is rotated."""
     rotary_base: int = 10000
     """Base period of the rotary embedding."""
+    use_rope_scaling: bool = False
+    """Stretch the rotary embedding's long periods, as Llama 3.1 and later do."""
+    rope_scaling_factor: float = 8.0
+    """By how much, with --use-rope-scaling."""
+    max_position_embeddings: int | None = None
+    """Learned positions. Default: the longer of a sample and a neighbor's text."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer weights of its own."""
     disable_bias_linear: bool = False
     """No biases in the linear layers."""
+    add_qkv_bias: bool = False
+    """Biases on queries, keys and values although the other linear layers have none (Qwen2)."""
+    qk_layernorm: bool = False
+    """Norms on the heads of queries and keys in self-attention (Qwen3)."""
     hidden_dropout: float = 0.1
     """Dropout of hidden states in the decoder."""
     attention_dropout: float = 0.1
@@ -54,6 +66,9 @@ class ModelOptions:
     """Standard deviation of the initial weights."""
     make_vocab_size_divisible_by: int = 128
     """Pad the vocabulary to a multiple of this times the tensor parallel size."""
+    retro_origin: Literal["mcore-0.15", "mcore-0.5", "legacy"] | None = None
+    """Compute as a Retro that Megatron shipped did (its converted checkpoints need it): mcore-0.15
+    (0.8 to 0.15), mcore-0.5 (0.5 to 0.7) or legacy (InstructRetro). Default: as the paper does."""
     no_retrieval: bool = False
     """Train the same GPT without encoder, cross-attention and neighbors."""
     retro_num_neighbors: int = 2
@@ -263,6 +278,7 @@ _POSITIVE = (
     "num_query_groups",
     "ffn_hidden_size",
     "kv_channels",
+    "max_position_embeddings",
     "make_vocab_size_divisible_by",
     "retro_num_neighbors",
     "retro_num_retrieved_chunks",

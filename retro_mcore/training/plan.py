@@ -17,7 +17,7 @@ from retro_mcore.training.data import (
     tokenizer_fingerprint,
 )
 from retro_mcore.training.options import ModelOptions, OptimizerOptions, TrainingOptions
-from retro_mcore.training.provider import ModelArguments, padded_vocab_size
+from retro_mcore.training.provider import ModelArguments, number_of_positions, padded_vocab_size
 
 # May differ when a run is resumed: the checkpoint's padding is kept.
 _PADDING = {"padded_vocab_size", "make_vocab_size_divisible_by"}
@@ -77,7 +77,6 @@ class TrainingPlan:
         """What a checkpoint says of itself, under Megatron's names."""
         return Namespace(
             **self.configuration(),
-            max_position_embeddings=self.sequence_length,
             train_iters=self.train_iters,
             micro_batch_size=self.options.micro_batch_size,
             tensor_model_parallel_size=self.options.tensor_model_parallel_size,
@@ -92,8 +91,10 @@ class TrainingPlan:
         Raises:
             CheckpointError: naming the first flag that differs, and both values.
         """
+        defaults = {field.name: field.default for field in fields(ModelOptions)}
         for name, mine in self.configuration().items():
-            if name in _PADDING or saved.get(name) == mine:
+            # A checkpoint written before an option existed has its default.
+            if name in _PADDING or saved.get(name, defaults.get(name)) == mine:
                 continue
             raise CheckpointError(
                 str(checkpoint),
@@ -142,7 +143,7 @@ def make_plan(options: TrainingOptions, project: ProjectConfig, vocab_size: int)
 def _model_arguments(
     options: TrainingOptions, project: ProjectConfig, vocab_size: int
 ) -> ModelArguments:
-    return ModelArguments(
+    arguments = ModelArguments(
         **{field.name: getattr(options, field.name) for field in fields(ModelOptions)},
         seq_length=project.retro_gpt_seq_length,
         retro_chunk_length=project.retro_gpt_chunk_length,
@@ -153,6 +154,7 @@ def _model_arguments(
         tokenizer_type=project.retro_gpt_tokenizer_type,
         tokenizer_fingerprint=tokenizer_fingerprint(project, options.project_dir),
     )
+    return replace(arguments, max_position_embeddings=number_of_positions(arguments))
 
 
 def _warmup_samples(options: TrainingOptions, decay_iters: int, project: ProjectConfig) -> int:

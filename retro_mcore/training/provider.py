@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import openai_gelu
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
@@ -163,7 +166,10 @@ def build_config(
     shared = _decoder_fields(arguments) | _layout_fields(parallel, recompute)
     if arguments.no_retrieval:
         return TransformerConfig(**shared)
-    return RetroConfig(
+    build: Callable[..., RetroConfig] = RetroConfig
+    if arguments.retro_origin is not None:
+        build = partial(RetroConfig.from_upstream, arguments.retro_origin)
+    return build(
         **shared,
         retro_chunk_length=arguments.retro_chunk_length,
         retro_num_neighbors=arguments.retro_num_neighbors,
@@ -176,6 +182,8 @@ def build_config(
 
 
 def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
+    if arguments.swiglu and arguments.openai_gelu:
+        raise ConfigurationError("--openai-gelu", "given together with --swiglu", "Choose one")
     gated = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
     return {
         "num_layers": arguments.num_layers,
@@ -188,10 +196,13 @@ def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
         "layernorm_epsilon": arguments.norm_epsilon,
         "layernorm_zero_centered_gamma": arguments.apply_layernorm_1p,
         "add_bias_linear": not arguments.disable_bias_linear,
+        "add_qkv_bias": arguments.add_qkv_bias,
+        "qk_layernorm": arguments.qk_layernorm,
         "hidden_dropout": arguments.hidden_dropout,
         "attention_dropout": arguments.attention_dropout,
         "init_method_std": arguments.init_method_std,
         **(gated if arguments.swiglu else {}),
+        **({"activation_func": openai_gelu} if arguments.openai_gelu else {}),
     }
 
 
@@ -270,16 +281,36 @@ def build_model(
         "position_embedding_type": arguments.position_embedding_type,
         "rotary_percent": arguments.rotary_percent,
         "rotary_base": arguments.rotary_base,
+        "rope_scaling": arguments.use_rope_scaling,
+        "rope_scaling_factor": arguments.rope_scaling_factor,
     }
+    sizes["max_sequence_length"] = number_of_positions(arguments)
     model: GPTModel
     if isinstance(config, RetroConfig):
-        spec = get_retro_decoder_block_spec(config, engine, vp_stage)
-        positions = max(arguments.seq_length, config.retro_retrieved_length or 0)
-        model = RetroModel(config, spec, max_sequence_length=positions, **sizes)
+        model = RetroModel(config, get_retro_decoder_block_spec(config, engine, vp_stage), **sizes)
     else:
-        spec = get_gpt_decoder_block_spec(config, engine, vp_stage)
-        model = GPTModel(config, spec, max_sequence_length=arguments.seq_length, **sizes)
+        model = GPTModel(config, get_gpt_decoder_block_spec(config, engine, vp_stage), **sizes)
     return model if is_cpu_in_use() else model.cuda(torch.cuda.current_device())
+
+
+def number_of_positions(arguments: ModelArguments) -> int:
+    """Learned positions, enough for a sample and for a neighbor's text.
+
+    Raises:
+        ConfigurationError: --max-position-embeddings is less.
+    """
+    needed = arguments.seq_length
+    if not arguments.no_retrieval:
+        retrieved = arguments.retro_num_retrieved_chunks * arguments.retro_chunk_length
+        needed = max(needed, retrieved)
+    positions = arguments.max_position_embeddings or needed
+    if positions < needed:
+        raise ConfigurationError(
+            "--max-position-embeddings",
+            f"{positions}, for texts of {needed} tokens",
+            "Raise it, or leave it out",
+        )
+    return positions
 
 
 def arguments_from(values: dict[str, Any]) -> ModelArguments:
