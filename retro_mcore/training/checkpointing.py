@@ -9,13 +9,11 @@ file, so a crash while saving leaves the previous one loadable.
 
 from __future__ import annotations
 
-import queue
 import random
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -32,16 +29,17 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from retro_mcore import distributed
 from retro_mcore.errors import CheckpointError
-from retro_mcore.project.atomic import atomic_write
-from retro_mcore.training.initialize import initialize_parallel, parallel_sizes, set_seeds
-from retro_mcore.training.optimizer import unwrap_model
-from retro_mcore.training.optimizer_state import (
+from retro_mcore.platform.compatibility import (
     allocate_adam_state,
     keeping_adam_steps,
+    results_through_a_file,
     supply_adam_step,
     unpadded_bucket_offsets,
     unshare_adam_steps,
 )
+from retro_mcore.project.atomic import atomic_write
+from retro_mcore.training.initialize import initialize_parallel, parallel_sizes, set_seeds
+from retro_mcore.training.optimizer import unwrap_model
 from retro_mcore.training.options import ParallelOptions
 from retro_mcore.training.provider import ModelArguments, arguments_from, build_model
 
@@ -156,7 +154,7 @@ def save_checkpoint(
         consumed_samples=progress.consumed_samples,
         opt_param_scheduler=parts.scheduler.state_dict(),
     )
-    with _results_in_this_process():
+    with results_through_a_file():
         dist_checkpointing.save(state, str(temporary), content_metadata=dict(_METADATA))
     with distributed.raise_together():
         if distributed.get_rank() == 0:
@@ -312,19 +310,3 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch_rng_state"])
     torch.cuda.set_rng_state(state["cuda_rng_state"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
-
-
-@contextmanager
-def _results_in_this_process() -> Iterator[None]:
-    """Collect the writers' results in a plain queue while saving.
-
-    Megatron starts a manager process for that queue, by spawning, which runs the user's script
-    again unless it has a `__main__` guard. A save that is not asynchronous puts and takes the
-    results in this process.
-    """
-    previous = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.Queue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = previous

@@ -24,7 +24,7 @@ LAYOUTS = {
 DISTRIBUTED = {"use_distributed_optimizer": True}
 PIPELINES = {
     # Tied weights have a gradient bucket of their own, and megatron loses count of the padding
-    # between buckets (optimizer_state.unpadded_bucket_offsets).
+    # between buckets (compatibility.unpadded_bucket_offsets).
     "pipeline, distributed optimizer": {**PIPELINE_PARALLEL, **DISTRIBUTED},
     "pipeline parallel": PIPELINE_PARALLEL,
     "interleaved": {**PIPELINE_PARALLEL, "num_virtual_stages_per_pipeline_rank": 2},

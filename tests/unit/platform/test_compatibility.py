@@ -1,13 +1,17 @@
-"""megatron-core imports without Triton, whatever its release; what needs Triton says so."""
+"""What is mended in megatron-core: each test fails without the function that it is about."""
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+import queue
 import sys
 
 import pytest
+import torch
 
 from retro_mcore.platform import compatibility
+from tests.unit.training.small import NO_DROPOUT, small_trainer, train
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="Triton is installed")
@@ -17,3 +21,94 @@ def test_the_kernels_that_need_triton_import_and_refuse_to_run(monkeypatch):
     kernels = sys.modules[compatibility._TRITON_KERNELS]
     with pytest.raises(ImportError, match="needs the package triton"):
         kernels.paged_stash_copy_kernel()
+
+
+def test_saving_starts_no_manager_process(megatron, tmp_path):
+    before = set(multiprocessing.active_children())
+    train(train_iters=1, save=str(tmp_path))
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_results_of_any_size_come_from_a_forked_writer():
+    results = compatibility._FileQueue()
+    large = b"0" * 1_000_000  # more than a pipe holds
+    writer = multiprocessing.get_context("fork").Process(target=results.put, args=(large,))
+    writer.start()
+    writer.join(60)
+    assert results.get_nowait() == large
+
+
+def test_a_writer_that_died_left_no_results():
+    with pytest.raises(queue.Empty):
+        compatibility._FileQueue().get_nowait()
+
+
+OPTIMIZERS = pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
+
+
+@OPTIMIZERS
+def test_a_checkpoint_is_saved_and_loaded_before_the_first_step(megatron, tmp_path, distributed):
+    from retro_mcore.training.checkpointing import load_checkpoint, save_checkpoint
+
+    trainer = small_trainer(use_distributed_optimizer=distributed)
+    args = trainer.plan.checkpoint_args()
+    checkpoint = save_checkpoint(tmp_path, trainer._parts, trainer._progress, args)
+    again = small_trainer(use_distributed_optimizer=distributed)
+    load_checkpoint(checkpoint, again._parts)
+    assert adam_steps(again) == {0.0}
+
+
+@OPTIMIZERS
+def test_each_parameter_counts_its_own_steps_after_loading(megatron, tmp_path, distributed):
+    options = {**NO_DROPOUT, "use_distributed_optimizer": distributed}
+    train(**options, save=str(tmp_path), exit_interval=2)
+    trainer = small_trainer(**options, load=str(tmp_path), exit_interval=3)
+    assert adam_steps(trainer) == {2.0}
+    trainer.train()
+    assert adam_steps(trainer) == {3.0}
+
+
+def adam_steps(trainer):
+    (part,) = trainer._parts.optimizer.chained_optimizers
+    return {float(state["step"]) for state in part.optimizer.state.values()}
+
+
+@pytest.fixture
+def parts_with_padded_buckets(megatron, monkeypatch):
+    """A distributed optimizer after a step, whose first bucket ends with padding."""
+    from retro_mcore.training import trainer as trainer_module
+
+    wrap_model = trainer_module.wrap_model
+
+    def with_a_bucket_for_the_embedding(model, *args):
+        model.embedding.word_embeddings.weight.shared_embedding = True  # as in a pipeline
+        return wrap_model(model, *args)
+
+    monkeypatch.setattr(trainer_module, "wrap_model", with_a_bucket_for_the_embedding)
+    # Sizes whose first bucket is no multiple of what it is padded to.
+    sizes = {"retro_encoder_num_layers": 1, "ffn_hidden_size": 60}
+    trainer = small_trainer(**NO_DROPOUT, **sizes, use_distributed_optimizer=True)
+    parts = trainer._parts
+    for index, parameter in enumerate(parts.chunks[0].parameters()):
+        parameter.main_grad.copy_(torch.full_like(parameter, 1e-3 * (index + 1)))
+    parts.optimizer.step()
+    return parts
+
+
+def test_saved_moments_are_the_parameters_own(parts_with_padded_buckets):
+    from retro_mcore.training.checkpointing import _METADATA
+    from retro_mcore.training.optimizer import unwrap_model
+
+    parts = parts_with_padded_buckets
+    inner = parts.optimizer.chained_optimizers[0]
+    (buffer,) = inner.buffers
+    assert len(buffer.buckets) > 1
+    assert buffer.buckets[0].numel_unpadded < buffer.buckets[0].grad_data.numel()
+    model = unwrap_model(parts.chunks[0])
+    sharded = model.sharded_state_dict(metadata=_METADATA)
+    with compatibility.unpadded_bucket_offsets(parts.optimizer):
+        state = inner.sharded_param_state_fully_reshardable(sharded, metadata=_METADATA)
+    for parameter, saved in zip(buffer.param_index_map, state.values(), strict=True):
+        own = inner._get_main_param_and_optimizer_states(parameter)
+        for key in ("param", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(saved[key].data.flatten(), own[key].flatten()), saved[key].key
