@@ -1,0 +1,229 @@
+"""Instruction and question answering examples, in the files that people have.
+
+Two kinds of records are read:
+
+- those of the retired Retro's instruction tuning and QA evaluation: a JSON list (or JSON lines) of
+  `{"question", "answer" | "answers" | "longform_answer", "sub-paragraphs" | "ctxs" | ...}`;
+- chats: JSON lines of `{"messages": [{"role", "content"}, ...]}`, with optional `ctxs`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from retro_mcore.errors import CorpusError
+
+Role = Literal["system", "user", "assistant"]
+
+#: Which of a record's passages are used: those it was annotated with (`sub-paragraphs`), those that
+#: a retriever found (`ctxs`), or those of BERT's pretraining corpus.
+PassageKind = Literal["annotated", "retrieved", "bert_pretrain_corpus"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side of a chat says."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class InstructionExample:
+    """One question or chat.
+
+    Attributes:
+        dataset: Name of the dataset it belongs to, which decides its prompt.
+        source: `file, record N`, for error messages.
+        question: The question with its choices, or a dialogue that is already written out; empty
+            for a chat.
+        answers: Every accepted answer, as text; training uses the first. Empty if unknown.
+        passages: Texts to answer from, the best first, as they stand in a prompt.
+        turns: The chat, up to the reply that is trained on; empty for a question.
+        choices: Options of a multiple-choice question.
+    """
+
+    dataset: str
+    source: str
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    passages: tuple[str, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    choices: tuple[str, ...] = ()
+
+
+def read_examples(
+    files: Sequence[Path | str],
+    dataset: str,
+    passages: PassageKind = "annotated",
+    longform_answer: bool = False,
+) -> list[InstructionExample]:
+    """Every example of some files, in their order.
+
+    Args:
+        files: JSON lists or JSON lines.
+        dataset: Its name, such as "nq"; see `data.prompts`.
+        passages: Which passages to take from question records.
+        longform_answer: Answer with `longform_answer`, leaving out records that have none.
+
+    Raises:
+        CorpusError: no such file, not JSON, or a record that cannot be used; names file and record.
+    """
+    examples = []
+    for file in map(Path, files):
+        for number, record in enumerate(read_records(file)):
+            source = f"{file}, record {number}"
+            if longform_answer and "messages" not in record and "longform_answer" not in record:
+                continue
+            examples.append(_example(record, dataset, source, passages, longform_answer))
+    return examples
+
+
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list, or of JSON lines.
+
+    Raises:
+        CorpusError: naming the file and the line.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(
+            file, f"cannot be read ({error})", "Name a UTF-8 JSON or JSONL file"
+        ) from error
+    for number, record in enumerate(_parse(file, text)):
+        if not isinstance(record, dict):
+            raise CorpusError(
+                f"{file}, record {number}",
+                f"is a {type(record).__name__}",
+                "Expected an object such as {'question': ..., 'answers': [...]}",
+            )
+        yield record
+
+
+def _parse(file: Path, text: str) -> Iterator[Any]:
+    if text.lstrip().startswith("["):
+        try:
+            yield from json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _not_json(f"{file}:{error.lineno}", error) from error
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _not_json(f"{file}:{number}", error) from error
+
+
+def _not_json(where: str, error: json.JSONDecodeError) -> CorpusError:
+    return CorpusError(where, f"is not JSON ({error.msg})", "Expected a JSON list or JSON lines")
+
+
+def _example(
+    record: Mapping[str, Any],
+    dataset: str,
+    source: str,
+    kind: PassageKind,
+    longform_answer: bool,
+) -> InstructionExample:
+    if "messages" in record:
+        turns = _turns(record, source)
+        passages = _retrieved(record, source) if "ctxs" in record else ()
+        return InstructionExample(dataset, source, turns=turns, passages=passages)
+    question = record.get("question")
+    if not isinstance(question, str):
+        raise CorpusError(source, "has no question", "Expected `question` or `messages`")
+    choices: tuple[str, ...] = ()
+    if record.get("qa_type") == "multi_choice_qa":
+        choices = tuple(map(str, _required(record, "multichoice_options", source)))
+        question = with_choices(question, choices)
+    return InstructionExample(
+        dataset,
+        source,
+        question,
+        _answers(record, longform_answer),
+        _passages(record, kind, source),
+        choices=choices,
+    )
+
+
+def with_choices(question: str, choices: Sequence[str]) -> str:
+    """The question followed by its options, lettered from (A)."""
+    lettered = [f"({chr(ord('A') + place)}) {choice}" for place, choice in enumerate(choices)]
+    return f"{question}\nChoose one based on the following options: {' '.join(lettered)}"
+
+
+def _answers(record: Mapping[str, Any], longform: bool) -> tuple[str, ...]:
+    found = record.get("longform_answer") if longform else record.get("answers")
+    if found is None and not longform:
+        found = record.get("answer")
+    if found is None:
+        return ()
+    listed = found if isinstance(found, list) else [found]
+    return tuple(
+        answer["text"].strip() if isinstance(answer, dict) and "text" in answer else str(answer)
+        for answer in listed
+    )
+
+
+def _passages(record: Mapping[str, Any], kind: PassageKind, source: str) -> tuple[str, ...]:
+    if kind == "bert_pretrain_corpus":
+        contexts = _required(record, "bert_pretrain_corpus_neighbours", source)
+        return tuple(f"source: {context}" for context in contexts)
+    if kind == "retrieved":
+        return _retrieved(record, source)
+    paragraphs = record.get("sub-paragraphs", record.get("sub_paragraph", ""))
+    if isinstance(paragraphs, list):
+        if len(paragraphs) < 2:
+            raise CorpusError(source, "sub-paragraphs has no text", "Expected [title, text]")
+        return (_passage(paragraphs[0], paragraphs[1]),)
+    return (_passage("", paragraphs),)
+
+
+def _retrieved(record: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    contexts = _required(record, "ctxs", source)
+    try:
+        return tuple(_passage(context["title"], context["text"]) for context in contexts)
+    except (KeyError, TypeError) as error:
+        raise CorpusError(
+            source, f"a passage of ctxs lacks {error}", "Expected {'title': ..., 'text': ...}"
+        ) from error
+
+
+def _passage(title: object, text: object) -> str:
+    return f"title: {title}, source: {text}"
+
+
+def _required(record: Mapping[str, Any], key: str, source: str) -> list[Any]:
+    value = record.get(key)
+    if not isinstance(value, list):
+        raise CorpusError(source, f"has no list {key!r}", f"It has {', '.join(record)}")
+    return value
+
+
+def _turns(record: Mapping[str, Any], source: str) -> tuple[Turn, ...]:
+    turns: list[Turn] = []
+    for message in _required(record, "messages", source):
+        role: Any = message.get("role") if isinstance(message, dict) else None
+        if role not in get_args(Role) or not isinstance(message.get("content"), str):
+            raise CorpusError(
+                source,
+                f"message {len(turns)} is {json.dumps(message)[:80]}",
+                f"Expected a `role` of {', '.join(get_args(Role))} and a `content`",
+            )
+        turns.append(Turn(role, message["content"]))
+    said = [turn.role for turn in turns if turn.role != "system"]
+    expected = ["user", "assistant"] * (len(said) // 2 + 1)
+    if not said or said != expected[: len(said)] or "system" in [t.role for t in turns[1:]]:
+        raise CorpusError(
+            source,
+            f"roles {[turn.role for turn in turns]}",
+            "A chat is an optional system message, then user and assistant in turn",
+        )
+    return tuple(turns)

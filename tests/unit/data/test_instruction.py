@@ -1,0 +1,175 @@
+"""Instruction examples out of the files that people have, and the prompts made of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from retro_mcore.data.instruction import InstructionExample, Turn, read_examples
+from retro_mcore.data.prompts import SYSTEM_CONTEXT, SYSTEM_RETRO, write_prompt
+from retro_mcore.errors import ConfigurationError, CorpusError
+
+PASSAGES = ("title: Nile, source: A river.", "title: Egypt, source: A country.")
+
+
+def read(tmp_path: Any, records: Any, **options: Any) -> list[InstructionExample]:
+    file = tmp_path / "examples.json"
+    file.write_text(records if isinstance(records, str) else json.dumps(records), encoding="utf-8")
+    return read_examples([file], "nq", **options)
+
+
+def question(dataset: str) -> InstructionExample:
+    return InstructionExample(dataset, "here", "Which river?", ("the Nile",), PASSAGES)
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({"answers": ["a", "b"]}, ("a", "b")),
+        ({"answers": [{"text": " a ", "answer_start": 3}]}, ("a",)),
+        ({"answer": "a"}, ("a",)),
+        ({"answer": ["a"]}, ("a",)),
+        ({"answer": 7}, ("7",)),
+        ({}, ()),
+    ],
+)
+def test_every_form_of_answer(tmp_path, answers, expected):
+    (example,) = read(tmp_path, [{"question": "q", **answers}])
+    assert example.answers == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "expected"),
+    [
+        ({"sub-paragraphs": ["T", "text"]}, "annotated", "title: T, source: text"),
+        ({"sub-paragraphs": "text"}, "annotated", "title: , source: text"),
+        ({"sub_paragraph": "text"}, "annotated", "title: , source: text"),
+        ({}, "annotated", "title: , source: "),
+        ({"ctxs": [{"title": "T", "text": "x"}]}, "retrieved", "title: T, source: x"),
+        ({"bert_pretrain_corpus_neighbours": ["x"]}, "bert_pretrain_corpus", "source: x"),
+    ],
+)
+def test_every_form_of_passage(tmp_path, record, kind, expected):
+    (example,) = read(tmp_path, [{"question": "q", **record}], passages=kind)
+    assert example.passages == (expected,)
+
+
+def test_multiple_choice_and_long_answers(tmp_path):
+    records = [
+        {"question": "q", "qa_type": "multi_choice_qa", "multichoice_options": ["x", "y"]},
+        {"question": "long", "longform_answer": "because"},
+    ]
+    first, second = read(tmp_path, records)
+    assert first.question == "q\nChoose one based on the following options: (A) x (B) y"
+    assert first.choices == ("x", "y")
+    assert second.answers == ()
+    (only,) = read(tmp_path, records, longform_answer=True)
+    assert only.answers == ("because",)
+
+
+def test_json_lines_of_chats(tmp_path):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    (chat,) = read(tmp_path, json.dumps({"messages": messages}) + "\n\n")
+    assert chat.turns[-1] == Turn("assistant", "Hello")
+    prompt = write_prompt(chat, num_passages=0)
+    assert prompt.text == "System: Be brief.\n\nUser: Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("records", "named"),
+    [
+        ("[{", "examples.json:1: is not JSON"),
+        ('{"question": "q"}\n{oops', "examples.json:2: is not JSON"),
+        ([3], "record 0: is a int"),
+        ([{"question": "q"}, {"answer": "a"}], "record 1: has no question"),
+        ([{"question": "q", "qa_type": "multi_choice_qa"}], "has no list 'multichoice_options'"),
+        ([{"messages": [{"role": "bot", "content": "x"}]}], "message 0 is"),
+        ([{"messages": [{"role": "assistant", "content": "x"}]}], "user and assistant in turn"),
+        ([{"messages": []}], "user and assistant in turn"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path, records, named):
+    with pytest.raises(CorpusError, match=named.replace("[", r"\[")):
+        read(tmp_path, records)
+
+
+def test_passages_that_are_asked_for_and_missing(tmp_path):
+    with pytest.raises(CorpusError, match="has no list 'ctxs'"):
+        read(tmp_path, [{"question": "q"}], passages="retrieved")
+    with pytest.raises(CorpusError, match="lacks 'text'"):
+        read(tmp_path, [{"question": "q", "ctxs": [{"title": "T"}]}], passages="retrieved")
+
+
+CONTEXT = "title: Nile, source: A river.\n\n"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "expected"),
+    [
+        (
+            "nq",
+            {},
+            f"{SYSTEM_RETRO}{CONTEXT}User: Which river? Answer the above question with a short "
+            "phrase.\n\nAssistant: The answer is",
+        ),
+        (
+            "BoolQ",
+            {},
+            f"{SYSTEM_RETRO}{CONTEXT}User: Which river? Answer the above question with True or "
+            "False.\n\nAssistant:",
+        ),
+        (
+            "eli5",
+            {"num_passages": 0},
+            f"{SYSTEM_RETRO}User: Which river? Answer the above question with a long complete "
+            "answer.\n\nAssistant:",
+        ),
+        ("quac", {}, f"{SYSTEM_RETRO}{CONTEXT}Which river?"),
+        ("open_inst", {}, f"{SYSTEM_RETRO}Which river?"),
+        (
+            "nq",
+            {"prompt_format": "reformat_prompt"},
+            f"{SYSTEM_CONTEXT}{CONTEXT}User: Answer the following question with a short span. "
+            "Which river?\n\nAssistant: The answer is",
+        ),
+        (
+            "race",
+            {"prompt_format": "reformat_prompt"},
+            f"{SYSTEM_CONTEXT}{CONTEXT}User: Answer the following question by selecting one of the "
+            "provided options. Which river?\n\nAssistant:",
+        ),
+        (
+            "nq",
+            {"prompt_format": "reformat_prompt", "template_id": 7},
+            f"{SYSTEM_CONTEXT}User: Context: {CONTEXT}Question: Which river?\n\n"
+            "Assistant: The answer is",
+        ),
+        (
+            "nq",
+            {"prompt_format": "reformat_prompt_short", "num_passages": 2},
+            f"{CONTEXT}title: Egypt, source: A country.\n\nQuestion: Which river? "
+            "Answer: The answer is",
+        ),
+    ],
+)
+def test_prompts_are_the_words_that_the_checkpoints_know(dataset, options, expected):
+    assert write_prompt(question(dataset), **options).text == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_format": "other"},
+        {"template_id": 8, "prompt_format": "reformat_prompt"},
+        {"template_id": 1},
+    ],
+)
+def test_formats_that_do_not_exist_are_refused(options):
+    with pytest.raises(ConfigurationError, match=r"--prompt-format|--template-id"):
+        write_prompt(question("nq"), **options)
