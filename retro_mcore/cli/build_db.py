@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.data.bert_tokens import BertTokenCounter
 from retro_mcore.data.database import DatabaseReport, build_database
 from retro_mcore.data.token_file import bin_path, idx_path, open_token_files
-from retro_mcore.data.tokenizers import BertTokenCounter, load_project_tokenizer
+from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.datasets.splits import check_documents
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError

@@ -13,6 +13,7 @@ import numpy as np
 
 from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.data.bert_tokens import default_bert_vocab
 from retro_mcore.data.corpus import (
     Document,
     list_files,
@@ -30,7 +31,6 @@ from retro_mcore.data.tokenizers import (
     HuggingFaceTokenizer,
     Tokenizer,
     build_tokenizer,
-    default_bert_vocab,
     load_project_tokenizer,
     train_sentencepiece,
 )

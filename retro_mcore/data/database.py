@@ -14,10 +14,11 @@ import h5py
 import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.bert_tokens import BertTokenCounter
 from retro_mcore.data.hdf5 import map_dataset
 from retro_mcore.data.shards import Shard, ShardReport, choose_shard_length, cut, run_shards
 from retro_mcore.data.token_file import TokenFile, TokenSource, open_token_files
-from retro_mcore.data.tokenizers import BertTokenCounter, Tokenizer
+from retro_mcore.data.tokenizers import Tokenizer
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError
 from retro_mcore.project.atomic import write_json
@@ -140,8 +141,7 @@ def _build_shard(
     chunk_length: int,
 ) -> None:
     """Chunks of documents [start, end) of one dataset."""
-    documents = range(shard.start, shard.end)
-    lengths = np.array([_length_without_eod(dataset, i, tokenizer) for i in documents], np.int64)
+    lengths = _lengths_without_eod(dataset, shard, tokenizer.eod)
     document, start, end = chunk_bounds(lengths, chunk_length)
     counts = np.empty(len(document), np.uint32)
     for first in range(0, len(document), _BATCH):
@@ -152,7 +152,7 @@ def _build_shard(
         )  # fmt: skip
     chunks = np.stack([document + shard.start, start, end, counts], axis=1).astype(np.uint32)
     valid = counts > 0
-    per_document = np.bincount(document[valid], minlength=len(documents))
+    per_document = np.bincount(document[valid], minlength=len(lengths))
     with h5py.File(path, "w") as file:
         for name, rows in (("chunks_valid", chunks[valid]), ("chunks_invalid", chunks[~valid])):
             file[name] = rows if len(rows) else np.empty(0, np.uint32)  # upstream's empty shape
@@ -161,9 +161,11 @@ def _build_shard(
         ).astype(np.uint64)
 
 
-def _length_without_eod(dataset: TokenFile, index: int, tokenizer: Tokenizer) -> int:
-    tokens = dataset.sequence(index)
-    return len(tokens) - int(len(tokens) > 0 and tokens[-1] == tokenizer.eod)
+def _lengths_without_eod(dataset: TokenSource, shard: Shard, eod: int) -> np.ndarray:
+    """Tokens of the shard's sequences, i64, an end-of-document token at their end left out."""
+    lengths = dataset.lengths[shard.start : shard.end].astype(np.int64)
+    last = np.maximum(dataset.starts[shard.start : shard.end] + lengths - 1, 0)
+    return lengths - ((lengths > 0) & (dataset.tokens[last] == eod))
 
 
 def _count_batch(
@@ -173,19 +175,21 @@ def _count_batch(
     document: np.ndarray,
     start: np.ndarray,
     end: np.ndarray,
-) -> list[int]:
+) -> np.ndarray:
+    """WordPiece tokens of each chunk; the chunks follow each other in the file."""
     offset = dataset.starts[document]
-    chunks = [
-        dataset.tokens[a:b].tolist() for a, b in zip(offset + start, offset + end, strict=True)
-    ]
-    largest = max(map(max, chunks))
-    if largest >= tokenizer.vocab_size:
+    first = int(offset[0] + start[0])
+    tokens = dataset.tokens[first : int(offset[-1] + end[-1])]
+    if int(tokens.max()) >= tokenizer.vocab_size:
         raise TokenizerError(
             f"{dataset.prefix}.bin",
-            f"holds token id {largest}, but the project's tokenizer has {tokenizer.vocab_size}",
+            f"holds token id {tokens.max()}, but the project's tokenizer has "
+            f"{tokenizer.vocab_size}",
             "Restore the tokenizer that the tokens were made with",
         )
-    return counter.count(tokenizer.detokenize_batch(chunks))
+    flat = tokens.tolist()
+    bounds = zip((offset + start - first).tolist(), (offset + end - first).tolist(), strict=True)
+    return counter.count(tokenizer.detokenize_batch([flat[a:b] for a, b in bounds]))
 
 
 def _count_chunks(

