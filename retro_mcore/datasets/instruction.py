@@ -259,7 +259,7 @@ class InstructionDataset(Dataset):
             for example in examples:
                 _answer(example)
         self._datasets, self._how, self._tokenizer = datasets, how, tokenizer
-        self._seed, self._num_samples = seed, num_samples
+        self._seed, self._num_samples, self._packed = seed, num_samples, pack
         # A packed row holds whole chunks of an example if the encoder is to read its passages.
         self._step = how.chunk_length if how.num_encoder_passages else 1
         self._weights = weights
@@ -284,7 +284,9 @@ class InstructionDataset(Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return _lay_out(self._encoded(index), self._how, self._step, self._tokenizer.eod)
+        return _lay_out(
+            self._encoded(index), self._how, self._tokenizer.eod, self._step, self._packed
+        )
 
     def _encoded(self, row: int) -> list[EncodedExample]:
         return [self._encode(place) for place in range(self._rows[row], self._rows[row + 1])]
@@ -340,7 +342,11 @@ def blended_order(weights: Sequence[float], num_samples: int) -> tuple[np.ndarra
 
 
 def _lay_out(
-    encoded: Sequence[EncodedExample], how: InstructionFormat, step: int, eod: int
+    encoded: Sequence[EncodedExample],
+    how: InstructionFormat,
+    eod: int,
+    step: int = 1,
+    packed: bool = False,
 ) -> dict[str, Any]:
     """Examples side by side in a row, each from a multiple of `step` tokens on."""
     length = how.sequence_length
@@ -355,7 +361,7 @@ def _lay_out(
         segments[start:end] = number
         start += _in_steps(len(example.tokens), step)
     row: dict[str, Any] = {"text": text, "loss_mask": trained[1:].astype(np.float32)}
-    if len(encoded) > 1:
+    if packed:
         row["segments"] = segments
     if how.num_encoder_passages:
         row |= _passages_by_chunk(encoded, segments, how, eod)

@@ -22,12 +22,14 @@ class RetroBatch:
     Attributes:
         tokens: int64 [B, S].
         labels: int64 [B, S], the next token of each position.
-        loss_mask: float32 [B, S], 1 where a position counts in the loss. Documents are packed
-            without masking, as Megatron does unless told otherwise, so all of them count.
+        loss_mask: float32 [B, S], 1 where a position counts in the loss: everywhere in
+            pretraining, where documents are packed without masking, as Megatron does unless told
+            otherwise; on the answers in instruction tuning.
         position_ids: int64 [B, S], from 0 in each sample.
         retrieved_tokens: int64 [B*L*K, R], row (b*L + i)*K + j; None without retrieval.
         retrieved_mask: bool [B*L*K, R], True where there is only padding; None without retrieval.
         sample_ids: The samples' indices in their dataset, for error messages.
+        segments: int64 [B, S], equal where tokens may see one another; None: everywhere.
     """
 
     tokens: Tensor
@@ -37,6 +39,7 @@ class RetroBatch:
     retrieved_tokens: Tensor | None
     retrieved_mask: Tensor | None
     sample_ids: list[int]
+    segments: Tensor | None = None
 
     def to(self, device: torch.device) -> RetroBatch:
         """This batch on `device`."""
@@ -59,13 +62,27 @@ class RetroBatch:
         inputs: dict[str, Tensor | None] = {
             "input_ids": self.tokens,
             "position_ids": self.position_ids,
-            "attention_mask": None,
+            "attention_mask": None if self.segments is None else segment_mask(self.segments),
         }
         if self.retrieved_tokens is not None:
             inputs["context_input_ids"] = self.retrieved_tokens
             inputs["context_position_ids"] = position_ids(self.retrieved_tokens)
             inputs["context_mask"] = self.retrieved_mask
         return inputs
+
+
+def segment_mask(segments_BS: Tensor) -> Tensor:
+    """bool [B, 1, S, S], True = masked out: later tokens, and those of other segments."""
+    causal_SS = torch.ones(2 * segments_BS.shape[-1:], device=segments_BS.device).triu(1).bool()
+    return (causal_SS | (segments_BS[:, :, None] != segments_BS[:, None, :])).unsqueeze(1)
+
+
+def segment_positions(segments_BS: Tensor) -> Tensor:
+    """int64 [B, S]: positions that start again with every segment."""
+    position_BS = position_ids(segments_BS)
+    starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
+    return position_BS - torch.where(starts_BS, position_BS, 0).cummax(dim=1).values
 
 
 def position_ids(tokens: Tensor) -> Tensor:
@@ -79,22 +96,31 @@ def collate(samples: Sequence[Mapping]) -> RetroBatch:
 
     Args:
         samples: Each with `text` int64 [S+1] and `sample_id`; with retrieval also
-            `neighbor_tokens` int64 [L, K, R] and `neighbor_mask` bool [L, K, R].
+            `neighbor_tokens` int64 [L, K, R] and `neighbor_mask` bool [L, K, R]; in instruction
+            tuning with `loss_mask` float32 [S], and where samples are packed `segments` int64 [S].
     """
     text = _stack(samples, "text")
     tokens = text[:, :-1].contiguous()
-    retrieved = mask = None
+    retrieved = mask = segments = None
+    positions = position_ids(tokens).contiguous()
+    if "segments" in samples[0]:
+        segments = _stack(samples, "segments")
+        positions = segment_positions(segments)
+    loss_mask = torch.ones(tokens.shape, dtype=torch.float32)
+    if "loss_mask" in samples[0]:
+        loss_mask = _stack(samples, "loss_mask")
     if "neighbor_tokens" in samples[0]:
         retrieved = _stack(samples, "neighbor_tokens").flatten(0, 2)
         mask = _stack(samples, "neighbor_mask").flatten(0, 2)
     return RetroBatch(
         tokens=tokens,
         labels=text[:, 1:].contiguous(),
-        loss_mask=torch.ones(tokens.shape, dtype=torch.float32),
-        position_ids=position_ids(tokens).contiguous(),
+        loss_mask=loss_mask,
+        position_ids=positions,
         retrieved_tokens=retrieved,
         retrieved_mask=mask,
         sample_ids=[int(sample["sample_id"]) for sample in samples],
+        segments=segments,
     )
 
 

@@ -71,6 +71,8 @@ class ModelOptions:
     (0.8 to 0.15), mcore-0.5 (0.5 to 0.7) or legacy (InstructRetro). Default: as the paper does."""
     no_retrieval: bool = False
     """Train the same GPT without encoder, cross-attention and neighbors."""
+    retro_attention_gate: float = 1.0
+    """Scale of the cross-attention's output; 0 leaves the decoder alone, as InstructRetro does."""
     retro_num_neighbors: int = 2
     """Neighbors per chunk, K."""
     retro_num_retrieved_chunks: int = 2

@@ -178,6 +178,7 @@ def build_config(
         retro_encoder_hidden_dropout=arguments.retro_encoder_hidden_dropout,
         retro_encoder_attention_dropout=arguments.retro_encoder_attention_dropout,
         retro_decoder_layers=arguments.retro_decoder_layers,
+        retro_attention_gate=arguments.retro_attention_gate,
     )
 
 
