@@ -13,6 +13,7 @@ REQUIRES = [
     "psutil",  # without it megatron-core's torch_dist save hangs
     "pyyaml",
     "rich>=13",
+    "safetensors>=0.4",
     "sentencepiece>=0.1.99",
     "tokenizers>=0.15",
     "tqdm>=4.60",

@@ -234,6 +234,9 @@ class CheckpointOptions:
     """Directory for checkpoints, metrics and the loss curve. Default: nothing is saved."""
     load: str | None = None
     """Directory to resume from, if it holds a checkpoint; usually the same as --save."""
+    load_gpt: str | None = None
+    """GPT checkpoint (Megatron's, or a Hugging Face directory) whose decoder a new run starts from;
+    without --no-retrieval, retrieval's own weights start fresh."""
     save_interval: int | None = None
     """Iterations between checkpoints. Default: only the last."""
     exit_interval: int | None = None

@@ -40,6 +40,7 @@ from retro_mcore.training.optimizer import (
 from retro_mcore.training.plan import TrainingPlan
 from retro_mcore.training.progress import TrainingReporter
 from retro_mcore.training.provider import build_model_chunks
+from retro_mcore.training.retrofit import load_decoder
 
 
 @dataclass
@@ -107,6 +108,7 @@ class Trainer:
             )
             set_seeds(plan.project.retro_gpt_seed)
             models = build_model_chunks(plan.arguments, options, options)
+        self._decoder = load_decoder(models, plan) if checkpoint is None else None
         self.plan, self._device = plan, device
         self._train_samples, self._valid_samples = train_samples, valid_samples
         self._parts = _training_parts(models, plan)
@@ -126,6 +128,8 @@ class Trainer:
         with self._reporter() as reporter:
             if progress.iteration:
                 reporter.message(f"resumed from {result.checkpoint}")
+            if self._decoder is not None:
+                reporter.message(str(self._decoder))
             batches = self._train_batches()
             for chunk in self._parts.chunks:
                 chunk.train()

@@ -1,0 +1,123 @@
+"""Checkpoints on disk, of any format that is read here: what they are, and their weights.
+
+retro-mcore     ours, in Megatron's torch_dist format
+megatron        Megatron-Core's names: torch_dist, or one file per rank
+instructretro   the names before Megatron-Core: one file per rank
+huggingface     a GPT-2 or Llama-family directory
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from retro_mcore.conversion.architecture import Flags, flags_of_arguments, flags_of_weights
+from retro_mcore.conversion.huggingface import is_huggingface, read_huggingface
+from retro_mcore.conversion.names import from_upstream_name, local_name
+from retro_mcore.conversion.torch_dist import is_torch_dist, read_torch_dist
+from retro_mcore.conversion.torch_format import is_torch_format, read_torch_format
+from retro_mcore.conversion.weights import Weight
+from retro_mcore.errors import CheckpointError
+
+Source = Literal["retro-mcore", "megatron", "instructretro", "huggingface"]
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_UPSTREAM_ENCODER = re.compile(r"^decoder\.layers\.(\d+)\.cross_attention\.encoder\.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, its weights still unread.
+
+    Attributes:
+        path: The directory that holds its files.
+        source: Whose format and names it has.
+        flags: What is known of its model, by the names of our flags.
+        weights: By our names, as an unsharded model with local layers has them.
+        common: Arguments and counters, as they were saved.
+    """
+
+    path: Path
+    source: Source
+    flags: Flags
+    weights: dict[str, Weight]
+    common: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_retrieval(self) -> bool:
+        """Whether it is a Retro model."""
+        return not self.flags["no_retrieval"]
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Look at a checkpoint; its weights are read when they are wanted.
+
+    Args:
+        directory: With a tracker file, its latest checkpoint is taken; else itself.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, of an unknown format, or holds more than
+            plain data.
+    """
+    path = latest_directory(Path(directory))
+    if is_huggingface(path):
+        flags, weights = read_huggingface(path)
+        return Checkpoint(path, "huggingface", {**flags_of_weights(weights), **flags}, weights)
+    if is_torch_dist(path):
+        common, weights = read_torch_dist(path)
+        older = False
+    elif is_torch_format(path):
+        common, weights, older = read_torch_format(path)
+    else:
+        raise CheckpointError(
+            directory,
+            "is no checkpoint that is known here",
+            "Name a directory of a Megatron checkpoint (torch_dist, or mp_rank_* files) or of a "
+            "Hugging Face model (config.json and *.safetensors)",
+        )
+    args = common.get("args") or Namespace()
+    ours = "no_retrieval" in vars(args)
+    if not older:
+        weights = _our_names(weights)
+    flags = {**flags_of_arguments(args), **flags_of_weights(weights)}
+    source: Source = "retro-mcore" if ours else "instructretro" if older else "megatron"
+    if not ours and not flags["no_retrieval"]:
+        flags["retro_origin"] = _origin(source, weights)
+    return Checkpoint(path, source, flags, weights, common)
+
+
+def latest_directory(directory: Path) -> Path:
+    """The checkpoint that a tracker file names, or the directory itself where there is none.
+
+    Raises:
+        CheckpointError: the directory does not exist, or the tracker file is malformed.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(directory, "no such directory", "Name a checkpoint's directory")
+    tracker = directory / TRACKER
+    if not tracker.is_file():
+        return directory
+    text = tracker.read_text(encoding="utf-8").strip()
+    name = text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else None
+    if name is None or not (directory / name).is_dir():
+        raise CheckpointError(
+            tracker, f"names {text!r}, which is not there", "Write 'release' or an iteration"
+        )
+    return directory / name
+
+
+def _our_names(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    found = (match for name in weights if (match := _UPSTREAM_ENCODER.match(name)))
+    match = next(found, None)
+    first = int(match[1]) + 1 if match else 0
+    return {local_name(from_upstream_name(name, first)): w for name, w in weights.items()}
+
+
+def _origin(source: Source, weights: Mapping[str, Weight]) -> str:
+    if source == "instructretro":
+        return "legacy"
+    return "mcore-0.5" if "decoder.final_layernorm.weight" in weights else "mcore-0.15"

@@ -1,0 +1,101 @@
+"""Retro-fitting: a Retro model's decoder from a GPT checkpoint (Borgeaud et al. 2022, section 4.2;
+InstructRetro's continued pretraining)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+
+from retro_mcore.conversion.architecture import check_decoder
+from retro_mcore.conversion.checkpoint import Checkpoint, open_checkpoint
+from retro_mcore.conversion.model_weights import put_weights
+from retro_mcore.distributed import raise_together
+from retro_mcore.errors import CheckpointError
+
+# Retrieval's own parameters, which a GPT does not have.
+_FRESH = (r"^neighbor_encoder\.", r"\.cross_attention\.", r"\.pre_cross_attn_layernorm\.")
+# More rows than this beyond the tokenizer's vocabulary are no padding (128 x TP 8 pads by 1,023).
+_LARGEST_PADDING = 2048
+
+
+@dataclass(frozen=True)
+class LoadedDecoder:
+    """What came of loading a decoder.
+
+    Attributes:
+        checkpoint: Where from.
+        taken: Weights of the decoder that came across: all of them.
+        fresh: Names of retrieval's own parameters, which keep their initial values.
+    """
+
+    checkpoint: Checkpoint
+    taken: int
+    fresh: list[str]
+
+    def __str__(self) -> str:
+        path, source = self.checkpoint.path, self.checkpoint.source
+        text = f"decoder from {path} ({source}): all {self.taken} weights taken"
+        return f"{text}, {len(self.fresh)} of retrieval start fresh" if self.fresh else text
+
+
+def load_gpt(
+    models: Sequence[GPTModel], directory: str, wanted: Mapping[str, Any], vocab_size: int
+) -> LoadedDecoder:
+    """Take every weight of a GPT's decoder; retrieval's own parameters stay as they are.
+
+    All ranks call it together; each reads what it needs. No optimizer state is taken.
+
+    Args:
+        models: This rank's stages of a RetroModel, or of its GPT twin.
+        directory: A Megatron checkpoint (torch_dist, or one file per rank) or a Hugging Face
+            directory.
+        wanted: The model's flags, resolved (`architecture.DECODER_FLAGS` and seq_length).
+        vocab_size: The tokenizer's.
+
+    Raises:
+        CheckpointError: it cannot be read, is no GPT, contradicts the flags, or lacks a weight.
+    """
+    with raise_together():
+        checkpoint = open_checkpoint(directory)
+        _check_is_gpt(checkpoint)
+        check_decoder(checkpoint.flags, wanted, directory)
+        _check_window(checkpoint, wanted)
+        _check_vocabulary(checkpoint, vocab_size)
+    fresh = put_weights(
+        models, checkpoint.weights, vocab_size, _FRESH, f"--load-gpt {directory}",
+        "Give the flags of the checkpoint's own model",
+    )  # fmt: skip
+    return LoadedDecoder(checkpoint, len(checkpoint.weights), fresh)
+
+
+def _check_is_gpt(checkpoint: Checkpoint) -> None:
+    if checkpoint.has_retrieval:
+        raise CheckpointError(
+            f"--load-gpt {checkpoint.path}",
+            "is a Retro model already",
+            "Convert it with convert_checkpoint.py if it is another's, and continue with --load",
+        )
+
+
+def _check_window(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
+    window = checkpoint.flags.get("sliding_window")
+    if window is not None and window < wanted["seq_length"]:
+        raise CheckpointError(
+            f"--load-gpt {checkpoint.path}",
+            f"attends to the last {window} tokens only, and samples have {wanted['seq_length']}",
+            "Build the project with shorter samples",
+        )
+
+
+def _check_vocabulary(checkpoint: Checkpoint, vocab_size: int) -> None:
+    rows: int = checkpoint.flags["padded_vocab_size"]
+    named: int = checkpoint.flags.get("vocab_size") or rows
+    if not rows >= vocab_size >= named - _LARGEST_PADDING:
+        raise CheckpointError(
+            f"--load-gpt {checkpoint.path}",
+            f"has a vocabulary of {named} ({rows} rows), and the project's tokenizer {vocab_size}",
+            "Build the project with the checkpoint's own tokenizer",
+        )
