@@ -41,6 +41,8 @@ def parse_options(options_type: type[Options], argv: Sequence[str] | None = None
         path = Path(arguments[where + 1])
         del arguments[where : where + 2]
         arguments = [*_flags_of_file(options_type, path, arguments), *arguments]
+    if "use_checkpoint_args" in _names(arguments):
+        arguments = [*_flags_of_checkpoint(options_type, arguments), *arguments]
     return tyro.cli(
         options_type,
         args=arguments,
@@ -56,24 +58,57 @@ def _flags_of_file(options_type: type, path: Path, given: Sequence[str]) -> list
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise ConfigurationError(f"--config {path}", "not a mapping", "Write `option: value` lines")
-    fields = {field.name: field for field in dataclasses.fields(options_type)}
-    names = {argument.lstrip("-").replace("-", "_").split("=")[0] for argument in given}
-    flags: list[str] = []
-    for key, value in values.items():
+    fields = [field.name for field in dataclasses.fields(options_type)]
+    for key in values:
         if key not in fields:
             raise ConfigurationError(
                 f"--config {path}", f"unknown option {key!r}", f"Known: {', '.join(fields)}"
             )
+    return _flags(options_type, values, given)
+
+
+def _flags_of_checkpoint(options_type: type, given: Sequence[str]) -> list[str]:
+    """The options of the model in --load as flags, but for those that are given."""
+    from retro_mcore.training.checkpoint_args import model_options_of_checkpoint
+
+    step = _value_of("ckpt_step", given)
+    values = model_options_of_checkpoint(
+        _value_of("load", given), None if step is None else int(step)
+    )
+    return _flags(options_type, values, given)
+
+
+def _flags(options_type: type, values: Mapping[str, object], given: Sequence[str]) -> list[str]:
+    """Options as flags, but for those that are given or have their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options_type)}
+    names = _names(given)
+    flags: list[str] = []
+    for key, value in values.items():
         if value is None or key in names:
             continue
         flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
-            if value != fields[key].default:
+            if value != defaults[key]:
                 flags.append(flag if value else f"--no-{key.replace('_', '-')}")
         else:
             parts = value if isinstance(value, list) else [value]
             flags += [flag, *map(str, parts)]
     return flags
+
+
+def _names(arguments: Sequence[str]) -> set[str]:
+    """The options that flags name (and the flags' values, which are no options)."""
+    return {argument.lstrip("-").replace("-", "_").split("=")[0] for argument in arguments}
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """The last value that the arguments give to an option."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, attached = argument.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+            value = attached if equals else following
+    return value
 
 
 def run_command(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.training.checkpoint_options import CheckpointOptions, ReproducibilityOptions
 
 
 @dataclass(kw_only=True)
@@ -227,18 +228,9 @@ class DataOptions:
 
 
 @dataclass(kw_only=True)
-class CheckpointOptions:
-    """Where to save and to resume, and how often to report."""
+class ExitOptions:
+    """When a run stops before its last iteration, and how often it reports."""
 
-    save: str | None = None
-    """Directory for checkpoints, metrics and the loss curve. Default: nothing is saved."""
-    load: str | None = None
-    """Directory to resume from, if it holds a checkpoint; usually the same as --save."""
-    load_gpt: str | None = None
-    """GPT checkpoint (Megatron's, or a Hugging Face directory) whose decoder a new run starts from;
-    without --no-retrieval, retrieval's own weights start fresh."""
-    save_interval: int | None = None
-    """Iterations between checkpoints. Default: only the last."""
     exit_interval: int | None = None
     """Save and stop after an iteration that is a multiple of this; a later run resumes."""
     log_interval: int = 100
@@ -247,7 +239,9 @@ class CheckpointOptions:
 
 @dataclass(kw_only=True)
 class TrainingOptions(
+    ExitOptions,
     CheckpointOptions,
+    ReproducibilityOptions,
     OptimizerOptions,
     RecomputeOptions,
     ParallelOptions,
@@ -262,6 +256,7 @@ class TrainingOptions(
         Raises:
             ConfigurationError: naming the flag.
         """
+        self.check_checkpoints()
         self.check_precision()
         self.check_recompute()
         self.check_schedule()
@@ -299,6 +294,8 @@ _POSITIVE = (
     "recompute_num_layers",
     "lr_decay_iters",
     "save_interval",
+    "keep_last_n",
+    "save_retain_interval",
     "exit_interval",
     "log_interval",
 )

@@ -22,6 +22,18 @@ from retro_mcore.training.provider import ModelArguments, number_of_positions, p
 # May differ when a run is resumed: the checkpoint's padding is kept.
 _PADDING = {"padded_vocab_size", "make_vocab_size_divisible_by"}
 
+# The position in the data has a meaning for these alone.
+_DATA = ("global_batch_size", "rampup_batch_size", "seed", "split", "data_path")
+
+# Options of the model that its weights do not depend on.
+_FREE = {
+    "hidden_dropout",
+    "attention_dropout",
+    "retro_encoder_hidden_dropout",
+    "retro_encoder_attention_dropout",
+    "init_method_std",
+}
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -92,7 +104,7 @@ class TrainingPlan:
             CheckpointError: naming the first flag that differs, and both values.
         """
         defaults = {field.name: field.default for field in fields(ModelOptions)}
-        for name, mine in self.configuration().items():
+        for name, mine in self._must_agree().items():
             # A checkpoint written before an option existed has its default.
             if name in _PADDING or saved.get(name, defaults.get(name)) == mine:
                 continue
@@ -101,6 +113,16 @@ class TrainingPlan:
                 f"was trained with {name} {saved.get(name)}, and now it is {mine}",
                 f"Give --{name.replace('_', '-')} as it was, or choose another --load and --save",
             )
+
+    def _must_agree(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with this run, by what is taken from it."""
+        configuration = self.configuration()
+        model = asdict(self.arguments)
+        if self.options.finetune:
+            return {name: value for name, value in model.items() if name not in _FREE}
+        if self.options.no_load_optim:
+            return {name: configuration[name] for name in (*model, *_DATA) if name in configuration}
+        return configuration
 
     def with_vocabulary_of(self, saved: Mapping[str, Any]) -> TrainingPlan:
         """This plan with a checkpoint's padded vocabulary, whatever layout padded it."""

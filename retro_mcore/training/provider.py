@@ -214,6 +214,7 @@ def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> di
         "sequence_parallel": parallel.sequence_parallel,
         **_pipeline_fields(parallel, precision or torch.float32),
         "use_cpu_initialization": parallel.use_cpu_initialization or is_cpu_in_use(),
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
         "bf16": parallel.bf16,
         "fp16": parallel.fp16,
         "params_dtype": precision or torch.float32,

@@ -14,20 +14,24 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.distributed import raise_together
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.training.batch import RetroBatch
-from retro_mcore.training.checkpointing import (
-    TrainingParts,
-    TrainingProgress,
-    checkpoint_path,
+from retro_mcore.training.checkpoint_files import (
+    Retention,
+    existing_checkpoint,
     iteration_of,
     latest_iteration,
-    load_checkpoint,
-    read_arguments,
-    save_checkpoint,
 )
+from retro_mcore.training.checkpoint_saver import CheckpointSaver
+from retro_mcore.training.checkpoint_state import TrainingParts, TrainingProgress
+from retro_mcore.training.checkpointing import LoadScope, load_checkpoint, read_arguments
 from retro_mcore.training.data import MicroBatchSampler, NumberedSamples, Samples, read_batches
-from retro_mcore.training.initialize import initialize_parallel, set_batch_sizes, set_seeds
+from retro_mcore.training.initialize import (
+    initialize_parallel,
+    set_batch_sizes,
+    set_seeds,
+    use_deterministic_algorithms,
+)
 from retro_mcore.training.loss import forward_backward, mean_loss, total_loss
 from retro_mcore.training.metrics import LOSS_CURVE_FILE, METRICS_FILE, losses, read_metrics
 from retro_mcore.training.optimizer import (
@@ -37,6 +41,7 @@ from retro_mcore.training.optimizer import (
     share_embeddings,
     wrap_model,
 )
+from retro_mcore.training.options import TrainingOptions
 from retro_mcore.training.plan import TrainingPlan
 from retro_mcore.training.progress import TrainingReporter
 from retro_mcore.training.provider import build_model_chunks
@@ -100,6 +105,8 @@ class Trainer:
             options.num_virtual_stages_per_pipeline_rank,
         )
         with raise_together():
+            if options.deterministic_mode:
+                use_deterministic_algorithms()
             checkpoint = checkpoint_to_resume(plan)
             if checkpoint is not None:
                 plan = plan.with_vocabulary_of(read_arguments(checkpoint))
@@ -114,7 +121,12 @@ class Trainer:
         self._parts = _training_parts(models, plan)
         self._progress = TrainingProgress()
         if checkpoint is not None:
-            self._progress = load_checkpoint(checkpoint, self._parts)
+            self._progress = load_checkpoint(checkpoint, self._parts, _load_scope(plan))
+        self._saver = CheckpointSaver(
+            options.save or "",
+            options.async_save,
+            Retention(options.keep_last_n, options.save_retain_interval),
+        )
         self._result = TrainingResult(0, 0, checkpoint=checkpoint)
 
     def train(self) -> TrainingResult:
@@ -125,9 +137,9 @@ class Trainer:
         """
         plan, progress, result = self.plan, self._progress, self._result
         started = time.perf_counter()
-        with self._reporter() as reporter:
-            if progress.iteration:
-                reporter.message(f"resumed from {result.checkpoint}")
+        with self._reporter() as reporter, self._saver:
+            if result.checkpoint is not None:
+                reporter.message(f"loaded {result.checkpoint}, at iteration {progress.iteration}")
             if self._decoder is not None:
                 reporter.message(str(self._decoder))
             batches = self._train_batches()
@@ -135,6 +147,7 @@ class Trainer:
                 chunk.train()
             while progress.iteration < plan.train_iters:
                 self._train_step(batches, reporter)
+                self._report_saved(self._saver.finish(wait=False), reporter)
                 stop = self._stops_here()
                 reporter.pause()
                 if self._validates_here() or stop:
@@ -144,6 +157,7 @@ class Trainer:
                 reporter.resume()
                 if stop:
                     break
+            self._report_saved(self._saver.finish(), reporter)
             with raise_together():
                 result.loss_curve = reporter.draw()
         result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
@@ -190,10 +204,14 @@ class Trainer:
     def _save(self, reporter: TrainingReporter) -> None:
         if self.plan.options.save is None:
             return
-        self._result.checkpoint = save_checkpoint(
-            self.plan.options.save, self._parts, self._progress, self.plan.checkpoint_args()
-        )
-        reporter.message(f"saved {self._result.checkpoint}")
+        args = self.plan.checkpoint_args()
+        self._report_saved(self._saver.finish(), reporter)
+        self._report_saved(self._saver.save(self._parts, self._progress, args), reporter)
+
+    def _report_saved(self, checkpoint: Path | None, reporter: TrainingReporter) -> None:
+        if checkpoint is not None:
+            self._result.checkpoint = checkpoint
+            reporter.message(f"saved {checkpoint}")
 
     def _stops_here(self) -> bool:
         """After this iteration the run ends, for good or to be resumed."""
@@ -237,27 +255,47 @@ class Trainer:
 
 
 def checkpoint_to_resume(plan: TrainingPlan) -> Path | None:
-    """The latest checkpoint in --load, or None where there is none yet.
+    """The checkpoint to start from: that of --ckpt-step, else the latest; None if there is none.
 
     Raises:
-        CheckpointError: it is of another configuration.
+        CheckpointError: it is of another configuration, or a flag needs one and there is none.
         ConfigurationError: --save holds a checkpoint that the run would overwrite.
     """
-    load, save = plan.options.load, plan.options.save
-    iteration = None if load is None else latest_iteration(load)
-    if load is not None and iteration is not None:
-        checkpoint = checkpoint_path(load, iteration)
+    options = plan.options
+    checkpoint = None
+    if options.load is not None:
+        checkpoint = existing_checkpoint(options.load, options.ckpt_step)
+    if checkpoint is not None:
         plan.check_resumes(read_arguments(checkpoint), checkpoint)
-        return checkpoint
-    overwritten = None if save is None else latest_iteration(save)
-    if overwritten is not None:
-        raise ConfigurationError(
-            f"--save {save}",
-            f"holds a checkpoint of iteration {overwritten}, which training from the start would "
-            "overwrite",
-            f"Add --load {save} to resume it, or save to another directory",
+    elif options.needs_checkpoint is not None:
+        raise CheckpointError(
+            f"--load {options.load}",
+            f"holds no checkpoint, and {options.needs_checkpoint} was given",
+            "Name the --save of a run that has saved one",
         )
-    return None
+    if checkpoint is None or options.finetune:
+        _check_overwrites_nothing(options)
+    return checkpoint
+
+
+def _check_overwrites_nothing(options: TrainingOptions) -> None:
+    saved = None if options.save is None else latest_iteration(options.save)
+    if saved is not None:
+        raise ConfigurationError(
+            f"--save {options.save}",
+            f"holds a checkpoint of iteration {saved}, which training from the start would "
+            "overwrite",
+            f"Resume it with --load {options.save}, or save to another directory",
+        )
+
+
+def _load_scope(plan: TrainingPlan) -> LoadScope:
+    options = plan.options
+    return LoadScope(
+        optimizer=not (options.finetune or options.no_load_optim),
+        random_state=not (options.finetune or options.no_load_rng),
+        progress=not options.finetune,
+    )
 
 
 def finished_run(plan: TrainingPlan) -> TrainingResult | None:
@@ -268,7 +306,7 @@ def finished_run(plan: TrainingPlan) -> TrainingResult | None:
         ConfigurationError: --save holds a checkpoint that the run would overwrite.
     """
     checkpoint = checkpoint_to_resume(plan)
-    if checkpoint is None or iteration_of(checkpoint) < plan.train_iters:
+    if checkpoint is None or plan.options.finetune or iteration_of(checkpoint) < plan.train_iters:
         return None
     iteration = iteration_of(checkpoint)
     curve = checkpoint.parent / LOSS_CURVE_FILE

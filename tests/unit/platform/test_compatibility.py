@@ -48,7 +48,8 @@ OPTIMIZERS = pytest.mark.parametrize("distributed", [False, True], ids=["plain",
 
 @OPTIMIZERS
 def test_a_checkpoint_is_saved_and_loaded_before_the_first_step(megatron, tmp_path, distributed):
-    from retro_mcore.training.checkpointing import load_checkpoint, save_checkpoint
+    from retro_mcore.training.checkpoint_saver import save_checkpoint
+    from retro_mcore.training.checkpointing import load_checkpoint
 
     trainer = small_trainer(use_distributed_optimizer=distributed)
     args = trainer.plan.checkpoint_args()
@@ -96,7 +97,7 @@ def parts_with_padded_buckets(megatron, monkeypatch):
 
 
 def test_saved_moments_are_the_parameters_own(parts_with_padded_buckets):
-    from retro_mcore.training.checkpointing import _METADATA
+    from retro_mcore.training.checkpoint_state import METADATA
     from retro_mcore.training.optimizer import unwrap_model
 
     parts = parts_with_padded_buckets
@@ -105,9 +106,9 @@ def test_saved_moments_are_the_parameters_own(parts_with_padded_buckets):
     assert len(buffer.buckets) > 1
     assert buffer.buckets[0].numel_unpadded < buffer.buckets[0].grad_data.numel()
     model = unwrap_model(parts.chunks[0])
-    sharded = model.sharded_state_dict(metadata=_METADATA)
+    sharded = model.sharded_state_dict(metadata=METADATA)
     with compatibility.unpadded_bucket_offsets(parts.optimizer):
-        state = inner.sharded_param_state_fully_reshardable(sharded, metadata=_METADATA)
+        state = inner.sharded_param_state_fully_reshardable(sharded, metadata=METADATA)
     for parameter, saved in zip(buffer.param_index_map, state.values(), strict=True):
         own = inner._get_main_param_and_optimizer_states(parameter)
         for key in ("param", "exp_avg", "exp_avg_sq"):
