@@ -1,4 +1,4 @@
-"""`evaluate_perplexity`: perplexity on held-out documents with real, shuffled and no neighbors."""
+"""`evaluate_perplexity`: what a model makes of held-out documents, with and without neighbors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from retro_mcore import distributed
 from retro_mcore.cli.command import run_command
+from retro_mcore.cli.perplexity_tables import print_tables
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import distributed_backend, setup_device
@@ -22,18 +21,24 @@ from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.options import ParallelOptions
 
 if TYPE_CHECKING:
+    from retro_mcore.evaluation.bits_per_byte import BitsPerByte
+    from retro_mcore.evaluation.leakage import LeakagePoint
+    from retro_mcore.evaluation.neighbor_sources import NeighborKind
     from retro_mcore.evaluation.perplexity import Perplexity
     from retro_mcore.training.provider import ModelArguments
 
 PERPLEXITY_FILE = "perplexity.json"
+BITS_PER_BYTE_FILE = "bits_per_byte.json"
+LEAKAGE_FILE = "leakage.json"
+LEAKAGE_PLOT = "leakage.png"
 
 
 @dataclass(kw_only=True)
 class EvaluatePerplexityOptions:
-    """Measure perplexity on held-out documents with real, shuffled and no neighbors.
+    """Measure perplexity on held-out documents with real, shuffled, random and no neighbors.
 
-    Shuffled: each chunk is given the neighbors of a chunk of another sample. The model is rebuilt
-    from its checkpoint alone.
+    Shuffled: each chunk is given the neighbors of a chunk of another text. Random: chunks of the
+    database. The model is rebuilt from its checkpoint alone.
     """
 
     project_dir: str
@@ -42,26 +47,61 @@ class EvaluatePerplexityOptions:
     """Directory of checkpoints; the latest is evaluated."""
     split: Literal["valid", "test", "both"] = "valid"
     """Which held-out documents."""
-    retro_eval_neighbors: list[Literal["real", "shuffled", "none"]] = field(default_factory=list)
+    protocol: Literal["samples", "documents", "both"] = "samples"
+    """samples: Megatron's validation loss, over the samples that query_neighbors found neighbors
+    for. documents: bits per byte of whole documents through overlapping windows, with neighbors
+    searched for their own chunks."""
+    retro_eval_neighbors: list[Literal["real", "shuffled", "random", "none"]] = field(
+        default_factory=list
+    )
     """Which neighbors to give. Default: real, shuffled and none, as far as the model retrieves."""
     eval_iters: int | None = None
-    """Global batches to evaluate. Default: all samples of the split."""
+    """Global batches of samples to evaluate. Default: all samples of the split."""
+    eval_documents: int | None = None
+    """Documents of each corpus to evaluate, its first. Default: all of the split."""
+    overlapping_eval: int | None = None
+    """Tokens by which a window starts behind its predecessor. Default: half a window, in whole
+    chunks."""
+    leakage: bool = False
+    """Also tell bits per byte by how much of a chunk its neighbors hold (protocol documents)."""
+    leakage_neighbors: int = 10
+    """Neighbors of each chunk that its overlap is measured against."""
+    leakage_alphas: list[float] = field(default_factory=list)
+    """Largest overlaps, each from 0 to 1. Default: 0.125, 0.25, … 1."""
     micro_batch_size: int = 4
-    """Samples per process and forward pass."""
+    """Samples or windows per process and forward pass."""
     num_workers: int = 0
     """Processes that read samples, for each process."""
     seed: int = 1234
-    """Seed of the shuffling."""
+    """Seed of the shuffling and of the draws."""
     output: str | None = None
-    """JSON file to write. Default: perplexity.json in --load."""
+    """JSON file of the samples' measurements; others lie beside it. Default: perplexity.json in
+    --load."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: CUDA where there is one, else the CPU."""
     tensor_model_parallel_size: int = 1
     """Processes that share one copy of the model; need not be as in training."""
     sequence_parallel: bool = False
     """Split the norms' activations over the tensor parallel processes."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are divided into; need not be as in training."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers' implementation."""
+
+    @property
+    def splits(self) -> tuple[Literal["valid", "test"], ...]:
+        """The splits that --split names."""
+        return ("valid", "test") if self.split == "both" else (self.split,)
+
+    def parallel(self) -> ParallelOptions:
+        """The layout that the model is loaded into."""
+        return ParallelOptions(
+            device=self.device,
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            transformer_impl=self.transformer_impl,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,15 +109,19 @@ class EvaluatePerplexityResult:
     """What was measured.
 
     Attributes:
-        perplexities: One per split and kind of neighbors.
-        output: The JSON file.
+        perplexities: One per split and kind of neighbors, over samples.
+        bits_per_byte: One per split and kind of neighbors, over documents.
+        leakage: The curve of each split.
+        output: The JSON file of `perplexities`; the others lie beside it.
     """
 
     perplexities: list[Perplexity]
+    bits_per_byte: list[BitsPerByte]
+    leakage: dict[str, list[LeakagePoint]]
     output: Path
 
     def perplexity(self, neighbors: str, split: str = "valid") -> float:
-        """The perplexity of one row of the table."""
+        """The perplexity of one row of the samples' table."""
         return next(
             row.perplexity
             for row in self.perplexities
@@ -85,13 +129,25 @@ class EvaluatePerplexityResult:
         )
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """What both protocols share."""
+
+    options: EvaluatePerplexityOptions
+    project: ProjectConfig
+    model: torch.nn.Module
+    arguments: ModelArguments
+    kinds: list[NeighborKind]
+    device: torch.device
+
+
 def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexityResult:
-    """Measure, print a table and write it as JSON.
+    """Measure, print tables and write them as JSON.
 
     Raises:
         RetroError: options, project and checkpoint do not fit together.
     """
-    setup_device(options.device)
+    device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
     from retro_mcore.evaluation.perplexity import check_shape, check_tokenizer
@@ -100,74 +156,68 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
     with distributed.raise_together():
         _check(options)
         project = ProjectConfig.load(options.project_dir)
-    layout = ParallelOptions(
-        device=options.device,
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        sequence_parallel=options.sequence_parallel,
-        transformer_impl=options.transformer_impl,
-    )
-    model, arguments = load_model_from_checkpoint(options.load, layout)
+    model, arguments = load_model_from_checkpoint(options.load, options.parallel())
     with distributed.raise_together():
         check_tokenizer(arguments, project, options.project_dir)
         check_shape(arguments, project, options.project_dir)
-    rows = _measure(options, project, model, arguments)
+        kinds = _neighbor_kinds(options, arguments)
+    evaluation = _Evaluation(options, project, model, arguments, kinds, device)
+    rows = _measure_samples(evaluation) if options.protocol != "documents" else []
+    bits: list[BitsPerByte] = []
+    curves: dict[str, list[LeakagePoint]] = {}
+    if options.protocol != "samples":
+        for split in options.splits:
+            split_bits, curve = _measure_documents(evaluation, split)
+            bits += split_bits
+            if curve:
+                curves[split] = curve
     output = Path(options.output or Path(options.load) / PERPLEXITY_FILE)
+    result = EvaluatePerplexityResult(rows, bits, curves, output)
     with distributed.raise_together():
         if get_rank() == 0:
-            write_json(output, [asdict(row) for row in rows])
-    _print_table(rows)
-    return EvaluatePerplexityResult(rows, output)
+            _write(result)
+            print_tables(result.perplexities, result.bits_per_byte, result.leakage)
+    return result
 
 
 def _check(options: EvaluatePerplexityOptions) -> None:
-    for flag, value in (
-        ("--micro-batch-size", options.micro_batch_size),
-        ("--eval-iters", options.eval_iters),
-        ("--tensor-model-parallel-size", options.tensor_model_parallel_size),
+    for flag in (
+        "micro_batch_size",
+        "eval_iters",
+        "eval_documents",
+        "leakage_neighbors",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
     ):
+        value = getattr(options, flag)
         if value is not None and value < 1:
-            raise ConfigurationError(flag, str(value), "Choose at least 1")
-
-
-def _measure(
-    options: EvaluatePerplexityOptions,
-    project: ProjectConfig,
-    model: torch.nn.Module,
-    arguments: ModelArguments,
-) -> list[Perplexity]:
-    from retro_mcore.datasets.retro_dataset import build_retro_datasets
-    from retro_mcore.evaluation.perplexity import measure_perplexity
-    from retro_mcore.training.data import require_split
-
-    splits = ("valid", "test") if options.split == "both" else (options.split,)
-    with distributed.raise_together():
-        kinds = _neighbor_sources(options, arguments)
-    datasets = build_retro_datasets(
-        options.project_dir, arguments.retro_num_neighbors, arguments.retro_num_retrieved_chunks
-    )
-    with distributed.raise_together():
-        chosen = {split: require_split(datasets, split, options.project_dir) for split in splits}
-    rows = []
-    for split, dataset in chosen.items():
-        limit = (options.eval_iters or len(dataset)) * project.retro_gpt_global_batch_size
-        rows += [
-            measure_perplexity(
-                model,
-                dataset,
-                split,
-                neighbors,
-                num_samples=min(len(dataset), limit),
-                micro_batch_size=options.micro_batch_size,
-                num_workers=options.num_workers,
-                seed=options.seed,
+            name = f"--{flag.replace('_', '-')}"
+            raise ConfigurationError(name, str(value), "Choose at least 1")
+    for alpha in options.leakage_alphas:
+        if not 0 <= alpha <= 1:
+            raise ConfigurationError("--leakage-alphas", str(alpha), "Give numbers from 0 to 1")
+    asked = {
+        "--leakage": options.leakage,
+        "--overlapping-eval": options.overlapping_eval is not None,
+        "--eval-documents": options.eval_documents is not None,
+    }
+    for flag, given in asked.items():
+        if given and options.protocol == "samples":
+            raise ConfigurationError(
+                flag, "given with --protocol samples", "Add --protocol documents, or both"
             )
-            for neighbors in kinds
-        ]
-    return rows
+    if options.leakage_alphas and not options.leakage:
+        raise ConfigurationError("--leakage-alphas", "given without --leakage", "Add --leakage")
+    if options.eval_iters is not None and options.protocol == "documents":
+        raise ConfigurationError(
+            "--eval-iters", "given with --protocol documents", "Give --eval-documents"
+        )
 
 
-def _neighbor_sources(options: EvaluatePerplexityOptions, arguments: ModelArguments) -> list:
-    asked = list(dict.fromkeys(options.retro_eval_neighbors))
+def _neighbor_kinds(
+    options: EvaluatePerplexityOptions, arguments: ModelArguments
+) -> list[NeighborKind]:
+    asked: list[NeighborKind] = list(dict.fromkeys(options.retro_eval_neighbors))
     if not arguments.no_retrieval:
         return asked or ["real", "shuffled", "none"]
     if set(asked) - {"none"}:
@@ -179,22 +229,85 @@ def _neighbor_sources(options: EvaluatePerplexityOptions, arguments: ModelArgume
     return ["none"]
 
 
-def _print_table(rows: list[Perplexity]) -> None:
-    if get_rank() != 0:
-        return
-    table = Table(title="evaluate_perplexity", title_justify="left", title_style="bold")
-    for name in ("split", "neighbors", "loss", "perplexity", "tokens", "seconds"):
-        table.add_column(name, justify="left" if name in ("split", "neighbors") else "right")
-    for row in rows:
-        table.add_row(
-            row.split,
-            row.neighbors,
-            f"{row.loss:.4f}",
-            f"{row.perplexity:.3f}",
-            f"{row.num_tokens:,}",
-            f"{row.seconds:.1f}",
-        )
-    Console().print(table)
+def _measure_samples(evaluation: _Evaluation) -> list[Perplexity]:
+    from retro_mcore.datasets.retro_dataset import build_retro_datasets
+    from retro_mcore.evaluation.perplexity import measure_perplexity
+    from retro_mcore.training.data import require_split
+
+    options, arguments = evaluation.options, evaluation.arguments
+    datasets = build_retro_datasets(
+        options.project_dir, arguments.retro_num_neighbors, arguments.retro_num_retrieved_chunks
+    )
+    with distributed.raise_together():
+        chosen = {
+            split: require_split(datasets, split, options.project_dir) for split in options.splits
+        }
+    rows = []
+    for split, dataset in chosen.items():
+        batch = evaluation.project.retro_gpt_global_batch_size
+        limit = (options.eval_iters or len(dataset)) * batch
+        rows += [
+            measure_perplexity(
+                evaluation.model,
+                dataset,
+                split,
+                kind,
+                num_samples=min(len(dataset), limit),
+                micro_batch_size=options.micro_batch_size,
+                num_workers=options.num_workers,
+                seed=options.seed,
+                corpora=evaluation.project.blend[1],
+            )
+            for kind in evaluation.kinds
+        ]
+    return rows
+
+
+def _measure_documents(
+    evaluation: _Evaluation, split: Literal["valid", "test"]
+) -> tuple[list[BitsPerByte], list[LeakagePoint]]:
+    from retro_mcore.evaluation.bits_per_byte import DocumentEvaluation
+    from retro_mcore.evaluation.leakage import DEFAULT_ALPHAS
+
+    options, arguments = evaluation.options, evaluation.arguments
+    documents = DocumentEvaluation.open(
+        options.project_dir,
+        split,
+        num_neighbors=arguments.retro_num_neighbors,
+        num_retrieved_chunks=arguments.retro_num_retrieved_chunks,
+        stride=options.overlapping_eval,
+        limit=options.eval_documents,
+    )
+    needed = max(
+        arguments.retro_num_neighbors if evaluation.kinds != ["none"] else 0,
+        options.leakage_neighbors if options.leakage else 0,
+    )
+    if needed:
+        documents.search_neighbors(needed, str(evaluation.device))
+    rows = [
+        documents.measure(evaluation.model, kind, options.micro_batch_size, options.seed)
+        for kind in evaluation.kinds
+    ]
+    if not options.leakage:
+        return rows, []
+    alphas = sorted(options.leakage_alphas) or DEFAULT_ALPHAS
+    return rows, documents.leakage_curve(options.leakage_neighbors, alphas)
+
+
+def _write(result: EvaluatePerplexityResult) -> None:
+    folder = result.output.parent
+    if result.perplexities:
+        write_json(result.output, [asdict(row) for row in result.perplexities])
+    if result.bits_per_byte:
+        write_json(folder / BITS_PER_BYTE_FILE, [asdict(row) for row in result.bits_per_byte])
+    if result.leakage:
+        from retro_mcore.evaluation.leakage import plot_leakage
+
+        curves = {
+            split: [point.as_json() for point in points] for split, points in result.leakage.items()
+        }
+        write_json(folder / LEAKAGE_FILE, curves)
+        plot_leakage(result.leakage, folder / LEAKAGE_PLOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

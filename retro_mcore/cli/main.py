@@ -15,7 +15,7 @@ COMMANDS = {
     "query_neighbors": "the neighbors of every training, validation and test chunk",
     "inspect_neighbors": "a page that shows samples, their neighbors and the overlap of both",
     "pretrain_retro": "train a Retro model",
-    "evaluate_perplexity": "perplexity with real, shuffled and no neighbors",
+    "evaluate_perplexity": "perplexity, bits per byte and leakage, by kind of neighbors",
     "generate": "text with live retrieval",
 }
 

@@ -50,7 +50,7 @@ class BertTokenCounter:
             raise TokenizerError(vocab_file, "no such file", "Name a BERT vocab.txt")
         # Without the class around it, which lacks encode_batch_fast.
         self._tokenizer = BertWordPieceTokenizer(str(vocab_file), lowercase=lower_case)._tokenizer
-        self._forget()
+        self._numbers, self._counts = _Numbers({_END: 0}), np.zeros(1, np.int64)
 
     def count(self, texts: Sequence[str]) -> np.ndarray:
         """Number of tokens of each text, i64 [texts]."""
@@ -67,12 +67,8 @@ class BertTokenCounter:
         text_of_word = np.cumsum(numbers == 0)
         counts = np.bincount(text_of_word, self._counts[numbers], len(texts)).astype(np.int64)
         if len(self._counts) > _MOST_WORDS:
-            self._forget()
+            self._numbers, self._counts = _Numbers({_END: 0}), np.zeros(1, np.int64)
         return counts[: len(texts)]
-
-    def _forget(self) -> None:
-        self._numbers = _Numbers({_END: 0})
-        self._counts: np.ndarray = np.zeros(1, np.int64)
 
     def _count_whole(self, texts: Sequence[str]) -> np.ndarray:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.bert_tokens import BertTokenCounter
@@ -362,18 +363,15 @@ class ChunkDatabase:
             Tokens i64 [..., M] and mask bool [..., M], True where padded.
         """
         shape, ids = np.shape(ids), np.asarray(ids, np.int64).ravel()
-        rows = self.chunks[np.maximum(ids, 0)].astype(np.int64)
-        lengths = np.where(ids >= 0, rows[:, 3] - rows[:, 2], 0)
-        position = np.arange(chunk_length)
-        mask = position >= lengths[:, None]
-        tokens = np.full(mask.shape, pad_id, np.int64)
+        dataset, document, start, end, _ = self.chunks[np.maximum(ids, 0)].T.astype(np.int64)
+        lengths = np.where(ids >= 0, end - start, 0)
+        mask = np.arange(chunk_length) >= lengths[:, None]
+        tokens = np.empty(mask.shape, np.int64)
         for index, source in enumerate(self.token_sources):
-            mine = np.flatnonzero((rows[:, 0] == index) & (lengths > 0))
-            if not len(mine):
-                continue
-            first = source.starts[rows[mine, 1]] + rows[mine, 2]
-            where = np.minimum(first[:, None] + position, len(source.tokens) - 1)
-            tokens[mine] = np.where(mask[mine], pad_id, source.tokens[where])
+            mine = slice(None) if len(self.token_sources) == 1 else np.flatnonzero(dataset == index)
+            first = source.starts[document[mine]] + start[mine]
+            tokens[mine] = _windows(source.tokens, first, chunk_length)
+        tokens[mask] = pad_id
         return tokens.reshape(*shape, chunk_length), mask.reshape(*shape, chunk_length)
 
     def retrieved_tokens(
@@ -402,16 +400,26 @@ class ChunkDatabase:
         Raises:
             ProjectError: an id is not in the database.
         """
-        chunks = []
-        for chunk_id in np.asarray(ids, np.int64).ravel():
-            if not 0 <= chunk_id < len(self):
-                raise ProjectError(self.path, f"has no chunk {chunk_id}", f"It has {len(self)}")
-            dataset, document, start, end, _ = (int(value) for value in self.chunks[chunk_id])
+        rows = np.asarray(ids, np.int64).ravel()
+        outside = rows[(rows < 0) | (rows >= len(self))]
+        if len(outside):
+            raise ProjectError(self.path, f"has no chunk {outside[0]}", f"It has {len(self)}")
+        found = []
+        for dataset, document, start, end, _ in self.chunks[rows].tolist():
             source = self.token_sources[dataset]
             offset = int(source.starts[document])
-            chunks.append(np.asarray(source.tokens[offset + start : offset + end]))
-        return chunks
+            found.append(source.tokens[offset + start : offset + end])
+        return found
 
     def texts(self, ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> list[str]:
         """Text of each chunk."""
         return tokenizer.detokenize_batch([chunk.tolist() for chunk in self.tokens(ids)])
+
+
+def _windows(tokens: np.ndarray, first: np.ndarray, length: int) -> np.ndarray:
+    """[n, length]: the tokens from each of `first` on; anything beyond the last token."""
+    count = len(tokens) - length + 1
+    if len(first) and count > first.max():
+        # Whole rows are copied, not tokens one by one.
+        return as_strided(tokens, (count, length), tokens.strides * 2, writeable=False)[first]
+    return tokens[np.minimum(first[:, None] + np.arange(length), len(tokens) - 1)]

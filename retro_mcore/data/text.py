@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -15,10 +16,17 @@ def chunk_texts(tokenizer: Tokenizer, chunks: Sequence[np.ndarray]) -> list[str]
     pieces: list[list[int]] = []
     counts: list[int] = []
     for chunk in chunks:
-        ends = np.flatnonzero(chunk == eod)
-        parts = [part[part != eod] for part in np.split(chunk, ends)] if len(ends) else [chunk]
-        parts = [part for part in parts if len(part)]
+        tokens = chunk.tolist()
+        parts = _split(tokens, eod) if eod in tokens else [tokens] if tokens else []
         counts.append(len(parts))
-        pieces.extend(part.tolist() for part in parts)
-    texts = iter(tokenizer.detokenize_batch(pieces))
-    return ["\n".join(next(texts) for _ in range(count)) for count in counts]
+        pieces.extend(parts)
+    texts = tokenizer.detokenize_batch(pieces)
+    if len(texts) == len(counts) and min(counts, default=1) == 1:
+        return texts
+    following = iter(texts)
+    return ["\n".join(next(following) for _ in range(count)) for count in counts]
+
+
+def _split(tokens: list[int], eod: int) -> list[list[int]]:
+    """The runs of tokens between ends of documents, empty ones left out."""
+    return [list(run) for is_end, run in groupby(tokens, eod.__eq__) if not is_end]

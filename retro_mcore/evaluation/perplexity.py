@@ -1,25 +1,27 @@
-"""Perplexity with real neighbors, with another chunk's neighbors, and without retrieval.
+"""Perplexity as Megatron validates: over the samples' loss mask.
 
-All three see the same samples, so that their differences are retrieval's: real against none says
-what retrieval brings, real against shuffled that it is the neighbors' content that brings it.
+With real, shuffled, random and no neighbors, on the same samples, so that the differences are
+retrieval's: real against none says what retrieval brings, real against shuffled and random that it
+is the neighbors' content that brings it. `bits_per_byte` holds the paper's protocol.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError, TokenizerError
+from retro_mcore.evaluation.neighbor_sources import NeighborKind, with_neighbors
+from retro_mcore.evaluation.scoring import sum_over_model_ranks, token_losses
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.batch import RetroBatch
 from retro_mcore.training.data import (
@@ -28,14 +30,20 @@ from retro_mcore.training.data import (
     read_batches,
     tokenizer_fingerprint,
 )
-from retro_mcore.training.loss import total_loss
 from retro_mcore.training.provider import ModelArguments
 
 if TYPE_CHECKING:
-    from retro_mcore.data.neighbors import SavedNeighbors
     from retro_mcore.datasets.retro_dataset import RetroDataset
 
-NeighborSource = Literal["real", "shuffled", "none"]
+
+@dataclass(frozen=True)
+class CorpusLoss:
+    """The part of a measurement that one corpus of the blend makes up."""
+
+    loss: float
+    perplexity: float
+    num_tokens: int
+    num_samples: int
 
 
 @dataclass(frozen=True)
@@ -44,50 +52,54 @@ class Perplexity:
 
     Attributes:
         split: "valid" or "test".
-        neighbors: "real", "shuffled" or "none".
+        neighbors: "real", "shuffled", "random" or "none".
         loss: Mean over the loss mask, in nats per token.
         perplexity: exp(loss).
         num_tokens: Tokens that count in the loss.
         num_samples: Samples they come from.
         seconds: Wall time.
+        corpora: The same for each corpus, by its prefix; empty where there is only one.
     """
 
     split: str
-    neighbors: NeighborSource
+    neighbors: NeighborKind
     loss: float
     perplexity: float
     num_tokens: int
     num_samples: int
     seconds: float
+    corpora: dict[str, CorpusLoss] = field(default_factory=dict)
 
 
 def measure_perplexity(
     model: torch.nn.Module,
     dataset: RetroDataset,
     split: str,
-    neighbors: NeighborSource,
+    neighbors: NeighborKind,
     *,
     num_samples: int,
     micro_batch_size: int,
     num_workers: int = 0,
     seed: int = 1234,
+    corpora: Sequence[str] = (),
 ) -> Perplexity:
     """Perplexity of the first `num_samples` samples, divided over data parallel ranks.
 
     Args:
-        model: On its device; see `load_model_from_checkpoint`.
+        model: This rank's stage, on its device; see `load_model_from_checkpoint`.
         dataset: The split's samples.
         split: Its name.
         neighbors: What each chunk is given: its own neighbors, those of a chunk of another
-            sample (by a permutation of all the split's chunks that `seed` fixes), or nothing.
+            sample (by a permutation of all the split's chunks that `seed` fixes), random chunks
+            of the database, or nothing.
         num_samples: Samples to evaluate.
         micro_batch_size: Samples per forward pass.
         num_workers: Processes that read ahead.
-        seed: Of the permutation.
+        seed: Of permutation and draws.
+        corpora: Prefixes of the blend's corpora, to tell them apart.
     """
     started = time.perf_counter()
-    if neighbors == "shuffled":
-        dataset = with_shuffled_neighbors(dataset, seed)
+    dataset = with_neighbors(dataset, neighbors, seed)
     sampler = MicroBatchSampler(
         0,
         num_samples,
@@ -104,89 +116,43 @@ def measure_perplexity(
         total=len(sampler),
         disable=get_rank() != 0,
     )
-    loss_sum, num_tokens = total_loss([model], batches)
-    loss = loss_sum / num_tokens
+    sums = np.zeros((2, num_samples))  # losses, tokens
+    for batch, losses in token_losses(model, batches):
+        if losses is not None:
+            mask = batch.loss_mask.double().cpu().numpy()
+            sums[:, batch.sample_ids] = (losses * mask).sum(1), mask.sum(1)
+    sums = sum_over_model_ranks(sums)
+    whole = _corpus_loss(sums)
     return Perplexity(
         split=split,
         neighbors=neighbors,
-        loss=loss,
-        perplexity=math.exp(loss),
-        num_tokens=num_tokens,
+        loss=whole.loss,
+        perplexity=whole.perplexity,
+        num_tokens=whole.num_tokens,
         num_samples=num_samples,
         seconds=time.perf_counter() - started,
+        corpora=_per_corpus(dataset, sums, corpora),
     )
 
 
-@dataclass(frozen=True)
-class ShuffledNeighbors:
-    """A split's saved neighbors, each chunk with those of another.
-
-    Attributes:
-        neighbors: The saved neighbors.
-        donors: int64 [N*L]: the row that each row is answered with.
-    """
-
-    neighbors: SavedNeighbors
-    donors: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.donors)
-
-    @property
-    def num_saved(self) -> int:
-        """Neighbors per chunk."""
-        return self.neighbors.num_saved
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Neighbors i64 [stop - start, num_saved] of the chunks' donors."""
-        return np.concatenate(
-            [self.neighbors.rows(row, row + 1) for row in self.donors[start:stop]]
-        )
+def _corpus_loss(sums: np.ndarray) -> CorpusLoss:
+    """Of sums [2, samples]: losses and tokens."""
+    loss_sum, num_tokens = sums.sum(1)
+    loss = float(loss_sum / max(num_tokens, 1))
+    return CorpusLoss(loss, math.exp(loss), int(num_tokens), sums.shape[1])
 
 
-def with_shuffled_neighbors(dataset: RetroDataset, seed: int) -> RetroDataset:
-    """The same samples, each chunk with the neighbors of a chunk of another sample.
-
-    Raises:
-        ConfigurationError: there is only one sample.
-    """
-    donors = shuffled_rows(len(dataset), dataset.chunks_per_sample, seed)
-    shuffled: Any = ShuffledNeighbors(dataset.neighbors, donors)
-    return replace(dataset, neighbors=shuffled)
-
-
-def shuffled_rows(num_samples: int, chunks_per_sample: int, seed: int) -> NDArray[np.int64]:
-    """A permutation of all chunks that gives none a chunk of its own sample.
-
-    Args:
-        num_samples: N, at least 2.
-        chunks_per_sample: L.
-        seed: Fixes the permutation.
-
-    Returns:
-        int64 [N*L]: for each chunk (row = sample * L + chunk), the row of its donor.
-
-    Raises:
-        ConfigurationError: there is only one sample.
-    """
-    if num_samples < 2:
-        raise ConfigurationError(
-            "--retro-eval-neighbors",
-            f"shuffled, with {num_samples} sample to evaluate",
-            "Evaluate at least 2 samples, or leave shuffled out",
-        )
-    generator = np.random.default_rng(seed)
-    donors = generator.permutation(num_samples * chunks_per_sample)
-    samples = np.arange(len(donors)) // chunks_per_sample
-    for row in np.flatnonzero(donors // chunks_per_sample == samples):
-        own = samples[row]
-        if donors[row] // chunks_per_sample != own:  # mended by an earlier exchange
-            continue
-        # Exchanged with one of these, neither of the two has a donor in its own sample.
-        others = np.flatnonzero((samples != own) & (donors // chunks_per_sample != own))
-        other = generator.choice(others)
-        donors[row], donors[other] = donors[other], donors[row]
-    return donors
+def _per_corpus(
+    dataset: RetroDataset, sums: np.ndarray, corpora: Sequence[str]
+) -> dict[str, CorpusLoss]:
+    if len(corpora) < 2:
+        return {}
+    of_sample = np.array([dataset.samples.read(index)[1] for index in range(sums.shape[1])])
+    return {
+        prefix: _corpus_loss(sums[:, of_sample == number])
+        for number, prefix in enumerate(corpora)
+        if (of_sample == number).any()
+    }
 
 
 def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:

@@ -4,8 +4,7 @@ The chunk grid is left-aligned, so the chunks of a text stay what they are while
 prompts of different lengths share a batch: rows are padded on the right, where causality hides
 the padding, and a row's logits are read at its own last token.
 
-`generate` asks a `Decoder` for the next logits. `FullRecomputation` runs the whole window for
-every token; a decoder with a cache fits behind the same method.
+`generate` asks a `Decoder` for the next logits: one with a cache (`CachedDecoder`).
 
 Under tensor parallelism every rank of the group calls `generate` with the same arguments. The
 group's first rank retrieves and samples, and the others receive its neighbors and tokens, so that
@@ -16,18 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from retro_mcore.distributed import broadcast_object, get_rank, get_world_size, raise_together
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.decoders import CachedDecoder, Decoder
 from retro_mcore.inference.neighbors import CompletedChunk, NeighborSource, RetrievedNeighbors
 from retro_mcore.inference.sampling import SamplingOptions, sample
+from retro_mcore.inference.texts import GeneratedText
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel
@@ -43,97 +41,6 @@ class Vocabulary(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def eod(self) -> int: ...
-
-
-@dataclass
-class GeneratedText:
-    """A prompt and what has been added to it.
-
-    Attributes:
-        tokens: The prompt's tokens, then the new ones (without the EOD that ends the text).
-        prompt_length: How many of them are the prompt.
-        neighbors: One entry (N = 1) for each completed chunk that was given neighbors.
-        finish_reason: "eod", or "length" for `max_new_tokens`; None while it grows.
-    """
-
-    tokens: list[int]
-    prompt_length: int
-    neighbors: list[RetrievedNeighbors] = field(default_factory=list)
-    finish_reason: Literal["eod", "length"] | None = None
-
-    @property
-    def new_tokens(self) -> list[int]:
-        """What was generated."""
-        return self.tokens[self.prompt_length :]
-
-
-class Decoder(Protocol):
-    """Runs the model over growing texts; one decoder serves one call of `generate`."""
-
-    def next_logits(self, texts: Sequence[GeneratedText]) -> torch.Tensor:
-        """The logits [B, V] of each text's next token."""
-        ...
-
-
-class FullRecomputation:
-    """A `Decoder` that runs every text from its first token, each time.
-
-    Args:
-        model: A single-stage model in eval mode.
-        pad_id: The token that fills the rows of shorter texts; it changes nothing.
-    """
-
-    def __init__(self, model: RetroModel, pad_id: int) -> None:
-        self._model, self._pad_id = model, pad_id
-        self._device = next(model.parameters()).device
-
-    def next_logits(self, texts: Sequence[GeneratedText]) -> torch.Tensor:
-        """The logits [B, V] of each text's next token, whole on every tensor-parallel rank."""
-        lengths_B = torch.tensor([len(text.tokens) for text in texts], device=self._device)
-        tokens_BS = self._padded_tokens(texts)
-        position_ids_BS = torch.arange(tokens_BS.shape[1], device=self._device).expand_as(tokens_BS)
-        logits_BSV = self._model(
-            tokens_BS, position_ids_BS, None, **self._context(texts, tokens_BS.shape[1])
-        )
-        last_BV = logits_BSV[torch.arange(len(texts), device=self._device), lengths_B - 1]
-        if self._model.parallel_output:
-            last_BV = gather_from_tensor_model_parallel_region(
-                last_BV, group=self._model.pg_collection.tp
-            )
-        return last_BV
-
-    def _padded_tokens(self, texts: Sequence[GeneratedText]) -> torch.Tensor:
-        config = self._model.config
-        # Sequence parallelism shares out the positions, so they must divide.
-        multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        longest = max(len(text.tokens) for text in texts)
-        padded_length = -(-longest // multiple) * multiple
-        rows = [text.tokens + [self._pad_id] * (padded_length - len(text.tokens)) for text in texts]
-        return torch.tensor(rows, dtype=torch.int64, device=self._device)
-
-    def _context(
-        self, texts: Sequence[GeneratedText], sequence_length: int
-    ) -> dict[str, torch.Tensor]:
-        """The model's context arguments; empty as long as no text has neighbors."""
-        if not any(text.neighbors for text in texts):
-            return {}
-        num_chunks = self._model.config.chunk_grid(sequence_length).num_chunks
-        shape_KR = next(text.neighbors[0].tokens.shape[1:] for text in texts if text.neighbors)
-        tokens_BLKR = np.full((len(texts), num_chunks, *shape_KR), self._pad_id, np.int64)
-        mask_BLKR = np.ones(tokens_BLKR.shape, bool)
-        for row, text in enumerate(texts):
-            for chunk, retrieved in enumerate(text.neighbors):
-                tokens_BLKR[row, chunk], mask_BLKR[row, chunk] = retrieved.tokens, retrieved.mask
-        retrieved_length = shape_KR[1]
-        tokens_R_BLK = torch.from_numpy(tokens_BLKR).reshape(-1, retrieved_length)
-        mask_R_BLK = torch.from_numpy(mask_BLKR).reshape(-1, retrieved_length)
-        return {
-            "context_input_ids": tokens_R_BLK.to(self._device),
-            "context_position_ids": torch.arange(retrieved_length, device=self._device).expand(
-                tokens_R_BLK.shape
-            ),
-            "context_mask": mask_R_BLK.to(self._device),
-        }
 
 
 @torch.no_grad()
@@ -160,14 +67,13 @@ def generate(
         on_token: Called on every rank for each new token.
 
     Raises:
-        ConfigurationError: an empty or foreign prompt, a text longer than the model's window, or
-            a model whose chunk grid is right-aligned and so moves as the text grows.
+        ConfigurationError: an empty or foreign prompt, or a text longer than the model's window.
     """
     sampling = sampling or SamplingOptions()
     _check(model, tokenizer, prompt_tokens, max_new_tokens, neighbors)
     texts = [GeneratedText(list(prompt), len(prompt)) for prompt in prompt_tokens]
     generators = sampling.generators(len(texts))
-    decoder: Decoder = FullRecomputation(model, tokenizer.eod)
+    decoder: Decoder = CachedDecoder(model, tokenizer.eod, len(texts))
     group = model.pg_collection.tp
     with _evaluating(model):
         for _ in range(max_new_tokens):
@@ -178,6 +84,7 @@ def generate(
                 chunk_length = model.config.retro_chunk_length
                 _retrieve(neighbors, texts, growing, chunk_length, group)
             logits_BV = decoder.next_logits([texts[row] for row in growing])
+            assert logits_BV is not None  # one stage
             logits_BV[:, tokenizer.vocab_size :] = -torch.inf  # padding of the vocabulary
             chosen = _choose(logits_BV, sampling, [generators[row] for row in growing], group)
             for row, token in zip(growing, chosen, strict=True):
@@ -258,12 +165,6 @@ def _check(
     if neighbors is not None and getattr(model, "neighbor_encoder", None) is None:
         raise ConfigurationError(
             "--retro-neighbors", "the model was trained without retrieval", "Use none"
-        )
-    if neighbors is not None and model.config.retro_chunk_alignment != "left":
-        raise ConfigurationError(
-            "retro_chunk_alignment",
-            f"{model.config.retro_chunk_alignment!r}: this model's chunks move as a text grows",
-            "Generate without neighbors, or with a model whose chunk grid is left-aligned",
         )
     for place, prompt in enumerate(prompts):
         if not prompt:

@@ -52,6 +52,18 @@ class RetrievedNeighbors:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @classmethod
+    def join(cls, parts: Sequence[RetrievedNeighbors]) -> RetrievedNeighbors:
+        """The chunks of several, one after another."""
+        ids = [part.ids for part in parts if part.ids is not None]
+        distances = [part.distances for part in parts if part.distances is not None]
+        return cls(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.mask for part in parts]),
+            np.concatenate(ids) if len(ids) == len(parts) else None,
+            np.concatenate(distances) if len(distances) == len(parts) else None,
+        )
+
     def chunk(self, row: int) -> RetrievedNeighbors:
         """The neighbors of one of the N chunks (N = 1)."""
         one = slice(row, row + 1)

@@ -27,6 +27,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from retro_mcore.model.cached_attention import cross_attend
 from retro_mcore.model.chunks import (
     attending_positions,
     join_attending,
@@ -34,6 +35,7 @@ from retro_mcore.model.chunks import (
     split_chunks,
 )
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.inference_context import InferenceContext
 
 if TYPE_CHECKING:
     from retro_mcore.model.neighbor_encoder import NeighborEncoder
@@ -63,6 +65,7 @@ class RetroCrossAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.config: RetroConfig = config
+        self.layer_number = layer_number
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(
             required_pgs=["tp", "cp"]
         )
@@ -98,9 +101,9 @@ class RetroCrossAttention(MegatronModule):
             tp_comm_buffer_name="proj",
             tp_group=self.pg_collection.tp,
         )
-        self._rotary: RotaryEmbedding | None = None
+        self.rotary: RotaryEmbedding | None = None
         if config.retro_cross_attention_positions == "rotary":
-            self._rotary = RotaryEmbedding(
+            self.rotary = RotaryEmbedding(
                 channels,
                 rotary_percent=1.0,
                 use_cpu_initialization=config.use_cpu_initialization,
@@ -145,14 +148,14 @@ class RetroCrossAttention(MegatronModule):
     def rotate(self, states: Tensor, first: int = 0) -> Tensor:
         """Rotary embedding of `[S, B, H, C]` at positions `first`, `first + 1`, ...; as they are
         without relative positions."""
-        if self._rotary is None:
+        if self.rotary is None:
             return states
-        angles = self._rotary(first + states.size(0))[first:]
+        angles = self.rotary(first + states.size(0))[first:]
         return apply_rotary_pos_emb(states, angles, self.config, cp_group=self.pg_collection.cp)
 
     def rotate_keys(self, key_value: Tensor) -> Tensor:
         """As `rotate`, for the keys of `[S, B, G, 2, C]`."""
-        if self._rotary is None:
+        if self.rotary is None:
             return key_value
         key, value = key_value.unbind(dim=-2)
         return torch.stack((self.rotate(key), value), dim=-2)
@@ -188,11 +191,11 @@ class ChunkedCrossAttention(RetroCrossAttention):
     def __init__(self, config: RetroConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **{**kwargs, "key_value_size": config.encoder_hidden_size})
         # In a tuple, so that torch does not register the encoder here too: it is the model's.
-        self._neighbor_encoder: tuple[NeighborEncoder, ...] = ()
+        self.neighbor_encoders: tuple[NeighborEncoder, ...] = ()
 
     def encode_neighbors_with(self, encoder: NeighborEncoder) -> None:
         """Make this layer the one that encodes the embedded neighbors."""
-        self._neighbor_encoder = (encoder,)
+        self.neighbor_encoders = (encoder,)
 
     def forward(
         self,
@@ -210,17 +213,20 @@ class ChunkedCrossAttention(RetroCrossAttention):
             key_value_states: `[R, B * L * K, D]`, the embedded neighbors, for the first of these
                 layers; `[R, B * L * K, encoder's D]`, the encoded ones, for the others. None:
                 retrieval is off.
+            inference_context: An InferenceContext: see `cached_attention.cross_attend`.
 
         Returns:
             "output" `[S, B, D]` and "bias" `[S, B, D]` or None for RetroBiasDropoutAdd (output
             None: retrieval is off), and "context", the encoded neighbors for the next layers.
         """
+        if isinstance(inference_context, InferenceContext):
+            return cross_attend(self, hidden_states, key_value_states, inference_context)
         if key_value_states is None:
             return {"output": None, "bias": None, "context": None}
         gate = self.config.retro_attention_gate
         if gate == 0.0:
             return {"output": None, "bias": None, "context": key_value_states}
-        for encoder in self._neighbor_encoder:
+        for encoder in self.neighbor_encoders:
             key_value_states = encoder(key_value_states, hidden_states, attention_mask)
 
         query_SBHC = self.project_query(hidden_states)

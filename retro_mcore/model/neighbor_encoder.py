@@ -7,6 +7,8 @@ chunked cross-attention.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +86,16 @@ class NeighborEncoder(TransformerBlock):
             context=chunk_states,
             rotary_pos_emb=rotary,
         )
+
+    @contextmanager
+    def chunks_of(self, length: int) -> Iterator[None]:
+        """Within it, the retrieving chunks have `length` tokens, not the configuration's."""
+        configured = self.config.retro_chunk_length
+        self.config.retro_chunk_length = length
+        try:
+            yield
+        finally:
+            self.config.retro_chunk_length = configured
 
     def _self_attention_mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None or not self.config.retro_mask_padding:

@@ -14,7 +14,6 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import (
     CrossAttentionSubmodules,
-    SelfAttention,
     SelfAttentionSubmodules,
 )
 from megatron.core.transformer.enums import AttnMaskType
@@ -28,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.cached_attention import RetroSelfAttention
 from retro_mcore.model.chunked_cross_attention import (
     ChunkedCrossAttention,
     EncoderCrossAttention,
@@ -169,7 +169,7 @@ def _layer_spec(
     submodules = TransformerLayerSubmodules(
         input_layernorm=IdentityOp if fused else norm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=RetroSelfAttention,
             params={"attn_mask_type": attn_mask_type},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=linear_qkv,

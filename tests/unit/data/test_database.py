@@ -1,5 +1,7 @@
 """The chunk database against a naive cutting of the same documents."""
 
+from types import SimpleNamespace
+
 import h5py
 import numpy as np
 import pytest
@@ -116,6 +118,26 @@ def test_retrieved_tokens_are_padded_and_masked(database):
     assert mask[0, 1].tolist() == [False] * len(short) + [True] * (2 * M - len(short))
     assert mask[1, 0].all()
     assert (tokens[1, 0] == 2).all()
+
+
+def test_padded_tokens_of_several_datasets_and_at_the_very_end(tmp_path):
+    """A window of M tokens would run over the end of the first dataset, whose chunks are short."""
+    sources = [
+        SimpleNamespace(tokens=np.arange(10, 17, dtype=np.uint16), starts=np.array([0, 4])),
+        SimpleNamespace(tokens=np.arange(50, 90, dtype=np.int32), starts=np.array([0])),
+    ]
+    rows = [[0, 0, 0, 3, 1], [1, 0, 32, 40, 1], [0, 1, 0, 3, 1], [1, 0, 0, 8, 1]]
+    with h5py.File(tmp_path / "train.hdf5", "w") as file:
+        file["chunks"] = np.array(rows, np.uint32)
+    database = ChunkDatabase(tmp_path / "train.hdf5", sources)
+    for ids in ([0], [2], [1, 3], [0, 1, NO_NEIGHBOR, 2, 3]):
+        tokens, mask = database.padded_tokens(np.array(ids), 8, -5)
+        for row, chunk_id in enumerate(ids):
+            known = [] if chunk_id == NO_NEIGHBOR else database.tokens([chunk_id])[0].tolist()
+            assert tokens[row].tolist() == known + [-5] * (8 - len(known))
+            assert mask[row].tolist() == [False] * len(known) + [True] * (8 - len(known))
+    with pytest.raises(ProjectError, match=r"has no chunk 4\. It has 4"):
+        database.tokens([0, 4])
 
 
 def test_a_missing_or_damaged_database_is_named(project, tmp_path):

@@ -5,7 +5,9 @@ import json
 import logging
 import pickle
 import shutil
+import sys
 
+import h5py
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
@@ -156,6 +158,18 @@ def test_workers_give_the_same_samples(datasets):
             assert np.array_equal(np.asarray(item[key]), value)
     with pytest.raises(IndexError):
         dataset[len(dataset)]
+
+
+def test_no_file_is_opened_for_a_sample(datasets, monkeypatch):
+    dataset, opened = datasets["train"], []
+    monkeypatch.setattr(h5py, "File", None)  # it opens without Python's knowing
+    sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+    with open(__file__):  # noqa: PTH123
+        assert __file__ in opened  # the hook works
+    opened.clear()
+    for i in range(len(dataset)):
+        dataset[i]
+    assert not opened
 
 
 def test_a_moved_project_is_read(project, datasets, tmp_path):

@@ -1,4 +1,4 @@
-"""Shuffled neighbors, and the loss over a split."""
+"""The loss over a split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from retro_mcore.errors import ConfigurationError, TokenizerError
+from retro_mcore.errors import TokenizerError
 from tests.unit.training.small import (
     NO_DROPOUT,
     VOCABULARY,
@@ -16,30 +16,6 @@ from tests.unit.training.small import (
 )
 
 pytestmark = pytest.mark.usefixtures("megatron")
-
-
-@pytest.mark.parametrize(("num_samples", "chunks"), [(2, 1), (2, 4), (3, 5), (50, 8)])
-def test_shuffling_gives_every_row_once_and_none_to_its_own_sample(num_samples, chunks):
-    from retro_mcore.evaluation.perplexity import shuffled_rows
-
-    donors = shuffled_rows(num_samples, chunks, seed=1)
-    assert sorted(donors) == list(range(num_samples * chunks))
-    assert not np.any(donors // chunks == np.arange(len(donors)) // chunks)
-    assert np.array_equal(donors, shuffled_rows(num_samples, chunks, seed=1))
-
-
-def test_shuffling_spreads_a_sample_over_many():
-    from retro_mcore.evaluation.perplexity import shuffled_rows
-
-    donors = shuffled_rows(50, 8, seed=1).reshape(50, 8) // 8
-    assert np.mean([len(set(row)) for row in donors]) > 6
-
-
-def test_one_sample_cannot_be_shuffled():
-    from retro_mcore.evaluation.perplexity import shuffled_rows
-
-    with pytest.raises(ConfigurationError, match="1 sample"):
-        shuffled_rows(1, 4, seed=1)
 
 
 @pytest.mark.parametrize("neighbors", ["real", "none"])

@@ -29,11 +29,12 @@ class ChunkFunction:
     """Neighbors as a function of a chunk's tokens alone, like a search's; keeps its questions."""
 
     asked: list[CompletedChunk] = field(default_factory=list)
+    num_neighbors: int = NUM_NEIGHBORS
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
         self.asked += chunks
         seeds = [sum(token * 31**i for i, token in enumerate(chunk.tokens)) for chunk in chunks]
-        shape_KR = (NUM_NEIGHBORS, RETRIEVED_LENGTH)
+        shape_KR = (self.num_neighbors, RETRIEVED_LENGTH)
         tokens = [np.random.default_rng(seed).integers(1, 90, shape_KR) for seed in seeds]
         mask = np.zeros((len(chunks), *shape_KR), bool)
         mask[:, 0, -3:] = True

@@ -1,5 +1,7 @@
 """Generation on small models: consistent with one forward pass, however the texts are batched."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -171,11 +173,13 @@ def test_the_window_may_be_filled_to_its_last_position(model):
     assert len(text.tokens) == 64
 
 
-def test_a_right_aligned_model_generates_without_neighbors_only(megatron):
-    model = small_model(retro_chunk_alignment="right")
-    with pytest.raises(ConfigurationError, match="retro_chunk_alignment"):
-        generate(model, prompts(3), neighbors=ChunkFunction())
-    assert len(generate(model, prompts(3), max_new_tokens=2)[0].new_tokens) == 2
+def test_a_right_aligned_model_generates_with_neighbors(megatron):
+    model, source = small_model(origin="mcore-0.15"), ChunkFunction()
+    (text,) = generate(model, prompts(3), max_new_tokens=2 * CHUNK_LENGTH, neighbors=source)
+    whole = dataclasses.replace(text, tokens=text.tokens + [1] * 5, neighbors=list(text.neighbors))
+    expected = whole_logits(model, whole, source).argmax(-1)  # in whole chunks, as in training
+    assert len(whole.tokens) % CHUNK_LENGTH == 0
+    assert text.new_tokens == expected[2 : len(text.tokens) - 1].tolist()
 
 
 def test_an_error_of_the_search_reaches_the_caller(model):

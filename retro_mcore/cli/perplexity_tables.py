@@ -1,0 +1,91 @@
+"""The tables that `evaluate_perplexity` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from retro_mcore.evaluation.bits_per_byte import BitsPerByte
+    from retro_mcore.evaluation.leakage import LeakagePoint
+    from retro_mcore.evaluation.perplexity import Perplexity
+
+
+def print_tables(
+    perplexities: Sequence[Perplexity],
+    bits_per_byte: Sequence[BitsPerByte],
+    leakage: Mapping[str, Sequence[LeakagePoint]],
+) -> None:
+    """A table of each measurement that was made."""
+    if perplexities:
+        _print_table(
+            "samples: loss over the loss mask",
+            ("split", "neighbors", "corpus", "loss", "perplexity", "tokens", "seconds"),
+            [cells for row in perplexities for cells in _perplexity_cells(row)],
+        )
+    if bits_per_byte:
+        first = bits_per_byte[0]
+        _print_table(
+            f"documents: windows of {first.window} tokens, {first.stride} apart",
+            ("split", "neighbors", "corpus", "bits per byte", "perplexity", "bytes", "seconds"),
+            [cells for row in bits_per_byte for cells in _bits_cells(row)],
+        )
+    for split, points in leakage.items():
+        kinds = list(points[0].bits_per_byte)
+        _print_table(
+            f"{split} documents: bits per byte of chunks that share at most this with a neighbor",
+            ("overlap", "chunks", *kinds),
+            [_leakage_cells(point) for point in points],
+        )
+
+
+def _perplexity_cells(row: Perplexity) -> list[list[str]]:
+    parts: list[tuple[str, Any]] = [("all", row), *row.corpora.items()]
+    return [
+        [
+            row.split,
+            row.neighbors,
+            corpus,
+            f"{part.loss:.4f}",
+            f"{part.perplexity:.3f}",
+            f"{part.num_tokens:,}",
+            f"{row.seconds:.1f}" if part is row else "",
+        ]
+        for corpus, part in parts
+    ]
+
+
+def _bits_cells(row: BitsPerByte) -> list[list[str]]:
+    parts: list[tuple[str, Any]] = [("all", row), *row.corpora.items()]
+    return [
+        [
+            row.split,
+            row.neighbors,
+            corpus,
+            f"{part.bits_per_byte:.4f}",
+            f"{part.perplexity:.3f}",
+            f"{part.num_bytes:,}",
+            f"{row.seconds:.1f}" if part is row else "",
+        ]
+        for corpus, part in parts
+    ]
+
+
+def _leakage_cells(point: LeakagePoint) -> list[str]:
+    values = [
+        "no chunks" if value != value else f"{value:.4f}" for value in point.bits_per_byte.values()
+    ]
+    return [f"{point.alpha:.1%}", f"{point.num_chunks:,}", *values]
+
+
+def _print_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in names:
+        left = name in ("split", "neighbors", "corpus")
+        table.add_column(name, justify="left" if left else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

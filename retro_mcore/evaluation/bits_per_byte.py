@@ -1,0 +1,277 @@
+"""Bits per byte of whole documents, the protocol of Borgeaud et al. 2022 (section 3).
+
+Documents are read one by one through overlapping windows, and the loss is set against the bytes of
+their text, so that models with other tokenizers compare. Each chunk's share is kept, for the
+leakage curve.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from numpy.typing import NDArray
+
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
+from retro_mcore.distributed import raise_together
+from retro_mcore.evaluation.chunk_losses import ChunkLosses, measure_chunk_losses
+from retro_mcore.evaluation.documents import (
+    HeldOutDocuments,
+    chunk_bytes,
+    search_document_neighbors,
+)
+from retro_mcore.evaluation.leakage import LeakagePoint, chunk_overlaps, leakage_curve
+from retro_mcore.evaluation.neighbor_sources import NeighborKind, NeighborRows, change_neighbors
+from retro_mcore.evaluation.windows import WindowReader, check_stride, plan_windows
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.paths import ProjectPaths
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The part of a measurement that one corpus of the blend makes up."""
+
+    bits_per_byte: float
+    loss: float
+    perplexity: float
+    num_tokens: int
+    num_bytes: int
+    num_documents: int
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """A measurement.
+
+    Attributes:
+        split: "valid" or "test".
+        neighbors: "real", "shuffled", "random" or "none".
+        bits_per_byte: Loss in bits over bytes of text.
+        loss: Mean loss in nats per token.
+        perplexity: exp(loss), per token.
+        num_tokens: Tokens predicted: all but each document's first.
+        num_bytes: Bytes of text that they stand for.
+        num_documents: Documents.
+        window: Tokens read at once.
+        stride: How far a window starts behind its predecessor.
+        seconds: Wall time.
+        corpora: The same for each corpus, by its prefix; empty where there is only one.
+    """
+
+    split: str
+    neighbors: NeighborKind
+    bits_per_byte: float
+    loss: float
+    perplexity: float
+    num_tokens: int
+    num_bytes: int
+    num_documents: int
+    window: int
+    stride: int
+    seconds: float
+    corpora: dict[str, TextLoss] = field(default_factory=dict)
+
+
+def summarize(
+    documents: HeldOutDocuments,
+    chunks: ChunkLosses,
+    neighbors: NeighborKind,
+    window: int,
+    stride: int,
+    started: float,
+) -> BitsPerByte:
+    """A measurement's numbers, for all documents and for each corpus.
+
+    Args:
+        documents: The documents.
+        chunks: What their chunks cost.
+        neighbors: What the model was given.
+        window: Tokens read at once.
+        stride: How far windows advance.
+        started: `time.perf_counter()` before the measurement.
+    """
+    of_chunk = documents.corpus[documents.owners]
+    corpora = {}
+    if len(documents.prefixes) > 1:
+        for number, prefix in enumerate(documents.prefixes):
+            if (chosen := of_chunk == number).any():
+                num_documents = int((documents.corpus == number).sum())
+                corpora[prefix] = _text_loss(chunks, chosen, num_documents)
+    whole = _text_loss(chunks, np.ones(len(of_chunk), bool), len(documents))
+    return BitsPerByte(
+        split=documents.split,
+        neighbors=neighbors,
+        **vars(whole),
+        window=window,
+        stride=stride,
+        seconds=time.perf_counter() - started,
+        corpora=corpora,
+    )
+
+
+def _text_loss(chunks: ChunkLosses, chosen: NDArray[np.bool_], num_documents: int) -> TextLoss:
+    num_tokens = int(chunks.tokens[chosen].sum())
+    loss = float(chunks.losses[chosen].sum()) / num_tokens
+    return TextLoss(
+        bits_per_byte=chunks.bits_per_byte(chosen),
+        loss=loss,
+        perplexity=math.exp(loss),
+        num_tokens=num_tokens,
+        num_bytes=int(chunks.bytes[chosen].sum()),
+        num_documents=num_documents,
+    )
+
+
+class DocumentEvaluation:
+    """The documents of one split, measured with several kinds of neighbors.
+
+    All ranks call its methods together.
+
+    Args:
+        documents: The documents.
+        tokenizer: The project's.
+        database: The retrieval database.
+        num_neighbors: K.
+        num_retrieved_chunks: Chunks per neighbor, itself included.
+        window: Tokens read at once.
+        stride: How far a window starts behind its predecessor.
+        project_dir: The project.
+    """
+
+    def __init__(
+        self,
+        documents: HeldOutDocuments,
+        tokenizer: Tokenizer,
+        database: ChunkDatabase,
+        num_neighbors: int,
+        num_retrieved_chunks: int,
+        window: int,
+        stride: int,
+        project_dir: Path | str,
+    ) -> None:
+        check_stride(stride, window, documents.chunk_length)
+        self.documents, self.tokenizer, self.database = documents, tokenizer, database
+        self.num_neighbors, self.num_retrieved_chunks = num_neighbors, num_retrieved_chunks
+        self.window, self.stride, self.project_dir = window, stride, project_dir
+        self.windows = plan_windows(documents.lengths.tolist(), window, stride)
+        self.losses: dict[str, ChunkLosses] = {}
+        self._neighbors: NeighborRows | None = None
+
+    @classmethod
+    def open(
+        cls,
+        project_dir: Path | str,
+        split: Literal["valid", "test"],
+        *,
+        num_neighbors: int = 2,
+        num_retrieved_chunks: int = 2,
+        stride: int | None = None,
+        limit: int | None = None,
+    ) -> DocumentEvaluation:
+        """Of a project; windows are as long as its samples.
+
+        Args:
+            project_dir: The project, after build_index.
+            split: Which documents.
+            num_neighbors: K.
+            num_retrieved_chunks: Chunks per neighbor, itself included.
+            stride: How far a window starts behind its predecessor; default: half a window.
+            limit: At most this many documents of each corpus.
+
+        Raises:
+            ProjectError: a stage has not run, or the split has no documents.
+            ConfigurationError: the stride is no multiple of M, or longer than a window.
+        """
+        with raise_together():
+            project = ProjectConfig.load(project_dir)
+            window, chunk_length = project.retro_gpt_seq_length, project.retro_gpt_chunk_length
+            tokenizer = load_project_tokenizer(project, ProjectPaths(project_dir))
+            half = max(window // 2 // chunk_length, 1) * chunk_length
+            return cls(
+                HeldOutDocuments.open(project_dir, split, tokenizer.eod, limit),
+                tokenizer,
+                ChunkDatabase.open(project_dir),
+                num_neighbors,
+                num_retrieved_chunks,
+                window,
+                half if stride is None else stride,
+                project_dir,
+            )
+
+    def search_neighbors(self, num_save: int, device: str) -> None:
+        """Search the chunks' neighbors, or read those of an earlier run; see `documents`."""
+        self._neighbors = search_document_neighbors(
+            self.project_dir, self.documents, self.tokenizer, num_save, device
+        )
+
+    @cached_property
+    def num_bytes(self) -> NDArray[np.int64]:
+        """Bytes of each chunk, i64 [chunks]; all ranks must ask for it together."""
+        return chunk_bytes(self.documents, self.tokenizer)
+
+    def measure(
+        self, model: torch.nn.Module, kind: NeighborKind, batch_size: int, seed: int = 1234
+    ) -> BitsPerByte:
+        """Bits per byte with one kind of neighbors; its chunks' losses are kept.
+
+        Args:
+            model: This rank's stage, on its device.
+            kind: What each chunk is given; but for "none" after `search_neighbors`.
+            batch_size: Windows per forward pass.
+            seed: Of shuffling and draws.
+
+        Raises:
+            ConfigurationError: "shuffled" with one document.
+        """
+        started = time.perf_counter()
+        given = None
+        if kind != "none":
+            assert self._neighbors is not None, "search_neighbors first"
+            with raise_together():
+                given = change_neighbors(
+                    self._neighbors, kind, self.documents.owners, len(self.database), seed
+                )
+        reader = WindowReader(
+            self.documents,
+            given,
+            self.database,
+            self.num_neighbors,
+            self.num_retrieved_chunks,
+            # Sequence parallelism shares out the positions.
+            divisor=parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        self.losses[kind] = measure_chunk_losses(
+            model,
+            reader,
+            self.windows,
+            self.num_bytes,
+            batch_size,
+            f"{self.documents.split} documents, {kind} neighbors",
+        )
+        return summarize(self.documents, self.losses[kind], kind, self.window, self.stride, started)
+
+    def leakage_curve(self, num_neighbors: int, alphas: Sequence[float]) -> list[LeakagePoint]:
+        """The curve over what was measured; see `leakage`.
+
+        Args:
+            num_neighbors: Neighbors of each chunk that its overlap is measured against.
+            alphas: The curve's points.
+        """
+        assert self._neighbors is not None, "search_neighbors first"
+        overlaps = chunk_overlaps(
+            self.documents,
+            self._neighbors,
+            self.database,
+            num_neighbors,
+            self.num_retrieved_chunks,
+        )
+        return leakage_curve(overlaps, self.losses, alphas)

@@ -1,0 +1,89 @@
+"""What each chunk of the documents costs a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from retro_mcore.distributed import get_rank
+from retro_mcore.evaluation.documents import HeldOutDocuments
+from retro_mcore.evaluation.scoring import sum_over_model_ranks, token_losses
+from retro_mcore.evaluation.windows import Window, WindowReader, plan_batches
+
+
+@dataclass(frozen=True)
+class ChunkLosses:
+    """What the chunks of a split's documents cost.
+
+    Attributes:
+        losses: f64 [chunks], sum over the chunk's tokens in nats.
+        tokens: i64 [chunks], tokens that were predicted.
+        bytes: i64 [chunks], bytes that they stand for.
+    """
+
+    losses: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    bytes: NDArray[np.int64]
+
+    def bits_per_byte(self, chosen: NDArray[np.bool_] | slice = slice(None)) -> float:
+        """Of the chosen chunks; NaN where they hold no byte."""
+        num_bytes = int(self.bytes[chosen].sum())
+        return float(self.losses[chosen].sum() / math.log(2) / num_bytes) if num_bytes else math.nan
+
+
+def measure_chunk_losses(
+    model: torch.nn.Module,
+    reader: WindowReader,
+    windows: list[Window],
+    num_bytes: NDArray[np.int64],
+    batch_size: int,
+    description: str,
+) -> ChunkLosses:
+    """Read the documents through their windows, divided over data parallel ranks.
+
+    Args:
+        model: This rank's stage, on its device.
+        reader: The documents and their neighbors.
+        windows: From `plan_windows`.
+        num_bytes: i64 [chunks], from `chunk_bytes`.
+        batch_size: Windows per forward pass.
+        description: Label of the progress bar.
+    """
+    batches = plan_batches(windows, batch_size)
+    mine = range(
+        parallel_state.get_data_parallel_rank(),
+        len(batches),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    progress = tqdm(mine, desc=description, disable=get_rank() != 0)
+    sums = np.zeros((2, reader.documents.num_chunks))
+    device = next(model.parameters()).device
+    results = token_losses(model, reader.read(batches, mine, device))
+    for number, (batch, losses) in zip(progress, results, strict=True):
+        if losses is not None:
+            mask = batch.loss_mask.double().cpu().numpy()
+            _add_to_chunks(sums, reader.documents, batches[number], losses * mask, mask)
+    losses_C, tokens_C = sum_over_model_ranks(sums)
+    return ChunkLosses(losses_C, tokens_C.round().astype(np.int64), num_bytes)
+
+
+def _add_to_chunks(
+    sums: np.ndarray,
+    documents: HeldOutDocuments,
+    windows: list[Window],
+    losses_BS: np.ndarray,
+    mask_BS: np.ndarray,
+) -> None:
+    first_rows, chunk_length = documents.first_rows, documents.chunk_length
+    for window, losses_S, mask_S in zip(windows, losses_BS, mask_BS, strict=True):
+        # Position p predicts the token after it.
+        predicted = window.start + 1 + np.arange(window.length)
+        rows = first_rows[window.document] + predicted // chunk_length
+        np.add.at(sums[0], rows, losses_S[: window.length])
+        np.add.at(sums[1], rows, mask_S[: window.length])

@@ -1,0 +1,256 @@
+"""The documents of a held-out split, their chunks, and the chunks' neighbors.
+
+Chunks start with the document, as in the chunk database; the last one of a document may be short.
+All documents' chunks have consecutive numbers ("rows"), short ones included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.embedders import load_project_embedder
+from retro_mcore.data.index import load_index
+from retro_mcore.data.neighbors import SavedNeighbors, query_split
+from retro_mcore.data.shards import cut
+from retro_mcore.data.token_file import TokenSource, bin_path, idx_path, open_token_files
+from retro_mcore.data.tokenizers import Tokenizer
+from retro_mcore.datasets.splits import document_ranges
+from retro_mcore.distributed import get_rank, get_world_size, raise_together
+from retro_mcore.errors import ProjectError
+from retro_mcore.evaluation.scoring import sum_over_world
+from retro_mcore.project.config import ProjectConfig, ProjectSettings, Split
+from retro_mcore.project.lock import stage_lock
+from retro_mcore.project.markers import fingerprint_of, verify
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.stages import input_digests, require_stage
+
+#: Candidates per chunk before those of its own document are dropped, as query_neighbors does.
+_NUM_QUERY = 200
+#: Tokens before a chunk that its text is decoded with: some tokenizers drop a text's first space.
+_DECODING_CONTEXT = 8
+
+
+@dataclass(frozen=True)
+class HeldOutDocuments:
+    """The documents of a split with at least two tokens (one to be predicted). Picklable.
+
+    Attributes:
+        split: "valid" or "test".
+        sources: The project's corpora.
+        prefixes: Their names.
+        corpus: i64 [documents], the corpus of each.
+        number: i64 [documents], its number there.
+        lengths: i64 [documents], tokens without the EOD at the end.
+        chunk_length: M.
+        eod: The token that ends a document.
+    """
+
+    split: Split
+    sources: Sequence[TokenSource]
+    prefixes: Sequence[str]
+    corpus: NDArray[np.int64]
+    number: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    chunk_length: int
+    eod: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def first_rows(self) -> NDArray[np.int64]:
+        """i64 [documents + 1]: the row of each document's first chunk."""
+        return np.concatenate([[0], np.cumsum(-(-self.lengths // self.chunk_length))])
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all documents."""
+        return int(self.first_rows[-1])
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """i64 [chunks]: the document of each chunk."""
+        return np.repeat(np.arange(len(self)), -(-self.lengths // self.chunk_length))
+
+    def tokens(self, document: int) -> np.ndarray:
+        """The document's tokens i64 [length]."""
+        source, number = self.sources[self.corpus[document]], self.number[document]
+        start = int(source.starts[number])
+        return np.asarray(source.tokens[start : start + self.lengths[document]], np.int64)
+
+    @classmethod
+    def open(
+        cls, project_dir: Path | str, split: Split, eod: int, limit: int | None = None
+    ) -> HeldOutDocuments:
+        """Those of a project.
+
+        Args:
+            project_dir: The project.
+            split: Which.
+            eod: The tokenizer's.
+            limit: At most this many documents of each corpus, its first.
+
+        Raises:
+            ProjectError: the split has no document to evaluate.
+        """
+        config, paths = ProjectConfig.load(project_dir), ProjectPaths(project_dir)
+        sources = open_token_files(config, paths)
+        corpora, numbers, lengths = [], [], []
+        for corpus, source in enumerate(sources):
+            start, end = document_ranges(config.retro_gpt_split, len(source))[split]
+            for number in range(start, end if limit is None else min(end, start + limit)):
+                tokens = source.sequence(number)
+                length = len(tokens) - int(len(tokens) > 0 and tokens[-1] == eod)
+                if length > 1:
+                    corpora.append(corpus)
+                    numbers.append(number)
+                    lengths.append(length)
+        if not lengths:
+            raise ProjectError(
+                project_dir,
+                f"has no documents in its {split} split",
+                "Choose another split, or preprocess with a --split that gives it some",
+            )
+        return cls(
+            split,
+            sources,
+            config.blend[1],
+            np.array(corpora, np.int64),
+            np.array(numbers, np.int64),
+            np.array(lengths, np.int64),
+            config.retro_gpt_chunk_length,
+            eod,
+        )
+
+
+@dataclass(frozen=True)
+class DocumentChunks:
+    """Each chunk of the documents as a sample of its own, for `query_split`."""
+
+    documents: HeldOutDocuments
+
+    def __len__(self) -> int:
+        return self.documents.num_chunks
+
+    def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """M+1 tokens (EOD after a short chunk), the number of the corpus, the document [1]."""
+        documents = self.documents
+        document = int(np.searchsorted(documents.first_rows, index, side="right")) - 1
+        start = (index - documents.first_rows[document]) * documents.chunk_length
+        chunk = documents.tokens(document)[start : start + documents.chunk_length]
+        padded = np.full(documents.chunk_length + 1, documents.eod, np.int64)
+        padded[: len(chunk)] = chunk
+        return padded, int(documents.corpus[document]), documents.number[document : document + 1]
+
+
+def search_document_neighbors(
+    project_dir: Path | str,
+    documents: HeldOutDocuments,
+    tokenizer: Tokenizer,
+    num_save: int,
+    device: str,
+) -> SavedNeighbors:
+    """The neighbors of every chunk of the documents, searched as query_neighbors does.
+
+    None comes from the chunk's own document. All ranks share the work; what is found is kept in
+    `query/<split>_documents` of the project, and reused while it is of the same documents, index
+    and number of neighbors.
+
+    Args:
+        project_dir: A project, after build_index.
+        documents: The documents.
+        tokenizer: The project's.
+        num_save: Neighbors per chunk.
+        device: Where the embedder runs.
+
+    Raises:
+        ProjectError: a stage has not run, or another run works on the project.
+        CorruptFileError: a file is damaged.
+    """
+    paths = ProjectPaths(project_dir)
+    config, settings = ProjectConfig.load(project_dir), ProjectSettings.load(project_dir)
+    with stage_lock(paths, "evaluate_perplexity"):
+        with raise_together():
+            database = ChunkDatabase.open(project_dir)
+            if settings.index_string is None:
+                raise ProjectError(
+                    paths.index, "no index", f"Run build_index --project-dir {paths.root} first"
+                )
+            added = paths.added_index(settings.index_string)
+            require_stage(paths, added, "build_index")
+            verify(added, f"Run build_index --project-dir {paths.root} again")
+            prefixes = [paths.data / prefix for prefix in config.blend[1]]
+            files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
+            fingerprint = fingerprint_of(
+                {
+                    "inputs": input_digests(paths, [*files, paths.merged_db("train"), added]),
+                    "documents": [documents.corpus.tolist(), documents.number.tolist()],
+                    "chunk_length": documents.chunk_length,
+                    "num_save": num_save,
+                    "search": [settings.embedder, settings.nprobe, settings.ef_search],
+                }
+            )
+            embedder = load_project_embedder(settings, paths, device=device)
+            index = load_index(added, settings.nprobe, settings.ef_search)
+        directory = paths.query / f"{documents.split}_documents"
+        shards = cut(directory, documents.num_chunks, config.retro_block_size)
+        with raise_together():
+            if get_rank() == 0:
+                _remove_others(directory, {shard.path.name for shard in shards})
+        query_split(
+            DocumentChunks(documents),
+            database,
+            index,
+            tokenizer,
+            embedder,
+            shards,
+            documents.chunk_length,
+            min(max(_NUM_QUERY, num_save), len(database)),
+            num_save,
+            fingerprint,
+            f"neighbors of {documents.split} documents",
+        )
+    return SavedNeighbors(directory)
+
+
+def _remove_others(directory: Path, names: set[str]) -> None:
+    """Files of another number of chunks would be read beside these."""
+    for path in [*directory.glob("*.hdf5*"), *directory.glob("distances/*.hdf5*")]:
+        if path.name.removesuffix(".done") not in names:
+            path.unlink()
+
+
+def chunk_bytes(documents: HeldOutDocuments, tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Bytes (UTF-8) of the text that each chunk's tokens stand for, i64 [chunks].
+
+    A document's first token is left out: nothing precedes it that could predict it. So the bytes
+    of a document sum up to its text's without that token. All ranks share the work.
+    """
+    first_rows = documents.first_rows
+    counts = np.zeros(documents.num_chunks, np.int64)
+    for document in range(get_rank(), len(documents), get_world_size()):
+        rows = slice(first_rows[document], first_rows[document + 1])
+        counts[rows] = _bytes_of_chunks(
+            documents.tokens(document).tolist(), documents.chunk_length, tokenizer
+        )
+    return sum_over_world(counts)
+
+
+def _bytes_of_chunks(tokens: list[int], chunk_length: int, tokenizer: Tokenizer) -> list[int]:
+    starts = [max(start, 1) for start in range(0, len(tokens), chunk_length)]
+    ends = [*starts[1:], len(tokens)]
+    contexts = [max(0, start - _DECODING_CONTEXT) for start in starts]
+    # A character that is cut in two counts as a mark of three bytes at the end of one piece and
+    # at the beginning of the next, where the context's own mark takes it off again.
+    before = tokenizer.detokenize_batch(
+        [tokens[a:b] for a, b in zip(contexts, starts, strict=True)]
+    )
+    whole = tokenizer.detokenize_batch([tokens[a:b] for a, b in zip(contexts, ends, strict=True)])
+    return [len(w.encode()) - len(b.encode()) for w, b in zip(whole, before, strict=True)]

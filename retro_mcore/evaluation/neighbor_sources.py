@@ -1,0 +1,158 @@
+"""Other neighbors than a chunk's own: those of another text, random ones, or none.
+
+Each is a function of the saved neighbors, the database and a seed, so every rank gives the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retro_mcore.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from retro_mcore.datasets.retro_dataset import RetroDataset
+
+NeighborKind = Literal["real", "shuffled", "random", "none"]
+NEIGHBOR_KINDS: tuple[NeighborKind, ...] = ("real", "shuffled", "random", "none")
+
+
+class NeighborRows(Protocol):
+    """Neighbors of consecutive chunks: `data.neighbors.SavedNeighbors`, and what is made of it."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def num_saved(self) -> int: ...
+
+    def rows(self, start: int, end: int) -> np.ndarray:
+        """Chunk ids i64 [end - start, num_saved]."""
+
+
+@dataclass(frozen=True)
+class ShuffledNeighbors:
+    """Each chunk with the neighbors of another.
+
+    Attributes:
+        neighbors: The chunks' own neighbors.
+        donors: int64 [rows]: the row that each row is answered with.
+    """
+
+    neighbors: NeighborRows
+    donors: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.donors)
+
+    @property
+    def num_saved(self) -> int:
+        """Neighbors per chunk."""
+        return self.neighbors.num_saved
+
+    def rows(self, start: int, end: int) -> np.ndarray:
+        """Neighbors i64 [end - start, num_saved] of the chunks' donors."""
+        return np.concatenate([self.neighbors.rows(row, row + 1) for row in self.donors[start:end]])
+
+
+@dataclass(frozen=True)
+class RandomNeighbors:
+    """Each chunk with chunks of the database, drawn uniformly.
+
+    Attributes:
+        num_rows: Chunks that ask.
+        num_saved: Neighbors per chunk.
+        database_size: Chunks to draw from.
+        seed: Fixes the draws.
+    """
+
+    num_rows: int
+    num_saved: int
+    database_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def rows(self, start: int, end: int) -> np.ndarray:
+        """Neighbors i64 [end - start, num_saved]; a row's are the same however it is asked for."""
+        # Philox is a function of its counter: a row is drawn without those before it.
+        return np.stack(
+            [
+                np.random.Generator(np.random.Philox(key=self.seed, counter=[0, row, 0, 0]))
+                .integers(self.database_size, size=self.num_saved)
+                for row in range(start, end)
+            ]
+        )  # fmt: skip
+
+
+def change_neighbors(
+    neighbors: NeighborRows,
+    kind: NeighborKind,
+    owners: NDArray[np.int64],
+    database_size: int,
+    seed: int,
+) -> NeighborRows:
+    """The neighbors to evaluate with.
+
+    Args:
+        neighbors: The chunks' own.
+        kind: "shuffled": each chunk gets those of a chunk of another owner. "random": chunks of
+            the database. Else the chunks' own.
+        owners: int64 [rows]: the sample or document of each chunk, ascending from 0.
+        database_size: Chunks of the database.
+        seed: Of the shuffling and the draws.
+
+    Raises:
+        ConfigurationError: a shuffling that gives no chunk its own sample's neighbors is
+            impossible.
+    """
+    if kind == "shuffled":
+        return ShuffledNeighbors(neighbors, shuffled_rows(owners, seed))
+    if kind == "random":
+        return RandomNeighbors(len(neighbors), neighbors.num_saved, database_size, seed)
+    return neighbors
+
+
+def with_neighbors(dataset: RetroDataset, kind: NeighborKind, seed: int) -> RetroDataset:
+    """The same samples with other neighbors; see `change_neighbors`."""
+    if kind not in ("shuffled", "random"):
+        return dataset
+    owners = np.repeat(np.arange(len(dataset)), dataset.chunks_per_sample)
+    changed: Any = change_neighbors(dataset.neighbors, kind, owners, len(dataset.database), seed)
+    return replace(dataset, neighbors=changed)
+
+
+def shuffled_rows(owners: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """A permutation of all chunks that gives none a chunk of its own sample (or document).
+
+    Args:
+        owners: int64 [rows]: the sample of each chunk.
+        seed: Fixes the permutation.
+
+    Returns:
+        int64 [rows]: the row of each chunk's donor.
+
+    Raises:
+        ConfigurationError: there is only one sample, or one holds more than half of the chunks.
+    """
+    largest = int(np.bincount(owners).max()) if len(owners) else 0
+    if 2 * largest > len(owners) or not largest:
+        raise ConfigurationError(
+            "--retro-eval-neighbors",
+            f"shuffled, but one text holds {largest} of the {len(owners)} chunks to evaluate",
+            "Evaluate more samples or documents, or leave shuffled out",
+        )
+    generator = np.random.default_rng(seed)
+    donors = generator.permutation(len(owners))
+    for row in np.flatnonzero(owners[donors] == owners):
+        own = owners[row]
+        if owners[donors[row]] != own:  # mended by an earlier exchange
+            continue
+        # Exchanged with one of these, neither of the two has a donor in its own sample.
+        others = np.flatnonzero((owners != own) & (owners[donors] != own))
+        other = generator.choice(others)
+        donors[row], donors[other] = donors[other], donors[row]
+    return donors

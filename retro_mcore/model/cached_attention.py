@@ -1,0 +1,241 @@
+"""Attention with a cache: what the decoder's layers do when they get an InferenceContext.
+
+The results are those of the whole text's forward pass at the new positions.
+Shapes: as in inference_context.py; H heads of this rank, M the longest run of positions that
+attend to the neighbors of one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.inference_context import InferenceContext, NewChunk
+
+if TYPE_CHECKING:
+    from retro_mcore.model.chunked_cross_attention import ChunkedCrossAttention
+    from retro_mcore.model.neighbor_encoder import NeighborEncoder
+
+
+class RetroSelfAttention(SelfAttention):
+    """Megatron's self-attention, which runs over new tokens only if it gets an InferenceContext.
+
+    Keys are cached with their rotary embedding, so a step costs one pass over them. (Megatron's
+    own static context keeps them as projected and rotates the whole cache in every step.)
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        inference_context: Any = None,
+        rotary_pos_emb: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's; with an InferenceContext, `rotary_pos_emb` is `[S, B, 1, C]`."""
+        if isinstance(inference_context, InferenceContext):
+            return self._forward_cached(hidden_states, inference_context, rotary_pos_emb)
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            *args,
+            inference_context=inference_context,
+            rotary_pos_emb=rotary_pos_emb,
+            **kwargs,
+        )
+
+    def _forward_cached(
+        self, hidden_states: Tensor, context: InferenceContext, angles: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+        if angles is not None:
+            query, key = (
+                apply_rotary_pos_emb(states, angles, self.config, cp_group=self.pg_collection.cp)
+                for states in (query, key)
+            )
+        context.remember_keys(self.layer_number, key, value)
+        query_BHSC = query.permute(1, 2, 0, 3)
+        key_BGTC, value_BGTC = context.past(self.layer_number)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        if context.current.is_step:
+            # The heads of a group as its queries: their keys need not be repeated.
+            mask = context.current.key_mask
+            attended_BHSC = attend(
+                query_BHSC.unflatten(1, (key.size(2), -1)).flatten(2, 3),
+                key_BGTC,
+                value_BGTC,
+                attn_mask=None if mask is None else ~mask,
+                scale=self._scale(),
+            ).view_as(query_BHSC)
+        else:
+            attended_BHSC = attend(
+                query_BHSC,
+                key_BGTC,
+                value_BGTC,
+                is_causal=query.size(0) > 1,
+                scale=self._scale(),
+                enable_gqa=key.size(2) != query.size(2),
+            )
+        return self.linear_proj(attended_BHSC.permute(2, 0, 1, 3).flatten(2))
+
+    def _scale(self) -> float:
+        scale = self.config.softmax_scale or self.config.kv_channels**-0.5
+        if self.config.apply_query_key_layer_scaling:
+            scale /= max(1, self.layer_number)
+        return scale
+
+
+def check_cacheable(config: Any) -> None:
+    """Refuse what the cached self-attention does not do.
+
+    Raises:
+        ConfigurationError: naming the field.
+    """
+    for field, plain in {
+        "attention_output_gate": False,
+        "multi_latent_attention": False,
+        "no_rope_freq": None,
+        "window_size": None,
+        "softmax_type": "vanilla",
+        "context_parallel_size": 1,
+    }.items():
+        found = getattr(config, field, plain)
+        if found and found != plain:
+            raise ConfigurationError(
+                field, f"{found!r} does not run with a cache", "Generate by full recomputation"
+            )
+
+
+def cross_attend(
+    layer: ChunkedCrossAttention,
+    hidden_SBD: Tensor,
+    neighbors: Tensor | None,
+    context: InferenceContext,
+) -> dict[str, Tensor | None]:
+    """Chunked cross-attention of new tokens.
+
+    Args:
+        layer: The layer.
+        hidden_SBD: Its normed input.
+        neighbors: Of the chunks that this pass completes: embedded, `[R, N * K, D]`, for the first
+            of these layers, encoded for the others. None: there are no such chunks.
+        context: The cache.
+
+    Returns:
+        As `ChunkedCrossAttention.forward`.
+    """
+    gate = layer.config.retro_attention_gate
+    if gate == 0.0:
+        return {"output": None, "bias": None, "context": neighbors}
+    for encoder in layer.neighbor_encoders:
+        context.remember_states(hidden_SBD)
+        if neighbors is not None:
+            neighbors = _encode(encoder, neighbors, context)
+            context.current.encoded = neighbors
+    if not context.attends:
+        return {"output": None, "bias": None, "context": neighbors}
+    attended_SBX, attends_SB1 = _attend(layer, hidden_SBD, neighbors, context)
+    output, bias = layer.linear_proj(attended_SBX)
+    if bias is not None:
+        bias = bias * attends_SB1
+    if gate != 1.0:
+        output, bias = output * gate, None if bias is None else bias * gate
+    return {"output": output, "bias": bias, "context": neighbors}
+
+
+def _encode(encoder: NeighborEncoder, embedded: Tensor, context: InferenceContext) -> Tensor:
+    """Encode the neighbors of all new chunks, those of one length together."""
+    chunks, mask = context.current.chunks, context.current.chunk_mask
+    num_neighbors = encoder.config.retro_num_neighbors
+    encoded: list[Tensor | None] = [None] * len(chunks)
+    for length in {chunk.length for chunk in chunks}:
+        places = [place for place, chunk in enumerate(chunks) if chunk.length == length]
+        columns = [p * num_neighbors + k for p in places for k in range(num_neighbors)]
+        states = context.chunk_states([chunks[place] for place in places])
+        with encoder.chunks_of(length):
+            result = encoder(embedded[:, columns], states, None if mask is None else mask[columns])
+        for place, neighbors in zip(places, result.split(num_neighbors, dim=1), strict=True):
+            encoded[place] = neighbors
+    return torch.cat([neighbors for neighbors in encoded if neighbors is not None], dim=1)
+
+
+def _attend(
+    layer: ChunkedCrossAttention,
+    hidden_SBD: Tensor,
+    neighbors: Tensor | None,
+    context: InferenceContext,
+) -> tuple[Tensor, Tensor]:
+    """What each position gets `[S, B, H * C]`, and which positions attend `[S, B, 1]`."""
+    query = layer.project_query(hidden_SBD)
+    number = layer.layer_number
+    key_value = None
+    if neighbors is not None:
+        key_value = layer.join_neighbors(layer.rotate_keys(layer.project_key_value(neighbors)))
+        context.remember_neighbors(number, key_value)
+    if not context.current.is_step:
+        assert key_value is not None
+        return _attend_prompts(layer, query, key_value, context)
+    offsets = context.offsets_in_chunk()
+    key_value, mask, has_neighbors_B = context.neighbors_now(number)
+    query = _rotate_at(layer, query, offsets, context)
+    attended = layer.attend(query, key_value, None if mask is None else mask[:, None, None])
+    return attended * has_neighbors_B[None, :, None], has_neighbors_B[None, :, None]
+
+
+def _attend_prompts(
+    layer: ChunkedCrossAttention, query: Tensor, key_value: Tensor, context: InferenceContext
+) -> tuple[Tensor, Tensor]:
+    """In a prefill, the positions from each chunk's last token on attend to its neighbors."""
+    current = context.current
+    first_MN, valid_MN, rows_N = _runs(current.chunks, context.lengths[current.first_row :], query)
+    where = (first_MN, rows_N.expand_as(first_MN))
+    starts = torch.tensor([chunk.start for chunk in current.chunks], device=query.device)
+    mask = current.attention_mask
+    attended_MNX = layer.attend(
+        _rotate_at(layer, query[where], first_MN - starts, context),
+        key_value,
+        None if mask is None else mask[:, None, None],
+    )
+    if current.missing is not None:
+        valid_MN = valid_MN & ~current.missing
+    attended_SBX = attended_MNX.new_zeros(*query.shape[:2], attended_MNX.size(2))
+    attends_SB1 = valid_MN.new_zeros(*query.shape[:2], 1)
+    taken = (first_MN[valid_MN], where[1][valid_MN])
+    attended_SBX[taken] = attended_MNX[valid_MN]
+    attends_SB1[taken] = True
+    return attended_SBX, attends_SB1
+
+
+def _runs(
+    chunks: list[NewChunk] | Any, lengths: list[int], like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions `[M, N]` that attend to each chunk's neighbors, which are valid, the rows."""
+    ends = []
+    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+        same_text = following is not None and following.row == chunk.row
+        ends.append(following.last if same_text else lengths[chunk.row])
+    lasts = torch.tensor([chunk.last for chunk in chunks], device=like.device)
+    stops = torch.tensor(ends, device=like.device)
+    longest = max(end - chunk.last for end, chunk in zip(ends, chunks, strict=True))
+    positions = lasts + torch.arange(longest, device=like.device)[:, None]
+    valid = positions < stops
+    rows = torch.tensor([chunk.row for chunk in chunks], device=like.device)
+    return positions.clamp(max=like.size(0) - 1), valid, rows
+
+
+def _rotate_at(
+    layer: ChunkedCrossAttention, states: Tensor, offsets: Tensor, context: InferenceContext
+) -> Tensor:
+    """Rotary embedding of `[S, B, H, C]` at positions of their own `[S, B]`."""
+    rotary = layer.rotary
+    if rotary is None:
+        return states
+    longest = context.max_sequence_length + layer.config.retro_chunk_length
+    angles = rotary(longest)[:, 0][offsets]
+    return apply_rotary_pos_emb(states, angles, layer.config, cp_group=layer.pg_collection.cp)

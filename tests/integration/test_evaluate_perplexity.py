@@ -1,0 +1,158 @@
+"""The command `evaluate_perplexity` on a small trained model and its project."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from retro_mcore.cli.evaluate_perplexity import (
+    EvaluatePerplexityOptions,
+    evaluate_perplexity,
+    main,
+)
+from retro_mcore.errors import ConfigurationError
+from tests.unit.data.projects import built_project
+from tests.unit.inference.trained import trained_checkpoints
+
+
+@pytest.fixture
+def options(tmp_path):
+    def make(**changes):
+        values = {
+            "project_dir": str(built_project()),
+            "load": trained_checkpoints(),
+            "output": str(tmp_path / "perplexity.json"),
+            "device": "cpu",
+        }
+        return EvaluatePerplexityOptions(**{**values, **changes})
+
+    return make
+
+
+KINDS = ["real", "shuffled", "random", "none"]
+
+
+@pytest.fixture(scope="module")
+def documents_result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents")
+    result = evaluate_perplexity(
+        EvaluatePerplexityOptions(
+            project_dir=str(built_project()),
+            load=trained_checkpoints(),
+            output=str(folder / "perplexity.json"),
+            device="cpu",
+            split="both",
+            protocol="both",
+            retro_eval_neighbors=KINDS,
+            leakage=True,
+        )
+    )
+    return folder, result
+
+
+def test_both_protocols_measure_every_kind_of_neighbors_on_the_same_text(documents_result):
+    folder, result = documents_result
+    for rows, name in (
+        (result.perplexities, "perplexity"),
+        (result.bits_per_byte, "bits_per_byte"),
+    ):
+        assert [(r.split, r.neighbors) for r in rows] == [
+            (split, kind) for split in ("valid", "test") for kind in KINDS
+        ]
+        for split in ("valid", "test"):
+            mine = [row for row in rows if row.split == split]
+            assert len({row.num_tokens for row in mine}) == 1
+            assert len({row.loss for row in mine}) == 4
+        assert len(json.loads((folder / f"{name}.json").read_text())) == 8
+
+
+def test_bits_per_byte_is_the_loss_over_the_documents_text(documents_result):
+    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.evaluation.documents import HeldOutDocuments
+    from retro_mcore.project import ProjectConfig, ProjectPaths
+
+    project = built_project()
+    tokenizer = load_project_tokenizer(ProjectConfig.load(project), ProjectPaths(project))
+    documents = HeldOutDocuments.open(project, "valid", tokenizer.eod)
+    texts = [documents.tokens(i).tolist() for i in range(len(documents))]
+    num_bytes = sum(
+        len(tokenizer.detokenize(text).encode()) - len(tokenizer.detokenize(text[:1]).encode())
+        for text in texts
+    )
+    row = documents_result[1].bits_per_byte[0]
+    assert row.num_bytes == num_bytes
+    assert row.num_documents == len(texts) == 4
+    assert row.num_tokens == sum(len(text) - 1 for text in texts)
+    expected = row.loss * row.num_tokens / math.log(2) / num_bytes
+    assert row.bits_per_byte == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_leakage_curve_ends_at_the_whole_text(documents_result):
+    folder, result = documents_result
+    for split in ("valid", "test"):
+        points = result.leakage[split]
+        bits = {r.neighbors: r.bits_per_byte for r in result.bits_per_byte if r.split == split}
+        assert [point.alpha for point in points] == [i / 8 for i in range(1, 9)]
+        assert points[-1].bits_per_byte == pytest.approx(bits)
+        chunks = [point.num_chunks for point in points]
+        assert chunks == sorted(chunks)
+        # The later half of the corpus repeats the earlier: most chunks are in the database.
+        assert chunks[-1] > 2 * chunks[3]
+    written = json.loads((folder / "leakage.json").read_text())
+    assert written["valid"][-1]["num_chunks"] == result.leakage["valid"][-1].num_chunks
+    assert (folder / "leakage.png").stat().st_size > 10_000
+
+
+def test_no_neighbor_comes_from_the_chunks_own_document(documents_result):
+    from retro_mcore.data.database import ChunkDatabase
+    from retro_mcore.data.neighbors import SavedNeighbors
+    from retro_mcore.evaluation.documents import HeldOutDocuments
+
+    documents = HeldOutDocuments.open(built_project(), "valid", 1)
+    saved = SavedNeighbors(built_project() / "query" / "valid_documents")
+    assert (len(saved), saved.num_saved) == (documents.num_chunks, 10)
+    found = ChunkDatabase.open(built_project()).documents(saved.rows(0, len(saved)))[..., 1]
+    assert not set(found.ravel().tolist()) & set(documents.number.tolist())
+
+
+def test_fewer_documents_are_searched_and_measured(options):
+    result = evaluate_perplexity(
+        options(protocol="documents", eval_documents=2, retro_eval_neighbors=["real"])
+    )
+    assert result.perplexities == []
+    assert result.bits_per_byte[0].num_documents == 2
+    assert not result.output.exists()
+    assert result.output.with_name("bits_per_byte.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"leakage": True}, "--leakage: given with --protocol samples"),
+        ({"overlapping_eval": 16}, "--overlapping-eval: given with --protocol samples"),
+        ({"leakage_alphas": [0.5]}, "--leakage-alphas: given without --leakage"),
+        ({"leakage_alphas": [1.5]}, "--leakage-alphas: 1.5"),
+        ({"protocol": "documents", "eval_iters": 1}, "--eval-iters: given with"),
+        ({"protocol": "documents", "overlapping_eval": 10}, "--overlapping-eval: windows of 64"),
+        ({"micro_batch_size": 0}, "--micro-batch-size: 0"),
+    ],
+)
+def test_impossible_options_are_refused_by_name(options, changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        evaluate_perplexity(options(**changes))
+
+
+def test_the_tables_show_what_was_measured(options, tmp_path, capsys):
+    flags = ["--project-dir", str(built_project()), "--load", trained_checkpoints()]
+    flags += ["--protocol", "documents", "--leakage", "--leakage-alphas", "0.5", "1"]
+    flags += ["--device", "cpu", "--output", str(tmp_path / "p.json")]
+    flags += ["--retro-eval-neighbors", "real", "none"]
+    assert main(flags) == 0
+    output = capsys.readouterr().out
+    assert "documents: windows of 64 tokens, 32 apart" in output
+    assert "100.0%" in output
+    measured = json.loads((tmp_path / "bits_per_byte.json").read_text())
+    for row in measured:
+        assert f"{row['bits_per_byte']:.4f}" in output
