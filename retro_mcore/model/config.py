@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from retro_mcore.chunking import Alignment, ChunkGrid
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import is_cpu_in_use
+from retro_mcore.platform.compatibility import mend_output_recomputation
 
 Origin = Literal["mcore-0.15", "mcore-0.5", "legacy"]
 
@@ -141,6 +142,8 @@ class RetroConfig(TransformerConfig):
             self.use_cpu_initialization = True
             self.gradient_accumulation_fusion = False
         super().__post_init__()
+        if self.recompute_granularity == "selective" and "layernorm" in self.recompute_modules:
+            mend_output_recomputation()
         self._validate_retrieval()
         self._validate_decoder_layers()
         self._validate_encoder()

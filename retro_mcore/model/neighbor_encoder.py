@@ -67,6 +67,10 @@ class NeighborEncoder(TransformerBlock):
     ) -> Tensor:
         """Encode neighbors.
 
+        Runs the layers itself: TransformerBlock's forward would fork the random states once more
+        under sequence parallelism, which the decoder around it has done already, and the fork is
+        not the same when a recomputation calls this outside of the decoder's.
+
         Args:
             embedded_neighbors: `[R, B * L * K, D]`, row `(b * L + l) * K + k`.
             chunk_states: `[S, B, D]`, the decoder's states that the encoder is conditioned on.
@@ -80,12 +84,15 @@ class NeighborEncoder(TransformerBlock):
         rotary = None
         if self._rotary is not None and self.config.retro_encoder_positions:
             rotary = self._rotary(self.config.retro_retrieved_length)
-        return super().forward(
-            hidden_states=embedded_neighbors,
-            attention_mask=self._self_attention_mask(mask),
-            context=chunk_states,
-            rotary_pos_emb=rotary,
-        )
+        attention_mask, hidden_states = self._self_attention_mask(mask), embedded_neighbors
+        for layer in self.layers:
+            hidden_states, _ = layer(
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                context=chunk_states,
+                rotary_pos_emb=rotary,
+            )
+        return hidden_states
 
     @contextmanager
     def chunks_of(self, length: int) -> Iterator[None]:

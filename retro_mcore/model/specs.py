@@ -11,7 +11,6 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import (
     CrossAttentionSubmodules,
     SelfAttentionSubmodules,
@@ -41,7 +40,7 @@ from retro_mcore.model.pipeline import (
     stage_layer_numbers,
 )
 from retro_mcore.platform.attention import SDPAttention
-from retro_mcore.platform.backends import get_backend
+from retro_mcore.platform.backends import get_backend, get_mlp
 
 
 @dataclass
@@ -183,7 +182,7 @@ def _layer_spec(
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=IdentityOp if fused else norm,
-        mlp=get_mlp_module_spec_for_backend(backend),
+        mlp=get_mlp(backend),
         mlp_bda=get_bias_dropout_add,
     )
     if cross_attention is not None:

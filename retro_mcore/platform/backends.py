@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 
 from retro_mcore.errors import MissingDependencyError
 from retro_mcore.platform.attention import SDPAttention
+from retro_mcore.platform.mlp import RecomputingMLP
 from retro_mcore.platform.norm import Norm
 
 
@@ -24,6 +26,17 @@ class LocalBackend(LocalSpecProvider):
     def core_attention(self) -> type:
         """The core attention of self-attention."""
         return SDPAttention
+
+    def mlp(self) -> type:
+        """The MLP."""
+        return RecomputingMLP
+
+
+def get_mlp(backend: Any) -> Any:
+    """The spec of the MLP: the backend's own, or megatron's from the backend's linear layers."""
+    if isinstance(backend, LocalBackend):
+        return backend.mlp()
+    return get_mlp_module_spec_for_backend(backend)
 
 
 def get_backend(use_transformer_engine: bool) -> Any:

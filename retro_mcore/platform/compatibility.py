@@ -11,6 +11,7 @@ and what has to be mended in all of them. Nothing else in this package asks for 
 | `keeping_adam_steps`      | 0.16.1 to 0.19.2 | the distributed optimizer's state does not load  |
 | `unshare_adam_steps`      | 0.16.1 to 0.19.2 | Adam steps wrongly after loading, silently       |
 | `unpadded_bucket_offsets` | 0.16.1 to 0.19.2 | small models' moments are mixed up, silently     |
+| `mend_output_recomputation` | 0.16.1 to 0.19.2 | recomputing norms needs Transformer Engine     |
 
 The four for Adam concern PyTorch's own, which counts steps per parameter. Megatron is written for
 the fused Adams of Transformer Engine and Apex, which count them per group; those are left alone.
@@ -230,3 +231,31 @@ def _distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     inner = [part.optimizer for part in _parts(optimizer)]
     return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def mend_output_recomputation() -> None:
+    """Let megatron discard and recompute a norm's output (`recompute_modules` "layernorm") without
+    Transformer Engine; idempotent.
+
+    Its CheckpointWithoutOutput takes its own default, False, for an fp8 recipe, and then asks
+    Transformer Engine; from 0.18 on it also compiles a C++ extension to hand a storage over.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE or getattr(random.CheckpointWithoutOutput, "is_mended", False):
+        return
+    original: Any = random.CheckpointWithoutOutput.__init__
+
+    def __init__(self: Any, fp8: Any = None) -> None:
+        original(self, fp8 or None)
+
+    mended: Any = random.CheckpointWithoutOutput
+    mended.__init__, mended.is_mended = __init__, True
+    if hasattr(random, "_get_share_storage"):
+        random._get_share_storage = lambda: _copy_storage
+
+
+def _copy_storage(output: Any, recomputed: Any) -> None:
+    storage = recomputed.untyped_storage()
+    output.untyped_storage().resize_(storage.size())
+    output.untyped_storage().copy_(storage)
