@@ -43,12 +43,24 @@ def parse_options(options_type: type[Options], argv: Sequence[str] | None = None
         arguments = [*_flags_of_file(options_type, path, arguments), *arguments]
     if "use_checkpoint_args" in _names(arguments):
         arguments = [*_flags_of_checkpoint(options_type, arguments), *arguments]
+    redundant = _redundant_switches(options_type)
+    arguments = [argument for argument in arguments if argument not in redundant]
     return tyro.cli(
         options_type,
         args=arguments,
         description=options_type.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def _redundant_switches(options_type: type) -> set[str]:
+    """Switches that say what is so anyway, such as `--exit-signal-handler`; they are accepted."""
+    spelled = (
+        f"--{field.name}" if field.default else f"--no_{field.name}"
+        for field in dataclasses.fields(options_type)
+        if isinstance(field.default, bool)
+    )
+    return {form for name in spelled for form in (name, "--" + name[2:].replace("_", "-"))}
 
 
 def _flags_of_file(options_type: type, path: Path, given: Sequence[str]) -> list[str]:

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.batch import RetroBatch, collate
+from retro_mcore.training.batch_sizes import BatchSizes
 from retro_mcore.training.options import DataOptions
+from retro_mcore.training.stopping import ignore_stop_signals
 
 
 class Samples(Protocol):
@@ -93,6 +95,7 @@ def read_batches(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
         # A generator of its own: the loader draws from it, and the global one drives dropout,
         # which must not depend on where a run was interrupted.
@@ -102,13 +105,9 @@ def read_batches(
         yield batch.to(device)
 
 
-def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
-    """Refuse flags that contradict the project.
-
-    Raises:
-        ConfigurationError: naming the flag, its value and the project's.
-    """
-    fixed = {
+def project_flags(config: ProjectConfig) -> dict[str, Any]:
+    """The flags that a project fixes, and their values."""
+    return {
         "seq_length": config.retro_gpt_seq_length,
         "retro_chunk_length": config.retro_gpt_chunk_length,
         "global_batch_size": config.retro_gpt_global_batch_size,
@@ -118,7 +117,15 @@ def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
         "split": config.retro_gpt_split,
         "tokenizer_type": config.retro_gpt_tokenizer_type,
     }
-    for name, of_project in fixed.items():
+
+
+def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
+    """Refuse flags that contradict the project.
+
+    Raises:
+        ConfigurationError: naming the flag, its value and the project's.
+    """
+    for name, of_project in project_flags(config).items():
         asked = getattr(options, name)
         if asked is not None and asked != of_project:
             raise ConfigurationError(
@@ -128,8 +135,10 @@ def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
             )
 
 
-def number_of_iterations(options: DataOptions, config: ProjectConfig) -> int:
-    """Iterations that the options ask for, as far as the project's samples suffice.
+def number_of_iterations(
+    options: DataOptions, config: ProjectConfig, sizes: BatchSizes
+) -> tuple[int, int]:
+    """(iterations, samples) that the options ask for, as far as the project's samples suffice.
 
     Raises:
         ConfigurationError: more samples are asked for than the project has neighbors for.
@@ -143,12 +152,15 @@ def number_of_iterations(options: DataOptions, config: ProjectConfig) -> int:
             f"Train on at most {available // batch} iterations of {batch} samples, or preprocess "
             "a project with a larger --train-samples",
         )
-    iterations = (available if asked is None else asked) // batch
+    iterations, samples = sizes.iterations(available if asked is None else asked)
     if iterations == 0:
+        smallest = sizes.sizes[0]
         raise ConfigurationError(
-            "--train-samples", f"{asked or available}, less than one batch", f"At least {batch}"
+            "--train-samples",
+            f"{asked or available}, less than one batch",
+            f"At least {smallest}",
         )
-    return iterations
+    return iterations, samples
 
 
 def require_split(datasets: Mapping[Any, Any], split: str, project_dir: str) -> Any:

@@ -12,6 +12,7 @@ from megatron.core import num_microbatches_calculator, parallel_state, tensor_pa
 from retro_mcore import distributed
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import distributed_backend, is_cpu_in_use
+from retro_mcore.training.batch_sizes import BatchSizes
 
 
 def initialize_parallel(
@@ -100,22 +101,41 @@ def use_deterministic_algorithms() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def set_batch_sizes(global_batch_size: int, micro_batch_size: int) -> int:
-    """Tell megatron the batch sizes; returns the number of micro batches per iteration.
+def set_batch_sizes(sizes: BatchSizes, micro_batch_size: int) -> int:
+    """Tell megatron the batch sizes; returns micro batches per iteration after the ramp.
 
     Raises:
-        ConfigurationError: the global batch does not divide into micro batches on all ranks.
+        ConfigurationError: a batch does not divide into micro batches on all ranks, or, in the
+            interleaved schedule, these not into groups of the pipeline's size.
     """
     data_parallel_size = parallel_state.get_data_parallel_world_size()
-    if global_batch_size % (micro_batch_size * data_parallel_size):
-        raise ConfigurationError(
-            "--micro-batch-size",
-            f"{micro_batch_size} on {data_parallel_size} data parallel processes, for the "
-            f"project's global batch of {global_batch_size}",
-            "The global batch must be a multiple of their product",
-        )
+    for size in sizes.sizes:
+        if size % (micro_batch_size * data_parallel_size):
+            raise ConfigurationError(
+                "--micro-batch-size",
+                f"{micro_batch_size} on {data_parallel_size} data parallel processes, for a "
+                f"global batch of {size}",
+                "The global batch (with --rampup-batch-size each of its sizes) must be a multiple "
+                "of their product",
+            )
+        _check_interleaved(size // (micro_batch_size * data_parallel_size))
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(
-        distributed.get_rank(), None, global_batch_size, micro_batch_size, data_parallel_size
+        distributed.get_rank(),
+        None if sizes.rampup is None else list(sizes.rampup),
+        sizes.global_batch_size,
+        micro_batch_size,
+        data_parallel_size,
     )
-    return num_microbatches_calculator.get_num_microbatches()
+    return sizes.global_batch_size // (micro_batch_size * data_parallel_size)
+
+
+def _check_interleaved(num_microbatches: int) -> None:
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    if virtual is not None and num_microbatches % stages:
+        raise ConfigurationError(
+            "--num-virtual-stages-per-pipeline-rank",
+            f"{virtual}, with {num_microbatches} micro batches per iteration on {stages} stages",
+            "Choose a smaller --micro-batch-size, so that their number is a multiple of the stages",
+        )

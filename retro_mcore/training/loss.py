@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,7 @@ LossReport = dict[str, Any]
 
 
 class NonFiniteLossError(RetroError):
-    """The loss became NaN or infinite; the weights have not been updated with it."""
+    """Loss or gradient became NaN or infinite; the weights have not been updated with it."""
 
 
 def forward_step(batches: Iterator[RetroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -95,43 +97,81 @@ def forward_backward(
     return reports
 
 
-def _sum_over_ranks(total: Tensor) -> Tensor:
-    """[sum of losses, number of tokens], which last stages have, over data parallel ranks."""
-    total = total.to(torch.cuda.current_device())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return total
+@dataclass(frozen=True)
+class StepLoss:
+    """What all ranks know of an iteration's losses.
+
+    Attributes:
+        loss: Mean per token over micro batches and data parallel ranks.
+        stop: How many ranks want to stop.
+    """
+
+    loss: float
+    stop: int
 
 
-def mean_loss(reports: Sequence[LossReport], iteration: int) -> float:
-    """Mean loss per token over micro batches and data parallel ranks, on every rank.
+def reduce_losses(reports: Sequence[LossReport], stop: bool = False) -> StepLoss:
+    """Losses and wishes to stop of all ranks, in one reduction.
+
+    Args:
+        reports: This rank's micro batches' (none but on a last stage).
+        stop: Whether this rank wants to stop.
+    """
+    device = torch.cuda.current_device()
+    sums = sum((report["sums"] for report in reports), torch.zeros(2, device=device))
+    loss_sum, num_tokens, stops = _sum_over_ranks(sums, float(stop))
+    return StepLoss(loss_sum / max(num_tokens, 1.0), int(stops))
+
+
+def _sum_over_ranks(sums: Tensor, every: float = 0.0) -> list[float]:
+    """[sum of losses, number of tokens], which last stages have, and a number of every rank."""
+    total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    if parallel_state.get_tensor_model_parallel_rank() == 0:  # the others have the same
+        total[:2] = sums
+    total[2] = every
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def check_finite(reports: Sequence[LossReport], loss: float, iteration: int) -> None:
+    """Stop at a loss that is NaN or infinite.
 
     Raises:
         NonFiniteLossError: on every rank, naming the samples.
     """
-    total = _sum_over_ranks(sum((report["sums"] for report in reports), torch.zeros(2)))
-    loss = (total[0] / total[1].clamp(min=1)).item()
-    if loss - loss != 0:  # NaN or infinite
-        suspects = [
-            sample
-            for report in reports
-            if not torch.isfinite(report["sums"][0])
-            for sample in report["sample_ids"]
-        ]
-        _raise_non_finite(loss, suspects, iteration)
-    return loss
+    if math.isfinite(loss):
+        return
+    suspects = [report for report in reports if not torch.isfinite(report["sums"][0])]
+    raise non_finite("loss", loss, samples_of(suspects), iteration)
 
 
-def _raise_non_finite(loss: float, suspects: list[int], iteration: int) -> None:
-    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, suspects)
-    samples = sorted({sample for part in gathered for sample in part})
-    raise NonFiniteLossError(
+def non_finite(what: str, value: float, samples: Sequence[int], iteration: int) -> RetroError:
+    """The error for it, which every rank makes together.
+
+    Args:
+        what: "loss" or "gradient norm".
+        value: NaN or infinity.
+        samples: Of this rank, that it may come from.
+        iteration: The iteration.
+    """
+    return NonFiniteLossError(
         f"iteration {iteration}",
-        f"the loss is {loss} on samples {samples}",
+        f"the {what} is {value} on samples {samples_of_all_ranks(samples)}",
         "Look at these samples; lower --lr, or lengthen the warmup; resume from the last "
         "checkpoint",
     )
+
+
+def samples_of_all_ranks(samples: Sequence[int]) -> list[int]:
+    """The samples that any rank names, in order."""
+    gathered: list[Sequence[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, list(samples))
+    return sorted({sample for part in gathered for sample in part})
+
+
+def samples_of(reports: Sequence[LossReport]) -> list[int]:
+    """The samples of this rank's micro batches."""
+    return [sample for report in reports for sample in report["sample_ids"]]
 
 
 @torch.no_grad()
@@ -170,5 +210,5 @@ def total_loss(
             total += report["sums"].to("cpu", torch.float64)
     for chunk in chunks:
         chunk.train(was_training)
-    total = _sum_over_ranks(total)
-    return total[0].item(), int(total[1].item())
+    loss_sum, num_tokens, _ = _sum_over_ranks(total)
+    return loss_sum, int(num_tokens)

@@ -17,7 +17,9 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """`metrics.jsonl`: records with `kind` ("train" or "valid"), `iteration` and `loss`.
+    """`metrics.jsonl`: records with `kind` ("train", "valid" or "spike"), `iteration` and `loss`.
+
+    The loss is missing where fp16 skipped every iteration of a report.
 
     Args:
         path: The file.
@@ -54,8 +56,12 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def losses(records: Iterable[Record], kind: str) -> list[tuple[int, float]]:
-    """(iteration, loss) of the records of a kind."""
-    return [(record["iteration"], record["loss"]) for record in records if record["kind"] == kind]
+    """(iteration, loss) of the records of a kind that have a loss."""
+    return [
+        (record["iteration"], record["loss"])
+        for record in records
+        if record["kind"] == kind and "loss" in record
+    ]
 
 
 def draw_loss_curve(records: Iterable[Record], path: Path) -> Path:
@@ -81,6 +87,7 @@ def draw_loss_curve(records: Iterable[Record], path: Path) -> Path:
             axes.plot(*zip(*points, strict=True), style, label=kind, markersize=4)
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
     return path

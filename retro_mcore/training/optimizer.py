@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from megatron.core import parallel_state
@@ -12,7 +14,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
 
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.pipeline import (
     EmbeddingGroups,
@@ -20,6 +24,7 @@ from retro_mcore.model.pipeline import (
     finalize_model_grads_with,
     synchronize_embedding_copies,
 )
+from retro_mcore.training.megatron_flags import DATA_PARALLEL_FLAGS, OPTIMIZER_FLAGS, values_of
 from retro_mcore.training.plan import TrainingPlan
 
 
@@ -50,7 +55,8 @@ def wrap_model(
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=options.use_distributed_optimizer,
         # As Megatron: gradients are summed in fp32 when the model computes in bf16.
-        grad_reduce_in_fp32=options.bf16,
+        grad_reduce_in_fp32=options.bf16 or options.accumulate_allreduce_grads_in_fp32,
+        **values_of(options, DATA_PARALLEL_FLAGS),
     )
     module = Float16Module(config, model) if options.bf16 or options.fp16 else model
     return DistributedDataParallel(config, ddp_config, module, disable_bucketing=disable_bucketing)
@@ -84,35 +90,133 @@ def build_optimizer(
         fp16=options.fp16,
         params_dtype=chunks[0].config.params_dtype,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
+        log_num_zeros_in_grad=options.log_num_zeros_in_grad,
+        **values_of(options, OPTIMIZER_FLAGS),
     )
     optimizer = get_megatron_optimizer(config, list(chunks))
-    no_sync = [chunk.no_sync for chunk in chunks]
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
-        chunk.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
         chunk.config.finalize_model_grads_func = finalize_model_grads_with(groups)
+    _overlap(chunks, plan)
     return optimizer
+
+
+def _overlap(chunks: Sequence[DistributedDataParallel], plan: TrainingPlan) -> None:
+    """Tell the schedule when gradients may travel: in a pipeline on all stages together."""
+    overlap_in_pipeline = (
+        plan.options.overlap_grad_reduce and plan.options.pipeline_model_parallel_size > 1
+    )
+    no_sync = [chunk.no_sync for chunk in chunks]
+    grad_sync = [chunk.start_grad_sync for chunk in chunks]
+    for chunk in chunks:
+        chunk.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        if overlap_in_pipeline:
+            chunk.config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+
+
+@contextmanager
+def gathered_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """While the body runs, every rank's weights are those after the last step.
+
+    With --overlap-param-gather they arrive during the next forward pass only.
+    """
+    overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapping:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapping:
+            chunk.enable_forward_pre_hook()
 
 
 def build_scheduler(optimizer: MegatronOptimizer, plan: TrainingPlan) -> OptimizerParamScheduler:
     """Megatron's schedule of learning rate and weight decay; its steps are samples."""
-    options, batch = plan.options, plan.global_batch_size
+    options, lengths = plan.options, plan.schedule
+    decays = options.weight_decay_incr_style != "constant"
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=options.lr_warmup_init,
         max_lr=options.lr,
         min_lr=options.min_lr,
-        lr_warmup_steps=plan.lr_warmup_samples,
-        lr_decay_steps=plan.lr_decay_iters * batch,
+        lr_warmup_steps=lengths.lr_warmup_samples,
+        lr_decay_steps=lengths.lr_decay_samples,
         lr_decay_style=options.lr_decay_style,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
-        wd_incr_steps=plan.train_iters * batch,
-        wd_incr_style="constant",
+        start_wd=options.start_weight_decay if decays else options.weight_decay,
+        end_wd=options.end_weight_decay if decays else options.weight_decay,
+        wd_incr_steps=lengths.wd_incr_samples,
+        wd_incr_style=options.weight_decay_incr_style,
+        wsd_decay_steps=lengths.lr_wsd_decay_samples,
+        lr_wsd_decay_style=options.lr_wsd_decay_style,
         use_checkpoint_opt_param_scheduler=False,
     )
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The learning rate of the next step."""
-    return float(optimizer.param_groups[0]["lr"])
+    """The learning rate of the next step (not of embeddings with --decoupled-lr)."""
+    groups = [group for group in optimizer.param_groups if group.get("default_config", True)]
+    return float(groups[0]["lr"]) if groups else 0.0
+
+
+def loss_scale(optimizer: MegatronOptimizer) -> float:
+    """What the loss is multiplied with; 1 but in fp16."""
+    return float(optimizer.get_loss_scale())
+
+
+def take_step(
+    optimizer: MegatronOptimizer, refuse: Callable[[float], None]
+) -> tuple[bool, float, int | None]:
+    """The optimizer's step.
+
+    Args:
+        optimizer: With this iteration's gradients.
+        refuse: Called with a gradient norm that is NaN or infinite, before the weights change.
+
+    Returns:
+        Whether the weights were updated (in fp16 not after an overflow), the gradient norm, and the
+        number of zeros in the gradient, if it is counted.
+    """
+    measure = optimizer.get_grad_norm
+
+    def checked() -> float:
+        norm = measure()
+        if not math.isfinite(norm):
+            refuse(float(norm))
+        return norm
+
+    optimizer.get_grad_norm = checked
+    try:
+        updated, norm, zeros = optimizer.step()
+    finally:
+        del optimizer.get_grad_norm
+    return updated, float(norm or 0.0), None if zeros is None else int(zeros)
+
+
+# What trains with --freeze-decoder: the encoder, cross-attention and the norm before it.
+_RETRIEVAL_PARTS = ("neighbor_encoder.", ".cross_attention.", ".pre_cross_attn_layernorm.")
+
+
+def freeze_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> None:
+    """Leave only the neighbor encoder, the cross-attentions and their norms to be trained.
+
+    Raises:
+        ConfigurationError: the model has no retrieval.
+    """
+    if plan.arguments.no_retrieval:
+        raise ConfigurationError(
+            "--freeze-decoder", "given together with --no-retrieval", "Choose one"
+        )
+    # Backward passes through stages and recomputed layers begin and end with hidden states, which
+    # must ask for gradients although no weight before them does.
+    asks = plan.options.pipeline_model_parallel_size > 1
+    asks = asks or plan.options.recompute_granularity == "full"
+    for model in models:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in f".{name}" for part in _RETRIEVAL_PARTS))
+        if asks and model.pre_process:
+            model.embedding.register_forward_hook(_ask_for_gradients)
+
+
+def _ask_for_gradients(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.requires_grad_()

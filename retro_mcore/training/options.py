@@ -11,6 +11,23 @@ from typing import Literal
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.training.checkpoint_options import CheckpointOptions, ReproducibilityOptions
+from retro_mcore.training.logging_options import LoggingOptions
+from retro_mcore.training.megatron_flags import DataParallelFlags, flag_of
+from retro_mcore.training.optimizer_options import OptimizerOptions
+from retro_mcore.training.parallel_options import ParallelOptions, RecomputeOptions
+
+__all__ = [
+    "CheckpointOptions",
+    "DataOptions",
+    "ExitOptions",
+    "LoggingOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "ParallelOptions",
+    "RecomputeOptions",
+    "ReproducibilityOptions",
+    "TrainingOptions",
+]
 
 
 @dataclass(kw_only=True)
@@ -23,6 +40,8 @@ class ModelOptions:
     """Width of the decoder and of the neighbor encoder."""
     num_attention_heads: int
     """Number of attention heads."""
+    group_query_attention: bool = False
+    """Grouped-query attention with --num-query-groups."""
     num_query_groups: int | None = None
     """Number of key and value heads (grouped-query attention). Default: one per attention head."""
     ffn_hidden_size: int | None = None
@@ -39,6 +58,8 @@ class ModelOptions:
     """Gated SiLU in the MLP in place of GELU."""
     openai_gelu: bool = False
     """GELU by its tanh approximation, as GPT-2 has it."""
+    squared_relu: bool = False
+    """Squared ReLU in the MLP in place of GELU."""
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
     """Kind of position embedding."""
     rotary_percent: float = 1.0
@@ -51,6 +72,10 @@ class ModelOptions:
     """By how much, with --use-rope-scaling."""
     max_position_embeddings: int | None = None
     """Learned positions. Default: the longer of a sample and a neighbor's text."""
+    rotary_interleaved: bool = False
+    """Rotate even and odd dimensions as pairs, in place of the two halves."""
+    rotary_seq_len_interpolation_factor: float | None = None
+    """Stretch rotary positions: a sequence this many times longer gets the same angles."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer weights of its own."""
     disable_bias_linear: bool = False
@@ -65,6 +90,10 @@ class ModelOptions:
     """Dropout of attention probabilities in the decoder."""
     init_method_std: float = 0.02
     """Standard deviation of the initial weights."""
+    init_method_xavier_uniform: bool = False
+    """Xavier's uniform initial weights in place of normal ones."""
+    embedding_init_method_std: float | None = None
+    """Standard deviation of the embeddings' initial weights. Default: --init-method-std."""
     make_vocab_size_divisible_by: int = 128
     """Pad the vocabulary to a multiple of this times the tensor parallel size."""
     retro_origin: Literal["mcore-0.15", "mcore-0.5", "legacy"] | None = None
@@ -87,111 +116,16 @@ class ModelOptions:
     retro_decoder_layers: list[int] | None = None
     """Decoder layers with cross-attention, from 1. Default: every third from 6 (9 above 15)."""
 
-
-@dataclass(kw_only=True)
-class ParallelOptions:
-    """How the model is laid out over processes, and in which precision it computes."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto: CUDA where there is one, else the CPU."""
-    tensor_model_parallel_size: int = 1
-    """Processes that share one copy of the model."""
-    sequence_parallel: bool = False
-    """Split the norms' and dropouts' activations over the tensor parallel processes."""
-    pipeline_model_parallel_size: int = 1
-    """Stages that the layers are divided into."""
-    num_virtual_stages_per_pipeline_rank: int | None = None
-    """Stages per process, in the interleaved schedule. Default: one."""
-    decoder_first_pipeline_num_layers: int | None = None
-    """Layers of the first stage, if it shall have another number than the others."""
-    decoder_last_pipeline_num_layers: int | None = None
-    """Layers of the last stage, likewise."""
-    pipeline_model_parallel_layout: str | None = None
-    """What each stage holds, in Megatron's notation, e.g. "Et*3|t*4|t*4|t*3L"."""
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layers' implementation; auto: Transformer Engine where it is installed, on CUDA."""
-    bf16: bool = False
-    """Compute in bfloat16, with fp32 main weights."""
-    fp16: bool = False
-    """Compute in float16, with fp32 main weights and dynamic loss scaling."""
-    use_cpu_initialization: bool = False
-    """Initialise weights on the CPU: the same weights for every layout. Always so on CPU."""
-
-    def check_precision(self) -> None:
-        """Refuse two precisions at once."""
-        if self.bf16 and self.fp16:
-            raise ConfigurationError("--bf16", "given together with --fp16", "Choose one of them")
-
-
-@dataclass(kw_only=True)
-class RecomputeOptions:
-    """Trading computation for activation memory."""
-
-    recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers (full) or the core attention (selective) in the backward pass."""
-    recompute_method: Literal["uniform", "block"] | None = None
-    """With full: all layers in groups (uniform), or the first layers one by one (block)."""
-    recompute_num_layers: int | None = None
-    """With full: layers per group (uniform), or layers to recompute (block)."""
-
-    def check_recompute(self) -> None:
-        """Full recomputation needs a method and a number of layers; nothing else takes them."""
-        for flag, value in (
-            ("--recompute-method", self.recompute_method),
-            ("--recompute-num-layers", self.recompute_num_layers),
-        ):
-            if self.recompute_granularity == "full" and value is None:
-                raise ConfigurationError(flag, "not given", "--recompute-granularity full needs it")
-            if self.recompute_granularity != "full" and value is not None:
-                raise ConfigurationError(
-                    flag, f"{value}, which has no effect", "Add --recompute-granularity full"
-                )
-
-
-@dataclass(kw_only=True)
-class OptimizerOptions:
-    """AdamW, its learning rate schedule and gradient clipping."""
-
-    lr: float
-    """Highest learning rate."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
-    """Shape of the decay."""
-    lr_decay_iters: int | None = None
-    """Iterations until --min-lr. Default: all iterations."""
-    lr_warmup_fraction: float | None = None
-    """Share of --lr-decay-iters in which the learning rate rises linearly."""
-    lr_warmup_iters: int = 0
-    """Iterations in which the learning rate rises linearly (instead of the fraction)."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay (not on biases and norms)."""
-    adam_beta1: float = 0.9
-    """Decay of the first moment."""
-    adam_beta2: float = 0.999
-    """Decay of the second moment."""
-    adam_eps: float = 1e-8
-    """Adam's epsilon."""
-    clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0 for no clipping."""
-    use_distributed_optimizer: bool = False
-    """Divide the optimizer's state over the data parallel processes."""
-
-    def check_schedule(self) -> None:
-        """Refuse learning rates and warmups that contradict each other."""
-        if not self.lr >= self.min_lr >= 0 or self.lr == 0:
+    def check_model(self) -> None:
+        """Refuse two activations, and half of grouped-query attention."""
+        given = [name for name in ("squared_relu", "openai_gelu", "swiglu") if getattr(self, name)]
+        if len(given) > 1:
             raise ConfigurationError(
-                "--lr", f"{self.lr} with --min-lr {self.min_lr}", "Choose lr >= min_lr >= 0, lr > 0"
+                flag_of(given[0]), f"given together with {flag_of(given[1])}", "Choose one"
             )
-        if self.lr_warmup_fraction is None:
-            return
-        if self.lr_warmup_iters:
+        if self.group_query_attention and self.num_query_groups is None:
             raise ConfigurationError(
-                "--lr-warmup-iters", "given together with --lr-warmup-fraction", "Choose one"
-            )
-        if not 0 <= self.lr_warmup_fraction < 1:
-            raise ConfigurationError(
-                "--lr-warmup-fraction", str(self.lr_warmup_fraction), "Choose from 0 to below 1"
+                "--group-query-attention", "given without --num-query-groups", "Add the number"
             )
 
 
@@ -215,6 +149,9 @@ class DataOptions:
     """Fixed by the project."""
     global_batch_size: int | None = None
     """Fixed by the project."""
+    rampup_batch_size: list[int] | None = None
+    """START INCREMENT SAMPLES: begin with a batch of START and grow it by INCREMENT at a time to
+    the global batch, over SAMPLES samples."""
     eval_interval: int | None = None
     """Iterations between validations. Fixed by the project."""
     eval_iters: int | None = None
@@ -229,19 +166,23 @@ class DataOptions:
 
 @dataclass(kw_only=True)
 class ExitOptions:
-    """When a run stops before its last iteration, and how often it reports."""
+    """When a run saves and stops before its last iteration, to be resumed."""
 
     exit_interval: int | None = None
     """Save and stop after an iteration that is a multiple of this; a later run resumes."""
-    log_interval: int = 100
-    """Iterations between log lines and metrics."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop after this many minutes."""
+    exit_signal_handler: bool = True
+    """Save and stop, with exit code 0, when SIGTERM arrives (preemption, a time limit)."""
 
 
 @dataclass(kw_only=True)
 class TrainingOptions(
+    LoggingOptions,
     ExitOptions,
     CheckpointOptions,
     ReproducibilityOptions,
+    DataParallelFlags,
     OptimizerOptions,
     RecomputeOptions,
     ParallelOptions,
@@ -258,17 +199,46 @@ class TrainingOptions(
         """
         self.check_checkpoints()
         self.check_precision()
+        self.check_unsupported()
+        self.check_model()
         self.check_recompute()
         self.check_schedule()
+        self.check_logging()
+        self._check_data_parallel()
+        self._check_batches()
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigurationError(flag, str(value), "Choose at least 1")
+                raise ConfigurationError(flag_of(name), str(value), "Choose at least 1")
         if self.num_workers < 0:
             raise ConfigurationError("--num-workers", str(self.num_workers), "Choose at least 0")
+
+    def _check_batches(self) -> None:
         if self.train_iters is not None and self.train_samples is not None:
             raise ConfigurationError("--train-iters", "given with --train-samples", "Choose one")
+        if self.rampup_batch_size is None:
+            return
+        for name in ("train_iters", "lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"):
+            if getattr(self, name):
+                raise ConfigurationError(
+                    flag_of(name),
+                    "given with --rampup-batch-size, under which iterations differ in size",
+                    f"Give {flag_of(name.replace('iters', 'samples'))}",
+                )
+
+    def _check_data_parallel(self) -> None:
+        if self.overlap_param_gather and not self.use_distributed_optimizer:
+            raise ConfigurationError(
+                "--overlap-param-gather",
+                "given without --use-distributed-optimizer",
+                "Add --use-distributed-optimizer",
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ConfigurationError(
+                "--overlap-param-gather",
+                "given without --overlap-grad-reduce",
+                "Add --overlap-grad-reduce",
+            )
 
 
 _POSITIVE = (
@@ -293,9 +263,13 @@ _POSITIVE = (
     "train_samples",
     "recompute_num_layers",
     "lr_decay_iters",
+    "lr_decay_samples",
+    "lr_wsd_decay_iters",
+    "lr_wsd_decay_samples",
     "save_interval",
     "keep_last_n",
     "save_retain_interval",
     "exit_interval",
     "log_interval",
+    "tensorboard_log_interval",
 )

@@ -9,15 +9,24 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
+from retro_mcore.training.batch_sizes import BatchSizes
 from retro_mcore.training.data import (
     check_data_options,
     number_of_iterations,
+    project_flags,
     tokenizer_fingerprint,
 )
 from retro_mcore.training.options import ModelOptions, OptimizerOptions, TrainingOptions
 from retro_mcore.training.provider import ModelArguments, number_of_positions, padded_vocab_size
+from retro_mcore.training.schedule import ScheduleLengths, schedule_lengths
+
+#: The resolved flags, beside the checkpoints.
+OPTIONS_FILE = "config.yaml"
 
 # May differ when a run is resumed: the checkpoint's padding is kept.
 _PADDING = {"padded_vocab_size", "make_vocab_size_divisible_by"}
@@ -43,21 +52,23 @@ class TrainingPlan:
         options: The flags.
         project: config.json.
         arguments: The model.
+        batch_sizes: Samples of each iteration.
         train_iters: Iterations of the whole run.
-        lr_decay_iters: Iterations until the lowest learning rate.
-        lr_warmup_samples: Samples until the highest learning rate.
+        train_samples: Samples they take.
+        schedule: Lengths of the schedules, in samples.
     """
 
     options: TrainingOptions
     project: ProjectConfig
     arguments: ModelArguments
+    batch_sizes: BatchSizes
     train_iters: int
-    lr_decay_iters: int
-    lr_warmup_samples: int
+    train_samples: int
+    schedule: ScheduleLengths
 
     @property
     def global_batch_size(self) -> int:
-        """Samples per iteration."""
+        """Samples per iteration, after the ramp."""
         return self.project.retro_gpt_global_batch_size
 
     @property
@@ -73,10 +84,9 @@ class TrainingPlan:
         return {
             **asdict(self.arguments),
             **trained,
-            "lr_decay_iters": self.lr_decay_iters,
-            "lr_warmup_fraction": None,
-            "lr_warmup_samples": self.lr_warmup_samples,
-            "lr_warmup_iters": 0,
+            **self.schedule.flags(),
+            "rampup_batch_size": self.options.rampup_batch_size,
+            **self._weight_decay_length(),
             "bf16": self.options.bf16,
             "fp16": self.options.fp16,
             "global_batch_size": self.global_batch_size,
@@ -84,6 +94,11 @@ class TrainingPlan:
             "split": self.project.retro_gpt_split,
             "data_path": list(self.project.retro_gpt_data_path),
         }
+
+    def _weight_decay_length(self) -> dict[str, Any]:
+        # The weight decay changes over the whole run, so a run to resume has the same length.
+        changes = self.options.weight_decay_incr_style != "constant"
+        return {"train_samples": self.train_samples} if changes else {}
 
     def checkpoint_args(self) -> Namespace:
         """What a checkpoint says of itself, under Megatron's names."""
@@ -103,9 +118,9 @@ class TrainingPlan:
         Raises:
             CheckpointError: naming the first flag that differs, and both values.
         """
-        defaults = {field.name: field.default for field in fields(ModelOptions)}
+        # A checkpoint written before an option existed has its default.
+        defaults = {field.name: field.default for field in fields(TrainingOptions)}
         for name, mine in self._must_agree().items():
-            # A checkpoint written before an option existed has its default.
             if name in _PADDING or saved.get(name, defaults.get(name)) == mine:
                 continue
             raise CheckpointError(
@@ -123,6 +138,34 @@ class TrainingPlan:
         if self.options.no_load_optim:
             return {name: configuration[name] for name in (*model, *_DATA) if name in configuration}
         return configuration
+
+    def resolved_options(self) -> dict[str, Any]:
+        """Every flag with the value that the run uses, those of the project and defaults too."""
+        return {
+            **asdict(self.options),
+            **{name: value for name, value in asdict(self.arguments).items() if self._has(name)},
+            **project_flags(self.project),
+            **self.schedule.flags(),
+            "train_iters": None,
+            "train_samples": self.train_samples,
+        }
+
+    def _has(self, name: str) -> bool:
+        return hasattr(self.options, name)
+
+    def save_options(self) -> Path | None:
+        """Write the resolved options into --save, for --config; returns the file.
+
+        One that differs from an earlier run's there replaces it.
+        """
+        if self.options.save is None:
+            return None
+        path = Path(self.options.save) / OPTIONS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            text = yaml.safe_dump(self.resolved_options(), sort_keys=False)
+            temporary.write_text(text, encoding="utf-8")
+        return path
 
     def with_vocabulary_of(self, saved: Mapping[str, Any]) -> TrainingPlan:
         """This plan with a checkpoint's padded vocabulary, whatever layout padded it."""
@@ -150,15 +193,16 @@ def make_plan(options: TrainingOptions, project: ProjectConfig, vocab_size: int)
     """
     options.check()
     check_data_options(options, project)
-    train_iters = number_of_iterations(options, project)
-    decay_iters = options.lr_decay_iters or train_iters
+    sizes = BatchSizes.of(project.retro_gpt_global_batch_size, options.rampup_batch_size)
+    train_iters, train_samples = number_of_iterations(options, project, sizes)
     return TrainingPlan(
         options=options,
         project=project,
         arguments=_model_arguments(options, project, vocab_size),
+        batch_sizes=sizes,
         train_iters=train_iters,
-        lr_decay_iters=decay_iters,
-        lr_warmup_samples=_warmup_samples(options, decay_iters, project),
+        train_samples=train_samples,
+        schedule=schedule_lengths(options, project.retro_gpt_global_batch_size, train_samples),
     )
 
 
@@ -177,17 +221,3 @@ def _model_arguments(
         tokenizer_fingerprint=tokenizer_fingerprint(project, options.project_dir),
     )
     return replace(arguments, max_position_embeddings=number_of_positions(arguments))
-
-
-def _warmup_samples(options: TrainingOptions, decay_iters: int, project: ProjectConfig) -> int:
-    batch = project.retro_gpt_global_batch_size
-    samples = options.lr_warmup_iters * batch
-    if options.lr_warmup_fraction is not None:
-        samples = int(options.lr_warmup_fraction * decay_iters * batch)
-    if samples >= decay_iters * batch:
-        raise ConfigurationError(
-            "--lr-warmup-iters",
-            f"{options.lr_warmup_iters}, but the learning rate decays over {decay_iters}",
-            "Warm up for fewer iterations than --lr-decay-iters",
-        )
-    return samples

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from tqdm import tqdm
 
-from retro_mcore.distributed import get_rank
+from retro_mcore.distributed import get_rank, get_world_size
+from retro_mcore.training.flops import peak_flops, training_flops_per_sample
 from retro_mcore.training.metrics import (
     LOSS_CURVE_FILE,
     METRICS_FILE,
@@ -17,43 +22,114 @@ from retro_mcore.training.metrics import (
     draw_loss_curve,
     read_metrics,
 )
+from retro_mcore.training.plan import TrainingPlan
+from retro_mcore.training.sinks import Sink, open_sinks
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an iteration came to.
+
+    Attributes:
+        iteration: Its number, from 1.
+        consumed_samples: After it.
+        samples: Of it.
+        loss: Mean per token, in nats.
+        learning_rate: That it was made with.
+        grad_norm: Before clipping; 0 if it was skipped.
+        skipped: Whether the weights were left as they were, after an overflow in fp16.
+        loss_scale: In fp16.
+        num_zeros: In the gradient, with --log-num-zeros-in-grad.
+    """
+
+    iteration: int
+    consumed_samples: int
+    samples: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    skipped: bool = False
+    loss_scale: float | None = None
+    num_zeros: int | None = None
+
+    def record(self) -> Record:
+        """What metrics say of it; what does not apply is left out."""
+        record: Record = {
+            "kind": "train",
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "batch_size": self.samples,
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+        }
+        optional = {"loss_scale": self.loss_scale, "num_zeros": self.num_zeros}
+        return record | {name: value for name, value in optional.items() if value is not None}
+
+
+class _Interval:
+    """The iterations since the last log line."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+        self.iterations = self.samples = self.skipped = 0
+        self._loss = 0.0
+
+    def add(self, step: StepReport) -> None:
+        """Count an iteration; the loss of a skipped one is left out of the mean."""
+        self.iterations += 1
+        self.samples += step.samples
+        if step.skipped:
+            self.skipped += 1
+        else:
+            self._loss += step.loss
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss, if any iteration was not skipped."""
+        counted = self.iterations - self.skipped
+        return self._loss / counted if counted else None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far."""
+        return max(time.perf_counter() - self.since, 1e-9)
 
 
 class TrainingReporter:
     """Bar, log lines and metrics of a run; used as a context manager around its loop.
 
     Args:
-        train_iters: Iterations of the whole run.
+        plan: The run.
+        config: The model's, for its operations.
         iteration: Iterations done before.
-        tokens_per_iteration: For tokens/s.
-        log_interval: Iterations between log lines and metrics.
-        directory: For `metrics.jsonl` and `loss_curve.png`; None writes neither.
+        device: For model FLOPs utilisation.
     """
 
     def __init__(
-        self,
-        train_iters: int,
-        iteration: int,
-        tokens_per_iteration: int,
-        log_interval: int,
-        directory: str | None,
+        self, plan: TrainingPlan, config: TransformerConfig, iteration: int, device: torch.device
     ) -> None:
+        self._plan, options = plan, plan.options
         self._active = get_rank() == 0
-        self._train_iters, self._log_interval = train_iters, log_interval
-        self._tokens_per_iteration = tokens_per_iteration
+        directory = options.save
         self._directory = Path(directory) if directory is not None and self._active else None
         self._metrics: MetricsFile | None = None
         if self._directory is not None:
             self._metrics = MetricsFile(self._directory / METRICS_FILE, iteration)
+        self._sinks: list[Sink] = open_sinks(plan, iteration) if self._active else []
+        self._flops_per_sample = training_flops_per_sample(
+            config, plan.sequence_length, plan.arguments.padded_vocab_size
+        )
+        peak = peak_flops(device, options.device_peak_tflops)
+        self._peak_flops = None if peak is None else peak * get_world_size()
         self._bar = tqdm(
-            total=train_iters,
+            total=plan.train_iters,
             initial=iteration,
             desc="pretrain_retro",
             unit="it",
             disable=not self._active,
         )
-        self._losses: list[float] = []
-        self._since = time.perf_counter()
+        self._interval = _Interval()
 
     def __enter__(self) -> TrainingReporter:
         return self
@@ -65,16 +141,29 @@ class TrainingReporter:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.close()
+        for sink in self._sinks:
+            sink.close(failed=error is not None)
 
-    def step(
-        self, iteration: int, consumed_samples: int, loss: float, lr: float, grad_norm: float
-    ) -> None:
+    def step(self, step: StepReport) -> None:
         """Report an iteration."""
-        self._losses.append(loss)
+        self._interval.add(step)
         self._bar.update(1)
-        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", grad_norm=f"{grad_norm:.2f}")
-        if iteration % self._log_interval == 0 or iteration == self._train_iters:
-            self._log(iteration, consumed_samples, lr, grad_norm)
+        self._bar.set_postfix(
+            loss=f"{step.loss:.4f}",
+            lr=f"{step.learning_rate:.2e}",
+            grad_norm=f"{step.grad_norm:.2f}",
+            refresh=False,
+        )
+        if step.skipped:
+            self._say(
+                f"iteration {step.iteration}/{self._plan.train_iters} | skipped: the gradients "
+                f"overflowed fp16 at loss scale {step.loss_scale or 1:g}"
+            )
+        is_last = step.iteration == self._plan.train_iters
+        if step.iteration % self._plan.options.tensorboard_log_interval == 0 or is_last:
+            self._to_sinks(step.record())
+        if step.iteration % self._plan.options.log_interval == 0 or is_last:
+            self._log(step)
 
     def pause(self) -> None:
         """Time until `resume` (validation, saving) does not count as training time."""
@@ -82,15 +171,33 @@ class TrainingReporter:
 
     def resume(self) -> None:
         """End a `pause`."""
-        self._since += time.perf_counter() - self._paused
+        self._interval.since += time.perf_counter() - self._paused
 
     def validation(self, iteration: int, loss: float, perplexity: float) -> None:
         """Report a validation."""
         self._say(
-            f"iteration {iteration}/{self._train_iters} | validation loss {loss:.4f} | "
+            f"iteration {iteration}/{self._plan.train_iters} | validation loss {loss:.4f} | "
             f"perplexity {perplexity:.2f}"
         )
-        self._write({"kind": "valid", "iteration": iteration, "loss": loss})
+        record = {"kind": "valid", "iteration": iteration, "loss": loss, "perplexity": perplexity}
+        self._write(record)
+        self._to_sinks(record)
+
+    def spike(self, step: StepReport, usual: float, samples: list[int]) -> None:
+        """Report a loss far above the usual, and the batch's samples."""
+        self._say(
+            f"iteration {step.iteration}/{self._plan.train_iters} | loss spike: {step.loss:.4f}, "
+            f"usually {usual:.4f} | grad norm {step.grad_norm:.3f} | samples {samples}"
+        )
+        self._write(
+            {
+                "kind": "spike",
+                "iteration": step.iteration,
+                "loss": step.loss,
+                "usual": usual,
+                "samples": samples,
+            }
+        )
 
     def message(self, text: str) -> None:
         """Show a line."""
@@ -103,30 +210,52 @@ class TrainingReporter:
         records = read_metrics(self._directory / METRICS_FILE)
         return draw_loss_curve(records, self._directory / LOSS_CURVE_FILE)
 
-    def _log(self, iteration: int, consumed_samples: int, lr: float, grad_norm: float) -> None:
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        count = len(self._losses)
-        loss = sum(self._losses) / count
-        tokens_per_second = self._tokens_per_iteration * count / seconds
-        self._say(
-            f"iteration {iteration}/{self._train_iters} | consumed samples {consumed_samples} | "
-            f"ms per iteration {1000 * seconds / count:.1f} | learning rate {lr:.6E} | "
-            f"lm loss {loss:.6E} | grad norm {grad_norm:.3f} | tokens/s {tokens_per_second:.0f}"
-        )
-        self._write(
-            {
-                "kind": "train",
-                "iteration": iteration,
-                "consumed_samples": consumed_samples,
-                "loss": loss,
-                "learning_rate": lr,
-                "grad_norm": grad_norm,
-                "seconds_per_iteration": seconds / count,
-                "tokens_per_second": tokens_per_second,
-            }
-        )
-        self._losses.clear()
-        self._since = time.perf_counter()
+    def _log(self, step: StepReport) -> None:
+        interval, self._interval = self._interval, _Interval()
+        record = step.record() | self._speed(interval)
+        loss = interval.loss
+        if loss is None:
+            del record["loss"]
+        else:
+            record["loss"] = loss
+        if step.loss_scale is not None:
+            record["skipped_iterations"] = interval.skipped
+        self._say(self._line(step, record))
+        self._write(record)
+        self._to_sinks({key: value for key, value in record.items() if key in _SPEED}, step)
+
+    def _speed(self, interval: _Interval) -> Record:
+        samples_per_second = interval.samples / interval.seconds
+        flops = samples_per_second * self._flops_per_sample
+        speed: Record = {
+            "seconds_per_iteration": interval.seconds / interval.iterations,
+            "tokens_per_second": samples_per_second * self._plan.sequence_length,
+            "tflops_per_device": flops / get_world_size() / 1e12,
+        }
+        if self._peak_flops is not None:
+            speed["model_flops_utilisation"] = flops / self._peak_flops
+        return speed
+
+    def _line(self, step: StepReport, record: Record) -> str:
+        left = self._plan.train_samples - step.consumed_samples
+        seconds_left = left * self._plan.sequence_length / record["tokens_per_second"]
+        parts = [
+            f"iteration {step.iteration}/{self._plan.train_iters}",
+            f"consumed samples {step.consumed_samples}",
+            f"ms per iteration {1000 * record['seconds_per_iteration']:.1f}",
+            f"batch {step.samples}" if self._plan.options.rampup_batch_size else "",
+            f"learning rate {step.learning_rate:.6E}",
+            f"lm loss {record['loss']:.6E}" if "loss" in record else "lm loss skipped",
+            f"grad norm {step.grad_norm:.3f}",
+            f"loss scale {step.loss_scale:g}" if step.loss_scale is not None else "",
+            f"skipped {record['skipped_iterations']}" if "skipped_iterations" in record else "",
+            f"zeros {step.num_zeros}" if step.num_zeros is not None else "",
+            f"tokens/s {record['tokens_per_second']:.0f}",
+            f"TFLOP/s per device {record['tflops_per_device']:.2f}",
+            _utilisation(record.get("model_flops_utilisation")),
+            f"left {timedelta(seconds=round(seconds_left))}",
+        ]
+        return " | ".join(filter(None, parts))
 
     def _say(self, text: str) -> None:
         if self._active:
@@ -135,3 +264,21 @@ class TrainingReporter:
     def _write(self, record: Record) -> None:
         if self._metrics is not None:
             self._metrics.write(record)
+
+    def _to_sinks(self, record: Record, step: StepReport | None = None) -> None:
+        if step is not None:
+            record = {"kind": "speed", "iteration": step.iteration, **record}
+        for sink in self._sinks:
+            sink.write(record)
+
+
+_SPEED = (
+    "seconds_per_iteration",
+    "tokens_per_second",
+    "tflops_per_device",
+    "model_flops_utilisation",
+)
+
+
+def _utilisation(share: float | None) -> str:
+    return "" if share is None else f"MFU {100 * share:.1f}%"

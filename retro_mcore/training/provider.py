@@ -2,244 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import fields
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import openai_gelu
 
-from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform import is_cpu_in_use
-from retro_mcore.training.options import ModelOptions, ParallelOptions, RecomputeOptions
+from retro_mcore.training.model_config import (
+    ModelArguments,
+    build_config,
+    default_ffn_hidden_size,
+    number_of_positions,
+    padded_vocab_size,
+    uses_transformer_engine,
+)
+from retro_mcore.training.options import ParallelOptions, RecomputeOptions
 
-
-@dataclass(kw_only=True)
-class ModelArguments(ModelOptions):
-    """The flags of the model and what the project adds: all that its checkpoints need to say."""
-
-    seq_length: int
-    """S; also the number of learned positions."""
-    retro_chunk_length: int
-    """M."""
-    vocab_size: int
-    """The tokenizer's vocabulary."""
-    padded_vocab_size: int
-    """Rows of the embedding."""
-    tokenizer_type: str
-    """The project's tokenizer."""
-    tokenizer_fingerprint: str
-    """Hash over the tokenizer's files."""
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """The vocabulary rounded up so that every tensor parallel rank gets the same, aligned part.
-
-    >>> padded_vocab_size(50257, 128, 8)
-    51200
-    """
-    multiple = divisible_by * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
-def default_ffn_hidden_size(options: ModelOptions) -> int:
-    """Megatron's rule: 4 hidden sizes; with a gated MLP two thirds of it, in multiples of 64."""
-    if options.ffn_hidden_size is not None:
-        return options.ffn_hidden_size
-    if options.swiglu:
-        return int(4 * options.hidden_size * 2 / 3 / 64) * 64
-    return 4 * options.hidden_size
-
-
-def uses_transformer_engine(parallel: ParallelOptions) -> bool:
-    """Whether layers come from Transformer Engine.
-
-    Raises:
-        ConfigurationError: it was asked for where it cannot run.
-    """
-    available = not is_cpu_in_use() and importlib.util.find_spec("transformer_engine") is not None
-    if parallel.transformer_impl == "transformer_engine" and not available:
-        raise ConfigurationError(
-            "--transformer-impl",
-            "transformer_engine, which is not installed, or the device is the CPU",
-            "Use local or auto",
-        )
-    return available and parallel.transformer_impl != "local"
-
-
-def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
-    """Refuse sizes that do not divide by the heads or the tensor parallel size.
-
-    Raises:
-        ConfigurationError: naming the flag.
-    """
-    heads = arguments.num_attention_heads
-    groups = arguments.num_query_groups or heads
-    parts = parallel.tensor_model_parallel_size
-    if arguments.kv_channels is None and arguments.hidden_size % heads:
-        raise ConfigurationError(
-            "--num-attention-heads",
-            f"{heads} does not divide the hidden size {arguments.hidden_size}",
-            "Choose a divisor, or give --kv-channels",
-        )
-    if heads % groups:
-        raise ConfigurationError(
-            "--num-query-groups",
-            f"{groups} does not divide the {heads} attention heads",
-            "Choose a divisor",
-        )
-    for flag, value in (
-        ("--num-attention-heads", heads),
-        ("--num-query-groups", groups),
-        ("--ffn-hidden-size", default_ffn_hidden_size(arguments)),
-    ):
-        if value % parts:
-            raise ConfigurationError(
-                "--tensor-model-parallel-size",
-                f"{parts} does not divide {flag} {value}",
-                f"Choose a tensor parallel size that divides {value}",
-            )
-    _check_pipeline(arguments, parallel)
-    if parallel.sequence_parallel and parts == 1:
-        raise ConfigurationError(
-            "--sequence-parallel",
-            "given with --tensor-model-parallel-size 1",
-            "Leave it out, or use more tensor parallel processes",
-        )
-
-
-def _check_pipeline(arguments: ModelOptions, parallel: ParallelOptions) -> None:
-    stages = parallel.pipeline_model_parallel_size
-    virtual = parallel.num_virtual_stages_per_pipeline_rank
-    first_last = {
-        "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
-        "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
-    }
-    uneven = {flag: number for flag, number in first_last.items() if number is not None}
-    layout = parallel.pipeline_model_parallel_layout
-    if stages == 1:
-        given = {
-            **uneven,
-            "--num-virtual-stages-per-pipeline-rank": virtual,
-            "--pipeline-model-parallel-layout": layout,
-        }
-        for flag, value in given.items():
-            if value is not None:
-                raise ConfigurationError(
-                    flag, f"{value}, without a pipeline", "Add --pipeline-model-parallel-size"
-                )
-        return
-    if layout is not None:
-        if uneven:
-            raise ConfigurationError(
-                next(iter(uneven)), "given with --pipeline-model-parallel-layout", "Choose one"
-            )
-        return
-    layers = arguments.num_layers - sum(uneven.values())
-    parts = (stages - len(uneven)) * (virtual or 1)
-    if layers < parts or (parts and layers % parts) or (not parts and layers):
-        raise ConfigurationError(
-            "--pipeline-model-parallel-size",
-            f"{stages} stages of {virtual or 1} do not divide {arguments.num_layers} layers"
-            + "".join(f", {flag} {number}" for flag, number in uneven.items()),
-            "Choose stages that divide the layers, or --pipeline-model-parallel-layout",
-        )
-
-
-def build_config(
-    arguments: ModelArguments, parallel: ParallelOptions, recompute: RecomputeOptions
-) -> TransformerConfig:
-    """The model's configuration: a RetroConfig, or without retrieval a TransformerConfig.
-
-    Raises:
-        ConfigurationError: naming the field or flag.
-    """
-    check_divisible(arguments, parallel)
-    shared = _decoder_fields(arguments) | _layout_fields(parallel, recompute)
-    if arguments.no_retrieval:
-        return TransformerConfig(**shared)
-    build: Callable[..., RetroConfig] = RetroConfig
-    if arguments.retro_origin is not None:
-        build = partial(RetroConfig.from_upstream, arguments.retro_origin)
-    return build(
-        **shared,
-        retro_chunk_length=arguments.retro_chunk_length,
-        retro_num_neighbors=arguments.retro_num_neighbors,
-        retro_num_retrieved_chunks=arguments.retro_num_retrieved_chunks,
-        retro_encoder_num_layers=arguments.retro_encoder_num_layers,
-        retro_encoder_hidden_dropout=arguments.retro_encoder_hidden_dropout,
-        retro_encoder_attention_dropout=arguments.retro_encoder_attention_dropout,
-        retro_decoder_layers=arguments.retro_decoder_layers,
-        retro_attention_gate=arguments.retro_attention_gate,
-    )
-
-
-def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
-    if arguments.swiglu and arguments.openai_gelu:
-        raise ConfigurationError("--openai-gelu", "given together with --swiglu", "Choose one")
-    gated = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
-    return {
-        "num_layers": arguments.num_layers,
-        "hidden_size": arguments.hidden_size,
-        "num_attention_heads": arguments.num_attention_heads,
-        "num_query_groups": arguments.num_query_groups or arguments.num_attention_heads,
-        "ffn_hidden_size": default_ffn_hidden_size(arguments),
-        "kv_channels": arguments.kv_channels,
-        "normalization": arguments.normalization,
-        "layernorm_epsilon": arguments.norm_epsilon,
-        "layernorm_zero_centered_gamma": arguments.apply_layernorm_1p,
-        "add_bias_linear": not arguments.disable_bias_linear,
-        "add_qkv_bias": arguments.add_qkv_bias,
-        "qk_layernorm": arguments.qk_layernorm,
-        "hidden_dropout": arguments.hidden_dropout,
-        "attention_dropout": arguments.attention_dropout,
-        "init_method_std": arguments.init_method_std,
-        **(gated if arguments.swiglu else {}),
-        **({"activation_func": openai_gelu} if arguments.openai_gelu else {}),
-    }
-
-
-def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> dict[str, Any]:
-    precision = torch.bfloat16 if parallel.bf16 else torch.float16 if parallel.fp16 else None
-    return {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel,
-        **_pipeline_fields(parallel, precision or torch.float32),
-        "use_cpu_initialization": parallel.use_cpu_initialization or is_cpu_in_use(),
-        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
-        "bf16": parallel.bf16,
-        "fp16": parallel.fp16,
-        "params_dtype": precision or torch.float32,
-        "recompute_granularity": recompute.recompute_granularity,
-        "recompute_method": recompute.recompute_method,
-        "recompute_num_layers": recompute.recompute_num_layers,
-    }
-
-
-def _pipeline_fields(parallel: ParallelOptions, dtype: torch.dtype) -> dict[str, Any]:
-    stages = parallel.pipeline_model_parallel_size
-    if stages == 1:
-        return {}
-    virtual = parallel.num_virtual_stages_per_pipeline_rank
-    # gloo knows no message tags: batched transfers of the interleaved schedule would be mixed up.
-    gloo = {"batch_p2p_comm": False, "overlap_p2p_comm": False}
-    return {
-        "pipeline_model_parallel_size": stages,
-        "virtual_pipeline_model_parallel_size": virtual,
-        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
-        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
-        "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
-        "pipeline_dtype": dtype,
-        **(gloo if virtual is not None and is_cpu_in_use() else {}),
-    }
+__all__ = [
+    "ModelArguments",
+    "arguments_from",
+    "build_config",
+    "build_model",
+    "build_model_chunks",
+    "default_ffn_hidden_size",
+    "number_of_positions",
+    "padded_vocab_size",
+]
 
 
 def build_model_chunks(
@@ -285,6 +78,7 @@ def build_model(
         "rotary_base": arguments.rotary_base,
         "rope_scaling": arguments.use_rope_scaling,
         "rope_scaling_factor": arguments.rope_scaling_factor,
+        "seq_len_interpolation_factor": arguments.rotary_seq_len_interpolation_factor,
     }
     sizes["max_sequence_length"] = number_of_positions(arguments)
     model: GPTModel
@@ -293,26 +87,6 @@ def build_model(
     else:
         model = GPTModel(config, get_gpt_decoder_block_spec(config, engine, vp_stage), **sizes)
     return model if is_cpu_in_use() else model.cuda(torch.cuda.current_device())
-
-
-def number_of_positions(arguments: ModelArguments) -> int:
-    """Learned positions, enough for a sample and for a neighbor's text.
-
-    Raises:
-        ConfigurationError: --max-position-embeddings is less.
-    """
-    needed = arguments.seq_length
-    if not arguments.no_retrieval:
-        retrieved = arguments.retro_num_retrieved_chunks * arguments.retro_chunk_length
-        needed = max(needed, retrieved)
-    positions = arguments.max_position_embeddings or needed
-    if positions < needed:
-        raise ConfigurationError(
-            "--max-position-embeddings",
-            f"{positions}, for texts of {needed} tokens",
-            "Raise it, or leave it out",
-        )
-    return positions
 
 
 def arguments_from(values: dict[str, Any]) -> ModelArguments:

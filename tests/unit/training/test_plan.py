@@ -68,8 +68,9 @@ def test_sizes_that_do_not_divide_are_refused_by_name(flags, message):
 @pytest.mark.usefixtures("megatron")
 def test_what_the_project_repeats_is_accepted_and_the_rest_is_resolved():
     plan = small_plan(seq_length=SEQUENCE_LENGTH, seed=1234, lr_warmup_fraction=0.5)
-    assert plan.train_iters == plan.lr_decay_iters == TRAIN_SAMPLES // BATCH
-    assert plan.lr_warmup_samples == TRAIN_SAMPLES // 2
+    assert plan.train_iters == TRAIN_SAMPLES // BATCH
+    assert plan.train_samples == plan.schedule.lr_decay_samples == TRAIN_SAMPLES
+    assert plan.schedule.lr_warmup_samples == TRAIN_SAMPLES // 2
     assert plan.arguments.padded_vocab_size == 128
 
 

@@ -1,0 +1,100 @@
+"""The size of each iteration's batch, which may ramp up to the global batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+from retro_mcore.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Batch sizes over a run, as megatron's calculator ramps them up.
+
+    The batch of an iteration follows from the samples consumed before it, so that a resumed run
+    goes on with the sizes of an uninterrupted one.
+
+    Attributes:
+        global_batch_size: Samples per iteration, after the ramp.
+        rampup: (start, increment, samples), or None for one size throughout.
+
+    Raises:
+        ConfigurationError: the ramp does not lead to the global batch size.
+    """
+
+    global_batch_size: int
+    rampup: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rampup is None:
+            return
+        start, increment, samples = self.rampup
+        rest = self.global_batch_size - start
+        if start < 1 or increment < 1 or samples < 1 or rest <= 0 or rest % increment:
+            raise ConfigurationError(
+                "--rampup-batch-size",
+                f"{start} {increment} {samples}, to a global batch of {self.global_batch_size}",
+                "Choose START below the global batch, and an INCREMENT that divides the difference",
+            )
+
+    @classmethod
+    def of(cls, global_batch_size: int, rampup: Sequence[int] | None) -> BatchSizes:
+        """From --rampup-batch-size.
+
+        Raises:
+            ConfigurationError: it is not three numbers, or they do not fit the global batch.
+        """
+        if rampup is None:
+            return cls(global_batch_size)
+        if len(rampup) != 3:
+            raise ConfigurationError(
+                "--rampup-batch-size",
+                " ".join(map(str, rampup)) or "nothing",
+                "Give three numbers: START INCREMENT SAMPLES",
+            )
+        return cls(global_batch_size, (rampup[0], rampup[1], rampup[2]))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Every size that occurs, ascending."""
+        if self.rampup is None:
+            return [self.global_batch_size]
+        return list(range(self.rampup[0], self.global_batch_size + 1, self.rampup[1]))
+
+    def iterations(self, samples: int) -> tuple[int, int]:
+        """(whole iterations, samples they take) that `samples` suffice for."""
+        done, consumed = self._ramp(max_samples=samples)
+        size = self.global_batch_size if self._is_past_ramp(consumed) else samples + 1
+        more = (samples - consumed) // size
+        return done + more, consumed + more * size
+
+    def consumed_after(self, iterations: int) -> int:
+        """Samples that the first `iterations` take."""
+        done, consumed = self._ramp(max_iterations=iterations)
+        return consumed + (iterations - done) * self.global_batch_size
+
+    def _is_past_ramp(self, consumed: int) -> bool:
+        return self.rampup is None or consumed > self.rampup[2]
+
+    def _ramp(
+        self, max_samples: int | None = None, max_iterations: int | None = None
+    ) -> tuple[int, int]:
+        """(iterations, samples) of the ramp, as far as the limits let it go."""
+        if self.rampup is None:
+            return 0, 0
+        calculator = RampupBatchsizeNumMicroBatchesCalculator(
+            self.global_batch_size, 1, 1, False, -1, *self.rampup
+        )
+        done = consumed = 0
+        while not self._is_past_ramp(consumed):
+            calculator.update(consumed, consistency_check=False)
+            size = calculator.current_global_batch_size
+            if max_samples is not None and consumed + size > max_samples:
+                break
+            if done == max_iterations:
+                break
+            done, consumed = done + 1, consumed + size
+        return done, consumed

@@ -1,0 +1,107 @@
+"""Operations of a training step, and the share of the device's peak that it reaches.
+
+Counted are the matrix products that the model prescribes, a multiplication and an addition each;
+causal attention counts whole, as in PaLM (Chowdhery et al. 2022, appendix B). A backward pass is
+two forward passes; recomputation does not count. Utilisation (MFU) is these operations per
+second, divided by the devices' peak.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from retro_mcore.model.config import RetroConfig
+
+#: Dense bf16 10^12 operations/s by vendors' data sheets, by part of the device's name; the first
+#: that fits.
+_PEAK_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A40": 150.0,
+    "A10": 125.0,
+    "L4": 121.0,
+    "V100": 125.0,
+}
+
+
+def peak_flops(device: torch.device, given_tflops: float | None = None) -> float | None:
+    """Operations/s that the device can reach; None where nobody knows (on CPU always).
+
+    Args:
+        device: The device.
+        given_tflops: --device-peak-tflops.
+    """
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    fitting = (peak for part, peak in _PEAK_TFLOPS.items() if part in name)
+    tflops = next(fitting, None)
+    return None if tflops is None else tflops * 1e12
+
+
+def training_flops_per_sample(
+    config: TransformerConfig, sequence_length: int, vocab_size: int
+) -> float:
+    """Operations of forward and backward pass, for one sample.
+
+    Args:
+        config: Of the whole model; a RetroConfig retrieves.
+        sequence_length: S.
+        vocab_size: Rows of the output layer.
+    """
+    return 3.0 * forward_flops_per_sample(config, sequence_length, vocab_size)
+
+
+def forward_flops_per_sample(
+    config: TransformerConfig, sequence_length: int, vocab_size: int
+) -> float:
+    """Operations of the forward pass, for one sample; arguments as above."""
+    decoder = config.num_layers * _layer(config, sequence_length, sequence_length)
+    logits = 2.0 * sequence_length * config.hidden_size * vocab_size
+    retrieval = _retrieval(config, sequence_length) if isinstance(config, RetroConfig) else 0.0
+    return decoder + logits + retrieval
+
+
+def _layer(config: TransformerConfig, tokens: int, keys: int) -> float:
+    """Self-attention and MLP of one layer, for `tokens` that attend to `keys` each."""
+    wide = config.num_attention_heads * config.kv_channels
+    narrow = config.num_query_groups * config.kv_channels
+    projections = config.hidden_size * (2 * wide + 2 * narrow)
+    mlp = (3 if config.gated_linear_unit else 2) * config.hidden_size * config.ffn_hidden_size
+    return 2.0 * tokens * (projections + mlp + 2 * keys * wide)
+
+
+def _retrieval(config: RetroConfig, sequence_length: int) -> float:
+    """Neighbor encoder and cross-attentions."""
+    grid = config.chunk_grid(sequence_length)
+    rows = grid.num_chunks * config.retro_num_neighbors
+    length = config.retro_retrieved_length or 0
+    encoder = config.encoder_config()
+    flops = encoder.num_layers * _layer(encoder, rows * length, length)
+    # The encoder's first layer attends to the chunk that retrieved.
+    flops += _cross(
+        encoder, config.hidden_size, rows * length, sequence_length, config.retro_chunk_length
+    )
+    if encoder.hidden_size != config.hidden_size:
+        flops += 2.0 * rows * length * config.hidden_size * encoder.hidden_size
+    keys = config.retro_num_neighbors * length
+    cross = _cross(config, encoder.hidden_size, sequence_length, rows * length, keys)
+    return flops + len(config.retro_layer_numbers) * cross
+
+
+def _cross(
+    config: TransformerConfig, key_value_size: int, tokens: int, key_tokens: int, keys: int
+) -> float:
+    """Cross-attention of `tokens` to `keys` each, of `key_tokens` that are projected once."""
+    wide = config.num_attention_heads * config.kv_channels
+    narrow = config.num_query_groups * config.kv_channels
+    queries = tokens * (2 * config.hidden_size * wide + 2 * keys * wide)
+    return 2.0 * (queries + key_tokens * key_value_size * 2 * narrow)

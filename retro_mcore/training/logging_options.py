@@ -1,0 +1,53 @@
+"""Flags of what a run reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retro_mcore.errors import ConfigurationError
+
+
+@dataclass(kw_only=True)
+class LoggingOptions:
+    """What a run reports, and where. Metrics and the loss curve lie in --save."""
+
+    log_interval: int = 100
+    """Iterations between log lines and metrics."""
+    check_for_nan_in_loss_and_grad: bool = True
+    """Stop at a loss or gradient that is NaN or infinite, before the weights take it in."""
+    check_for_spiky_loss: bool = True
+    """Report losses far above the recent ones, with the batch's samples."""
+    log_num_zeros_in_grad: bool = False
+    """Count the gradient's zeros."""
+    device_peak_tflops: float | None = None
+    """The device's highest 10^12 operations/s, for model FLOPs utilisation. Default: from a table
+    of GPUs."""
+    tensorboard_dir: str | None = None
+    """Directory for TensorBoard."""
+    tensorboard_log_interval: int = 1
+    """Iterations between entries in TensorBoard and Weights & Biases."""
+    wandb_project: str = ""
+    """Project in Weights & Biases."""
+    wandb_exp_name: str = ""
+    """The run's name there."""
+    wandb_save_dir: str = ""
+    """Directory for its files. Default: `wandb` in --save."""
+
+    def check_logging(self) -> None:
+        """Refuse half a configuration of Weights & Biases.
+
+        Raises:
+            ConfigurationError: naming the flag.
+        """
+        if self.wandb_project and not self.wandb_exp_name:
+            raise ConfigurationError(
+                "--wandb-exp-name", "not given with --wandb-project", "Name the run"
+            )
+        if not self.wandb_project and (self.wandb_exp_name or self.wandb_save_dir):
+            raise ConfigurationError(
+                "--wandb-project", "not given, but other options of it", "Name the project"
+            )
+        if self.device_peak_tflops is not None and self.device_peak_tflops <= 0:
+            raise ConfigurationError(
+                "--device-peak-tflops", str(self.device_peak_tflops), "Choose above 0"
+            )
