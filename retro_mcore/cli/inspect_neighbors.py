@@ -20,6 +20,7 @@ from retro_mcore.cli.neighbor_page import (
     SampleView,
     render,
 )
+from retro_mcore.data.document_ids import DocumentNames
 from retro_mcore.data.neighbors import SavedDistances
 from retro_mcore.data.overlap import longest_common_runs, shared_positions
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
@@ -171,6 +172,8 @@ class _Inspector:
     ) -> None:
         self._options, self._dataset, self._tokenizer = options, dataset, tokenizer
         self._prefixes = config.blend[1]
+        data = ProjectPaths(options.project_dir).data
+        self._names = DocumentNames([data / prefix for prefix in self._prefixes])
         self._length = config.retro_gpt_chunk_length
         directory = dataset.neighbors.directory
         saved = (directory / "distances").is_dir()  # other writers save none
@@ -206,7 +209,10 @@ class _Inspector:
     def show(self, number: int) -> SampleView:
         """One sample with everything that was retrieved for it."""
         text, dataset_id, documents = self._dataset.samples.read(number)
-        names = ", ".join(map(str, np.unique(documents)))
+        names = ", ".join(
+            self._names.id_of(dataset_id, int(document)) or str(document)
+            for document in np.unique(documents)
+        )
         retrieved = self._dataset[number]["neighbor_chunks"]
         chunks = []
         for chunk in range(self._per_sample):
@@ -245,8 +251,8 @@ class _Inspector:
         if self._distances is not None:
             distance = f"{self._distances.rows(row, row + 1)[0, rank]:.4g}"
         return (
-            f"neighbor {rank + 1}: chunk {chunk_id} of {self._prefixes[source]}, "
-            f"document {document}; distance {distance}; "
+            f"neighbor {rank + 1}: chunk {chunk_id}, {self._names.describe(source, document)}; "
+            f"distance {distance}; "
             f"overlap {run} of {self._length} tokens ({run / self._length:.0%})"
         )
 

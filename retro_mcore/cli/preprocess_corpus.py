@@ -4,47 +4,40 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.bert_tokens import default_bert_vocab
 from retro_mcore.data.corpus import (
-    Document,
     list_files,
-    list_parts,
     read_documents,
-    read_part,
     text_cleaner,
 )
-from retro_mcore.data.shards import Shard, ShardReport, choose_shard_length, run_shards
+from retro_mcore.data.shards import ShardReport, choose_shard_length
 from retro_mcore.data.token_file import TokenFile, bin_path, idx_path
-from retro_mcore.data.token_input import check_token_input, find_token_input, take_token_input
+from retro_mcore.data.token_input import find_token_input
 from retro_mcore.data.tokenizers import (
     TOKENIZER_TYPES,
     GPTSentencePieceTokenizer,
     HuggingFaceTokenizer,
-    Tokenizer,
     build_tokenizer,
     load_project_tokenizer,
     train_sentencepiece,
 )
-from retro_mcore.datasets.indexed import token_dtype, write_indexed_dataset
 from retro_mcore.datasets.splits import check_documents, document_ranges, parse_split
+from retro_mcore.datasets.tokenizing import CorpusReader, empty_corpus, make_dataset
 from retro_mcore.distributed import (
     barrier,
-    broadcast_object,
     get_rank,
     initialize,
     raise_together,
 )
-from retro_mcore.errors import ConfigurationError, CorpusError, TokenizerError
-from retro_mcore.platform import setup_device
+from retro_mcore.errors import ConfigurationError, TokenizerError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import (
@@ -77,6 +70,9 @@ class PreprocessCorpusOptions:
     """Share of each input in the samples (default: equal)."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Keys of a JSON line that hold the text; several are joined by an empty line."""
+    id_key: str = "id"
+    """Key of a JSON line that holds its id, shown as a neighbor's source (lines without it: file
+    and byte)."""
     clean_text: bool = False
     """Mend broken characters with ftfy: mojibake, control characters, HTML entities."""
     tokenizer_type: str | None = None
@@ -168,15 +164,9 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
             *(paths.root / name if (name := names[key]) else None for key in _FILES),
         )
     reports = []
+    reader = CorpusReader(options.json_keys, options.id_key, cleaner)
     for source, prefix in zip(sources, prefixes, strict=True):
-        target = paths.data / prefix
-        given = find_token_input(source)
-        if given is not None:
-            reports.append(_take_tokens(given, target, tokenizer, fingerprint))
-            continue
-        reports.append(
-            _tokenize_source(options.json_keys, cleaner, source, target, tokenizer, fingerprint)
-        )
+        reports.append(make_dataset(source, paths.data / prefix, tokenizer, reader, fingerprint))
     with raise_together():
         datasets = [TokenFile(paths.data / prefix) for prefix in prefixes]
         for source, dataset in zip(sources, datasets, strict=True):
@@ -273,6 +263,7 @@ def _tokenize_options(options: PreprocessCorpusOptions) -> dict[str, object]:
         else None,
         # Only where it is set: projects made before it existed go on.
         **({"--clean-text": True} if options.clean_text else {}),
+        **({"--id-key": options.id_key} if options.id_key != "id" else {}),
     }
 
 
@@ -391,11 +382,7 @@ def _texts(
         found = True
         yield document.text
     if not found:
-        raise _empty(source)
-
-
-def _empty(source: Path) -> CorpusError:
-    return CorpusError(source, "holds no text", "Give documents that are not empty")
+        raise empty_corpus(source)
 
 
 def _require_tokenizer(options: PreprocessCorpusOptions, sources: Sequence[Path]) -> None:
@@ -409,90 +396,6 @@ def _require_tokenizer(options: PreprocessCorpusOptions, sources: Sequence[Path]
                 "holds tokens, and no tokenizer is given",
                 "Name the one that they were made with: --tokenizer-type, --tokenizer-model",
             )
-
-
-def _is_done(target: Path, fingerprint: str) -> bool:
-    """Whether the .bin and .idx at `target` are complete; the same answer on every rank."""
-    with raise_together():
-        files = (bin_path(target), idx_path(target))
-        done = all(state_of(file, fingerprint) is FileState.COMPLETE for file in files)
-    return bool(broadcast_object(done))
-
-
-def _take_tokens(
-    source: Path, target: Path, tokenizer: Tokenizer, fingerprint: str
-) -> ShardReport | None:
-    """Check and link or copy a .bin and .idx; None if they are there already."""
-    if _is_done(target, fingerprint):
-        return None
-    with raise_together():
-        if get_rank() == 0:
-            check_token_input(source, tokenizer)
-            take_token_input(source, target, fingerprint)
-    barrier()
-    return ShardReport(1, 0, ())
-
-
-def _tokenize_source(
-    json_keys: Sequence[str],
-    cleaner: Callable[[str], str] | None,
-    source: Path,
-    target: Path,
-    tokenizer: Tokenizer,
-    fingerprint: str,
-) -> ShardReport | None:
-    """Write one input's .bin and .idx; None if they are there already."""
-    if _is_done(target, fingerprint):
-        return None
-    parts = list_parts(source)
-    parts_dir = target.with_name(f"{target.name}.parts")
-    shards = [Shard(i, i + 1, parts_dir / f"{i}.hdf5") for i in range(len(parts))]
-
-    def build(shard: Shard, path: Path) -> None:
-        _tokenize_part(read_part(parts[shard.start], json_keys, cleaner), tokenizer, path)
-
-    report = run_shards(shards, build, fingerprint, f"tokenize {source.name}")
-    with raise_together():
-        if get_rank() == 0:
-            setup_device()  # before megatron is imported, so that it gives no advice on GPUs
-            dtype = token_dtype(tokenizer.vocab_size)
-            with (
-                signed_write(bin_path(target), fingerprint) as binary,
-                signed_write(idx_path(target), fingerprint) as index,
-            ):
-                if not write_indexed_dataset(binary, index, _documents(shards), dtype):
-                    raise _empty(source)
-            shutil.rmtree(parts_dir)
-    barrier()
-    return report
-
-
-def _tokenize_part(documents: Iterable[Document], tokenizer: Tokenizer, path: Path) -> None:
-    tokens: list[np.ndarray] = []
-    batch: list[str] = []
-
-    def flush() -> None:
-        for ids in tokenizer.tokenize_batch(batch):
-            tokens.append(np.array([*ids, tokenizer.eod], dtype=np.int32))
-        batch.clear()
-
-    for document in documents:
-        batch.append(document.text)
-        if len(batch) == _BATCH:
-            flush()
-    flush()
-    with h5py.File(path, "w") as file:
-        file["lengths"] = np.array([len(ids) for ids in tokens], dtype=np.int64)
-        file["tokens"] = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
-
-
-def _documents(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
-    for shard in shards:
-        with h5py.File(shard.path, "r") as file:
-            tokens, lengths = file["tokens"][:], file["lengths"][:]
-        ends = np.cumsum(lengths)
-        for start, end in zip(ends - lengths, ends, strict=True):
-            yield tokens[start:end]
 
 
 def _make_config(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from retro_mcore.data.compressed import COMPRESSED, open_binary
 from retro_mcore.errors import CorpusError, MissingDependencyError
@@ -25,7 +26,8 @@ class Document:
 
     Attributes:
         text: Its text, never empty.
-        source_id: Where it came from: `file:byte` (decompressed) for JSON lines, the file for text.
+        source_id: Where it came from: the JSON line's own id, else `file:byte` (decompressed); the
+            file for text.
     """
 
     text: str
@@ -65,6 +67,7 @@ def read_documents(
     source: Path | str,
     json_keys: Sequence[str] = ("text",),
     clean: Callable[[str], str] | None = None,
+    id_key: str = "id",
 ) -> Iterator[Document]:
     """All documents of a JSONL file, a text file, or a folder (sorted by path, recursive).
 
@@ -74,12 +77,13 @@ def read_documents(
         source: The file or folder.
         json_keys: Keys of a JSON line that hold the text; several are joined by an empty line.
         clean: Applied to every text, such as `text_cleaner()`.
+        id_key: Key of a JSON line that holds its id; lines without it are named by their place.
 
     Raises:
         CorpusError: nothing to read, or a malformed line or file; names file and line.
     """
     for part in list_parts(source):
-        yield from read_part(part, json_keys, clean)
+        yield from read_part(part, json_keys, clean, id_key)
 
 
 def list_files(source: Path | str) -> list[Path]:
@@ -135,17 +139,18 @@ def read_part(
     part: CorpusPart,
     json_keys: Sequence[str] = ("text",),
     clean: Callable[[str], str] | None = None,
+    id_key: str = "id",
 ) -> Iterator[Document]:
     """The documents of one part; see `read_documents`."""
-    for document in _read_raw(part, json_keys):
+    for document in _read_raw(part, json_keys, id_key):
         text = clean(document.text) if clean else document.text
         if text.strip():
             yield Document(text, document.source_id)
 
 
-def _read_raw(part: CorpusPart, json_keys: Sequence[str]) -> Iterator[Document]:
+def _read_raw(part: CorpusPart, json_keys: Sequence[str], id_key: str) -> Iterator[Document]:
     if part.is_jsonl:
-        yield from _read_lines(part, json_keys)
+        yield from _read_lines(part, json_keys, id_key)
         return
     for file in part.files:
         try:
@@ -155,7 +160,7 @@ def _read_raw(part: CorpusPart, json_keys: Sequence[str]) -> Iterator[Document]:
         yield Document(text, str(file))
 
 
-def _read_lines(part: CorpusPart, json_keys: Sequence[str]) -> Iterator[Document]:
+def _read_lines(part: CorpusPart, json_keys: Sequence[str], id_key: str) -> Iterator[Document]:
     """Lines that begin inside the part's bytes; the last one may run past its end."""
     (path,) = part.files
     with open_binary(path) as file:
@@ -168,14 +173,17 @@ def _read_lines(part: CorpusPart, json_keys: Sequence[str]) -> Iterator[Document
             if not line.strip():
                 continue
             try:
-                text = _text_of_line(line, json_keys)
+                record = _record_of_line(line)
+                text = _text_of_record(record, json_keys)
             except CorpusError as error:
                 where = f"{path}:{_line_number(path, begin)}"
                 raise CorpusError(where, error.found, error.mend) from error
-            yield Document(text, f"{path}:{begin}")
+            given = record.get(id_key)
+            named = isinstance(given, str | int) and not isinstance(given, bool)
+            yield Document(text, str(given) if named else f"{path}:{begin}")
 
 
-def _text_of_line(line: bytes, json_keys: Sequence[str]) -> str:
+def _record_of_line(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -186,6 +194,10 @@ def _text_of_line(line: bytes, json_keys: Sequence[str]) -> str:
         ) from error
     if not isinstance(record, dict):
         raise CorpusError("", "not a JSON object", 'Write lines like {"text": "…"}')
+    return record
+
+
+def _text_of_record(record: dict[str, Any], json_keys: Sequence[str]) -> str:
     texts = []
     for key in json_keys:
         if key not in record:

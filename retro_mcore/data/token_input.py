@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retro_mcore.data.document_ids import ids_path
 from retro_mcore.data.token_file import TokenFile, bin_path, idx_path
 from retro_mcore.data.tokenizers import Tokenizer
 from retro_mcore.errors import CorpusError, TokenizerError
@@ -73,8 +74,12 @@ def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
 
 
 def take_token_input(prefix: Path, target: Path, fingerprint: str) -> None:
-    """Put the pair at `target` (a prefix): hard links on the same file system, else copies."""
-    for path in (bin_path, idx_path):
+    """Put the pair at `target` (a prefix): hard links on the same file system, else copies.
+
+    Ids of its documents come along where it has them.
+    """
+    given = (*([ids_path] if ids_path(prefix).is_file() else []), bin_path, idx_path)
+    for path in given:
         with signed_write(path(target), fingerprint) as temporary:
             try:
                 os.link(path(prefix).resolve(), temporary)

@@ -17,6 +17,7 @@ import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.document_ids import DocumentNames
 from retro_mcore.data.embedders import Embedder, load_project_embedder
 from retro_mcore.data.index import load_index, search
 from retro_mcore.data.text import chunk_texts
@@ -39,6 +40,7 @@ class NeighborDescription:
         continuation: The text of the chunks that follow it; empty at its document's end.
         dataset: Prefix of the dataset that holds its document.
         document: The document's place in that dataset.
+        source: Where it comes from, in words; begins with the document's id where it has one.
     """
 
     id: int
@@ -47,11 +49,7 @@ class NeighborDescription:
     continuation: str
     dataset: str
     document: int
-
-    @property
-    def source(self) -> str:
-        """Where it comes from, in words."""
-        return f"document {self.document} of {self.dataset}"
+    source: str
 
 
 class Retriever:
@@ -93,6 +91,7 @@ class Retriever:
         self.tokenizer = load_project_tokenizer(config, self._paths)
         self.database = ChunkDatabase.open(project_dir)
         self._datasets = config.blend[1]
+        self._names = DocumentNames([self._paths.data / prefix for prefix in self._datasets])
         self._settings = ProjectSettings.load(project_dir)
         self._index_path = self._find_index()
 
@@ -175,5 +174,11 @@ class Retriever:
         texts = self.database.texts(ids[ids != NO_NEIGHBOR], self.tokenizer)
         dataset, document = self.database.documents(np.array(neighbor)).tolist()
         return NeighborDescription(
-            neighbor, distance, texts[0], "".join(texts[1:]), self._datasets[dataset], document
+            neighbor,
+            distance,
+            texts[0],
+            "".join(texts[1:]),
+            self._datasets[dataset],
+            document,
+            self._names.describe(dataset, document),
         )

@@ -108,7 +108,10 @@ def test_the_page_shows_what_the_dataset_gives(project, tmp_path):
                 assert next(texts) == first + following
                 about = next(abouts)
                 document = int(dataset.database.documents(ids[0])[1])
-                place = f"chunk {ids[0]} of corpus_text_document, document {document};"
+                place = (
+                    f"chunk {ids[0]}, topic-{document} "
+                    f"(document {document} of corpus_text_document);"
+                )
                 row = sample * 4 + chunk
                 assert about.startswith(f"neighbor {rank + 1}: {place} distance ")
                 assert f"distance {distances.rows(row, row + 1)[0, rank]:.4g};" in about

@@ -24,8 +24,9 @@ def documents(count: int = 20, length: int = 350) -> list[str]:
 
 
 def write_corpus(path: Path, texts: list[str], key: str = "text") -> Path:
-    """JSON lines."""
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
+    """JSON lines with ids: topic-0, topic-1 …"""
+    lines = [json.dumps({"id": f"topic-{i}", key: text}) for i, text in enumerate(texts)]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 

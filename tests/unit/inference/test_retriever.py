@@ -101,7 +101,7 @@ def test_descriptions_name_text_continuation_and_source(retriever):
     expected = "" if following == NO_NEIGHBOR else database.texts([following], tokenizer)[0]
     assert first.continuation == expected
     document = int(database.documents(np.array(first.id))[1])
-    assert first.source == f"document {document} of corpus_text_document"
+    assert first.source == f"topic-{document} (document {document} of corpus_text_document)"
 
 
 def test_a_stage_that_has_not_run_is_named(project):

@@ -1,0 +1,166 @@
+"""A corpus as a Megatron indexed dataset: text is tokenized by all ranks, tokens are taken over."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from retro_mcore.data.corpus import Document, list_parts, read_part
+from retro_mcore.data.document_ids import ids_path, pack_ids, write_ids
+from retro_mcore.data.shards import Shard, ShardReport, run_shards
+from retro_mcore.data.token_file import bin_path, idx_path
+from retro_mcore.data.token_input import check_token_input, find_token_input, take_token_input
+from retro_mcore.data.tokenizers import Tokenizer
+from retro_mcore.datasets.indexed import token_dtype, write_indexed_dataset
+from retro_mcore.distributed import barrier, broadcast_object, get_rank, raise_together
+from retro_mcore.errors import CorpusError
+from retro_mcore.platform import setup_device
+from retro_mcore.project.markers import FileState, signed_write, state_of
+
+#: Texts tokenized in one call.
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class CorpusReader:
+    """How documents are read from JSON lines and text files.
+
+    Attributes:
+        json_keys: Keys of a JSON line that hold the text.
+        id_key: Key of a JSON line that holds its id.
+        cleaner: Applied to every text.
+    """
+
+    json_keys: Sequence[str] = ("text",)
+    id_key: str = "id"
+    cleaner: Callable[[str], str] | None = None
+
+
+def make_dataset(
+    source: Path, target: Path, tokenizer: Tokenizer, reader: CorpusReader, fingerprint: str
+) -> ShardReport | None:
+    """Write the indexed dataset of one corpus, and its documents' ids; on all ranks.
+
+    Args:
+        source: Text, a folder, or a .bin and .idx pair.
+        target: Path of the dataset, without .bin and .idx.
+        tokenizer: Makes the tokens; of a pair: that made them.
+        reader: How text is read.
+        fingerprint: What the dataset is made from.
+
+    Returns:
+        What was tokenized; None if the dataset was there already.
+
+    Raises:
+        CorpusError: it is missing, empty or malformed.
+        TokenizerError: the tokens of a pair are not of `tokenizer`.
+    """
+    if _is_done(target, fingerprint):
+        return None
+    given = find_token_input(source)
+    if given is not None:
+        return _take_tokens(given, target, tokenizer, fingerprint)
+    return _tokenize(source, target, tokenizer, reader, fingerprint)
+
+
+def empty_corpus(source: Path) -> CorpusError:
+    """The error of a corpus without text."""
+    return CorpusError(source, "holds no text", "Give documents that are not empty")
+
+
+def _is_done(target: Path, fingerprint: str) -> bool:
+    """Whether the .bin and .idx at `target` are complete; the same answer on every rank."""
+    done = False
+    with raise_together():
+        if get_rank() == 0:
+            files = (bin_path(target), idx_path(target))
+            done = all(state_of(file, fingerprint) is FileState.COMPLETE for file in files)
+    return bool(broadcast_object(done))
+
+
+def _take_tokens(
+    source: Path, target: Path, tokenizer: Tokenizer, fingerprint: str
+) -> ShardReport | None:
+    """Check and link or copy a .bin and .idx."""
+    with raise_together():
+        if get_rank() == 0:
+            check_token_input(source, tokenizer)
+            take_token_input(source, target, fingerprint)
+    barrier()
+    return ShardReport(1, 0, ())
+
+
+def _tokenize(
+    source: Path, target: Path, tokenizer: Tokenizer, reader: CorpusReader, fingerprint: str
+) -> ShardReport:
+    parts = list_parts(source)
+    parts_dir = target.with_name(f"{target.name}.parts")
+    shards = [Shard(i, i + 1, parts_dir / f"{i}.hdf5") for i in range(len(parts))]
+    # Of files in a folder, what follows the folder's path; of a file, its name.
+    root = f"{source if source.is_dir() else source.parent}/"
+
+    def build(shard: Shard, path: Path) -> None:
+        part = parts[shard.start]
+        documents = read_part(part, reader.json_keys, reader.cleaner, reader.id_key)
+        _tokenize_part(documents, root, tokenizer, path)
+
+    report = run_shards(shards, build, fingerprint, f"tokenize {source.name}")
+    with raise_together():
+        if get_rank() == 0:
+            setup_device()  # before megatron is imported, so that it gives no advice on GPUs
+            dtype = token_dtype(tokenizer.vocab_size)
+            with (
+                signed_write(bin_path(target), fingerprint) as binary,
+                signed_write(idx_path(target), fingerprint) as index,
+                # The innermost takes its name first: a dataset is never without its ids.
+                signed_write(ids_path(target), fingerprint) as ids,
+            ):
+                if not write_indexed_dataset(binary, index, _documents(shards), dtype):
+                    raise empty_corpus(source)
+                lengths = np.concatenate([_read(shard, "id_lengths") for shard in shards])
+                write_ids(ids, lengths, (_read(shard, "ids") for shard in shards))
+            shutil.rmtree(parts_dir)
+    barrier()
+    return report
+
+
+def _tokenize_part(
+    documents: Iterable[Document], root: str, tokenizer: Tokenizer, path: Path
+) -> None:
+    tokens: list[np.ndarray] = []
+    ids: list[str] = []
+    batch: list[str] = []
+
+    def flush() -> None:
+        for row in tokenizer.tokenize_batch(batch):
+            tokens.append(np.array([*row, tokenizer.eod], dtype=np.int32))
+        batch.clear()
+
+    for document in documents:
+        batch.append(document.text)
+        ids.append(document.source_id.removeprefix(root))
+        if len(batch) == _BATCH:
+            flush()
+    flush()
+    packed, id_lengths = pack_ids(ids)
+    with h5py.File(path, "w") as file:
+        file["lengths"] = np.array([len(row) for row in tokens], dtype=np.int64)
+        file["tokens"] = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
+        file["ids"], file["id_lengths"] = packed, id_lengths
+
+
+def _read(shard: Shard, name: str) -> np.ndarray:
+    with h5py.File(shard.path, "r") as file:
+        return file[name][:]
+
+
+def _documents(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
+    for shard in shards:
+        tokens, ends = _read(shard, "tokens"), np.cumsum(_read(shard, "lengths"))
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            yield tokens[start:end]
