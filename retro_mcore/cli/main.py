@@ -15,6 +15,7 @@ COMMANDS = {
     "query_neighbors": "the neighbors of every training, validation and test chunk",
     "inspect_neighbors": "a page that shows samples, their neighbors and the overlap of both",
     "pretrain_retro": "train a Retro model",
+    "convert_checkpoint": "checkpoints of Megatron's Retro and of GPT models into ours, and back",
     "evaluate_perplexity": "perplexity, bits per byte and leakage, by kind of neighbors",
     "generate": "text with live retrieval",
 }

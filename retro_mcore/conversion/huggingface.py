@@ -163,6 +163,7 @@ def _gpt2_flags(config: Mapping[str, Any], directory: Path) -> Flags:
         "openai_gelu": activation != "gelu",
         "position_embedding_type": "learned_absolute",
         "max_position_embeddings": config["n_positions"],
+        "seq_length": config["n_positions"],
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", True),
         "vocab_size": config["vocab_size"],
     }
@@ -238,6 +239,7 @@ def _llama_flags(config: Mapping[str, Any], directory: Path) -> Flags:
         **_rope_flags(rope, config, directory),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "vocab_size": config["vocab_size"],
+        "seq_length": config.get("max_position_embeddings", 2048),
         **_window(config),
     }
 

@@ -1,8 +1,8 @@
 """Reading others' pickled files without running anything that they hold.
 
 Torch files are read with `weights_only=True`. Beyond torch's own safe list only
-`argparse.Namespace` is allowed, which Megatron keeps its arguments in. A few names that real
-Megatron checkpoints hold beside them, and that no conversion needs (enumerations in the arguments,
+`argparse.Namespace` is allowed, which Megatron keeps its arguments in. A few other names that
+Megatron's checkpoints hold, and that no conversion needs (enumerations and paths in the arguments,
 numpy's random states), are read as placeholders: nothing is imported or called for them. Any other
 name is refused. See docs/decisions/0012-safe-conversion.md.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,22 +35,30 @@ class Placeholder:
         return "<not read>"
 
 
-_NAMESPACE = ("argparse.Namespace", argparse.Namespace)
+# What Megatron's own checkpoints hold (megatron.core.safe_globals), but for Namespace.
 _NOT_READ = (
+    "_io.BytesIO",
+    "io.BytesIO",
     "megatron.core.enums.ModelType",
-    "megatron.model.enums.ModelType",
-    "megatron.core.enums.Fp8Recipe",
-    "megatron.core.transformer.enums.AttnBackend",
-    "megatron.core.transformer.enums.CudaGraphScope",
-    "megatron.core.rerun_state_machine.RerunMode",
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
     "megatron.core.rerun_state_machine.RerunDiagnostic",
+    "megatron.core.rerun_state_machine.RerunMode",
     "megatron.core.rerun_state_machine.RerunState",
-    "signal.Signals",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray._reconstruct",
+    "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.CudaGraphModule",
+    "megatron.core.transformer.enums.CudaGraphScope",
+    "megatron.core.transformer.enums.InferenceCudaGraphScope",
+    "megatron.model.enums.ModelType",
     "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.dtype",
     "numpy.dtypes.UInt32DType",
+    "numpy.ndarray",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "signal.Signals",
+    "torch._C.Generator",
+    "types.SimpleNamespace",
 )
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)|whitelisted[^.]*: ([\w.]+)")
 
@@ -65,9 +74,7 @@ def load_torch_file(file: Path | IO[bytes], name: object, mapped: bool = False) 
     Raises:
         CheckpointError: it is damaged, or holds a class that is not allowed, which is named.
     """
-    allowed: list[Any] = [(_NAMESPACE[1], _NAMESPACE[0])]
-    allowed += [(Placeholder, refused) for refused in _NOT_READ]
-    with torch.serialization.safe_globals(allowed):
+    with _allowed_only():
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
@@ -78,6 +85,20 @@ def load_torch_file(file: Path | IO[bytes], name: object, mapped: bool = False) 
             raise _damaged(name, error) from error
         except (OSError, EOFError, ValueError, KeyError) as error:
             raise _damaged(name, error) from error
+
+
+@contextmanager
+def _allowed_only() -> Iterator[None]:
+    """In place of what others (megatron among them) have told torch to allow in this process."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    names: list[Any] = [(Placeholder, name) for name in _NOT_READ]
+    torch.serialization.add_safe_globals([argparse.Namespace, *names])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _refused_names(file: Path | IO[bytes], error: Exception) -> str:
@@ -127,7 +148,7 @@ class _Unpickler(pickle.Unpickler):
             return Record
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if full == "torch.serialization._get_layout":
+        if full == "torch.serialization._get_layout" or full in _NOT_READ:
             return Placeholder
         if full not in self._PLAIN:
             raise _unsafe(self._name, full)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import warnings
 from argparse import Namespace
@@ -148,6 +149,13 @@ def _common_state(directory: Path, places: Mapping) -> dict[str, Any]:
     return state[0] if isinstance(state, list) else state
 
 
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """Does not say where it wrote: a path is no plain value, which readers here refuse."""
+
+    def storage_meta(self) -> None:
+        """Nothing."""
+
+
 def write_torch_dist(
     directory: Path, common: Mapping[str, Any], weights: Mapping[str, Weight]
 ) -> None:
@@ -161,14 +169,23 @@ def write_torch_dist(
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {name: weight.load().contiguous() for name, weight in weights.items()}
+    state: dict[str, Any] = {name: weight.load().contiguous() for name, weight in weights.items()}
+    state |= _extra_states(weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that this is one process: it is
-        writer = torch_checkpoint.FileSystemWriter(str(temporary), thread_count=1)
-        torch_checkpoint.save(tensors, storage_writer=writer, no_dist=True)
+        writer = _Writer(str(temporary), thread_count=1)
+        planner = torch_checkpoint.DefaultSavePlanner(flatten_state_dict=False)
+        torch_checkpoint.save(state, storage_writer=writer, planner=planner, no_dist=True)
     args = common.get("args", Namespace())
     torch.save({**common, "args": args}, temporary / "common.pt")
     form = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     form |= {"common_backend": "torch", "common_backend_version": 1}
     (temporary / "metadata.json").write_text(json.dumps(form), encoding="utf-8")
     temporary.replace(directory)
+
+
+def _extra_states(weights: Mapping[str, Weight]) -> dict[str, list[None]]:
+    """Megatron wants an entry for Transformer Engine's state of every linear layer, if an empty
+    one."""
+    linear = (re.match(r"(.*\.linear_\w+)\.weight$", name) for name in weights)
+    return {f"{match[1]}._extra_state/shard_0_1": [None] for match in linear if match}

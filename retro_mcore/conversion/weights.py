@@ -6,6 +6,7 @@ with local layers has them, to `Weight`; every writer takes one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,11 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+
+    @property
+    def numel(self) -> int:
+        """Its number of elements."""
+        return math.prod(self.shape)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Weight:

@@ -1,0 +1,227 @@
+"""`convert_checkpoint`: checkpoints of other implementations into ours, and back."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from retro_mcore import distributed
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform import setup_device
+from retro_mcore.project.config import ProjectConfig
+
+
+@dataclass(kw_only=True)
+class ConvertCheckpointOptions:
+    """Convert a Retro or GPT checkpoint; weights only, from one process, without a GPU.
+
+    What --load holds is recognised: ours, Megatron's torch_dist or one file per rank (of
+    Megatron-Core's names, or of InstructRetro's), a Hugging Face directory (GPT-2, Llama family).
+    """
+
+    load: str
+    """Directory of the checkpoint: with its tracker file, or a single checkpoint in it."""
+    save: str
+    """Directory to write to; it must hold no checkpoint."""
+    target: Literal["retro-mcore", "megatron", "megatron-torch", "instructretro"] = "retro-mcore"
+    """retro-mcore: ours. megatron: torch_dist of megatron-core up to 0.15. megatron-torch: one file
+    per rank, of its names. instructretro: one file per rank, of InstructRetro's names."""
+    target_tensor_parallel_size: int = 1
+    """Files to write, with megatron-torch and instructretro."""
+    project_dir: str | None = None
+    """Project directory to take chunk length, sequence length and tokenizer from."""
+    retro_chunk_length: int | None = None
+    """Tokens per chunk, where the checkpoint does not say (InstructRetro's do not)."""
+    vocab_size: int | None = None
+    """The tokenizer's vocabulary, where the checkpoint does not say."""
+    retro_origin: Literal["mcore-0.15", "mcore-0.5", "legacy"] | None = None
+    """Which implementation the model was trained with. Default: by the names of its weights."""
+    model_config: str | None = None
+    """YAML file of model options, as pretrain_retro's --config takes them; they win over what the
+    checkpoint says."""
+
+
+@dataclass
+class Conversion:
+    """What was converted.
+
+    Attributes:
+        source: The format that was found.
+        path: The checkpoint that was written.
+        num_parameters: Of the whole model.
+        flags: What the checkpoint says of its model.
+    """
+
+    source: str
+    path: Path
+    num_parameters: int
+    flags: dict[str, Any]
+
+
+def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
+    """Convert a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, does not say enough of its model, or --save holds one.
+        ConfigurationError: an option is wrong, or the target would compute something else.
+    """
+    setup_device("cpu")
+    distributed.initialize()
+    from retro_mcore.conversion.checkpoint import open_checkpoint
+    from retro_mcore.conversion.targets import check_origin, megatron_arguments, write_checkpoint
+
+    _check(options)
+    checkpoint = open_checkpoint(options.load)
+    flags = {**checkpoint.flags, **_given_flags(options)}
+    arguments = _model_arguments(flags, options.load)
+    flags = {**flags, **arguments}
+    size = options.target_tensor_parallel_size
+    check_origin(options.target, flags)
+    dtype = next(iter(checkpoint.weights.values())).dtype
+    flags |= {"bf16": str(dtype) == "torch.bfloat16", "fp16": str(dtype) == "torch.float16"}
+    args = megatron_arguments(flags, size)
+    if options.target == "retro-mcore":
+        args = Namespace(**_our_arguments(flags, arguments))
+    iteration = checkpoint.common.get("iteration") or 0
+    path = write_checkpoint(
+        Path(options.save), options.target, args, flags, checkpoint.weights, size, int(iteration)
+    )
+    number = sum(weight.numel for weight in checkpoint.weights.values())
+    result = Conversion(checkpoint.source, path, number, flags)
+    _summarize(options, result)
+    return result
+
+
+def _check(options: ConvertCheckpointOptions) -> None:
+    size, target = options.target_tensor_parallel_size, options.target
+    one_file = target in ("retro-mcore", "megatron")
+    if size < 1 or (one_file and size > 1):
+        raise ConfigurationError(
+            "--target-tensor-parallel-size",
+            f"{size} with --target {target}",
+            "torch_dist checkpoints load into any layout: leave it out"
+            if one_file
+            else "1 or more",
+        )
+
+
+def _given_flags(options: ConvertCheckpointOptions) -> dict[str, Any]:
+    """What the options say of the model."""
+    flags: dict[str, Any] = {}
+    if options.project_dir is not None:
+        flags |= _project_flags(options.project_dir)
+    if options.model_config is not None:
+        flags |= _file_flags(Path(options.model_config))
+    for name in ("retro_chunk_length", "vocab_size", "retro_origin"):
+        if getattr(options, name) is not None:
+            flags[name] = getattr(options, name)
+    return flags
+
+
+def _project_flags(directory: str) -> dict[str, Any]:
+    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.project.paths import ProjectPaths
+    from retro_mcore.training.data import tokenizer_fingerprint
+
+    project = ProjectConfig.load(directory)
+    return {
+        "seq_length": project.retro_gpt_seq_length,
+        "retro_chunk_length": project.retro_gpt_chunk_length,
+        "tokenizer_type": project.retro_gpt_tokenizer_type,
+        "tokenizer_fingerprint": tokenizer_fingerprint(project, directory),
+        "vocab_size": load_project_tokenizer(project, ProjectPaths(directory)).vocab_size,
+    }
+
+
+def _file_flags(path: Path) -> dict[str, Any]:
+    from retro_mcore.training.provider import ModelArguments
+
+    if not path.is_file():
+        raise ConfigurationError(f"--model-config {path}", "no such file", "Name a YAML file")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    known = {field.name for field in fields(ModelArguments)}
+    if not isinstance(values, dict) or not values.keys() <= known:
+        raise ConfigurationError(
+            f"--model-config {path}",
+            "holds what is no option of a model",
+            f"Known: {sorted(known)}",
+        )
+    return values
+
+
+# Sizes that a wrong default would silently change.
+_NEEDED = ("num_attention_heads", "seq_length", "norm_epsilon")
+_NEEDED_BY_ROTARY = ("rotary_percent",)
+_NEEDED_BY_RETRO = ("retro_chunk_length", "retro_num_neighbors", "retro_num_retrieved_chunks")
+
+
+def _model_arguments(flags: dict[str, Any], load: str) -> dict[str, Any]:
+    """All arguments of the model; defaults only for what does not change what it computes."""
+    from retro_mcore.errors import CheckpointError
+    from retro_mcore.training.provider import ModelArguments
+
+    needed = list(_NEEDED)
+    needed += _NEEDED_BY_ROTARY if flags["position_embedding_type"] == "rope" else ()
+    needed += () if flags["no_retrieval"] else _NEEDED_BY_RETRO
+    missing = [name for name in needed if flags.get(name) is None]
+    if missing:
+        raise CheckpointError(
+            load,
+            f"does not say {', '.join(missing)}",
+            "Give them in a YAML file: --model-config FILE (or --project-dir)",
+        )
+    values: dict[str, Any] = {
+        "retro_chunk_length": 64,  # of a GPT: not used
+        "vocab_size": flags["padded_vocab_size"],
+        "tokenizer_type": "unknown",
+        "tokenizer_fingerprint": "",
+        **flags,
+    }
+    arguments = {}
+    for field in fields(ModelArguments):
+        if field.name in values:
+            arguments[field.name] = values[field.name]
+        elif field.default is not MISSING:
+            arguments[field.name] = field.default
+    return asdict(ModelArguments(**arguments))
+
+
+def _our_arguments(flags: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """As our trainer saves them."""
+    return {
+        **arguments,
+        "seed": flags.get("seed", 1234),
+        "bf16": flags["bf16"],
+        "fp16": flags["fp16"],
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+    }
+
+
+def _summarize(options: ConvertCheckpointOptions, result: Conversion) -> None:
+    flags = result.flags
+    kind = "GPT" if flags["no_retrieval"] else "Retro"
+    rows: dict[str, object] = {
+        "from": f"{options.load} ({result.source})",
+        "model": f"{kind}, {flags['num_layers']} layers of {flags['hidden_size']}",
+        "parameters": f"{result.num_parameters:,}",
+    }
+    if not flags["no_retrieval"]:
+        rows["computes as"] = flags.get("retro_origin") or "the paper"
+    print_summary("convert_checkpoint", {**rows, "written": result.path})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(ConvertCheckpointOptions, convert_checkpoint, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

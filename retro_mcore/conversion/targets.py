@@ -1,0 +1,163 @@
+"""Writing checkpoints in the formats that they convert to."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from retro_mcore.conversion.architecture import Flags
+from retro_mcore.conversion.checkpoint import TRACKER
+from retro_mcore.conversion.names import fused_name, to_legacy_name, to_upstream_name
+from retro_mcore.conversion.torch_dist import write_torch_dist
+from retro_mcore.conversion.torch_format import write_torch_format
+from retro_mcore.conversion.weights import Weight, Weights, fit_vocabulary, is_vocabulary
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.project.atomic import atomic_write
+
+Target = Literal["retro-mcore", "megatron", "megatron-torch", "instructretro"]
+
+_ORIGINS = {
+    "megatron": ("mcore-0.15", "mcore-0.5"),
+    "megatron-torch": ("mcore-0.15", "mcore-0.5"),
+    "instructretro": ("legacy",),
+}
+_LAYER = re.compile(r"^((?:decoder|neighbor_encoder)\.layers\.\d+)\.cross_attention\.")
+
+
+def check_origin(target: Target, flags: Flags) -> None:
+    """Refuse to write a model for an implementation that would compute something else with it.
+
+    Raises:
+        ConfigurationError: naming --retro-origin.
+    """
+    if target == "retro-mcore" or flags["no_retrieval"]:
+        return
+    origin = flags.get("retro_origin")
+    if origin not in _ORIGINS[target]:
+        raise ConfigurationError(
+            f"--target {target}",
+            f"computes as {' or '.join(_ORIGINS[target])} does, and this model was trained as "
+            f"{origin or 'the paper describes'}",
+            "Choose another target; or, to write the weights all the same, give --retro-origin "
+            + _ORIGINS[target][0],
+        )
+
+
+def write_checkpoint(
+    directory: Path,
+    target: Target,
+    args: Namespace,
+    flags: Flags,
+    weights: Weights,
+    tensor_parallel_size: int = 1,
+    iteration: int = 0,
+) -> Path:
+    """Write a checkpoint and the tracker file that names it.
+
+    Args:
+        directory: As for --save and --load; the checkpoint is made below.
+        target: Format and names.
+        args: What the checkpoint says of its model: see `megatron_arguments`.
+        flags: Of the model.
+        weights: By our names.
+        tensor_parallel_size: Files to cut it into, with the targets that have one for each rank.
+        iteration: Its number; 0 writes "release" where Megatron reads that.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        CheckpointError: there is a checkpoint already.
+    """
+    ours = target == "retro-mcore"
+    name = f"iter_{iteration:07d}" if iteration or ours or target == "megatron" else "release"
+    path = directory / name
+    if path.exists() or (directory / TRACKER).exists():
+        raise CheckpointError(f"--save {directory}", "holds a checkpoint", "Choose another")
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
+    weights = _fit(weights, flags, tensor_parallel_size)
+    if ours:
+        common["consumed_samples"] = 0
+    stored = _stored_name(target, weights)
+    named = {stored(key): weight for key, weight in weights.items()}
+    if target in ("retro-mcore", "megatron"):
+        write_torch_dist(path, common, named)
+    else:
+        write_torch_format(path, common, named, tensor_parallel_size, flags["swiglu"])
+    with atomic_write(directory / TRACKER) as tracker:
+        tracker.write_text(name if name == "release" else str(iteration), encoding="utf-8")
+    return path
+
+
+def _stored_name(target: Target, weights: Weights) -> Callable[[str], str]:
+    crossing = {match[1] for name in weights if (match := _LAYER.match(name))}
+    numbers = [int(p.split(".")[2]) + 1 for p in crossing if p.startswith("decoder.")]
+    first = min(numbers, default=1)
+    if target == "retro-mcore":
+        return fused_name
+    if target == "megatron":
+        return lambda name: to_upstream_name(fused_name(name), first)
+    if target == "megatron-torch":
+        return lambda name: to_upstream_name(name, first)
+    return lambda name: to_legacy_name(name, first, crossing)
+
+
+def padded_vocabulary(flags: Flags, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: as they are where they divide, else padded by Megatron's rule."""
+    rows: int = flags["padded_vocab_size"]
+    vocab_size: int = flags.get("vocab_size") or rows
+    if rows % tensor_parallel_size == 0:
+        return rows
+    multiple = flags.get("make_vocab_size_divisible_by", 128) * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def _fit(weights: Weights, flags: Flags, size: int) -> dict[str, Weight]:
+    rows, vocab_size = padded_vocabulary(flags, size), flags.get("vocab_size")
+    fitted = dict(weights)
+    for name, weight in weights.items():
+        if is_vocabulary(name) and rows != weight.shape[0]:
+            whole = fit_vocabulary(weight.load(), rows, vocab_size or weight.shape[0])
+            fitted[name] = Weight.of(whole)
+    return fitted
+
+
+def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
+    """What Megatron-LM's checkpoints say of a model, for its own checks and --use-checkpoint-args.
+
+    Args:
+        flags: By our names, resolved.
+        tensor_parallel_size: Of the checkpoint.
+    """
+    heads = flags["num_attention_heads"]
+    groups = flags.get("num_query_groups") or heads
+    rotary = flags["position_embedding_type"] == "rope"
+    rows = padded_vocabulary(flags, tensor_parallel_size)
+    values: dict[str, Any] = {
+        name: value for name, value in flags.items() if name not in _OURS_ALONE
+    }
+    values |= {
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups if groups != heads else 1,
+        "kv_channels": flags.get("kv_channels") or flags["hidden_size"] // heads,
+        "max_position_embeddings": flags.get("max_position_embeddings") or flags["seq_length"],
+        "layernorm_epsilon": flags["norm_epsilon"],
+        "use_rotary_position_embeddings": rotary,
+        "add_position_embedding": not rotary,
+        "add_bias_linear": not flags["disable_bias_linear"],
+        "bias_gelu_fusion": False,
+        "padded_vocab_size": rows,
+        "tensor_model_parallel_size": tensor_parallel_size,
+        "pipeline_model_parallel_size": 1,
+        "data_parallel_random_init": False,
+        "retro_add_retriever": not flags["no_retrieval"],
+    }
+    if not flags["no_retrieval"]:
+        values["retro_encoder_layers"] = flags["retro_encoder_num_layers"]
+    return Namespace(**values)
+
+
+_OURS_ALONE = ("no_retrieval", "disable_bias_linear", "tokenizer_fingerprint", "retro_origin")

@@ -1,0 +1,267 @@
+"""Checkpoints on disk, from one format to another and back."""
+
+from __future__ import annotations
+
+import pickle
+from argparse import Namespace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from tests.unit.conversion.test_upstream import load_case, run_case
+from tests.unit.training.small import CHUNK_LENGTH, VOCABULARY, small_trainer
+
+#: What Megatron-LM's arguments say of the stored case.
+MEGATRON_ARGUMENTS = {
+    "group_query_attention": False,
+    "num_query_groups": 1,
+    "seq_length": 32,
+    "position_embedding_type": "learned_absolute",
+    "normalization": "LayerNorm",
+    "norm_epsilon": 1e-5,
+    "apply_layernorm_1p": False,
+    "swiglu": False,
+    "add_bias_linear": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "retro_add_retriever": True,
+    "retro_encoder_hidden_dropout": 0.0,
+    "retro_encoder_attention_dropout": 0.0,
+    "tokenizer_type": "GPTSentencePieceTokenizer",
+}
+
+
+def convert(load, save, **options):
+    from retro_mcore.cli.convert_checkpoint import ConvertCheckpointOptions, convert_checkpoint
+
+    return convert_checkpoint(ConvertCheckpointOptions(load=str(load), save=str(save), **options))
+
+
+def megatron_args(case, **changes):
+    stored = case["config"]
+    sizes = {
+        "num_layers": stored["num_layers"],
+        "hidden_size": stored["hidden_size"],
+        "num_attention_heads": stored["num_attention_heads"],
+        "retro_num_neighbors": stored["num_neighbors"],
+        "retro_num_retrieved_chunks": stored["num_retrieved_chunks"],
+        "retro_encoder_num_layers": stored["encoder_num_layers"],
+        "retro_chunk_length": stored["chunk_length"],
+    }
+    return Namespace(**{**MEGATRON_ARGUMENTS, **sizes, **changes})
+
+
+def save_torch_format(path: Path, case, name: str = "release", **changes):
+    """The stored case as Megatron-LM saved it on one rank."""
+    file = path / name / "mp_rank_00" / "model_optim_rng.pt"
+    file.parent.mkdir(parents=True)
+    torch.save(
+        {
+            "args": megatron_args(case, **changes),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "model": case["state_dict"],
+        },
+        file,
+    )
+    (path / "latest_checkpointed_iteration.txt").write_text(name)
+
+
+def built(directory):
+    from retro_mcore.training.checkpointing import load_model_from_checkpoint
+
+    return load_model_from_checkpoint(directory)
+
+
+def state(model) -> dict:
+    return {n: v for n, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+def test_upstream_to_ours_computes_the_same(megatron, tmp_path):
+    case = load_case("l6_k1")
+    save_torch_format(tmp_path / "theirs", case)
+    result = convert(tmp_path / "theirs", tmp_path / "ours")
+    assert result.source == "megatron"
+    model, arguments = built(tmp_path / "ours")
+    assert arguments.retro_origin == "mcore-0.15"
+    logits = run_case(model, case["inputs"])
+    torch.testing.assert_close(logits, case["outputs"]["logits"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("target", ["megatron", "megatron-torch", "instructretro"])
+@pytest.mark.parametrize("name", ["l6_k1", "ragged"])
+def test_there_and_back_is_lossless(megatron, tmp_path, target, name):
+    case = load_case(name)
+    save_torch_format(tmp_path / "theirs", case)
+    size = {} if target == "megatron" else {"target_tensor_parallel_size": 2}
+    origin = {"retro_origin": "legacy"} if target == "instructretro" else {}
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "there", target=target, **size, **origin)
+    convert(tmp_path / "there", tmp_path / "back")
+    convert(tmp_path / "back", tmp_path / "theirs again", target="megatron-torch",
+            retro_origin="mcore-0.15")  # fmt: skip
+    file = tmp_path / "theirs again" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    back = torch.load(file, weights_only=False)
+    assert back["model"].keys() == case["state_dict"].keys()
+    for key, tensor in case["state_dict"].items():
+        assert torch.equal(back["model"][key], tensor), key
+    for key, value in vars(megatron_args(case)).items():
+        assert getattr(back["args"], key) == value, key
+
+
+def test_ours_goes_through_every_format(megatron, tmp_path):
+    """A trained model of the trainer's own, SwiGLU and rotary, tensor parallel in the middle."""
+    flags = {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm"}
+    small_trainer(save=str(tmp_path / "0"), train_iters=1, num_query_groups=2, **flags).train()
+    wanted = state(built(tmp_path / "0")[0])
+    convert(tmp_path / "0", tmp_path / "1", target="instructretro",
+            target_tensor_parallel_size=2, retro_origin="legacy")  # fmt: skip
+    result = convert(tmp_path / "1", tmp_path / "2", retro_origin="mcore-0.15")
+    assert result.source == "instructretro"
+    convert(tmp_path / "2", tmp_path / "3", target="megatron")
+    convert(tmp_path / "3", tmp_path / "4")
+    found = state(built(tmp_path / "4")[0])
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_names_of_instructretro(megatron, tmp_path):
+    """Written out by hand from the branch's modules: one layer of each kind."""
+    from retro_mcore.conversion.torch_format import read_torch_format
+
+    small_trainer(save=str(tmp_path / "ours"), train_iters=1).train()
+    convert(tmp_path / "ours", tmp_path / "theirs", target="instructretro", retro_origin="legacy")
+    file = tmp_path / "theirs" / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
+    model = torch.load(file, weights_only=False)["model"]["language_model"]
+    assert model.keys() == {"embedding", "encoder"}
+    assert model["embedding"]["word_embeddings"].keys() == {"weight"}
+    plain = ["input_norm", "self_attention.query_key_value", "self_attention.dense",
+             "post_attention_norm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]  # fmt: skip
+    retro = [*plain, "inter_attention.query", "inter_attention.key_value",
+             "inter_attention.dense", "post_inter_attention_norm"]  # fmt: skip
+    wanted = {f"layers.0.{name}" for name in plain} | {f"layers.1.{name}" for name in retro}
+    wanted |= {f"layers.1.retriever.layers.0.{name}" for name in retro}
+    wanted |= {f"layers.1.retriever.layers.1.{name}" for name in plain}
+    wanted |= {"final_norm"}
+    assert model["encoder"].keys() == {f"{n}.{kind}" for n in wanted for kind in ("weight", "bias")}
+    common, _, older = read_torch_format(file.parents[1])
+    assert older
+    assert common["args"].retro_encoder_layers == 2
+
+
+def test_older_spelling_of_norms(megatron, tmp_path):
+    from retro_mcore.conversion.names import from_legacy_name
+
+    crossing = {"decoder.layers.5"}
+    for old, new in {
+        "encoder.layers.5.post_attention_layernorm.weight": "pre_cross_attn_layernorm",
+        "transformer.layers.4.post_attention_layernorm.weight": "pre_mlp_layernorm",
+        "encoder.layers.4.attention.dense.weight": "self_attention.linear_proj",
+    }.items():
+        assert from_legacy_name(old, crossing).endswith(f"{new}.weight")
+
+
+class Executes:
+    """Unpickled without care, it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (exec, (f"open({self.path!r}, 'w').close()",))
+
+
+@pytest.mark.parametrize("where", ["args", "model", "deep"])
+def test_a_pickle_that_runs_code_is_refused(megatron, tmp_path, where):
+    case, trap = load_case("l6_k1"), tmp_path / "trap"
+    save_torch_format(tmp_path / "theirs", case)
+    file = tmp_path / "theirs" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    harmful = Executes(trap)
+    if where == "args":
+        content["args"].exit_signal_handler = harmful
+    elif where == "model":
+        content["model"]["decoder.layers.0.input_layernorm.weight"] = harmful
+    else:
+        content["optimizer"] = [{"state": (harmful,)}]
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"holds (builtins|__builtin__)\.exec"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    assert not trap.exists()
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt"])
+def test_a_torch_dist_checkpoint_that_runs_code_is_refused(megatron, tmp_path, file):
+    trap = tmp_path / "trap"
+    small_trainer(save=str(tmp_path / "ours"), train_iters=1).train()
+    (path,) = (tmp_path / "ours").glob("iter_*")
+    if file == ".metadata":
+        (path / file).write_bytes(pickle.dumps({"state_dict_metadata": Executes(trap)}))
+    else:
+        torch.save({"args": Namespace(no_retrieval=False, model=Executes(trap))}, path / file)
+    with pytest.raises(CheckpointError, match=r"holds (builtins|__builtin__)\.exec"):
+        convert(tmp_path / "ours", tmp_path / "there", target="megatron")
+    assert not trap.exists()
+
+
+def test_values_of_megatron_that_are_not_needed_are_not_read(megatron, tmp_path):
+    """Enumerations in the arguments, and random states."""
+    import numpy as np
+    from megatron.core.enums import ModelType
+
+    case = load_case("l6_k1")
+    save_torch_format(tmp_path / "theirs", case, model_type=ModelType.encoder_or_decoder)
+    file = tmp_path / "theirs" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    content["rng_state"] = [{"np_rng_state": np.random.get_state()}]  # noqa: NPY002
+    torch.save(content, file)
+    result = convert(tmp_path / "theirs", tmp_path / "ours")
+    assert result.num_parameters > 0
+
+
+def test_another_class_is_refused_by_name(megatron, tmp_path):
+    save_torch_format(tmp_path / "theirs", load_case("l6_k1"), rate=Fraction(1, 3))
+    with pytest.raises(CheckpointError, match=r"holds fractions\.Fraction, which could run code"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_what_is_missing_is_told(megatron, tmp_path):
+    case = load_case("l6_k1")
+    save_torch_format(tmp_path / "theirs", case, retro_chunk_length=None)
+    with pytest.raises(CheckpointError, match="does not say retro_chunk_length"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    chunk_length = case["config"]["chunk_length"]
+    convert(tmp_path / "theirs", tmp_path / "ours", retro_chunk_length=chunk_length)
+    with pytest.raises(CheckpointError, match="holds a checkpoint"):
+        convert(tmp_path / "theirs", tmp_path / "ours", retro_chunk_length=chunk_length)
+    file = tmp_path / "theirs" / "release" / "mp_rank_00"
+    file.rename(file.with_name("mp_rank_01"))
+    with pytest.raises(CheckpointError, match="no file of tensor parallel rank 0"):
+        convert(tmp_path / "theirs", tmp_path / "other")
+
+
+def test_an_implementation_that_computes_otherwise_is_refused(megatron, tmp_path):
+    small_trainer(save=str(tmp_path / "ours"), train_iters=1).train()
+    with pytest.raises(ConfigurationError, match="--retro-origin"):
+        convert(tmp_path / "ours", tmp_path / "theirs", target="megatron")
+    with pytest.raises(ConfigurationError, match="load into any layout"):
+        convert(tmp_path / "ours", tmp_path / "theirs", target_tensor_parallel_size=2)
+
+
+def test_vocabulary_is_padded_for_the_ranks(megatron, tmp_path):
+    small_trainer(
+        save=str(tmp_path / "ours"), train_iters=1, make_vocab_size_divisible_by=1
+    ).train()
+    origin = {"retro_origin": "legacy"}
+    convert(tmp_path / "ours", tmp_path / "2", target="instructretro",
+            target_tensor_parallel_size=8, **origin)  # fmt: skip
+    convert(tmp_path / "2", tmp_path / "back")
+    wanted, found = (state(built(tmp_path / name)[0]) for name in ("ours", "back"))
+    name = "embedding.word_embeddings.weight"
+    assert found[name].size(0) == 104  # VOCABULARY in multiples of 8
+    assert torch.equal(found[name][:VOCABULARY], wanted[name])
+    assert built(tmp_path / "back")[1].retro_chunk_length == CHUNK_LENGTH
