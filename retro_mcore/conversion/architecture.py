@@ -97,7 +97,9 @@ def flags_of_arguments(args: Namespace) -> Flags:
     if values.get("use_rotary_position_embeddings"):  # the flag before --position-embedding-type
         flags["position_embedding_type"] = "rope"
     if "num_attention_heads" in flags:
-        grouped = values.get("group_query_attention", "no_retrieval" in values)
+        grouped = "no_retrieval" in values or values.get(
+            "group_query_attention"
+        )  # ours, Megatron's
         groups = values.get("num_query_groups") if grouped else None
         flags["num_query_groups"] = groups or flags["num_attention_heads"]
     if "add_bias_linear" in values:
