@@ -50,12 +50,14 @@ def barrier(group: dist.ProcessGroup | None = None) -> None:
         dist.barrier(group)
 
 
-def broadcast_object(value: object, group: dist.ProcessGroup | None = None) -> object:
-    """Rank 0's `value`, on every rank of `group`."""
+def broadcast_object(
+    value: object, group: dist.ProcessGroup | None = None, source_rank: int = 0
+) -> object:
+    """The `value` of a rank of `group`, its first by default, on every rank."""
     if get_world_size(group) == 1:
         return value
     box = [value]
-    source = 0 if group is None else dist.get_global_rank(group, 0)
+    source = source_rank if group is None else dist.get_global_rank(group, source_rank)
     dist.broadcast_object_list(box, src=source, group=group)
     return box[0]
 

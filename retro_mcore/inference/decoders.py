@@ -95,7 +95,7 @@ class CachedDecoder:
         decoder = CachedDecoder(self._model, self._pad_id, 1, len(text.tokens))
         with without_sequence_parallelism(self._model):
             hidden_SBD = decoder._run_prompts([text])
-        return None if hidden_SBD is None else decoder._logits(hidden_SBD)[:, 0]
+            return None if hidden_SBD is None else decoder._logits(hidden_SBD)[:, 0]
 
     @staticmethod
     def _collect(
@@ -150,18 +150,15 @@ class CachedDecoder:
         if model.pre_process:
             hidden = model.embedding(tokens_BS, current.positions_SB.t())
         else:
-            model.decoder.set_input_tensor(
-                self._receive((*tokens_BS.t().shape, config.hidden_size))
-            )
+            shape_SBD = (*current.positions_SB.shape, int(config.hidden_size or 0))
+            model.decoder.set_input_tensor(self._receive(shape_SBD))
         context = None
         if neighbors is not None and model.neighbor_encoder is not None:
             embedded = torch.from_numpy(neighbors.tokens).flatten(0, 1).to(self._device)
             context = model._embed_neighbors(embedded, None)
         elif neighbors is not None and self._carries(self._layers.start - 1):
-            shape = (
-                config.retro_retrieved_length,
-                len(current.chunks) * config.retro_num_neighbors,
-            )
+            _, num_neighbors, retrieved_length = neighbors.tokens.shape
+            shape = (retrieved_length, len(current.chunks) * num_neighbors)
             context = self._receive((*shape, config.encoder_hidden_size)).to(config.params_dtype)
         hidden = model.decoder(
             hidden_states=hidden,

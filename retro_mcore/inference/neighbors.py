@@ -83,6 +83,20 @@ class NeighborSource(Protocol):
         ...
 
 
+class Prefetching(NeighborSource):
+    """A `NeighborSource` that can begin a search before its result is needed."""
+
+    #: A chunk's search uses its tokens but for the last so many, and begins so much earlier.
+    lead: int = 0
+
+    def expect(self, chunks: Sequence[CompletedChunk]) -> None:
+        """Begin to search for these chunks, unless that has happened."""
+        raise NotImplementedError
+
+    def forget(self, prompt: int) -> None:
+        """This prompt's text has ended."""
+
+
 class GivenNeighbors:
     """Neighbors that the caller chose, as a `NeighborSource`.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.texts import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,27 @@ def _nucleus(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     return kept_BV / kept_BV.sum(-1, keepdim=True)
 
 
+def token_logprobs(
+    logits_SV: torch.Tensor, tokens: Sequence[int], num_top: int
+) -> list[TokenLogprobs]:
+    """The log-probabilities of `tokens`, one per row of the logits, and of the likeliest."""
+    logprobs_SV = logits_SV.detach().float().log_softmax(-1)
+    chosen = torch.tensor(tokens, device=logprobs_SV.device)[:, None]
+    values = logprobs_SV.gather(1, chosen)[:, 0].tolist()
+    top = logprobs_SV.topk(min(num_top, logprobs_SV.size(1)), dim=-1)
+    rows = zip(tokens, values, top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        TokenLogprobs(int(token), value, list(zip(ids, likely, strict=True)))
+        for token, value, ids, likely in rows
+    ]
+
+
 def sample(
     logits_BV: torch.Tensor, options: SamplingOptions, generators: list[torch.Generator]
 ) -> list[int]:
     """One token per row of `logits_BV`, drawn with that row's generator."""
+    if options.temperature == 0:
+        return logits_BV.argmax(-1).tolist()
     probabilities_BV = next_token_probabilities(logits_BV, options)
     return [
         int(torch.multinomial(row_V, 1, generator=generator))

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from retro_mcore.inference.neighbors import RetrievedNeighbors
 
-FinishReason = Literal["eod", "stop", "length"]
+FinishReason = Literal["eod", "stop", "length", "dropped"]
 
 
 class TokenLogprobs(NamedTuple):
@@ -33,8 +33,8 @@ class GeneratedText:
             text, but with the tokens of a stop string).
         prompt_length: How many of them are the prompt.
         neighbors: One entry (N = 1) for each completed chunk that was given neighbors.
-        finish_reason: "eod", "stop" (a stop token or string), or "length" for `max_new_tokens`;
-            None while it grows.
+        finish_reason: "eod", "stop" (a stop token or string), "length" for `max_new_tokens`, or
+            "dropped"; None while it grows.
         two_chunks: The prompt is the first chunk and the answer the second, whatever their lengths;
             else chunks have the model's length.
         logprobs: Of the new tokens, if asked for.

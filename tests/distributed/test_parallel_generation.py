@@ -1,51 +1,97 @@
-"""Generation under tensor parallelism: every rank gets the one-process model's text."""
+"""Generation under tensor and pipeline parallelism: every rank gets the text of one process."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from retro_mcore.errors import ProjectError
-from tests.processes import join_megatron, run_ranks
-from tests.unit.inference.small import ChunkFunction, Vocabulary, prompts, small_model
+from tests.distributed.layouts import Layout, build_chunks, join_layout, load_part, serial_weights
+from tests.processes import run_ranks
+from tests.unit.inference.small import ChunkFunction, Vocabulary, prompts
 
 pytestmark = pytest.mark.distributed
 
-LENGTHS = (3, 17, 9)  # odd: sequence parallelism must pad
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_two_ranks_write_what_one_writes(megatron, two_ranks, temperature):
-    expected = write(1, False, temperature)
-    for rank in two_ranks:
-        assert rank["texts", False, temperature] == expected
-        assert rank["texts", True, temperature] == expected
-
-
-def test_only_the_first_rank_searches_and_its_errors_reach_all(two_ranks):
-    assert [rank["searches"] > 0 for rank in two_ranks] == [True, False]
-    for rank in two_ranks:
-        assert rank["error"] == "index: gone. Build it"
+M = 4
+PROMPTS = prompts(3, 17, 9)  # odd: sequence parallelism must turn itself off
+FIELDS: dict[str, Any] = {"num_layers": 4, "position_embedding_type": "rope"}
+LAYOUTS = {
+    "TP2": Layout(tensor=2),
+    "TP2 with sequence parallelism": Layout(tensor=2, sequence=True),
+    "PP2, encoder on the first stage": Layout(pipeline=2),
+    "PP2, encoder on the last stage": Layout(
+        pipeline=2, fields={"retro_decoder_layers": [3, 4], "add_bias_linear": False}
+    ),
+    "PP2, no neighbors beyond the first stage": Layout(
+        pipeline=2,
+        fields={"retro_decoder_layers": [1, 2], "position_embedding_type": "learned_absolute"},
+    ),
+}
+for layout in LAYOUTS.values():
+    layout.fields = {**FIELDS, "retro_decoder_layers": [2, 4], **layout.fields}
+USES: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.8, "top_logprobs": 2, "stop_tokens": [5, 6, 7, 8]},
+    "two chunks": {"temperature": 0.0, "two_chunks": True, "prompt_logprobs": True},
+}
 
 
 @pytest.fixture(scope="module")
-def two_ranks():
-    return run_ranks(2, on_one_rank)
+def two_ranks(megatron):
+    weights = {name: serial_weights(layout.model_fields()) for name, layout in LAYOUTS.items()}
+    return weights, run_ranks(2, on_one_rank, weights)
 
 
-def on_one_rank():
-    join_megatron(tensor_model_parallel_size=2)
-    source = ChunkFunction()
-    results = {
-        ("texts", sequence_parallel, temperature): write(2, sequence_parallel, temperature, source)
-        for sequence_parallel in (False, True)
-        for temperature in (0.0, 0.8)
-    }
-    try:
-        write(2, False, 0.0, Broken())
-    except ProjectError as error:
-        results["error"] = str(error)
-    return {**results, "searches": len(source.asked)}
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_ranks_write_what_one_writes(megatron, two_ranks, name):
+    weights, ranks = two_ranks
+    layout = LAYOUTS[name]
+    (model,) = build_chunks(Layout(fields=layout.model_fields()))
+    load_part(model, weights[name])
+    for use, options in USES.items():
+        expected = write(model, ChunkFunction(retrieved_length=2 * M), **options)
+        for rank in ranks:
+            texts = rank[name, use]
+            assert [text.tokens for text in texts] == [text.tokens for text in expected]
+            assert [text.finish_reason for text in texts] == [
+                text.finish_reason for text in expected
+            ]
+            assert_same_logprobs(texts, expected)
+    assert len({tuple(text.tokens) for text in expected}) == len(PROMPTS)
+
+
+def assert_same_logprobs(texts, expected):
+    for ours, theirs in zip(texts, expected, strict=True):
+        for name in ("logprobs", "prompt_logprobs"):
+            values = [[entry.logprob for entry in getattr(text, name)] for text in (ours, theirs)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_only_the_first_rank_searches_and_its_errors_reach_all(two_ranks, name):
+    _, ranks = two_ranks
+    assert [rank[name, "searches"] > 0 for rank in ranks] == [True, False]
+    for rank in ranks:
+        assert rank[name, "error"] == "index: gone. Build it"
+
+
+def on_one_rank(weights):
+    results = {}
+    for name, layout in LAYOUTS.items():
+        join_layout(layout)
+        (model,) = build_chunks(layout)
+        load_part(model, weights[name])
+        source = ChunkFunction(retrieved_length=2 * M)
+        for use, options in USES.items():
+            results[name, use] = write(model, source, **options)
+        results[name, "searches"] = len(source.asked)
+        try:
+            write(model, Broken(), temperature=0.0)
+        except ProjectError as error:
+            results[name, "error"] = str(error)
+    return results
 
 
 class Broken:
@@ -53,20 +99,17 @@ class Broken:
         raise ProjectError("index", "gone", "Build it")
 
 
-def write(tensor_parallel, sequence_parallel, temperature, source=None):
+def write(model, source, temperature, **options):
     from retro_mcore.inference.generation import generate
     from retro_mcore.inference.sampling import SamplingOptions
 
     torch.manual_seed(1234)
-    model = small_model(
-        tensor_model_parallel_size=tensor_parallel, sequence_parallel=sequence_parallel
-    )
-    texts = generate(
-        model,
+    return generate(
+        model.eval(),
         Vocabulary(eod=90),
-        prompts(*LENGTHS),
+        PROMPTS,
         max_new_tokens=12,
         sampling=SamplingOptions(temperature=temperature),
-        neighbors=source or ChunkFunction(),
+        neighbors=source,
+        **options,
     )
-    return [text.tokens for text in texts]

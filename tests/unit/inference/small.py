@@ -30,11 +30,12 @@ class ChunkFunction:
 
     asked: list[CompletedChunk] = field(default_factory=list)
     num_neighbors: int = NUM_NEIGHBORS
+    retrieved_length: int = RETRIEVED_LENGTH
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
         self.asked += chunks
         seeds = [sum(token * 31**i for i, token in enumerate(chunk.tokens)) for chunk in chunks]
-        shape_KR = (self.num_neighbors, RETRIEVED_LENGTH)
+        shape_KR = (self.num_neighbors, self.retrieved_length)
         tokens = [np.random.default_rng(seed).integers(1, 90, shape_KR) for seed in seeds]
         mask = np.zeros((len(chunks), *shape_KR), bool)
         mask[:, 0, -3:] = True

@@ -22,6 +22,16 @@ from tests.unit.model.builders import run_model
 ENDLESS = Vocabulary(eod=90)
 
 
+class Spelled(Vocabulary):
+    """Token 7 is written "t07 "."""
+
+    def __init__(self):
+        super().__init__(eod=90)
+
+    def detokenize(self, tokens):
+        return "".join(f"t{token:02} " for token in tokens)
+
+
 @pytest.fixture(scope="module")
 def model(megatron):
     return small_model()
@@ -160,12 +170,97 @@ def test_the_models_mode_is_left_as_it_was(model):
         ([[1], [90]], {}, "prompt 1: token ids from 90 to 90.*90 tokens"),
         ([[1] * 60], {"max_new_tokens": 5}, "--max-new-tokens: 5 after the 60 .* window of 64"),
         ([[1]], {"max_new_tokens": 0}, "--max-new-tokens: 0"),
+        ([[1]], {"min_new_tokens": 9}, "--min-new-tokens: 9 of at most 4"),
+        ([[1]], {"stop_strings": [""]}, "--stop: an empty string"),
+        ([[1]], {"stop_strings": ["x"]}, "--stop: strings, but the tokenizer cannot detokenize"),
         ([], {}, "no prompt"),
     ],
 )
 def test_impossible_requests_are_refused(model, prompt, options, message):
     with pytest.raises(ConfigurationError, match=message):
         generate(model, prompt, **options)
+
+
+def test_the_cache_changes_nothing(model):
+    options = {"max_new_tokens": 20, "neighbors": ChunkFunction(), "top_logprobs": 3}
+    for two_chunks in (False, True):
+        cached = generate(model, prompts(3, 17), two_chunks=two_chunks, **options)
+        whole = generate(model, prompts(3, 17), two_chunks=two_chunks, use_cache=False, **options)
+        for one, other in zip(cached, whole, strict=True):
+            assert one.tokens == other.tokens
+            assert [entry.logprob for entry in one.logprobs] == pytest.approx(
+                [entry.logprob for entry in other.logprobs], abs=1e-4
+            )
+
+
+def test_stop_tokens_end_a_text_and_do_not_belong_to_it(model):
+    (free,) = generate(model, prompts(5), max_new_tokens=6)
+    stop = free.new_tokens[3]
+    (text,) = generate(model, prompts(5), max_new_tokens=6, stop_tokens=[stop, 91])
+    assert text.new_tokens == free.new_tokens[: free.new_tokens.index(stop)]
+    assert text.finish_reason == "stop"
+
+
+def test_a_stop_string_across_tokens_ends_the_text(model):
+    (free,) = generate(model, prompts(5), max_new_tokens=8, tokenizer=Spelled())
+    words = Spelled().detokenize(free.new_tokens)
+    stop = words[7:10]  # the end of one token and the beginning of the next
+    cut = words.index(stop)
+    (text,) = generate(
+        model, prompts(5), max_new_tokens=8, tokenizer=Spelled(), stop_strings=["never", stop]
+    )
+    assert (text.finish_reason, text.stop_text) == ("stop", words[:cut])
+    assert text.new_tokens == free.new_tokens[: (cut + len(stop) - 1) // 4 + 1]
+    assert free.stop_text is None
+
+
+def test_a_text_does_not_end_before_its_least_length(model):
+    (free,) = generate(model, prompts(5), max_new_tokens=6)
+    eod = free.new_tokens[0]
+    vocabulary = Vocabulary(eod=eod)
+    (short,) = generate(model, prompts(5), max_new_tokens=6, tokenizer=vocabulary)
+    (text,) = generate(model, prompts(5), max_new_tokens=6, min_new_tokens=3, tokenizer=vocabulary)
+    assert short.new_tokens == []
+    assert len(text.new_tokens) >= 3
+    assert eod not in text.new_tokens
+
+
+def test_log_probabilities_are_those_of_one_pass(model):
+    source = ChunkFunction()
+    (text,) = generate(
+        model,
+        prompts(CHUNK_LENGTH + 1),
+        max_new_tokens=9,
+        neighbors=source,
+        top_logprobs=4,
+        prompt_logprobs=True,
+    )
+    expected = whole_logits(model, text, source).log_softmax(-1)
+    entries = [*text.prompt_logprobs, *text.logprobs]
+    assert [entry.token for entry in entries] == text.tokens[1:]
+    for entry, row in zip(entries, expected, strict=False):
+        assert entry.logprob == pytest.approx(float(row[entry.token]), abs=1e-4)
+        assert [token for token, _ in entry.top] == row.topk(4).indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(
+            row.topk(4).values.tolist(), abs=1e-4
+        )
+
+
+def test_a_prompt_may_be_scored_without_being_continued(model):
+    (text,) = generate(model, prompts(7), max_new_tokens=0, prompt_logprobs=True)
+    assert len(text.prompt_logprobs) == 6
+    assert text.new_tokens == []
+
+
+def test_in_two_chunks_the_whole_prompt_is_the_query(model):
+    source = ChunkFunction()
+    given = prompts(CHUNK_LENGTH + 3, 2)
+    texts = generate(model, given, max_new_tokens=20, neighbors=source, two_chunks=True)
+    assert [(chunk.prompt, chunk.tokens) for chunk in source.asked] == [
+        (0, given[0]),
+        (1, given[1]),
+    ]
+    assert [len(text.neighbors) for text in texts] == [1, 1]
 
 
 def test_the_window_may_be_filled_to_its_last_position(model):

@@ -1,0 +1,394 @@
+"""A batch of growing texts: requests join and leave it between two tokens.
+
+Under tensor and pipeline parallelism every rank of the model adds the same requests and takes the
+same steps. The model's first rank retrieves, the first rank of its last stage samples, and the
+others receive neighbors and tokens, so that no difference in rounding can part them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.distributed as dist
+
+from retro_mcore.distributed import broadcast_object, get_rank, get_world_size, raise_together
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.decoders import CachedDecoder, Decoder
+from retro_mcore.inference.growing_text import GrowingText, find_stop
+from retro_mcore.inference.neighbors import (
+    CompletedChunk,
+    NeighborSource,
+    Prefetching,
+    RetrievedNeighbors,
+)
+from retro_mcore.inference.sampling import SamplingOptions, sample, token_logprobs
+from retro_mcore.inference.texts import FinishReason, GeneratedText, TokenLogprobs
+
+if TYPE_CHECKING:
+    from retro_mcore.model.model import RetroModel
+
+
+class Vocabulary(Protocol):
+    """What generation must know of a tokenizer; stop strings also need its `detokenize`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eod(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class StoppingOptions:
+    """When a text ends.
+
+    Attributes:
+        max_new_tokens: Where it stops that does not end by itself.
+        min_new_tokens: Until it has so many, it does not end: EOD and stop tokens are not drawn,
+            and stop strings are not looked for.
+        stop_tokens: Tokens that end it, besides EOD; they do not belong to it.
+        stop_strings: Strings that end it; they and what follows do not belong to its text.
+
+    Raises:
+        ConfigurationError: a value out of range.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ConfigurationError(
+                "--max-new-tokens", str(self.max_new_tokens), "Give at least 1"
+            )
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ConfigurationError(
+                "--min-new-tokens",
+                f"{self.min_new_tokens} of at most {self.max_new_tokens}",
+                "Give a number from 0 to --max-new-tokens",
+            )
+        if "" in self.stop_strings:
+            raise ConfigurationError("--stop", "an empty string", "Give at least one character")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What to continue, and how.
+
+    Attributes:
+        tokens: The prompt, at least one token.
+        sampling: How tokens are drawn; its seed is this text's own.
+        stopping: When the text ends.
+        neighbors: Where neighbors come from; None: retrieval off.
+        number: The name by which `neighbors` knows the prompt.
+        two_chunks: The prompt is the first chunk, the answer the second, whatever their lengths.
+        top_logprobs: Keep log-probabilities: of each new token (0), and of the n likeliest (n).
+        prompt_logprobs: Keep those of the prompt's tokens too.
+    """
+
+    tokens: Sequence[int]
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stopping: StoppingOptions = field(default_factory=StoppingOptions)
+    neighbors: NeighborSource | None = None
+    number: int = 0
+    two_chunks: bool = False
+    top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+@dataclass
+class _Member:
+    """A request with what has become of it."""
+
+    request: GenerationRequest
+    text: GeneratedText
+    generator: torch.Generator
+    new_text: GrowingText | None
+
+
+#: A new token and its log-probabilities, as the sampling rank sends them.
+_Choice = tuple[int, TokenLogprobs | None]
+
+
+class TextBatch:
+    """Texts that grow together, a token per step.
+
+    Args:
+        model: The model, or this rank's pipeline stage of it, in eval mode. Without neighbors any
+            GPTModel of ours will do.
+        tokenizer: Gives the end of a text (EOD) and the number of tokens that mean something.
+        max_batch_size: Most texts at a time.
+        max_length: Most tokens of a text; the model's window by default, and at most that.
+        decoder: Runs the model; by default a `CachedDecoder`.
+    """
+
+    def __init__(
+        self,
+        model: RetroModel,
+        tokenizer: Vocabulary,
+        max_batch_size: int,
+        max_length: int | None = None,
+        decoder: Decoder | None = None,
+    ) -> None:
+        self._model, self._tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
+        self.max_length = max_length or model.max_sequence_length
+        self._decoder = decoder or CachedDecoder(
+            model, tokenizer.eod, max_batch_size, self.max_length
+        )
+        self._group = model_parallel_group(model)
+        self._sampling_rank = _sampling_rank(model, self._group)
+        self._members: list[_Member] = []
+
+    @property
+    def growing(self) -> list[GeneratedText]:
+        """The texts that have not ended."""
+        return [member.text for member in self._members]
+
+    def add(self, request: GenerationRequest) -> GeneratedText:
+        """Let a text join; it gets its first new token in the next step.
+
+        Raises:
+            ConfigurationError: an empty or foreign prompt, a text longer than the model's window,
+                neighbors for a model without retrieval, or no room.
+        """
+        if len(self._members) == self.max_batch_size:
+            raise ConfigurationError(
+                "batch", f"{self.max_batch_size} texts grow already", "Wait until one has ended"
+            )
+        check_request(request, self._model, self._tokenizer, self.max_length)
+        text = GeneratedText(
+            list(request.tokens), len(request.tokens), two_chunks=request.two_chunks
+        )
+        new_text = None
+        if request.stopping.stop_strings:
+            new_text = GrowingText(self._tokenizer, request.tokens)  # type: ignore[arg-type]
+        (generator,) = request.sampling.generators(1)
+        member = _Member(request, text, generator, new_text)
+        self._members.append(member)
+        self._expect([member])
+        return text
+
+    def drop(self, text: GeneratedText) -> None:
+        """Let a text go before it has ended."""
+        text.finish_reason = text.finish_reason or "dropped"
+        self._keep_growing()
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[GeneratedText, int]]:
+        """Give every text one more token; returns who got which (nobody: the text has ended).
+
+        Raises:
+            RetroError: a source of neighbors failed, on every rank.
+        """
+        if not self._members:
+            return []
+        self._retrieve()
+        self._score_prompts()
+        self._keep_growing()
+        if not self._members:
+            return []
+        logits_BV = self._decoder.next_logits([member.text for member in self._members])
+        choices = self._choose(logits_BV)
+        added = []
+        for member, choice in zip(self._members, choices, strict=True):
+            if self._accept(member, choice):
+                added.append((member.text, choice[0]))
+        self._keep_growing()
+        self._expect(self._members)
+        return added
+
+    def _chunk_length(self) -> int:
+        return self._model.config.retro_chunk_length
+
+    def _retrieve(self) -> None:
+        """Give the chunks that are complete and have no neighbors yet theirs."""
+        by_source: dict[int, list[tuple[_Member, CompletedChunk]]] = {}
+        for member in self._members:
+            if member.request.neighbors is not None:
+                chunks = self._chunks_of(member)
+                if chunks:
+                    by_source.setdefault(id(member.request.neighbors), []).extend(
+                        (member, chunk) for chunk in chunks
+                    )
+        for wanted in by_source.values():
+            source = wanted[0][0].request.neighbors
+            retrieved: object = None
+            with raise_together(self._group):
+                if get_rank(self._group) == 0 and source is not None:
+                    retrieved = source.neighbors_of([chunk for _, chunk in wanted])
+            retrieved = broadcast_object(retrieved, self._group)
+            assert isinstance(retrieved, RetrievedNeighbors)
+            for place, (member, _) in enumerate(wanted):
+                member.text.neighbors.append(retrieved.chunk(place))
+
+    def _chunks_of(self, member: _Member, ahead: bool = False) -> list[CompletedChunk]:
+        """The chunks without neighbors that are complete; or ahead of that, whose query is."""
+        text, source = member.text, member.request.neighbors
+        lead = source.lead if isinstance(source, Prefetching) and not text.two_chunks else 0
+        stop = len(text.tokens) + (lead if ahead else 0)
+        places = list(enumerate(text.chunks(self._chunk_length(), 0, stop)))
+        return [
+            CompletedChunk(
+                member.request.number, number, text.tokens[place.start : place.stop - lead]
+            )
+            for number, place in places[len(text.neighbors) :]
+        ]
+
+    def _expect(self, members: Sequence[_Member]) -> None:
+        """Let sources that can search ahead begin."""
+        for member in members:
+            source = member.request.neighbors
+            if isinstance(source, Prefetching) and get_rank(self._group) == 0:
+                source.expect(self._chunks_of(member, ahead=True))
+
+    def _keep_growing(self) -> None:
+        """Let go the texts that have ended."""
+        for member in self._members:
+            source = member.request.neighbors
+            if member.text.finish_reason is not None and isinstance(source, Prefetching):
+                source.forget(member.request.number)
+        self._members = [member for member in self._members if member.text.finish_reason is None]
+
+    def _score_prompts(self) -> None:
+        for member in self._members:
+            request, text = member.request, member.text
+            if request.prompt_logprobs and not text.prompt_logprobs and not text.new_tokens:
+                self._score_prompt(member)
+            if request.stopping.max_new_tokens == 0:
+                text.finish_reason = "length"
+
+    def _score_prompt(self, member: _Member) -> None:
+        logits_SV = self._decoder.prompt_logits(member.text)
+        scores: object = None
+        if self._samples():
+            assert logits_SV is not None
+            logits_SV = logits_SV[:-1, : self._tokenizer.vocab_size]
+            scores = token_logprobs(
+                logits_SV, member.text.tokens[1:], member.request.top_logprobs or 0
+            )
+        scores = broadcast_object(scores, self._group, self._sampling_rank)
+        assert isinstance(scores, list)
+        member.text.prompt_logprobs = scores
+
+    def _samples(self) -> bool:
+        return get_rank(self._group) == self._sampling_rank
+
+    def _choose(self, logits_BV: torch.Tensor | None) -> list[_Choice]:
+        """The next tokens, chosen by the sampling rank."""
+        choices: object = None
+        if self._samples():
+            assert logits_BV is not None
+            logits_BV = logits_BV[:, : self._tokenizer.vocab_size]  # the rest is padding
+            choices = [
+                self._choose_for(member, row_V)
+                for member, row_V in zip(self._members, logits_BV, strict=True)
+            ]
+        choices = broadcast_object(choices, self._group, self._sampling_rank)
+        assert isinstance(choices, list)
+        return choices
+
+    def _choose_for(self, member: _Member, logits_V: torch.Tensor) -> _Choice:
+        request = member.request
+        allowed_V = logits_V
+        if len(member.text.new_tokens) < request.stopping.min_new_tokens:
+            allowed_V = logits_V.clone()
+            allowed_V[[self._tokenizer.eod, *request.stopping.stop_tokens]] = -torch.inf
+        (token,) = sample(allowed_V[None], request.sampling, [member.generator])
+        if request.top_logprobs is None:
+            return token, None
+        return token, token_logprobs(logits_V[None], [token], request.top_logprobs)[0]
+
+    def _accept(self, member: _Member, choice: _Choice) -> bool:
+        """Add a token to its text; False if it ended the text instead."""
+        token, logprobs = choice
+        text, stopping = member.text, member.request.stopping
+        ending: dict[int, FinishReason] = dict.fromkeys(stopping.stop_tokens, "stop")
+        ending.setdefault(self._tokenizer.eod, "eod")
+        if token in ending:
+            text.finish_reason = ending[token]
+            return False
+        text.tokens.append(token)
+        if logprobs is not None:
+            text.logprobs.append(logprobs)
+        if len(text.new_tokens) == stopping.max_new_tokens:
+            text.finish_reason = "length"
+        self._look_for_stop(member, token)
+        return True
+
+    def _look_for_stop(self, member: _Member, token: int) -> None:
+        text, stopping = member.text, member.request.stopping
+        if member.new_text is None:
+            return
+        already = len(member.new_text.text)
+        member.new_text.add(token)
+        if text.finish_reason == "length":
+            member.new_text.finish()
+        if len(text.new_tokens) < stopping.min_new_tokens:
+            return
+        longest = max(map(len, stopping.stop_strings))
+        place = find_stop(member.new_text.text, stopping.stop_strings, already - longest + 1)
+        if place is not None:
+            text.finish_reason, text.stop_text = "stop", member.new_text.text[:place]
+
+
+def model_parallel_group(model: RetroModel) -> dist.ProcessGroup | None:
+    """The ranks that share one copy of the model: tensor and pipeline parallel."""
+    groups = model.pg_collection
+    return getattr(groups, "mp", None) or groups.tp
+
+
+def _sampling_rank(model: RetroModel, group: dist.ProcessGroup | None) -> int:
+    """The place in `group` of the last stage's first tensor-parallel rank."""
+    size = get_world_size(group)
+    if size == 1:
+        return 0
+    mine = model.post_process and get_rank(model.pg_collection.tp) == 0
+    sampling: list[bool] = [False] * size
+    dist.all_gather_object(sampling, mine, group=group)
+    return sampling.index(True)
+
+
+def check_request(
+    request: GenerationRequest, model: RetroModel, tokenizer: Vocabulary, max_length: int
+) -> None:
+    """Refuse what cannot be generated.
+
+    Raises:
+        ConfigurationError: naming the flag or the prompt.
+    """
+    prompt, subject = request.tokens, f"prompt {request.number}"
+    if not prompt:
+        raise ConfigurationError(subject, "no tokens", "Give some text to continue")
+    if min(prompt) < 0 or max(prompt) >= tokenizer.vocab_size:
+        raise ConfigurationError(
+            subject,
+            f"token ids from {min(prompt)} to {max(prompt)}",
+            f"The vocabulary has {tokenizer.vocab_size} tokens; use the project's tokenizer",
+        )
+    max_new_tokens = request.stopping.max_new_tokens
+    if len(prompt) + max_new_tokens > max_length:
+        raise ConfigurationError(
+            "--max-new-tokens",
+            f"{max_new_tokens} after the {len(prompt)} tokens of {subject} are more than the "
+            f"model's window of {max_length}",
+            "Shorten the prompt or ask for fewer tokens",
+        )
+    if request.neighbors is not None and not hasattr(model, "neighbor_encoder"):
+        raise ConfigurationError(
+            "--retro-neighbors", "the model was trained without retrieval", "Use none"
+        )
+    lead = request.neighbors.lead if isinstance(request.neighbors, Prefetching) else 0
+    if lead and lead >= model.config.retro_chunk_length:
+        raise ConfigurationError(
+            "--retrieval-lead",
+            f"{lead} of the {model.config.retro_chunk_length} tokens of a chunk",
+            "Leave the search some tokens",
+        )
+    if request.stopping.stop_strings and not hasattr(tokenizer, "detokenize"):
+        raise ConfigurationError(
+            "--stop", "strings, but the tokenizer cannot detokenize", "Use stop tokens"
+        )

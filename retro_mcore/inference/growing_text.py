@@ -1,0 +1,69 @@
+"""From new tokens to new text, piece by piece: for streams, and for strings that end a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Detokenizer(Protocol):
+    """What turning tokens into text asks of a tokenizer."""
+
+    def detokenize(self, tokens: Sequence[int]) -> str: ...
+
+
+class GrowingText:
+    """The text of what is added to a prompt.
+
+    A token costs the detokenization of the few tokens around it. A character whose bytes are spread
+    over several tokens waits for its last one.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        prompt: The prompt's tokens.
+    """
+
+    def __init__(self, tokenizer: Detokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        # Some tokens before the new ones: their text depends on what they follow.
+        self._tokens = list(prompt[-8:])
+        self._start, self._shown = 0, len(self._tokens)
+        self.text = ""
+
+    def add(self, token: int) -> str:
+        """What a token adds; empty if it ends inside a character."""
+        self._tokens.append(token)
+        before, now = self._texts()
+        if now.endswith(_INCOMPLETE) or len(now) <= len(before):
+            return ""
+        self._start, self._shown = self._shown, len(self._tokens)
+        self.text += now[len(before) :]
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        """What is still waiting."""
+        before, now = self._texts()
+        self._start, self._shown = self._shown, len(self._tokens)
+        self.text += now[len(before) :]
+        return now[len(before) :]
+
+    def _texts(self) -> tuple[str, str]:
+        before = self._tokenizer.detokenize(self._tokens[self._start : self._shown])
+        return before, self._tokenizer.detokenize(self._tokens[self._start :])
+
+
+def find_stop(text: str, stop_strings: Sequence[str], start: int = 0) -> int | None:
+    """Where the first of the stop strings begins, searching from `start`; None: nowhere."""
+    places = [text.find(stop, max(0, start)) for stop in stop_strings]
+    return min((place for place in places if place >= 0), default=None)
+
+
+def held_back(text: str, stop_strings: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string."""
+    longest = max(map(len, stop_strings), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stop_strings):
+            return length
+    return 0
