@@ -26,7 +26,8 @@ EXTRAS = {
     "gpu": ["faiss-gpu-cu12>=1.8", "transformer-engine[pytorch]>=2.0", *CORPUS, *EMBED],
     "corpus": CORPUS,
     "embed": EMBED,
-    "eval": ["nltk>=3.8"],
+    "eval": ["rouge-score>=0.1.2", "scipy>=1.15"],
+    "lm-eval": ["lm_eval>=0.4.9"],
     "dev": ["import-linter>=2.0", "mypy>=1.10", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
 }
 

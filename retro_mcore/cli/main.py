@@ -17,6 +17,7 @@ COMMANDS = {
     "pretrain_retro": "train a Retro model",
     "convert_checkpoint": "checkpoints of Megatron's Retro and of GPT models into ours, and back",
     "evaluate_perplexity": "perplexity, bits per byte and leakage, by kind of neighbors",
+    "evaluate_qa": "answers to a test file's questions, scored",
     "generate": "text with live retrieval",
 }
 

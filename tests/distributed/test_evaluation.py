@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from retro_mcore.distributed import get_world_size
 from tests.processes import run_ranks
 from tests.unit.data.projects import built_project
+from tests.unit.evaluation.questions import write_test_file
 from tests.unit.inference.trained import trained_checkpoints
 
 pytestmark = pytest.mark.distributed
@@ -38,14 +42,44 @@ def evaluate(project: str, checkpoints: str, folder: str, **layout):
     return [row.loss for row in rows], [point.as_json() for point in points]
 
 
+def answer(project: str, checkpoints: str, folder: str, **layout):
+    """The bytes of the predictions."""
+    from retro_mcore.cli.evaluate_qa import EvaluateQaOptions, evaluate_qa
+
+    evaluate_qa(
+        EvaluateQaOptions(
+            project_dir=project,
+            load=checkpoints,
+            sample_input_file=f"{folder}/nq/test.json",
+            output=f"{folder}/{len(layout)}_{get_world_size()}",
+            retro_neighbors="live",
+            prompt_format="reformat_prompt_short",
+            ft_neighbours=1,
+            max_new_tokens=12,
+            micro_batch_size=2,
+            device="cpu",
+            **layout,
+        )
+    )
+    path = Path(folder, f"{len(layout)}_{get_world_size()}", "predictions_live.jsonl")
+    return path.read_bytes()
+
+
 def on_one_rank(project, checkpoints, folder):
-    return {name: evaluate(project, checkpoints, folder, **LAYOUTS[name]) for name in LAYOUTS}
+    results = {name: evaluate(project, checkpoints, folder, **LAYOUTS[name]) for name in LAYOUTS}
+    results["answers"] = answer(project, checkpoints, folder)
+    results["tensor parallel answers"] = answer(
+        project, checkpoints, folder, tensor_model_parallel_size=2
+    )
+    return results
 
 
 @pytest.fixture(scope="module")
 def one_and_two(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("evaluation"))
     one = evaluate(str(built_project()), trained_checkpoints(), folder)
+    write_test_file(Path(folder))
+    one = (*one, answer(str(built_project()), trained_checkpoints(), folder))
     two = run_ranks(2, on_one_rank, str(built_project()), trained_checkpoints(), folder)
     return one, two
 
@@ -53,7 +87,7 @@ def one_and_two(tmp_path_factory):
 def test_two_data_parallel_ranks_give_the_same_bits(one_and_two):
     one, two = one_and_two
     for rank in two:
-        assert rank["data parallel"] == one
+        assert rank["data parallel"] == one[:2]
 
 
 @pytest.mark.parametrize("layout", ["sequence parallel", "pipeline parallel"])
@@ -61,3 +95,11 @@ def test_a_model_on_two_ranks_gives_the_same_numbers(one_and_two, layout):
     one, two = one_and_two
     for rank in two:
         assert rank[layout][0] == pytest.approx(one[0], rel=1e-6)
+
+
+def test_two_ranks_write_the_predictions_of_one(one_and_two):
+    one, two = one_and_two
+    assert one[2].count(b"\n") == 7
+    for rank in two:
+        assert rank["answers"] == one[2]
+        assert rank["tensor parallel answers"] == one[2]

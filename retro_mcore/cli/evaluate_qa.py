@@ -1,0 +1,354 @@
+"""`evaluate_qa`: answer the questions of a test file, and score the answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from retro_mcore.cli.command import run_command
+from retro_mcore.data.instruction import InstructionExample, PassageKind, read_examples
+from retro_mcore.data.prompts import PromptFormat
+from retro_mcore.distributed import broadcast_object, get_rank, initialize, raise_together
+from retro_mcore.errors import ConfigurationError, CorpusError
+from retro_mcore.evaluation.bootstrap import Estimate, estimate_mean
+from retro_mcore.evaluation.qa_legacy import (
+    LegacyScores,
+    legacy_line,
+    legacy_scores,
+    read_predictions,
+)
+from retro_mcore.inference.sampling import SamplingOptions
+from retro_mcore.platform import distributed_backend, setup_device
+from retro_mcore.project.atomic import write_json
+from retro_mcore.project.markers import checksum
+
+if TYPE_CHECKING:
+    from retro_mcore.evaluation.question_answering import QAOptions
+
+SCORES_FILE = "scores.json"
+_NAMES = {
+    "exact_match": "exact match",
+    "f1": "F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "accuracy": "accuracy",
+}
+
+
+@dataclass(kw_only=True)
+class EvaluateQaOptions:
+    """Answer the questions of a test file, and score the answers.
+
+    A run that was stopped goes on where it was. With --predictions nothing is generated.
+    """
+
+    sample_input_file: str
+    """Test file: a JSON list, or JSON lines, of questions with `answers` and passages."""
+    output: str
+    """Directory for predictions (JSON lines) and scores.json."""
+    project_dir: str | None = None
+    """Project directory: its tokenizer, database and index."""
+    load: str | None = None
+    """Directory of the model's checkpoints; the latest answers."""
+    predictions: str | None = None
+    """Score this file instead of generating: a line of text, or of JSON with `pred`, per
+    question."""
+    task: str | None = None
+    """The dataset's name (nq, tqa, …), which decides the prompt. Default: the name of the test
+    file's directory."""
+    passages: PassageKind = "retrieved"
+    """The test file's passages: annotated (sub-paragraphs), retrieved (ctxs), or
+    bert_pretrain_corpus."""
+    ft_neighbours: int = 5
+    """Passages in the prompt."""
+    prompt_format: PromptFormat = "reformat_prompt_retro"
+    """Words of the prompt."""
+    template_id: int = 0
+    """Another wording, 1 to 7, of reformat_prompt."""
+    retro_neighbors: Literal["live", "passages", "none"] = "none"
+    """What the neighbor encoder reads. live: neighbors from the project's index. passages: the test
+    file's, after those in the prompt. none: the encoder is off, as InstructRetro answers."""
+    reuse_top: bool = False
+    """The encoder's passages begin with those in the prompt."""
+    ablate_retrieval: bool = False
+    """Answer with --retro-neighbors and again with the encoder off, and compare."""
+    num_gen: int | None = None
+    """Questions to answer, from the first. Default: all."""
+    max_new_tokens: int = 64
+    """Longest answer."""
+    stop: list[str] = field(default_factory=list)
+    """An answer ends before any of these texts."""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Draw from the k most likely tokens; 0: from all."""
+    top_p: float = 0.0
+    """Draw from the most likely tokens that make up this much probability; 0: from all."""
+    seed: int = 1234
+    """Seed of the draws (question i draws with seed + i) and of the confidence intervals."""
+    micro_batch_size: int = 8
+    """Questions that are answered together; an interrupted run repeats at most these."""
+    legacy_scoring: bool = False
+    """Also score as the retired Retro's evaluate.py does."""
+    confidence_level: float = 0.95
+    """Of the confidence intervals."""
+    num_resamples: int = 1000
+    """Resamples of the questions for the confidence intervals."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share one model; the others answer other questions."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto: CUDA where there is one, else the CPU."""
+
+
+@dataclass(frozen=True)
+class EvaluateQaResult:
+    """What was measured.
+
+    Attributes:
+        scores: By what the encoder read ("live", "passages", "none" or "predictions") and metric,
+            from 0 to 1.
+        difference: By metric: the first of these less the encoder off; with --ablate-retrieval.
+        legacy: As the retired Retro scores; with --legacy-scoring.
+        num_questions: Questions that were scored.
+        output: The JSON file.
+    """
+
+    scores: dict[str, dict[str, Estimate]]
+    difference: dict[str, Estimate]
+    legacy: dict[str, LegacyScores]
+    num_questions: int
+    output: Path
+
+
+def evaluate_qa(options: EvaluateQaOptions) -> EvaluateQaResult:
+    """Answer, score, print a table and write scores.json.
+
+    Raises:
+        CorpusError: the test file or the predictions are malformed; names the line or record.
+        RetroError: options, project and checkpoint do not fit together.
+    """
+    setup_device(options.device)
+    initialize(distributed_backend())
+    with raise_together():
+        _check(options)
+        examples = _read_test_file(options)
+    if options.predictions is not None:
+        with raise_together():
+            answers = {"predictions": _given_predictions(options, examples)}
+    else:
+        answers = _generate(options, examples)
+    result: object = None
+    with raise_together():
+        if get_rank() == 0:
+            result = _score(options, examples, answers)
+            _print_table(result)
+    result = broadcast_object(result)
+    assert isinstance(result, EvaluateQaResult)
+    return result
+
+
+def _check(options: EvaluateQaOptions) -> None:
+    if options.predictions is None:
+        for flag, value in (("--project-dir", options.project_dir), ("--load", options.load)):
+            if value is None:
+                raise ConfigurationError(flag, "not given", "Give it, or --predictions to score")
+    if options.ablate_retrieval and options.retro_neighbors == "none":
+        raise ConfigurationError(
+            "--ablate-retrieval",
+            "there is no retrieval to switch off with --retro-neighbors none",
+            "Add --retro-neighbors live or passages",
+        )
+    if options.ablate_retrieval and options.predictions is not None:
+        raise ConfigurationError("--ablate-retrieval", "given with --predictions", "Give one")
+    for flag in ("num_gen", "max_new_tokens", "micro_batch_size", "num_resamples"):
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"--{flag.replace('_', '-')}", str(value), "Give at least 1")
+    if options.ft_neighbours < 0:
+        raise ConfigurationError("--ft-neighbours", str(options.ft_neighbours), "Give 0 or more")
+    if not 0 < options.confidence_level < 1:
+        raise ConfigurationError(
+            "--confidence-level", str(options.confidence_level), "Give a number between 0 and 1"
+        )
+    if "" in options.stop:
+        raise ConfigurationError("--stop", "an empty text", "Give texts to stop at")
+
+
+def _read_test_file(options: EvaluateQaOptions) -> list[InstructionExample]:
+    path = Path(options.sample_input_file)
+    task = options.task or path.absolute().parent.name
+    kind = options.passages if _needs_passages(options) else "annotated"
+    examples = read_examples([path], task, kind)[: options.num_gen]
+    if not examples:
+        raise CorpusError(path, "holds no questions", "Name a test file with questions")
+    for example in examples:
+        if not example.answers:
+            raise CorpusError(example.source, "has no answers to score with", "Expected `answers`")
+    return examples
+
+
+def _needs_passages(options: EvaluateQaOptions) -> bool:
+    if options.predictions is not None:
+        return False
+    return options.ft_neighbours > 0 or options.retro_neighbors == "passages"
+
+
+def _given_predictions(
+    options: EvaluateQaOptions, examples: Sequence[InstructionExample]
+) -> list[str]:
+    predictions = read_predictions(str(options.predictions))[: options.num_gen]
+    if len(predictions) != len(examples):
+        raise CorpusError(
+            f"--predictions {options.predictions}",
+            f"holds {len(predictions)} predictions of {len(examples)} questions",
+            "Give one line per question; --num-gen scores the first ones",
+        )
+    return predictions
+
+
+def _generate(
+    options: EvaluateQaOptions, examples: Sequence[InstructionExample]
+) -> dict[str, list[str]]:
+    """Predictions by what the encoder reads."""
+    from retro_mcore.evaluation.loaded_model import LoadedModel
+    from retro_mcore.evaluation.predictions import predict
+    from retro_mcore.evaluation.question_answering import QAOptions, QuestionAnswerer
+    from retro_mcore.training.checkpointing import find_checkpoint
+
+    with raise_together():
+        sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)
+        asked = QAOptions(
+            options.prompt_format,
+            options.template_id,
+            options.ft_neighbours,
+            options.reuse_top,
+            options.max_new_tokens,
+            sampling,
+            tuple(options.stop),
+        )
+        checkpoint = find_checkpoint(str(options.load))
+    loaded = LoadedModel.load(
+        str(options.project_dir),
+        str(options.load),
+        options.retro_neighbors == "live",
+        options.tensor_model_parallel_size,
+        options.device,
+    )
+    arms = [options.retro_neighbors, *(["none"] if options.ablate_retrieval else [])]
+    answers = {}
+    for arm in arms:
+        with raise_together():
+            answerer = QuestionAnswerer(loaded, examples, asked, arm)  # type: ignore[arg-type]
+        rows = predict(
+            Path(options.output) / f"predictions_{arm}.jsonl",
+            len(examples),
+            options.micro_batch_size,
+            _settings(options, asked, checkpoint, arm),
+            answerer.answer,
+            f"answers, {arm} neighbors",
+        )
+        answers[arm] = [row["pred"] for row in rows]
+    return answers
+
+
+def _settings(
+    options: EvaluateQaOptions, asked: QAOptions, checkpoint: Path, neighbors: str
+) -> dict[str, Any]:
+    """What the answers depend on."""
+    return {
+        "--sample-input-file": checksum(options.sample_input_file),
+        "--num-gen": options.num_gen,
+        "--task": options.task or Path(options.sample_input_file).absolute().parent.name,
+        "--passages": options.passages if _needs_passages(options) else None,
+        "--load": str(checkpoint.absolute()),
+        "--project-dir": str(Path(str(options.project_dir)).absolute()),
+        "--tensor-model-parallel-size": options.tensor_model_parallel_size,
+        "--retro-neighbors": neighbors,
+        **{f"--{name.replace('_', '-')}": value for name, value in asdict(asked).items()},
+    }
+
+
+def _score(
+    options: EvaluateQaOptions,
+    examples: Sequence[InstructionExample],
+    answers: dict[str, list[str]],
+) -> EvaluateQaResult:
+    from retro_mcore.evaluation.question_answering import estimate_all, score_all
+
+    interval = (options.confidence_level, options.num_resamples, options.seed)
+    scores = {arm: score_all(texts, examples) for arm, texts in answers.items()}
+    difference = {}
+    if options.ablate_retrieval:
+        on = scores[options.retro_neighbors]
+        for name, off in scores["none"].items():
+            gains = [a - b for a, b in zip(on[name], off, strict=True)]
+            difference[name] = estimate_mean(gains, *interval)
+    legacy = {}
+    if options.legacy_scoring:
+        for arm, texts in answers.items():
+            lines = texts if arm == "predictions" else [legacy_line(text) for text in texts]
+            legacy[arm] = legacy_scores(lines, options.sample_input_file)
+    result = EvaluateQaResult(
+        scores={arm: estimate_all(values, *interval) for arm, values in scores.items()},
+        difference=difference,
+        legacy=legacy,
+        num_questions=len(examples),
+        output=Path(options.output) / SCORES_FILE,
+    )
+    write_json(
+        result.output,
+        {
+            **{key: value for key, value in asdict(result).items() if key != "output"},
+            "confidence_level": options.confidence_level,
+        },
+    )
+    return result
+
+
+def _print_table(result: EvaluateQaResult) -> None:
+    table = Table(
+        title=f"evaluate_qa: {result.num_questions} questions, %",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("metric")
+    for arm in result.scores:
+        table.add_column(_arm_name(arm), justify="right")
+    if result.difference:
+        table.add_column("difference", justify="right")
+    first = next(iter(result.scores.values()))
+    for name in first:
+        cells = [_show(values[name]) for values in result.scores.values()]
+        if result.difference:
+            cells.append(_show(result.difference[name], sign="+"))
+        table.add_row(_NAMES[name], *cells)
+    for name in ("exact_match", "precision", "recall", "f1") if result.legacy else ():
+        cells = [f"{100 * getattr(values, name):.2f}" for values in result.legacy.values()]
+        table.add_row(f"legacy {_NAMES.get(name, name)}", *cells)
+    Console().print(table)
+
+
+def _arm_name(arm: str) -> str:
+    names = {"live": "live neighbors", "passages": "passages in the encoder", "none": "encoder off"}
+    return names.get(arm, arm)
+
+
+def _show(estimate: Estimate, sign: str = "") -> str:
+    low, mean, high = (100 * value for value in (estimate.low, estimate.mean, estimate.high))
+    return f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(EvaluateQaOptions, evaluate_qa, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Confidence intervals of means over questions, by resampling the questions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from retro_mcore.errors import MissingDependencyError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and the bounds of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimate_mean(
+    values: Sequence[float],
+    confidence_level: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 1234,
+) -> Estimate:
+    """The mean of one score, with the bootstrap's percentile interval (Efron 1979).
+
+    The difference of two systems on the same questions is the mean of the differences: pass those.
+
+    Args:
+        values: A score per question.
+        confidence_level: Share of intervals that hold the true mean.
+        num_resamples: Resamples of the questions.
+        seed: Of the resampling.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, mean, mean)
+    try:
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise MissingDependencyError(
+            "scipy", "not installed", "Install retro-mcore[eval]"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all values alike: an interval of no width
+        interval = bootstrap(
+            (np.asarray(values, np.float64),),
+            np.mean,
+            n_resamples=num_resamples,
+            batch=64,  # bounds the memory of many questions
+            confidence_level=confidence_level,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high))

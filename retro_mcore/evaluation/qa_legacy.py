@@ -1,0 +1,171 @@
+"""Scores as the retired Retro's `evaluate.py` computes them, to compare with its numbers.
+
+What differs from `qa_metrics`: F1 (with precision and recall) knows only the first answer, and
+replaces punctuation by spaces where exact match drops it; questions without an answer are left out;
+exact match takes an `answer` that is a string for a list of its letters; a ground truth whose path
+holds "dev" is cut to 3,000 questions; predictions of the wrong number are not noticed unless there
+are too many.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.data.instruction import read_records
+from retro_mcore.errors import CorpusError
+from retro_mcore.evaluation.qa_metrics import normalize_answer
+
+_END_OF_TEXT = "<|endoftext|>"
+# Taken out of a prediction in this order before exact match.
+_LEAD_INS = ("Answer:", "Answer: ", "????  ", "A: ", "A:")
+_DEV_QUESTIONS = 3000
+_PUNCTUATION = re.compile(r"""[!"#$%&()*+,-./:;<=>?@\[\]\\^`{|}~_']""")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+@dataclass(frozen=True)
+class LegacyScores:
+    """Means over questions, from 0 to 1."""
+
+    exact_match: float
+    precision: float
+    recall: float
+    f1: float
+
+
+def legacy_scores(predictions: Sequence[str], ground_truth: Path | str) -> LegacyScores:
+    """Score predictions against a test file.
+
+    Args:
+        predictions: One line of text per question, as `legacy_line` makes them.
+        ground_truth: The test file.
+
+    Raises:
+        CorpusError: a question without usable answers, or more predictions than questions.
+    """
+    path = Path(ground_truth)
+    records = list(read_records(path))
+    precision, recall, f1 = _f1_scores(predictions, records, path)
+    return LegacyScores(_exact_match(predictions, records, path), precision, recall, f1)
+
+
+def legacy_line(text: str) -> str:
+    """A generated text as the retired Retro writes it to its prediction file."""
+    if _END_OF_TEXT in text:
+        text = text[: text.find(_END_OF_TEXT)].strip()
+    return text.replace("\n", " ")
+
+
+def read_predictions(path: Path | str) -> list[str]:
+    """A file of predictions: `pred` of each JSON line, else each line of text.
+
+    Raises:
+        CorpusError: it cannot be read; names the line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(path, f"cannot be read ({error})", "Name a UTF-8 file") from error
+    if path.suffix != ".jsonl":
+        return lines
+    return [_pred(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def _pred(where: str, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise CorpusError(where, f"not JSON ({error})", "Expected {'pred': …}") from error
+    if not isinstance(value, dict) or not isinstance(value.get("pred"), str):
+        raise CorpusError(where, "has no text under 'pred'", "Expected {'pred': …}")
+    return value["pred"]
+
+
+def _exact_match(
+    predictions: Sequence[str], records: Sequence[Mapping[str, Any]], path: Path
+) -> float:
+    if "dev" in str(path):
+        predictions, records = predictions[:_DEV_QUESTIONS], records[:_DEV_QUESTIONS]
+    if len(predictions) > len(records):
+        raise CorpusError(
+            path, f"has {len(records)} questions", f"There are {len(predictions)} predictions"
+        )
+    matches = []
+    for number, prediction in enumerate(predictions):
+        said = normalize_answer(_without_lead_ins(prediction))
+        answers = records[number].get("answers", records[number].get("answer"))
+        if not isinstance(answers, (list, str)) or not answers:
+            raise _unusable(path, number)
+        if not all(isinstance(answer, str) for answer in answers):
+            raise _unusable(path, number)
+        matches.append(any(said == normalize_answer(answer) for answer in answers))
+    return float(np.mean(matches))
+
+
+def _unusable(path: Path, number: int) -> CorpusError:
+    return CorpusError(
+        f"{path}, record {number}",
+        "has no answers that legacy scoring can read",
+        "Expected a list of texts under 'answers'",
+    )
+
+
+def _without_lead_ins(prediction: str) -> str:
+    for words in _LEAD_INS:
+        prediction = prediction.replace(words, "")
+    return prediction.strip().replace(_END_OF_TEXT, "")
+
+
+def _f1_scores(
+    predictions: Sequence[str], records: Sequence[Mapping[str, Any]], path: Path
+) -> tuple[float, float, float]:
+    scores = []
+    for number, (prediction, record) in enumerate(zip(predictions, records, strict=False)):
+        answer = _first_answer(record, path, number)
+        if answer:
+            said = prediction.strip().replace(_END_OF_TEXT, "")
+            scores.append(_precision_recall_f1(said, answer))
+    precision, recall, f1 = np.mean(scores, axis=0) if scores else (np.nan,) * 3
+    return float(precision), float(recall), float(f1)
+
+
+def _first_answer(record: Mapping[str, Any], path: Path, number: int) -> str | None:
+    """The answer that F1 knows; None where the question is left out."""
+    if "answers" in record:
+        answers = record["answers"] or [None]
+    elif "answer" in record:
+        answer = record["answer"]
+        answers = answer if isinstance(answer, list) else [str(answer)]
+    else:
+        raise _unusable(path, number)
+    first = answers[0] if answers else None
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        first = first.get("text")
+    if not isinstance(first, str):
+        raise _unusable(path, number)
+    first = first.strip()
+    return None if first == "no_passages_used" else first
+
+
+def _precision_recall_f1(prediction: str, answer: str) -> tuple[float, float, float]:
+    said, expected = _words(prediction), _words(answer)
+    common = sum((Counter(said) & Counter(expected)).values())
+    if not common:
+        return 0.0, 0.0, 0.0
+    precision, recall = common / len(said), common / len(expected)
+    return precision, recall, 2 * precision * recall / (precision + recall)
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split()

@@ -1,0 +1,205 @@
+"""Answering the questions of a test file with a trained model, and scoring the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from retro_mcore.data.instruction import InstructionExample
+from retro_mcore.data.prompts import PromptFormat, write_prompt
+from retro_mcore.datasets.instruction import (
+    InstructionFormat,
+    encode_passages,
+    encoder_passages,
+    fit_prompt,
+)
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.evaluation.bootstrap import Estimate, estimate_mean
+from retro_mcore.evaluation.loaded_model import LoadedModel
+from retro_mcore.evaluation.qa_metrics import score
+from retro_mcore.inference.generation import generate
+from retro_mcore.inference.neighbors import GivenNeighbors, NeighborSource, RetrievedNeighbors
+from retro_mcore.inference.sampling import SamplingOptions
+from retro_mcore.inference.texts import GeneratedText
+
+#: Where the encoder's neighbors come from while a question is answered: the project's index, the
+#: test file's passages, or nowhere (the attention gate at 0).
+QANeighbors = Literal["live", "passages", "none"]
+
+
+@dataclass(frozen=True)
+class QAOptions:
+    """How questions are put and answered.
+
+    Attributes:
+        prompt_format: The prompt's words; see `data.prompts`.
+        template_id: Another wording of `reformat_prompt`.
+        num_context_passages: Passages of the test file in the prompt.
+        reuse_top: Give the encoder the best passages too, not only those after the prompt's.
+        max_new_tokens: Longest answer.
+        sampling: How tokens are chosen; question i draws with seed + i.
+        stop: An answer ends before any of these texts.
+    """
+
+    prompt_format: PromptFormat = "reformat_prompt_retro"
+    template_id: int = 0
+    num_context_passages: int = 5
+    reuse_top: bool = False
+    max_new_tokens: int = 64
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(temperature=0.0))
+    stop: tuple[str, ...] = ()
+
+
+class QuestionAnswerer:
+    """Answers questions in batches.
+
+    Args:
+        loaded: The model.
+        examples: The test file's questions.
+        options: How they are put.
+        neighbors: What the encoder is given.
+
+    Raises:
+        ConfigurationError: the longest answer leaves no room for a prompt, or the model cannot
+            retrieve.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        examples: Sequence[InstructionExample],
+        options: QAOptions,
+        neighbors: QANeighbors,
+    ) -> None:
+        if options.max_new_tokens >= loaded.window:
+            raise ConfigurationError(
+                "--max-new-tokens",
+                f"{options.max_new_tokens}, but the model reads {loaded.window} tokens",
+                "Give fewer, to leave room for the question",
+            )
+        if neighbors != "none" and loaded.arguments.no_retrieval:
+            raise ConfigurationError(
+                "--retro-neighbors", f"{neighbors}, but the model has no retrieval", "Use none"
+            )
+        self._loaded, self._examples, self._options = loaded, examples, options
+        self._neighbors = neighbors
+        self._format = InstructionFormat(
+            sequence_length=loaded.arguments.retro_chunk_length * 2,  # of no matter here
+            num_context_passages=options.num_context_passages,
+            num_encoder_passages=loaded.arguments.retro_num_neighbors,
+            reuse_top=options.reuse_top,
+            chunk_length=loaded.arguments.retro_chunk_length,
+            retrieved_length=loaded.retrieved_length,
+        )
+
+    def prompt_tokens(self, example: InstructionExample) -> list[int]:
+        """A question's prompt; passages are cut where it would not fit the window."""
+        options = self._options
+        prompt = write_prompt(
+            example, options.prompt_format, options.num_context_passages, options.template_id
+        )
+        limit = self._loaded.window - options.max_new_tokens
+        return fit_prompt(prompt, limit, self._loaded.tokenizer)
+
+    def answer(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """Predictions of the questions at these (consecutive) places."""
+        examples = [self._examples[place] for place in places]
+        sampling = self._options.sampling
+        prompts = [self.prompt_tokens(example) for example in examples]
+        texts = generate(
+            self._loaded.model,
+            self._loaded.tokenizer,
+            prompts,
+            max_new_tokens=self._options.max_new_tokens,
+            sampling=replace(sampling, seed=sampling.seed + places[0]),
+            neighbors=self._source(examples, prompts),
+        )
+        return [
+            {
+                "id": place,
+                "question": question_of(example),
+                "pred": self._text(text),
+                "answers": list(example.answers),
+                "finish_reason": text.finish_reason,
+                "prompt_tokens": text.prompt_length,
+            }
+            for place, example, text in zip(places, examples, texts, strict=True)
+        ]
+
+    def _text(self, text: GeneratedText) -> str:
+        tokenizer = self._loaded.tokenizer
+        prompt = tokenizer.detokenize(text.tokens[: text.prompt_length])
+        answer = tokenizer.detokenize(text.tokens)[len(prompt) :]
+        return cut_at(answer, self._options.stop)
+
+    def _source(
+        self, examples: Sequence[InstructionExample], prompts: Sequence[list[int]]
+    ) -> NeighborSource | None:
+        if self._neighbors == "none":
+            return None
+        if self._neighbors == "live":
+            return self._loaded.retriever
+        return GivenNeighbors(
+            {
+                row: self._passages(example, prompt)
+                for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True))
+            },
+            self._loaded.arguments.retro_num_neighbors,
+            self._loaded.retrieved_length,
+            self._loaded.tokenizer.eod,
+        )
+
+    def _passages(self, example: InstructionExample, prompt: list[int]) -> RetrievedNeighbors:
+        """The question's passages, for every chunk of prompt and answer."""
+        length = len(prompt) + self._options.max_new_tokens
+        tokens_KR, mask_KR = encode_passages(
+            encoder_passages(example, self._format), self._format, self._loaded.tokenizer
+        )
+        chunks = max(1, length // self._loaded.arguments.retro_chunk_length)
+        shape = (chunks, *tokens_KR.shape)
+        return RetrievedNeighbors(
+            np.broadcast_to(tokens_KR, shape).copy(), np.broadcast_to(mask_KR, shape).copy()
+        )
+
+
+def question_of(example: InstructionExample) -> str:
+    """The question, or a chat's last."""
+    if not example.turns:
+        return example.question
+    return next(turn.content for turn in reversed(example.turns) if turn.role == "user")
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop texts."""
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+
+
+def score_all(
+    predictions: Sequence[str], examples: Sequence[InstructionExample]
+) -> dict[str, list[float]]:
+    """Scores of every question, by metric; `accuracy` only of those with options.
+
+    Raises:
+        CorpusError: a question has no usable answers.
+    """
+    scores: dict[str, list[float]] = {}
+    for prediction, example in zip(predictions, examples, strict=True):
+        for name, value in score(prediction, example).items():
+            scores.setdefault(name, []).append(value)
+    return scores
+
+
+def estimate_all(
+    scores: Mapping[str, Sequence[float]],
+    confidence_level: float,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, Estimate]:
+    """The mean of each metric and its confidence interval."""
+    return {
+        name: estimate_mean(values, confidence_level, num_resamples, seed)
+        for name, values in scores.items()
+    }
