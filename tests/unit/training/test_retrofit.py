@@ -1,0 +1,80 @@
+"""--load-gpt in the trainer: where a run starts, and that it resumes from its own checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retro_mcore.errors import CheckpointError
+from tests.unit.conversion.test_huggingface import LLAMA_CONFIG, flags_of, logits
+from tests.unit.training.small import NO_DROPOUT, VOCABULARY, small_trainer
+
+
+def make_llama(path):
+    """Of the small project's vocabulary."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        **LLAMA_CONFIG, num_key_value_heads=2, rope_theta=5000.0, vocab_size=VOCABULARY
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(path)
+    return model
+
+
+def trainer(path, **changes):
+    flags = {**flags_of("llama"), **NO_DROPOUT, "load_gpt": str(path), "train_iters": 2}
+    return small_trainer(**{**flags, **changes})
+
+
+def model_of(trainer):
+    return trainer._parts.chunks[0].module
+
+
+def test_a_run_starts_from_the_gpt_and_resumes_from_itself(megatron, tmp_path, capsys):
+    from tests.unit.conversion.test_huggingface import tokens_of_test
+
+    theirs = make_llama(tmp_path / "llama")
+    saved = str(tmp_path / "run")
+    first = trainer(tmp_path / "llama", save=saved, load=saved, exit_interval=1)
+    tokens = tokens_of_test() % VOCABULARY
+    with torch.no_grad():
+        wanted = theirs(tokens).logits
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        found = model_of(first).eval()(tokens, positions, None)[..., :VOCABULARY]
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+    first.train()
+    told = capsys.readouterr().out
+    assert "all 21 weights taken" in told
+    assert "of retrieval start fresh" in told
+    # The learning rate is high: a run that started again would be seen.
+    trained = logits(model_of(first).eval())
+    second = trainer(tmp_path / "llama", save=saved, load=saved)
+    assert torch.equal(logits(model_of(second).eval()), trained)
+    second.train()
+    assert "weights taken" not in capsys.readouterr().out
+
+
+def test_the_twin_without_retrieval_takes_the_decoder_too(megatron, tmp_path):
+    make_llama(tmp_path)
+    report = trainer(tmp_path, no_retrieval=True)._decoder
+    assert report.taken == 21
+    assert report.fresh == []
+
+
+def test_contradicting_flags_are_refused_before_training(megatron, tmp_path):
+    make_llama(tmp_path)
+    with pytest.raises(CheckpointError, match="--kv-channels is 16, expected 8"):
+        trainer(tmp_path, kv_channels=16)
+
+
+def test_our_own_gpt_and_our_own_retro(megatron, tmp_path):
+    """A twin that was trained here is a GPT to start from; a Retro is none."""
+    gpt, retro = str(tmp_path / "gpt"), str(tmp_path / "retro")
+    small_trainer(save=gpt, train_iters=1, no_retrieval=True, **NO_DROPOUT).train()
+    start = small_trainer(load_gpt=gpt, save=retro, train_iters=1, **NO_DROPOUT)
+    assert start._decoder.checkpoint.source == "retro-mcore"
+    start.train()
+    with pytest.raises(CheckpointError, match="is a Retro model already"):
+        small_trainer(load_gpt=retro, **NO_DROPOUT)
