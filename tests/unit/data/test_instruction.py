@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from retro_mcore.data.instruction import InstructionExample, Turn, read_examples
+from retro_mcore.data.instruction_blend import parse_blend
 from retro_mcore.data.prompts import SYSTEM_CONTEXT, SYSTEM_RETRO, write_prompt
 from retro_mcore.errors import ConfigurationError, CorpusError
 
@@ -173,3 +174,28 @@ def test_prompts_are_the_words_that_the_checkpoints_know(dataset, options, expec
 def test_formats_that_do_not_exist_are_refused(options):
     with pytest.raises(ConfigurationError, match=r"--prompt-format|--template-id"):
         write_prompt(question("nq"), **options)
+
+
+def test_a_blend_of_names_and_files(tmp_path):
+    (tmp_path / "nq").mkdir()
+    for name in ("nq_QA_train2.json", "nq_QA_train1.json", "nq_QA_dev.json"):
+        (tmp_path / "nq" / name).write_text("[]")
+    (tmp_path / "chats.jsonl").write_text("")
+    nq, chats = parse_blend(["0.75", "nq", "0.25", "chats.jsonl"], tmp_path)
+    assert (nq.name, nq.weight, chats.name, chats.weight) == ("nq", 0.75, "chats", 0.25)
+    assert [file.name for file in nq.train_files] == ["nq_QA_train1.json", "nq_QA_train2.json"]
+    assert [file.name for file in nq.valid_files] == ["nq_QA_dev.json"]
+    assert parse_blend(["nq"], tmp_path)[0].weight == 1.0
+
+
+@pytest.mark.parametrize(
+    "entries", [["1.0", "nq", "0.5"], ["x", "nq", "y", "z"], ["0", "a", "1", "b"], []]
+)
+def test_a_blend_that_is_no_blend_is_refused(tmp_path, entries):
+    with pytest.raises(ConfigurationError, match="--data-path"):
+        parse_blend(entries, tmp_path)
+
+
+def test_a_dataset_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CorpusError, match=r"holds no nq_QA_train\*\.json"):
+        parse_blend(["nq"], tmp_path)

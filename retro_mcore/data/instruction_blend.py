@@ -1,0 +1,78 @@
+"""Which files an instruction blend is made of: `--data-path 0.8 oasst 0.2 my_chats.jsonl`.
+
+A name stands for `FOLDER/NAME/NAME_QA_train*.json` and `NAME_QA_dev.json`, as the retired Retro's
+blends are laid out; a path stands for that file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from retro_mcore.errors import ConfigurationError, CorpusError
+
+
+@dataclass(frozen=True)
+class BlendPart:
+    """One dataset of a blend.
+
+    Attributes:
+        name: Decides the prompt; see `data.prompts`.
+        weight: How often it is read, relative to the others.
+        train_files: What is trained on.
+        valid_files: What is validated on; may be empty.
+    """
+
+    name: str
+    weight: float
+    train_files: tuple[Path, ...]
+    valid_files: tuple[Path, ...] = ()
+
+
+def parse_blend(entries: Sequence[str], folder: Path | str = ".") -> list[BlendPart]:
+    """The parts of a blend.
+
+    Args:
+        entries: A name or path, or several with a weight before each.
+        folder: Where names and relative paths are looked for.
+
+    Raises:
+        ConfigurationError: weights and names do not alternate.
+        CorpusError: there are no such files.
+    """
+    if len(entries) == 1:
+        return [_part(entries[0], 1.0, Path(folder))]
+    if not entries or len(entries) % 2:
+        raise ConfigurationError(
+            "--data-path", f"{len(entries)} entries", "Give WEIGHT NAME, WEIGHT NAME, ..."
+        )
+    pairs = zip(entries[::2], entries[1::2], strict=True)
+    return [_part(name, _weight(weight), Path(folder)) for weight, name in pairs]
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError as error:
+        raise ConfigurationError(
+            "--data-path", f"{text!r} stands where a weight is expected", "Give WEIGHT NAME pairs"
+        ) from error
+    if not 0 < weight < float("inf"):
+        raise ConfigurationError("--data-path", f"weight {text}", "Give positive weights")
+    return weight
+
+
+def _part(name: str, weight: float, folder: Path) -> BlendPart:
+    for file in (folder / name, Path(name)):
+        if file.is_file():
+            return BlendPart(file.stem, weight, (file,))
+    home = folder / name
+    train = tuple(sorted(home.glob(f"{home.name}_QA_train*.json")))
+    if not train:
+        raise CorpusError(
+            f"--data-path {name}",
+            f"is no file, and {home} holds no {home.name}_QA_train*.json",
+            "Name a JSON or JSONL file, or a dataset of --data-folder",
+        )
+    return BlendPart(home.name, weight, train, tuple(home.glob(f"{home.name}_QA_dev.json")))
