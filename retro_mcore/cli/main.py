@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect_neighbors": "a page that shows samples, their neighbors and the overlap of both",
     "pretrain_retro": "train a Retro model",
     "convert_checkpoint": "checkpoints of Megatron's Retro and of GPT models into ours, and back",
+    "finetune_retro": "tune a Retro model on instructions and questions",
     "evaluate_perplexity": "perplexity, bits per byte and leakage, by kind of neighbors",
     "evaluate_qa": "answers to a test file's questions, scored",
     "generate": "text with live retrieval",

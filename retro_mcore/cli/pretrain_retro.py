@@ -50,7 +50,7 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult:
         result = finished_run(plan)
     if result is None:
         result = _train(plan, device)
-    _summarize(plan, result)
+    summarize("pretrain_retro", plan, result)
     return result
 
 
@@ -68,7 +68,8 @@ def _train(plan: TrainingPlan, device: torch.device) -> TrainingResult:
     return Trainer(plan, train, datasets.get("valid"), device).train()
 
 
-def _summarize(plan: TrainingPlan, result: TrainingResult) -> None:
+def summarize(command: str, plan: TrainingPlan, result: TrainingResult) -> None:
+    """Print what came of a run."""
     rows: dict[str, object] = {}
     if result.reused:
         rows["reused"] = "this training is already finished"
@@ -85,7 +86,7 @@ def _summarize(plan: TrainingPlan, result: TrainingResult) -> None:
             rows[name] = path
     if not result.reused:
         rows["seconds"] = f"{result.seconds:.1f}"
-    print_summary("pretrain_retro", rows)
+    print_summary(command, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

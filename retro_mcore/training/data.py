@@ -41,9 +41,10 @@ class NumberedSamples(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if self.retrieval:
+        tokens_alone = None if self.retrieval else getattr(self.samples, "samples", None)
+        if tokens_alone is None:
             return {**self.samples[index], "sample_id": index}
-        text = self.samples.samples.tokens(index)  # type: ignore[attr-defined]
+        text = tokens_alone.tokens(index)
         return {"text": text, "sample_id": index}
 
 

@@ -218,5 +218,13 @@ def freeze_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> None:
             model.embedding.register_forward_hook(_ask_for_gradients)
 
 
+def freeze_retrieval(models: Sequence[GPTModel]) -> None:
+    """Leave the neighbor encoder, the cross-attentions and their norms as they are."""
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if any(part in f".{name}" for part in _RETRIEVAL_PARTS):
+                parameter.requires_grad_(False)
+
+
 def _ask_for_gradients(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.requires_grad_()

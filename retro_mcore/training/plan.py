@@ -76,6 +76,16 @@ class TrainingPlan:
         """S."""
         return self.project.retro_gpt_seq_length
 
+    @property
+    def with_retrieval(self) -> bool:
+        """Whether the samples have neighbors."""
+        return not self.arguments.no_retrieval
+
+    @property
+    def freeze_retrieval(self) -> bool:
+        """Whether encoder and cross-attention are not trained."""
+        return False
+
     def configuration(self) -> dict[str, Any]:
         """Everything that a run must share with the run that it resumes, by flag name."""
         trained = {

@@ -39,6 +39,7 @@ from retro_mcore.training.optimizer import (
     build_optimizer,
     build_scheduler,
     freeze_decoder,
+    freeze_retrieval,
     gathered_weights,
     learning_rate,
     loss_scale,
@@ -182,7 +183,7 @@ class Trainer:
             num_microbatches_calculator.get_num_microbatches(),
             plan.sequence_length,
             plan.options.micro_batch_size,
-            not plan.arguments.no_retrieval,
+            plan.with_retrieval,
         )
         reduced = reduce_losses(reports, stop)
         step = self._update(reports, reduced.loss)
@@ -276,7 +277,7 @@ class Trainer:
         )
 
     def _numbered(self, samples: Samples) -> NumberedSamples:
-        return NumberedSamples(samples, retrieval=not self.plan.arguments.no_retrieval)
+        return NumberedSamples(samples, retrieval=self.plan.with_retrieval)
 
     def _reporter(self) -> TrainingReporter:
         config = self._parts.chunks[0].config
@@ -287,6 +288,8 @@ def _training_parts(models: Sequence[GPTModel], plan: TrainingPlan) -> TrainingP
     groups = share_embeddings(models)
     if plan.options.freeze_decoder:
         freeze_decoder(models, plan)
+    if plan.freeze_retrieval:
+        freeze_retrieval(models)
     # As Megatron: gradients of the first chunk alone are worth sending early.
     chunks = [wrap_model(model, plan, index > 0) for index, model in enumerate(models)]
     optimizer = build_optimizer(chunks, groups, plan)

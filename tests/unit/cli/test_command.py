@@ -145,3 +145,18 @@ def test_commands_are_python_functions():
         commands.build_db(project="p")
     with pytest.raises(AttributeError):
         commands.no_such_command  # noqa: B018
+
+
+def test_the_published_settings_of_instruction_tuning_are_options():
+    from retro_mcore.cli.finetune_retro import FinetuneRetroOptions
+
+    file = Path(__file__).parents[3] / "examples" / "instruct" / "retro-843m.yaml"
+    given = ["--project-dir", "p", "--load", "l", "--save", "s", "--data-folder", "d"]
+    options = parse_options(FinetuneRetroOptions, ["--config", str(file), *given])
+    options.check()
+    assert (options.lr, options.global_batch_size, options.train_iters) == (5e-6, 128, 1000)
+    assert (options.adam_beta2, options.weight_decay, options.data_path[1]) == (
+        0.98,
+        0.01,
+        "open_inst",
+    )

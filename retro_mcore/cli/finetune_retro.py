@@ -1,0 +1,64 @@
+"""`finetune_retro`: instruction tuning of a pretrained Retro model (InstructRetro, RETRO++)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from retro_mcore import distributed
+from retro_mcore.cli.command import run_command
+from retro_mcore.cli.pretrain_retro import summarize
+from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.platform import distributed_backend, setup_device
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.training.finetune_options import FinetuneOptions
+
+if TYPE_CHECKING:
+    from retro_mcore.training.trainer import TrainingResult
+
+
+@dataclass(kw_only=True)
+class FinetuneRetroOptions(FinetuneOptions):
+    """Tune a pretrained Retro model on questions with passages, instructions and chats.
+
+    Start with --load PRETRAINED --finetune; the model's options come from its checkpoint. Run
+    again, and it resumes from --save. See docs/instruction_tuning.md.
+    """
+
+
+def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
+    """Tune, or resume, or find that the tuning is already finished.
+
+    Raises:
+        RetroError: options, data, checkpoint and processes do not fit together.
+    """
+    device = setup_device(options.device)
+    distributed.initialize(distributed_backend())
+    # Megatron is imported only after the device is set up.
+    from retro_mcore.training.finetune import build_instruction_datasets, make_finetune_plan
+    from retro_mcore.training.trainer import Trainer, finished_run
+
+    with distributed.raise_together():
+        project = ProjectConfig.load(options.project_dir)
+        tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
+        plan = make_finetune_plan(options, project, tokenizer.vocab_size)
+        plan.check_layers()
+        result = finished_run(plan)
+    if result is None:
+        with distributed.raise_together():
+            train, valid = build_instruction_datasets(plan, tokenizer)
+        result = Trainer(plan, train, valid, device).train()
+    summarize("finetune_retro", plan, result)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(FinetuneRetroOptions, finetune_retro, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

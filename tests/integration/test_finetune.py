@@ -1,0 +1,192 @@
+"""The command `finetune_retro` on a small pretrained model: what is learned, and what is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from retro_mcore.cli.finetune_retro import FinetuneRetroOptions, finetune_retro, main
+from retro_mcore.errors import CheckpointError, ConfigurationError, CorpusError
+from tests.unit.data.projects import built_project
+
+COLORS = ("red", "green", "blue", "black")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
+
+    folder = str(tmp_path_factory.mktemp("pretrained"))
+    pretrain_retro(
+        PretrainRetroOptions(
+            project_dir=str(built_project()),
+            save=folder,
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=2,
+            retro_decoder_layers=[2],
+            retro_encoder_num_layers=1,
+            position_embedding_type="rope",
+            micro_batch_size=2,
+            lr=1e-3,
+            num_workers=0,
+            device="cpu",
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Questions whose answers stand in their second passage."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "nq").mkdir()
+    records = [
+        {
+            "question": f"{number}?",
+            "answers": [COLORS[number % 4]],
+            "ctxs": [
+                {"title": "", "text": "none"},
+                {"title": "", "text": " ".join([COLORS[number % 4]] * 6)},
+            ],
+        }
+        for number in range(32)
+    ]
+    for name in ("train", "dev"):
+        (folder / "nq" / f"nq_QA_{name}.json").write_text(json.dumps(records))
+    chats = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    return folder
+
+
+@pytest.fixture
+def options(pretrained, data):
+    def make(**changes):
+        values = {
+            "project_dir": str(built_project()),
+            "load": pretrained,
+            "finetune": True,
+            "data_path": ["nq"],
+            "data_folder": str(data),
+            "passages": "retrieved",
+            "prompt_format": "reformat_prompt_short",
+            "ft_neighbours": 1,
+            "seq_length": 64,
+            "micro_batch_size": 4,
+            "global_batch_size": 8,
+            "train_iters": 4,
+            "eval_interval": 4,
+            "eval_iters": 2,
+            "lr": 1e-2,
+            "weight_decay": 0.1,
+            "lr_decay_style": "constant",
+            "num_workers": 0,
+            "device": "cpu",
+        }
+        return FinetuneRetroOptions(**{**values, **changes})
+
+    return make
+
+
+def weights(folder):
+    from retro_mcore.training.checkpointing import load_model_from_checkpoint
+
+    model, arguments = load_model_from_checkpoint(folder)
+    return model.state_dict(), arguments
+
+
+def is_retrieval(name):
+    return "neighbor_encoder" in name or "cross_att" in name
+
+
+def test_gate_0_trains_the_decoder_alone(options, pretrained, tmp_path):
+    result = finetune_retro(options(save=str(tmp_path)))
+    assert result.train_losses[-1] < result.train_losses[0]
+    assert result.valid_losses
+    before, _ = weights(pretrained)
+    after, arguments = weights(tmp_path)
+    assert arguments.retro_attention_gate == 0.0
+    for name, tensor in before.items():
+        if torch.is_tensor(tensor):
+            assert torch.equal(tensor, after[name]) == is_retrieval(name), name
+
+
+@pytest.mark.slow
+def test_the_encoder_reads_the_passages_that_the_decoder_lacks(options):
+    # The answer stands in the second passage, which only the encoder gets: half of the questions'
+    # answers are known with it, and no better than a guess without.
+    settings = {"train_iters": 60, "retro_encoder_hidden_dropout": 0.0, "lr": 5e-3}
+    with_passages = finetune_retro(
+        options(retro_attention_gate=1.0, retro_num_neighbors=1, **settings)
+    )
+    without = finetune_retro(options(data_path=["nq"], ft_neighbours=1, **settings))
+    assert with_passages.valid_losses[-1][1] < 0.8 * without.valid_losses[-1][1]
+
+
+def test_a_blend_of_questions_and_packed_chats_learns(options):
+    result = finetune_retro(
+        options(
+            data_path=["0.5", "nq", "0.5", "chats.jsonl"],
+            pack_samples=True,
+            seq_length=192,
+            retro_attention_gate=1.0,
+            prompt_format="reformat_prompt_retro",
+            loss_on="answers",
+        )
+    )
+    assert result.train_losses[-1] < result.train_losses[0]
+
+
+def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(options, tmp_path):
+    whole = finetune_retro(options(save=str(tmp_path / "whole"), hidden_dropout=0.1))
+    # The same command again: the checkpoint in --save wins over the pretrained one in --load.
+    parts = [
+        finetune_retro(options(save=str(tmp_path / "parts"), hidden_dropout=0.1, exit_interval=2))
+        for _ in range(2)
+    ]
+    assert [part.iteration for part in parts] == [2, 4]
+    losses = parts[0].train_losses + parts[1].train_losses
+    assert losses == whole.train_losses
+    again = finetune_retro(options(save=str(tmp_path / "whole"), hidden_dropout=0.1))
+    assert again.reused
+
+
+def test_a_resumed_run_must_be_asked_the_same(options, tmp_path):
+    finetune_retro(options(save=str(tmp_path), exit_interval=2))
+    with pytest.raises(CheckpointError, match="ft_neighbours 1, and now it is 0"):
+        finetune_retro(options(save=str(tmp_path), ft_neighbours=0))
+
+
+def test_the_pretrained_checkpoint_needs_finetune(options):
+    with pytest.raises(CheckpointError, match="was trained with"):
+        finetune_retro(options(finetune=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"load": None}, ConfigurationError, "--load: not given"),
+        ({"load_gpt": "x"}, ConfigurationError, "--load-gpt"),
+        ({"reuse_top": True}, ConfigurationError, "--reuse-top"),
+        ({"train_iters": 0}, ConfigurationError, "--train-iters"),
+        ({"data_path": ["nothing"]}, CorpusError, "--data-path nothing"),
+        ({"seq_length": 60, "retro_attention_gate": 1.0}, ConfigurationError, "--seq-length"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(options, changes, error, named):
+    with pytest.raises(error, match=named):
+        finetune_retro(options(**changes))
+
+
+def test_a_bad_record_stops_the_command_with_one_line(options, data, capsys, tmp_path, pretrained):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "q", "answer": "a", "ctxs": []}\n{"question": "q"}\n')
+    arguments = f"--project-dir {built_project()} --load {pretrained} --finetune --data-path {bad}"
+    arguments += " --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-3"
+    assert main([*arguments.split(), "--passages", "annotated", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "record 1: has no answer to learn" in line
