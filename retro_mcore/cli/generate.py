@@ -7,39 +7,51 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from retro_mcore.cli.command import run_command
-from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
-from retro_mcore.distributed import get_rank, initialize, raise_together
+from retro_mcore.cli.generation_model import (
+    GenerationModel,
+    GenerationModelOptions,
+    load_generation_model,
+)
+from retro_mcore.data.tokenizers import Tokenizer
+from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.growing_text import SafeStream, new_text
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.inference.sampling import SamplingOptions
-from retro_mcore.platform import distributed_backend, setup_device
-from retro_mcore.project import ProjectConfig, ProjectPaths
+from retro_mcore.project.atomic import atomic_write
 
 if TYPE_CHECKING:
     from retro_mcore.inference.generation import GeneratedText
 
 
 @dataclass(kw_only=True)
-class GenerateOptions:
+class GenerateOptions(GenerationModelOptions):
     """Continue prompts with a trained model and neighbors that are retrieved live.
 
     The text streams to the terminal as it grows; several prompts are printed as they are done.
     """
 
-    project_dir: str
-    """Project directory: its tokenizer, database and index."""
-    load: str
-    """Directory of the checkpoint, as pretrain_retro was given with --save."""
     prompt: str | None = None
     """The text to continue."""
+    neighbors: list[str] | None = None
+    """With --prompt: texts that the model reads as the neighbors of every chunk, instead of
+    retrieved ones."""
     prompt_file: str | None = None
     """Instead of --prompt: a text file that is one prompt, or a .jsonl file with {"prompt": …}
-    in each line."""
+    and perhaps {"neighbors": […]} in each line."""
+    output: str | None = None
+    """Also write prompts, texts, neighbors and log-probabilities into this .jsonl file."""
     max_new_tokens: int = 64
     """Tokens to add, unless the text ends before."""
+    min_new_tokens: int = 0
+    """Tokens to add at least."""
+    stop: list[str] | None = None
+    """Strings that end a text."""
+    stop_token_ids: list[int] | None = None
+    """Tokens that end a text, besides the tokenizer's EOD."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
@@ -48,17 +60,25 @@ class GenerateOptions:
     """Draw from the most likely tokens that make up this much probability; 0: from all."""
     seed: int = 1234
     """Seed of the draws; prompt i draws with seed + i."""
+    logprobs: int | None = None
+    """Print the log-probability of each new token, and of the n likeliest in its place."""
     micro_batch_size: int = 8
     """Prompts that are continued together."""
-    retro_neighbors: Literal["live", "none"] = "live"
-    """live: retrieve the neighbors of each chunk from the project's index as soon as the chunk is
-    complete. none: retrieval off."""
     show_neighbors: bool = False
     """Print what was retrieved, with distances and source documents."""
-    tensor_model_parallel_size: int = 1
-    """Ranks that share one model."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is one, else the CPU."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue.
+
+    Attributes:
+        text: The prompt.
+        neighbors: The texts to read instead of retrieved neighbors; None: as the options say.
+    """
+
+    text: str
+    neighbors: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,7 @@ class Continuation:
     Attributes:
         prompt: The prompt as given.
         text: What the model added.
-        generated: Tokens, neighbors and why it stopped.
+        generated: Tokens, neighbors, log-probabilities and why it stopped.
     """
 
     prompt: str
@@ -82,81 +102,75 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     Raises:
         RetroError: a flag, the project or the checkpoint is at fault.
     """
-    device = setup_device(options.device)
-    # Only now: megatron is imported after the device is chosen.
-    from retro_mcore.evaluation.perplexity import check_tokenizer
-    from retro_mcore.inference import generation
-    from retro_mcore.training.checkpointing import load_model_from_checkpoint
-    from retro_mcore.training.options import ParallelOptions
-
-    initialize(distributed_backend())
-    with raise_together():
-        prompts = _read_prompts(options)
-        sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)
-        project = ProjectConfig.load(options.project_dir)
-        tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
-    parallel = ParallelOptions(
-        device=options.device, tensor_model_parallel_size=options.tensor_model_parallel_size
-    )
-    model, arguments = load_model_from_checkpoint(options.load, parallel)
-    with raise_together():
-        check_tokenizer(arguments, project, options.project_dir)
-        _refuse_other_chunks(options, arguments.retro_chunk_length, project.retro_gpt_chunk_length)
-        retriever = None
-        if options.retro_neighbors == "live":
-            retriever = Retriever(
-                options.project_dir,
-                arguments.retro_num_neighbors,
-                arguments.retro_num_retrieved_chunks,
-                device.type,
-            )
-    results = []
+    prompts = _read_prompts(options)
+    sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)
+    loaded = load_generation_model(options)
+    results: list[Continuation] = []
     for start in range(0, len(prompts), options.micro_batch_size):
         batch = prompts[start : start + options.micro_batch_size]
-        stream = TextStream(tokenizer, batch[0]) if len(prompts) == 1 and get_rank() == 0 else None
-        texts = generation.generate(
-            model,
-            tokenizer,
-            tokenizer.tokenize_batch(batch),
-            max_new_tokens=options.max_new_tokens,
-            sampling=replace(sampling, seed=sampling.seed + start),
-            neighbors=retriever,
-            on_token=None if stream is None else stream.add,
-        )
-        for prompt, text in zip(batch, texts, strict=True):
-            results.append(Continuation(prompt, _new_text(tokenizer, text), text))
+        streams = len(prompts) == 1 and get_rank() == 0
+        printer = _Printer(loaded, batch[0].text, options) if streams else None
+        shifted = replace(sampling, seed=sampling.seed + start)
+        for prompt, text in zip(
+            batch, _generate(loaded, batch, shifted, options, printer), strict=True
+        ):
+            results.append(Continuation(prompt.text, new_text(loaded.tokenizer, text), text))
             if get_rank() == 0:
-                _print_result(results[-1], retriever if options.show_neighbors else None, stream)
+                _print_result(results[-1], loaded, options, printer)
+    if options.output is not None and get_rank() == 0:
+        _write(Path(options.output), results, loaded)
     return results
 
 
-class TextStream:
+def _generate(
+    loaded: GenerationModel,
+    prompts: Sequence[Prompt],
+    sampling: SamplingOptions,
+    options: GenerateOptions,
+    printer: _Printer | None,
+) -> list[GeneratedText]:
+    from retro_mcore.inference.generation import generate
+
+    given = {
+        i: prompt.neighbors for i, prompt in enumerate(prompts) if prompt.neighbors is not None
+    }
+    own = loaded.given(given) if given else None
+    return generate(
+        loaded.model,
+        loaded.tokenizer,
+        loaded.tokenize([prompt.text for prompt in prompts]),
+        max_new_tokens=options.max_new_tokens,
+        min_new_tokens=options.min_new_tokens,
+        stop_tokens=options.stop_token_ids or (),
+        stop_strings=options.stop or (),
+        sampling=sampling,
+        neighbors=[own if i in given else loaded.search for i in range(len(prompts))],
+        two_chunks=options.two_chunks,
+        top_logprobs=options.logprobs,
+        on_token=None if printer is None else printer.add,
+    )
+
+
+class _Printer:
     """Prints a text as it grows, from the prompt on."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = tokenizer.tokenize(prompt)
-        self._shown = len(tokenizer.detokenize(self._tokens))
+    def __init__(self, loaded: GenerationModel, prompt: str, options: GenerateOptions) -> None:
+        tokens = loaded.tokenizer.tokenize(prompt)
+        self._stream = SafeStream(
+            loaded.tokenizer, tokens, options.stop or (), options.min_new_tokens
+        )
         print(prompt, end="", flush=True)
 
     def add(self, prompt: int, token: int) -> None:
         """Print what `token` adds; a character of several tokens waits for its last one."""
-        self._tokens.append(token)
-        text = self._tokenizer.detokenize(self._tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._print_rest(text)
+        print(self._stream.add(token), end="", flush=True)
 
     def finish(self) -> None:
         """Print what still waits, and end the line."""
-        self._print_rest(self._tokenizer.detokenize(self._tokens))
-        print()
-
-    def _print_rest(self, text: str) -> None:
-        print(text[self._shown :], end="", flush=True)
-        self._shown = len(text)
+        print(self._stream.finish())
 
 
-def _read_prompts(options: GenerateOptions) -> list[str]:
+def _read_prompts(options: GenerateOptions) -> list[Prompt]:
     if (options.prompt is None) == (options.prompt_file is None):
         raise ConfigurationError(
             "--prompt and --prompt-file",
@@ -170,11 +184,15 @@ def _read_prompts(options: GenerateOptions) -> list[str]:
     if options.prompt is not None:
         if not options.prompt:
             raise ConfigurationError("--prompt", "empty", "Give some text to continue")
-        return [options.prompt]
+        return [Prompt(options.prompt, options.neighbors)]
+    if options.neighbors is not None:
+        raise ConfigurationError(
+            "--neighbors", "given with --prompt-file", "Write them into the file's lines"
+        )
     return read_prompt_file(Path(str(options.prompt_file)))
 
 
-def read_prompt_file(path: Path) -> list[str]:
+def read_prompt_file(path: Path) -> list[Prompt]:
     """The prompts of a file: one per line of a .jsonl file, else the whole text is one.
 
     Raises:
@@ -185,17 +203,17 @@ def read_prompt_file(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(subject, str(error), "Name a UTF-8 file") from error
-    prompts = [text.rstrip("\n")]
+    prompts = [Prompt(text.rstrip("\n"))]
     if path.suffix == ".jsonl":
         lines = enumerate(text.splitlines(), 1)
         prompts = [_prompt_of_line(f"{subject}:{n}", line) for n, line in lines if line.strip()]
-    if not any(prompts):
+    if not any(prompt.text for prompt in prompts):
         raise ConfigurationError(subject, "no prompt", "Write some text to continue")
     return prompts
 
 
-def _prompt_of_line(subject: str, line: str) -> str:
-    mend = 'Each line is an object {"prompt": "some text"}'
+def _prompt_of_line(subject: str, line: str) -> Prompt:
+    mend = 'Each line is an object {"prompt": "some text"}, perhaps with {"neighbors": ["text"]}'
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -203,44 +221,77 @@ def _prompt_of_line(subject: str, line: str) -> str:
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ConfigurationError(subject, "no text under the key 'prompt'", mend)
-    return prompt
-
-
-def _refuse_other_chunks(options: GenerateOptions, of_model: int, of_project: int) -> None:
-    if of_model != of_project:
-        raise ConfigurationError(
-            f"--load {options.load}",
-            f"a model of chunk length {of_model}, but {options.project_dir} has {of_project}",
-            "Use the project that the model was trained on",
-        )
-
-
-def _new_text(tokenizer: Tokenizer, text: GeneratedText) -> str:
-    prompt = tokenizer.detokenize(text.tokens[: text.prompt_length])
-    return tokenizer.detokenize(text.tokens)[len(prompt) :]
+    neighbors = value.get("neighbors")
+    is_list = isinstance(neighbors, list) and all(isinstance(one, str) for one in neighbors)
+    if neighbors is not None and not is_list:
+        raise ConfigurationError(subject, "'neighbors' is not a list of texts", mend)
+    return Prompt(prompt, neighbors)
 
 
 def _print_result(
-    result: Continuation, retriever: Retriever | None, stream: TextStream | None
+    result: Continuation,
+    loaded: GenerationModel,
+    options: GenerateOptions,
+    printer: _Printer | None,
 ) -> None:
-    """The text, unless it was streamed, and with a retriever what was retrieved."""
-    if stream is None:
+    """The text, unless it was streamed, and what else the options ask for."""
+    if printer is None:
         print(result.prompt + result.text)
     else:
-        stream.finish()
-    if retriever is not None:
+        printer.finish()
+    if options.logprobs is not None:
         print()
-        for line in _neighbor_lines(retriever, result.generated):
+        for line in _logprob_lines(loaded.tokenizer, result.generated):
+            print(line)
+    if options.show_neighbors and loaded.retriever is not None:
+        print()
+        for line in _neighbor_lines(loaded.retriever, result.generated):
             print(line)
     print(flush=True)
 
 
+def _logprob_lines(tokenizer: Tokenizer, text: GeneratedText) -> Iterator[str]:
+    for entry in text.logprobs:
+        top = "  ".join(
+            f"{tokenizer.detokenize([token])!r} {value:.3f}" for token, value in entry.top
+        )
+        yield f"{entry.logprob:9.4f}  {tokenizer.detokenize([entry.token])!r}  {top}".rstrip()
+
+
+def _write(path: Path, results: Sequence[Continuation], loaded: GenerationModel) -> None:
+    """One JSON object per prompt."""
+    with atomic_write(path) as file:
+        lines = [json.dumps(_record(result, loaded), ensure_ascii=False) for result in results]
+        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _record(result: Continuation, loaded: GenerationModel) -> dict[str, Any]:
+    text = result.generated
+    record: dict[str, Any] = {
+        "prompt": result.prompt,
+        "text": result.text,
+        "finish_reason": text.finish_reason,
+        "tokens": text.new_tokens,
+    }
+    if text.logprobs:
+        record["logprobs"] = [entry._asdict() for entry in text.logprobs]
+    if loaded.retriever is not None and all(found.ids is not None for found in text.neighbors):
+        record["neighbors"] = [
+            [vars(one) for one in loaded.retriever.describe(found)[0]] for found in text.neighbors
+        ]
+    return record
+
+
 def _neighbor_lines(retriever: Retriever, text: GeneratedText) -> Iterator[str]:
     """What `--show-neighbors` prints: each chunk and what was retrieved for it."""
+    if any(retrieved.ids is None for retrieved in text.neighbors):
+        yield "The neighbors were given."
+        return
     if not text.neighbors:
         yield f"No neighbors: the text has no complete chunk of {retriever.chunk_length} tokens."
     for place, retrieved in enumerate(text.neighbors):
-        chunk = text.tokens[place * retriever.chunk_length :][: retriever.chunk_length]
+        where = text.chunks(retriever.chunk_length)[place]
+        chunk = text.tokens[where.start : where.stop]
         yield f"Chunk {place}: {_excerpt(retriever.tokenizer.detokenize(chunk))}"
         for neighbor in retriever.describe(retrieved)[0]:
             yield (

@@ -58,7 +58,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     sampling: SamplingOptions | None = None,
-    neighbors: NeighborSource | None = None,
+    neighbors: NeighborSource | Sequence[NeighborSource | None] | None = None,
     two_chunks: bool = False,
     top_logprobs: int | None = None,
     prompt_logprobs: bool = False,
@@ -79,7 +79,8 @@ def generate(
         stop_strings: Strings that end a text: `GeneratedText.stop_text` is what precedes.
         sampling: How tokens are chosen (default: `SamplingOptions()`); prompt i draws with its
             seed + i, so no prompt's text depends on its companions.
-        neighbors: Where neighbors come from; None turns retrieval off.
+        neighbors: Where neighbors come from, for all prompts or one for each; None turns retrieval
+            off.
         two_chunks: Each prompt is the first chunk and its answer the second, whatever their
             lengths, as InstructRetro's models were used; else chunks have the model's length.
         top_logprobs: Keep the log-probability of each new token (0), and of the n likeliest (n).
@@ -99,18 +100,22 @@ def generate(
         raise ConfigurationError("--max-new-tokens", str(max_new_tokens), "Give at least 1")
     if not prompt_tokens:
         raise ConfigurationError("--prompt", "no prompt", "Give at least one")
+    if isinstance(neighbors, Sequence):
+        sources = list(neighbors)
+    else:
+        sources = [neighbors] * len(prompt_tokens)
     requests = [
         GenerationRequest(
             tokens=prompt,
             sampling=replace(sampling, seed=sampling.seed + row),
             stopping=stopping,
-            neighbors=neighbors,
+            neighbors=source,
             number=row,
             two_chunks=two_chunks,
             top_logprobs=top_logprobs,
             prompt_logprobs=prompt_logprobs,
         )
-        for row, prompt in enumerate(prompt_tokens)
+        for row, (prompt, source) in enumerate(zip(prompt_tokens, sources, strict=True))
     ]
     for request in requests:
         check_request(request, model, tokenizer, model.max_sequence_length)

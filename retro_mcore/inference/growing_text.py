@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from retro_mcore.inference.texts import GeneratedText
+
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -67,3 +69,57 @@ def held_back(text: str, stop_strings: Sequence[str]) -> int:
         if any(stop.startswith(text[-length:]) for stop in stop_strings):
             return length
     return 0
+
+
+class SafeStream:
+    """The new text of a prompt for whoever reads along: never a stop string, nor a part of one.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        prompt: The prompt's tokens.
+        stop_strings: Strings that end the text.
+        min_new_tokens: Until there are so many, they do not.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Detokenizer,
+        prompt: Sequence[int],
+        stop_strings: Sequence[str] = (),
+        min_new_tokens: int = 0,
+    ) -> None:
+        self._growing, self._stop_strings = GrowingText(tokenizer, prompt), stop_strings
+        self._missing_tokens = min_new_tokens
+        self._shown = self._searched = 0
+
+    def add(self, token: int) -> str:
+        """What may be shown now."""
+        self._growing.add(token)
+        self._missing_tokens -= 1
+        text = self._growing.text
+        if self._missing_tokens > 0:
+            self._searched = len(text)
+            return self._show(len(text))
+        return self._show(len(text) - held_back(text, self._stop_strings))
+
+    def finish(self) -> str:
+        """The rest; up to the stop string, if there is one."""
+        self._growing.finish()
+        return self._show(len(self._growing.text))
+
+    def _show(self, end: int) -> str:
+        text, longest = self._growing.text, max(map(len, self._stop_strings), default=0)
+        place = find_stop(text, self._stop_strings, self._searched - longest + 1)
+        if place is not None and self._missing_tokens <= 0:
+            end = min(end, place)
+        piece = text[self._shown : end]
+        self._shown = max(end, self._shown)
+        return piece
+
+
+def new_text(tokenizer: Detokenizer, text: GeneratedText) -> str:
+    """What was generated, up to its stop string if there is one."""
+    if text.stop_text is not None:
+        return text.stop_text
+    stream = SafeStream(tokenizer, text.tokens[: text.prompt_length])
+    return "".join(map(stream.add, text.new_tokens)) + stream.finish()

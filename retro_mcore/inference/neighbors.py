@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from retro_mcore.errors import ShapeError
+from retro_mcore.errors import ConfigurationError, ShapeError
 
 
 class CompletedChunk(NamedTuple):
@@ -97,6 +97,14 @@ class Prefetching(NeighborSource):
         """This prompt's text has ended."""
 
 
+class TextTokenizer(Protocol):
+    """What turning texts into neighbors asks of a tokenizer."""
+
+    @property
+    def eod(self) -> int: ...
+    def tokenize(self, text: str) -> list[int]: ...
+
+
 class GivenNeighbors:
     """Neighbors that the caller chose, as a `NeighborSource`.
 
@@ -106,6 +114,7 @@ class GivenNeighbors:
         num_neighbors: K of the model.
         retrieved_length: R of the model.
         pad_id: The token in the place of a missing neighbor, which is masked.
+        for_all_chunks: Every chunk of a prompt that is named gets its first neighbors.
 
     Raises:
         ShapeError: K or R of the neighbors are not the model's.
@@ -117,6 +126,7 @@ class GivenNeighbors:
         num_neighbors: int,
         retrieved_length: int,
         pad_id: int,
+        for_all_chunks: bool = False,
     ) -> None:
         for prompt, given in neighbors.items():
             if given.tokens.shape[1:] != (num_neighbors, retrieved_length):
@@ -127,7 +137,7 @@ class GivenNeighbors:
                 )
         self._neighbors = dict(neighbors)
         self._shape_KR = (num_neighbors, retrieved_length)
-        self._pad_id = pad_id
+        self._pad_id, self._for_all_chunks = pad_id, for_all_chunks
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
         """The given neighbors; all masked where none were given."""
@@ -135,6 +145,35 @@ class GivenNeighbors:
         tokens, mask = np.full(shape_NKR, self._pad_id, np.int64), np.ones(shape_NKR, bool)
         for row, (prompt, chunk, _) in enumerate(chunks):
             given = self._neighbors.get(prompt)
+            chunk = 0 if self._for_all_chunks else chunk
             if given is not None and chunk < len(given):
                 tokens[row], mask[row] = given.tokens[chunk], given.mask[chunk]
         return RetrievedNeighbors(tokens, mask)
+
+
+def neighbors_from_texts(
+    texts: Sequence[str], tokenizer: TextTokenizer, num_neighbors: int, retrieved_length: int
+) -> RetrievedNeighbors:
+    """Texts as the neighbors of one chunk (N = 1): cut or padded to R tokens, padding masked.
+
+    Args:
+        texts: At most K of them; the rest is missing, which is masked.
+        tokenizer: The project's.
+        num_neighbors: K of the model.
+        retrieved_length: R of the model.
+
+    Raises:
+        ConfigurationError: more texts than the model reads.
+    """
+    if len(texts) > num_neighbors:
+        raise ConfigurationError(
+            "neighbors",
+            f"{len(texts)} texts, but the model reads {num_neighbors}",
+            "Give the best ones",
+        )
+    tokens = np.full((1, num_neighbors, retrieved_length), tokenizer.eod, np.int64)
+    mask = np.ones(tokens.shape, bool)
+    for place, text in enumerate(texts):
+        ids = tokenizer.tokenize(text)[:retrieved_length]
+        tokens[0, place, : len(ids)], mask[0, place, : len(ids)] = ids, False
+    return RetrievedNeighbors(tokens, mask)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from retro_mcore.cli.generate import GenerateOptions, generate, main, read_prompt_file
+from retro_mcore.cli.generate import GenerateOptions, Prompt, generate, main, read_prompt_file
 from retro_mcore.errors import ConfigurationError
 from tests.unit.data.projects import built_project, documents
 
@@ -86,6 +86,62 @@ def test_prompts_of_a_file_are_continued_as_if_alone_in_any_batches(options, tmp
     assert all(f"{result.prompt}{result.text}\n" in output for result in together)
 
 
+def test_given_neighbors_take_the_place_of_retrieved_ones(options, tmp_path, capsys):
+    given = ["Some words to read.", "Other words."]
+    (live,) = generate(options(temperature=0.0, max_new_tokens=16))
+    (own,) = generate(options(temperature=0.0, max_new_tokens=16, neighbors=given))
+    assert own.text != live.text
+    (first, *_) = own.generated.neighbors
+    assert len(own.generated.neighbors) == len(live.generated.neighbors)
+    assert first.ids is None
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": PROMPT, "neighbors": given}, {"prompt": PROMPT}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    both = generate(options(prompt_file=str(path), temperature=0.0, max_new_tokens=16))
+    assert [result.text for result in both] == [own.text, live.text]
+
+
+def test_a_stop_string_is_never_shown(options, capsys):
+    (free,) = generate(options(temperature=0.0, max_new_tokens=16))
+    stop = free.text[6:9]
+    capsys.readouterr()
+    (result,) = generate(options(temperature=0.0, max_new_tokens=16, stop=[stop]))
+    assert result.text == free.text[: free.text.index(stop)]
+    assert capsys.readouterr().out == f"{PROMPT}{result.text}\n\n"
+
+
+def test_results_are_written_with_neighbors_and_log_probabilities(options, tmp_path, capsys):
+    path = tmp_path / "out" / "texts.jsonl"
+    (result,) = generate(options(output=str(path), logprobs=1, temperature=0.0))
+    (record,) = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert (record["prompt"], record["text"]) == (PROMPT, result.text)
+    assert record["finish_reason"] == "length"
+    assert [entry["token"] for entry in record["logprobs"]] == result.generated.new_tokens
+    assert all(entry["top"][0][0] == entry["token"] for entry in record["logprobs"])  # greedy
+    assert len(record["neighbors"][0]) == 2
+    assert {"text", "distance", "document"} <= set(record["neighbors"][0][0])
+    assert f"{result.generated.logprobs[0].logprob:.4f}" in capsys.readouterr().out
+
+
+def test_two_chunks_search_with_the_prompt_once(options):
+    (result,) = generate(options(two_chunks=True, max_new_tokens=20, retrieval_lead=5))
+    assert len(result.generated.neighbors) == 1
+
+
+def test_bos_comes_first(options):
+    (plain,) = generate(options(max_new_tokens=1))
+    (with_bos,) = generate(options(max_new_tokens=1, add_bos=True))
+    prompt = plain.generated.tokens[: plain.generated.prompt_length]
+    assert with_bos.generated.tokens[1 : with_bos.generated.prompt_length] == prompt
+
+
+def test_searching_ahead_finds_neighbors_for_every_chunk(options):
+    (result,) = generate(options(max_new_tokens=20, retrieval_lead=4, retrieval_interval=2))
+    chunks = result.generated.neighbors
+    assert len(chunks) == (len(result.generated.tokens) - 1) // 16
+    assert (chunks[1].ids == chunks[0].ids).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -93,6 +149,10 @@ def test_prompts_of_a_file_are_continued_as_if_alone_in_any_batches(options, tmp
         ({"prompt": PROMPT, "prompt_file": "x"}, "--prompt and --prompt-file: both given"),
         ({"prompt": ""}, "--prompt: empty"),
         ({"top_p": 2.0}, "--top-p: 2.0"),
+        ({"neighbors": ["a", "b", "c"]}, "neighbors: 3 texts, but the model reads 2"),
+        ({"prompt": None, "prompt_file": "x", "neighbors": ["a"]}, "--neighbors: given with"),
+        ({"retrieval_interval": 0}, "--retrieval-interval: 0"),
+        ({"retrieval_lead": 16}, "--retrieval-lead: 16 of the 16 tokens"),
         ({"micro_batch_size": 0}, "--micro-batch-size: 0"),
         ({"max_new_tokens": 1000}, "--max-new-tokens: 1000 after the .* window of 64"),
     ],
@@ -114,7 +174,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(checkpoints, tmp_path, capsys):
 def test_a_text_file_is_one_prompt(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("Two\n\nparagraphs.\n", encoding="utf-8")
-    assert read_prompt_file(path) == ["Two\n\nparagraphs."]
+    assert read_prompt_file(path) == [Prompt("Two\n\nparagraphs.")]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +184,7 @@ def test_a_text_file_is_one_prompt(tmp_path):
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', r"a\.jsonl:2: invalid JSON"),
         ("a.jsonl", '{"text": "x"}\n', r"a\.jsonl:1: no text under the key 'prompt'"),
         ("a.jsonl", "\n", "no prompt"),
+        ("a.jsonl", '{"prompt": "x", "neighbors": "y"}', "'neighbors' is not a list"),
     ],
 )
 def test_a_malformed_prompt_file_is_refused(tmp_path, name, text, message):

@@ -1,0 +1,160 @@
+"""What `generate` and `serve` share: a model, its tokenizer, and where neighbors come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
+from retro_mcore.distributed import initialize, raise_together
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.background import BackgroundRetrieval
+from retro_mcore.inference.neighbors import GivenNeighbors, neighbors_from_texts
+from retro_mcore.inference.retriever import Retriever
+from retro_mcore.platform import distributed_backend, setup_device
+from retro_mcore.project import ProjectConfig, ProjectPaths
+
+if TYPE_CHECKING:
+    from retro_mcore.model.model import RetroModel
+    from retro_mcore.training.provider import ModelArguments
+
+
+@dataclass(kw_only=True)
+class GenerationModelOptions:
+    """The model to generate with, and its neighbors."""
+
+    project_dir: str
+    """Project directory: its tokenizer, database and index."""
+    load: str
+    """Directory of the checkpoint, as pretrain_retro was given with --save."""
+    retro_neighbors: Literal["live", "none"] = "live"
+    """live: retrieve the neighbors of each chunk from the project's index as soon as the chunk is
+    complete. none: retrieval off, but for neighbors that are given."""
+    retrieval_interval: int = 1
+    """Search for every n-th chunk; those between keep what was found last."""
+    retrieval_lead: int = 0
+    """Search with a chunk's tokens but for the last so many, in the background while they are
+    generated. 0: with the whole chunk, as in training."""
+    two_chunks: bool = False
+    """The prompt is the first chunk and the answer the second, whatever their lengths, as
+    instruction-tuned models are used."""
+    add_bos: bool = False
+    """Begin prompts with the tokenizer's BOS, or with EOD where it has none."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share one layer."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share out the layers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one, else the CPU."""
+
+
+@dataclass
+class GenerationModel:
+    """What has been loaded.
+
+    Attributes:
+        model: This rank's part of the model.
+        arguments: What the model was built from.
+        tokenizer: The project's.
+        retriever: The project's database and index; None without live retrieval.
+        search: The retriever in its thread; None without live retrieval.
+        add_bos: Whether prompts begin with BOS.
+    """
+
+    model: RetroModel
+    arguments: ModelArguments
+    tokenizer: Tokenizer
+    retriever: Retriever | None
+    search: BackgroundRetrieval | None
+    add_bos: bool
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Prompts to tokens, with BOS if asked for."""
+        tokens = self.tokenizer.tokenize_batch(prompts)
+        if not self.add_bos:
+            return tokens
+        bos = self.tokenizer.bos
+        return [[self.tokenizer.eod if bos is None else bos, *ids] for ids in tokens]
+
+    def given(self, texts: dict[int, Sequence[str]]) -> GivenNeighbors:
+        """The user's own neighbors, by the number of the prompt.
+
+        Raises:
+            ConfigurationError: more than the model reads, or the model reads none.
+        """
+        if self.arguments.no_retrieval:
+            raise ConfigurationError("neighbors", "the model was trained without retrieval", "")
+        sizes = (self.arguments.retro_num_neighbors, self.retrieved_length)
+        neighbors = {
+            number: neighbors_from_texts(own, self.tokenizer, *sizes)
+            for number, own in texts.items()
+        }
+        return GivenNeighbors(neighbors, *sizes, self.tokenizer.eod, for_all_chunks=True)
+
+    @property
+    def retrieved_length(self) -> int:
+        """R: tokens of a neighbor and its continuation."""
+        return self.arguments.retro_num_retrieved_chunks * self.arguments.retro_chunk_length
+
+
+def load_generation_model(options: GenerationModelOptions) -> GenerationModel:
+    """Load what the options name, on every rank.
+
+    Raises:
+        RetroError: a flag, the project or the checkpoint is at fault.
+    """
+    device = setup_device(options.device)
+    # Only now: megatron is imported after the device is chosen.
+    from retro_mcore.evaluation.perplexity import check_tokenizer
+    from retro_mcore.training.checkpointing import load_model_from_checkpoint
+    from retro_mcore.training.options import ParallelOptions
+
+    initialize(distributed_backend())
+    with raise_together():
+        project = ProjectConfig.load(options.project_dir)
+        tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
+    parallel = ParallelOptions(
+        device=options.device,
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+    )
+    model, arguments = load_model_from_checkpoint(options.load, parallel)
+    retriever = search = None
+    with raise_together():
+        check_tokenizer(arguments, project, options.project_dir)
+        _refuse_other_chunks(options, arguments.retro_chunk_length, project.retro_gpt_chunk_length)
+        if options.retro_neighbors == "live":
+            retriever = _retriever(options, arguments, device)
+            search = BackgroundRetrieval(
+                retriever, options.retrieval_interval, options.retrieval_lead
+            )
+    return GenerationModel(model, arguments, tokenizer, retriever, search, options.add_bos)
+
+
+def _retriever(
+    options: GenerationModelOptions, arguments: ModelArguments, device: torch.device
+) -> Retriever:
+    if arguments.no_retrieval:
+        raise ConfigurationError(
+            "--retro-neighbors live",
+            f"the model of {options.load} was trained without retrieval",
+            "Use --retro-neighbors none",
+        )
+    return Retriever(
+        options.project_dir,
+        arguments.retro_num_neighbors,
+        arguments.retro_num_retrieved_chunks,
+        device.type,
+    )
+
+
+def _refuse_other_chunks(options: GenerationModelOptions, of_model: int, of_project: int) -> None:
+    if of_model != of_project:
+        raise ConfigurationError(
+            f"--load {options.load}",
+            f"a model of chunk length {of_model}, but {options.project_dir} has {of_project}",
+            "Use the project that the model was trained on",
+        )

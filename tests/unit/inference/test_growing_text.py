@@ -1,0 +1,61 @@
+"""New tokens to new text: nothing torn, nothing of a stop string."""
+
+import random
+
+import pytest
+
+from retro_mcore.inference.growing_text import SafeStream, find_stop, held_back, new_text
+from retro_mcore.inference.texts import GeneratedText
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of UTF-8."""
+
+    def detokenize(self, tokens):
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+TEXT = "Grüße, 熊! \N{BEAR FACE}\n end"
+
+
+@pytest.mark.parametrize("cut", range(0, 16, 3))
+def test_pieces_join_to_the_text_and_are_whole_characters(cut):
+    tokens = list(TEXT.encode())
+    cut = len(TEXT[:cut].encode())
+    stream = SafeStream(Bytes(), tokens[:cut])
+    pieces = [stream.add(token) for token in tokens[cut:]]
+    assert "".join(pieces) + stream.finish() == bytes(tokens[cut:]).decode()
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    text = GeneratedText(tokens, cut)
+    assert new_text(Bytes(), text) == bytes(tokens[cut:]).decode()
+
+
+def test_an_incomplete_character_at_the_end_is_shown_as_such():
+    tokens = list("aé".encode())[:-1]
+    assert new_text(Bytes(), GeneratedText([65, *tokens], 1)) == "a\N{REPLACEMENT CHARACTER}"
+
+
+def test_nothing_of_a_stop_string_is_shown_however_it_arrives():
+    generator = random.Random(3)
+    stops = ["###", "end.", "# e"]
+    for _ in range(200):
+        text = "".join(generator.choice(["#", " ", "e", "n", "d", "."]) for _ in range(30))
+        place = find_stop(text, stops)
+        stream, shown = SafeStream(Bytes(), [], stops), ""
+        for token in text.encode():
+            shown += stream.add(token)
+            assert place is None or len(shown) <= place
+        shown += stream.finish()
+        assert shown == (text if place is None else text[:place])
+
+
+def test_held_back_is_the_longest_possible_beginning():
+    assert held_back("some #", ["###"]) == 1
+    assert held_back("some ##", ["###", "# x"]) == 2
+    assert held_back("some", ["###"]) == 0
+    assert held_back("x", []) == 0
+
+
+def test_stop_strings_do_not_count_before_the_least_length():
+    stream = SafeStream(Bytes(), [], ["ab"], min_new_tokens=5)
+    assert "".join(map(stream.add, b"abcdefab")) + stream.finish() == "abcdef"
