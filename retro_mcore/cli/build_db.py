@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.bert_tokens import BertTokenCounter
@@ -13,9 +14,9 @@ from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.datasets.splits import check_documents
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError
-from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
-from retro_mcore.project.markers import verify
+from retro_mcore.project.markers import fingerprint_of, verify
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import check_stage, finish_stage, input_digests, require_stage
 
@@ -70,18 +71,22 @@ def _build(options: BuildDbOptions) -> DatabaseReport:
         tokenizer = load_project_tokenizer(config, paths)
         counter = BertTokenCounter(bert, config.retro_bert_tokenizer_type != "BertWordPieceCase")
         datasets = open_token_files(config, paths)
+        whole = ProjectSettings.load(paths.root).whole_datasets
         for prefix, dataset in zip(config.blend[1], datasets, strict=True):
-            check_documents(config.retro_gpt_split, len(dataset), prefix)
+            if prefix not in whole:
+                check_documents(config.retro_gpt_split, len(dataset), prefix)
         stage_options = {
             "retro_gpt_chunk_length": config.retro_gpt_chunk_length,
             "retro_gpt_split": config.retro_gpt_split,
             "retro_gpt_data_path": config.retro_gpt_data_path,
             "--retro-index-ntrain": options.retro_index_ntrain,
             "--retro-doc-block-size": options.retro_doc_block_size,
+            **({"whole_datasets": whole} if whole else {}),
         }
         inputs = input_digests(paths, [*files, *tokenizer.files, bert])
         merged = paths.merged_db("train")
         fingerprint = check_stage(paths, STAGE, stage_options, inputs, merged)
+        made_from = [_chunk_fingerprint(config, inputs, paths, prefix) for prefix in prefixes]
     report = build_database(
         config,
         paths,
@@ -91,6 +96,8 @@ def _build(options: BuildDbOptions) -> DatabaseReport:
         options.retro_index_ntrain,
         options.retro_doc_block_size,
         fingerprint,
+        made_from,
+        whole,
     )
     if get_rank() == 0:
         finish_stage(paths, STAGE, stage_options, inputs)
@@ -105,6 +112,16 @@ def _build(options: BuildDbOptions) -> DatabaseReport:
     }
     print_summary(STAGE, rows)
     return report
+
+
+def _chunk_fingerprint(
+    config: ProjectConfig, inputs: dict[str, str], paths: ProjectPaths, prefix: Path
+) -> str:
+    """What one dataset's chunks are made from: the others and their weights have no part in it."""
+    own = {paths.relative(bin_path(prefix)), paths.relative(idx_path(prefix))}
+    others = {name for name in inputs if name.startswith("data/")} - own
+    used = {name: digest for name, digest in inputs.items() if name not in others}
+    return fingerprint_of(["chunks", config.retro_gpt_chunk_length, used])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.database import ChunkDatabase, DatasetInfo
 from retro_mcore.data.embedders import DEFAULT_EMBEDDER, LEXICAL_EMBEDDER, build_embedder
+from retro_mcore.data.growth import Growth
 from retro_mcore.data.index import (
     Embeddings,
     IndexChoice,
@@ -112,7 +113,7 @@ def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
             raise ConfigurationError("--device", options.device, "Choose auto, cpu or cuda")
         paths = ProjectPaths(options.project_dir)
         config = ProjectConfig.load(paths.root)
-        database = ChunkDatabase.open(paths.root)
+        database = ChunkDatabase.open(paths.root, own=True)
         inputs = input_digests(paths, [paths.merged_db("train"), paths.dataset_infos])
         embed_options = {
             "--embedder": options.embedder,
@@ -132,6 +133,10 @@ def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
         device = setup_device(options.device)  # type: ignore[arg-type]
         tokenizer = load_project_tokenizer(config, paths)
         embed_fingerprint = fingerprint_of([embed_options, inputs])
+        shards = cut(paths.embeddings, len(database), config.retro_block_size, settings.growth)
+        growth = Growth.of(paths, settings)
+        if growth and growth.embedded_with(embed_options) and get_rank() == 0:
+            growth.take_over_embeddings(shards, embed_fingerprint)
         if options.embedder == LEXICAL_EMBEDDER and get_rank() == 0:
             _weigh_words(database, tokenizer, paths.lexical_weights, embed_fingerprint)
     with raise_together():
@@ -148,7 +153,8 @@ def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
             choice = IndexChoice(options.index_str, "as --index-str says")
         added = paths.added_index(choice.string)
         fingerprint = check_stage(paths, STAGE, stage_options, inputs, added)
-        shards = cut(paths.embeddings, len(database), config.retro_block_size)
+        if growth and growth.embedded_with(embed_options) and get_rank() == 0:
+            growth.take_over_training(choice.string, fingerprint)
     embedded = embed_database(database, tokenizer, embedder, shards, embed_fingerprint)
     outcome: tuple[Recall, bool] | None = None
     with raise_together():

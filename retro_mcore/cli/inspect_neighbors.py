@@ -172,8 +172,11 @@ class _Inspector:
     ) -> None:
         self._options, self._dataset, self._tokenizer = options, dataset, tokenizer
         self._prefixes = config.blend[1]
-        data = ProjectPaths(options.project_dir).data
-        self._names = DocumentNames([data / prefix for prefix in self._prefixes])
+        paths = ProjectPaths(options.project_dir)
+        used = config.database_paths(paths.root)
+        retrieved_from = ProjectConfig.load(used.root).blend[1]
+        self._sample_names = DocumentNames([paths.data / prefix for prefix in self._prefixes])
+        self._names = DocumentNames([used.data / prefix for prefix in retrieved_from])
         self._length = config.retro_gpt_chunk_length
         directory = dataset.neighbors.directory
         saved = (directory / "distances").is_dir()  # other writers save none
@@ -210,7 +213,7 @@ class _Inspector:
         """One sample with everything that was retrieved for it."""
         text, dataset_id, documents = self._dataset.samples.read(number)
         names = ", ".join(
-            self._names.id_of(dataset_id, int(document)) or str(document)
+            self._sample_names.id_of(dataset_id, int(document)) or str(document)
             for document in np.unique(documents)
         )
         retrieved = self._dataset[number]["neighbor_chunks"]

@@ -14,12 +14,11 @@ from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.bert_tokens import default_bert_vocab
 from retro_mcore.data.corpus import (
-    list_files,
     read_documents,
     text_cleaner,
 )
 from retro_mcore.data.shards import ShardReport, choose_shard_length
-from retro_mcore.data.token_file import TokenFile, bin_path, idx_path
+from retro_mcore.data.token_file import TokenFile, bin_path
 from retro_mcore.data.token_input import find_token_input
 from retro_mcore.data.tokenizers import (
     TOKENIZER_TYPES,
@@ -29,6 +28,7 @@ from retro_mcore.data.tokenizers import (
     load_project_tokenizer,
     train_sentencepiece,
 )
+from retro_mcore.datasets.sources import digest_of_source, name_datasets
 from retro_mcore.datasets.splits import check_documents, document_ranges, parse_split
 from retro_mcore.datasets.tokenizing import CorpusReader, empty_corpus, make_dataset
 from retro_mcore.distributed import (
@@ -146,9 +146,9 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
         sources = [Path(source) for source in options.input]
         inputs: dict[str, str] = {}
         for source in sources:
-            inputs.setdefault(f"--input {source.name}", _digest_source(source))
+            inputs.setdefault(f"--input {source.name}", digest_of_source(source))
         inputs.update(_digest_tokenizer_files(options))
-        prefixes = _prefixes(sources, options.json_keys)
+        prefixes = name_datasets(sources, options.json_keys)
         _require_tokenizer(options, sources)
     paths = ProjectPaths(options.project_dir)
     tokenize_options = _tokenize_options(options)
@@ -226,14 +226,6 @@ def _check_options(options: PreprocessCorpusOptions) -> None:
         )
 
 
-def _digest_source(source: Path) -> str:
-    if (prefix := find_token_input(source)) is not None:
-        return fingerprint_of([checksum(bin_path(prefix)), checksum(idx_path(prefix))])
-    files = list_files(source)
-    root = source if source.is_dir() else source.parent
-    return fingerprint_of([[str(file.relative_to(root)), checksum(file)] for file in files])
-
-
 def _digest_tokenizer_files(options: PreprocessCorpusOptions) -> dict[str, str]:
     digests = {}
     for flag in ("tokenizer_model", "vocab_file", "merge_file"):
@@ -296,23 +288,6 @@ def _tokenizer_type(options: PreprocessCorpusOptions) -> str:
     if model is not None and (Path(model).is_dir() or model.endswith(".json")):
         return HuggingFaceTokenizer.name
     return GPTSentencePieceTokenizer.name
-
-
-def _prefixes(sources: Sequence[Path], json_keys: Sequence[str]) -> list[str]:
-    """`<name>_<keys>_document` as Megatron names its datasets, told apart by a number.
-
-    Tokens that were made elsewhere keep their name.
-    """
-    prefixes: list[str] = []
-    for source in sources:
-        given = find_token_input(source)
-        name = source.stem.removesuffix(".jsonl").removesuffix(".json")
-        prefix = base = given.name if given else f"{name}_{'_'.join(json_keys)}_document"
-        number = 2
-        while prefix in prefixes:
-            prefix, number = f"{base}_{number}", number + 1
-        prefixes.append(prefix)
-    return prefixes
 
 
 def _prepare_tokenizer(

@@ -14,13 +14,23 @@ from retro_mcore.data.neighbors import query_split
 from retro_mcore.data.shards import ShardReport, cut
 from retro_mcore.data.token_file import bin_path, idx_path
 from retro_mcore.data.tokenizers import load_project_tokenizer
-from retro_mcore.datasets.samples import build_all_gpt_samples, remove_truncated_cache
+from retro_mcore.datasets.samples import (
+    RenumberedSamples,
+    build_all_gpt_samples,
+    remove_truncated_cache,
+)
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.platform import setup_device
-from retro_mcore.project.config import SPLITS, ProjectConfig, ProjectSettings, Split
+from retro_mcore.project.config import (
+    SPLITS,
+    OtherDatabase,
+    ProjectConfig,
+    ProjectSettings,
+    Split,
+)
 from retro_mcore.project.lock import stage_lock
-from retro_mcore.project.markers import verify
+from retro_mcore.project.markers import digest_of, fingerprint_of, verify
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import check_stage, finish_stage, input_digests, require_stage
 
@@ -67,21 +77,38 @@ def query_neighbors(options: QueryNeighborsOptions) -> QueriedNeighbors:
         return _query(options)
 
 
-def _query(options: QueryNeighborsOptions) -> QueriedNeighbors:
+def query_other_database(options: QueryNeighborsOptions, other: Path) -> QueriedNeighbors:
+    """Search the samples' neighbors in another project's database, and switch to it at the end.
+
+    The caller holds the project's lock. What the project used before stays, and is used until one
+    write of config.json names the new neighbors and their database together.
+
+    Args:
+        options: As for the project's own database.
+        other: The project whose database is searched, after build_index.
+
+    Raises:
+        ProjectError: as `query_neighbors`.
+    """
+    return _query(options, other)
+
+
+def _query(options: QueryNeighborsOptions, other: Path | None = None) -> QueriedNeighbors:
     with raise_together():
         _check_options(options)
         paths = ProjectPaths(options.project_dir)
+        source = paths if other is None else ProjectPaths(other)
         config = ProjectConfig.load(paths.root)
-        settings = ProjectSettings.load(paths.root)
+        settings = ProjectSettings.load(source.root)
         tokenizer = load_project_tokenizer(config, paths)
-        database = ChunkDatabase.open(paths.root)
+        database = ChunkDatabase.open(source.root, own=True)
         if settings.index_string is None or settings.embedder is None:
             raise ProjectError(
-                paths.index, "no index", f"Run build_index --project-dir {paths.root} first"
+                source.index, "no index", f"Run build_index --project-dir {source.root} first"
             )
-        added = paths.added_index(settings.index_string)
-        require_stage(paths, added, "build_index")
-        verify(added, f"Run build_index --project-dir {paths.root} again")
+        added = source.added_index(settings.index_string)
+        require_stage(source, added, "build_index")
+        verify(added, f"Run build_index --project-dir {source.root} again")
         num_query = options.num_neighbors_query or min(200, len(database))
         stage_options = {
             "--num-neighbors-query": num_query,
@@ -99,16 +126,20 @@ def _query(options: QueryNeighborsOptions) -> QueriedNeighbors:
         }
         prefixes = [paths.data / prefix for prefix in config.blend[1]]
         files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
-        inputs = input_digests(paths, [*files, paths.merged_db("train"), added])
-        fingerprint = check_stage(paths, STAGE, stage_options, inputs, _first_output(config, paths))
+        searched = input_digests(source, [source.merged_db("train"), added])
+        inputs = {**input_digests(paths, files), **searched}
+        tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
+        first_output = _first_output(config, paths) if other is None else paths.query / "none"
+        fingerprint = check_stage(paths, f"{STAGE}{tag}", stage_options, inputs, first_output)
         device = setup_device(options.device)  # type: ignore[arg-type]
         embedder = load_project_embedder(
-            settings, paths, options.embed_batch_size, str(device), options.embed_fp16
+            settings, source, options.embed_batch_size, str(device), options.embed_fp16
         )
         index = load_index(added, settings.nprobe, settings.ef_search)
         if get_rank() == 0:
             remove_truncated_cache(paths)
-        _check_index(index, database, embedder.dimension, paths)
+        _check_index(index, database, embedder.dimension, source)
+        numbers = _numbers_in_database(paths, config, source)
     result = QueriedNeighbors({}, {})
     directories: dict[str, str | None] = dict.fromkeys(SPLITS)
     for split, samples in build_all_gpt_samples(config, paths, tokenizer).items():
@@ -116,11 +147,12 @@ def _query(options: QueryNeighborsOptions) -> QueriedNeighbors:
             continue
         # A finished directory keeps its name in a project that was moved.
         name = config.retro_neighbor_dirs.get(split) or f"{split}_{samples.description_hash}"
+        name += tag
         rows = len(samples) * config.chunks_per_sample
         result.num_chunks[split] = rows
         directories[split] = name
         result.reports[split] = query_split(
-            samples,
+            RenumberedSamples(samples, numbers),
             database,
             index,
             tokenizer,
@@ -134,12 +166,15 @@ def _query(options: QueryNeighborsOptions) -> QueriedNeighbors:
         )
     with raise_together():
         if get_rank() == 0:
-            config.retro_neighbor_dirs = directories
+            finish_stage(paths, f"{STAGE}{tag}", stage_options, inputs)
+            if other is None:
+                config.retro_neighbor_dirs = directories
+                settings.num_neighbors_query = num_query
+                settings.num_neighbors_save = options.num_neighbors_save
+                settings.save(paths.root)
+            else:
+                config.retro_database = OtherDatabase(_place(source, paths), directories)
             config.save(paths.root)
-            settings.num_neighbors_query = num_query
-            settings.num_neighbors_save = options.num_neighbors_save
-            settings.save(paths.root)
-            finish_stage(paths, STAGE, stage_options, inputs)
     barrier()
     summary: dict[str, object] = {
         split: f"{result.num_chunks[split]} chunks in files {report}"
@@ -148,6 +183,31 @@ def _query(options: QueryNeighborsOptions) -> QueriedNeighbors:
     summary["neighbors"] = f"{options.num_neighbors_save} saved of {num_query} searched"
     print_summary(STAGE, summary)
     return result
+
+
+def _place(source: ProjectPaths, paths: ProjectPaths) -> str:
+    """Relative where it lies inside the project, so that both can be moved together."""
+    inside = source.root.is_relative_to(paths.root)
+    return paths.relative(source.root) if inside else str(source.root)
+
+
+def _numbers_in_database(
+    paths: ProjectPaths, config: ProjectConfig, source: ProjectPaths
+) -> list[int]:
+    """The number in the database of each of the project's datasets, found by their tokens.
+
+    A dataset that the database does not hold gets a number that it does not have either.
+    """
+    prefixes = config.blend[1]
+    if source.root == paths.root:
+        return list(range(len(prefixes)))
+    held = ProjectConfig.load(source.root).blend[1]
+    digests = [digest_of(bin_path(source.data / prefix)) for prefix in held]
+    wanted = [digest_of(bin_path(paths.data / prefix)) for prefix in prefixes]
+    return [
+        digests.index(digest) if digest in digests else len(held) + i
+        for i, digest in enumerate(wanted)
+    ]
 
 
 def _first_output(config: ProjectConfig, paths: ProjectPaths) -> Path:

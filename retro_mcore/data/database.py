@@ -73,6 +73,8 @@ def build_database(
     num_sampled: int | None,
     document_block_size: int | None,
     fingerprint: str,
+    chunk_fingerprints: Sequence[str],
+    whole_datasets: Sequence[str] = (),
 ) -> DatabaseReport:
     """Cut every document into chunks (all ranks), then merge them (rank 0).
 
@@ -85,6 +87,8 @@ def build_database(
         num_sampled: Chunks to train the index on; None: all training chunks.
         document_block_size: Documents per file; None: chosen from their number.
         fingerprint: What the database is built from.
+        chunk_fingerprints: What the chunks of each dataset are made from.
+        whole_datasets: Datasets whose documents are all retrieved from.
 
     Raises:
         TokenizerError: the tokens are not of `tokenizer`.
@@ -93,9 +97,12 @@ def build_database(
     weights, prefixes = config.blend
     infos, reports, all_shards = [], [], []
     train_share = float(config.retro_gpt_split.split(",")[0]) / 100
-    for ratio, prefix, dataset in zip(weights, prefixes, datasets, strict=True):
+    for ratio, prefix, dataset, made_from in zip(
+        weights, prefixes, datasets, chunk_fingerprints, strict=True
+    ):
         num_docs = len(dataset)
-        infos.append(DatasetInfo(ratio, prefix, num_docs, int(train_share * num_docs)))
+        num_train = num_docs if prefix in whole_datasets else int(train_share * num_docs)
+        infos.append(DatasetInfo(ratio, prefix, num_docs, num_train))
         length = document_block_size or choose_shard_length(num_docs, LONGEST_DOCUMENT_BLOCK, 64, 8)
         shards = cut(paths.individual_db(prefix), num_docs, length)
         all_shards.append(shards)
@@ -105,10 +112,10 @@ def build_database(
 
         num_chunks = (-(-dataset.lengths // config.retro_gpt_chunk_length)).sum(dtype=np.int64)
         row_bytes = 16 * float(num_chunks) / max(num_docs, 1)
-        reports.append(run_shards(shards, build, fingerprint, f"chunks of {prefix}", row_bytes))
+        reports.append(run_shards(shards, build, made_from, f"chunks of {prefix}", row_bytes))
     merged_reused = True
     with raise_together():
-        _count_chunks(infos, all_shards, num_sampled)
+        _count_chunks(infos, all_shards, num_sampled, whole_datasets)
         if get_rank() == 0:
             merged_reused = _merge_all(infos, all_shards, paths, fingerprint)
     barrier()
@@ -194,7 +201,10 @@ def _count_batch(
 
 
 def _count_chunks(
-    infos: Sequence[DatasetInfo], all_shards: Sequence[Sequence[Shard]], num_sampled: int | None
+    infos: Sequence[DatasetInfo],
+    all_shards: Sequence[Sequence[Shard]],
+    num_sampled: int | None,
+    whole_datasets: Sequence[str],
 ) -> None:
     for info, shards in zip(infos, all_shards, strict=True):
         for shard in shards:
@@ -207,8 +217,10 @@ def _count_chunks(
         raise ConfigurationError(
             "--split", "leaves no training chunks", "Give more documents or a larger first part"
         )
-    total_ratio = sum(info.ratio for info in infos)
-    for info in infos:
+    # The index is not trained anew for datasets that were appended.
+    sampled = [info for info in infos if info.prefix not in whole_datasets]
+    total_ratio = sum(info.ratio for info in sampled)
+    for info in sampled:
         info.n_chunks_sampled = info.n_chunks_train
         if num_sampled is not None:
             info.n_chunks_sampled = int(num_sampled * info.ratio / total_ratio)
@@ -310,18 +322,26 @@ class ChunkDatabase:
         self.chunks = map_dataset(self.path, "chunks")
 
     @classmethod
-    def open(cls, project_dir: Path | str, name: str = "train") -> ChunkDatabase:
-        """The merged database `name` of a project.
+    def open(cls, project_dir: Path | str, name: str = "train", own: bool = False) -> ChunkDatabase:
+        """The merged database `name` that a project uses.
+
+        Args:
+            project_dir: The project.
+            name: Which database.
+            own: The project's own, even if another was put in its place.
 
         Raises:
             ProjectError: it was not built yet; names the command.
             CorruptFileError: it is damaged.
         """
-        paths = ProjectPaths(project_dir)
         config = ProjectConfig.load(project_dir)
+        paths = ProjectPaths(project_dir) if own else config.database_paths(project_dir)
+        if not own:
+            config = ProjectConfig.load(paths.root)
         path = paths.merged_db(name)
         require_stage(paths, path, "build_db")
-        verify(path, f"Run build_db --project-dir {paths.root} again")
+        if get_rank() == 0:  # one rank reads it through
+            verify(path, f"Run build_db --project-dir {paths.root} again")
         return cls(path, open_token_files(config, paths))
 
     def __len__(self) -> int:

@@ -54,15 +54,24 @@ class ShardReport:
         return text
 
 
-def cut(directory: Path, count: int, shard_length: int) -> list[Shard]:
-    """Cut rows [0, count) into shards, named as upstream names them: zero-padded `start-end`."""
+def cut(directory: Path, count: int, shard_length: int, growth: Sequence[int] = ()) -> list[Shard]:
+    """Cut rows [0, count) into shards, named as upstream names them: zero-padded `start-end`.
+
+    Args:
+        directory: Where they lie.
+        count: Rows.
+        shard_length: Rows of a shard; the last one may be shorter.
+        growth: Numbers of rows that there were before; cut there too, so that the shards of that
+            time are among them.
+    """
     if count <= 0:
         return []
     digits = math.ceil(math.log(count) / math.log(10)) + 1
     return [
         Shard(start, end, directory / f"{start:0{digits}d}-{end:0{digits}d}.hdf5")
-        for start in range(0, count, shard_length)
-        for end in [min(start + shard_length, count)]
+        for first, last in itertools.pairwise([0, *growth, count])
+        for start in range(first, last, shard_length)
+        for end in [min(start + shard_length, last)]
     ]
 
 

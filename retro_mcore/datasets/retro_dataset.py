@@ -129,7 +129,7 @@ def build_retro_datasets(
             samples = all_samples[split]
             if samples is None:
                 continue
-            directory = config.retro_neighbor_dirs.get(split)
+            directory = config.neighbor_dir(split)
             if directory is None:
                 raise ProjectError(
                     paths.config,

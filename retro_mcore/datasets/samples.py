@@ -66,6 +66,28 @@ class GPTSamples:
         return str(self.blended.unique_description_hash)
 
 
+@dataclass
+class RenumberedSamples:
+    """Samples whose datasets have other numbers in the database that is searched.
+
+    Attributes:
+        samples: The split's samples.
+        numbers: The number in the database of each dataset; one that the database does not have
+            where it holds no such dataset.
+    """
+
+    samples: GPTSamples
+    numbers: list[int]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """See `GPTSamples.read`."""
+        tokens, dataset, documents = self.samples.read(index)
+        return tokens, self.numbers[dataset], documents
+
+
 def build_gpt_samples(
     config: ProjectConfig,
     paths: ProjectPaths,

@@ -24,7 +24,7 @@ from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.inference.neighbors import CompletedChunk, RetrievedNeighbors
-from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
+from retro_mcore.project import ProjectConfig, ProjectSettings
 from retro_mcore.project.markers import verify
 from retro_mcore.project.stages import require_stage
 
@@ -85,14 +85,15 @@ class Retriever:
             if value < 1:
                 raise ConfigurationError(flag, str(value), "Give at least 1")
         self.num_neighbors, self.num_retrieved_chunks = num_neighbors, num_retrieved_chunks
-        self._paths, self._device = ProjectPaths(project_dir), device
         config = ProjectConfig.load(project_dir)
+        self._paths, self._device = config.database_paths(project_dir), device
+        config = ProjectConfig.load(self._paths.root)
         self.chunk_length = config.retro_gpt_chunk_length
         self.tokenizer = load_project_tokenizer(config, self._paths)
-        self.database = ChunkDatabase.open(project_dir)
+        self.database = ChunkDatabase.open(self._paths.root, own=True)
         self._datasets = config.blend[1]
         self._names = DocumentNames([self._paths.data / prefix for prefix in self._datasets])
-        self._settings = ProjectSettings.load(project_dir)
+        self._settings = ProjectSettings.load(self._paths.root)
         self._index_path = self._find_index()
 
     def _find_index(self) -> Path:

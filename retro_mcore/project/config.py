@@ -16,6 +16,19 @@ Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
+@dataclass(frozen=True)
+class OtherDatabase:
+    """A database in the place of a project's own, and the neighbors that were found in it.
+
+    Attributes:
+        project_dir: The project that holds it, absolute or relative to this one.
+        neighbor_dirs: Split to directory name under this project's `query/`.
+    """
+
+    project_dir: str
+    neighbor_dirs: dict[str, str | None]
+
+
 @dataclass
 class ProjectConfig:
     """config.json: one field per key, named as Megatron's Retro names it.
@@ -26,6 +39,8 @@ class ProjectConfig:
         retro_gpt_data_path: weight, prefix, weight, prefix … (weights are strings), or one prefix.
         retro_block_size: Rows per file of embeddings and of neighbors.
         retro_neighbor_dirs: Split to directory name under `query/`, None where there is none.
+        retro_database: The database that was put in the place of the project's own (update_db);
+            None: its own. Other readers know nothing of it, and go on with the project's own.
         unknown: Keys of other writers, kept as they are.
     """
 
@@ -47,6 +62,7 @@ class ProjectConfig:
     retro_bert_tokenizer_type: str | None = None
     retro_bert_vocab_file: str | None = None
     retro_neighbor_dirs: dict[str, str | None] = field(default_factory=dict)
+    retro_database: OtherDatabase | None = None
     unknown: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -80,6 +96,8 @@ class ProjectConfig:
             raise ProjectError(path, f"keys {', '.join(missing)} are missing", "Restore the file")
         values.setdefault("retro_block_size", 100_000)
         values["retro_neighbor_dirs"] = values.get("retro_neighbor_dirs") or {}
+        if isinstance(other := values.get("retro_database"), dict):
+            values["retro_database"] = OtherDatabase(**other)
         values["retro_gpt_data_path"] = [str(item) for item in values["retro_gpt_data_path"]]
         return cls(**values, unknown=unknown)
 
@@ -87,7 +105,19 @@ class ProjectConfig:
         """Write config.json (indented by 4, sorted keys), atomically."""
         values = asdict(self)
         unknown = values.pop("unknown")
+        if self.retro_database is None:
+            del values["retro_database"]
         write_json(ProjectPaths(project_dir).config, {**unknown, **values}, sort_keys=True)
+
+    def database_paths(self, project_dir: Path | str) -> ProjectPaths:
+        """The project whose database, index and embedder are used: most often, this one."""
+        root = Path(project_dir)
+        return ProjectPaths(root / self.retro_database.project_dir if self.retro_database else root)
+
+    def neighbor_dir(self, split: Split) -> str | None:
+        """Name under `query/` of the split's neighbors in the database that is used."""
+        other = self.retro_database
+        return (other.neighbor_dirs if other else self.retro_neighbor_dirs).get(split)
 
     @property
     def chunks_per_sample(self) -> int:
@@ -147,6 +177,10 @@ class ProjectSettings:
 
     Attributes:
         json_keys: Keys of a JSONL line that hold the text.
+        whole_datasets: Datasets whose documents are all retrieved from, whatever the split says:
+            those that were appended, of which no sample is made.
+        grown_from: The project whose database this one's begins with, relative to this one.
+        growth: Chunks of the database each time that it was grown, without the last.
         embedder: Name or path that the embedder was loaded by.
         embedder_pooling: How its hidden states are pooled; None: as the model itself says.
         embedding_dimension: Its dimension.
@@ -158,6 +192,9 @@ class ProjectSettings:
     """
 
     json_keys: list[str] = field(default_factory=lambda: ["text"])
+    whole_datasets: list[str] = field(default_factory=list)
+    grown_from: str | None = None
+    growth: list[int] = field(default_factory=list)
     embedder: str | None = None
     embedder_pooling: Literal["mean", "cls"] | None = None
     embedding_dimension: int | None = None

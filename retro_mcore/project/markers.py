@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from retro_mcore.errors import CorruptFileError
 from retro_mcore.project.atomic import atomic_write, write_json
+from retro_mcore.project.space import require_space
 
 
 class FileState(Enum):
@@ -59,6 +62,27 @@ def signed_write(path: Path, fingerprint: str = "") -> Iterator[Path]:
                 "fingerprint": fingerprint,
             },
         )
+
+
+def adopt(source: Path, target: Path, fingerprint: str) -> bool:
+    """Take over a complete file of another project as one built from `fingerprint`.
+
+    A hard link on the same file system, else a copy.
+
+    Returns:
+        Whether `target` is complete now; not where `source` is missing or damaged.
+    """
+    if state_of(target, fingerprint) is FileState.COMPLETE:
+        return True
+    if state_of(source) is not FileState.COMPLETE:
+        return False
+    with signed_write(target, fingerprint) as temporary:
+        try:
+            os.link(source.resolve(), temporary)
+        except OSError:
+            require_space(target.parent, source.stat().st_size, source.name)
+            shutil.copyfile(source, temporary)
+    return True
 
 
 def _read_marker(path: Path) -> dict | None:

@@ -107,6 +107,10 @@ class ProjectPaths:
         """Neighbors, one directory per split."""
         return self.root / "query"
 
+    def grown(self, name: str) -> Path:
+        """A project inside this one, whose database is this one's and more."""
+        return self.root / "updates" / name
+
     @property
     def lock(self) -> Path:
         """Held by the run that works on the project; absent while none does."""

@@ -1,0 +1,221 @@
+"""`update_db`: more documents to retrieve from, or another database, for the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_other_database
+from retro_mcore.data.corpus import text_cleaner
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
+from retro_mcore.datasets.growing import make_grown_project
+from retro_mcore.datasets.sources import digest_of_source, name_datasets
+from retro_mcore.datasets.tokenizing import CorpusReader
+from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
+from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json_object
+from retro_mcore.project.lock import stage_lock
+from retro_mcore.project.markers import checksum, digest_of, fingerprint_of
+from retro_mcore.project.paths import ProjectPaths
+
+STAGE = "update_db"
+
+
+@dataclass
+class UpdateDbOptions:
+    """Retrieve from more documents, or from another project's, without touching the model.
+
+    The neighbors of every sample are searched again. Those that the project has stay in use until
+    the new ones are complete, and on the disk after that. Repeat the command if it is interrupted.
+    """
+
+    project_dir: str
+    """Project directory, after query_neighbors."""
+    append: list[str] = field(default_factory=list)
+    """New documents, as preprocess_corpus --input takes them."""
+    exchange: str | None = None
+    """Another project, after build_index, whose database takes the place of this one's; this
+    project itself: back to its own database."""
+    json_keys: list[str] = field(default_factory=list)
+    """Keys of a JSON line of --append that hold the text (default: as for the project)."""
+    id_key: str = "id"
+    """Key of a JSON line of --append that holds its id."""
+    clean_text: bool = False
+    """Mend broken characters of --append with ftfy."""
+    num_neighbors_query: int | None = None
+    """Candidates searched per chunk (default: 200, or all of a smaller database)."""
+    num_neighbors_save: int | None = None
+    """Neighbors saved per chunk (default: as before)."""
+    embed_batch_size: int = 16
+    """Chunks per forward pass of the embedder."""
+    embed_fp16: bool = False
+    """Embed the samples' chunks in half precision, on a GPU."""
+    device: str = "auto"
+    """Where the embedder runs: auto, cpu or cuda."""
+
+
+@dataclass(frozen=True)
+class UpdatedDatabase:
+    """What `update_db` switched to.
+
+    Attributes:
+        project: Whose database is used now.
+        num_chunks: Chunks that are retrieved from now.
+        num_before: And before.
+    """
+
+    project: Path
+    num_chunks: int
+    num_before: int
+
+
+def update_db(options: UpdateDbOptions) -> UpdatedDatabase:
+    """Grow or exchange the database that a project's samples retrieve from.
+
+    Raises:
+        ProjectError: the project, or the other one, lacks a stage; they do not fit; another run
+            works on the project, or the disk is full.
+        ConfigurationError: options that cannot work.
+        CorpusError: an input is missing, empty or malformed.
+    """
+    initialize()
+    with stage_lock(ProjectPaths(options.project_dir), STAGE):
+        with raise_together():
+            _check_options(options)
+            paths = ProjectPaths(options.project_dir)
+            config = ProjectConfig.load(paths.root)
+            if all(name is None for name in config.retro_neighbor_dirs.values()):
+                raise ProjectError(
+                    paths.config, "names no neighbors", "Run all stages on the project first"
+                )
+            before = ChunkDatabase.open(paths.root)
+        if options.append:
+            target = _grow(options, paths, config)
+        else:
+            target = ProjectPaths(str(options.exchange))
+        if target.root == paths.root:
+            _return(paths, config)
+        else:
+            _switch(options, paths, config, target)
+        with raise_together():
+            now = ChunkDatabase.open(paths.root)
+    result = UpdatedDatabase(target.root, len(now), len(before))
+    rows = {
+        "retrieved from": f"{result.num_chunks} chunks, {result.num_before} before",
+        "database": result.project,
+        "samples": "as they were; a model trained on them goes on",
+    }
+    print_summary(STAGE, rows)
+    return result
+
+
+def _check_options(options: UpdateDbOptions) -> None:
+    if bool(options.append) == (options.exchange is not None):
+        raise ConfigurationError(
+            "--append and --exchange",
+            "both given" if options.append else "neither given",
+            "Give new documents, or another project",
+        )
+
+
+def _grow(options: UpdateDbOptions, paths: ProjectPaths, config: ProjectConfig) -> ProjectPaths:
+    """A project inside this one with the new documents behind the old, up to its index."""
+    with raise_together():
+        base = config.database_paths(paths.root)
+        settings = ProjectSettings.load(base.root)
+        reader = CorpusReader(
+            options.json_keys or settings.json_keys,
+            options.id_key,
+            text_cleaner() if options.clean_text else None,
+        )
+        sources = [Path(source) for source in options.append]
+        held = ProjectConfig.load(base.root).blend[1]
+        prefixes = name_datasets(sources, reader.json_keys, held)
+        made_from = fingerprint_of(
+            {
+                "inputs": [digest_of_source(source) for source in sources],
+                "names": prefixes,
+                "reader": [list(reader.json_keys), reader.id_key, options.clean_text],
+                "base": digest_of(base.merged_db("train")),
+            }
+        )
+        grown = ProjectPaths(paths.grown(made_from[:12]))
+    with stage_lock(grown, STAGE, create=True):
+        make_grown_project(base, grown, sources, prefixes, reader, made_from)
+    build_db(BuildDbOptions(str(grown.root), **_recorded(base, "build_db")))
+    # The index that the old documents are in, by its own name: "auto" could choose another.
+    recorded = {**_recorded(base, "build_index"), "index_str": settings.index_string}
+    recorded = {**recorded, "nprobe": settings.nprobe, "ef_search": settings.ef_search}
+    build_index(BuildIndexOptions(str(grown.root), **recorded, device=options.device))
+    return grown
+
+
+def _recorded(base: ProjectPaths, stage: str) -> dict[str, Any]:
+    """The flags that a stage of the old project was run with."""
+    path = base.stage_record(stage)
+    if not path.is_file():
+        raise ProjectError(
+            path, "no such file, so how to go on is not known", f"Run {stage} on {base.root} first"
+        )
+    options = read_json_object(path).get("options", {})
+    return {
+        name.removeprefix("--").replace("-", "_"): value
+        for name, value in options.items()
+        if name.startswith("--")
+    }
+
+
+def _switch(
+    options: UpdateDbOptions, paths: ProjectPaths, config: ProjectConfig, target: ProjectPaths
+) -> None:
+    with raise_together():
+        other = ProjectConfig.load(target.root)
+        if other.retro_gpt_chunk_length != config.retro_gpt_chunk_length:
+            raise ProjectError(
+                target.root,
+                f"has chunks of {other.retro_gpt_chunk_length} tokens, {paths.root} of "
+                f"{config.retro_gpt_chunk_length}",
+                "Build it with the same --retro-chunk-length",
+            )
+        mine, theirs = load_project_tokenizer(config, paths), load_project_tokenizer(other, target)
+        if _contents(mine) != _contents(theirs):
+            raise ProjectError(
+                target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
+            )
+        saved = ProjectSettings.load(paths.root).num_neighbors_save
+    query_other_database(
+        QueryNeighborsOptions(
+            str(paths.root),
+            num_neighbors_query=options.num_neighbors_query,
+            num_neighbors_save=options.num_neighbors_save or saved or 20,
+            embed_batch_size=options.embed_batch_size,
+            embed_fp16=options.embed_fp16,
+            device=options.device,
+        ),
+        target.root,
+    )
+
+
+def _contents(tokenizer: Tokenizer) -> list[str]:
+    files = [file / "tokenizer.json" if file.is_dir() else file for file in tokenizer.files]
+    return [tokenizer.name, *map(checksum, files)]
+
+
+def _return(paths: ProjectPaths, config: ProjectConfig) -> None:
+    """Back to the project's own database and neighbors, which never went."""
+    with raise_together():
+        if get_rank() == 0:
+            config.retro_database = None
+            config.save(paths.root)
+    barrier()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(UpdateDbOptions, update_db, argv)

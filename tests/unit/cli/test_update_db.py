@@ -1,0 +1,220 @@
+"""Growing and exchanging the database of a project whose samples stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.cli import query_neighbors as query_command
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.inspect_neighbors import InspectNeighborsOptions, inspect_neighbors
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.cli.update_db import UpdateDbOptions, update_db
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.neighbors import SavedDistances
+from retro_mcore.datasets.retro_dataset import build_retro_datasets
+from retro_mcore.errors import ConfigurationError, CorpusError, ProjectError
+from retro_mcore.inference.retriever import Retriever
+from retro_mcore.project import ProjectConfig, ProjectPaths
+from tests.unit.data.projects import documents, preprocess_options, write_corpus
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished project and the corpora of others."""
+    folder = tmp_path_factory.mktemp("update")
+    texts = documents(60)
+    write_corpus(folder / "corpus.jsonl", texts[:24])
+    write_corpus(folder / "more.jsonl", [*texts[40:50], *texts[:6]])
+    write_corpus(folder / "last.jsonl", texts[50:55])
+    preprocess_corpus(preprocess_options(folder / "project", folder / "corpus.jsonl"))
+    run_stages(folder / "project")
+    query_neighbors(QueryNeighborsOptions(str(folder / "project"), num_neighbors_save=5))
+    return folder
+
+
+def run_stages(project: Path) -> None:
+    build_db(BuildDbOptions(str(project), retro_doc_block_size=6))
+    build_index(BuildIndexOptions(str(project), embedder="lexical"))
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def samples(project: Path) -> dict[str, np.ndarray]:
+    dataset = build_retro_datasets(project, 5, 2)["train"]
+    assert dataset is not None
+    items = [dataset[i] for i in range(len(dataset))]
+    return {key: np.stack([item[key] for item in items]) for key in items[0]}
+
+
+def distances(project: Path) -> np.ndarray:
+    name = ProjectConfig.load(project).neighbor_dir("train")
+    saved = SavedDistances(ProjectPaths(project).query / str(name))
+    return saved.rows(0, len(saved))
+
+
+def files(project: Path) -> dict[str, bytes]:
+    """Everything but what an update adds."""
+    return {
+        str(path.relative_to(project)): path.read_bytes()
+        for path in sorted(project.rglob("*"))
+        if path.is_file() and "updates" not in path.parts and path.name != "config.json"
+    }
+
+
+def test_appended_documents_are_found(folder: Path) -> None:
+    project = folder / "project"
+    before, old_distances, old_files = samples(project), distances(project), files(project)
+    old = ChunkDatabase.open(project)
+    result = update_db(UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")]))
+    database = ChunkDatabase.open(project)
+    assert len(database) == result.num_chunks > result.num_before == len(old)
+    np.testing.assert_array_equal(database.chunks[: len(old)], old.chunks)
+    assert set(database.chunks[len(old) :, 0]) == {1}
+    assert len(np.unique(database.chunks[len(old) :, 1])) == 16  # all of them, whatever the split
+    # The samples stay; the index is exact, so that more documents bring nearer neighbors alone.
+    after, new_distances = samples(project), distances(project)
+    np.testing.assert_array_equal(after["text"], before["text"])
+    assert (new_distances <= old_distances + 1e-6).all()
+    assert (new_distances < old_distances - 1e-3).any()
+    assert (after["neighbor_chunks"] >= len(old)).any()
+    # Nothing of the old is touched, so other readers go on with it.
+    now = files(project)
+    assert {name: now[name] for name in old_files} == old_files
+    # Old embeddings and the training are taken over: the same files, by hard links.
+    grown = ProjectPaths(result.project)
+    paths = ProjectPaths(project)
+    olds = sorted(paths.embeddings.glob("*.hdf5"))
+    news = sorted(grown.embeddings.glob("*.hdf5"))
+    assert [path.stat().st_ino for path in news[: len(olds)]] == [p.stat().st_ino for p in olds]
+    chunks = sorted(paths.individual_db("corpus_text_document").glob("*.hdf5"))
+    for path in chunks:
+        taken = grown.individual_db("corpus_text_document") / path.name
+        assert taken.stat().st_ino == path.stat().st_ino
+
+
+def test_own_documents_are_still_left_out(folder: Path) -> None:
+    """The first corpus keeps its number, and its chunks are not neighbors of its own samples."""
+    project = folder / "project"
+    update_db(UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")]))
+    dataset = build_retro_datasets(project, 5, 1)["train"]
+    assert dataset is not None
+    for i in range(len(dataset)):
+        own = set(dataset.samples.document_ids(i).tolist())
+        ids = dataset[i]["neighbor_chunks"]
+        for source, document in dataset.database.documents(ids[ids != NO_NEIGHBOR]).tolist():
+            assert source == 1 or document not in own
+
+
+def test_a_second_update_goes_on_from_the_first(folder: Path, tmp_path: Path) -> None:
+    project = folder / "project"
+    first = update_db(UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")]))
+    second = update_db(UpdateDbOptions(str(project), append=[str(folder / "last.jsonl")]))
+    assert second.num_before == first.num_chunks < second.num_chunks
+    expected = samples(project)
+    # Names of corpora, moved projects, live retrieval and the page.
+    moved = tmp_path / "elsewhere"
+    project.rename(moved)
+    for key, value in samples(moved).items():
+        np.testing.assert_array_equal(value, expected[key])
+    retriever = Retriever(moved, 2, 1)
+    text = retriever.database.texts([second.num_chunks - 1], retriever.tokenizer)
+    ((found, _),) = retriever.describe(retriever.search_texts(text))
+    assert found.id == second.num_chunks - 1
+    assert found.source == "topic-4 (document 4 of last_text_document)"
+    page = tmp_path / "page.html"
+    inspect_neighbors(InspectNeighborsOptions(str(moved), output=str(page), num_samples=8))
+    assert "more_text_document" in page.read_text()
+    # Back to its own, and forward again: nothing is searched twice.
+    update_db(UpdateDbOptions(str(moved), exchange=str(moved)))
+    assert ProjectConfig.load(moved).retro_database is None
+    assert len(ChunkDatabase.open(moved)) == first.num_before
+
+
+def test_an_interrupted_update_leaves_the_old_in_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = folder / "project"
+    before = samples(project)
+    options = UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")])
+    for module, name in (
+        ("retro_mcore.cli.update_db", "build_db"),
+        ("retro_mcore.cli.update_db", "build_index"),
+        ("retro_mcore.cli.query_neighbors", "finish_stage"),
+    ):
+        with monkeypatch.context() as broken:
+            broken.setattr(f"{module}.{name}", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                update_db(options)
+        for key, value in samples(project).items():
+            np.testing.assert_array_equal(value, before[key])
+    built = []
+    run = query_command.query_split
+    monkeypatch.setattr(query_command, "query_split", lambda *a: built.append(run(*a)) or built[-1])
+    update_db(options)
+    assert all(report.reused == report.total for report in built)  # searched before the last one
+    assert (samples(project)["neighbor_chunks"] != before["neighbor_chunks"]).any()
+
+
+def _interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_another_projects_database(folder: Path) -> None:
+    """It holds the project's own corpus under another number, which the filter must know."""
+    project, other = folder / "project", folder / "other"
+    corpora = [str(folder / "more.jsonl"), str(folder / "corpus.jsonl")]
+    model = str(project / "tokenizer" / "sentencepiece.model")
+    preprocess_corpus(
+        preprocess_options(other, folder / "more.jsonl", input=corpora, tokenizer_model=model)
+    )
+    run_stages(other)
+    before = samples(project)
+    update_db(UpdateDbOptions(str(project), exchange=str(other)))
+    after = samples(project)
+    np.testing.assert_array_equal(after["text"], before["text"])
+    dataset = build_retro_datasets(project, 5, 1)["train"]
+    assert dataset is not None
+    assert dataset.database.path == ProjectPaths(other).merged_db("train")
+    seen = set()
+    for i in range(len(dataset)):
+        own = set(dataset.samples.document_ids(i).tolist())
+        ids = dataset[i]["neighbor_chunks"]
+        for source, document in dataset.database.documents(ids[ids != NO_NEIGHBOR]).tolist():
+            seen.add(source)
+            assert source == 0 or document not in own
+    assert seen == {0, 1}
+    update_db(UpdateDbOptions(str(project), exchange=str(project)))
+    for key, value in samples(project).items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+def test_what_does_not_fit_is_refused(folder: Path) -> None:
+    project, other = folder / "project", folder / "other"
+    preprocess_corpus(preprocess_options(other, folder / "more.jsonl"))
+    run_stages(other)
+    with pytest.raises(ProjectError, match=r"other: has another tokenizer"):
+        update_db(UpdateDbOptions(str(project), exchange=str(other)))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "retro_gpt_chunk_length": 32}))
+    with pytest.raises(ProjectError, match=r"has chunks of 32 tokens, .* of 16"):
+        update_db(UpdateDbOptions(str(project), exchange=str(other)))
+    with pytest.raises(CorpusError, match="no such file or folder"):
+        update_db(UpdateDbOptions(str(project), append=[str(folder / "none")]))
+    for options in ({}, {"append": ["x"], "exchange": "y"}):
+        with pytest.raises(ConfigurationError, match="--append and --exchange"):
+            update_db(UpdateDbOptions(str(project), **options))
+    with pytest.raises(ProjectError, match="names no neighbors"):
+        update_db(UpdateDbOptions(str(other), exchange=str(project)))
+    assert ProjectConfig.load(project).retro_database is None

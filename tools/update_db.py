@@ -1,0 +1,8 @@
+"""Launcher: `torchrun tools/update_db.py --help`."""
+
+import sys
+
+from retro_mcore.cli.update_db import main
+
+if __name__ == "__main__":
+    sys.exit(main())
