@@ -22,9 +22,11 @@ from retro_mcore.training.checkpoint_files import (
     temporary_path,
 )
 from retro_mcore.training.checkpoint_state import (
+    FAILURES,
     METADATA,
     TrainingParts,
     TrainingProgress,
+    reason_of,
     state_dict,
 )
 
@@ -142,10 +144,9 @@ def _naming(directory: Path) -> Iterator[None]:
     """Tell a failed write as one, with its directory."""
     try:
         yield
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+    except FAILURES as error:
         raise CheckpointError(
             directory,
-            f"could not be written ({type(error).__name__}: {reason})",
+            f"could not be written ({reason_of(error)})",
             "See to the disk; the checkpoint before it is intact",
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from retro_mcore.platform.compatibility import allocate_adam_state, unpadded_bucket_offsets
 from retro_mcore.training.optimizer import unwrap_model
@@ -67,3 +68,17 @@ def state_dict(
 def model_key(index: int, chunks: Sequence[object]) -> str:
     """As Megatron names them: `model`, or `model0`, `model1`, … in the interleaved schedule."""
     return "model" if len(chunks) == 1 else f"model{index}"
+
+
+#: What megatron and torch raise for a checkpoint; the latter's is no Exception.
+FAILURES = (Exception, CheckpointException)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line: its kind and what it says first."""
+    if isinstance(error, CheckpointException):
+        for inner, _ in error.failures.values():
+            return reason_of(inner)
+        return "see the errors of the other ranks"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

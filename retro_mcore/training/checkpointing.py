@@ -30,10 +30,12 @@ from retro_mcore.platform.compatibility import (
 from retro_mcore.platform.safe_loading import check_files, read_common, read_metadata, weights_only
 from retro_mcore.training.checkpoint_files import find_checkpoint
 from retro_mcore.training.checkpoint_state import (
+    FAILURES,
     METADATA,
     TrainingParts,
     TrainingProgress,
     model_key,
+    reason_of,
     state_dict,
 )
 from retro_mcore.training.initialize import initialize_parallel, parallel_sizes, set_seeds
@@ -180,11 +182,10 @@ def _load(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
             with warnings.catch_warnings(), weights_only():
                 warnings.simplefilter("ignore", FutureWarning)  # megatron's use of torch
                 return dist_checkpointing.load(request, str(checkpoint), strict="raise_unexpected")
-        except Exception as error:  # megatron raises many kinds for a damaged checkpoint
-            reason = str(error).strip().partition("\n")[0]
+        except FAILURES as error:
             raise CheckpointError(
                 checkpoint,
-                f"cannot be loaded ({type(error).__name__}: {reason})",
+                f"cannot be loaded ({reason_of(error)})",
                 "Load an earlier checkpoint (--ckpt-step) if this one is damaged",
             ) from error
     raise AssertionError("unreachable: raise_together does not swallow errors")
