@@ -116,15 +116,31 @@ def test_gate_0_trains_the_decoder_alone(options, pretrained, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_encoder_reads_the_passages_that_the_decoder_lacks(options):
-    # The answer stands in the second passage, which only the encoder gets: half of the questions'
-    # answers are known with it, and no better than a guess without.
-    settings = {"train_iters": 60, "retro_encoder_hidden_dropout": 0.0, "lr": 5e-3}
-    with_passages = finetune_retro(
-        options(retro_attention_gate=1.0, retro_num_neighbors=1, **settings)
-    )
-    without = finetune_retro(options(data_path=["nq"], ft_neighbours=1, **settings))
+def test_the_encoder_reads_the_passages_that_the_decoder_lacks(options, data, tmp_path):
+    # The answer stands in the second passage alone, which the encoder gets.
+    from retro_mcore.cli.evaluate_qa import EvaluateQaOptions, evaluate_qa
+
+    settings = {"train_iters": 60, "lr": 5e-3, "micro_batch_size": 8}
+    encoder = {"retro_attention_gate": 1.0, "retro_num_neighbors": 1}
+    with_passages = finetune_retro(options(**encoder, **settings, save=str(tmp_path / "model")))
+    without = finetune_retro(options(**settings))
     assert with_passages.valid_losses[-1][1] < 0.8 * without.valid_losses[-1][1]
+    answered = evaluate_qa(
+        EvaluateQaOptions(
+            project_dir=str(built_project()),
+            load=str(tmp_path / "model"),
+            sample_input_file=str(data / "nq" / "nq_QA_dev.json"),
+            output=str(tmp_path / "answers"),
+            prompt_format="reformat_prompt_short",
+            ft_neighbours=1,
+            retro_neighbors="passages",
+            ablate_retrieval=True,
+            max_new_tokens=8,
+            device="cpu",
+        )
+    )
+    scores = {name: found["exact_match"].mean for name, found in answered.scores.items()}
+    assert scores["passages"] > scores["none"] + 0.3, scores
 
 
 def test_a_blend_of_questions_and_packed_chats_learns(options):
