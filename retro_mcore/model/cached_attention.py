@@ -146,7 +146,7 @@ def cross_attend(
         bias = bias * attends_SB1
     if gate != 1.0:
         output, bias = output * gate, None if bias is None else bias * gate
-    return {"output": output, "bias": bias, "context": neighbors}
+    return {"output": output, "bias": bias, "attends": attends_SB1, "context": neighbors}
 
 
 def _encode(encoder: NeighborEncoder, embedded: Tensor, context: InferenceContext) -> Tensor:

@@ -217,7 +217,8 @@ class ChunkedCrossAttention(RetroCrossAttention):
 
         Returns:
             "output" `[S, B, D]` and "bias" `[S, B, D]` or None for RetroBiasDropoutAdd (output
-            None: retrieval is off), and "context", the encoded neighbors for the next layers.
+            None: retrieval is off), "attends" `[S, B, 1]`, which positions have neighbors, and
+            "context", the encoded neighbors for the next layers.
         """
         if isinstance(inference_context, InferenceContext):
             return cross_attend(self, hidden_states, key_value_states, inference_context)
@@ -248,12 +249,14 @@ class ChunkedCrossAttention(RetroCrossAttention):
         else:  # no padded copy of its input is kept for the backward pass
             output, bias = self.linear_proj(attended_MBLX)
             output = join_attending(output, grid, batch_size)
+        # Only positions that attend get the bias; the others stay as they were.
+        attends_SB1 = self._local_part(attending_positions(grid, has_neighbors_BL))
         if bias is not None:
-            # Only positions that attend get the bias; the others stay as they were.
-            bias = bias * self._local_part(attending_positions(grid, has_neighbors_BL))
+            bias = bias * attends_SB1
         if gate != 1.0:
             output, bias = output * gate, None if bias is None else bias * gate
-        return {"output": output, "bias": bias, "context": key_value_states}
+        attended = {"output": output, "bias": bias, "attends": attends_SB1}
+        return {**attended, "context": key_value_states}
 
     def _retrieved_mask(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The core attention's mask `[B * L, 1, 1, R * K]`, and which chunks have neighbors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron.core.transformer import TransformerConfig
@@ -121,6 +121,28 @@ class RetroConfig(TransformerConfig):
     """Scales what chunked cross-attention adds; 0 leaves the GPT decoder, and does not run the
     encoder. May be changed on a built model's config."""
 
+    retro_deepnorm: bool = False
+    """DeepNorm (Wang et al. 2022), for very deep stacks: Norm(alpha * x + f(x)) in place of
+    x + f(Norm(x)), in decoder, cross-attention and encoder, and the initial weights that go with
+    it. There is no final norm then: each layer ends with one."""
+
+    retro_mup_base_hidden_size: int | None = None
+    """muP (Yang et al. 2022): the hidden size at which learning rate and `init_method_std` were
+    tuned; they carry over to this one. All widths count as grown in proportion. None: off."""
+
+    retro_mup_base_kv_channels: int | None = None
+    """Channels per attention head at the base size, if they differ: attention scales with
+    sqrt(base) / channels. None: as here."""
+
+    deepnorm_alpha: float = field(default=1.0, init=False)
+    """What multiplies the residual; derived."""
+
+    deepnorm_beta: float = field(default=1.0, init=False)
+    """What multiplies the initial values, output projections and MLPs; derived."""
+
+    mup_width: float = field(default=1.0, init=False)
+    """The hidden size over muP's base; derived."""
+
     @classmethod
     def from_upstream(cls, origin: Origin, **kwargs: Any) -> RetroConfig:
         """A config that reproduces the numerics of an implementation that Megatron shipped.
@@ -141,7 +163,12 @@ class RetroConfig(TransformerConfig):
         if is_cpu_in_use():
             self.use_cpu_initialization = True
             self.gradient_accumulation_fusion = False
+        self._validate_initialization()
         super().__post_init__()
+        if self.retro_deepnorm:
+            self._derive_deepnorm()
+        if self.retro_mup_base_hidden_size is not None:
+            self._derive_mup(self.retro_mup_base_hidden_size)
         if self.recompute_granularity == "selective" and "layernorm" in self.recompute_modules:
             mend_output_recomputation()
         self._validate_retrieval()
@@ -184,6 +211,11 @@ class RetroConfig(TransformerConfig):
             config.num_query_groups = self.retro_encoder_num_attention_heads
         if config.hidden_size != self.hidden_size or self.retro_encoder_num_attention_heads:
             config.kv_channels = config.hidden_size // config.num_attention_heads
+        if self.retro_mup_base_hidden_size is not None:
+            config.softmax_scale *= (self.kv_channels / config.kv_channels) ** 0.5
+        if self.retro_deepnorm:
+            depth = (self.retro_encoder_num_layers**4 * self.num_layers) ** (1 / 16)
+            config.deepnorm_alpha, config.deepnorm_beta = 0.81 * depth, 0.87 / depth
         config.pipeline_model_parallel_size = 1
         config.virtual_pipeline_model_parallel_size = None
         config.pipeline_model_parallel_layout = None
@@ -195,6 +227,47 @@ class RetroConfig(TransformerConfig):
             # The layer that calls the encoder is recomputed with it.
             config.recompute_granularity = config.recompute_method = None
         return config
+
+    def _validate_initialization(self) -> None:
+        mup = self.retro_mup_base_hidden_size is not None
+        for name in ("retro_mup_base_hidden_size", "retro_mup_base_kv_channels"):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or not mup):
+                raise ConfigurationError(
+                    name,
+                    f"{value}" + ("" if mup else " without retro_mup_base_hidden_size"),
+                    "Give the sizes that the learning rate was tuned at, or neither",
+                )
+        if getattr(self, "use_mup", False):
+            raise ConfigurationError(
+                "use_mup",
+                "True, which knows neither cross-attention nor neighbor encoder",
+                "Set retro_mup_base_hidden_size",
+            )
+        taken = {"init_method": mup, "output_layer_init_method": mup, "softmax_scale": mup}
+        if self.retro_deepnorm:
+            taken |= {"init_method": True, "output_layer_init_method": True}
+        for name, is_taken in taken.items():
+            if is_taken and getattr(self, name) is not None:
+                raise ConfigurationError(
+                    name,
+                    f"{getattr(self, name)}, under DeepNorm or muP, which give their own",
+                    "Leave it out",
+                )
+
+    def _derive_deepnorm(self) -> None:
+        """The decoder's: with n sublayers, alpha = n^(1/4) and beta = (4n)^(-1/4). That is the
+        paper's (2N)^(1/4) without cross-attention and (3N)^(1/4) with it in every layer."""
+        sublayers = 2 * self.num_layers + len(self.retro_layer_numbers)
+        self.deepnorm_alpha, self.deepnorm_beta = sublayers**0.25, (4 * sublayers) ** -0.25
+        self.output_layer_init_method = self.init_method
+        self.retro_final_layernorm = False
+
+    def _derive_mup(self, base_hidden_size: int) -> None:
+        self.mup_width = self.hidden_size / base_hidden_size
+        base_channels = self.retro_mup_base_kv_channels or self.kv_channels
+        self.softmax_scale = base_channels**0.5 / self.kv_channels
+        self.output_layer_init_method = self.init_method
 
     def _validate_retrieval(self) -> None:
         for field in (

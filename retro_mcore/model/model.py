@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError, ShapeError
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.initialization import initialize_hidden_weights, scale_output_layer
 from retro_mcore.model.neighbor_encoder import NeighborEncoder
 from retro_mcore.model.pipeline import (
     carries_neighbors,
@@ -83,6 +84,9 @@ class RetroModel(GPTModel):
                 self._copy_embedding()
         elif self.pre_process:
             self._mark_copied(self.embedding, is_copy=False)
+        initialize_hidden_weights(self)
+        if self.post_process:
+            scale_output_layer(self)
 
     def _encoder_rotary(self) -> RotaryEmbedding | None:
         if self.position_embedding_type != "rope":

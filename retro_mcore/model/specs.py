@@ -33,6 +33,7 @@ from retro_mcore.model.chunked_cross_attention import (
     RetroBiasDropoutAdd,
 )
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.deepnorm import DeepNormAdd, DeepNormCrossAdd
 from retro_mcore.model.pipeline import (
     RetroTransformerLayer,
     carries_neighbors,
@@ -40,7 +41,7 @@ from retro_mcore.model.pipeline import (
     stage_layer_numbers,
 )
 from retro_mcore.platform.attention import SDPAttention
-from retro_mcore.platform.backends import get_backend, get_mlp
+from retro_mcore.platform.backends import NormsApart, get_backend, get_mlp
 
 
 @dataclass
@@ -84,7 +85,7 @@ def get_retro_decoder_block_spec(
         layer_specs[-1].params["packing"] = True
     return RetroBlockSubmodules(
         layer_specs=layer_specs,
-        layer_norm=_layer_norm(config, backend) if config.retro_final_layernorm else None,
+        layer_norm=_final_layer_norm(config, backend) if config.retro_final_layernorm else None,
         neighbor_encoder=(
             get_neighbor_encoder_block_spec(config, use_transformer_engine)
             if retro_layers[0] in numbers
@@ -124,7 +125,7 @@ def get_gpt_decoder_block_spec(
     num_layers = len(stage_layer_numbers(config, vp_stage, pp_rank))
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(config, backend, AttnMaskType.causal)] * num_layers,
-        layer_norm=_layer_norm(config, backend),
+        layer_norm=_final_layer_norm(config, backend),
     )
 
 
@@ -133,10 +134,11 @@ def get_neighbor_encoder_block_spec(
 ) -> TransformerBlockSubmodules:
     """The neighbor encoder: bidirectional layers, the first with cross-attention to the chunk."""
     backend = get_backend(use_transformer_engine)
+    encoder_config = config.encoder_config()
     return TransformerBlockSubmodules(
         layer_specs=[
             _layer_spec(
-                config,
+                encoder_config,
                 backend,
                 AttnMaskType.no_mask,
                 EncoderCrossAttention if number == 1 else None,
@@ -151,6 +153,10 @@ def _layer_norm(config: TransformerConfig, backend: Any, for_qk: bool = False) -
     return backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=for_qk)
 
 
+def _final_layer_norm(config: TransformerConfig, backend: Any) -> type | None:
+    return None if getattr(config, "retro_deepnorm", False) else _layer_norm(config, backend)
+
+
 def _layer_spec(
     config: TransformerConfig,
     backend: Any,
@@ -158,6 +164,9 @@ def _layer_spec(
     cross_attention: type | None = None,
     **cross_attention_params: Any,
 ) -> ModuleSpec:
+    deepnorm = getattr(config, "retro_deepnorm", False)
+    if deepnorm:
+        backend = NormsApart(backend)
     fused = backend.fuse_layernorm_and_linear()
     linear_qkv = (
         backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
@@ -198,6 +207,8 @@ def _layer_spec(
             ),
         )
         submodules.cross_attn_bda = RetroBiasDropoutAdd
+    if deepnorm:
+        _norm_after_adding(config, submodules, norm)
     if not fused:
         # Checkpoints carry Transformer Engine's names, so that either spec loads them.
         submodules.sharded_state_dict_keys_map = {
@@ -205,3 +216,15 @@ def _layer_spec(
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         }
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def _norm_after_adding(
+    config: TransformerConfig, submodules: TransformerLayerSubmodules, norm: type
+) -> None:
+    """DeepNorm's places for the norms."""
+    submodules.input_layernorm = submodules.pre_mlp_layernorm = IdentityOp
+    submodules.pre_cross_attn_layernorm = IdentityOp
+    add = ModuleSpec(module=DeepNormAdd, params={"config": config, "norm": norm})
+    submodules.self_attn_bda = submodules.mlp_bda = add
+    if submodules.cross_attention is not IdentityOp:
+        submodules.cross_attn_bda = ModuleSpec(module=DeepNormCrossAdd, params={"norm": norm})

@@ -32,9 +32,27 @@ class LocalBackend(LocalSpecProvider):
         return RecomputingMLP
 
 
+class NormsApart:
+    """Another backend's modules, with norms apart from the linear layers.
+
+    Args:
+        backend: The backend.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Never."""
+        return False
+
+
 def get_mlp(backend: Any) -> Any:
     """The spec of the MLP: the backend's own, or megatron's from the backend's linear layers."""
-    if isinstance(backend, LocalBackend):
+    if hasattr(backend, "mlp"):
         return backend.mlp()
     return get_mlp_module_spec_for_backend(backend)
 

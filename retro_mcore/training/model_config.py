@@ -177,6 +177,7 @@ def build_config(
         **_fusion_fields(arguments, parallel),
     }
     if arguments.no_retrieval:
+        _refuse_without_retrieval(arguments)
         return TransformerConfig(**shared)
     build: Callable[..., RetroConfig] = RetroConfig
     if arguments.retro_origin is not None:
@@ -191,7 +192,20 @@ def build_config(
         retro_encoder_attention_dropout=arguments.retro_encoder_attention_dropout,
         retro_decoder_layers=arguments.retro_decoder_layers,
         retro_attention_gate=arguments.retro_attention_gate,
+        retro_deepnorm=arguments.retro_deepnorm,
+        retro_mup_base_hidden_size=arguments.retro_mup_base_hidden_size,
+        retro_mup_base_kv_channels=arguments.retro_mup_base_kv_channels,
     )
+
+
+def _refuse_without_retrieval(arguments: ModelArguments) -> None:
+    for name in ("retro_deepnorm", "retro_mup_base_hidden_size", "retro_mup_base_kv_channels"):
+        if getattr(arguments, name):
+            raise ConfigurationError(
+                "--" + name.replace("_", "-"),
+                f"{getattr(arguments, name)}, together with --no-retrieval",
+                "Leave one of them out: it is built for the model with retrieval",
+            )
 
 
 def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:

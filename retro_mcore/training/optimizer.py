@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.initialization import SCALED_LEARNING_RATE, learning_rate_scale
 from retro_mcore.model.pipeline import (
     EmbeddingGroups,
     create_embedding_groups,
@@ -94,7 +101,8 @@ def build_optimizer(
         log_num_zeros_in_grad=options.log_num_zeros_in_grad,
         **values_of(options, OPTIMIZER_FLAGS),
     )
-    optimizer = get_megatron_optimizer(config, list(chunks))
+    overrides = _learning_rate_overrides(config, learning_rate_scale(chunks[0].config))
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
         chunk.config.finalize_model_grads_func = finalize_model_grads_with(groups)
@@ -129,6 +137,21 @@ def gathered_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None
     finally:
         for chunk in overlapping:
             chunk.enable_forward_pre_hook()
+
+
+def _learning_rate_overrides(config: OptimizerConfig, scale: float) -> dict[Any, Any] | None:
+    """Under muP, the hidden weights' own learning rate; None: megatron's standard groups."""
+    if scale == 1.0:
+        return None
+    rates: Any = {
+        "max_lr": config.lr * scale,
+        "min_lr": config.min_lr * scale,
+        "lr_mult": scale,  # by which checkpoints tell the groups apart
+    }
+    return {
+        **get_standard_config_overrides(config),
+        ParamKey(attr=SCALED_LEARNING_RATE): ParamGroupOverride(**rates),
+    }
 
 
 def build_scheduler(optimizer: MegatronOptimizer, plan: TrainingPlan) -> OptimizerParamScheduler:

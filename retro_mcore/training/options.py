@@ -115,6 +115,12 @@ class ModelOptions:
     """Dropout of attention probabilities in the neighbor encoder."""
     retro_decoder_layers: list[int] | None = None
     """Decoder layers with cross-attention, from 1. Default: every third from 6 (9 above 15)."""
+    retro_deepnorm: bool = False
+    """DeepNorm: scaled residuals, norms after adding, and initial weights for very deep stacks."""
+    retro_mup_base_hidden_size: int | None = None
+    """muP: the hidden size that --lr and --init-method-std were tuned at. Default: off."""
+    retro_mup_base_kv_channels: int | None = None
+    """Width of an attention head at that size, if it was another one."""
 
     def check_model(self) -> None:
         """Refuse two activations, and half of grouped-query attention."""
@@ -253,6 +259,8 @@ _POSITIVE = (
     "retro_num_neighbors",
     "retro_num_retrieved_chunks",
     "retro_encoder_num_layers",
+    "retro_mup_base_hidden_size",
+    "retro_mup_base_kv_channels",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "num_virtual_stages_per_pipeline_rank",

@@ -24,14 +24,18 @@ class RetroReference:
         hidden, encoded = self.embed(tokens_S), None
         for number in range(1, config.num_layers + 1):
             name = f"decoder.layers.{number - 1}."
-            hidden = hidden + self.self_attention(hidden, name, causal=True, rope=self.rope)
+            attended = self.self_attention(hidden, name, causal=True, rope=self.rope)
+            hidden = self.add(hidden, attended, name, "self_attn_bda.")
             if number in config.retro_layer_numbers and retrieved_LKR is not None:
                 normed = self.norm(hidden, name + "pre_cross_attn_layernorm.")
                 if encoded is None:
                     encoded = self.encode_all(retrieved_LKR, mask_LKR, normed)
-                attended = self.chunked_cross_attention(normed, encoded, mask_LKR, name)
-                hidden = hidden + config.retro_attention_gate * attended
-            hidden = hidden + self.mlp(hidden, name)
+                attended, attends_S = self.chunked_cross_attention(normed, encoded, mask_LKR, name)
+                attended = config.retro_attention_gate * attended
+                if attends_S.any():
+                    added = self.add(hidden, attended, name, "cross_attn_bda.")
+                    hidden = torch.where(attends_S[:, None], added, hidden)
+            hidden = self.add(hidden, self.mlp(hidden, name), name, "mlp_bda.")
         if config.retro_final_layernorm:
             hidden = self.norm(hidden, "decoder.final_layernorm.")
         output = self.weights.get("output_layer.weight")
@@ -57,12 +61,14 @@ class RetroReference:
         rope = self.rope and self.config.retro_encoder_positions
         for layer in range(self.config.retro_encoder_num_layers):
             name = f"neighbor_encoder.layers.{layer}."
-            hidden = hidden + self.self_attention(hidden, name, rope=rope, mask=mask_R)
+            attended = self.self_attention(hidden, name, rope=rope, mask=mask_R)
+            hidden = self.add(hidden, attended, name, "self_attn_bda.")
             if layer == 0:
                 normed = self.norm(hidden, name + "pre_cross_attn_layernorm.")
                 residual = normed if self.config.retro_encoder_residual == "normed" else hidden
-                hidden = residual + self.cross_attention(normed, chunk_MD, None, name)
-            hidden = hidden + self.mlp(hidden, name)
+                attended = self.cross_attention(normed, chunk_MD, None, name)
+                hidden = self.add(residual, attended, name, "cross_attn_bda.")
+            hidden = self.add(hidden, self.mlp(hidden, name), name, "mlp_bda.")
         return hidden
 
     def chunks(self, states_SD):
@@ -75,7 +81,9 @@ class RetroReference:
         return head + [c for c in states_SD[first:].split(length) if len(c)]
 
     def chunked_cross_attention(self, normed_SD, encoded, mask_LKR, name):
+        """What each position gets, and which ones attend."""
         length, output = self.config.retro_chunk_length, torch.zeros_like(normed_SD)
+        attends = torch.zeros(len(normed_SD), dtype=torch.bool)
         left = self.config.retro_chunk_alignment == "left"
         start = length - 1 if left else (len(normed_SD) - 1) % length
         for chunk, neighbors_KRD in enumerate(encoded):
@@ -86,7 +94,8 @@ class RetroReference:
                 output[here] = self.cross_attention(
                     normed_SD[here], states, mask, name, first=length - 1
                 )
-        return output
+                attends[here] = True
+        return output, attends
 
     def cross_attention(self, normed, states, mask, name, first=0):
         channels, name = self.sizes(name).kv_channels, name + "cross_attention."
@@ -153,7 +162,15 @@ class RetroReference:
     def linear(self, states, name):
         return F.linear(states, self.weights[name + "weight"], self.weights.get(name + "bias"))
 
+    def add(self, residual, update, name, sublayer):
+        """x + f(Norm(x)), or DeepNorm's Norm(alpha * x + f(x))."""
+        alpha = self.sizes(name).deepnorm_alpha
+        total = alpha * residual + update
+        return self.norm(total, f"{name}{sublayer}norm.")
+
     def norm(self, states, name):
+        if name + "weight" not in self.weights:
+            return states  # before a sublayer under DeepNorm, after it without
         weight, bias = self.weights[name + "weight"], self.weights.get(name + "bias")
         weight = weight + 1 if self.config.layernorm_zero_centered_gamma else weight
         epsilon = self.config.layernorm_epsilon

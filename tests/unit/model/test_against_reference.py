@@ -54,6 +54,16 @@ VARIANTS = {
         "retro_encoder_ffn_hidden_size": 40,
         "num_query_groups": 2,
     },
+    "DeepNorm": {"retro_deepnorm": True},
+    "DeepNorm, a smaller encoder, RMSNorm, SwiGLU": {
+        "retro_deepnorm": True,
+        "retro_encoder_hidden_size": 24,
+        "retro_encoder_num_attention_heads": 2,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "retro_attention_gate": 0.5,
+    },
     "half-open gate": {"retro_attention_gate": 0.5},
 }
 
