@@ -270,14 +270,14 @@ class RetroConfig(TransformerConfig):
         self.output_layer_init_method = self.init_method
 
     def _validate_retrieval(self) -> None:
-        for field in (
+        for name in (
             "retro_chunk_length",
             "retro_num_neighbors",
             "retro_num_retrieved_chunks",
             "retro_encoder_num_layers",
         ):
-            if getattr(self, field) < 1:
-                raise ConfigurationError(field, f"{getattr(self, field)}", "It must be at least 1")
+            if getattr(self, name) < 1:
+                raise ConfigurationError(name, f"{getattr(self, name)}", "It must be at least 1")
         retrieved_length = self.retro_num_retrieved_chunks * self.retro_chunk_length
         if self.retro_retrieved_length not in (None, retrieved_length):
             raise ConfigurationError(
@@ -287,15 +287,13 @@ class RetroConfig(TransformerConfig):
                 "leave it out",
             )
         self.retro_retrieved_length = retrieved_length
-        for field, choices in {
+        for name, choices in {
             "retro_chunk_alignment": ("left", "right"),
             "retro_encoder_residual": ("raw", "normed"),
             "retro_cross_attention_positions": ("none", "rotary"),
         }.items():
-            if getattr(self, field) not in choices:
-                raise ConfigurationError(
-                    field, f"{getattr(self, field)!r}", f"Use one of {choices}"
-                )
+            if getattr(self, name) not in choices:
+                raise ConfigurationError(name, f"{getattr(self, name)!r}", f"Use one of {choices}")
 
     def _validate_decoder_layers(self) -> None:
         layers = self.retro_layer_numbers

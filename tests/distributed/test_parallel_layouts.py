@@ -30,6 +30,7 @@ ROPE = {
 }
 TIED = {"share_embeddings_and_output_weights": True}
 NARROW = {"retro_encoder_hidden_size": 24, "retro_encoder_num_attention_heads": 2}
+DEEP = {"retro_deepnorm": True, "retro_mup_base_hidden_size": 16, **TIED}
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 
 TWO_RANKS = {
@@ -59,6 +60,16 @@ TWO_RANKS = {
     ),
     "PP2 of 2, full recomputation": Layout(
         pipeline=2, virtual=2, fields={**FULL, "recompute_method": "uniform"}
+    ),
+    "TP2+SP, DeepNorm": Layout(tensor=2, sequence=True, fields=DEEP),
+    "PP2, DeepNorm": Layout(pipeline=2, fields=DEEP),
+    "PP2 of 2, DeepNorm, full recomputation": Layout(
+        pipeline=2, virtual=2, fields={**DEEP, **FULL, "recompute_method": "uniform"}
+    ),
+    "TP2+SP, norms and MLPs recomputed": Layout(
+        tensor=2,
+        sequence=True,
+        fields={"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]},
     ),
     "TP2, selective recomputation": Layout(tensor=2, fields={"recompute_granularity": "selective"}),
     "TP2+SP, full recomputation": Layout(
@@ -128,7 +139,7 @@ def check_equal_to_one_process(world_size: int, name: str, layout: Layout) -> No
         for copy in run.embedding_copies:
             assert torch.equal(copy, runs[0].embedding_copies[0])
     torch.testing.assert_close(
-        runs[0].embedding_copies[0], serial.embedding_copies[0], atol=2e-5, rtol=0
+        runs[0].embedding_copies[0], serial.embedding_copies[0], atol=5e-5, rtol=0
     )
 
 

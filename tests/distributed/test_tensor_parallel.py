@@ -20,6 +20,15 @@ VARIANTS = {
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
     },
+    "DeepNorm, muP": {
+        "retro_deepnorm": True,
+        "retro_mup_base_hidden_size": 16,
+        "retro_encoder_hidden_size": 24,
+        "retro_encoder_num_attention_heads": 2,
+        "num_query_groups": 2,
+        "share_embeddings_and_output_weights": True,
+    },
+    "muP": {"retro_mup_base_hidden_size": 16},
     "right-aligned": {"retro_chunk_alignment": "right"},
 }
 

@@ -131,3 +131,18 @@ def test_a_foreign_layer_spec_is_refused(megatron):
 def test_learned_positions_must_cover_a_neighbor(megatron):
     with pytest.raises(ConfigurationError, match="max_sequence_length"):
         build_model(retro_num_retrieved_chunks=9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"retro_mup_base_hidden_size": 0}, "retro_mup_base_hidden_size"),
+        ({"retro_mup_base_kv_channels": 8}, "retro_mup_base_kv_channels"),
+        ({"retro_mup_base_hidden_size": 16, "softmax_scale": 0.1}, "softmax_scale"),
+        ({"retro_deepnorm": True, "init_method": print}, "init_method"),
+    ],
+)
+def test_deepnorm_and_mup_refuse_what_they_set_themselves(megatron, overrides, field):
+    with pytest.raises(ConfigurationError) as caught:
+        make_config(**overrides)
+    assert caught.value.subject == field
