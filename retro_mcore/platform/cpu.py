@@ -126,13 +126,13 @@ def _silence_gpu_advice() -> None:
 
 
 def _patch_cuda_queries() -> None:
-    def nothing(*args: object, **kwargs: object) -> None:
-        return None
-
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
-    cuda.synchronize = cuda.set_device = cuda.empty_cache = nothing
-    cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
+    # A function of its own under each name: torch.compile sorts torch.cuda's names by object.
+    for name in ("synchronize", "set_device", "empty_cache"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, lambda device=None: _NoStream())
     cuda.stream = lambda stream: nullcontext()
     cuda.Stream = cuda.Event = _NoStream
 

@@ -101,3 +101,9 @@ def test_full_recomputation_draws_the_same_dropout(megatron):
     output = checkpoint(lambda x: torch.nn.functional.dropout(x, 0.5), False, states)
     output.sum().backward()
     assert torch.equal(states.grad, output.detach())
+
+
+def test_no_two_names_of_torch_cuda_share_a_function(megatron):
+    """torch.compile, which megatron's fused functions use, refuses that."""
+    names = ("synchronize", "set_device", "empty_cache", "current_stream", "default_stream")
+    assert len({getattr(torch.cuda, name) for name in names}) == len(names)
