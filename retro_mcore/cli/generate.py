@@ -131,10 +131,6 @@ def _generate(
 ) -> list[GeneratedText]:
     from retro_mcore.inference.generation import generate
 
-    given = {
-        i: prompt.neighbors for i, prompt in enumerate(prompts) if prompt.neighbors is not None
-    }
-    own = loaded.given(given) if given else None
     return generate(
         loaded.model,
         loaded.tokenizer,
@@ -144,7 +140,10 @@ def _generate(
         stop_tokens=options.stop_token_ids or (),
         stop_strings=options.stop or (),
         sampling=sampling,
-        neighbors=[own if i in given else loaded.search for i in range(len(prompts))],
+        neighbors=[
+            loaded.search if prompt.neighbors is None else loaded.given(prompt.neighbors)
+            for prompt in prompts
+        ],
         two_chunks=options.two_chunks,
         top_logprobs=options.logprobs,
         on_token=None if printer is None else printer.add,

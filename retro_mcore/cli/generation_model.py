@@ -12,7 +12,7 @@ from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import initialize, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.background import BackgroundRetrieval
-from retro_mcore.inference.neighbors import GivenNeighbors, neighbors_from_texts
+from retro_mcore.inference.neighbors import SameNeighbors, neighbors_from_texts
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project import ProjectConfig, ProjectPaths
@@ -79,20 +79,18 @@ class GenerationModel:
         bos = self.tokenizer.bos
         return [[self.tokenizer.eod if bos is None else bos, *ids] for ids in tokens]
 
-    def given(self, texts: dict[int, Sequence[str]]) -> GivenNeighbors:
-        """The user's own neighbors, by the number of the prompt.
+    def given(self, texts: Sequence[str]) -> SameNeighbors:
+        """The user's own neighbors, for every chunk.
 
         Raises:
             ConfigurationError: more than the model reads, or the model reads none.
         """
         if self.arguments.no_retrieval:
-            raise ConfigurationError("neighbors", "the model was trained without retrieval", "")
+            raise ConfigurationError(
+                "neighbors", "the model was trained without retrieval", "Leave them out"
+            )
         sizes = (self.arguments.retro_num_neighbors, self.retrieved_length)
-        neighbors = {
-            number: neighbors_from_texts(own, self.tokenizer, *sizes)
-            for number, own in texts.items()
-        }
-        return GivenNeighbors(neighbors, *sizes, self.tokenizer.eod, for_all_chunks=True)
+        return SameNeighbors(neighbors_from_texts(texts, self.tokenizer, *sizes))
 
     @property
     def retrieved_length(self) -> int:

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate_perplexity": "perplexity, bits per byte and leakage, by kind of neighbors",
     "evaluate_qa": "answers to a test file's questions, scored",
     "generate": "text with live retrieval",
+    "serve": "text with live retrieval over HTTP",
 }
 
 

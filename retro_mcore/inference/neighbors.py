@@ -114,7 +114,6 @@ class GivenNeighbors:
         num_neighbors: K of the model.
         retrieved_length: R of the model.
         pad_id: The token in the place of a missing neighbor, which is masked.
-        for_all_chunks: Every chunk of a prompt that is named gets its first neighbors.
 
     Raises:
         ShapeError: K or R of the neighbors are not the model's.
@@ -126,7 +125,6 @@ class GivenNeighbors:
         num_neighbors: int,
         retrieved_length: int,
         pad_id: int,
-        for_all_chunks: bool = False,
     ) -> None:
         for prompt, given in neighbors.items():
             if given.tokens.shape[1:] != (num_neighbors, retrieved_length):
@@ -137,7 +135,7 @@ class GivenNeighbors:
                 )
         self._neighbors = dict(neighbors)
         self._shape_KR = (num_neighbors, retrieved_length)
-        self._pad_id, self._for_all_chunks = pad_id, for_all_chunks
+        self._pad_id = pad_id
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
         """The given neighbors; all masked where none were given."""
@@ -145,10 +143,24 @@ class GivenNeighbors:
         tokens, mask = np.full(shape_NKR, self._pad_id, np.int64), np.ones(shape_NKR, bool)
         for row, (prompt, chunk, _) in enumerate(chunks):
             given = self._neighbors.get(prompt)
-            chunk = 0 if self._for_all_chunks else chunk
             if given is not None and chunk < len(given):
                 tokens[row], mask[row] = given.tokens[chunk], given.mask[chunk]
         return RetrievedNeighbors(tokens, mask)
+
+
+class SameNeighbors:
+    """The same neighbors for whatever chunk, as a `NeighborSource`.
+
+    Args:
+        neighbors: Of one chunk (N = 1).
+    """
+
+    def __init__(self, neighbors: RetrievedNeighbors) -> None:
+        self._neighbors = neighbors.chunk(0)
+
+    def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
+        """These neighbors, once for each chunk."""
+        return RetrievedNeighbors.join([self._neighbors] * len(chunks))
 
 
 def neighbors_from_texts(

@@ -8,34 +8,15 @@ import pytest
 
 from retro_mcore.cli.generate import GenerateOptions, Prompt, generate, main, read_prompt_file
 from retro_mcore.errors import ConfigurationError
+from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project, documents
 
 PROMPT = documents()[0][:120]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
-
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
-    pretrain_retro(
-        PretrainRetroOptions(
-            project_dir=str(built_project()),
-            save=folder,
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=2,
-            retro_decoder_layers=[2],
-            retro_encoder_num_layers=1,
-            position_embedding_type="rope",
-            init_method_std=0.2,
-            micro_batch_size=2,
-            lr=1e-3,
-            num_workers=0,
-            device="cpu",
-        )
-    )
-    return folder
+def checkpoints():
+    return small_checkpoint()
 
 
 @pytest.fixture

@@ -1,0 +1,166 @@
+"""The server's page: type a prompt, see the text grow with its neighbors beside it.
+
+One document that loads nothing; whatever comes from the server is put in as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 1rem auto; padding: 0 1rem }
+h1 { font-size: 1.4rem; } label { margin-right: 1rem; white-space: nowrap; }
+textarea { width: 100%; box-sizing: border-box; font: inherit; padding: .5rem; }
+input { font: inherit; width: 5rem; } input[type=checkbox] { width: auto; }
+#key { width: 12rem; } button { font: inherit; padding: .2rem 1rem; }
+form > p { margin: .5rem 0; }
+main { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1.5rem; }
+@media (max-width: 50rem) { main { grid-template-columns: minmax(0, 1fr); } }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+#text { background: var(--soft); padding: .6rem .8rem; border-radius: .3rem; min-height: 6rem; }
+#text .prompt { opacity: .65; }
+.chunk { border-top: 1px solid var(--line); padding: .4rem 0; }
+.query { font-size: .85rem; opacity: .7; }
+.neighbor { background: var(--soft); padding: .3rem .6rem; margin: .4rem 0; border-radius: .3rem;
+  font: 13px/1.5 ui-monospace, monospace; }
+.about { font: .8rem system-ui, sans-serif; opacity: .8; }
+.continuation { border-top: 1px dashed var(--line); }
+#status[data-error] { color: #c33; }
+"""
+
+_SCRIPT = """
+const $ = id => document.getElementById(id);
+let running = null;
+
+function add(parent, kind, text) {
+  const element = document.createElement("div");
+  element.className = kind;
+  element.textContent = text;
+  parent.append(element);
+  return element;
+}
+
+function showChunk(chunk) {
+  const section = add($("neighbors"), "chunk", "");
+  add(section, "query text", `chunk ${chunk.chunk}: ${chunk.text}`);
+  for (const neighbor of chunk.neighbors) {
+    const box = add(section, "neighbor", "");
+    const distance = "distance" in neighbor ? `, distance ${neighbor.distance.toFixed(4)}` : "";
+    add(box, "about", neighbor.source + distance);
+    add(box, "text", neighbor.text);
+    if (neighbor.continuation) add(box, "text continuation", neighbor.continuation);
+  }
+  if (!chunk.neighbors.length) add(section, "about", "no neighbors");
+}
+
+function status(text, isError) {
+  $("status").textContent = text;
+  $("status").toggleAttribute("data-error", Boolean(isError));
+}
+
+function body() {
+  const value = {
+    prompt: $("prompt").value, stream: true,
+    max_tokens: Number($("max_tokens").value), temperature: Number($("temperature").value),
+    top_p: Number($("top_p").value), retrieve: $("retrieve").checked,
+    two_chunks: $("two_chunks").checked,
+  };
+  if ($("seed").value !== "") value.seed = Number($("seed").value);
+  const given = $("given").value.split("\\n").map(line => line.trim()).filter(Boolean);
+  if (given.length) value.neighbors = given;
+  return value;
+}
+
+function take(line, output) {
+  if (!line.startsWith("data: ") || line === "data: [DONE]") return;
+  const message = JSON.parse(line.slice(6));
+  if (message.error) throw new Error(message.error.message);
+  for (const choice of message.choices) {
+    output.append(choice.text);
+    for (const chunk of choice.neighbors || []) showChunk(chunk);
+    if (choice.finish_reason) status(`done (${choice.finish_reason})`);
+  }
+}
+
+async function generate() {
+  const headers = {"Content-Type": "application/json"};
+  if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
+  running = new AbortController();
+  $("go").textContent = "Stop";
+  status("…");
+  $("neighbors").replaceChildren();
+  const prompt = document.createElement("span");
+  prompt.className = "prompt";
+  prompt.textContent = $("prompt").value;
+  const output = document.createElement("span");
+  $("text").replaceChildren(prompt, output);
+  try {
+    const response = await fetch("v1/completions",
+      {method: "POST", headers, body: JSON.stringify(body()), signal: running.signal});
+    if (!response.ok) throw new Error((await response.json()).error.message);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const {done, value} = await reader.read();
+      if (done) break;
+      const lines = (rest + value).split("\\n");
+      rest = lines.pop();
+      for (const line of lines) take(line, output);
+    }
+  } catch (error) {
+    status(error.name === "AbortError" ? "stopped" : error.message, error.name !== "AbortError");
+  } finally {
+    running = null;
+    $("go").textContent = "Continue the text";
+  }
+}
+
+$("form").addEventListener("submit", event => {
+  event.preventDefault();
+  if (running) running.abort(); else generate();
+});
+const asked = new URLSearchParams(location.hash.slice(1));
+for (const [name, value] of asked) if ($(name) && name !== "key") $(name).value = value;
+if (asked.has("prompt")) generate();
+"""
+
+_BODY = """
+<h1>retro-mcore</h1>
+<form id="form">
+<p><textarea id="prompt" rows="5" placeholder="A text to continue" required></textarea></p>
+<p>
+<label>new tokens <input id="max_tokens" type="number" value="64" min="1"></label>
+<label>temperature <input id="temperature" type="number" value="0.7" min="0" step="0.1"></label>
+<label>top p <input id="top_p" type="number" value="0.95" min="0" max="1" step="0.05"></label>
+<label>seed <input id="seed" type="number" min="0"></label>
+<label><input id="retrieve" type="checkbox" checked> retrieve</label>
+<label><input id="two_chunks" type="checkbox"> two chunks</label>
+<label>key <input id="key" type="password" autocomplete="off"></label>
+</p>
+<details><summary>Neighbors of your own</summary>
+<p><textarea id="given" rows="3" placeholder="One per line, instead of retrieved"></textarea></p>
+</details>
+<p><button id="go">Continue the text</button> <span id="status"></span></p>
+</form>
+<main><div><h2>Text</h2><div id="text" class="text"></div></div>
+<div><h2>Neighbors</h2><div id="neighbors"></div></div></main>
+"""
+
+
+def _hash(content: str) -> str:
+    return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+PAGE = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>retro-mcore</title>'
+    '<meta name="viewport" content="width=device-width">'
+    f"<style>{_STYLE}</style></head><body>{_BODY}<script>{_SCRIPT}</script></body></html>"
+)
+#: What the browser may do with the page: run this script, call this server, nothing else.
+PAGE_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{_hash(_STYLE)}'; "
+    f"script-src 'sha256-{_hash(_SCRIPT)}'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
