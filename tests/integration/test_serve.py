@@ -301,6 +301,7 @@ def test_a_client_that_goes_away_makes_room(server):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_text_beside_its_neighbors(server, expected):
     with browser() as page:
         page.open(f"http://127.0.0.1:{server.port}/")
@@ -328,6 +329,7 @@ def test_the_page_shows_the_text_beside_its_neighbors(server, expected):
         assert boxes[0] < boxes[1]
 
 
+@pytest.mark.slow
 def test_markup_in_a_prompt_stays_text(server):
     evil = "<img src=x onerror=document.title=1>"
     with browser() as page:
@@ -342,6 +344,7 @@ def test_markup_in_a_prompt_stays_text(server):
         assert page.evaluate("document.querySelector('#text').textContent").startswith(evil)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_server_cleanly():
     with running_server("--shutdown-seconds", "1", key=None) as server:
         connection = server.send("POST", "/v1/completions", {"prompt": "x", "max_tokens": 60})
