@@ -27,6 +27,7 @@ test: env ## run the tests
 	$(BIN)/python -m pytest -m "not slow and not parity and not gpu"
 
 test-slow: env ## run the tests that take longer: every parallel layout, the quickstart's chain
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/lm_eval.txt
 	$(BIN)/python -m pytest -m "slow and not parity and not gpu"
 
 test-parity: env ## compare live with megatron-core 0.15.3, installed into .parity

@@ -1,0 +1,151 @@
+"""Log-likelihoods of continuations, with neighbors of every chunk that is complete.
+
+Shapes: B texts, S their padded length, L chunks, K neighbors, R retrieved length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from tqdm import tqdm
+
+from retro_mcore.distributed import broadcast_object, get_rank, raise_together
+from retro_mcore.evaluation.loaded_model import LoadedModel
+from retro_mcore.evaluation.scoring import sum_over_model_ranks
+from retro_mcore.inference.neighbors import RetrievedNeighbors
+from retro_mcore.training.batch import position_ids
+
+#: Chunks whose neighbors are remembered: the options of a question share its chunks.
+_REMEMBERED = 10_000
+
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+class ContinuationScorer:
+    """Scores continuations in batches, divided over data parallel ranks.
+
+    Args:
+        loaded: The model; with a retriever each complete chunk gets its neighbors.
+        batch_size: Texts per forward pass.
+        max_length: Tokens that the model reads at once; longer contexts lose their beginning.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch_size: int, max_length: int | None = None) -> None:
+        self._loaded, self._batch_size = loaded, batch_size
+        self.max_length = max_length or loaded.window
+        self._known: dict[bytes, RetrievedNeighbors] = {}
+        self._device = next(loaded.model.parameters()).device
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[Pair], description: str) -> list[tuple[float, bool]]:
+        """For each context and continuation: the log-likelihood in nats, and whether it is greedy.
+
+        Args:
+            pairs: Tokens of context (at least one) and continuation.
+            description: Label of the progress bar.
+        """
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        size = self._batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        rank = parallel_state.get_data_parallel_rank()
+        mine = batches[rank :: parallel_state.get_data_parallel_world_size()]
+        results = np.zeros((2, len(pairs)))
+        for batch in tqdm(mine, desc=description, disable=get_rank() != 0):
+            results[:, batch] = self._score_batch([pairs[index] for index in batch])
+        likelihoods, greedy = sum_over_model_ranks(results)
+        return [(float(a), bool(b)) for a, b in zip(likelihoods, greedy, strict=True)]
+
+    def _score_batch(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """f64 [2, B]: log-likelihoods, and 1 where every token is the most likely."""
+        texts = [
+            [*context, *continuation][-self.max_length - 1 :] for context, continuation in pairs
+        ]
+        # A continuation longer than the window is scored as far as it is read.
+        counts = [min(len(pair[1]), len(text) - 1) for pair, text in zip(pairs, texts, strict=True)]
+        results = np.zeros((2, len(pairs)))
+        logits_BSV = self._logits([text[:-1] for text in texts])
+        for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
+            results[1, row] = 1
+            if not count:
+                continue
+            logits_NV = self._whole(logits_BSV[row, len(text) - 1 - count : len(text) - 1])
+            target_N = torch.tensor(text[-count:], device=self._device)
+            likelihoods_N = logits_NV.log_softmax(-1).gather(1, target_N[:, None])
+            results[0, row] = likelihoods_N.sum().item()
+            results[1, row] = bool((logits_NV.argmax(-1) == target_N).all())
+        return results
+
+    def _whole(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        """f64 logits over the tokenizer's vocabulary, without the embedding's padding."""
+        model = self._loaded.model
+        if model.parallel_output:
+            logits_NV = gather_from_tensor_model_parallel_region(
+                logits_NV.contiguous(), group=model.pg_collection.tp
+            )
+        return logits_NV[:, : self._loaded.tokenizer.vocab_size].double()
+
+    def _logits(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[B, S, this rank's V]; rows are padded on the right, where causality hides it."""
+        config = self._loaded.model.config
+        chunk_length = self._loaded.arguments.retro_chunk_length
+        longest = max(map(len, inputs))
+        if self._loaded.retriever is not None:  # whole chunks, so that every grid is alike
+            longest = -(-longest // chunk_length) * chunk_length
+        eod = self._loaded.tokenizer.eod
+        rows = [[*row, *[eod] * (longest - len(row))] for row in inputs]
+        tokens_BS = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        context: dict[str, Any] = {}
+        if self._loaded.retriever is not None and any(len(row) >= chunk_length for row in inputs):
+            context = self._context(inputs, longest // chunk_length, config.retro_num_neighbors)
+        return self._loaded.model(tokens_BS, position_ids(tokens_BS), None, **context)
+
+    def _context(
+        self, inputs: Sequence[Sequence[int]], num_chunks: int, num_neighbors: int
+    ) -> dict[str, torch.Tensor]:
+        """The model's context arguments."""
+        chunk_length = self._loaded.arguments.retro_chunk_length
+        chunks = [
+            [
+                np.asarray(row[start : start + chunk_length], np.int64)
+                for start in range(0, len(row) - chunk_length + 1, chunk_length)
+            ]
+            for row in inputs
+        ]
+        self._search([chunk for row in chunks for chunk in row])
+        shape = (len(inputs), num_chunks, num_neighbors, self._loaded.retrieved_length)
+        tokens_BLKR = np.full(shape, self._loaded.tokenizer.eod, np.int64)
+        mask_BLKR = np.ones(shape, bool)
+        for place, row in enumerate(chunks):
+            for number, chunk in enumerate(row):
+                found = self._known[chunk.tobytes()]
+                tokens_BLKR[place, number], mask_BLKR[place, number] = found.tokens, found.mask
+        tokens_R_BLK = torch.from_numpy(tokens_BLKR).flatten(0, 2).to(self._device)
+        return {
+            "context_input_ids": tokens_R_BLK,
+            "context_position_ids": position_ids(tokens_R_BLK),
+            "context_mask": torch.from_numpy(mask_BLKR).flatten(0, 2).to(self._device),
+        }
+
+    def _search(self, chunks: Sequence[np.ndarray]) -> None:
+        """Search what is not known yet, on the model's first rank."""
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+        new = {chunk.tobytes(): chunk for chunk in chunks if chunk.tobytes() not in self._known}
+        if not new:
+            return
+        group: dist.ProcessGroup | None = parallel_state.get_tensor_model_parallel_group()
+        found: object = None
+        with raise_together(group):
+            if get_rank(group) == 0:
+                assert self._loaded.retriever is not None
+                found = self._loaded.retriever.search_tokens([c.tolist() for c in new.values()])
+        found = broadcast_object(found, group)
+        assert isinstance(found, RetrievedNeighbors)
+        for place, key in enumerate(new):
+            self._known[key] = found.chunk(place)
