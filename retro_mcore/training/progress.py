@@ -251,7 +251,7 @@ class TrainingReporter:
             f"skipped {record['skipped_iterations']}" if "skipped_iterations" in record else "",
             f"zeros {step.num_zeros}" if step.num_zeros is not None else "",
             f"tokens/s {record['tokens_per_second']:.0f}",
-            f"TFLOP/s per device {record['tflops_per_device']:.2f}",
+            f"TFLOP/s per device {record['tflops_per_device']:.3g}",
             _utilisation(record.get("model_flops_utilisation")),
             f"left {timedelta(seconds=round(seconds_left))}",
         ]

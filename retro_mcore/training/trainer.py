@@ -13,6 +13,7 @@ from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.distributed import get_rank, raise_together
+from retro_mcore.model.pipeline import EmbeddingGroups
 from retro_mcore.training.batch import RetroBatch
 from retro_mcore.training.checkpoint_files import Retention
 from retro_mcore.training.checkpoint_saver import CheckpointSaver
@@ -288,6 +289,7 @@ def _training_parts(models: Sequence[GPTModel], plan: TrainingPlan) -> TrainingP
     groups = share_embeddings(models)
     if plan.options.freeze_decoder:
         freeze_decoder(models, plan)
+        groups = EmbeddingGroups()  # copies that are not trained have no gradients to sum
     if plan.freeze_retrieval:
         freeze_retrieval(models)
     # As Megatron: gradients of the first chunk alone are worth sending early.

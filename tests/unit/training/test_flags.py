@@ -1,0 +1,158 @@
+"""Flags: megatron's names and defaults, refusals by name, and the resolved flags for a next run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from retro_mcore.cli.command import parse_options
+from retro_mcore.cli.pretrain_retro import PretrainRetroOptions
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.training import megatron_flags
+from tests.unit.training.small import small_plan
+
+REQUIRED = (
+    "--project-dir p --num-layers 2 --hidden-size 8 --num-attention-heads 2 --micro-batch-size 1 "
+    "--lr 1e-3 "
+)
+
+
+def parse(flags):
+    return parse_options(PretrainRetroOptions, (REQUIRED + flags).split())
+
+
+@pytest.mark.usefixtures("megatron")
+def test_generated_flags_have_the_defaults_of_the_installed_megatron():
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    for flags, config, options in (
+        (megatron_flags.LAYER_FLAGS, TransformerConfig, megatron_flags.LayerFlags),
+        (
+            megatron_flags.DATA_PARALLEL_FLAGS,
+            DistributedDataParallelConfig,
+            megatron_flags.DataParallelFlags,
+        ),
+        (megatron_flags.OPTIMIZER_FLAGS, OptimizerConfig, megatron_flags.OptimizerFlags),
+    ):
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        generated = {field.name: field.default for field in dataclasses.fields(options)}
+        assert generated == {flag: defaults[name] for flag, name in flags.items()}
+
+
+def test_a_command_line_of_megatrons_is_read():
+    options = parse(
+        "--swiglu --normalization RMSNorm --disable-bias-linear --rotary-percent 0.5 "
+        "--group-query-attention --num-query-groups 2 --kv-channels 4 "
+        "--untie-embeddings-and-output-weights --init-method-std 0.01 "
+        "--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-fp8-wgrad "
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+        "--fp8-format hybrid --recompute-granularity selective --attention-backend flash "
+        "--exit-signal-handler --initial-loss-scale 65536 --decoupled-lr 1e-4"
+    )
+    assert options.overlap_param_gather
+    assert options.no_bias_swiglu_fusion
+    assert not options.fp8_wgrad
+    assert options.fp8_format == "hybrid"
+    assert options.exit_signal_handler
+    assert (options.initial_loss_scale, options.decoupled_lr) == (65536, 1e-4)
+    assert not parse("--no-exit-signal-handler").exit_signal_handler
+
+
+def test_generated_flags_take_only_what_megatron_takes(capsys):
+    with pytest.raises(SystemExit):
+        parse("--fp8-format e5m2")
+    assert "hybrid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"context_parallel_size": 2}, "--context-parallel-size: 2"),
+        ({"tp_comm_overlap": True}, "--tp-comm-overlap: given"),
+        ({"fp8_format": "hybrid"}, "--fp8-format: hybrid without --bf16"),
+        ({"overlap_param_gather": True}, "--overlap-param-gather: given without --use-dist"),
+        ({"swiglu": True, "squared_relu": True}, "--squared-relu: given together with --swiglu"),
+        ({"group_query_attention": True}, "--group-query-attention: given without"),
+        ({"recompute_modules": ["mlp"]}, "--recompute-modules: mlp, which has no effect"),
+        ({"lr_decay_style": "WSD"}, "--lr-decay-style: WSD without a decay"),
+        ({"lr_wsd_decay_iters": 2}, "--lr-wsd-decay-iters: given with --lr-decay-style linear"),
+        ({"lr_decay_iters": 2, "lr_decay_samples": 8}, "--lr-decay-iters: given together with"),
+        ({"lr_warmup_samples": 24}, "--lr-warmup-samples: 24"),
+        ({"lr_warmup_init": 1.0}, "--lr-warmup-init: 1.0"),
+        ({"start_weight_decay": 0.1}, "--weight-decay-incr-style: constant, with"),
+        ({"weight_decay_incr_style": "linear"}, "--start-weight-decay: None"),
+        ({"wandb_exp_name": "x"}, "--wandb-project: not given"),
+        ({"wandb_project": "x"}, "--wandb-exp-name: not given"),
+        ({"device_peak_tflops": 0.0}, "--device-peak-tflops: 0.0"),
+        ({"rampup_batch_size": [2, 2]}, "--rampup-batch-size: 2 2"),
+        ({"rampup_batch_size": [1, 2, 8]}, "--rampup-batch-size: 1 2 8"),
+        (
+            {"rampup_batch_size": [2, 2, 8], "train_iters": 2},
+            "--train-iters: given with --rampup-batch-size",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("megatron")
+def test_what_cannot_work_is_refused_by_name(flags, message):
+    with pytest.raises(ConfigurationError, match=message):
+        small_plan(**flags)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_fp8_without_transformer_engine_is_refused_by_name():
+    from retro_mcore.training.provider import build_config
+
+    plan = small_plan(fp8_format="hybrid", bf16=True)
+    with pytest.raises(ConfigurationError, match="--fp8-format: hybrid without Transformer Engine"):
+        build_config(plan.arguments, plan.options, plan.options)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_flags_reach_megatrons_configurations():
+    from megatron.core.activations import squared_relu
+
+    from retro_mcore.training.provider import build_config
+
+    plan = small_plan(
+        squared_relu=True,
+        init_method_xavier_uniform=True,
+        embedding_init_method_std=1.0,
+        rotary_interleaved=True,
+        fp32_residual_connection=True,
+        recompute_granularity="selective",
+        recompute_modules=["core_attn"],
+        attention_backend="fused",
+    )
+    config = build_config(plan.arguments, plan.options, plan.options)
+    assert config.activation_func is squared_relu
+    assert config.embedding_init_method_std == 1.0
+    assert config.rotary_interleaved
+    assert config.fp32_residual_connection
+    assert config.attention_backend.name == "fused"
+    assert config.recompute_modules == ["core_attn"]
+
+
+@pytest.mark.usefixtures("megatron")
+def test_the_resolved_flags_give_the_same_run_again(tmp_path):
+    first = small_plan(
+        save=str(tmp_path),
+        lr_warmup_fraction=0.5,
+        retro_decoder_layers=[2],
+        bf16=True,
+        exit_signal_handler=False,
+        rampup_batch_size=[2, 2, 8],
+    )
+    path = first.save_options()
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert saved["seq_length"] == 32
+    assert saved["adam_beta2"] == 0.999
+    assert saved["train_samples"] == first.train_samples
+    options = parse_options(PretrainRetroOptions, ["--config", str(path)])
+    assert not options.exit_signal_handler
+    again = small_plan(**dataclasses.asdict(options))
+    assert again.configuration() == first.configuration()
+    assert again.resolved_options() == first.resolved_options()

@@ -1,0 +1,97 @@
+"""What a run reports: operations, utilisation, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from retro_mcore.errors import MissingDependencyError
+from tests.unit.training.small import NO_DROPOUT, SEQUENCE_LENGTH, small_trainer, train
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+SHAPES = {
+    "plain": {},
+    "gated, grouped": {"swiglu": True, "num_query_groups": 2, "kv_channels": 16},
+    "gpt": {"no_retrieval": True},
+    "two cross-attentions": {"num_layers": 3, "retro_decoder_layers": [2, 3]},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_operations_are_those_that_pytorch_counts(shape):
+    from retro_mcore.training.flops import forward_flops_per_sample
+
+    trainer = small_trainer(**NO_DROPOUT, **SHAPES[shape])
+    (chunk,) = trainer._parts.chunks
+    batch = next(trainer._train_batches())
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        chunk.eval()(**batch.model_inputs(), labels=batch.labels)
+    counted = counter.get_total_flops() / len(batch.sample_ids)
+    arguments = trainer.plan.arguments
+    expected = forward_flops_per_sample(chunk.config, SEQUENCE_LENGTH, arguments.padded_vocab_size)
+    # Positions before the first chunk's end attend to no neighbors, and are left out there.
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+def test_utilisation_is_a_share_of_the_peak(tmp_path, capsys):
+    train(save=str(tmp_path), device_peak_tflops=1.0)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["model_flops_utilisation"] == pytest.approx(line["tflops_per_device"])
+    shown = capsys.readouterr().out
+    assert re.search(r"tokens/s \d+ \| TFLOP/s per device \S+ \| MFU \S+% \| left \d:\d\d", shown)
+
+
+def test_on_cpu_nobody_knows_the_peak(capsys):
+    train(train_iters=2)
+    assert "MFU" not in capsys.readouterr().out
+
+
+def test_tensorboard_holds_each_iteration_once_after_an_interruption(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator
+    flags = {"tensorboard_dir": str(tmp_path / "board"), "save": str(tmp_path / "model")}
+    train(exit_interval=4, **flags)
+    result = train(load=flags["save"], **flags)
+    board = accumulator(flags["tensorboard_dir"])
+    board.Reload()
+    scalars = board.Scalars("train/loss")
+    assert [point.step for point in scalars] == [1, 2, 3, 4, 5, 6]
+    assert scalars[-1].value == pytest.approx(result.train_losses[-1])
+    assert [point.step for point in board.Scalars("valid/loss")] == [3, 6]
+    assert {"train/learning_rate", "train/grad_norm", "speed/tokens_per_second"} <= set(
+        board.Tags()["scalars"]
+    )
+
+
+def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(train_iters=2, save=str(tmp_path), wandb_project="retro", wandb_exp_name="small")
+    (run,) = (tmp_path / "wandb").rglob("run-*.wandb")
+    content = run.read_bytes()
+    assert b"learning_rate" in content
+    assert b"retro_num_neighbors" in content  # the configuration
+
+
+@pytest.mark.parametrize(
+    ("library", "flags", "message"),
+    [
+        ("tensorboard", {"tensorboard_dir": "board"}, "--tensorboard-dir: tensorboard is not"),
+        ("wandb", {"wandb_project": "p", "wandb_exp_name": "e"}, "--wandb-project: wandb is not"),
+    ],
+)
+def test_a_missing_library_is_named_before_training(library, flags, message, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)  # what import finds of a missing one
+    with pytest.raises(MissingDependencyError, match=message):
+        train(**flags)
