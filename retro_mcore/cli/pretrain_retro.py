@@ -55,13 +55,21 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult:
 
 
 def _train(plan: TrainingPlan, device: torch.device) -> TrainingResult:
+    from retro_mcore.datasets.neighbor_noise import NeighborNoise
     from retro_mcore.datasets.retro_dataset import build_retro_datasets
     from retro_mcore.training.data import require_split
     from retro_mcore.training.trainer import Trainer
 
     options = plan.options
+    noise = NeighborNoise(
+        seed=plan.project.retro_gpt_seed,
+        drop_chunks=options.retro_drop_chunks,
+        drop_neighbors=options.retro_drop_neighbors,
+        replace_neighbors=options.retro_replace_neighbors,
+        replace_tokens=options.retro_replace_tokens,
+    )
     datasets = build_retro_datasets(
-        options.project_dir, options.retro_num_neighbors, options.retro_num_retrieved_chunks
+        options.project_dir, options.retro_num_neighbors, options.retro_num_retrieved_chunks, noise
     )
     with distributed.raise_together():
         train = require_split(datasets, "train", options.project_dir)

@@ -12,6 +12,7 @@ from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.neighbors import SavedNeighbors
 from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.datasets.neighbor_noise import NeighborNoise
 from retro_mcore.datasets.samples import GPTSamples, build_all_gpt_samples
 from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
@@ -31,6 +32,7 @@ class RetroDataset(Dataset):
         num_retrieved_chunks: Chunks per neighbor: itself and those that follow it.
         chunk_length: M.
         eod: Id that pads short chunks and stands for missing ones (which are masked).
+        noise: Random changes to the neighbors, for training.
 
     Raises:
         ConfigurationError: more neighbors are asked for than were saved.
@@ -44,6 +46,7 @@ class RetroDataset(Dataset):
     num_retrieved_chunks: int
     chunk_length: int
     eod: int
+    noise: NeighborNoise | None = None
 
     def __post_init__(self) -> None:
         for field, value in (
@@ -88,11 +91,16 @@ class RetroDataset(Dataset):
         first = index * self.chunks_per_sample
         rows = self.neighbors.rows(first, first + self.chunks_per_sample)
         ids = np.asarray(rows[:, : self.num_neighbors], np.int64)
+        text, dataset, documents = self.samples.read(index)
+        if self.noise is not None:
+            ids = self.noise.disturb_neighbors(index, ids, self.database, dataset, documents)
         chunks = self.database.retrieved_ids(ids, self.num_retrieved_chunks)
         tokens, mask = self.database.padded_tokens(chunks, self.chunk_length, self.eod)
+        if self.noise is not None:
+            tokens = self.noise.disturb_tokens(index, tokens, mask)
         shape = (*ids.shape, self.num_retrieved_chunks * self.chunk_length)
         return {
-            "text": self.samples.tokens(index),
+            "text": text,
             "neighbor_chunks": chunks,
             "neighbor_tokens": tokens.reshape(shape),
             "neighbor_mask": mask.reshape(shape),
@@ -100,7 +108,10 @@ class RetroDataset(Dataset):
 
 
 def build_retro_datasets(
-    project_dir: Path | str, num_neighbors: int = 2, num_retrieved_chunks: int = 2
+    project_dir: Path | str,
+    num_neighbors: int = 2,
+    num_retrieved_chunks: int = 2,
+    train_noise: NeighborNoise | None = None,
 ) -> dict[Split, RetroDataset | None]:
     """The datasets of a project's splits; None for a split without samples.
 
@@ -111,6 +122,7 @@ def build_retro_datasets(
         project_dir: A project directory, after query_neighbors.
         num_neighbors: K.
         num_retrieved_chunks: Chunks per neighbor, itself included.
+        train_noise: Random changes to the neighbors of the training samples alone.
 
     Raises:
         ProjectError: a stage has not run; names the command.
@@ -144,5 +156,6 @@ def build_retro_datasets(
                 num_retrieved_chunks,
                 config.retro_gpt_chunk_length,
                 tokenizer.eod,
+                train_noise if split == "train" and train_noise else None,
             )
     return datasets

@@ -13,6 +13,7 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.training.checkpoint_options import CheckpointOptions, ReproducibilityOptions
 from retro_mcore.training.logging_options import LoggingOptions
 from retro_mcore.training.megatron_flags import DataParallelFlags, flag_of
+from retro_mcore.training.noise_options import NeighborNoiseOptions
 from retro_mcore.training.optimizer_options import OptimizerOptions
 from retro_mcore.training.parallel_options import ParallelOptions, RecomputeOptions
 
@@ -186,6 +187,7 @@ class ExitOptions:
 class TrainingOptions(
     LoggingOptions,
     ExitOptions,
+    NeighborNoiseOptions,
     CheckpointOptions,
     ReproducibilityOptions,
     DataParallelFlags,
@@ -210,6 +212,7 @@ class TrainingOptions(
         self.check_recompute()
         self.check_schedule()
         self.check_logging()
+        self.check_neighbor_noise(self.no_retrieval)
         self._check_data_parallel()
         self._check_batches()
         for name in _POSITIVE:

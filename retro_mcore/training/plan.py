@@ -21,6 +21,7 @@ from retro_mcore.training.data import (
     project_flags,
     tokenizer_fingerprint,
 )
+from retro_mcore.training.noise_options import NeighborNoiseOptions
 from retro_mcore.training.options import ModelOptions, OptimizerOptions, TrainingOptions
 from retro_mcore.training.provider import ModelArguments, number_of_positions, padded_vocab_size
 from retro_mcore.training.schedule import ScheduleLengths, schedule_lengths
@@ -89,7 +90,9 @@ class TrainingPlan:
     def configuration(self) -> dict[str, Any]:
         """Everything that a run must share with the run that it resumes, by flag name."""
         trained = {
-            field.name: getattr(self.options, field.name) for field in fields(OptimizerOptions)
+            field.name: getattr(self.options, field.name)
+            for part in (OptimizerOptions, NeighborNoiseOptions)
+            for field in fields(part)
         }
         return {
             **asdict(self.arguments),

@@ -1,0 +1,33 @@
+"""Flags of the noise on neighbors; see `datasets/neighbor_noise.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.training.megatron_flags import flag_of
+
+
+@dataclass(kw_only=True)
+class NeighborNoiseOptions:
+    """Neighbors left out or changed at random, in training only, against leaning on retrieval."""
+
+    retro_drop_chunks: float = 0.0
+    """Share of chunks that lose all of their neighbors."""
+    retro_drop_neighbors: float = 0.0
+    """Share of neighbors that are left out."""
+    retro_replace_neighbors: float = 0.0
+    """Share of neighbors that become a random chunk of the database."""
+    retro_replace_tokens: float = 0.0
+    """Share of retrieved tokens that become another token of the sample's neighbors."""
+
+    def check_neighbor_noise(self, no_retrieval: bool) -> None:
+        """Refuse what is no probability, and noise without neighbors."""
+        for field in fields(NeighborNoiseOptions):
+            value = getattr(self, field.name)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigurationError(flag_of(field.name), f"{value}", "Choose from 0 to 1")
+            if value and no_retrieval:
+                raise ConfigurationError(
+                    flag_of(field.name), "given with --no-retrieval", "Leave one of them out"
+                )
