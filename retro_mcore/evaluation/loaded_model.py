@@ -45,6 +45,11 @@ class LoadedModel:
         """R."""
         return self.arguments.retro_num_retrieved_chunks * self.arguments.retro_chunk_length
 
+    def open_attention_gate(self) -> None:
+        """Let a model that was tuned with the gate at 0 read neighbors again, as in pretraining."""
+        config = self.model.config
+        config.retro_attention_gate = config.retro_attention_gate or 1.0
+
     @classmethod
     def load(
         cls,

@@ -60,7 +60,8 @@ class QuestionAnswerer:
         loaded: The model.
         examples: The test file's questions.
         options: How they are put.
-        neighbors: What the encoder is given.
+        neighbors: What the encoder is given. It is read also by a model that was tuned with the
+            attention gate at 0.
 
     Raises:
         ConfigurationError: the longest answer leaves no room for a prompt, or the model cannot
@@ -84,6 +85,8 @@ class QuestionAnswerer:
             raise ConfigurationError(
                 "--retro-neighbors", f"{neighbors}, but the model has no retrieval", "Use none"
             )
+        if neighbors != "none":
+            loaded.open_attention_gate()
         self._loaded, self._examples, self._options = loaded, examples, options
         self._neighbors = neighbors
         self._format = InstructionFormat(

@@ -143,6 +143,25 @@ def test_the_encoder_reads_the_passages_that_the_decoder_lacks(options, data, tm
     assert scores["passages"] > scores["none"] + 0.3, scores
 
 
+def test_the_encoder_of_a_model_tuned_with_gate_0_can_be_switched_on(options, tmp_path):
+    from retro_mcore.evaluation.loaded_model import LoadedModel
+    from retro_mcore.evaluation.question_answering import QAOptions, QuestionAnswerer
+
+    finetune_retro(options(save=str(tmp_path)))
+    loaded = LoadedModel.load(built_project(), tmp_path, retrieval=False, device="cpu")
+    tokens = torch.arange(64).unsqueeze(0)
+    neighbors = torch.arange(4 * 2 * 32).view(8, 32)
+
+    def logits():
+        return loaded.model(tokens, tokens, None, context_input_ids=neighbors)
+
+    alone = loaded.model(tokens, tokens, None)
+    QuestionAnswerer(loaded, [], QAOptions(max_new_tokens=8), "none")
+    assert torch.equal(logits(), alone)
+    QuestionAnswerer(loaded, [], QAOptions(max_new_tokens=8), "passages")
+    assert not torch.equal(logits(), alone)
+
+
 def test_a_blend_of_questions_and_packed_chats_learns(options):
     result = finetune_retro(
         options(
