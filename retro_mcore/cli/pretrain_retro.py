@@ -11,7 +11,9 @@ import torch
 
 from retro_mcore import distributed
 from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.dry_run import DryRun, dry_run
 from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
@@ -30,13 +32,24 @@ class PretrainRetroOptions(TrainingOptions):
     torchrun the model is trained by all processes; run again with --load, it resumes.
     """
 
+    dry_run: bool = False
+    """Print parameters, memory per GPU and FLOPs per token of this run, and stop. The project need
+    not exist yet; then --seq-length, --global-batch-size, --train-samples, --vocab-size say it."""
+    world_size: int | None = None
+    """Processes of the run: what --dry-run counts with; a run with another number is refused."""
+    vocab_size: int | None = None
+    """The tokenizer's vocabulary. Fixed by the project."""
 
-def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult:
-    """Train, or resume, or find that the training is already finished.
+
+def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
+    """Train, or resume, or find that the training is already finished; or try a run dry.
 
     Raises:
         RetroError: options, project, checkpoint and processes do not fit together.
     """
+    if options.dry_run:
+        setup_device("cpu")
+        return dry_run(options, options.world_size, options.vocab_size)
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
@@ -46,12 +59,23 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult:
     with distributed.raise_together():
         project = ProjectConfig.load(options.project_dir)
         tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
+        _check(options, tokenizer.vocab_size)
         plan = make_plan(options, project, tokenizer.vocab_size)
         result = finished_run(plan)
     if result is None:
         result = _train(plan, device)
     summarize("pretrain_retro", plan, result)
     return result
+
+
+def _check(options: PretrainRetroOptions, vocab_size: int) -> None:
+    """What the run itself fixes may be repeated as flags, and is refused if it differs."""
+    for flag, given, fixed in (
+        ("--vocab-size", options.vocab_size, vocab_size),
+        ("--world-size", options.world_size, distributed.get_world_size()),
+    ):
+        if given is not None and given != fixed:
+            raise ConfigurationError(flag, f"{given}, but it is {fixed}", "Leave the flag out")
 
 
 def _train(plan: TrainingPlan, device: torch.device) -> TrainingResult:

@@ -25,9 +25,12 @@ _SAME = (
     "apply_layernorm_1p",
     "swiglu",
     "openai_gelu",
+    "squared_relu",
     "position_embedding_type",
     "rotary_percent",
     "rotary_base",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
     "use_rope_scaling",
     "rope_scaling_factor",
     "max_position_embeddings",
@@ -48,6 +51,7 @@ _SAME = (
     "vocab_size",
     "padded_vocab_size",
     "tokenizer_type",
+    "retro_attention_gate",
     "retro_origin",
     "retro_decoder_layers",
     "no_retrieval",
@@ -74,9 +78,12 @@ DECODER_FLAGS = (
     "apply_layernorm_1p",
     "swiglu",
     "openai_gelu",
+    "squared_relu",
     "position_embedding_type",
     "rotary_percent",
     "rotary_base",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
     "use_rope_scaling",
     "rope_scaling_factor",
     "max_position_embeddings",
@@ -85,7 +92,7 @@ DECODER_FLAGS = (
     "add_qkv_bias",
     "qk_layernorm",
 )
-_ROTARY = ("rotary_percent", "rotary_base", "use_rope_scaling", "rope_scaling_factor")
+_ROTARY = tuple(name for name in DECODER_FLAGS if name.startswith(("rotary_", "rope_", "use_rope")))
 _LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.")
 
 

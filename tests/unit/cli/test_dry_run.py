@@ -1,0 +1,114 @@
+"""Every example, tried dry."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retro_mcore.cli.command import parse_options
+from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main, pretrain_retro
+from retro_mcore.errors import ConfigurationError
+from tests.unit.data.projects import built_project
+
+ROOT = Path(__file__).parents[3]
+EXAMPLES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("pretrain", "retrofit")
+    for path in (ROOT / "examples" / folder).glob("*.yaml")
+)
+#: Parameters as InstructRetro published them: GPT, and with retrieval.
+PUBLISHED = {
+    "843m": (823e6, 878e6),
+    "2b": (2.25e9, 2.5e9),
+    "8b": (8.5e9, 9.5e9),
+    "48b": (43e9, 48e9),
+}
+#: Learning rates, batch and steps of continued pretraining, likewise.
+CONTINUED = {
+    "843m": (2e-5, 2e-6, 128, 195_200),
+    "2b": (2e-5, 2e-6, 256, 97_600),
+    "8b": (1e-5, 1e-6, 512, 48_800),
+    "48b": (9e-6, 9e-7, 768, 32_500),
+}
+
+
+def options_of(example, *flags):
+    return parse_options(PretrainRetroOptions, ["--config", str(ROOT / example), *flags])
+
+
+def test_there_are_examples_of_every_size():
+    assert len(EXAMPLES) == 8
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_every_example_runs_dry(example, megatron):
+    run = pretrain_retro(options_of(example, "--dry-run"))
+    gpt, retro = PUBLISHED[example.stem]
+    count = run.parameters
+    assert count.total == pytest.approx(retro, rel=0.015)
+    assert count.total - count.retrieval == pytest.approx(gpt, rel=0.01)
+    assert 0 < run.memory.total < 80e9
+    # Six operations a parameter and token of the decoder, the embedding's lookup apart; and more.
+    assert run.flops_per_token > 6 * (gpt - 256_000 * run.plan.arguments.hidden_size)
+
+
+@pytest.mark.parametrize("size", CONTINUED)
+def test_continued_pretraining_is_the_published_one(size, megatron):
+    run = pretrain_retro(options_of(f"examples/retrofit/{size}.yaml", "--dry-run"))
+    options = run.plan.options
+    assert (options.lr, options.min_lr) == CONTINUED[size][:2]
+    assert (run.plan.global_batch_size, run.plan.train_iters) == CONTINUED[size][2:]
+    assert (options.adam_beta1, options.adam_beta2) == (0.9, 0.95)
+    assert run.plan.sequence_length == 4096
+
+
+def test_slurm_script_runs_dry():
+    script = ROOT / "examples" / "slurm" / "pretrain.sbatch"
+    run = subprocess.run(
+        ["bash", str(script), "examples/pretrain/843m.yaml", "--dry-run"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for row in ("877,518,848", "memory per GPU", "FLOPs per token"):
+        assert row in run.stdout
+
+
+def test_a_project_says_what_it_fixes(megatron, capsys):
+    flags = ["--project-dir", str(built_project()), "--num-layers", "6", "--hidden-size", "32",
+             "--num-attention-heads", "4", "--lr", "1e-3", "--micro-batch-size", "1"]  # fmt: skip
+    assert main([*flags, "--dry-run"]) == 0
+    assert "2 samples = 2 x 1 x 1; 128 tokens" in capsys.readouterr().out
+    assert main([*flags, "--dry-run", "--world-size", "2"]) == 0
+    assert "2 samples = 1 x 1 x 2" in capsys.readouterr().out
+    assert main([*flags, "--vocab-size", "7"]) == 2
+    assert "--vocab-size: 7, but it is" in capsys.readouterr().err
+    assert main([*flags, "--world-size", "8"]) == 2
+    assert "--world-size: 8, but it is 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--world-size", "6"], "--world-size: 6, and one copy of the model takes 4"),
+        (["--world-size", "12"], "--global-batch-size: 512 over 3 copies"),
+    ],
+)
+def test_layouts_that_do_not_divide_are_refused(megatron, flags, message):
+    with pytest.raises(ConfigurationError, match=message):
+        pretrain_retro(options_of("examples/pretrain/8b.yaml", "--dry-run", *flags))
+
+
+def test_without_a_project_its_flags_are_needed(megatron, tmp_path):
+    options = PretrainRetroOptions(
+        project_dir=str(tmp_path / "none"), num_layers=6, hidden_size=32, num_attention_heads=4,
+        lr=1e-3, micro_batch_size=1, dry_run=True,
+    )  # fmt: skip
+    with pytest.raises(ConfigurationError, match="--seq-length: not given"):
+        pretrain_retro(options)

@@ -1,0 +1,121 @@
+"""Counted parameters and memory against models that were built."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.processes import run_ranks
+from tests.unit.conversion.test_huggingface import arguments, tokens_of_test
+
+BASE = {
+    "num_layers": 6,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "retro_decoder_layers": [3, 5],
+}
+MODELS = {
+    "plain": {},
+    "learned positions": {"position_embedding_type": "learned_absolute"},
+    "llama": {
+        "num_query_groups": 2,
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "disable_bias_linear": True,
+        "untie_embeddings_and_output_weights": True,
+        "kv_channels": 16,
+    },
+    "qwen": {"disable_bias_linear": True, "add_qkv_bias": True, "qk_layernorm": True},
+    "GPT": {"no_retrieval": True},
+    "mcore-0.15": {"retro_origin": "mcore-0.15"},
+}
+LAYOUTS = {
+    "TP2": {"tensor_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "PP2 x VPP3": {
+        "pipeline_model_parallel_size": 2,
+        "num_virtual_stages_per_pipeline_rank": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_of_a_built_model(megatron, model):
+    from retro_mcore.training.estimate import count_parameters
+    from retro_mcore.training.options import ParallelOptions
+    from retro_mcore.training.provider import build_model
+
+    model_arguments = arguments(**{**BASE, **MODELS[model]})
+    built = build_model(model_arguments, ParallelOptions(device="cpu"))
+    counted = count_parameters(built.config, model_arguments)
+    assert counted.total == sum(parameter.numel() for parameter in built.parameters())
+    retrieval = ("neighbor_encoder", "cross_att")
+    of_retrieval = [
+        p.numel() for n, p in built.named_parameters() if any(r in n for r in retrieval)
+    ]
+    assert counted.retrieval == sum(of_retrieval)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_weights_of_every_rank(megatron):
+    ranks = run_ranks(2, weights_of_layouts)
+    for name in ranks[0]:  # which of them needs most depends on activations too
+        assert ranks[0][name][1] in [rank[name][0] for rank in ranks], name
+
+
+def weights_of_layouts():
+    """Bytes of this rank's weights, and the estimate of the largest rank's, by model and layout."""
+    from retro_mcore.training.estimate import estimate_memory
+    from tests.distributed.test_load_gpt import build
+
+    found = {}
+    for model, changes in MODELS.items():
+        for layout, sizes in LAYOUTS.items():
+            flags = {**BASE, **changes}
+            from retro_mcore.platform import setup_device
+
+            setup_device("cpu")
+            chunks = build(sizes, **flags)
+            numel = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+            estimate = estimate_memory(chunks[0].config, arguments(**flags), 1, 4, 1, False)
+            found[f"{model}, {layout}"] = (4 * numel, estimate.weights)
+    return found
+
+
+@pytest.mark.parametrize("model", ["plain", "llama", "GPT"])
+def test_activations_are_of_the_right_size(megatron, model):
+    """Within a factor of two of what a forward pass keeps, without dropout, in fp32."""
+    from retro_mcore.training.estimate import estimate_memory
+    from retro_mcore.training.options import ParallelOptions
+    from retro_mcore.training.provider import build_model
+
+    flags = {**BASE, "hidden_size": 64, **MODELS[model]}
+    model_arguments = replace(arguments(**flags), padded_vocab_size=128)
+    built = build_model(model_arguments, ParallelOptions(device="cpu")).train()
+    estimate = estimate_memory(built.config, model_arguments, 2, 1, 1, False)
+    kept = kept_bytes(built, model_arguments)
+    assert 0.5 < estimate.activations / kept < 2
+
+
+def kept_bytes(model, model_arguments) -> int:
+    tokens = tokens_of_test()
+    context = {}
+    if not model_arguments.no_retrieval:
+        rows = 2 * (tokens.size(1) // 8) * 2
+        context["context_input_ids"] = tokens[:1, :16].expand(rows, 16).contiguous()
+    storages = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, positions, None, labels=tokens, **context)
+    return sum(size for size, _ in storages.values())
