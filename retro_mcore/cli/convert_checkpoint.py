@@ -83,7 +83,7 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
     arguments = _model_arguments(flags, options.load)
     flags = {**flags, **arguments}
     size = options.target_tensor_parallel_size
-    check_origin(options.target, flags)
+    check_origin(options.target, flags, options.retro_origin is not None)
     dtype = next(iter(checkpoint.weights.values())).dtype
     flags |= {"bf16": str(dtype) == "torch.bfloat16", "fp16": str(dtype) == "torch.float16"}
     args = megatron_arguments(flags, size)

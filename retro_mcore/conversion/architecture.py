@@ -52,10 +52,6 @@ _SAME = (
     "padded_vocab_size",
     "tokenizer_type",
     "retro_attention_gate",
-    "retro_origin",
-    "retro_decoder_layers",
-    "no_retrieval",
-    "tokenizer_fingerprint",
     "seed",
     "bf16",
     "fp16",
@@ -91,7 +87,11 @@ DECODER_FLAGS = (
     "disable_bias_linear",
     "add_qkv_bias",
     "qk_layernorm",
+    "retro_deepnorm",
+    "retro_mup_base_hidden_size",
 )
+#: What changes a model's numbers, and only ours have.
+OURS_ALONE: Flags = {"retro_deepnorm": False, "retro_mup_base_hidden_size": None}
 _ROTARY = tuple(name for name in DECODER_FLAGS if name.startswith(("rotary_", "rope_", "use_rope")))
 _LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.")
 
@@ -99,7 +99,12 @@ _LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.")
 def flags_of_arguments(args: Namespace) -> Flags:
     """Flags from the arguments that Megatron (or we) saved in a checkpoint."""
     values = vars(args)
-    flags = {_RENAMED.get(name, name): value for name, value in values.items()}
+    if is_ours(args):
+        heads = {
+            "num_query_groups": values.get("num_query_groups") or values["num_attention_heads"]
+        }
+        return {**{name: value for name, value in values.items() if value is not None}, **heads}
+    flags: Flags = {_RENAMED.get(name, name): value for name, value in values.items()}
     flags = {name: flags[name] for name in _SAME if flags.get(name) is not None}
     if values.get("use_rotary_position_embeddings"):  # the flag before --position-embedding-type
         flags["position_embedding_type"] = "rope"
@@ -111,12 +116,15 @@ def flags_of_arguments(args: Namespace) -> Flags:
         flags["num_query_groups"] = groups or flags["num_attention_heads"]
     if "add_bias_linear" in values:
         flags["disable_bias_linear"] = not values["add_bias_linear"]
-    elif "disable_bias_linear" in values:
-        flags["disable_bias_linear"] = values["disable_bias_linear"]
     # Megatron's fused GELU, which it takes unless told otherwise, is the approximation.
     if values.get("bias_gelu_fusion") and not values.get("swiglu"):
         flags["openai_gelu"] = True
     return flags
+
+
+def is_ours(args: Namespace) -> bool:
+    """Whether our own trainer saved them."""
+    return "no_retrieval" in vars(args)
 
 
 def flags_of_weights(weights: Weights) -> Flags:
@@ -209,6 +217,6 @@ def check_decoder(found: Mapping[str, Any], wanted: Mapping[str, Any], source: o
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, float) or isinstance(other, float):
+    if None not in (one, other) and float in (type(one), type(other)):
         return math.isclose(float(one), float(other), rel_tol=1e-6)
     return one == other

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from retro_mcore.conversion.architecture import Flags, flags_of_arguments, flags_of_weights
+from retro_mcore.conversion.architecture import (
+    OURS_ALONE,
+    Flags,
+    flags_of_arguments,
+    flags_of_weights,
+    is_ours,
+)
 from retro_mcore.conversion.huggingface import is_huggingface, read_huggingface
 from retro_mcore.conversion.names import from_upstream_name, local_name
 from retro_mcore.conversion.torch_dist import is_torch_dist, read_torch_dist
@@ -66,7 +72,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     path = latest_directory(Path(directory))
     if is_huggingface(path):
         flags, weights = read_huggingface(path)
-        return Checkpoint(path, "huggingface", {**flags_of_weights(weights), **flags}, weights)
+        flags = {**OURS_ALONE, **flags_of_weights(weights), **flags}
+        return Checkpoint(path, "huggingface", flags, weights)
     if is_torch_dist(path):
         common, weights = read_torch_dist(path)
         older = False
@@ -80,10 +87,10 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             "Hugging Face model (config.json and *.safetensors)",
         )
     args = common.get("args") or Namespace()
-    ours = "no_retrieval" in vars(args)
+    ours = is_ours(args)
     if not older:
         weights = _our_names(weights)
-    flags = {**flags_of_arguments(args), **flags_of_weights(weights)}
+    flags = {**OURS_ALONE, **flags_of_arguments(args), **flags_of_weights(weights)}
     source: Source = "retro-mcore" if ours else "instructretro" if older else "megatron"
     if not ours and not flags["no_retrieval"]:
         flags["retro_origin"] = _origin(source, weights)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from retro_mcore.conversion.architecture import Flags
+from retro_mcore.conversion.architecture import OURS_ALONE, Flags
 from retro_mcore.conversion.checkpoint import TRACKER
 from retro_mcore.conversion.names import fused_name, to_legacy_name, to_upstream_name
 from retro_mcore.conversion.torch_dist import write_torch_dist
@@ -27,14 +27,35 @@ _ORIGINS = {
 _LAYER = re.compile(r"^((?:decoder|neighbor_encoder)\.layers\.\d+)\.cross_attention\.")
 
 
-def check_origin(target: Target, flags: Flags) -> None:
+def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
     """Refuse to write a model for an implementation that would compute something else with it.
+
+    Args:
+        target: The implementation's format.
+        flags: Of the model.
+        forced: Whether the user named the origin, and so knows.
 
     Raises:
         ConfigurationError: naming --retro-origin.
     """
-    if target == "retro-mcore" or flags["no_retrieval"]:
+    if target == "retro-mcore":
         return
+    for name, default in OURS_ALONE.items():
+        if flags.get(name, default) != default:
+            raise ConfigurationError(
+                f"--target {target}",
+                f"cannot say {name} {flags[name]}, without which the model computes something else",
+                "Keep it in retro-mcore's format",
+            )
+    if flags["no_retrieval"]:
+        return
+    if flags.get("retro_decoder_layers") is not None and not forced:
+        raise ConfigurationError(
+            f"--target {target}",
+            "has cross-attention in every third layer from 6 (9 above 15), and this model in "
+            f"{flags['retro_decoder_layers']}",
+            f"Keep it in retro-mcore's format, or give --retro-origin {_ORIGINS[target][0]}",
+        )
     origin = flags.get("retro_origin")
     if origin not in _ORIGINS[target]:
         raise ConfigurationError(
@@ -137,7 +158,7 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
     rotary = flags["position_embedding_type"] == "rope"
     rows = padded_vocabulary(flags, tensor_parallel_size)
     values: dict[str, Any] = {
-        name: value for name, value in flags.items() if name not in _OURS_ALONE
+        name: value for name, value in flags.items() if name not in _NOT_MEGATRONS
     }
     values |= {
         "group_query_attention": groups != heads,
@@ -160,4 +181,4 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
     return Namespace(**values)
 
 
-_OURS_ALONE = ("no_retrieval", "disable_bias_linear", "tokenizer_fingerprint", "retro_origin")
+_NOT_MEGATRONS = ("no_retrieval", "disable_bias_linear", "tokenizer_fingerprint", "retro_origin")

@@ -121,7 +121,8 @@ def test_ours_goes_through_every_format(megatron, tmp_path):
             target_tensor_parallel_size=2, retro_origin="legacy")  # fmt: skip
     result = convert(tmp_path / "1", tmp_path / "2", retro_origin="mcore-0.15")
     assert result.source == "instructretro"
-    convert(tmp_path / "2", tmp_path / "3", target="megatron")
+    origin = {"retro_origin": "mcore-0.15"}
+    convert(tmp_path / "2", tmp_path / "3", target="megatron", **origin)
     convert(tmp_path / "3", tmp_path / "4")
     found = state(built(tmp_path / "4")[0])
     assert found.keys() == wanted.keys()
@@ -245,8 +246,16 @@ def test_what_is_missing_is_told(megatron, tmp_path):
 
 
 def test_an_implementation_that_computes_otherwise_is_refused(megatron, tmp_path):
-    small_trainer(save=str(tmp_path / "ours"), train_iters=1).train()
-    with pytest.raises(ConfigurationError, match="--retro-origin"):
+    for name, flags, found in (
+        ("layers", {"retro_origin": "mcore-0.15"}, r"and this model in \[2\]"),
+        ("deepnorm", {"retro_deepnorm": True}, "cannot say retro_deepnorm True"),
+    ):
+        small_trainer(save=str(tmp_path / name), train_iters=1, **flags).train()
+        with pytest.raises(ConfigurationError, match=found):
+            convert(tmp_path / name, tmp_path / "theirs", target="megatron")
+    layers = {"num_layers": 6, "retro_decoder_layers": None}
+    small_trainer(save=str(tmp_path / "ours"), train_iters=1, **layers).train()
+    with pytest.raises(ConfigurationError, match="was trained as the paper describes"):
         convert(tmp_path / "ours", tmp_path / "theirs", target="megatron")
     with pytest.raises(ConfigurationError, match="load into any layout"):
         convert(tmp_path / "ours", tmp_path / "theirs", target_tensor_parallel_size=2)

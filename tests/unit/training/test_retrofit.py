@@ -67,6 +67,8 @@ def test_contradicting_flags_are_refused_before_training(megatron, tmp_path):
     make_llama(tmp_path)
     with pytest.raises(CheckpointError, match="--kv-channels is 16, expected 8"):
         trainer(tmp_path, kv_channels=16)
+    with pytest.raises(CheckpointError, match="--retro-deepnorm is True, expected False"):
+        trainer(tmp_path, retro_deepnorm=True)
 
 
 def test_our_own_gpt_and_our_own_retro(megatron, tmp_path):
@@ -76,5 +78,5 @@ def test_our_own_gpt_and_our_own_retro(megatron, tmp_path):
     start = small_trainer(load_gpt=gpt, save=retro, train_iters=1, **NO_DROPOUT)
     assert start._decoder.checkpoint.source == "retro-mcore"
     start.train()
-    with pytest.raises(CheckpointError, match="is a Retro model already"):
+    with pytest.raises(CheckpointError, match="is a Retro model already"):  # for --load
         small_trainer(load_gpt=retro, **NO_DROPOUT)
