@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.fusions import fused_layer_norm
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 
 from retro_mcore.errors import MissingDependencyError
+from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.platform.attention import SDPAttention
 from retro_mcore.platform.mlp import RecomputingMLP
 from retro_mcore.platform.norm import Norm
@@ -20,8 +22,14 @@ class LocalBackend(LocalSpecProvider):
     """Megatron's parallel linears, PyTorch's attention, a norm that knows sequence parallelism."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, **kwargs: Any) -> type:
-        """The norm; reads `config.normalization` itself."""
-        return Norm
+        """The norm: Apex's fused LayerNorm where Apex imports, on CUDA; else our own.
+
+        Args:
+            rms_norm: Whether it is for `normalization="RMSNorm"`, which Apex's is not.
+            for_qk: Whether it norms the heads of queries and keys.
+        """
+        apex = fused_layer_norm.HAVE_FUSED_LAYER_NORM and not is_cpu_in_use()
+        return Norm if rms_norm or not apex else fused_layer_norm.FusedLayerNorm
 
     def core_attention(self) -> type:
         """The core attention of self-attention."""
