@@ -1,0 +1,257 @@
+"""One stage of our data pipeline in a process of its own: `STAGE PROJECT`; JSON on stdout.
+
+Under torchrun, rank 0 speaks, and the seconds are those of its wall clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.data.bert_tokens import BertTokenCounter
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.embedders import Embedder, build_embedder
+from retro_mcore.data.neighbors import SavedNeighbors
+from retro_mcore.data.text import chunk_texts
+from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.datasets.retro_dataset import RetroDataset
+from retro_mcore.datasets.samples import build_all_gpt_samples
+from retro_mcore.distributed import get_rank, initialize
+from retro_mcore.platform import setup_device
+from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
+
+CANDIDATES, SAVED, NEIGHBORS = 200, 20, 2
+_BATCH = 4096
+
+
+class Clock:
+    """Wall and CPU seconds, children included, since it was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def read(self) -> dict[str, float]:
+        wall, cpu = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return {"seconds": wall, "cpu_seconds": cpu, "peak_mib": peak}
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return time.perf_counter(), sum(use.ru_utime + use.ru_stime for use in used)
+
+
+class NoEmbedder(Embedder):
+    """Takes no time, so that what is around it can be measured."""
+
+    name, dimension = "none", 1
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        return np.zeros((len(texts), 1), np.float32)
+
+
+class GivenIndex:
+    """Answers with candidates that were made before, in the order of the rows."""
+
+    d = 1
+
+    def __init__(self, candidates: np.ndarray, total: int) -> None:
+        self._candidates, self.ntotal, self._row = candidates, total, 0
+
+    def search(self, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next rows' candidates; distances that rise."""
+        rows = self._candidates[self._row : self._row + len(vectors), :count]
+        self._row += len(vectors)
+        return np.broadcast_to(np.arange(count, dtype=np.float32), rows.shape), rows
+
+
+def build(project: Path) -> dict[str, Any]:
+    """build_db."""
+    clock = Clock()
+    report = build_db(BuildDbOptions(str(project)))
+    chunks = sum(info.n_chunks + info.n_chunks_invalid for info in report.infos)
+    return {**clock.read(), "chunks": chunks}
+
+
+def bare(project: Path) -> dict[str, Any]:
+    """The library calls that no chunk database can do without: text of its tokens, BERT tokens."""
+    paths, config = ProjectPaths(project), ProjectConfig.load(project)
+    tokenizer = load_project_tokenizer(config, paths)
+    counter = BertTokenCounter(paths.root / str(config.retro_bert_vocab_file))
+    database, seconds = ChunkDatabase.open(project), 0.0
+    gpt, bert = tokenizer._tokenizer, counter._tokenizer  # type: ignore[attr-defined]
+    for start in range(0, len(database), _BATCH):
+        ids = range(start, min(start + _BATCH, len(database)))
+        tokens = [chunk.tolist() for chunk in database.tokens(ids)]
+        clock = Clock()
+        texts = gpt.decode_batch(tokens, skip_special_tokens=False)
+        counts = [len(row) for row in bert.encode_batch_fast(texts, add_special_tokens=False)]
+        seconds += clock.read()["cpu_seconds"]
+        assert counts == database.chunks[ids.start : ids.stop, 4].tolist()
+    return {"cpu_seconds": seconds, "chunks": len(database)}
+
+
+def embed(project: Path) -> dict[str, Any]:
+    """MiniLM on chunks spread over the database; vectors go to the file that is named."""
+    tokenizer = load_project_tokenizer(ProjectConfig.load(project), ProjectPaths(project))
+    database = ChunkDatabase.open(project)
+    ids = np.linspace(0, len(database) - 1, 512).astype(int)
+    texts = chunk_texts(tokenizer, database.tokens(ids))
+    embedder = build_embedder("minilm", device="cpu", pooling="mean")
+    embedder.embed(texts[:32])
+    clock = Clock()
+    vectors = embedder.embed(texts)
+    result = {**clock.read(), "chunks": len(texts)}
+    np.save(project / "embedded_by_us.npy", vectors)
+    (project / "embedded_texts.json").write_text(json.dumps(texts))
+    return result
+
+
+def index(project: Path) -> dict[str, Any]:
+    """build_index with the lexical embedder, and how many texts were embedded."""
+    counted = _count_embedded()
+    clock = Clock()
+    built = build_index(BuildIndexOptions(str(project), embedder="lexical"))
+    result: dict[str, Any] = clock.read()
+    chunks = len(ChunkDatabase.open(project))
+    found = {"index": built.choice.string, "recall_at_2": built.recall.at[2]}
+    settings = ProjectSettings.load(project)
+    rows = len(ChunkDatabase.open(project, "sampled"))
+    searched = {"index": settings.index_string, "sampled": rows}
+    breadth = {"nprobe": settings.nprobe or 1, "ef_search": settings.ef_search or 16}
+    (project / "searched_by_us.json").write_text(json.dumps({**searched, **breadth}))
+    return {**result, **found, "chunks": chunks, "embedded": counted[0]}
+
+
+def _count_embedded() -> list[int]:
+    from retro_mcore.data.lexical import LexicalEmbedder
+
+    counted, run = [0], LexicalEmbedder.embed
+
+    def embed_and_count(self: LexicalEmbedder, texts: Sequence[str]) -> np.ndarray:
+        counted[0] += len(texts)
+        return run(self, texts)
+
+    LexicalEmbedder.embed = embed_and_count  # type: ignore[method-assign]
+    return counted
+
+
+def query(project: Path) -> dict[str, Any]:
+    """query_neighbors with everything."""
+    clock = Clock()
+    result = query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=SAVED))
+    return {**clock.read(), "chunks": sum(result.num_chunks.values())}
+
+
+def text(project: Path) -> dict[str, Any]:
+    """The texts of the training samples' chunks."""
+    samples, tokenizer, length = _samples(project)
+    clock, chunks = Clock(), 0
+    for i in range(len(samples)):
+        tokens = samples.tokens(i)[:-1].reshape(-1, length)
+        chunks += len(chunk_texts(tokenizer, tokens))
+    return {**clock.read(), "chunks": chunks}
+
+
+def _samples(project: Path) -> tuple[Any, Any, int]:
+    setup_device()
+    config, paths = ProjectConfig.load(project), ProjectPaths(project)
+    tokenizer = load_project_tokenizer(config, paths)
+    samples = build_all_gpt_samples(config, paths, tokenizer)["train"]
+    return samples, tokenizer, config.retro_gpt_chunk_length
+
+
+def fill(project: Path) -> dict[str, Any]:
+    """Neighbors of the training samples without embedding and search: text, filter, saving."""
+    from retro_mcore.data.querying import NeighborSearch, query_split
+
+    from retro_mcore.data.shards import cut
+
+    samples, tokenizer, length = _samples(project)
+    paths, config = ProjectPaths(project), ProjectConfig.load(project)
+    database, given = ChunkDatabase.open(project), np.load(project / "candidates.npy")
+    search = NeighborSearch(database, tokenizer, NoEmbedder(), length, CANDIDATES, SAVED)
+    config.retro_neighbor_dirs = {"train": "train_filled", "valid": None, "test": None}
+    shards = cut(paths.query / "train_filled", len(given), config.retro_block_size)
+    clock = Clock()
+    query_split(search, samples, GivenIndex(given, len(database)), shards, "", "fill")
+    config.save(project)
+    return {**clock.read(), "chunks": len(given)}
+
+
+def candidates(project: Path) -> dict[str, Any]:
+    """Candidates of every row for both sides, the first ones from the sample's own documents."""
+    samples, _, length = _samples(project)
+    database, random = ChunkDatabase.open(project), np.random.default_rng(0)
+    documents = database.chunks[:, 1].astype(np.int64)
+    rows = []
+    for i in range(len(samples)):
+        tokens, _, own = samples.read(i)
+        count = (len(tokens) - 1) // length
+        rows.append(random.integers(0, len(database), (count, CANDIDATES)))
+        first = np.searchsorted(documents, own[0])
+        rows[-1][:, :4] = np.minimum(first + np.arange(4), len(database) - 1)
+    np.save(project / "candidates.npy", np.concatenate(rows))
+    return {"chunks": len(samples) * count}
+
+
+def dataset(project: Path) -> dict[str, Any]:
+    """Random samples with their neighbors, and the GPT samples alone."""
+    setup_device()
+    found = _train_dataset(project)
+    order = np.random.default_rng(0).integers(0, len(found), 3000).tolist()
+    rates = {}
+    for name, read in (("gpt", found.samples.tokens), ("retro", found.__getitem__)):
+        for i in order[:50]:
+            read(i)
+        clock = Clock()
+        for i in order:
+            read(i)
+        rates[name] = len(order) / clock.read()["cpu_seconds"]
+    return rates
+
+
+def _train_dataset(project: Path) -> RetroDataset:
+    """The training split alone: the other ones have no neighbors after `fill`."""
+    samples, tokenizer, length = _samples(project)
+    name = ProjectConfig.load(project).retro_neighbor_dirs["train"]
+    saved = SavedNeighbors(ProjectPaths(project).query / str(name))
+    database = ChunkDatabase.open(project)
+    return RetroDataset(samples, saved, database, NEIGHBORS, 2, length, tokenizer.eod)
+
+
+STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    function.__name__: function
+    for function in (build, bare, embed, index, query, text, fill, candidates, dataset)
+}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing but the result on stdout."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def main(stage: str, project: str) -> None:
+    """Run a stage and print what it took."""
+    with quiet():
+        initialize()
+        result = STAGES[stage](Path(project))
+    if get_rank() == 0:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
