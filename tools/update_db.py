@@ -1,4 +1,4 @@
-"""Launcher: `torchrun tools/update_db.py --help`."""
+"""Launcher, for torchrun too: `python tools/update_db.py --help`."""
 
 import sys
 

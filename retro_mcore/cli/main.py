@@ -14,6 +14,7 @@ COMMANDS = {
     "build_index": "the Faiss index over the database's embeddings",
     "query_neighbors": "the neighbors of every training, validation and test chunk",
     "update_db": "more documents or another database to retrieve from, for the same samples",
+    "plan_scale": "chunks, disk, memory and hours of a database that is not built yet",
     "inspect_neighbors": "a page that shows samples, their neighbors and the overlap of both",
     "pretrain_retro": "train a Retro model",
     "convert_checkpoint": "checkpoints of Megatron's Retro and of GPT models into ours, and back",

@@ -1,0 +1,204 @@
+"""How much a retrieval database of a given size takes: arithmetic, without touching any data.
+
+Rates are per core, GPU or node, and a plan is only as good as they are; the default ones are
+published or measured, see docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+#: Faiss's guidelines for choosing an index, up to so many vectors; the last as published for Retro.
+_LISTS = ((10_000_000, 65_536), (100_000_000, 262_144), (1_000_000_000, 1_048_576))
+_MOST_LISTS = 4_194_304
+_LARGEST_FLAT = 50_000
+_LARGEST_PLAIN_LISTS = 1_000_000
+_LARGEST_UNCOMPRESSED = 20_000_000
+#: Bytes of a product quantizer's code, and dimensions that vectors are reduced to before it.
+_CODE_BYTES, _REDUCED = 64, 128
+#: Training vectors per list: 600M for 2^22 lists (InstructRetro).
+_TRAINING_PER_LIST = 143
+_ID_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be built.
+
+    Attributes:
+        tokens: Of the documents that are retrieved from.
+        training_tokens: Of the samples whose neighbors are searched.
+        chunk_length: M.
+        document_tokens: Mean length of a document; its last chunk is half full on average.
+        token_bytes: 2 for vocabularies below 65,500, else 4.
+        dimension: Of the embeddings.
+        neighbors_saved: Per chunk.
+    """
+
+    tokens: float
+    training_tokens: float
+    chunk_length: int = 64
+    document_tokens: float = 1150.0
+    token_bytes: int = 2
+    dimension: int = 1024
+    neighbors_saved: int = 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one core, GPU or node does in a second.
+
+    Attributes:
+        tokenized: Tokens per core.
+        chunked: Chunks per core: build_db.
+        embedded: Chunks per GPU (or core): build_index and query_neighbors.
+        added: Vectors per core: adding to the index.
+        queried: Chunks per node: searching.
+    """
+
+    tokenized: float = 500_000.0
+    chunked: float = 16_000.0
+    embedded: float = 1_728.0
+    added: float = 27_500.0
+    queried: float = 250.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine.
+
+    Attributes:
+        gpus: GPUs; 0: embedding is done by cores.
+        cores: Processor cores.
+        memory: Bytes.
+    """
+
+    gpus: int = 8
+    cores: int = 128
+    memory: float = 2e12
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+        name: Command, and step.
+        worker: What the hours are of: core, GPU or node.
+        hours: Hours of one worker.
+        nodes: Nodes that finish it in the time wanted.
+        ranks: Processes to start on them together.
+        disk: Bytes that it leaves on the disk.
+        memory: Bytes that one process needs for the data.
+    """
+
+    name: str
+    worker: str
+    hours: float
+    nodes: int
+    ranks: int
+    disk: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+    """A whole database.
+
+    Attributes:
+        chunks: Chunks of the database.
+        query_chunks: Chunks whose neighbors are searched.
+        index: Faiss factory string.
+        training_vectors: Vectors that the index is trained on.
+        index_bytes: The index, in memory or on the disk.
+        index_shares: Processes or nodes over which an index is split that one node cannot hold.
+        stages: In order.
+    """
+
+    chunks: int
+    query_chunks: int
+    index: str
+    training_vectors: int
+    index_bytes: float
+    index_shares: int
+    stages: list[StagePlan]
+
+    @property
+    def disk(self) -> float:
+        """Bytes on the disk in the end."""
+        return sum(stage.disk for stage in self.stages)
+
+
+def count_chunks(work: Workload) -> int:
+    """Chunks of the database: a document's last one is half full on average."""
+    return round(work.tokens / work.chunk_length + work.tokens / work.document_tokens / 2)
+
+
+def index_for(vectors: int, dimension: int) -> tuple[str, int, int]:
+    """A Faiss factory string for so many vectors, its lists, and bytes per vector."""
+    flat = 4 * dimension
+    if vectors <= _LARGEST_FLAT:
+        return "Flat", 0, flat
+    if vectors <= _LARGEST_PLAIN_LISTS:
+        lists = 2 ** round(math.log2(4 * math.sqrt(vectors)))
+        return f"IVF{lists},Flat", lists, flat + _ID_BYTES
+    lists = next((lists for most, lists in _LISTS if vectors <= most), _MOST_LISTS)
+    if vectors <= _LARGEST_UNCOMPRESSED:
+        return f"IVF{lists}_HNSW32,Flat", lists, flat + _ID_BYTES
+    reduce = f"OPQ{_CODE_BYTES}_{_REDUCED}"
+    return f"{reduce},IVF{lists}_HNSW32,PQ{_CODE_BYTES}", lists, _CODE_BYTES + _ID_BYTES
+
+
+def plan_scale(
+    work: Workload, rates: Rates | None = None, node: Node | None = None, hours: float = 24.0
+) -> ScalePlan:
+    """Disk, memory and time of every stage.
+
+    Args:
+        work: What is to be built.
+        rates: How fast the machines are.
+        node: What they have.
+        hours: How long a stage may take; decides the numbers of nodes and ranks.
+    """
+    rates, node = rates or Rates(), node or Node()
+    chunks = count_chunks(work)
+    queries = round(work.training_tokens / work.chunk_length)
+    documents = work.tokens / work.document_tokens
+    index, lists, vector_bytes = index_for(chunks, work.dimension)
+    training = min(chunks, _TRAINING_PER_LIST * lists)
+    index_bytes = float(vector_bytes) * chunks
+    embedders = node.gpus or node.cores
+    worker = "GPU" if node.gpus else "core"
+
+    def stage(
+        name: str, kind: str, amount: float, rate: float, disk: float, memory: float
+    ) -> StagePlan:
+        per_node = {"core": node.cores, "GPU": embedders, "node": 1}[kind]
+        taken = amount / rate / 3600
+        nodes = max(1, math.ceil(taken / per_node / hours))
+        ranks = min(nodes * per_node, max(1, math.ceil(taken / hours)))
+        return StagePlan(name, kind, taken, nodes, ranks, disk, memory)
+
+    vector = 4.0 * work.dimension
+    stages = [
+        stage(
+            "preprocess_corpus", "core", work.tokens, rates.tokenized,
+            work.tokens * work.token_bytes + 20 * documents, 2**30,
+        ),
+        stage(
+            "build_db", "core", chunks, rates.chunked,
+            chunks * (16 + 20) + 20 * training + documents * (16 + 24), 2**30,
+        ),
+        stage("build_index: embed", worker, chunks, rates.embedded, vector * chunks, 2**31),
+        # Published for the largest: under 4 hours of a node for 600M vectors.
+        stage("build_index: train", "node", training, 600e6 / (4 * 3600), 0, vector * training),
+        stage("build_index: add, merge", "core", chunks, rates.added, index_bytes, 2**31),
+        stage("query_neighbors: embed", worker, queries, rates.embedded, 0, 2**31),
+        stage(
+            "query_neighbors: search", "node", queries, rates.queried,
+            queries * work.neighbors_saved * (8 + 4), index_bytes,
+        ),
+    ]  # fmt: skip
+    shares = math.ceil(index_bytes / (0.8 * node.memory))
+    return ScalePlan(chunks, queries, index, training, index_bytes, shares, stages)

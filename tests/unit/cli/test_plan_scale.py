@@ -1,0 +1,48 @@
+"""The planning command."""
+
+import json
+
+import pytest
+
+from retro_mcore.cli.plan_scale import PlanScaleOptions, main, parse_count, plan_scale
+from retro_mcore.errors import ConfigurationError
+from tests.unit.data.projects import built_project
+
+
+def test_a_plan_is_shown_and_written(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert main(["--tokens", "1.2T", "--embedder-rate", "3456", "--json", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for expected in ("19,271,739,130", "OPQ64_128,IVF4194304_HNSW32,PQ64", "1,549.0 GPU-hours"):
+        assert expected in shown
+    written = json.loads(path.read_text())
+    assert written["rates"]["embedded"] == 3456
+    assert written["plan"]["disk"] == pytest.approx(88e12, rel=0.01)
+    assert [stage["name"].split(":")[0] for stage in written["plan"]["stages"]][:2] == [
+        "preprocess_corpus",
+        "build_db",
+    ]
+
+
+def test_rates_are_measured_on_a_projects_chunks(tmp_path):
+    path = tmp_path / "plan.json"
+    project = str(built_project())
+    given = {"project_dir": project, "device": "cpu", "json": str(path)}
+    assert plan_scale(PlanScaleOptions("1M", **given)).query_chunks == 1e6 / 16  # its chunk length
+    plan_scale(PlanScaleOptions("1B", measure=True, **given))
+    written = json.loads(path.read_text())
+    with pytest.raises(ConfigurationError, match="--measure: no --project-dir"):
+        plan_scale(PlanScaleOptions("1B", measure=True))
+    assert written["workload"]["dimension"] == 384  # MiniLM's
+    assert 0 < written["rates"]["embedded"] < written["rates"]["chunked"] < 1e6
+    assert written["rates"]["queried"] == 250
+
+
+def test_numbers_that_cannot_be_are_refused():
+    assert parse_count("--tokens", "1.5b") == 1.5e9
+    assert parse_count("--tokens", "250") == 250
+    for text in ("", "B", "-1B", "0", "1X", "inf", "nan"):
+        with pytest.raises(ConfigurationError, match="--tokens"):
+            parse_count("--tokens", text)
+    with pytest.raises(ConfigurationError, match=r"--hours: 0.*more than 0"):
+        plan_scale(PlanScaleOptions("1B", hours=0))
