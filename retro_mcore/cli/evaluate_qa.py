@@ -85,6 +85,9 @@ class EvaluateQaOptions:
     """Longest answer."""
     stop: list[str] = field(default_factory=list)
     """An answer ends before any of these texts."""
+    two_chunks: bool = False
+    """The prompt is the first chunk and the answer the second, whatever their lengths, as
+    InstructRetro's models were tuned."""
     temperature: float = 0.0
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
@@ -102,7 +105,9 @@ class EvaluateQaOptions:
     num_resamples: int = 1000
     """Resamples of the questions for the confidence intervals."""
     tensor_model_parallel_size: int = 1
-    """Ranks that share one model; the others answer other questions."""
+    """Ranks that share one layer."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share out the layers; further ranks answer other questions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: CUDA where there is one, else the CPU."""
 
@@ -232,6 +237,7 @@ def _generate(
             options.max_new_tokens,
             sampling,
             tuple(options.stop),
+            options.two_chunks,
         )
         checkpoint = find_checkpoint(str(options.load))
     loaded = LoadedModel.load(
@@ -239,6 +245,7 @@ def _generate(
         str(options.load),
         options.retro_neighbors == "live",
         options.tensor_model_parallel_size,
+        options.pipeline_model_parallel_size,
         options.device,
     )
     arms = [options.retro_neighbors, *(["none"] if options.ablate_retrieval else [])]
@@ -269,6 +276,7 @@ def _settings(
         "--passages": options.passages if _needs_passages(options) else None,
         "--load": str(checkpoint.absolute()),
         "--project-dir": str(Path(str(options.project_dir)).absolute()),
+        # Sums in another order may choose another token.
         "--tensor-model-parallel-size": options.tensor_model_parallel_size,
         "--retro-neighbors": neighbors,
         **{f"--{name.replace('_', '-')}": value for name, value in asdict(asked).items()},

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
@@ -24,9 +24,6 @@ from retro_mcore.distributed import get_rank, initialize
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.sampling import SamplingOptions
 from retro_mcore.platform import distributed_backend, setup_device
-
-if TYPE_CHECKING:
-    from retro_mcore.inference.neighbors import NeighborSource
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 
@@ -77,7 +74,7 @@ class RetroLM(TemplateLM):
         from retro_mcore.evaluation.loaded_model import LoadedModel
 
         self._loaded = LoadedModel.load(
-            project_dir, load, retro_neighbors == "live", tensor_model_parallel_size, device
+            project_dir, load, retro_neighbors == "live", tensor_model_parallel_size, device=device
         )
         if max_length is not None and not 1 <= max_length <= self._loaded.window:
             raise ConfigurationError(
@@ -153,8 +150,8 @@ class RetroLM(TemplateLM):
         return [answers[number] for number in range(len(requests))]
 
     def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
-        from retro_mcore.evaluation.question_answering import cut_at
         from retro_mcore.inference.generation import generate
+        from retro_mcore.inference.growing_text import new_text
 
         until = settings.get("until") or []
         longest = next((settings[n] for n in _LENGTHS if n in settings), self._max_gen_toks)
@@ -168,18 +165,11 @@ class RetroLM(TemplateLM):
             tokenizer,
             prompts,
             max_new_tokens=longest,
+            stop_strings=[until] if isinstance(until, str) else until,
             sampling=_sampling(settings, self._seed),
-            neighbors=self._neighbors,
+            neighbors=self._loaded.retriever,
         )
-        stop = [until] if isinstance(until, str) else until
-        return [
-            cut_at(tokenizer.detokenize(text.tokens)[len(tokenizer.detokenize(prompt)) :], stop)
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
-
-    @property
-    def _neighbors(self) -> NeighborSource | None:
-        return self._loaded.retriever
+        return [new_text(tokenizer, text) for text in texts]
 
 
 def _sampling(settings: dict[str, Any], seed: int) -> SamplingOptions:

@@ -24,7 +24,7 @@ class LoadedModel:
     """A model in evaluation mode, on its device.
 
     Attributes:
-        model: Of one pipeline stage.
+        model: This rank's part of it.
         arguments: What its checkpoint says of it.
         tokenizer: The project's.
         retriever: The project's live search; None unless it was asked for.
@@ -57,6 +57,7 @@ class LoadedModel:
         checkpoints: Path | str,
         retrieval: bool,
         tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> LoadedModel:
         """The latest checkpoint of a directory; all ranks call it, after `setup_device`.
@@ -65,7 +66,8 @@ class LoadedModel:
             project_dir: Its project: tokenizer, database and index.
             checkpoints: The directory.
             retrieval: Open the project's database and index for live retrieval.
-            tensor_model_parallel_size: Ranks that share one model.
+            tensor_model_parallel_size: Ranks that share one layer.
+            pipeline_model_parallel_size: Ranks that share out the layers.
             device: Where it runs.
 
         Raises:
@@ -75,7 +77,9 @@ class LoadedModel:
             project = ProjectConfig.load(project_dir)
             tokenizer = load_project_tokenizer(project, ProjectPaths(project_dir))
         layout = ParallelOptions(
-            device=device, tensor_model_parallel_size=tensor_model_parallel_size
+            device=device,
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
         )
         model, arguments = load_model_from_checkpoint(checkpoints, layout)
         with raise_together():

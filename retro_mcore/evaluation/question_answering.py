@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
-
 from retro_mcore.data.instruction import InstructionExample
 from retro_mcore.data.prompts import PromptFormat, write_prompt
 from retro_mcore.datasets.instruction import (
@@ -21,9 +19,9 @@ from retro_mcore.evaluation.bootstrap import Estimate, estimate_mean
 from retro_mcore.evaluation.loaded_model import LoadedModel
 from retro_mcore.evaluation.qa_metrics import score
 from retro_mcore.inference.generation import generate
-from retro_mcore.inference.neighbors import GivenNeighbors, NeighborSource, RetrievedNeighbors
+from retro_mcore.inference.growing_text import new_text
+from retro_mcore.inference.neighbors import NeighborSource, RetrievedNeighbors, SameNeighbors
 from retro_mcore.inference.sampling import SamplingOptions
-from retro_mcore.inference.texts import GeneratedText
 
 #: Where the encoder's neighbors come from while a question is answered: the project's index, the
 #: test file's passages, or nowhere (the attention gate at 0).
@@ -42,6 +40,8 @@ class QAOptions:
         max_new_tokens: Longest answer.
         sampling: How tokens are chosen; question i draws with seed + i.
         stop: An answer ends before any of these texts.
+        two_chunks: The prompt is the first chunk and the answer the second, whatever their lengths,
+            as InstructRetro's models were tuned; else chunks have the model's length.
     """
 
     prompt_format: PromptFormat = "reformat_prompt_retro"
@@ -51,6 +51,7 @@ class QAOptions:
     max_new_tokens: int = 64
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(temperature=0.0))
     stop: tuple[str, ...] = ()
+    two_chunks: bool = False
 
 
 class QuestionAnswerer:
@@ -117,14 +118,16 @@ class QuestionAnswerer:
             self._loaded.tokenizer,
             prompts,
             max_new_tokens=self._options.max_new_tokens,
+            stop_strings=self._options.stop,
             sampling=replace(sampling, seed=sampling.seed + places[0]),
-            neighbors=self._source(examples, prompts),
+            neighbors=[self._source(example) for example in examples],
+            two_chunks=self._options.two_chunks,
         )
         return [
             {
                 "id": place,
                 "question": question_of(example),
-                "pred": self._text(text),
+                "pred": new_text(self._loaded.tokenizer, text),
                 "answers": list(example.answers),
                 "finish_reason": text.finish_reason,
                 "prompt_tokens": text.prompt_length,
@@ -132,40 +135,15 @@ class QuestionAnswerer:
             for place, example, text in zip(places, examples, texts, strict=True)
         ]
 
-    def _text(self, text: GeneratedText) -> str:
-        tokenizer = self._loaded.tokenizer
-        prompt = tokenizer.detokenize(text.tokens[: text.prompt_length])
-        answer = tokenizer.detokenize(text.tokens)[len(prompt) :]
-        return cut_at(answer, self._options.stop)
-
-    def _source(
-        self, examples: Sequence[InstructionExample], prompts: Sequence[list[int]]
-    ) -> NeighborSource | None:
+    def _source(self, example: InstructionExample) -> NeighborSource | None:
         if self._neighbors == "none":
             return None
         if self._neighbors == "live":
             return self._loaded.retriever
-        return GivenNeighbors(
-            {
-                row: self._passages(example, prompt)
-                for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True))
-            },
-            self._loaded.arguments.retro_num_neighbors,
-            self._loaded.retrieved_length,
-            self._loaded.tokenizer.eod,
-        )
-
-    def _passages(self, example: InstructionExample, prompt: list[int]) -> RetrievedNeighbors:
-        """The question's passages, for every chunk of prompt and answer."""
-        length = len(prompt) + self._options.max_new_tokens
         tokens_KR, mask_KR = encode_passages(
             encoder_passages(example, self._format), self._format, self._loaded.tokenizer
         )
-        chunks = max(1, length // self._loaded.arguments.retro_chunk_length)
-        shape = (chunks, *tokens_KR.shape)
-        return RetrievedNeighbors(
-            np.broadcast_to(tokens_KR, shape).copy(), np.broadcast_to(mask_KR, shape).copy()
-        )
+        return SameNeighbors(RetrievedNeighbors(tokens_KR[None], mask_KR[None]))
 
 
 def question_of(example: InstructionExample) -> str:
@@ -173,11 +151,6 @@ def question_of(example: InstructionExample) -> str:
     if not example.turns:
         return example.question
     return next(turn.content for turn in reversed(example.turns) if turn.role == "user")
-
-
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop texts."""
-    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
 
 
 def score_all(

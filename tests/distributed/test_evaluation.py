@@ -46,12 +46,13 @@ def answer(project: str, checkpoints: str, folder: str, **layout):
     """The bytes of the predictions."""
     from retro_mcore.cli.evaluate_qa import EvaluateQaOptions, evaluate_qa
 
+    output = Path(folder, f"{'_'.join(layout)}_{get_world_size()}")
     evaluate_qa(
         EvaluateQaOptions(
             project_dir=project,
             load=checkpoints,
             sample_input_file=f"{folder}/nq/test.json",
-            output=f"{folder}/{len(layout)}_{get_world_size()}",
+            output=str(output),
             retro_neighbors="live",
             prompt_format="reformat_prompt_short",
             ft_neighbours=1,
@@ -61,16 +62,15 @@ def answer(project: str, checkpoints: str, folder: str, **layout):
             **layout,
         )
     )
-    path = Path(folder, f"{len(layout)}_{get_world_size()}", "predictions_live.jsonl")
-    return path.read_bytes()
+    return (output / "predictions_live.jsonl").read_bytes()
 
 
 def on_one_rank(project, checkpoints, folder):
     results = {name: evaluate(project, checkpoints, folder, **LAYOUTS[name]) for name in LAYOUTS}
     results["answers"] = answer(project, checkpoints, folder)
-    results["tensor parallel answers"] = answer(
-        project, checkpoints, folder, tensor_model_parallel_size=2
-    )
+    for parallel in ("tensor", "pipeline"):
+        flag = {f"{parallel}_model_parallel_size": 2}
+        results[f"{parallel} parallel answers"] = answer(project, checkpoints, folder, **flag)
     return results
 
 
@@ -103,3 +103,4 @@ def test_two_ranks_write_the_predictions_of_one(one_and_two):
     for rank in two:
         assert rank["answers"] == one[2]
         assert rank["tensor parallel answers"] == one[2]
+        assert rank["pipeline parallel answers"] == one[2]

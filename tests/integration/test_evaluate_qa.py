@@ -149,6 +149,20 @@ def test_passages_reach_the_encoder(options, tmp_path):
     assert [row["pred"] for row in with_passages] != [row["pred"] for row in without]
 
 
+def test_answers_end_before_a_stop_text_and_two_chunks_give_others(options, tmp_path):
+    evaluate_qa(options(num_gen=3))
+    whole = [row["pred"] for row in predictions(tmp_path, "none")]
+    stop = whole[0][2]
+    evaluate_qa(options(num_gen=3, stop=[stop], output=str(tmp_path / "stopped" / "output")))
+    stopped = [row["pred"] for row in predictions(tmp_path / "stopped", "none")]
+    assert stopped == [text.split(stop)[0] for text in whole]
+    given = {"retro_neighbors": "passages", "reuse_top": True, "num_gen": 3}
+    evaluate_qa(options(**given))
+    by_chunks = predictions(tmp_path, "passages")
+    evaluate_qa(options(**given, two_chunks=True, output=str(tmp_path / "two" / "output")))
+    assert predictions(tmp_path / "two", "passages") != by_chunks
+
+
 def test_given_predictions_are_scored_without_a_model(options, tmp_path, capsys):
     path = tmp_path / "answers.txt"
     path.write_text("".join(f" The {record['answers'][0]}.\n" for record in records()))
