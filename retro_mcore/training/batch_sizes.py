@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
-
 from retro_mcore.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Batch sizes over a run, as megatron's calculator ramps them up.
+    """Batch sizes over a run, as megatron's calculator ramped them up until 0.17 (0.19 ignores the
+    option).
 
     The batch of an iteration follows from the samples consumed before it, so that a resumed run
     goes on with the sizes of an uninterrupted one.
@@ -64,6 +63,14 @@ class BatchSizes:
             return [self.global_batch_size]
         return list(range(self.rampup[0], self.global_batch_size + 1, self.rampup[1]))
 
+    def after(self, consumed: int) -> int:
+        """Samples of the iteration that follows `consumed` ones."""
+        if self.rampup is None or self._is_past_ramp(consumed):
+            return self.global_batch_size
+        start, increment, samples = self.rampup
+        increments = (self.global_batch_size - start) // increment
+        return start + increment * int(consumed / (samples / increments))
+
     def iterations(self, samples: int) -> tuple[int, int]:
         """(whole iterations, samples they take) that `samples` suffice for."""
         done, consumed = self._ramp(max_samples=samples)
@@ -85,13 +92,9 @@ class BatchSizes:
         """(iterations, samples) of the ramp, as far as the limits let it go."""
         if self.rampup is None:
             return 0, 0
-        calculator = RampupBatchsizeNumMicroBatchesCalculator(
-            self.global_batch_size, 1, 1, False, -1, *self.rampup
-        )
         done = consumed = 0
         while not self._is_past_ramp(consumed):
-            calculator.update(consumed, consistency_check=False)
-            size = calculator.current_global_batch_size
+            size = self.after(consumed)
             if max_samples is not None and consumed + size > max_samples:
                 break
             if done == max_iterations:

@@ -122,7 +122,7 @@ def set_batch_sizes(sizes: BatchSizes, micro_batch_size: int) -> int:
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(
         distributed.get_rank(),
-        None if sizes.rampup is None else list(sizes.rampup),
+        None,  # the trainer asks BatchSizes
         sizes.global_batch_size,
         micro_batch_size,
         data_parallel_size,

@@ -217,7 +217,12 @@ def take_step(
 
 
 # What trains with --freeze-decoder: the encoder, cross-attention and the norm before it.
-_RETRIEVAL_PARTS = ("neighbor_encoder.", ".cross_attention.", ".pre_cross_attn_layernorm.")
+_RETRIEVAL_PARTS = (
+    "neighbor_encoder.",
+    ".cross_attention.",
+    ".pre_cross_attn_layernorm.",
+    ".cross_attn_bda.",  # DeepNorm's norm
+)
 
 
 def freeze_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.distributed import get_rank, raise_together
@@ -174,14 +174,14 @@ class Trainer:
     ) -> bool:
         """One iteration; returns whether any rank wants to stop after it."""
         parts, progress, plan = self._parts, self._progress, self.plan
-        num_microbatches_calculator.update_num_microbatches(progress.consumed_samples)
+        batch_size = plan.batch_sizes.after(progress.consumed_samples)
         for chunk in parts.chunks:
             chunk.zero_grad_buffer()
         parts.optimizer.zero_grad()
         reports = forward_backward(
             parts.chunks,
             batches,
-            num_microbatches_calculator.get_num_microbatches(),
+            self._valid_microbatches * batch_size // plan.global_batch_size,
             plan.sequence_length,
             plan.options.micro_batch_size,
             plan.with_retrieval,
@@ -202,7 +202,7 @@ class Trainer:
         lr, scale = learning_rate(parts.optimizer), loss_scale(parts.optimizer)
         refuse = partial(self._refuse_gradients, reports, iteration)
         updated, grad_norm, zeros = take_step(parts.optimizer, refuse)
-        samples = num_microbatches_calculator.get_current_global_batch_size()
+        samples = self.plan.batch_sizes.after(progress.consumed_samples)
         if updated:  # not after an overflow in fp16
             parts.scheduler.step(samples)
         progress.iteration = iteration

@@ -47,6 +47,13 @@ def test_resumed_equals_uninterrupted(tmp_path, distributed):
     assert torch.isfinite(torch.tensor(second.train_losses)).all()
 
 
+def test_the_norm_after_cross_attention_trains_with_a_frozen_decoder():
+    trainer = small_trainer(**MUP, freeze_decoder=True)
+    learning = {n for n, p in trainer._parts.chunks[0].module.named_parameters() if p.requires_grad}
+    assert "decoder.layers.1.cross_attn_bda.norm.weight" in learning
+    assert not any("mlp_bda" in name and name.startswith("decoder") for name in learning)
+
+
 def test_they_are_refused_without_retrieval():
     from retro_mcore.training.provider import build_config
 

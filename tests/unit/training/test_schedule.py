@@ -87,6 +87,8 @@ def test_batches_ramp_up_as_megatrons_calculator_says(rampup):
     from retro_mcore.training.batch_sizes import BatchSizes
 
     sizes = BatchSizes(4, rampup)
+    if not hasattr(calculator, "RampupBatchsizeNumMicroBatchesCalculator"):
+        pytest.skip("this release of megatron-core has no ramp")
     calculator.destroy_num_microbatches_calculator()
     calculator.init_num_microbatches_calculator(0, list(rampup), 4, 1, 1)
     consumed, reached = 0, []
