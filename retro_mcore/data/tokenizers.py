@@ -189,7 +189,7 @@ class HuggingFaceTokenizer(_FastTokenizer):
         super().__init__(path)
         import tokenizers
 
-        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        file = _tokenizer_json(Path(path))
         try:
             self._use(tokenizers.Tokenizer.from_file(str(file)))
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
@@ -237,6 +237,20 @@ def _plain(ids: Sequence[Sequence[int]]) -> list[list[int]]:
         row if type(row) is list and (not row or type(row[0]) is int) else list(map(int, row))
         for row in ids
     ]
+
+
+def _tokenizer_json(path: Path) -> Path:
+    """The file, or the one in a model's directory."""
+    file = path / "tokenizer.json"
+    if not path.is_dir() or file.is_file():
+        return file if path.is_dir() else path
+    mend = "Save the model's fast tokenizer there: save_pretrained makes a tokenizer.json"
+    if (path / "tokenizer.model").is_file():
+        mend = f"Use GPTSentencePieceTokenizer --tokenizer-model {path / 'tokenizer.model'}"
+    elif (path / "vocab.json").is_file():
+        files = f"--vocab-file {path / 'vocab.json'} --merge-file {path / 'merges.txt'}"
+        mend = f"Use GPT2BPETokenizer {files}"
+    raise TokenizerError(path, "has no tokenizer.json", mend)
 
 
 def _id_or_none(token_id: int) -> int | None:
