@@ -26,6 +26,7 @@ EXTRAS = {
     "gpu": ["faiss-gpu-cu12>=1.8", "transformer-engine[pytorch]>=2.0", *CORPUS, *EMBED],
     "corpus": CORPUS,
     "embed": EMBED,
+    "logging": ["tensorboard>=2.15", "wandb>=0.17"],
     "eval": ["rouge-score>=0.1.2", "scipy>=1.15"],
     "lm-eval": ["lm_eval>=0.4.9"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],

@@ -136,7 +136,7 @@ class Trainer:
                 reporter.message(str(self._decoder))
             self._loop(stop, reporter)
             self._report_saved(self._saver.finish(), reporter)
-            if not stop.wanted:
+            if result.stopped_by is None:  # else every second counts
                 with raise_together():
                     result.loss_curve = reporter.draw()
         result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
