@@ -106,6 +106,8 @@ def summarize(command: str, plan: TrainingPlan, result: TrainingResult) -> None:
     if result.reused:
         rows["reused"] = "this training is already finished"
     rows["iterations"] = f"{result.iteration} of {plan.train_iters}"
+    if result.stopped_by is not None:
+        rows["stopped by"] = f"{result.stopped_by}; run it again to go on"
     rows["samples"] = result.consumed_samples
     if result.num_parameters:
         rows["parameters"] = f"{result.num_parameters:,}"

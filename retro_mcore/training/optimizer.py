@@ -20,9 +20,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
-from torch import Tensor
 
-from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.initialization import SCALED_LEARNING_RATE, learning_rate_scale
 from retro_mcore.model.pipeline import (
@@ -214,45 +212,3 @@ def take_step(
     finally:
         del optimizer.get_grad_norm
     return updated, float(norm or 0.0), None if zeros is None else int(zeros)
-
-
-# What trains with --freeze-decoder: the encoder, cross-attention and the norm before it.
-_RETRIEVAL_PARTS = (
-    "neighbor_encoder.",
-    ".cross_attention.",
-    ".pre_cross_attn_layernorm.",
-    ".cross_attn_bda.",  # DeepNorm's norm
-)
-
-
-def freeze_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> None:
-    """Leave only the neighbor encoder, the cross-attentions and their norms to be trained.
-
-    Raises:
-        ConfigurationError: the model has no retrieval.
-    """
-    if plan.arguments.no_retrieval:
-        raise ConfigurationError(
-            "--freeze-decoder", "given together with --no-retrieval", "Choose one"
-        )
-    # Backward passes through stages and recomputed layers begin and end with hidden states, which
-    # must ask for gradients although no weight before them does.
-    asks = plan.options.pipeline_model_parallel_size > 1
-    asks = asks or plan.options.recompute_granularity == "full"
-    for model in models:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in f".{name}" for part in _RETRIEVAL_PARTS))
-        if asks and model.pre_process:
-            model.embedding.register_forward_hook(_ask_for_gradients)
-
-
-def freeze_retrieval(models: Sequence[GPTModel]) -> None:
-    """Leave the neighbor encoder, the cross-attentions and their norms as they are."""
-    for model in models:
-        for name, parameter in model.named_parameters():
-            if any(part in f".{name}" for part in _RETRIEVAL_PARTS):
-                parameter.requires_grad_(False)
-
-
-def _ask_for_gradients(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.requires_grad_()

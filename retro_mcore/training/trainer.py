@@ -20,6 +20,7 @@ from retro_mcore.training.checkpoint_saver import CheckpointSaver
 from retro_mcore.training.checkpoint_state import TrainingParts, TrainingProgress
 from retro_mcore.training.checkpointing import load_checkpoint, read_arguments
 from retro_mcore.training.data import MicroBatchSampler, NumberedSamples, Samples, read_batches
+from retro_mcore.training.freezing import freeze_decoder, freeze_retrieval
 from retro_mcore.training.initialize import (
     initialize_parallel,
     set_batch_sizes,
@@ -39,8 +40,6 @@ from retro_mcore.training.loss import (
 from retro_mcore.training.optimizer import (
     build_optimizer,
     build_scheduler,
-    freeze_decoder,
-    freeze_retrieval,
     gathered_weights,
     learning_rate,
     loss_scale,
@@ -100,7 +99,7 @@ class Trainer:
             checkpoint = checkpoint_to_resume(plan)
             if checkpoint is not None:
                 plan = plan.with_vocabulary_of(read_arguments(checkpoint))
-            self._valid_microbatches = set_batch_sizes(plan.batch_sizes, options.micro_batch_size)
+            self._num_microbatches = set_batch_sizes(plan.batch_sizes, options.micro_batch_size)
             set_seeds(plan.project.retro_gpt_seed)
             models = build_model_chunks(plan.arguments, options, options)
             check_sinks(options.tensorboard_dir, options.wandb_project)
@@ -174,26 +173,26 @@ class Trainer:
     ) -> bool:
         """One iteration; returns whether any rank wants to stop after it."""
         parts, progress, plan = self._parts, self._progress, self.plan
-        batch_size = plan.batch_sizes.after(progress.consumed_samples)
+        samples = plan.batch_sizes.after(progress.consumed_samples)
         for chunk in parts.chunks:
             chunk.zero_grad_buffer()
         parts.optimizer.zero_grad()
         reports = forward_backward(
             parts.chunks,
             batches,
-            self._valid_microbatches * batch_size // plan.global_batch_size,
+            self._num_microbatches * samples // plan.global_batch_size,
             plan.sequence_length,
             plan.options.micro_batch_size,
             plan.with_retrieval,
         )
         reduced = reduce_losses(reports, stop)
-        step = self._update(reports, reduced.loss)
+        step = self._update(reports, reduced.loss, samples)
         self._result.train_losses.append(step.loss)
         self._report_spike(step, reports, reporter)
         reporter.step(step)
         return reduced.stop > 0
 
-    def _update(self, reports: Sequence[LossReport], loss: float) -> StepReport:
+    def _update(self, reports: Sequence[LossReport], loss: float, samples: int) -> StepReport:
         """Take the optimizer's step, unless loss or gradients forbid it."""
         parts, progress, options = self._parts, self._progress, self.plan.options
         iteration = progress.iteration + 1
@@ -202,7 +201,6 @@ class Trainer:
         lr, scale = learning_rate(parts.optimizer), loss_scale(parts.optimizer)
         refuse = partial(self._refuse_gradients, reports, iteration)
         updated, grad_norm, zeros = take_step(parts.optimizer, refuse)
-        samples = self.plan.batch_sizes.after(progress.consumed_samples)
         if updated:  # not after an overflow in fp16
             parts.scheduler.step(samples)
         progress.iteration = iteration
@@ -245,7 +243,7 @@ class Trainer:
         sampler = self._sampler(0, project.retro_gpt_eval_iters * self.plan.global_batch_size)
         batches = read_batches(self._numbered(self._valid_samples), sampler, 0, self._device)
         with gathered_weights(self._parts.chunks):
-            loss_sum, num_tokens = total_loss(self._parts.chunks, batches, self._valid_microbatches)
+            loss_sum, num_tokens = total_loss(self._parts.chunks, batches, self._num_microbatches)
         loss = loss_sum / num_tokens
         self._result.valid_losses.append((iteration, loss))
         reporter.validation(iteration, loss, math.exp(min(loss, 80.0)))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from tests.processes import run_ranks
-from tests.unit.training.small import NO_DROPOUT, small_trainer, train
+from tests.unit.training.small import (
+    NO_DROPOUT,
+    TRAIN_SAMPLES,
+    VOCABULARY,
+    RandomSamples,
+    small_trainer,
+    train,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -47,7 +56,34 @@ def on_one_rank(folder):
     ramp = {"rampup_batch_size": [2, 2, 8], "micro_batch_size": 1}
     results["ramp"] = train(**MODEL, **ramp)
     losses = {name: result.train_losses for name, result in results.items()}
-    return losses, {name: frozen(f"{folder}/{name}", layout) for name, layout in FROZEN.items()}
+    freezing = {name: frozen(f"{folder}/{name}", layout) for name, layout in FROZEN.items()}
+    return losses, freezing, [poisoned(**MODEL), poisoned(**MODEL, pipeline_model_parallel_size=2)]
+
+
+class OnePoisonedSample(RandomSamples):
+    """Sample 6 alone holds a token that the others never use."""
+
+    def tokens(self, index):
+        tokens = super().tokens(index)
+        tokens[0] = VOCABULARY if index == 6 else tokens[0]
+        return tokens
+
+
+def poisoned(**layout):
+    """What stops a run whose second iteration meets a token with a weight that is no number."""
+    trainer = small_trainer(**layout, untie_embeddings_and_output_weights=True)
+    trainer._train_samples = OnePoisonedSample(TRAIN_SAMPLES)
+    for name, parameter in trainer._parts.chunks[0].named_parameters():
+        if name.endswith("word_embeddings.weight"):
+            with torch.no_grad():
+                parameter[VOCABULARY] = math.nan
+    from retro_mcore.training.loss import NonFiniteLossError
+
+    try:
+        trainer.train()
+    except NonFiniteLossError as error:
+        return str(error), trainer._progress.iteration
+    return None
 
 
 def frozen(folder, layout):
@@ -84,3 +120,13 @@ def test_a_frozen_decoder_stays_while_retrieval_trains(ranks, name):
         retrieval = [n for n in run["all"] if "cross_att" in n or n.startswith("neighbor_encoder")]
         assert run["changed"] == retrieval
         assert run["resumed"] == run["whole"][3:]
+
+
+@pytest.mark.parametrize("layout", [0, 1], ids=["data parallel", "pipeline"])
+def test_a_loss_that_is_no_number_stops_every_rank_and_names_the_samples(ranks, layout):
+    # Micro batches of two: their samples are suspect together.
+    expected = "iteration 2: the loss is nan on samples [6, 7]"
+    for _, _, stops in ranks:
+        message, iteration = stops[layout]
+        assert message.startswith(expected)
+        assert iteration == 1
