@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,6 +79,13 @@ def test_only_the_first_rank_searches_and_its_errors_reach_all(two_ranks, name):
         assert rank[name, "error"] == "index: gone. Build it"
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_first_rank_serves_and_the_others_follow(two_ranks, name):
+    _, (first, second) = two_ranks
+    assert first[name, "served"] == [text.tokens for text in first[name, "greedy"]]
+    assert second[name, "served"] is None  # and it came back
+
+
 def on_one_rank(weights):
     results = {}
     for name, layout in LAYOUTS.items():
@@ -87,11 +96,51 @@ def on_one_rank(weights):
         for use, options in USES.items():
             results[name, use] = write(model, source, **options)
         results[name, "searches"] = len(source.asked)
+        results[name, "served"] = serve(model)
         try:
             write(model, Broken(), temperature=0.0)
         except ProjectError as error:
             results[name, "error"] = str(error)
     return results
+
+
+def serve(model):
+    """The texts that a service writes, to clients one after another; None if it follows."""
+    from retro_mcore.inference.generation import GenerationRequest, StoppingOptions
+    from retro_mcore.inference.sampling import SamplingOptions
+    from retro_mcore.inference.service import GenerationService, Job, is_first_rank
+
+    service = GenerationService(model, Vocabulary(eod=90), max_batch_size=2)
+    if not is_first_rank(model):
+        return service.follow()
+    service.start()
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    jobs = [
+        Job(
+            GenerationRequest(
+                tokens=prompt,
+                sampling=SamplingOptions(temperature=0),
+                stopping=StoppingOptions(max_new_tokens=12),
+                neighbors=ChunkFunction(retrieved_length=2 * M),
+            ),
+            partial(note, ended, number),
+        )
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    texts = {}
+    for job in jobs:
+        service.submit([job])
+    while len(texts) < len(jobs):
+        number, event = ended.get(timeout=60)
+        assert event.error is None, event.error
+        texts[number] = event.text.tokens
+    service.close()
+    return [texts[number] for number in range(len(jobs))]
+
+
+def note(ended, number, event):
+    if event.token is None:
+        ended.put((number, event))
 
 
 class Broken:

@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rotary cross-attention": {"retro_cross_attention_positions": "rotary"},
     "narrow encoder": {"retro_encoder_hidden_size": 16, "retro_encoder_num_attention_heads": 2},
     "retro layers 1 to 3": {"retro_decoder_layers": [1, 2, 3]},
+    "deepnorm": {"retro_deepnorm": True},
+    "mup": {"retro_mup_base_hidden_size": 16},
     "half a gate": {"retro_attention_gate": 0.5},
     "scaled by layer": {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True},
 }
