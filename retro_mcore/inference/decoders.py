@@ -319,10 +319,10 @@ class FullRecomputation:
 
 
 @contextmanager
-def without_sequence_parallelism(model: torch.nn.Module) -> Iterator[None]:
+def without_sequence_parallelism(model: Any) -> Iterator[None]:
     """Run the model on whole sequences: a step of one token cannot be shared out over ranks."""
     changed: list[tuple[Any, str]] = []
-    for module in model.modules():
+    for module in model.modules() if model.config.sequence_parallel else ():
         for owner in (module, getattr(module, "config", None)):
             for name in (
                 "sequence_parallel",
