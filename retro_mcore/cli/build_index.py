@@ -38,6 +38,7 @@ from retro_mcore.distributed import (
     raise_together,
 )
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json_list
@@ -140,6 +141,7 @@ def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
         if options.embedder == LEXICAL_EMBEDDER and get_rank() == 0:
             _weigh_words(database, tokenizer, paths.lexical_weights, embed_fingerprint)
     with raise_together():
+        register_megatron_bert()
         embedder = build_embedder(
             options.embedder,
             options.embed_batch_size,

@@ -20,6 +20,7 @@ from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.distributed import get_rank, initialize
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
@@ -163,6 +164,7 @@ def measure_rates(options: PlanScaleOptions, project_dir: str) -> tuple[Rates, i
     start = time.process_time()
     tokenized = sum(map(len, tokenizer.tokenize_batch(texts))) / (time.process_time() - start)
     name = options.embedder or settings.embedder or "minilm"
+    register_megatron_bert()
     embedder = build_embedder(name, device=device, weights=paths.lexical_weights)
     texts = chunk_texts(tokenizer, database.tokens(ids[:: max(len(ids) // _MEASURED_CHUNKS, 1)]))
     embedder.embed(texts[:32])

@@ -21,6 +21,7 @@ from retro_mcore.datasets.samples import (
 )
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import (
     SPLITS,
@@ -132,6 +133,7 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         first_output = _first_output(config, paths) if other is None else paths.query / "none"
         fingerprint = check_stage(paths, f"{STAGE}{tag}", stage_options, inputs, first_output)
         device = setup_device(options.device)  # type: ignore[arg-type]
+        register_megatron_bert()
         embedder = load_project_embedder(
             settings, source, options.embed_batch_size, str(device), options.embed_fp16
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -151,23 +151,40 @@ class PooledEncoder(Embedder):
         """Compute in half precision."""
         self._model.half()
 
-    @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        vectors = np.empty((len(texts), self.dimension), np.float32)
-        # Long texts first: padding is small, and a batch too large for the memory fails at once.
-        order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
-            batch = self._tokenizer(
-                [texts[row] for row in rows],
-                padding=True,
-                truncation=True,
-                max_length=self._longest,
-                return_tensors="pt",
-            ).to(self._device)
-            hidden = self._model(**batch).last_hidden_state.float()  # [texts, tokens, D]
-            vectors[rows] = _pool(hidden, batch["attention_mask"], self._pooling).cpu().numpy()
-        return vectors
+        return embed_by_length(texts, self._batch_size, self.dimension, self._embed_batch)
+
+    @torch.inference_mode()
+    def _embed_batch(self, texts: list[str]) -> np.ndarray:
+        batch = self._tokenizer(
+            texts, padding=True, truncation=True, max_length=self._longest, return_tensors="pt"
+        ).to(self._device)
+        hidden = self._model(**batch).last_hidden_state.float()  # [texts, tokens, D]
+        return _pool(hidden, batch["attention_mask"], self._pooling).cpu().numpy()
+
+
+def embed_by_length(
+    texts: Sequence[str],
+    batch_size: int,
+    dimension: int,
+    embed: Callable[[list[str]], np.ndarray],
+) -> np.ndarray:
+    """Vectors of `texts`, f32 [n, dimension], from batches of texts of about one length.
+
+    Long texts first: padding is small, and a batch too large for the memory fails at once.
+
+    Args:
+        texts: Texts in any order.
+        batch_size: Texts per call of `embed`.
+        dimension: Length of a vector.
+        embed: Gives the vectors of a batch.
+    """
+    vectors = np.empty((len(texts), dimension), np.float32)
+    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        vectors[rows] = embed([texts[row] for row in rows])
+    return vectors
 
 
 def _pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
@@ -192,6 +209,27 @@ def _load_transformer(path: str, name: str) -> tuple[Any, Any]:
         raise _cannot_load(name, error) from error
 
 
+#: Kinds of models that other packages know how to run: whether a name is of the kind, and the
+#: embedder of (name, batch size, device, pooling).
+_others: list[
+    tuple[Callable[[str], bool], Callable[[str, int, str | None, Pooling | None], Embedder]]
+] = []
+
+
+def register_embedder(
+    is_of_kind: Callable[[str], bool],
+    build: Callable[[str, int, str | None, Pooling | None], Embedder],
+) -> None:
+    """Let `build_embedder` build embedders of a kind that this package doesn't know.
+
+    Args:
+        is_of_kind: Whether a name stands for such a model.
+        build: The embedder of a name, batch size, device and pooling; has `half()`.
+    """
+    if all(known is not is_of_kind for known, _ in _others):
+        _others.append((is_of_kind, build))
+
+
 def build_embedder(
     name: str = DEFAULT_EMBEDDER,
     batch_size: int = 16,
@@ -203,7 +241,7 @@ def build_embedder(
     """The embedder that `name` stands for.
 
     Args:
-        name: "lexical", "minilm", a model's folder or hub name.
+        name: "lexical", "minilm", a model's folder or hub name, or what is registered.
         batch_size: Texts per forward pass.
         device: "cpu", "cuda" …; None: CUDA where there is one.
         pooling: Of a Hugging Face encoder; None: as the model's own sentence-transformers
@@ -229,11 +267,17 @@ def build_embedder(
         return LexicalEmbedder.load(weights)
     if half and not str(device or "cuda").startswith("cuda"):
         raise ConfigurationError("--embed-fp16", "on the CPU", "Leave it out, or use a GPU")
-    embedder: SentenceEncoder | PooledEncoder
-    if pooling is None:
-        embedder = SentenceEncoder(name, batch_size, device)
+    embedder: Any
+    for is_of_kind, build in _others:
+        if is_of_kind(name):
+            embedder = build(name, batch_size, device, pooling)
+            break
     else:
-        embedder = PooledEncoder(name, pooling, batch_size, device)
+        embedder = (
+            SentenceEncoder(name, batch_size, device)
+            if pooling is None
+            else PooledEncoder(name, pooling, batch_size, device)
+        )
     if half:
         embedder.half()
     return embedder

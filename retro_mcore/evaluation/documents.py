@@ -25,6 +25,7 @@ from retro_mcore.datasets.splits import document_ranges
 from retro_mcore.distributed import get_rank, get_world_size, raise_together
 from retro_mcore.errors import ProjectError
 from retro_mcore.evaluation.scoring import sum_over_world
+from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.project.config import ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of, verify
@@ -197,6 +198,7 @@ def search_document_neighbors(
                     "search": [settings.embedder, settings.nprobe, settings.ef_search],
                 }
             )
+            register_megatron_bert()
             embedder = load_project_embedder(settings, paths, device=device)
             index = load_index(added, settings.nprobe, settings.ef_search)
         directory = paths.query / f"{documents.split}_documents"

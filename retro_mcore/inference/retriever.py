@@ -23,6 +23,7 @@ from retro_mcore.data.index import load_index, search
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.inference.neighbors import CompletedChunk, RetrievedNeighbors
 from retro_mcore.project import ProjectConfig, ProjectSettings
 from retro_mcore.project.markers import verify
@@ -111,6 +112,7 @@ class Retriever:
     @cached_property
     def embedder(self) -> Embedder:
         """The embedder that the index was built with."""
+        register_megatron_bert()
         embedder = load_project_embedder(self._settings, self._paths, device=self._device)
         if embedder.dimension != self._settings.embedding_dimension:
             raise ProjectError(
