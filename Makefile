@@ -2,15 +2,16 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 NPROC ?= 1
 INPUT ?=
+MEGATRON ?= 0.19.2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-slow test-parity style format lock clean
+.PHONY: help env quickstart test test-slow test-versions test-parity style format lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 env: $(STAMP) ## make the project's environment (.venv) from pinned CPU requirements
 
@@ -29,6 +30,15 @@ test: env ## run the tests
 test-slow: env ## run the tests that take longer: every parallel layout, the quickstart's chain
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/lm_eval.txt
 	$(BIN)/python -m pytest -m "slow and not parity and not gpu"
+
+test-versions: env .megatron-$(MEGATRON)/.up-to-date ## run what stands on megatron-core on MEGATRON=0.19.2 as well
+	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(BIN)/python -m pytest -m "not slow and not parity and not gpu" \
+		tests/distributed tests/unit/platform tests/unit/training tests/unit/model
+
+.megatron-%/.up-to-date: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --ignore-requires-python --no-deps --upgrade \
+		--target $(@D) megatron-core==$*
+	@touch $@
 
 test-parity: env ## compare live with megatron-core 0.15.3, installed into .parity
 	$(BIN)/python -m pytest -m parity
@@ -49,4 +59,4 @@ lock: ## pin requirements/cpu.txt from requirements/cpu.in
 	mv requirements/cpu.new requirements/cpu.txt
 
 clean: ## remove the environment and the quickstart's output
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) .megatron-* quickstart

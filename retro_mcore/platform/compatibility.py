@@ -26,7 +26,7 @@ import pickle
 import queue
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -41,21 +41,26 @@ if TYPE_CHECKING:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-_TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
+_TRITON_MODULE = "megatron.core.transformer.moe.paged_stash"
 
 
 def allow_missing_triton() -> None:
     """Let megatron-core be imported without Triton; before its first import (0.18 and later).
 
-    It imports some GPU kernels without asking whether Triton is there. Only an option of its
-    mixture of experts needs them; calling one says so.
+    It imports one module of GPU kernels without asking whether Triton is there. Only an option of
+    its mixture of experts calls them; doing so says what is missing.
     """
-    if importlib.util.find_spec("triton") is not None or _TRITON_KERNELS in sys.modules:
+    if importlib.util.find_spec("triton") is not None or _TRITON_MODULE in sys.modules:
         return
-    stub: Any = ModuleType(_TRITON_KERNELS)
-    stub.GLOBAL_BLOCK_SIZE = 1024
-    stub.paged_stash_copy_kernel = stub.paged_stash_pop_kernel = _needs_triton
-    sys.modules[_TRITON_KERNELS] = stub
+    stub: Any = ModuleType(_TRITON_MODULE)
+    stub.__getattr__ = _kernel
+    sys.modules[_TRITON_MODULE] = stub
+
+
+def _kernel(name: str) -> Callable[..., NoReturn]:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _needs_triton
 
 
 def _needs_triton(*args: object, **kwargs: object) -> NoReturn:
