@@ -13,7 +13,7 @@ from retro_mcore import distributed
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.cli.dry_run import DryRun, dry_run
 from retro_mcore.data.tokenizers import load_project_tokenizer
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
@@ -35,6 +35,9 @@ class PretrainRetroOptions(TrainingOptions):
     dry_run: bool = False
     """Print parameters, memory per GPU and FLOPs per token of this run, and stop. The project need
     not exist yet; then --seq-length, --global-batch-size, --train-samples, --vocab-size say it."""
+    skip_train: bool = False
+    """Train nothing: the loaded model's loss on the first --eval-iters batches of the validation
+    and test samples. evaluate_perplexity tells more."""
     world_size: int | None = None
     """Processes of the run: what --dry-run counts with; a run with another number is refused."""
     vocab_size: int | None = None
@@ -61,9 +64,9 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
         tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
         _check(options, tokenizer.vocab_size)
         plan = make_plan(options, project, tokenizer.vocab_size)
-        result = finished_run(plan)
+        result = None if options.skip_train else finished_run(plan)
     if result is None:
-        result = _train(plan, device)
+        result = _run(plan, device, options.skip_train)
     summarize("pretrain_retro", plan, result)
     return result
 
@@ -76,9 +79,13 @@ def _check(options: PretrainRetroOptions, vocab_size: int) -> None:
     ):
         if given is not None and given != fixed:
             raise ConfigurationError(flag, f"{given}, but it is {fixed}", "Leave the flag out")
+    if options.skip_train and options.load is None and options.load_gpt is None:
+        raise ConfigurationError("--skip-train", "given without a model", "Add --load")
+    if options.skip_train and options.save is not None:
+        raise ConfigurationError("--skip-train", "given with --save", "Nothing is saved; leave it")
 
 
-def _train(plan: TrainingPlan, device: torch.device) -> TrainingResult:
+def _run(plan: TrainingPlan, device: torch.device, skip_train: bool) -> TrainingResult:
     from retro_mcore.datasets.neighbor_noise import NeighborNoise
     from retro_mcore.datasets.retro_dataset import build_retro_datasets
     from retro_mcore.training.data import require_split
@@ -97,7 +104,14 @@ def _train(plan: TrainingPlan, device: torch.device) -> TrainingResult:
     )
     with distributed.raise_together():
         train = require_split(datasets, "train", options.project_dir)
-    return Trainer(plan, train, datasets.get("valid"), device).train()
+    trainer = Trainer(plan, train, datasets.get("valid"), device)
+    if not skip_train:
+        return trainer.train()
+    if not trainer.has_loaded:
+        raise CheckpointError(
+            f"--load {options.load}", "holds no checkpoint to evaluate", "Name a run's --save"
+        )
+    return trainer.evaluate(datasets.get("test"))
 
 
 def summarize(command: str, plan: TrainingPlan, result: TrainingResult) -> None:
@@ -115,6 +129,8 @@ def summarize(command: str, plan: TrainingPlan, result: TrainingResult) -> None:
         rows["training loss"] = f"{result.train_losses[0]:.4f} -> {result.train_losses[-1]:.4f}"
     if result.valid_losses:
         rows["validation loss"] = f"{result.valid_losses[-1][1]:.4f}"
+    if result.test_loss is not None:
+        rows["test loss"] = f"{result.test_loss:.4f}"
     for name, path in (("checkpoint", result.checkpoint), ("loss curve", result.loss_curve)):
         if path is not None:
             rows[name] = path

@@ -76,6 +76,8 @@ class RetroLM(TemplateLM):
         self._loaded = LoadedModel.load(
             project_dir, load, retro_neighbors == "live", tensor_model_parallel_size, device=device
         )
+        if self._loaded.retriever is not None:
+            self._loaded.open_attention_gate()
         if max_length is not None and not 1 <= max_length <= self._loaded.window:
             raise ConfigurationError(
                 "max_length", str(max_length), f"The model's window is {self._loaded.window}"

@@ -38,6 +38,7 @@ class TrainingResult:
         reused: Whether the run was already finished, and nothing was trained.
         num_parameters: Of the whole model, over all ranks.
         stopped_by: What ended the run early: "SIGTERM" or a flag; None if it ended as planned.
+        test_loss: Of the test samples, with --skip-train.
     """
 
     iteration: int
@@ -50,6 +51,7 @@ class TrainingResult:
     reused: bool = False
     num_parameters: int = 0
     stopped_by: str | None = None
+    test_loss: float | None = None
 
 
 def checkpoint_to_resume(plan: TrainingPlan) -> Path | None:

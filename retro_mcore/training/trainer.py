@@ -120,6 +120,11 @@ class Trainer:
         self._result = TrainingResult(0, 0, checkpoint=checkpoint)
         self._spikes = SpikeDetector() if options.check_for_spiky_loss else None
 
+    @property
+    def has_loaded(self) -> bool:
+        """Whether the weights come from a checkpoint or from a GPT."""
+        return self._result.checkpoint is not None or self._decoder is not None
+
     def train(self) -> TrainingResult:
         """Train until the last iteration, or until something ends the run early.
 
@@ -138,6 +143,23 @@ class Trainer:
             if result.stopped_by is None:  # else every second counts
                 with raise_together():
                     result.loss_curve = reporter.draw()
+        result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
+        result.seconds = time.perf_counter() - started
+        result.num_parameters = num_parameters(self._parts.chunks)
+        return result
+
+    def evaluate(self, test_samples: Samples | None) -> TrainingResult:
+        """Validation and test loss of the weights as they were loaded; nothing is trained or saved.
+
+        Args:
+            test_samples: The test split, or None.
+        """
+        progress, result = self._progress, self._result
+        started = time.perf_counter()
+        if self._valid_samples is not None:
+            result.valid_losses.append((progress.iteration, self._loss_of(self._valid_samples)))
+        if test_samples is not None:
+            result.test_loss = self._loss_of(test_samples)
         result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
         result.seconds = time.perf_counter() - started
         result.num_parameters = num_parameters(self._parts.chunks)
@@ -239,14 +261,17 @@ class Trainer:
     def _validate(self, reporter: TrainingReporter) -> None:
         if self._valid_samples is None:
             return
-        project, iteration = self.plan.project, self._progress.iteration
-        sampler = self._sampler(0, project.retro_gpt_eval_iters * self.plan.global_batch_size)
-        batches = read_batches(self._numbered(self._valid_samples), sampler, 0, self._device)
-        with gathered_weights(self._parts.chunks):
-            loss_sum, num_tokens = total_loss(self._parts.chunks, batches, self._num_microbatches)
-        loss = loss_sum / num_tokens
+        iteration, loss = self._progress.iteration, self._loss_of(self._valid_samples)
         self._result.valid_losses.append((iteration, loss))
         reporter.validation(iteration, loss, math.exp(min(loss, 80.0)))
+
+    def _loss_of(self, samples: Samples) -> float:
+        """Mean loss of a split's first eval_iters batches."""
+        stop = self.plan.project.retro_gpt_eval_iters * self.plan.global_batch_size
+        batches = read_batches(self._numbered(samples), self._sampler(0, stop), 0, self._device)
+        with gathered_weights(self._parts.chunks):
+            loss_sum, num_tokens = total_loss(self._parts.chunks, batches, self._num_microbatches)
+        return loss_sum / num_tokens
 
     def _save(self, reporter: TrainingReporter) -> None:
         if self.plan.options.save is None:

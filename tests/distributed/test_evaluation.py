@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from retro_mcore.distributed import get_world_size
+from tests.integration.small_checkpoint import small_checkpoint
 from tests.processes import run_ranks
 from tests.unit.data.projects import built_project
 from tests.unit.evaluation.questions import write_test_file
-from tests.unit.inference.trained import trained_checkpoints
 
 pytestmark = pytest.mark.distributed
 
@@ -77,10 +77,10 @@ def on_one_rank(project, checkpoints, folder):
 @pytest.fixture(scope="module")
 def one_and_two(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("evaluation"))
-    one = evaluate(str(built_project()), trained_checkpoints(), folder)
+    one = evaluate(str(built_project()), small_checkpoint(), folder)
     write_test_file(Path(folder))
-    one = (*one, answer(str(built_project()), trained_checkpoints(), folder))
-    two = run_ranks(2, on_one_rank, str(built_project()), trained_checkpoints(), folder)
+    one = (*one, answer(str(built_project()), small_checkpoint(), folder))
+    two = run_ranks(2, on_one_rank, str(built_project()), small_checkpoint(), folder)
     return one, two
 
 

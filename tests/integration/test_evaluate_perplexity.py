@@ -13,8 +13,8 @@ from retro_mcore.cli.evaluate_perplexity import (
     main,
 )
 from retro_mcore.errors import ConfigurationError
+from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project
-from tests.unit.inference.trained import trained_checkpoints
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def options(tmp_path):
     def make(**changes):
         values = {
             "project_dir": str(built_project()),
-            "load": trained_checkpoints(),
+            "load": small_checkpoint(),
             "output": str(tmp_path / "perplexity.json"),
             "device": "cpu",
         }
@@ -40,7 +40,7 @@ def documents_result(tmp_path_factory):
     result = evaluate_perplexity(
         EvaluatePerplexityOptions(
             project_dir=str(built_project()),
-            load=trained_checkpoints(),
+            load=small_checkpoint(),
             output=str(folder / "perplexity.json"),
             device="cpu",
             split="both",
@@ -145,7 +145,7 @@ def test_impossible_options_are_refused_by_name(options, changes, message):
 
 
 def test_the_tables_show_what_was_measured(options, tmp_path, capsys):
-    flags = ["--project-dir", str(built_project()), "--load", trained_checkpoints()]
+    flags = ["--project-dir", str(built_project()), "--load", small_checkpoint()]
     flags += ["--protocol", "documents", "--leakage", "--leakage-alphas", "0.5", "1"]
     flags += ["--device", "cpu", "--output", str(tmp_path / "p.json")]
     flags += ["--retro-eval-neighbors", "real", "none"]

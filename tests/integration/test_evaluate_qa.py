@@ -14,9 +14,9 @@ import pytest
 
 from retro_mcore.cli.evaluate_qa import EvaluateQaOptions, evaluate_qa, main
 from retro_mcore.errors import ConfigurationError, CorpusError
+from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project
 from tests.unit.evaluation.questions import records, write_test_file
-from tests.unit.inference.trained import trained_checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def make_options(folder, **changes):
     values = {
         "project_dir": str(built_project()),
-        "load": trained_checkpoints(),
+        "load": small_checkpoint(),
         "sample_input_file": str(write_test_file(folder)),
         "output": str(folder / "output"),
         "prompt_format": "reformat_prompt_short",
@@ -83,7 +83,7 @@ def test_the_answer_is_what_generate_adds_to_the_prompt(ablation):
     from retro_mcore.inference.generation import generate
     from retro_mcore.inference.sampling import SamplingOptions
 
-    loaded = LoadedModel.load(built_project(), trained_checkpoints(), False, device="cpu")
+    loaded = LoadedModel.load(built_project(), small_checkpoint(), False, device="cpu")
     record = records()[2]
     passage = f"title: , source: {record['ctxs'][0]['text']}\n\n"
     question = f"Question: {record['question']} Answer: The answer is"

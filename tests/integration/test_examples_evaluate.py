@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project
-from tests.unit.inference.trained import trained_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def test_every_command_runs(tmp_path):
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PROJECT": str(built_project()),
-        "MODEL": trained_checkpoints(),
+        "MODEL": small_checkpoint(),
         "OUTPUT": str(tmp_path),
     }
     script = "set -e\n" + "\n".join(blocks)

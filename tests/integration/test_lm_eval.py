@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.integration.small_checkpoint import small_checkpoint
 from tests.processes import run_ranks
 from tests.unit.data.projects import built_project, documents
-from tests.unit.inference.trained import trained_checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def write_tasks(folder: Path) -> list[dict]:
 def model_arguments(neighbors: str) -> dict:
     return {
         "project_dir": str(built_project()),
-        "load": trained_checkpoints(),
+        "load": small_checkpoint(),
         "retro_neighbors": neighbors,
         "batch_size": 2,
         "device": "cpu",
@@ -126,7 +126,7 @@ def harness(tmp_path_factory):
 def loaded(harness):
     from retro_mcore.evaluation.loaded_model import LoadedModel
 
-    return LoadedModel.load(built_project(), trained_checkpoints(), True, device="cpu")
+    return LoadedModel.load(built_project(), small_checkpoint(), True, device="cpu")
 
 
 FOUND: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
