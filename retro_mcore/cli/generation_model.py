@@ -18,6 +18,8 @@ from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project import ProjectConfig, ProjectPaths
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
     from retro_mcore.model.model import RetroModel
     from retro_mcore.training.provider import ModelArguments
 
@@ -33,6 +35,9 @@ class GenerationModelOptions:
     retro_neighbors: Literal["live", "none"] = "live"
     """live: retrieve the neighbors of each chunk from the project's index as soon as the chunk is
     complete. none: retrieval off, but for neighbors that are given."""
+    retro_attention_gate: float | None = None
+    """Scale of what the model reads in its neighbors. Default: the checkpoint's; a model that was
+    tuned with 0 needs 1 here to read any."""
     retrieval_interval: int = 1
     """Search for every n-th chunk; those between keep what was found last."""
     retrieval_lead: int = 0
@@ -89,6 +94,7 @@ class GenerationModel:
             raise ConfigurationError(
                 "neighbors", "the model was trained without retrieval", "Leave them out"
             )
+        _require_open_gate("neighbors", self.model)
         sizes = (self.arguments.retro_num_neighbors, self.retrieved_length)
         return SameNeighbors(neighbors_from_texts(texts, self.tokenizer, *sizes))
 
@@ -120,12 +126,15 @@ def load_generation_model(options: GenerationModelOptions) -> GenerationModel:
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
     )
     model, arguments = load_model_from_checkpoint(options.load, parallel)
+    if options.retro_attention_gate is not None:
+        model.config.retro_attention_gate = options.retro_attention_gate
     retriever = search = None
     with raise_together():
         check_tokenizer(arguments, project, options.project_dir)
         _refuse_other_chunks(options, arguments.retro_chunk_length, project.retro_gpt_chunk_length)
         if options.retro_neighbors == "live":
             retriever = _retriever(options, arguments, device)
+            _require_open_gate("--retro-neighbors live", model)
             search = BackgroundRetrieval(
                 retriever, options.retrieval_interval, options.retrieval_lead
             )
@@ -147,6 +156,15 @@ def _retriever(
         arguments.retro_num_retrieved_chunks,
         device.type,
     )
+
+
+def _require_open_gate(subject: str, model: GPTModel) -> None:
+    if getattr(model.config, "retro_attention_gate", 1.0) == 0.0:
+        raise ConfigurationError(
+            subject,
+            "the model was tuned with --retro-attention-gate 0, so neighbors would change nothing",
+            "Use none, or --retro-attention-gate 1",
+        )
 
 
 def _refuse_other_chunks(options: GenerationModelOptions, of_model: int, of_project: int) -> None:

@@ -162,6 +162,23 @@ def test_the_encoder_of_a_model_tuned_with_gate_0_can_be_switched_on(options, tm
     assert not torch.equal(logits(), alone)
 
 
+def test_generation_asks_before_it_reads_neighbors_with_such_a_model(options, tmp_path):
+    from retro_mcore.cli.generate import GenerateOptions, generate
+
+    finetune_retro(options(save=str(tmp_path)))
+    asked = {
+        "project_dir": str(built_project()),
+        "load": str(tmp_path),
+        "prompt": "word " * 20,
+        "max_new_tokens": 2,
+        "device": "cpu",
+    }
+    with pytest.raises(ConfigurationError, match="tuned with --retro-attention-gate 0"):
+        generate(GenerateOptions(**asked))
+    assert generate(GenerateOptions(**asked, retro_neighbors="none"))
+    assert generate(GenerateOptions(**asked, retro_attention_gate=1.0))
+
+
 def test_a_blend_of_questions_and_packed_chats_learns(options):
     result = finetune_retro(
         options(
