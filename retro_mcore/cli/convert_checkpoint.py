@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -16,6 +16,9 @@ from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig
+
+if TYPE_CHECKING:
+    from retro_mcore.training.provider import ModelArguments
 
 
 @dataclass(kw_only=True)
@@ -81,7 +84,8 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
     checkpoint = open_checkpoint(options.load)
     flags = {**checkpoint.flags, **_given_flags(options)}
     arguments = _model_arguments(flags, options.load)
-    flags = {**flags, **arguments}
+    # Sizes stay worked out for Megatron's arguments, which have no defaults.
+    flags |= {name: value for name, value in arguments.items() if value is not None}
     size = options.target_tensor_parallel_size
     check_origin(options.target, flags, options.retro_origin is not None)
     dtype = next(iter(checkpoint.weights.values())).dtype
@@ -184,13 +188,30 @@ def _model_arguments(flags: dict[str, Any], load: str) -> dict[str, Any]:
         "tokenizer_fingerprint": "",
         **flags,
     }
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for field in fields(ModelArguments):
         if field.name in values:
             arguments[field.name] = values[field.name]
         elif field.default is not MISSING:
             arguments[field.name] = field.default
-    return asdict(ModelArguments(**arguments))
+    return asdict(_as_trained(ModelArguments(**arguments)))
+
+
+def _as_trained(arguments: ModelArguments) -> ModelArguments:
+    """Sizes that are the defaults as defaults: so a run with the usual flags takes the model up."""
+    from retro_mcore.training.provider import default_ffn_hidden_size, number_of_positions
+
+    heads = arguments.num_attention_heads
+    usual = {
+        "num_query_groups": heads,
+        "kv_channels": arguments.hidden_size // heads,
+        "ffn_hidden_size": default_ffn_hidden_size(replace(arguments, ffn_hidden_size=None)),
+    }
+    left_out: dict[str, Any] = {
+        name: None for name, size in usual.items() if getattr(arguments, name) == size
+    }
+    positions = arguments.max_position_embeddings or number_of_positions(arguments)
+    return replace(arguments, **left_out, max_position_embeddings=positions)
 
 
 def _our_arguments(flags: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
