@@ -38,7 +38,7 @@ def perplexities(project: Path, folder: Path, kinds: list[str]) -> dict[str, flo
     return {kind: result.perplexity(kind) for kind in kinds}
 
 
-def parameters(folder: Path, project: Path) -> int:
+def parameters(folder: Path) -> int:
     """Of the whole model in `folder`."""
     from retro_mcore.training.checkpointing import load_model_from_checkpoint
 
@@ -62,7 +62,7 @@ def measure(project: Path, folder: Path, flags: list[str]) -> list[dict[str, Any
     def add(name: str, model_flags: list[str], kinds: list[str]) -> None:
         train(project, folder / name, model_flags)
         found = perplexities(project, folder / name, kinds)
-        rows.append({"model": name, "parameters": parameters(folder / name, project), **found})
+        rows.append({"model": name, "parameters": parameters(folder / name), **found})
 
     add("retro", flags, ["real", "shuffled", "none"])
     add("gpt", [*flags, "--no-retrieval"], ["none"])
@@ -85,11 +85,12 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("retro_against_gpt"))
+    parser.add_argument("--train-epochs", type=int, help="times that the text is read; default 4")
     parser.add_argument("--train-iters", type=int, help="default: all samples of the project")
     parser.add_argument("--smoke", action="store_true", help="a tiny run that only tries the path")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
-    project = make_project(options.folder, options.smoke)
+    project = make_project(options.folder, options.smoke, options.train_epochs)
     flags = model_flags(options.smoke)
     if options.train_iters:
         flags += ["--train-iters", str(options.train_iters)]

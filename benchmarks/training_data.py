@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,14 +25,24 @@ def quickstart() -> ModuleType:
     return module
 
 
-def make_project(folder: Path, smoke: bool) -> Path:
+def make_project(folder: Path, smoke: bool, train_epochs: int | None = None) -> Path:
     """The project below `folder`, as far as it is not there; returns its directory.
+
+    Args:
+        folder: Where to make it.
+        smoke: The quickstart's smallest size.
+        train_epochs: Times that the text is read, in place of the quickstart's.
 
     Raises:
         RuntimeError: a stage failed; it has said why.
     """
     run = quickstart()
     size, layout = (run.SMOKE if smoke else run.LAPTOP), run.Layout(folder)
+    if train_epochs is not None:
+        epochs = re.sub(
+            r"--train-epochs \d+", f"--train-epochs {train_epochs}", size.preprocess_corpus
+        )
+        size = dataclasses.replace(size, preprocess_corpus=epochs)
     if code := run.make_corpus(layout, size.make_corpus):
         raise RuntimeError(f"make_corpus stopped with exit code {code}")
     for name, flags in run.stages(size, layout.corpus, layout, 1):

@@ -11,11 +11,14 @@ import ast
 import dataclasses
 import importlib.util
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+
+from retro_mcore.errors import ConfigurationError
 
 #: Flags of the model's layers, and their fields in TransformerConfig.
 LAYER_FLAGS: dict[str, str] = {
@@ -82,6 +85,22 @@ def values_of(options: object, flags: Mapping[str, str]) -> dict[str, Any]:
     return {
         field: getattr(options, flag) for flag, field in flags.items() if hasattr(options, flag)
     }
+
+
+@contextmanager
+def naming_refusals() -> Iterator[None]:
+    """Tell it as the user's to mend when one of megatron's configurations refuses its values.
+
+    Raises:
+        ConfigurationError: with what megatron says.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".") or "it does not say why"
+        raise ConfigurationError(
+            "the flags", f"megatron-core refuses them: {reason}", "Change what it names"
+        ) from error
 
 
 def _options_class(name: str, doc: str, flags: Mapping[str, str], *sources: str) -> Any:

@@ -29,7 +29,12 @@ from retro_mcore.model.pipeline import (
     finalize_model_grads_with,
     synchronize_embedding_copies,
 )
-from retro_mcore.training.megatron_flags import DATA_PARALLEL_FLAGS, OPTIMIZER_FLAGS, values_of
+from retro_mcore.training.megatron_flags import (
+    DATA_PARALLEL_FLAGS,
+    OPTIMIZER_FLAGS,
+    naming_refusals,
+    values_of,
+)
 from retro_mcore.training.plan import TrainingPlan
 
 
@@ -81,8 +86,20 @@ def build_optimizer(
 
     Also tells the chunks' configurations how to scale and to finish gradients.
     """
+    with naming_refusals():
+        config = _optimizer_config(plan, chunks[0].config.params_dtype)
+    overrides = _learning_rate_overrides(config, learning_rate_scale(chunks[0].config))
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    for chunk in chunks:
+        chunk.config.grad_scale_func = optimizer.scale_loss
+        chunk.config.finalize_model_grads_func = finalize_model_grads_with(groups)
+    _overlap(chunks, plan)
+    return optimizer
+
+
+def _optimizer_config(plan: TrainingPlan, params_dtype: torch.dtype) -> OptimizerConfig:
     options = plan.options
-    config = OptimizerConfig(
+    return OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
         min_lr=options.min_lr,
@@ -93,19 +110,12 @@ def build_optimizer(
         clip_grad=options.clip_grad,
         bf16=options.bf16,
         fp16=options.fp16,
-        params_dtype=chunks[0].config.params_dtype,
+        params_dtype=params_dtype,
         use_distributed_optimizer=options.use_distributed_optimizer,
         overlap_param_gather=options.overlap_param_gather,
         log_num_zeros_in_grad=options.log_num_zeros_in_grad,
         **values_of(options, OPTIMIZER_FLAGS),
     )
-    overrides = _learning_rate_overrides(config, learning_rate_scale(chunks[0].config))
-    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
-    for chunk in chunks:
-        chunk.config.grad_scale_func = optimizer.scale_loss
-        chunk.config.finalize_model_grads_func = finalize_model_grads_with(groups)
-    _overlap(chunks, plan)
-    return optimizer
 
 
 def _overlap(chunks: Sequence[DistributedDataParallel], plan: TrainingPlan) -> None:

@@ -16,11 +16,10 @@ from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.training.model_config import (
     ModelArguments,
     build_config,
-    default_ffn_hidden_size,
     number_of_positions,
-    padded_vocab_size,
     uses_transformer_engine,
 )
+from retro_mcore.training.model_sizes import default_ffn_hidden_size, padded_vocab_size
 from retro_mcore.training.options import ParallelOptions, RecomputeOptions
 
 __all__ = [

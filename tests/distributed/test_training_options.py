@@ -17,7 +17,7 @@ from tests.unit.training.small import (
     train,
 )
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 MODEL = {**NO_DROPOUT, "num_layers": 4}
 DISTRIBUTED = {"use_distributed_optimizer": True}

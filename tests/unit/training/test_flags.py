@@ -11,7 +11,8 @@ from retro_mcore.cli.command import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.training import megatron_flags
-from tests.unit.training.small import small_plan
+from retro_mcore.training.options import TrainingOptions
+from tests.unit.training.small import small_plan, small_trainer
 
 REQUIRED = (
     "--project-dir p --num-layers 2 --hidden-size 8 --num-attention-heads 2 --micro-batch-size 1 "
@@ -112,6 +113,17 @@ def test_fp8_without_transformer_engine_is_refused_by_name():
 
 
 @pytest.mark.usefixtures("megatron")
+def test_what_megatron_refuses_is_told_as_a_mistake_of_the_flags():
+    from retro_mcore.training.provider import build_config
+
+    plan = small_plan(recompute_granularity="selective", recompute_modules=["everything"])
+    with pytest.raises(ConfigurationError, match=r"the flags: megatron-core refuses them: .*every"):
+        build_config(plan.arguments, plan.options, plan.options)
+    with pytest.raises(ConfigurationError, match="use-precision-aware-optimizer"):
+        small_trainer(use_precision_aware_optimizer=True)
+
+
+@pytest.mark.usefixtures("megatron")
 def test_flags_reach_megatrons_configurations():
     from megatron.core.activations import squared_relu
 
@@ -153,6 +165,7 @@ def test_the_resolved_flags_give_the_same_run_again(tmp_path):
     assert saved["train_samples"] == first.train_samples
     options = parse_options(PretrainRetroOptions, ["--config", str(path)])
     assert not options.exit_signal_handler
-    again = small_plan(**dataclasses.asdict(options))
+    names = [field.name for field in dataclasses.fields(TrainingOptions)]
+    again = small_plan(**{name: getattr(options, name) for name in names})
     assert again.configuration() == first.configuration()
     assert again.resolved_options() == first.resolved_options()

@@ -46,6 +46,16 @@ def test_a_batch_ramp_resumes_with_its_sizes_and_position(tmp_path):
     assert again.train_losses == []
 
 
+def test_a_run_stops_when_its_time_is_up_and_resumes(tmp_path):
+    save = str(tmp_path)
+    first = train(save=save, exit_duration_in_mins=0.0)
+    assert first.stopped_by == "--exit-duration-in-mins"
+    assert first.iteration == 1
+    second = train(save=save, load=save)
+    assert second.stopped_by is None
+    assert first.train_losses + second.train_losses == train().train_losses
+
+
 def test_each_size_of_a_ramp_must_divide_into_micro_batches():
     with pytest.raises(ConfigurationError, match="for a global batch of 3"):
         train(rampup_batch_size=[3, 1, 8])
