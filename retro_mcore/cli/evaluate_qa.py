@@ -8,10 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from retro_mcore.cli.command import run_command
+from retro_mcore.cli.qa_table import print_qa_table
 from retro_mcore.data.instruction import InstructionExample, PassageKind, read_examples
 from retro_mcore.data.prompts import PromptFormat
 from retro_mcore.distributed import broadcast_object, get_rank, initialize, raise_together
@@ -32,14 +30,6 @@ if TYPE_CHECKING:
     from retro_mcore.evaluation.question_answering import QAOptions
 
 SCORES_FILE = "scores.json"
-_NAMES = {
-    "exact_match": "exact match",
-    "f1": "F1",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "accuracy": "accuracy",
-}
 
 
 @dataclass(kw_only=True)
@@ -153,7 +143,7 @@ def evaluate_qa(options: EvaluateQaOptions) -> EvaluateQaResult:
     with raise_together():
         if get_rank() == 0:
             result = _score(options, examples, answers)
-            _print_table(result)
+            print_qa_table(result.num_questions, result.scores, result.difference, result.legacy)
     result = broadcast_object(result)
     assert isinstance(result, EvaluateQaResult)
     return result
@@ -318,39 +308,6 @@ def _score(
         },
     )
     return result
-
-
-def _print_table(result: EvaluateQaResult) -> None:
-    table = Table(
-        title=f"evaluate_qa: {result.num_questions} questions, %",
-        title_justify="left",
-        title_style="bold",
-    )
-    table.add_column("metric")
-    for arm in result.scores:
-        table.add_column(_arm_name(arm), justify="right")
-    if result.difference:
-        table.add_column("difference", justify="right")
-    first = next(iter(result.scores.values()))
-    for name in first:
-        cells = [_show(values[name]) for values in result.scores.values()]
-        if result.difference:
-            cells.append(_show(result.difference[name], sign="+"))
-        table.add_row(_NAMES[name], *cells)
-    for name in ("exact_match", "precision", "recall", "f1") if result.legacy else ():
-        cells = [f"{100 * getattr(values, name):.2f}" for values in result.legacy.values()]
-        table.add_row(f"legacy {_NAMES.get(name, name)}", *cells)
-    Console().print(table)
-
-
-def _arm_name(arm: str) -> str:
-    names = {"live": "live neighbors", "passages": "passages in the encoder", "none": "encoder off"}
-    return names.get(arm, arm)
-
-
-def _show(estimate: Estimate, sign: str = "") -> str:
-    low, mean, high = (100 * value for value in (estimate.low, estimate.mean, estimate.high))
-    return f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
