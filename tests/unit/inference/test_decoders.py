@@ -200,3 +200,40 @@ def test_what_the_cache_does_not_know_is_refused_by_name(megatron):
     model.config.window_size = None
     with pytest.raises(ConfigurationError, match="2 texts of up to 3 tokens"):
         CachedDecoder(model, 0, 1).next_logits([text_of([1, 2]), text_of([1, 2, 3])])
+
+
+def test_a_gpt_without_retrieval_is_cached_too(megatron):
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from retro_mcore.model.specs import get_gpt_decoder_block_spec
+
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        init_method_std=0.2,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_decoder_block_spec(config),
+        vocab_size=96,
+        max_sequence_length=64,
+        position_embedding_type="rope",
+    ).eval()
+    texts = [text_of(tokens) for tokens in prompts(3, 17)]
+    follow(model, texts, prompts(9, 12), [None, None])
+
+
+def test_half_precision_follows_the_whole_texts_pass(megatron):
+    model = small_model(params_dtype=torch.bfloat16, bf16=True, num_query_groups=2)
+    cached, whole = decoders(model)
+    text, source = text_of(prompts(M + 3)[0]), ChunkFunction()
+    with torch.no_grad():
+        for token in prompts(2 * M)[0]:
+            give_neighbors(text, source, model)
+            logits, expected = cached.next_logits([text]), whole.next_logits([text])
+            torch.testing.assert_close(logits.float(), expected.float(), atol=0.3, rtol=0.1)
+            text.tokens.append(token)
