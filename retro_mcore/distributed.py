@@ -62,6 +62,14 @@ def broadcast_object(
     return box[0]
 
 
+def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether `flag` is set on any rank of `group`."""
+    flags = [flag] * get_world_size(group)
+    if len(flags) > 1:
+        dist.all_gather_object(flags, flag, group=group)
+    return any(flags)
+
+
 class PeerError(RuntimeError):
     """Another rank failed with an error that is not the user's to mend."""
 

@@ -2,55 +2,57 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from retro_mcore.cli.command import print_summary, run_command
-from retro_mcore.data.database import ChunkDatabase, DatasetInfo
-from retro_mcore.data.embedders import DEFAULT_EMBEDDER, LEXICAL_EMBEDDER, build_embedder
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.embedders import (
+    DEFAULT_EMBEDDER,
+    LEXICAL_EMBEDDER,
+    Embedder,
+    build_embedder,
+)
 from retro_mcore.data.growth import Growth
 from retro_mcore.data.index import (
-    Embeddings,
+    AUTO,
     IndexChoice,
     Recall,
-    add_to_index,
-    choose_index_string,
     embed_database,
-    load_index,
-    measure_recall,
-    save_index,
-    stored_bytes,
-    train_index,
+    embed_held_out,
+    parse_bytes,
 )
+from retro_mcore.data.index.build import IndexBuild, read_recall
+from retro_mcore.data.index.gpu import num_gpus
 from retro_mcore.data.lexical import bucket_weights
-from retro_mcore.data.shards import ShardReport, cut
+from retro_mcore.data.shards import ShardReport, Share, cut
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
-from retro_mcore.distributed import (
-    barrier,
-    broadcast_object,
-    get_rank,
-    initialize,
-    raise_together,
-)
+from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.platform import setup_device
-from retro_mcore.project.atomic import write_json
-from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json_list
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import FileState, fingerprint_of, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.space import require_space
 from retro_mcore.project.stages import check_stage, finish_stage, input_digests
 
 STAGE = "build_index"
+Step = Literal["embed", "train", "add", "merge"]
+STEPS: tuple[Step, ...] = ("embed", "train", "add", "merge")
+#: Steps that jobs of an array share.
+_SHARED_STEPS = ("embed", "add")
 #: Chunks that the lexical embedder takes the rarity of words from.
 _WEIGHED_CHUNKS = 200_000
+#: Training a large index keeps the other ranks waiting.
+_TIMEOUT_MINUTES = 24 * 60.0
 
 
 @dataclass
@@ -68,132 +70,278 @@ class BuildIndexOptions:
     """Embed in half precision, on a GPU."""
     embed_batch_size: int = 16
     """Chunks per forward pass of the embedder."""
-    index_str: str | None = None
-    """Faiss factory string (default: from the number of chunks)."""
+    index: Annotated[str, tyro.conf.arg(aliases=("--index-str",))] = AUTO
+    """Faiss factory string, or "auto": the most exact that fits the memory and reaches the
+    recall."""
+    index_memory: str | None = None
+    """Memory that the index may take when it is searched, such as 24G (default: three quarters of
+    this machine's). A named index that takes more stays on the disk."""
+    index_recall: float = 0.95
+    """Recall@2 wanted, against exact search: decides nprobe, efSearch and the automatic index."""
     nprobe: int | None = None
-    """Lists to search per query (default: measured, for a recall@2 of 0.95)."""
+    """Lists to search per query (default: measured)."""
     ef_search: int | None = None
-    """Breadth of graph searches (default: 256)."""
+    """Breadth of graph searches (default: measured)."""
+    on_disk: bool = False
+    """Keep the lists in a file that is searched where it lies; auto then compresses nothing."""
+    split_index: bool = False
+    """Leave the index in parts, which the ranks of query_neighbors share."""
+    faiss_gpu: bool = True
+    """Use the GPUs where Faiss has any."""
+    stage: Step | None = None
+    """Do one step only (default: all)."""
+    shard: str | None = None
+    """I/N: do the I-th of N shares of --stage embed or add, as one job of an array."""
     device: str = "auto"
     """Where the embedder runs: auto, cpu or cuda."""
 
 
 @dataclass(frozen=True)
 class BuiltIndex:
-    """What `build_index` made or found."""
+    """What `build_index` made or found; None where another step or job makes it."""
 
-    choice: IndexChoice
-    embedded: ShardReport
-    recall: Recall
+    choice: IndexChoice | None
+    embeddings: ShardReport | None
+    parts: ShardReport | None
+    recall: Recall | None
     reused: bool
 
 
 def build_index(options: BuildIndexOptions) -> BuiltIndex:
-    """Build index/ of a project.
+    """Fill index/ of a project.
 
     Raises:
-        ProjectError: build_db has not run, the index was built with other options, another run
-            works on the project, or the disk is full.
-        ConfigurationError: the embedder or the index string cannot work.
+        ProjectError: build_db or an earlier step has not run, the index was built with other
+            options, another run works on the project, or the disk is full.
+        ConfigurationError: the embedder or the index string cannot work, or no index reaches the
+            recall in the memory.
         CorruptFileError: the database is damaged.
     """
-    initialize()
-    with stage_lock(ProjectPaths(options.project_dir), STAGE):
-        return _embed_and_index(options)
-
-
-def _embed_and_index(options: BuildIndexOptions) -> BuiltIndex:
+    initialize(timeout_minutes=_TIMEOUT_MINUTES)
     with raise_together():
-        for flag in ("embed_batch_size", "nprobe", "ef_search"):
-            value = getattr(options, flag)
-            if value is not None and value < 1:
-                raise ConfigurationError(
-                    f"--{flag.replace('_', '-')}", str(value), "Give at least 1"
-                )
-        if options.device not in ("auto", "cpu", "cuda"):
-            raise ConfigurationError("--device", options.device, "Choose auto, cpu or cuda")
-        paths = ProjectPaths(options.project_dir)
-        config = ProjectConfig.load(paths.root)
-        database = ChunkDatabase.open(paths.root, own=True)
-        inputs = input_digests(paths, [paths.merged_db("train"), paths.dataset_infos])
-        embed_options = {
+        _check_options(options)
+    job = None
+    if options.shard is not None:
+        job = f"{options.stage}-{options.shard.replace('/', '-of-')}"
+    with stage_lock(ProjectPaths(options.project_dir), STAGE, job=job):
+        return _Run(options).run()
+
+
+def _check_options(options: BuildIndexOptions) -> None:
+    for flag in ("embed_batch_size", "nprobe", "ef_search"):
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"--{flag.replace('_', '-')}", str(value), "Give at least 1")
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError("--device", options.device, "Choose auto, cpu or cuda")
+    if options.stage not in (None, *STEPS):
+        raise ConfigurationError("--stage", str(options.stage), f"Choose {', '.join(STEPS)}")
+    if options.shard is not None:
+        Share.parse(options.shard)
+        if options.stage not in _SHARED_STEPS:
+            raise ConfigurationError(
+                "--shard", f"{options.shard} of --stage {options.stage}", "Only embed and add share"
+            )
+    if not 0 < options.index_recall <= 1:
+        raise ConfigurationError("--index-recall", str(options.index_recall), "Give 0 < r <= 1")
+    if options.split_index and options.on_disk:
+        raise ConfigurationError("--split-index", "with --on-disk", "Give one: parts are mapped")
+
+
+class _Run:
+    """One run of the command: the project as it was asked to be built."""
+
+    def __init__(self, options: BuildIndexOptions) -> None:
+        self.options = options
+        self.steps = STEPS if options.stage is None else (options.stage,)
+        self.share = None if options.shard is None else Share.parse(options.shard)
+        with raise_together():
+            self._open()
+
+    def _open(self) -> None:
+        options = self.options
+        self.paths = ProjectPaths(options.project_dir)
+        self.config = ProjectConfig.load(self.paths.root)
+        self.database = ChunkDatabase.open(self.paths.root, own=True)
+        self.settings = ProjectSettings.load(self.paths.root)
+        files = [self.paths.merged_db("train"), self.paths.dataset_infos]
+        self.inputs = input_digests(self.paths, files)
+        embed_options = self._embed_options()
+        self.stage_options = {**embed_options, **self._index_options()}
+        self.embed_fingerprint = fingerprint_of([embed_options, self.inputs])
+        shards = cut(
+            self.paths.embeddings,
+            len(self.database),
+            self.config.retro_block_size,
+            self.settings.growth,
+        )
+        growth = Growth.of(self.paths, self.settings)
+        if growth and not growth.embedded_with(embed_options):
+            growth = None
+        if growth and get_rank() == 0 and "embed" in self.steps and self.share is None:
+            growth.take_over_embeddings(shards, self.embed_fingerprint)
+        string = self.settings.index_string if options.index == AUTO else options.index
+        fingerprint = check_stage(
+            self.paths,
+            STAGE,
+            self.stage_options,
+            self.inputs,
+            self.paths.added_index(string or "none"),
+        )
+        self.index = IndexBuild(
+            self.paths,
+            shards,
+            self.config.retro_block_size,
+            self.embed_fingerprint,
+            fingerprint,
+            options.index,
+            parse_bytes("--index-memory", options.index_memory) if options.index_memory else None,
+            options.index_recall,
+            options.nprobe,
+            options.ef_search,
+            options.on_disk,
+            options.split_index,
+            options.faiss_gpu and num_gpus() > 0,
+            growth.take_over_training if growth else None,
+        )
+
+    def _embed_options(self) -> dict[str, Any]:
+        options = self.options
+        return {
             "--embedder": options.embedder,
             "--embed-batch-size": options.embed_batch_size,
-            "retro_block_size": config.retro_block_size,
+            "retro_block_size": self.config.retro_block_size,
             # Only where they are set: projects made before they existed go on.
             **({"--embedder-pooling": pooling} if (pooling := options.embedder_pooling) else {}),
             **({"--embed-fp16": True} if options.embed_fp16 else {}),
         }
-        index_options = {
-            "--index-str": options.index_str,
-            "--nprobe": options.nprobe,
-            "--ef-search": options.ef_search,
+
+    def _index_options(self) -> dict[str, Any]:
+        options = self.options
+        flags = ("nprobe", "ef_search", "index_memory", "index_recall", "on_disk", "split_index")
+        # Only where they are set: projects made before they existed go on.
+        changed = {flag: getattr(options, flag) for flag in ("index", *flags)}
+        defaults = {field.name: field.default for field in fields(options)}
+        return {
+            f"--{flag.replace('_', '-')}": value
+            for flag, value in changed.items()
+            if value != defaults[flag]
         }
-        stage_options = {**embed_options, **index_options}
-        settings = ProjectSettings.load(paths.root)
-        device = setup_device(options.device)  # type: ignore[arg-type]
-        tokenizer = load_project_tokenizer(config, paths)
-        embed_fingerprint = fingerprint_of([embed_options, inputs])
-        shards = cut(paths.embeddings, len(database), config.retro_block_size, settings.growth)
-        growth = Growth.of(paths, settings)
-        if growth and growth.embedded_with(embed_options) and get_rank() == 0:
-            growth.take_over_embeddings(shards, embed_fingerprint)
-        if options.embedder == LEXICAL_EMBEDDER and get_rank() == 0:
-            _weigh_words(database, tokenizer, paths.lexical_weights, embed_fingerprint)
-    with raise_together():
-        register_megatron_bert()
-        embedder = build_embedder(
-            options.embedder,
-            options.embed_batch_size,
-            str(device),
-            options.embedder_pooling,
-            options.embed_fp16,
-            paths.lexical_weights,
+
+    def run(self) -> BuiltIndex:
+        """Do the steps; rank 0 tells of them."""
+        embedded = self._embed() if "embed" in self.steps else None
+        reused, added, recall = True, None, None
+        if self.steps != ("embed",) and not self.index.is_complete():
+            reused = False
+            if "train" in self.steps:
+                self.index.train()
+            if "add" in self.steps:
+                added = self.index.add(self.share)
+            if "merge" in self.steps:
+                recall = self.index.merge()
+        choice = self.index.choice
+        if "merge" in self.steps:
+            assert choice is not None
+            recall = recall or read_recall(self.paths, choice.string)
+            with raise_together():
+                if get_rank() == 0:
+                    self._finish(choice, recall)
+            barrier()
+        self._tell(choice, embedded, added, recall, reused)
+        return BuiltIndex(choice, embedded, added, recall, reused)
+
+    def _embed(self) -> ShardReport:
+        """Embeddings of the database, and of the queries that recall is measured with."""
+        with raise_together():
+            device = setup_device(self.options.device)  # type: ignore[arg-type]
+            register_megatron_bert()
+            tokenizer = load_project_tokenizer(self.config, self.paths)
+            if self.options.embedder == LEXICAL_EMBEDDER and get_rank() == 0:
+                _weigh_words(
+                    self.database, tokenizer, self.paths.lexical_weights, self.embed_fingerprint
+                )
+        with raise_together():
+            embedder = self._embedder(str(device))
+            if get_rank() == 0 and (self.share is None or self.share.index == 0):
+                self._embed_held_out(tokenizer, embedder)
+        shards = self.index.embedding_shards
+        return embed_database(
+            self.database,
+            tokenizer,
+            embedder,
+            self.share.of(shards) if self.share else shards,
+            self.embed_fingerprint,
         )
-        choice = choose_index_string(len(database), embedder.dimension)
-        if options.index_str is not None:
-            choice = IndexChoice(options.index_str, "as --index-str says")
-        added = paths.added_index(choice.string)
-        fingerprint = check_stage(paths, STAGE, stage_options, inputs, added)
-        if growth and growth.embedded_with(embed_options) and get_rank() == 0:
-            growth.take_over_training(choice.string, fingerprint)
-    embedded = embed_database(database, tokenizer, embedder, shards, embed_fingerprint)
-    outcome: tuple[Recall, bool] | None = None
-    with raise_together():
-        if get_rank() == 0:
-            embeddings = Embeddings(shards)
-            reused = _build(choice.string, embeddings, paths, fingerprint)
-            index = load_index(added)
-            recall = measure_recall(index, embeddings, options.nprobe, options.ef_search)
-            report = {**asdict(choice), "num_vectors": len(embeddings), **asdict(recall)}
-            write_json(paths.recall_report(choice.string), report)
-            settings.embedder = options.embedder
-            settings.embedder_pooling = options.embedder_pooling
-            settings.embedding_dimension = embedder.dimension
-            settings.index_string = choice.string
-            settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search
-            settings.save(paths.root)
-            finish_stage(paths, STAGE, stage_options, inputs)
-            outcome = recall, reused
-    barrier()
-    recall, reused = broadcast_object(outcome)  # type: ignore[misc]
-    rows = {
-        "embedder": f"{options.embedder}, dimension {embedder.dimension}",
-        "embeddings": f"{len(database)} chunks in files {embedded}",
-        "index": f"{choice.string}: {choice.reason}{' (reused)' if reused else ''}",
-        "search": ", ".join(
-            f"{name} {value}"
-            for name, value in (("nprobe", recall.nprobe), ("efSearch", recall.ef_search))
-            if value is not None
+
+    def _embedder(self, device: str) -> Embedder:
+        return build_embedder(
+            self.options.embedder,
+            self.options.embed_batch_size,
+            device,
+            self.options.embedder_pooling,
+            self.options.embed_fp16,
+            self.paths.lexical_weights,
         )
-        or "exhaustive",
-        "recall against exact search": ", ".join(
-            f"@{k} {value:.3f}" for k, value in recall.at.items()
+
+    def _embed_held_out(self, tokenizer: Tokenizer, embedder: Embedder) -> None:
+        held_out = None
+        if self.paths.merged_db("valid").is_file():
+            held_out = ChunkDatabase.open(self.paths.root, "valid", own=True)
+        embed_held_out(
+            self.database,
+            held_out,
+            tokenizer,
+            embedder,
+            self.paths.held_out,
+            self.embed_fingerprint,
         )
-        + f" ({recall.num_queries} queries)",
-    }
-    print_summary(STAGE, rows)
-    return BuiltIndex(choice, embedded, recall, reused)
+
+    def _finish(self, choice: IndexChoice, recall: Recall) -> None:
+        settings = self.settings
+        settings.embedder = self.options.embedder
+        settings.embedder_pooling = self.options.embedder_pooling
+        settings.embedding_dimension = self.index.embeddings.dimension
+        settings.index_string, settings.index_split = choice.string, self.options.split_index
+        settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search
+        settings.save(self.paths.root)
+        finish_stage(self.paths, STAGE, self.stage_options, self.inputs)
+
+    def _tell(
+        self,
+        choice: IndexChoice | None,
+        embedded: ShardReport | None,
+        added: ShardReport | None,
+        recall: Recall | None,
+        reused: bool,
+    ) -> None:
+        rows: dict[str, object] = {"embedder": self.options.embedder}
+        if embedded is not None:
+            rows["embeddings"] = f"{len(self.database)} chunks in files {embedded}"
+        if choice is not None:
+            rows["index"] = f"{choice.string}: {choice.reason}{' (reused)' if reused else ''}"
+        if added is not None:
+            rows["parts"] = f"{added}"
+        if recall is not None:
+            where = " on the disk" if choice is not None and choice.on_disk else ""
+            where = " in parts" if self.options.split_index else where
+            rows["search"] = _breadth(recall) + where
+            rows["recall against exact search"] = _show_recall(recall, self.options.index_recall)
+        title = STAGE if self.options.stage is None else f"{STAGE} --stage {self.options.stage}"
+        print_summary(title + (f" --shard {self.options.shard}" if self.share else ""), rows)
+
+
+def _breadth(recall: Recall) -> str:
+    named = (("nprobe", recall.nprobe), ("efSearch", recall.ef_search))
+    told = ", ".join(f"{name} {value}" for name, value in named if value is not None)
+    return told or "exhaustive"
+
+
+def _show_recall(recall: Recall, wanted: float) -> str:
+    shares = ", ".join(f"@{k} {value:.3f}" for k, value in recall.at.items())
+    missed = "" if recall.decisive >= wanted else f", below the {wanted} wanted"
+    queries = f"{recall.num_queries} queries, {recall.num_held_out} of held-out documents"
+    return f"{shares} ({queries}){missed}"
 
 
 def _weigh_words(
@@ -204,39 +352,10 @@ def _weigh_words(
         return
     count = min(len(database), _WEIGHED_CHUNKS)
     rows = np.linspace(0, len(database) - 1, count).astype(np.int64)
-    batches = (rows[start : start + 4096] for start in range(0, count, 4096))
+    batches = np.array_split(rows, math.ceil(count / 4096))
     texts = (text for ids in batches for text in chunk_texts(tokenizer, database.tokens(ids)))
     with signed_write(path, fingerprint) as temporary, temporary.open("wb") as file:
         np.save(file, bucket_weights(texts))
-
-
-def _build(
-    index_string: str, embeddings: Embeddings, paths: ProjectPaths, fingerprint: str
-) -> bool:
-    """Train and fill the index; whether it was there already."""
-    empty, added = paths.empty_index(index_string), paths.added_index(index_string)
-    if state_of(added, fingerprint) is FileState.COMPLETE:
-        return True
-    if state_of(empty, fingerprint) is not FileState.COMPLETE:
-        trained = train_index(index_string, embeddings, _training_rows(paths))
-        with signed_write(empty, fingerprint) as temporary:
-            save_index(trained, temporary)
-    index = load_index(empty)
-    require_space(added, stored_bytes(index, len(embeddings)), "the index's vectors")
-    add_to_index(index, embeddings, index_string)
-    with signed_write(added, fingerprint) as temporary:
-        save_index(index, temporary)
-    return False
-
-
-def _training_rows(paths: ProjectPaths) -> np.ndarray:
-    """Rows of train.hdf5 that sampled.hdf5 holds: the first ones of each dataset."""
-    rows, start = [], 0
-    for values in read_json_list(paths.dataset_infos):
-        info = DatasetInfo(**values)
-        rows.append(np.arange(start, start + info.n_chunks_sampled))
-        start += info.n_chunks_train
-    return np.concatenate(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

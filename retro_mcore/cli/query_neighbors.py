@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import load_project_embedder
-from retro_mcore.data.index import load_index
-from retro_mcore.data.neighbors import query_split
+from retro_mcore.data.index.project import ProjectIndex
+from retro_mcore.data.querying import NeighborSearch, query_split
+from retro_mcore.data.rerank import count_tokens, load_reranker
 from retro_mcore.data.shards import ShardReport, cut
 from retro_mcore.data.token_file import bin_path, idx_path
 from retro_mcore.data.tokenizers import load_project_tokenizer
@@ -31,9 +35,15 @@ from retro_mcore.project.config import (
     Split,
 )
 from retro_mcore.project.lock import stage_lock
-from retro_mcore.project.markers import digest_of, fingerprint_of, verify
+from retro_mcore.project.markers import (
+    FileState,
+    digest_of,
+    fingerprint_of,
+    signed_write,
+    state_of,
+)
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.stages import check_stage, finish_stage, input_digests, require_stage
+from retro_mcore.project.stages import check_stage, finish_stage, input_digests
 
 STAGE = "query_neighbors"
 
@@ -45,16 +55,20 @@ class QueryNeighborsOptions:
     project_dir: str
     """Project directory, after build_index."""
     num_neighbors_query: int | None = None
-    """Candidates searched per chunk, before those of the sample's own documents are dropped
-    (default: 200, or all of a smaller database)."""
+    """Candidates searched per chunk, before those of the sample's own documents are dropped; more
+    where too few are left (default: 200, or all of a smaller database)."""
     num_neighbors_save: int = 20
     """Neighbors saved per chunk."""
+    rerank: Literal["bm25"] | None = None
+    """Order the candidates by BM25 over their tokens before the best are saved."""
     embed_batch_size: int = 16
     """Chunks per forward pass of the embedder."""
     embed_fp16: bool = False
     """Embed in half precision, on a GPU."""
     device: str = "auto"
     """Where the embedder runs: auto, cpu or cuda."""
+    faiss_gpu: bool = True
+    """Search on the GPUs where Faiss has any."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +117,8 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         settings = ProjectSettings.load(source.root)
         tokenizer = load_project_tokenizer(config, paths)
         database = ChunkDatabase.open(source.root, own=True)
-        if settings.index_string is None or settings.embedder is None:
-            raise ProjectError(
-                source.index, "no index", f"Run build_index --project-dir {source.root} first"
-            )
-        added = source.added_index(settings.index_string)
-        require_stage(source, added, "build_index")
-        verify(added, f"Run build_index --project-dir {source.root} again")
+        block_size = ProjectConfig.load(source.root).retro_block_size
+        project_index = ProjectIndex(source, settings, len(database), block_size)
         num_query = options.num_neighbors_query or min(200, len(database))
         stage_options = {
             "--num-neighbors-query": num_query,
@@ -118,6 +127,7 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
             "--nprobe of build_index": settings.nprobe,
             "--ef-search of build_index": settings.ef_search,
             **({"--embed-fp16": True} if options.embed_fp16 else {}),
+            **({"--rerank": options.rerank} if options.rerank else {}),
             **{
                 key: getattr(config, key)
                 for key in vars(config)
@@ -127,7 +137,7 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         }
         prefixes = [paths.data / prefix for prefix in config.blend[1]]
         files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
-        searched = input_digests(source, [source.merged_db("train"), added])
+        searched = input_digests(source, [source.merged_db("train")]) | project_index.digests()
         inputs = {**input_digests(paths, files), **searched}
         tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
         first_output = _first_output(config, paths) if other is None else paths.query / "none"
@@ -137,11 +147,24 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         embedder = load_project_embedder(
             settings, source, options.embed_batch_size, str(device), options.embed_fp16
         )
-        index = load_index(added, settings.nprobe, settings.ef_search)
+        index = project_index.open(share=True, k=num_query, gpu=options.faiss_gpu)
         if get_rank() == 0:
             remove_truncated_cache(paths)
-        _check_index(index, database, embedder.dimension, source)
+        _check_dimension(settings, embedder.dimension, source)
         numbers = _numbers_in_database(paths, config, source)
+        if options.rerank is not None and get_rank() == 0:
+            _count_tokens(database, tokenizer.vocab_size, source)
+    with raise_together():
+        settings.rerank = options.rerank
+        neighbor_search = NeighborSearch(
+            database,
+            tokenizer,
+            embedder,
+            config.retro_gpt_chunk_length,
+            num_query,
+            options.num_neighbors_save,
+            load_reranker(settings, source, database, config.retro_gpt_chunk_length),
+        )
     result = QueriedNeighbors({}, {})
     directories: dict[str, str | None] = dict.fromkeys(SPLITS)
     for split, samples in build_all_gpt_samples(config, paths, tokenizer).items():
@@ -154,15 +177,10 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         result.num_chunks[split] = rows
         directories[split] = name
         result.reports[split] = query_split(
+            neighbor_search,
             RenumberedSamples(samples, numbers),
-            database,
             index,
-            tokenizer,
-            embedder,
             cut(paths.query / name, rows, config.retro_block_size),
-            config.retro_gpt_chunk_length,
-            num_query,
-            options.num_neighbors_save,
             fingerprint,
             f"neighbors of {split}",
         )
@@ -182,7 +200,8 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         split: f"{result.num_chunks[split]} chunks in files {report}"
         for split, report in result.reports.items()
     }
-    summary["neighbors"] = f"{options.num_neighbors_save} saved of {num_query} searched"
+    order = ", in the order of BM25" if options.rerank else ""
+    summary["neighbors"] = f"{options.num_neighbors_save} saved of {num_query} searched{order}"
     print_summary(STAGE, summary)
     return result
 
@@ -224,21 +243,29 @@ def _check_options(options: QueryNeighborsOptions) -> None:
         value = getattr(options, flag)
         if value is not None and value < 1:
             raise ConfigurationError(f"--{flag.replace('_', '-')}", str(value), "Give at least 1")
+    if options.rerank not in (None, "bm25"):
+        raise ConfigurationError("--rerank", str(options.rerank), "Choose bm25, or leave it out")
     if options.device not in ("auto", "cpu", "cuda"):
         raise ConfigurationError("--device", options.device, "Choose auto, cpu or cuda")
 
 
-def _check_index(
-    index: object, database: ChunkDatabase, dimension: int, paths: ProjectPaths
-) -> None:
-    total, width = int(index.ntotal), int(index.d)  # type: ignore[attr-defined]
-    if (total, width) != (len(database), dimension):
+def _check_dimension(settings: ProjectSettings, dimension: int, paths: ProjectPaths) -> None:
+    if settings.embedding_dimension != dimension:
         raise ProjectError(
             paths.index,
-            f"the index holds {total} vectors of {width}, the database {len(database)} chunks and "
-            f"the embedder gives {dimension}",
+            f"the index holds vectors of {settings.embedding_dimension}, the embedder gives "
+            f"{dimension}",
             f"Run build_index --project-dir {paths.root} again",
         )
+
+
+def _count_tokens(database: ChunkDatabase, vocab_size: int, paths: ProjectPaths) -> None:
+    """Save in how many chunks each token occurs."""
+    fingerprint = fingerprint_of(input_digests(paths, [paths.merged_db("train")]))
+    if state_of(paths.token_counts, fingerprint) is FileState.COMPLETE:
+        return
+    with signed_write(paths.token_counts, fingerprint) as temporary, temporary.open("wb") as file:
+        np.save(file, count_tokens(database, vocab_size))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -150,7 +150,7 @@ def _grow(options: UpdateDbOptions, paths: ProjectPaths, config: ProjectConfig) 
         make_grown_project(base, grown, sources, prefixes, reader, made_from)
     build_db(BuildDbOptions(str(grown.root), **_recorded(base, "build_db")))
     # The index that the old documents are in, by its own name: "auto" could choose another.
-    recorded = {**_recorded(base, "build_index"), "index_str": settings.index_string}
+    recorded = {**_recorded(base, "build_index"), "index": settings.index_string}
     recorded = {**recorded, "nprobe": settings.nprobe, "ef_search": settings.ef_search}
     build_index(BuildIndexOptions(str(grown.root), **recorded, device=options.device))
     return grown

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from retro_mcore.distributed import barrier, get_rank, get_world_size, raise_together
+from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project.markers import FileState, signed_write, state_of
 from retro_mcore.project.space import require_space
 
@@ -104,23 +105,9 @@ def run_shards(
         ProjectError: the shards that are missing would not fit on the disk; nothing is written.
         RetroError: on all ranks, whichever rank met it.
     """
-    states: list[FileState] = [FileState.MISSING] * len(shards)
-    rank, world = get_rank(group), get_world_size(group)
+    missing, report = missing_shards(shards, fingerprint, description, row_bytes, beside, group)
     with raise_together(group):
-        for index in range(rank, len(shards), world):
-            states[index] = _state(shards[index], fingerprint, beside)
-    states = _gather_states(states, world, group)
-    missing = [
-        shard
-        for shard, state in zip(shards, states, strict=True)
-        if state is not FileState.COMPLETE
-    ]
-    with raise_together(group):
-        if missing:
-            rows = sum(shard.end - shard.start for shard in missing)
-            needed = math.ceil(rows * row_bytes)
-            require_space(missing[0].path.parent, needed, f"{len(missing)} files ({description})")
-        hidden = rank != 0 or not missing
+        hidden = get_rank(group) != 0 or not missing
         with tqdm(total=len(missing), desc=description, disable=hidden) as progress:
             done = 0
             for index in _take_turns(len(missing), group):
@@ -131,12 +118,96 @@ def run_shards(
                 done = index + 1
             progress.update(len(missing) - done)
     barrier(group)
-    damaged = tuple(
-        shard.path
-        for shard, state in zip(shards, states, strict=True)
-        if state is FileState.DAMAGED
-    )
-    return ShardReport(len(shards), len(shards) - len(missing), damaged)
+    return report
+
+
+def missing_shards(
+    shards: Sequence[Shard],
+    fingerprint: str,
+    description: str,
+    row_bytes: float = 0.0,
+    beside: Callable[[Shard], Path] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[list[Shard], ShardReport]:
+    """Which shards are still to be built, and the report once they are; see `run_shards`.
+
+    Raises:
+        ProjectError: they would not fit on the disk.
+    """
+    states = states_of(shards, fingerprint, beside, group)
+    found = list(zip(shards, states, strict=True))
+    missing = [shard for shard, state in found if state is not FileState.COMPLETE]
+    damaged = tuple(shard.path for shard, state in found if state is FileState.DAMAGED)
+    with raise_together(group):
+        if missing:
+            rows = sum(shard.end - shard.start for shard in missing)
+            needed = math.ceil(rows * row_bytes)
+            require_space(missing[0].path.parent, needed, f"{len(missing)} files ({description})")
+    return missing, ShardReport(len(shards), len(shards) - len(missing), damaged)
+
+
+def states_of(
+    shards: Sequence[Shard],
+    fingerprint: str,
+    beside: Callable[[Shard], Path] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> list[FileState]:
+    """Compare shards with their markers, shared among all ranks of `group`; see `run_shards`."""
+    states: list[FileState] = [FileState.MISSING] * len(shards)
+    rank, world = get_rank(group), get_world_size(group)
+    with raise_together(group):
+        for index in range(rank, len(shards), world):
+            states[index] = _state(shards[index], fingerprint, beside)
+    return _gather_states(states, world, group)
+
+
+def require_shards(
+    shards: Sequence[Shard],
+    fingerprint: str,
+    mend: str,
+    beside: Callable[[Shard], Path] | None = None,
+) -> None:
+    """Refuse to go on without shards of an earlier step; all ranks call it.
+
+    Raises:
+        ProjectError: naming the first that is missing or damaged, with `mend` as the way out.
+    """
+    states = states_of(shards, fingerprint, beside)
+    for shard, state in zip(shards, states, strict=True):
+        if state is not FileState.COMPLETE:
+            raise ProjectError(shard.path, f"is {state.value}", mend)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several jobs does of a step, by "I/N": the I-th of N, from 1.
+
+    Attributes:
+        index: I - 1.
+        count: N.
+    """
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """Read "I/N".
+
+        Raises:
+            ConfigurationError: not two numbers, or I is not in 1 to N.
+        """
+        try:
+            number, count = (int(part) for part in text.split("/"))
+        except ValueError:
+            number, count = 0, 0
+        if not 1 <= number <= count:
+            raise ConfigurationError("--shard", repr(text), "Give I/N with I from 1 to N, as 3/8")
+        return cls(number - 1, count)
+
+    def of(self, shards: Sequence[Shard]) -> list[Shard]:
+        """This job's shards."""
+        return list(shards[self.index :: self.count])
 
 
 def _state(shard: Shard, fingerprint: str, beside: Callable[[Shard], Path] | None) -> FileState:

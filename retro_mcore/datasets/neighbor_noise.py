@@ -13,7 +13,7 @@ import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.data.neighbors import own_document_mask
+from retro_mcore.data.filtering import from_documents
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,7 @@ class NeighborNoise:
         dropped = generator.random(ids.shape) < self.drop_neighbors
         replaced = generator.random(ids.shape) < self.replace_neighbors
         others = generator.integers(len(database), size=ids.shape)
-        rows = np.full(len(ids), dataset)
-        replaced &= (ids != NO_NEIGHBOR) & ~own_document_mask(
-            database, others, rows, [own] * len(ids)
-        )
+        replaced &= (ids != NO_NEIGHBOR) & ~from_documents(database, others, dataset, own)
         return np.where(whole_chunks | dropped, NO_NEIGHBOR, np.where(replaced, others, ids))
 
     def disturb_tokens(self, index: int, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import load_project_embedder
-from retro_mcore.data.index import load_index
-from retro_mcore.data.neighbors import SavedNeighbors, query_split
+from retro_mcore.data.index.project import ProjectIndex
+from retro_mcore.data.neighbors import SavedNeighbors
+from retro_mcore.data.querying import NeighborSearch, query_split
+from retro_mcore.data.rerank import load_reranker
 from retro_mcore.data.shards import cut
 from retro_mcore.data.token_file import TokenSource, bin_path, idx_path, open_token_files
 from retro_mcore.data.tokenizers import Tokenizer
@@ -28,9 +30,9 @@ from retro_mcore.evaluation.scoring import sum_over_world
 from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.project.config import ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.lock import stage_lock
-from retro_mcore.project.markers import fingerprint_of, verify
+from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.stages import input_digests, require_stage
+from retro_mcore.project.stages import input_digests
 
 #: Candidates per chunk before those of its own document are dropped, as query_neighbors does.
 _NUM_QUERY = 200
@@ -180,42 +182,42 @@ def search_document_neighbors(
     with stage_lock(paths, "evaluate_perplexity"):
         with raise_together():
             database = ChunkDatabase.open(project_dir)
-            if settings.index_string is None:
-                raise ProjectError(
-                    paths.index, "no index", f"Run build_index --project-dir {paths.root} first"
-                )
-            added = paths.added_index(settings.index_string)
-            require_stage(paths, added, "build_index")
-            verify(added, f"Run build_index --project-dir {paths.root} again")
+            project_index = ProjectIndex(paths, settings, len(database), config.retro_block_size)
             prefixes = [paths.data / prefix for prefix in config.blend[1]]
             files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
             fingerprint = fingerprint_of(
                 {
-                    "inputs": input_digests(paths, [*files, paths.merged_db("train"), added]),
+                    "inputs": input_digests(paths, [*files, paths.merged_db("train")])
+                    | project_index.digests(),
                     "documents": [documents.corpus.tolist(), documents.number.tolist()],
                     "chunk_length": documents.chunk_length,
                     "num_save": num_save,
-                    "search": [settings.embedder, settings.nprobe, settings.ef_search],
+                    "search": [settings.embedder, settings.nprobe, settings.ef_search]
+                    + ([settings.rerank] if settings.rerank else []),
                 }
             )
             register_megatron_bert()
-            embedder = load_project_embedder(settings, paths, device=device)
-            index = load_index(added, settings.nprobe, settings.ef_search)
+            num_query = min(max(_NUM_QUERY, num_save), len(database))
+            neighbor_search = NeighborSearch(
+                database,
+                tokenizer,
+                load_project_embedder(settings, paths, device=device),
+                documents.chunk_length,
+                num_query,
+                num_save,
+                load_reranker(settings, paths, database, documents.chunk_length),
+            )
+            index = project_index.open(share=True, k=num_query)
         directory = paths.query / f"{documents.split}_documents"
         shards = cut(directory, documents.num_chunks, config.retro_block_size)
         with raise_together():
             if get_rank() == 0:
                 _remove_others(directory, {shard.path.name for shard in shards})
         query_split(
+            neighbor_search,
             DocumentChunks(documents),
-            database,
             index,
-            tokenizer,
-            embedder,
             shards,
-            documents.chunk_length,
-            min(max(_NUM_QUERY, num_save), len(database)),
-            num_save,
             fingerprint,
             f"neighbors of {documents.split} documents",
         )

@@ -19,15 +19,14 @@ from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.document_ids import DocumentNames
 from retro_mcore.data.embedders import Embedder, load_project_embedder
-from retro_mcore.data.index import load_index, search
+from retro_mcore.data.index import search
+from retro_mcore.data.index.project import ProjectIndex
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.inference.neighbors import CompletedChunk, RetrievedNeighbors
 from retro_mcore.project import ProjectConfig, ProjectSettings
-from retro_mcore.project.markers import verify
-from retro_mcore.project.stages import require_stage
 
 
 @dataclass(frozen=True)
@@ -95,19 +94,9 @@ class Retriever:
         self._datasets = config.blend[1]
         self._names = DocumentNames([self._paths.data / prefix for prefix in self._datasets])
         self._settings = ProjectSettings.load(self._paths.root)
-        self._index_path = self._find_index()
-
-    def _find_index(self) -> Path:
-        settings = self._settings
-        if settings.index_string is None or settings.embedder is None:
-            raise ProjectError(
-                self._paths.settings,
-                "names no index and no embedder",
-                f"Run build_index --project-dir {self._paths.root} first",
-            )
-        path = self._paths.added_index(settings.index_string)
-        require_stage(self._paths, path, "build_index")
-        return path
+        self._index = ProjectIndex(
+            self._paths, self._settings, len(self.database), config.retro_block_size
+        )
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -126,15 +115,7 @@ class Retriever:
     @cached_property
     def index(self) -> Any:
         """The Faiss index, with the search breadth that build_index chose."""
-        verify(self._index_path, f"Run build_index --project-dir {self._paths.root} again")
-        index = load_index(self._index_path, self._settings.nprobe, self._settings.ef_search)
-        if index.ntotal != len(self.database):
-            raise ProjectError(
-                self._index_path,
-                f"holds {index.ntotal} chunks, but the database {len(self.database)}",
-                f"Run build_index --project-dir {self._paths.root} again",
-            )
-        return index
+        return self._index.open()
 
     def search_texts(self, texts: Sequence[str]) -> RetrievedNeighbors:
         """The neighbors of N texts; where the index finds fewer than K, the rest is masked."""

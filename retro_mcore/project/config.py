@@ -185,10 +185,12 @@ class ProjectSettings:
         embedder_pooling: How its hidden states are pooled; None: as the model itself says.
         embedding_dimension: Its dimension.
         index_string: Faiss factory string.
+        index_split: Whether the index stays in its parts, for ranks to share.
         nprobe: Lists searched per query; None where the index has no lists.
         ef_search: Breadth of a graph search; None where the index has no graph.
         num_neighbors_query: Candidates searched per chunk, before the same-document filter.
         num_neighbors_save: Neighbors saved per chunk.
+        rerank: What the candidates were ordered by; None: their distance.
     """
 
     json_keys: list[str] = field(default_factory=lambda: ["text"])
@@ -199,10 +201,12 @@ class ProjectSettings:
     embedder_pooling: Literal["mean", "cls"] | None = None
     embedding_dimension: int | None = None
     index_string: str | None = None
+    index_split: bool = False
     nprobe: int | None = None
     ef_search: int | None = None
     num_neighbors_query: int | None = None
     num_neighbors_save: int | None = None
+    rerank: Literal["bm25"] | None = None
 
     @classmethod
     def load(cls, project_dir: Path | str) -> ProjectSettings:

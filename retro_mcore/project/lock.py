@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,9 +17,14 @@ from retro_mcore.project.atomic import TEMPORARY
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import disk_full_error, is_disk_full
 
+#: Attempts, 50 ms apart, to share the lock.
+_PATIENCE = 20
+
 
 @contextmanager
-def stage_lock(paths: ProjectPaths, stage: str, create: bool = False) -> Iterator[None]:
+def stage_lock(
+    paths: ProjectPaths, stage: str, create: bool = False, job: str | None = None
+) -> Iterator[None]:
     """Run a stage while no other run works on the project; all ranks call it.
 
     Rank 0 holds a flock on `PROJECT/.lock` for all of them. The system releases it when the
@@ -26,15 +32,19 @@ def stage_lock(paths: ProjectPaths, stage: str, create: bool = False) -> Iterato
     run was writing (`atomic_write`'s temporary files) is removed before the body runs. A disk that
     fills up inside libraries that write by themselves is told as `atomic_write` tells it.
 
+    Jobs of an array (`job`) share the project with one another, but with no other run: they hold
+    the lock together, and each the one of its own name. They leave the temporary files alone.
+
     Args:
         paths: The project. One that does not exist is not locked, unless `create` makes it.
         stage: Name of the command, for the other run's message.
         create: Make the directory; removed again if the stage leaves it empty.
+        job: Which part of an array of jobs this is, such as "add-3-of-8".
 
     Raises:
         ProjectError: on every rank; another run holds the directory, or the disk is full.
     """
-    held: int | None = None
+    held: list[tuple[Path, int]] = []
     made = False
     try:
         with raise_together():
@@ -43,8 +53,12 @@ def stage_lock(paths: ProjectPaths, stage: str, create: bool = False) -> Iterato
                     paths.root.mkdir(parents=True)
                     made = True
                 if paths.root.is_dir():
-                    held = _acquire(paths.lock, stage)
-                    _remove_leftovers(paths)
+                    held.append((paths.lock, _acquire(paths.lock, stage, shared=job is not None)))
+                    if job is None:
+                        _remove_leftovers(paths)
+                    else:
+                        own = paths.lock.with_name(f"{paths.lock.name}.{job}")
+                        held.append((own, _acquire(own, f"{stage} ({job})")))
         try:
             yield
         except Exception as error:
@@ -52,16 +66,26 @@ def stage_lock(paths: ProjectPaths, stage: str, create: bool = False) -> Iterato
                 raise
             raise disk_full_error(paths.root, 0) from error
     finally:
-        if held is not None:
-            paths.lock.unlink(missing_ok=True)
-            os.close(held)
+        for path, descriptor in held[::-1]:
+            _release(path, descriptor)
         if made:
             with suppress(OSError):  # not empty: the stage wrote something
                 paths.root.rmdir()
 
 
-def _acquire(path: Path, stage: str) -> int:
+def _release(path: Path, descriptor: int) -> None:
+    """Remove the file, unless others hold it too, and let it go."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _acquire(path: Path, stage: str, shared: bool = False) -> int:
     """A locked file descriptor of `path`, which holds who we are."""
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    # A job that ends holds the lock alone for a moment, to remove the file.
+    patience = _PATIENCE if shared else 0
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -70,10 +94,13 @@ def _acquire(path: Path, stage: str) -> int:
                 path, f"cannot be made ({error.strerror})", "Make the project directory writable"
             ) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = _read_holder(descriptor)
             os.close(descriptor)
+            if (patience := patience - 1) >= 0:
+                time.sleep(0.05)
+                continue
             raise ProjectError(
                 path.parent,
                 f"another run works on it: {holder}",

@@ -86,6 +86,16 @@ class ProjectPaths:
         """Weights of the lexical embedder's buckets."""
         return self.index / "lexical_weights.npy"
 
+    @property
+    def held_out(self) -> Path:
+        """Embedded queries that recall is measured with."""
+        return self.index / "held_out.hdf5"
+
+    @property
+    def index_choice(self) -> Path:
+        """Which index is built, and why."""
+        return self.index / "choice.json"
+
     def index_dir(self, index_string: str) -> Path:
         """Directory of one index."""
         return self.index / INDEX_TYPE / index_string
@@ -97,6 +107,10 @@ class ProjectPaths:
     def added_index(self, index_string: str) -> Path:
         """The index with all vectors."""
         return self.index_dir(index_string) / "added_1.000_1.000.faissindex"
+
+    def index_parts(self, index_string: str) -> Path:
+        """Directory of the vectors that were added, a file per range of rows."""
+        return self.index_dir(index_string) / "parts"
 
     def recall_report(self, index_string: str) -> Path:
         """Measured recall of the index."""
@@ -110,6 +124,11 @@ class ProjectPaths:
     def grown(self, name: str) -> Path:
         """A project inside this one, whose database is this one's and more."""
         return self.root / "updates" / name
+
+    @property
+    def token_counts(self) -> Path:
+        """In how many chunks of the database each token occurs, for BM25."""
+        return self.query / "token_counts.npy"
 
     @property
     def lock(self) -> Path:

@@ -72,7 +72,7 @@ def test_two_ranks_write_the_bytes_of_one_and_mend_what_was_damaged(tmp_path):
     hdf5 = [name for name in serial if name.endswith(".hdf5")]
     (project / hdf5[0]).unlink()
     (project / hdf5[1]).write_bytes(serial[hdf5[1]][:-1])
-    for name in ("embeddings", "query", "merged"):
+    for name in ("embeddings", "exact", "query", "merged"):
         found = next(path for path in hdf5 if name in path)
         (project / found).write_bytes(b"\0" * len(serial[found]))
     (project / "index/faiss-par-add/Flat/added_1.000_1.000.faissindex").write_bytes(b"IxF2")

@@ -9,10 +9,14 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import h5py
+import numpy as np
+
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
 from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.data.shards import Shard, cut, run_shards
 
 
 def documents(count: int = 20, length: int = 350) -> list[str]:
@@ -53,6 +57,18 @@ def build_all(project: Path, corpus: Path) -> None:
     build_db(BuildDbOptions(str(project), retro_doc_block_size=6))
     build_index(BuildIndexOptions(str(project)))
     query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+
+
+def write_rows(rows: np.ndarray, directory: Path, length: int) -> list[Shard]:
+    """Rows as embeddings, `length` to a file."""
+    shards = cut(directory, len(rows), length)
+
+    def build(shard: Shard, path: Path) -> None:
+        with h5py.File(path, "w") as file:
+            file["data"] = rows[shard.start : shard.end]
+
+    run_shards(shards, build, "rows", "rows")
+    return shards
 
 
 @cache

@@ -8,36 +8,16 @@ import h5py
 import numpy as np
 import pytest
 
-from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import build_embedder, embed_unique
-from retro_mcore.data.index import (
-    Embeddings,
-    add_to_index,
-    choose_index_string,
-    load_index,
-    measure_recall,
-    save_index,
-    search,
-    train_index,
-)
-from retro_mcore.data.neighbors import SavedDistances, SavedNeighbors, keep_first
-from retro_mcore.data.shards import Shard, choose_shard_length, cut, run_shards
-from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.data.filtering import keep_first
+from retro_mcore.data.index import Embeddings
+from retro_mcore.data.neighbors import SavedDistances, SavedNeighbors
+from retro_mcore.data.shards import choose_shard_length, cut, run_shards
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
-from tests.unit.data.projects import built_project
-
-
-def write_rows(rows: np.ndarray, directory, length: int) -> list[Shard]:
-    shards = cut(directory, len(rows), length)
-
-    def build(shard, path):
-        with h5py.File(path, "w") as file:
-            file["data"] = rows[shard.start : shard.end]
-
-    run_shards(shards, build, "rows", "rows")
-    return shards
+from tests.unit.data.projects import built_project, write_rows
 
 
 def test_shards_are_named_as_upstream_names_them(tmp_path):
@@ -85,63 +65,6 @@ def test_the_installed_encoder_finds_the_related_text():
 def test_an_embedder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match=r"--embedder: .*nothing"):
         build_embedder(str(tmp_path / "nothing"), device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("count", "string"),
-    [
-        (1, "Flat"),
-        (50_000, "Flat"),
-        (100_000, "IVF1024,Flat"),
-        (5_000_000, "IVF8192_HNSW32,Flat"),
-        (1_000_000_000, "OPQ64,IVF131072_HNSW32,PQ64"),
-    ],
-)
-def test_the_index_fits_the_number_of_vectors(count, string):
-    choice = choose_index_string(count, 384)
-    assert choice.string == string
-    assert str(count) in choice.reason
-
-
-@pytest.mark.parametrize("string", ["Flat", "IVF8,Flat", "IVF4_HNSW4,Flat", "HNSW8,Flat"])
-def test_an_index_finds_its_vectors_and_its_recall_is_measured(tmp_path, string):
-    rows = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
-    embeddings = Embeddings(write_rows(rows, tmp_path, 250))
-    assert np.array_equal(embeddings.rows(np.array([599, 0, 250])), rows[[599, 0, 250]])
-    index = train_index(string, embeddings, np.arange(600))
-    add_to_index(index, embeddings, string)
-    save_index(index, tmp_path / "index")
-    index = load_index(tmp_path / "index")
-    recall = measure_recall(index, embeddings)
-    assert recall.at[2] >= 0.95
-    assert (recall.nprobe is None) == ("IVF" not in string)
-    assert (recall.ef_search is None) == ("HNSW" not in string)
-    index = load_index(tmp_path / "index", recall.nprobe, recall.ef_search)
-    assert (search(index, rows[:5], 1)[1][:, 0] == np.arange(5)).all()
-
-
-def test_three_vectors_are_enough(tmp_path):
-    rows = np.eye(3, 4, dtype=np.float32)
-    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
-    string = choose_index_string(3, 4).string
-    index = train_index(string, embeddings, np.arange(3))
-    add_to_index(index, embeddings, string)
-    assert measure_recall(index, embeddings).at == {1: 1.0, 2: 1.0}
-    assert search(index, rows[:1], 5)[1].tolist()[0][3:] == [NO_NEIGHBOR] * 2
-
-
-@pytest.mark.parametrize("string", ["Flatt", "IVF64,Flat", "IVF4,PQ7"])
-def test_an_index_string_that_cannot_work_is_named(tmp_path, string):
-    rows = np.zeros((10, 8), np.float32)
-    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
-    with pytest.raises(ConfigurationError, match="--index-str"):
-        train_index(string, embeddings, np.arange(10))
-
-
-def test_a_truncated_index_is_named(tmp_path):
-    (tmp_path / "index").write_bytes(b"IxF2")
-    with pytest.raises(CorruptFileError, match=r"index: unreadable.*build_index"):
-        load_index(tmp_path / "index")
 
 
 def test_the_first_allowed_candidates_are_kept_in_order():

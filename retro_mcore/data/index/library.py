@@ -1,0 +1,67 @@
+"""Faiss itself: how it is imported, how many threads it gets, what its errors say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+from retro_mcore.errors import MissingDependencyError
+
+
+@cache
+def faiss_library() -> ModuleType:
+    """The module `faiss`, set so that results do not depend on how many rows a call is given.
+
+    Flat distances always come from matrix products (Faiss takes another path for small calls,
+    which rounds otherwise), and the k best always from a heap (which keeps the lower id of two at
+    one distance, where the reservoir of large k keeps either).
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependencyError(
+            "faiss", "not installed", "Install retro-mcore[cpu] or [gpu]"
+        ) from error
+    faiss.cvar.distance_compute_blas_threshold = 1
+    faiss.cvar.distance_compute_min_k_reservoir = 1 << 30
+    return faiss
+
+
+def share_of_cores() -> int:
+    """This process's share of the cores that it may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextmanager
+def faiss_threads(count: int) -> Iterator[ModuleType]:
+    """Faiss with `count` threads in calls from this thread."""
+    faiss = faiss_library()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield faiss
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@cache
+def worker_threads() -> ThreadPoolExecutor:
+    """Threads that call Faiss side by side, each with one thread inside Faiss.
+
+    Matrix products round by how they are shared among threads. Calls of fixed size, each on one
+    thread, give the same bytes on any number of cores.
+    """
+    faiss = faiss_library()
+    return ThreadPoolExecutor(
+        share_of_cores(), "faiss", initializer=faiss.omp_set_num_threads, initargs=(1,)
+    )
+
+
+def message_of(error: Exception) -> str:
+    """What Faiss says, without its source locations."""
+    return str(error).splitlines()[0].split("Error: ")[-1].strip()

@@ -1,0 +1,357 @@
+"""The index: any factory string, in parts, on the disk, chosen for a memory and a recall."""
+
+import re
+import shutil
+from functools import cache
+
+import numpy as np
+import pytest
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.index import (
+    Embeddings,
+    HeldOut,
+    IndexKind,
+    RecallMeasure,
+    add_part,
+    add_to_index,
+    choice,
+    choose_index,
+    cut_parts,
+    kind_of,
+    lists_path,
+    load_index,
+    load_parts,
+    measure_recall,
+    merge_on_disk,
+    merge_parts,
+    parse_bytes,
+    read_exact,
+    save_index,
+    search,
+    searching,
+    set_search_breadth,
+    train_index,
+    write_exact,
+)
+from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights
+from retro_mcore.data.shards import Shard
+from retro_mcore.errors import ConfigurationError, CorruptFileError
+from tests.unit.data.projects import write_rows
+
+DIMENSION = 16
+STRINGS = {
+    "Flat": IndexKind.CODES,
+    "SQ8": IndexKind.CODES,
+    "PCA8,SQ8": IndexKind.CODES,
+    "IVF8,Flat": IndexKind.LISTS,
+    "IVF8_HNSW4,SQ8": IndexKind.LISTS,
+    "OPQ4_8,IVF8_HNSW4,PQ4x4": IndexKind.LISTS,
+    "HNSW8,Flat": IndexKind.WHOLE,
+    "IVF8,PQ4x4fs": IndexKind.WHOLE,
+    "IVF8,Flat,RFlat": IndexKind.WHOLE,
+}
+
+
+@cache
+def vectors(count: int = 2600) -> np.ndarray:
+    """Clusters, with some vectors several times."""
+    random = np.random.default_rng(0)
+    centers = random.normal(size=(40, DIMENSION))
+    rows = centers[random.integers(0, 40, count)] + 0.3 * random.normal(size=(count, DIMENSION))
+    rows[count // 2 : count // 2 + 60] = rows[7]
+    return rows.astype(np.float32)
+
+
+@cache
+def passages(count: int) -> np.ndarray:
+    """Lexical embeddings of real text: passages of Python's help topics and sources."""
+    import pydoc_data.topics
+
+    texts = [words for text in pydoc_data.topics.topics.values() for words in _cut(text)]
+    import asyncio
+    import email
+    import json
+    import typing
+    from pathlib import Path
+
+    for module in (typing, json, email, asyncio):
+        folder = Path(module.__file__).parent
+        for path in sorted(folder.glob("*.py")):
+            if len(texts) >= count:
+                break
+            texts += _cut(path.read_text(encoding="utf-8", errors="ignore"))
+    texts = texts[:count]
+    assert len(texts) == count
+    return LexicalEmbedder(bucket_weights(texts)).embed(texts)
+
+
+def _cut(text: str) -> list[str]:
+    words = re.findall(r"\S+", text)
+    return [" ".join(words[start : start + 40]) for start in range(0, len(words), 40)]
+
+
+def held_out(rows: np.ndarray, count: int = 50) -> HeldOut:
+    """Every so many-th row, and as many new ones."""
+    own = np.linspace(0, len(rows) - 1, count).astype(np.int64)
+    new = (rows[own] + rows[own[::-1]]) / 2
+    return HeldOut(
+        np.concatenate([rows[own], new]), np.concatenate([own, np.full(count, NO_NEIGHBOR)])
+    )
+
+
+def fill(tmp_path, string: str, block_size: int = 1024) -> tuple:
+    """Trained, filled in parts from last to first, and by one process."""
+    embeddings = Embeddings(write_rows(vectors(), tmp_path / "embeddings", 700))
+    trained = train_index(string, embeddings, np.arange(len(embeddings)))
+    empty = tmp_path / "empty.faissindex"
+    save_index(trained, empty)
+    add_to_index(trained, embeddings)
+    index = load_index(empty)
+    parts = cut_parts(tmp_path / "parts", len(embeddings), kind_of(index), block_size)
+    for part in parts[::-1]:
+        part.path.parent.mkdir(exist_ok=True)
+        add_part(index, embeddings, part, part.path)
+    return trained, empty, parts
+
+
+@pytest.mark.parametrize("string", STRINGS)
+def test_an_index_merged_from_parts_is_that_of_one_process(tmp_path, string):
+    serial, empty, parts = fill(tmp_path, string)
+    assert kind_of(serial) is STRINGS[string]
+    assert len(parts) == (1 if STRINGS[string] is IndexKind.WHOLE else 3)
+    save_index(serial, tmp_path / "serial.faissindex")
+    merge_parts(empty, parts, tmp_path / "merged.faissindex", "")
+    merged = (tmp_path / "merged.faissindex").read_bytes()
+    assert merged == (tmp_path / "serial.faissindex").read_bytes()
+
+
+@pytest.mark.parametrize("string", ["IVF8,Flat", "IVF8_HNSW4,SQ8", "OPQ4_8,IVF8_HNSW4,PQ4x4"])
+def test_lists_on_the_disk_are_searched_where_they_lie(tmp_path, string):
+    serial, empty, parts = fill(tmp_path, string)
+    folder = tmp_path / "index"
+    merge_on_disk(empty, parts, folder / "added.faissindex", "")
+    shutil.move(folder, tmp_path / "elsewhere")  # a project may be moved
+    path = tmp_path / "elsewhere" / "added.faissindex"
+    assert lists_path(path).stat().st_size == sum(len(vectors()) * n for n in _sizes(serial))
+    assert path.stat().st_size < empty.stat().st_size + 500
+    set_search_breadth(serial, 4, None)
+    for mapped in (True, False):
+        found = search(load_index(path, 4, mapped=mapped), vectors()[:300], 20)
+        for array, expected in zip(found, search(serial, vectors()[:300], 20), strict=True):
+            np.testing.assert_array_equal(array, expected)
+
+
+def _sizes(index) -> tuple[int, int]:
+    from retro_mcore.data.index.training import innermost
+
+    return innermost(index).code_size, 8
+
+
+@pytest.mark.parametrize(
+    "string", ["Flat", "SQ8", "IVF8,Flat", "IVF8_HNSW4,SQ8", "OPQ4_8,IVF8_HNSW4,PQ4x4"]
+)
+@pytest.mark.parametrize("k", [3, 200])
+def test_parts_give_the_neighbors_of_the_whole(tmp_path, string, k):
+    serial, empty, parts = fill(tmp_path, string)
+    probes = 4 if "IVF" in string else None
+    set_search_breadth(serial, probes, None)
+    expected = search(serial, vectors()[:200], k)
+    # All parts in one process, and some of them in each of two, as ranks hold them.
+    whole = search(load_parts(empty, parts, probes), vectors()[:200], k)
+    ranks = [search(load_parts(empty, parts[i::2], probes), vectors()[:200], k) for i in (0, 1)]
+    joined = [np.hstack(arrays) for arrays in zip(*ranks, strict=True)]
+    for found in (whole, searching.nearest(*joined, k)):
+        for array, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(array, wanted)
+    row = len(vectors()) // 2 + 5  # one of 61 equal vectors: the first ones are found, in order
+    assert search(serial, vectors()[row : row + 1], 3)[1].tolist() == [[7, 1300, 1301]]
+
+
+def test_the_number_of_threads_does_not_matter(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from retro_mcore.data.index import filling
+    from retro_mcore.data.index.library import faiss_library
+
+    results = []
+    for threads in (1, 3):
+        pool = ThreadPoolExecutor(
+            threads, initializer=faiss_library().omp_set_num_threads, initargs=(1,)
+        )
+        for module in (searching, filling):
+            monkeypatch.setattr(module, "worker_threads", lambda pool=pool: pool)
+        serial, _, _ = fill(tmp_path / str(threads), "IVF8,SQ8")
+        distances, ids = search(serial, vectors()[:700], 50)
+        save_index(serial, tmp_path / "index")
+        results.append((distances.tobytes(), ids.tobytes(), (tmp_path / "index").read_bytes()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("string", ["Flat", "IVF8,Flat", "IVF4_HNSW4,Flat", "HNSW8,Flat"])
+def test_an_index_finds_its_vectors_and_its_recall_is_measured(tmp_path, string):
+    embeddings = Embeddings(write_rows(vectors(), tmp_path, 700))
+    index = train_index(string, embeddings, np.arange(len(embeddings)))
+    add_to_index(index, embeddings)
+    recall = measure_recall(index, embeddings, held_out(vectors()[:1000]))
+    assert recall.at[2] >= 0.95
+    assert (recall.num_queries, recall.num_held_out) == (100, 50)
+    assert (recall.nprobe is None) == ("IVF" not in string)
+    assert (recall.ef_search is None) == ("HNSW" not in string)
+
+
+def test_the_search_is_as_narrow_as_the_recall_allows(tmp_path):
+    embeddings = Embeddings(write_rows(passages(3000), tmp_path, 700))
+    index = train_index("IVF64,Flat", embeddings, np.arange(3000))
+    add_to_index(index, embeddings)
+    queries = held_out(passages(3000), 200)
+    recalls = [measure_recall(index, embeddings, queries, target=t) for t in (0.7, 0.95, 1.0)]
+    probes = [recall.nprobe for recall in recalls]
+    assert probes == sorted(probes)
+    assert probes[0] < probes[2] <= 64
+    assert recalls[0].decisive >= 0.7
+    assert recalls[1].decisive >= 0.95
+    assert recalls[2].decisive == 1.0
+    given = measure_recall(index, embeddings, queries, nprobe=3, target=1.0)
+    assert given.nprobe == 3
+    assert given.decisive < 1
+
+
+def test_exact_neighbors_of_parts_are_those_of_all(tmp_path):
+    rows = vectors()[:1200]  # none twice
+    embeddings = Embeddings(write_rows(rows, tmp_path, 700))
+    queries = held_out(rows)
+    paths = []
+    for part in (Shard(0, 500, tmp_path), Shard(500, 1200, tmp_path)):
+        paths.append(tmp_path / f"{part.start}.hdf5")
+        write_exact(embeddings, queries, part, paths[-1], "")
+    exact = read_exact(paths)
+    distances = ((rows[None] - queries.vectors[:, None]) ** 2).sum(-1)
+    own = queries.rows >= 0
+    distances[own, queries.rows[own]] = np.inf
+    found = np.take_along_axis(distances, exact, axis=1)
+    np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :10], atol=1e-5)
+    assert all(len(set(row)) == 10 for row in exact.tolist())
+
+
+def test_three_vectors_are_enough(tmp_path):
+    rows = np.eye(3, 4, dtype=np.float32)
+    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
+    chosen = choose_index(embeddings, 1 << 30, 0.95)
+    assert chosen.string == "Flat"
+    index = train_index(chosen.string, embeddings, np.arange(3))
+    add_to_index(index, embeddings)
+    queries = HeldOut(rows, np.arange(3))
+    assert measure_recall(index, embeddings, queries).at == {1: 1.0, 2: 1.0}
+    assert search(index, rows[:1], 5)[1].tolist()[0][3:] == [NO_NEIGHBOR] * 2
+
+
+@pytest.mark.parametrize("string", ["Flatt", "IVF64,Flat", "IVF4,PQ7"])
+def test_an_index_string_that_cannot_work_is_named(tmp_path, string):
+    rows = np.zeros((10, 8), np.float32)
+    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
+    with pytest.raises(ConfigurationError, match="--index: "):
+        train_index(string, embeddings, np.arange(10))
+
+
+def test_a_truncated_index_is_named(tmp_path):
+    (tmp_path / "index").write_bytes(b"IxF2")
+    with pytest.raises(CorruptFileError, match=r"index: unreadable.*build_index"):
+        load_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24G", 24 << 30), ("1.5t", 3 << 39), ("512MiB", 512 << 20), ("100", 100), ("2 KB", 2048)],
+)
+def test_bytes_are_read_with_their_unit(text, expected):
+    assert parse_bytes("--index-memory", text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "many", "0", "1X"])
+def test_bytes_that_are_none_are_named(text):
+    with pytest.raises(ConfigurationError, match="--index-memory"):
+        parse_bytes("--index-memory", text)
+
+
+class TestAutomaticIndex:
+    """On real text, with the border to lists moved so that a small corpus crosses it."""
+
+    count, recall = 4000, 0.95
+
+    @pytest.fixture(autouse=True)
+    def lists_from_a_thousand_on(self, monkeypatch):
+        monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 1000)
+
+    @pytest.fixture
+    def embeddings(self, tmp_path):
+        return Embeddings(write_rows(passages(self.count), tmp_path / "embeddings", 1500))
+
+    def measured(self, embeddings, memory: int):
+        """Chosen, built, and compared with exact search."""
+        chosen = choose_index(embeddings, memory, self.recall)
+        index = train_index(chosen.string, embeddings, np.arange(self.count))
+        add_to_index(index, embeddings)
+        queries = held_out(passages(self.count), 200)
+        return chosen, measure_recall(index, embeddings, queries, target=self.recall)
+
+    def test_it_reaches_the_recall_uncompressed(self, embeddings):
+        chosen, recall = self.measured(embeddings, 1 << 30)
+        assert re.fullmatch(r"IVF\d+,Flat", chosen.string)
+        assert "4000 vectors in" in chosen.reason
+        assert recall.at[2] >= 0.95
+        assert recall.nprobe < 256
+
+    def test_with_little_memory_it_is_compressed(self, embeddings):
+        plain = choose_index(embeddings, 1 << 30, self.recall)
+        chosen, recall = self.measured(embeddings, plain.num_bytes // 2)
+        assert "SQ" in chosen.string
+        assert chosen.num_bytes <= plain.num_bytes // 2
+        assert recall.at[2] >= 0.95
+
+    def test_the_impossible_is_refused_with_the_nearest_possible(self, embeddings):
+        plain = choose_index(embeddings, 1 << 30, self.recall)
+        memory = plain.num_bytes // 8
+        with pytest.raises(ConfigurationError) as caught:
+            choose_index(embeddings, memory, self.recall)
+        told = str(caught.value)
+        assert "--index-memory with --index-recall 0.95" in told
+        lower = float(re.search(r"--index-recall ([\d.]+), or give", told)[1])
+        assert choose_index(embeddings, memory, lower).num_bytes <= memory
+        with pytest.raises(ConfigurationError, match="hold no index; the smallest takes"):
+            choose_index(embeddings, 1000, 0.1)
+
+    def test_on_the_disk_nothing_is_compressed(self, embeddings, monkeypatch):
+        chosen = choose_index(embeddings, 1000, self.recall, on_disk=True)
+        assert chosen.on_disk
+        assert chosen.string.endswith(",Flat")
+        monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 5000)
+        with pytest.raises(ConfigurationError, match="--on-disk"):
+            choose_index(embeddings, 1000, self.recall, on_disk=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "lists"), [(1, 0), (50_000, 0), (100_000, 1024), (5_000_000, 8192), (10**9, 131072)]
+)
+def test_the_number_of_lists_fits_the_number_of_vectors(count, lists):
+    assert choice.num_lists_for(count) == lists
+
+
+def test_a_graph_is_searched_as_narrowly_as_the_recall_allows(tmp_path):
+    embeddings = Embeddings(write_rows(passages(3000), tmp_path, 700))
+    index = train_index("IVF64_HNSW8,Flat", embeddings, np.arange(3000))
+    add_to_index(index, embeddings)
+    recall = measure_recall(index, embeddings, held_out(passages(3000), 200))
+    assert recall.decisive >= 0.95
+    assert recall.ef_search in (16, 32, 64, 128, 256)
+
+
+def test_recall_counts_only_neighbors_that_there_are(tmp_path):
+    rows = vectors()[:4]
+    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
+    index = train_index("Flat", embeddings, np.arange(4))
+    add_to_index(index, embeddings)
+    queries = HeldOut(rows, np.arange(4))
+    write_exact(embeddings, queries, Shard(0, 4, tmp_path), tmp_path / "exact.hdf5", "")
+    measure = RecallMeasure(index, queries, read_exact([tmp_path / "exact.hdf5"]))
+    assert measure(None, None).at == {1: 1.0, 2: 1.0}
