@@ -175,7 +175,6 @@ def _samples(project: Path) -> tuple[Any, Any, int]:
 def fill(project: Path) -> dict[str, Any]:
     """Neighbors of the training samples without embedding and search: text, filter, saving."""
     from retro_mcore.data.querying import NeighborSearch, query_split
-
     from retro_mcore.data.shards import cut
 
     samples, tokenizer, length = _samples(project)
