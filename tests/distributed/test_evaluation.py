@@ -12,7 +12,7 @@ from tests.processes import run_ranks
 from tests.unit.data.projects import built_project
 from tests.unit.evaluation.questions import write_test_file
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 LAYOUTS = {
     "data parallel": {},
