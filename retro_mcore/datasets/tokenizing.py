@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from retro_mcore.project.markers import FileState, signed_write, state_of
 
 #: Texts tokenized in one call.
 _BATCH = 256
+#: Tokens read in one call.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -132,26 +135,21 @@ def _tokenize(
 def _tokenize_part(
     documents: Iterable[Document], root: str, tokenizer: Tokenizer, path: Path
 ) -> None:
-    tokens: list[np.ndarray] = []
+    """Tokens, lengths and ids of a part's documents; a batch of documents in memory at a time."""
+    waiting = iter(documents)
     ids: list[str] = []
-    batch: list[str] = []
-
-    def flush() -> None:
-        for row in tokenizer.tokenize_batch(batch):
-            tokens.append(np.array([*row, tokenizer.eod], dtype=np.int32))
-        batch.clear()
-
-    for document in documents:
-        batch.append(document.text)
-        ids.append(document.source_id.removeprefix(root))
-        if len(batch) == _BATCH:
-            flush()
-    flush()
-    packed, id_lengths = pack_ids(ids)
+    lengths: list[int] = []
     with h5py.File(path, "w") as file:
-        file["lengths"] = np.array([len(row) for row in tokens], dtype=np.int64)
-        file["tokens"] = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
-        file["ids"], file["id_lengths"] = packed, id_lengths
+        tokens = file.create_dataset("tokens", (0,), np.int32, maxshape=(None,), chunks=(_BLOCK,))
+        while batch := list(itertools.islice(waiting, _BATCH)):
+            rows = tokenizer.tokenize_batch([document.text for document in batch])
+            flat = [token for row in rows for token in (*row, tokenizer.eod)]
+            tokens.resize(len(tokens) + len(flat), axis=0)
+            tokens[len(tokens) - len(flat) :] = flat
+            lengths += [len(row) + 1 for row in rows]
+            ids += [document.source_id.removeprefix(root) for document in batch]
+        file["lengths"] = np.array(lengths, dtype=np.int64)
+        file["ids"], file["id_lengths"] = pack_ids(ids)
 
 
 def _read(shard: Shard, name: str) -> np.ndarray:
@@ -161,6 +159,12 @@ def _read(shard: Shard, name: str) -> np.ndarray:
 
 def _documents(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
     for shard in shards:
-        tokens, ends = _read(shard, "tokens"), np.cumsum(_read(shard, "lengths"))
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            yield tokens[start:end]
+        ends = np.cumsum(_read(shard, "lengths"))
+        first = start = 0
+        with h5py.File(shard.path, "r") as file:
+            while first < len(ends):
+                # Whole documents, about a block of tokens at a time, but one at least.
+                last = max(int(np.searchsorted(ends, start + _BLOCK, side="right")), first + 1)
+                tokens = file["tokens"][start : ends[last - 1]]
+                yield from np.split(tokens, ends[first : last - 1] - start)
+                first, start = last, int(ends[last - 1])
