@@ -50,7 +50,7 @@ class ServeOptions(GenerationModelOptions):
     max_tokens: int = 2048
     """Most new tokens that a request may ask for."""
     max_texts: int = 32
-    """Most texts (prompts times n) of a request."""
+    """Most texts (prompts times n) of a request; never more than can grow and wait."""
     max_body_bytes: int = 1 << 20
     """Largest request."""
     shutdown_seconds: int = 10
@@ -106,7 +106,8 @@ def build_server_app(
         given=None if loaded.arguments.no_retrieval else loaded.given,
         two_chunks=options.two_chunks,
     )
-    limits = ServerLimits(options.max_body_bytes, options.max_texts, options.max_tokens)
+    max_texts = min(options.max_texts, options.max_batch_size + options.max_waiting)
+    limits = ServerLimits(options.max_body_bytes, max_texts, options.max_tokens)
     hosts = ["localhost", "127.0.0.1", "[::1]"] if _is_loopback(options.host) else ["*"]
     return build_app(parts, limits, _api_key(options), hosts)
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from retro_mcore.inference.batch import GenerationRequest, StoppingOptions
 from retro_mcore.inference.growing_text import GrowingText, new_text
+from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
 from retro_mcore.inference.sampling import SamplingOptions
 from retro_mcore.inference.texts import GeneratedText, TokenLogprobs
 

@@ -16,15 +16,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.inference.batch import (
+from retro_mcore.inference.batch import TextBatch
+from retro_mcore.inference.decoders import CachedDecoder, Decoder, FullRecomputation
+from retro_mcore.inference.neighbors import NeighborSource
+from retro_mcore.inference.requests import (
     GenerationRequest,
     StoppingOptions,
-    TextBatch,
     Vocabulary,
     check_request,
 )
-from retro_mcore.inference.decoders import CachedDecoder, Decoder, FullRecomputation
-from retro_mcore.inference.neighbors import NeighborSource
 from retro_mcore.inference.sampling import SamplingOptions
 from retro_mcore.inference.texts import GeneratedText, TokenLogprobs
 

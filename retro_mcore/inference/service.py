@@ -19,13 +19,9 @@ import torch.distributed as dist
 
 from retro_mcore.distributed import broadcast_object, get_rank
 from retro_mcore.errors import RetroError
-from retro_mcore.inference.batch import (
-    GenerationRequest,
-    TextBatch,
-    check_request,
-    model_parallel_group,
-)
+from retro_mcore.inference.batch import TextBatch, model_parallel_group
 from retro_mcore.inference.neighbors import Prefetching
+from retro_mcore.inference.requests import GenerationRequest, check_request
 from retro_mcore.inference.texts import GeneratedText
 
 _LOG = logging.getLogger(__name__)

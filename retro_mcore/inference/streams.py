@@ -1,0 +1,172 @@
+"""From the service's thread to an HTTP answer: whole, or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+from retro_mcore.errors import RetroError
+from retro_mcore.inference.completions import DONE, Answer, CompletionRequest, error_body
+from retro_mcore.inference.growing_text import SafeStream
+from retro_mcore.inference.service import ClosedError, GenerationService, Job, TokenEvent
+from retro_mcore.inference.texts import GeneratedText
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+
+
+class RequestError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.body = status, error_body(message, kind, param, code)
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
+        if self.status == 401:
+            headers = {"WWW-Authenticate": "Bearer"}
+        return JSONResponse(self.body, self.status, headers)
+
+
+class Events:
+    """What the service's thread tells, in the event loop of the server."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self.service = service
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
+
+    def listener(self, index: int) -> Callable[[TokenEvent], None]:
+        """Puts the events of a job into the queue."""
+
+        def tell(event: TokenEvent) -> None:
+            # The loop is gone if the server was stopped before the service.
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+        return tell
+
+    async def next(self, timeout: float | None = None) -> tuple[int, TokenEvent] | None:
+        """The next event; None after `timeout` seconds without one."""
+        try:
+            index, event = await asyncio.wait_for(self._queue.get(), timeout)
+        except asyncio.TimeoutError:
+            return None
+        if event.error is not None:
+            raise _failure(event.error)
+        return index, event
+
+
+def _failure(error: Exception) -> RequestError:
+    if isinstance(error, ClosedError):
+        return RequestError(503, str(error), SERVER)
+    message = str(error) if isinstance(error, RetroError) else "generation failed; see the log"
+    return RequestError(500, message, SERVER)
+
+
+async def finish(request: Request, events: Events, jobs: list[Job]) -> list[GeneratedText]:
+    """Wait for all texts; a client that has gone away takes its jobs with it."""
+    texts: dict[int, GeneratedText] = {}
+    try:
+        while len(texts) < len(jobs):
+            found = await events.next(timeout=1.0)
+            if found is None:
+                if await request.is_disconnected():
+                    raise RequestError(499, "the client has gone away")
+            elif found[1].token is None and found[1].text is not None:
+                texts[found[0]] = found[1].text
+    finally:
+        for job in jobs:
+            events.service.cancel(job)
+    return [texts[index] for index in range(len(jobs))]
+
+
+async def stream(
+    asked: CompletionRequest, answer: Answer, events: Events, jobs: list[Job], tokenizer: Any
+) -> AsyncIterator[str]:
+    """Server-sent events: what each token adds, then the ends, then [DONE]."""
+    choices = [
+        _StreamedChoice(index, job, asked, answer, tokenizer) for index, job in enumerate(jobs)
+    ]
+    texts: dict[int, GeneratedText] = {}
+    try:
+        while len(texts) < len(jobs):
+            found = await events.next()
+            assert found is not None
+            index, event = found
+            assert event.text is not None
+            for piece in choices[index].pieces(event.text, event.token):
+                yield _event(piece)
+            if event.token is None:
+                texts[index] = event.text
+        if asked.stream_options is not None and asked.stream_options.include_usage:
+            yield _event(answer.last([texts[index] for index in range(len(jobs))]))
+        yield f"data: {DONE}\n\n"
+    except RequestError as error:  # the status has been sent already
+        yield _event(error.body)
+    finally:
+        for job in jobs:
+            events.service.cancel(job)
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+class _StreamedChoice:
+    """The chunks of one text of a stream."""
+
+    def __init__(
+        self, index: int, job: Job, asked: CompletionRequest, answer: Answer, tokenizer: Any
+    ) -> None:
+        self._index, self._asked, self._answer = index, asked, answer
+        self._stream = SafeStream(
+            tokenizer, job.request.tokens, asked.stop_strings, asked.min_tokens
+        )
+        self._offset = self._neighbors = self._logprobs = 0
+        self._begun = False
+
+    def pieces(self, text: GeneratedText, token: int | None) -> list[dict[str, Any]]:
+        """What to send for an event: a token, or the end."""
+        pieces = []
+        if not self._begun and self._asked.echo:
+            pieces.append(self._echo(text))
+        self._begun = True
+        piece = self._stream.finish() if token is None else self._stream.add(token)
+        neighbors = self._answer.neighbors(text, self._neighbors)
+        self._neighbors += len(neighbors)
+        logprobs = self._new_logprobs(text)
+        self._offset += len(piece)
+        if piece or neighbors or logprobs or token is None:
+            ended = text if token is None else None
+            pieces.append(self._answer.piece(self._index, piece, ended, logprobs, neighbors))
+        return pieces
+
+    def _echo(self, text: GeneratedText) -> dict[str, Any]:
+        prompt = self._answer.prompt_of(text)
+        logprobs = None
+        if self._asked.logprobs is not None:
+            logprobs = self._answer.logprobs(text.prompt_logprobs, text.tokens[:1], 0)
+        self._offset = len(prompt)
+        return self._answer.piece(self._index, prompt, None, logprobs)
+
+    def _new_logprobs(self, text: GeneratedText) -> dict[str, Any] | None:
+        entries = text.logprobs[self._logprobs :]
+        if not entries:
+            return None
+        before = text.tokens[: text.prompt_length + self._logprobs]
+        self._logprobs += len(entries)
+        return self._answer.logprobs(entries, before, self._offset)
