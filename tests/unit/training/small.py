@@ -84,6 +84,9 @@ NO_DROPOUT = {
 
 
 def small_plan(**changes: Any) -> Any:
+    from retro_mcore.platform import setup_device
+
+    setup_device("cpu")  # before megatron is imported
     from retro_mcore.training.plan import make_plan
 
     return make_plan(small_options(**changes), small_project(), VOCABULARY)
@@ -91,9 +94,10 @@ def small_plan(**changes: Any) -> Any:
 
 def small_trainer(**changes: Any) -> Any:
     from retro_mcore.platform import setup_device
+
+    device = setup_device("cpu")  # before megatron is imported
     from retro_mcore.training.trainer import Trainer
 
-    device = setup_device("cpu")
     return Trainer(small_plan(**changes), RandomSamples(TRAIN_SAMPLES), RandomSamples(8), device)
 
 
