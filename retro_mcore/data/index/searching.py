@@ -32,8 +32,8 @@ def search(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
         return index.search_together(vectors, k)
     if len(vectors) == 0:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-    faiss_library()
-    if "Gpu" in type(index).__name__:
+    on_cpu = isinstance(index, (faiss_library().Index, PartedIndex))
+    if not on_cpu or "Gpu" in type(index).__name__:
         return by_distance_then_id(*index.search(vectors, k))
     parts = [vectors[start : start + _QUERIES] for start in range(0, len(vectors), _QUERIES)]
     found = list(worker_threads().map(_search_few, repeat(index), parts, repeat(k)))

@@ -1,0 +1,117 @@
+"""Array jobs, torchrun and one process: the same index. Parts on ranks: the same neighbors."""
+
+import multiprocessing
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.project import ProjectPaths, ProjectSettings
+from tests.processes import run_ranks
+from tests.unit.data.projects import documents, preprocess_options, write_corpus
+
+pytestmark = pytest.mark.distributed
+STRING = "IVF4,Flat"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def options(project: Path, **changes) -> BuildIndexOptions:
+    return replace(BuildIndexOptions(str(project), embedder="lexical", index=STRING), **changes)
+
+
+def index_and_query(project: Path, changes: dict) -> dict[str, bytes]:
+    build_index(options(project, **changes))
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+    return contents(project / "query")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    corpus = write_corpus(folder / "corpus.jsonl", documents(30, 500))
+    preprocess_corpus(preprocess_options(folder / "project", corpus))
+    build_db(BuildDbOptions(str(folder / "project")))
+    return folder / "project"
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_disk):
+    changes = {"on_disk": on_disk}
+    project = tmp_path / "project"
+    shutil.copytree(prepared, project)
+    build_index(options(project, **changes))
+    expected = contents(project / "index")
+    assert sum(name.endswith(".invlists") for name in expected) > 3
+    assert any(name.endswith(".ivfdata") for name in expected) == on_disk
+    shutil.rmtree(project)
+
+    shutil.copytree(prepared, project)
+    with pytest.raises(ProjectError, match="--stage embed first"):
+        build_index(options(project, stage="train", **changes))
+    for shard in ("2/3", "3/3", "1/3"):
+        build_index(options(project, stage="embed", shard=shard, **changes))
+    with pytest.raises(ProjectError, match="--stage train first"):
+        build_index(options(project, stage="add", shard="1/2", **changes))
+    build_index(options(project, stage="train", **changes))
+    build_index(options(project, stage="add", shard="2/2", **changes))
+    with pytest.raises(ProjectError, match="--stage add first"):
+        build_index(options(project, stage="merge", **changes))
+    build_index(options(project, stage="add", shard="1/2", **changes))
+    build_index(options(project, stage="merge", **changes))
+    assert contents(project / "index") == expected
+    assert not list(project.glob(".lock*"))
+    with pytest.raises(ConfigurationError, match="--shard"):
+        build_index(options(project, stage="merge", shard="1/2", **changes))
+
+
+def test_parts_on_ranks_give_the_neighbors_of_one_index(prepared, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(prepared, project)
+    expected = index_and_query(project, {})
+    shutil.rmtree(project)
+    neighbors = {name for name in expected if name.endswith(".hdf5")}
+    for world in (1, 2):
+        shutil.copytree(prepared, project)
+        found = run_ranks(world, index_and_query, project, {"split_index": True})[0]
+        assert {name: found[name] for name in neighbors} == {n: expected[n] for n in neighbors}
+        paths = ProjectPaths(project)
+        assert ProjectSettings.load(project).index_split
+        assert not paths.added_index(STRING).exists()
+        shutil.rmtree(project)
+
+
+def test_a_kill_while_merging_loses_nothing(prepared, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(prepared, project)
+    build_index(options(project, on_disk=True))
+    expected = contents(project / "index")
+    folder = ProjectPaths(project).index_dir(STRING)
+    for name in ("added_1.000_1.000.ivfdata", "added_1.000_1.000.faissindex"):
+        for path in folder.glob("added*"):
+            path.unlink()
+        process = multiprocessing.get_context("spawn").Process(
+            target=build_index, args=(options(project, on_disk=True, stage="merge"),)
+        )
+        process.start()
+        deadline = time.monotonic() + 120
+        while not list(folder.glob(f"*{name}*")) and process.is_alive():
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        build_index(options(project, on_disk=True))
+        assert contents(project / "index") == expected
