@@ -44,7 +44,7 @@ class Options:
     num_layers: int = 12
     """Decoder layers; every third one from 3 on cross-attends."""
     vocab_size: int = 8192
-    """Rows of the output layer."""
+    """Rows of the output layer; at least 1000."""
     chunk_length: int = 64
     """M, in tokens."""
     neighbors: int = 2
