@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Callable, Sequence, Sized
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from retro_mcore.errors import MissingDependencyError, TokenizerError
 _MOST_WORDS = 1 << 18
 #: Ends a text. WordPiece drops it, and a text that holds it is counted by itself.
 _END = "\0"
+_RUN = re.compile("[A-Za-z0-9]+")
+_SPECIAL = re.compile(r"\[(UNK|SEP|PAD|CLS|MASK)\]")
 
 
 class _Numbers(dict[str, int]):
@@ -29,11 +33,34 @@ class _Numbers(dict[str, int]):
         return number
 
 
+class _Memo:
+    """Numbers and counts of words, each counted once.
+
+    Args:
+        count: The counts of words that are new.
+    """
+
+    def __init__(self, count: Callable[[list[str]], np.ndarray]) -> None:
+        self._count = count
+        self._numbers, self._counts = _Numbers({_END: 0}), np.zeros(1, np.int64)
+
+    def of(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and counts, i64 [words]; the number of `_END` is 0."""
+        if len(self._counts) > _MOST_WORDS:
+            self._numbers, self._counts = _Numbers({_END: 0}), np.zeros(1, np.int64)
+        numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
+        if self._numbers.new:
+            self._counts = np.concatenate([self._counts, self._count(self._numbers.new)])
+            self._numbers.new.clear()
+        return numbers, self._counts[numbers]
+
+
 class BertTokenCounter:
     """Counts WordPiece tokens of texts, without special tokens or truncation.
 
-    WordPiece never joins what white space parts, so a text's count is the sum of its words', and a
-    word is tokenized once and then remembered.
+    WordPiece never joins what white space parts, so a text's count is the sum of its words'. Nor
+    does it join what ASCII punctuation parts, each sign of which is one token. So words, and the
+    runs of letters and digits in them, are tokenized once and then remembered.
 
     Args:
         vocab_file: A BERT vocab.txt.
@@ -50,7 +77,7 @@ class BertTokenCounter:
             raise TokenizerError(vocab_file, "no such file", "Name a BERT vocab.txt")
         # Without the class around it, which lacks encode_batch_fast.
         self._tokenizer = BertWordPieceTokenizer(str(vocab_file), lowercase=lower_case)._tokenizer
-        self._numbers, self._counts = _Numbers({_END: 0}), np.zeros(1, np.int64)
+        self._words, self._runs = _Memo(self._count_words), _Memo(self._count_whole)
 
     def count(self, texts: Sequence[str]) -> np.ndarray:
         """Number of tokens of each text, i64 [texts]."""
@@ -58,21 +85,36 @@ class BertTokenCounter:
             return self._count_whole(texts)
         # Of all white space, only these four are so to WordPiece, and split() would take more.
         joined = f" {_END} ".join(texts).replace("\n", " ").replace("\t", " ").replace("\r", " ")
-        words = joined.split(" ")
-        numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
-        if self._numbers.new:
-            learned = self._count_whole(self._numbers.new)
-            self._counts = np.concatenate([self._counts, learned])
-            self._numbers.new.clear()
-        text_of_word = np.cumsum(numbers == 0)
-        counts = np.bincount(text_of_word, self._counts[numbers], len(texts)).astype(np.int64)
-        if len(self._counts) > _MOST_WORDS:
-            self._numbers, self._counts = _Numbers({_END: 0}), np.zeros(1, np.int64)
-        return counts[: len(texts)]
+        numbers, counts = self._words.of(joined.split(" "))
+        totals = np.bincount(np.cumsum(numbers == 0), counts, len(texts)).astype(np.int64)
+        return totals[: len(texts)]
+
+    def _count_words(self, words: list[str]) -> np.ndarray:
+        is_plain = np.array([_is_plain(word) for word in words], bool)
+        plain, others = np.flatnonzero(is_plain), np.flatnonzero(~is_plain)
+        counts = np.zeros(len(words), np.int64)
+        counts[others] = self._count_whole([words[i] for i in others])
+        runs_of = [_RUN.findall(words[i]) for i in plain]
+        runs = list(itertools.chain.from_iterable(runs_of))
+        _, tokens = self._runs.of(runs)
+        # A run's tokens in place of its letters; what is left are signs.
+        counts[plain] = _lengths([words[i] for i in plain])
+        word_of_run = np.repeat(plain, _lengths(runs_of))
+        np.add.at(counts, word_of_run, tokens - _lengths(runs))
+        return counts
 
     def _count_whole(self, texts: Sequence[str]) -> np.ndarray:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return np.array([len(encoding) for encoding in encoded], np.int64)
+
+
+def _lengths(values: Sequence[Sized]) -> np.ndarray:
+    return np.fromiter(map(len, values), np.int64, len(values))
+
+
+def _is_plain(word: str) -> bool:
+    """Whether it is letters, digits and signs of ASCII, and holds no special token."""
+    return word.isascii() and word.isprintable() and not ("[" in word and _SPECIAL.search(word))
 
 
 def default_bert_vocab() -> Path:
