@@ -48,7 +48,7 @@ def prepared(tmp_path_factory) -> Path:
     return folder / "project"
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_disk):
     changes = {"on_disk": on_disk}
     project = tmp_path / "project"
@@ -94,6 +94,7 @@ def test_parts_on_ranks_give_the_neighbors_of_one_index(prepared, tmp_path):
         shutil.rmtree(project)
 
 
+@pytest.mark.slow
 def test_a_kill_while_merging_loses_nothing(prepared, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(prepared, project)
