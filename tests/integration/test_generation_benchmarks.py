@@ -12,7 +12,9 @@ def test_both_benchmarks_run(tmp_path, capsys):
 
     small = {"hidden_size": 64, "num_layers": 3, "work_dir": str(tmp_path)}
     figures = generation.run(
-        generation.Options(windows=[128, 192], retrieval_tokens=70, lead=8, vocab_size=1024, **small)
+        generation.Options(
+            windows=[128, 192], retrieval_tokens=70, lead=8, vocab_size=1024, **small
+        )
     )
     assert set(figures.recomputed) == set(figures.cached) == {128, 192}
     assert len(figures.growth) == 2
