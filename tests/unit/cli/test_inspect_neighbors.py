@@ -23,9 +23,10 @@ from retro_mcore.data.neighbors import SavedDistances
 from retro_mcore.data.tokenizers import GPTSentencePieceTokenizer, load_project_tokenizer
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.project import ProjectConfig, ProjectPaths
+from tests.integration.browser import NAMES as BROWSERS
 from tests.unit.data.projects import built_project
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 VOID = {"meta", "line", "rect"}
 
 
@@ -66,7 +67,7 @@ class Reader(HTMLParser):
 def load(path: Path) -> Reader:
     """The page after a browser has built it, or as it is."""
     text = path.read_text(encoding="utf-8")
-    if CHROMIUM.exists():
+    if CHROMIUM is not None:
         arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
         shown = subprocess.run(
             [CHROMIUM, *arguments, path.as_uri()], capture_output=True, text=True, check=True
