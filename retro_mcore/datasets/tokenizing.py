@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from retro_mcore.data.corpus import Document, list_parts, read_part
@@ -103,7 +103,7 @@ def _tokenize(
 ) -> ShardReport:
     parts = list_parts(source)
     parts_dir = target.with_name(f"{target.name}.parts")
-    shards = [Shard(i, i + 1, parts_dir / f"{i}.hdf5") for i in range(len(parts))]
+    shards = [Shard(i, i + 1, parts_dir / f"{i}.zip") for i in range(len(parts))]
     # Of files in a folder, what follows the folder's path; of a file, its name.
     root = f"{source if source.is_dir() else source.parent}/"
 
@@ -139,32 +139,36 @@ def _tokenize_part(
     waiting = iter(documents)
     ids: list[str] = []
     lengths: list[int] = []
-    with h5py.File(path, "w") as file:
-        tokens = file.create_dataset("tokens", (0,), np.int32, maxshape=(None,), chunks=(_BLOCK,))
-        while batch := list(itertools.islice(waiting, _BATCH)):
-            rows = tokenizer.tokenize_batch([document.text for document in batch])
-            flat = [token for row in rows for token in (*row, tokenizer.eod)]
-            tokens.resize(len(tokens) + len(flat), axis=0)
-            tokens[len(tokens) - len(flat) :] = flat
-            lengths += [len(row) + 1 for row in rows]
-            ids += [document.source_id.removeprefix(root) for document in batch]
-        file["lengths"] = np.array(lengths, dtype=np.int64)
-        file["ids"], file["id_lengths"] = pack_ids(ids)
+    # Not HDF5, which cannot grow a contiguous dataset, and crashes where a disk is full.
+    with zipfile.ZipFile(path, "w") as file:
+        with file.open("tokens", "w", force_zip64=True) as tokens:
+            while batch := list(itertools.islice(waiting, _BATCH)):
+                rows = tokenizer.tokenize_batch([document.text for document in batch])
+                flat = [token for row in rows for token in (*row, tokenizer.eod)]
+                tokens.write(np.array(flat, np.int32).tobytes())
+                lengths += [len(row) + 1 for row in rows]
+                ids += [document.source_id.removeprefix(root) for document in batch]
+        arrays = {"lengths": np.array(lengths, dtype=np.int64)}
+        arrays["ids"], arrays["id_lengths"] = pack_ids(ids)
+        for name, array in arrays.items():
+            with file.open(name, "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array)
 
 
 def _read(shard: Shard, name: str) -> np.ndarray:
-    with h5py.File(shard.path, "r") as file:
-        return file[name][:]
+    with zipfile.ZipFile(shard.path) as file, file.open(name) as stream:
+        return np.lib.format.read_array(stream)
 
 
 def _documents(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
     for shard in shards:
         ends = np.cumsum(_read(shard, "lengths"))
         first = start = 0
-        with h5py.File(shard.path, "r") as file:
+        with zipfile.ZipFile(shard.path) as file, file.open("tokens") as stream:
             while first < len(ends):
                 # Whole documents, about a block of tokens at a time, but one at least.
                 last = max(int(np.searchsorted(ends, start + _BLOCK, side="right")), first + 1)
-                tokens = file["tokens"][start : ends[last - 1]]
+                stop = int(ends[last - 1])
+                tokens = np.frombuffer(stream.read(4 * (stop - start)), np.int32)
                 yield from np.split(tokens, ends[first : last - 1] - start)
-                first, start = last, int(ends[last - 1])
+                first, start = last, stop
