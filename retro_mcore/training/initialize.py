@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -49,8 +50,18 @@ def initialize_parallel(
     if parallel_state.model_parallel_is_initialized():
         if sizes == parallel_sizes():
             return
-        parallel_state.destroy_model_parallel()
+        leave_model_parallel()
     parallel_state.initialize_model_parallel(*sizes)
+
+
+def leave_model_parallel() -> None:
+    """Give up megatron's groups, and their threads: megatron forgets them without ending them."""
+    groups = getattr(parallel_state, "_global_process_group_list", None) or []
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group is not None:  # the default group stays
+            with suppress(ValueError, AssertionError):  # megatron did end some
+                torch.distributed.destroy_process_group(group)
 
 
 def parallel_sizes() -> tuple[int, int, int | None]:

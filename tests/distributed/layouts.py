@@ -191,9 +191,9 @@ def join_layout(layout: Layout) -> None:
     from retro_mcore.platform import use_cpu
 
     use_cpu()
-    from megatron.core import parallel_state
+    from retro_mcore.training.initialize import leave_model_parallel
 
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     join_megatron(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

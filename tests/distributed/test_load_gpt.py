@@ -104,15 +104,14 @@ def build(sizes, weights=None, **flags):
 
 def serial_weights(path: Path, flags) -> dict[str, torch.Tensor]:
     """Random weights of the whole GPT, which rank 0 also writes."""
-    from megatron.core import parallel_state
-
     from retro_mcore.conversion.targets import megatron_arguments, write_checkpoint
     from retro_mcore.conversion.weights import Weight
     from retro_mcore.platform import setup_device
+    from retro_mcore.training.initialize import leave_model_parallel
     from retro_mcore.training.retrofit import resolved_flags
 
     setup_device("cpu")
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     (model,) = build({}, no_retrieval=True, **flags)
     generator = torch.Generator().manual_seed(8)
     weights = {
