@@ -117,7 +117,7 @@ def build(project: Path) -> None:
         chunk_length=config.retro_gpt_chunk_length,
     )
     known = {key: value for key, value in vars(config).items() if key.startswith("retro_")}
-    known.pop("retro_neighbor_dirs")
+    del known["retro_neighbor_dirs"], known["retro_database"]
     embedder = MemoryEmbedder()
     preprocessing = RetroPreprocessingConfig(
         **known,
