@@ -24,6 +24,15 @@ from retro_mcore.training.model_sizes import (
 )
 from retro_mcore.training.options import ModelOptions, ParallelOptions, RecomputeOptions
 
+# Left out where they are not given: an origin has values of its own.
+_OPTIONAL = (
+    "retro_encoder_cross_attention_dropout",
+    "retro_encoder_hidden_size",
+    "retro_encoder_num_attention_heads",
+    "retro_encoder_ffn_hidden_size",
+    "retro_cross_attention_positions",
+)
+
 
 @dataclass(kw_only=True)
 class ModelArguments(ModelOptions):
@@ -104,6 +113,7 @@ def _build(arguments: ModelArguments, shared: dict[str, Any]) -> TransformerConf
         retro_deepnorm=arguments.retro_deepnorm,
         retro_mup_base_hidden_size=arguments.retro_mup_base_hidden_size,
         retro_mup_base_kv_channels=arguments.retro_mup_base_kv_channels,
+        **{name: value for name in _OPTIONAL if (value := getattr(arguments, name)) is not None},
     )
 
 

@@ -114,6 +114,17 @@ class ModelOptions:
     """Dropout of hidden states in the neighbor encoder."""
     retro_encoder_attention_dropout: float = 0.1
     """Dropout of attention probabilities in the neighbor encoder."""
+    retro_encoder_cross_attention_dropout: float | None = None
+    """The same in the encoder's cross-attention to the chunk. Default: as its self-attention."""
+    retro_encoder_hidden_size: int | None = None
+    """Width of the neighbor encoder. Default: --hidden-size."""
+    retro_encoder_num_attention_heads: int | None = None
+    """Attention heads of the neighbor encoder. Default: the decoder's heads and query groups."""
+    retro_encoder_ffn_hidden_size: int | None = None
+    """Width of the neighbor encoder's MLP. Default: the decoder's, in proportion to the width."""
+    retro_cross_attention_positions: Literal["none", "rotary"] | None = None
+    """Relative positions in the cross-attentions: rotary, between a chunk's tokens and those that
+    were retrieved for it. Default: none."""
     retro_decoder_layers: list[int] | None = None
     """Decoder layers with cross-attention, from 1. Default: every third from 6 (9 above 15)."""
     retro_deepnorm: bool = False
@@ -262,6 +273,9 @@ _POSITIVE = (
     "retro_num_neighbors",
     "retro_num_retrieved_chunks",
     "retro_encoder_num_layers",
+    "retro_encoder_hidden_size",
+    "retro_encoder_num_attention_heads",
+    "retro_encoder_ffn_hidden_size",
     "retro_mup_base_hidden_size",
     "retro_mup_base_kv_channels",
     "tensor_model_parallel_size",

@@ -41,6 +41,7 @@ _FREE = {
     "attention_dropout",
     "retro_encoder_hidden_dropout",
     "retro_encoder_attention_dropout",
+    "retro_encoder_cross_attention_dropout",
     "init_method_std",
 }
 

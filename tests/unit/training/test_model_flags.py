@@ -1,0 +1,63 @@
+"""Flags that change the model: they reach its configuration, and the model trains and comes back."""
+
+from __future__ import annotations
+
+import pytest
+
+from retro_mcore.errors import ConfigurationError
+from tests.unit.training.small import NO_DROPOUT, small_plan, small_trainer, train
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+ENCODER = {
+    "retro_encoder_hidden_size": 16,
+    "retro_encoder_num_attention_heads": 2,
+    "retro_encoder_ffn_hidden_size": 40,
+}
+
+
+def shapes(trainer):
+    """The parameters' shapes by name."""
+    parameters = trainer._parts.chunks[0].module.named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in parameters}
+
+
+def test_the_encoder_has_sizes_of_its_own():
+    found = shapes(small_trainer(**ENCODER))
+    assert found["decoder.layers.1.cross_attention.linear_kv.weight"] == (64, 16)
+    assert found["neighbor_encoder.layers.0.self_attention.linear_qkv.weight"] == (48, 16)
+    assert found["neighbor_encoder.layers.0.mlp.linear_fc1.weight"] == (40, 16)
+
+
+def test_such_a_model_resumes_as_if_never_interrupted(tmp_path):
+    flags = {**ENCODER, **NO_DROPOUT, "retro_cross_attention_positions": "rotary"}
+    whole = train(**flags)
+    first = train(**flags, save=str(tmp_path), exit_interval=4)
+    second = train(**flags, save=str(tmp_path), load=str(tmp_path))
+    assert first.train_losses + second.train_losses == whole.train_losses
+
+
+def test_relative_positions_change_the_losses():
+    plain = train(**NO_DROPOUT).train_losses
+    rotary = train(**NO_DROPOUT, retro_cross_attention_positions="rotary").train_losses
+    assert rotary != plain
+
+
+def test_cross_attention_has_a_dropout_of_its_own():
+    from retro_mcore.training.provider import build_config
+
+    def rate(**flags):
+        plan = small_plan(retro_encoder_attention_dropout=0.2, **flags)
+        config = build_config(plan.arguments, plan.options, plan.options)
+        return config.retro_encoder_cross_attention_dropout
+
+    assert rate() == 0.2
+    assert rate(retro_encoder_cross_attention_dropout=0.3) == 0.3
+    assert rate(retro_encoder_cross_attention_dropout=0.0) == 0.0
+    # The releases used the decoder's rate, which is 0.1 here.
+    assert rate(retro_origin="mcore-0.15") == 0.1
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigurationError, match="10 over 4 attention heads"):
+        small_trainer(retro_encoder_hidden_size=10)
