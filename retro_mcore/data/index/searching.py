@@ -47,8 +47,10 @@ def _search_few(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np
 
 def by_distance_then_id(distances: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Put ids [n, k] of equal distance in order; rows must be sorted by distance."""
-    tied = (distances[:, 1:] == distances[:, :-1]) & (ids[:, 1:] < ids[:, :-1])
-    rows = np.flatnonzero((tied & (ids[:, 1:] != NO_NEIGHBOR)).any(axis=1))
+    rows = np.flatnonzero((distances[:, 1:] == distances[:, :-1]).any(axis=1))
+    before, after = ids[rows, :-1], ids[rows, 1:]
+    tied = distances[rows, 1:] == distances[rows, :-1]
+    rows = rows[(tied & (after < before) & (after != NO_NEIGHBOR)).any(axis=1)]
     if len(rows):
         distances[rows], ids[rows] = nearest(distances[rows], ids[rows], ids.shape[1])
     return distances, ids
