@@ -1,7 +1,7 @@
 """Retro against GPT on the same real text and steps: perplexities on held-out documents.
 
-    python -m benchmarks.retro_against_gpt                      # the quickstart's size
-    python -m benchmarks.retro_against_gpt --smoke              # tries the path, in two minutes
+    python -m benchmarks.retro_against_gpt                      # half an hour on two cores
+    python -m benchmarks.retro_against_gpt --train-iters 10     # tries the path, in two minutes
 
 Three models with the same flags, trained on the same samples in the same order by pretrain_retro:
 Retro, its decoder alone (a GPT of the same layers), and a GPT with as many parameters as Retro (its
@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training_data import make_project, model_flags
+from benchmarks.training_data import MODEL_FLAGS, TRAIN_ITERS, make_project
 
 
 def train(project: Path, folder: Path, flags: list[str]) -> Any:
@@ -85,16 +85,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("retro_against_gpt"))
-    parser.add_argument("--train-epochs", type=int, help="times that the text is read; default 4")
-    parser.add_argument("--train-iters", type=int, help="default: all samples of the project")
-    parser.add_argument("--smoke", action="store_true", help="a tiny run that only tries the path")
+    parser.add_argument("--train-iters", type=int, default=TRAIN_ITERS, help="steps of each model")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
-    project = make_project(options.folder, options.smoke, options.train_epochs)
-    flags = model_flags(options.smoke)
-    if options.train_iters:
-        flags += ["--train-iters", str(options.train_iters)]
-    rows = measure(project, options.folder, flags)
+    project = make_project(options.folder, options.train_iters)
+    rows = measure(project, options.folder, MODEL_FLAGS)
     show(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -1,58 +1,88 @@
-"""The quickstart's project for benchmarks of training: real text, its neighbors found."""
+"""A project of real text in which retrieval helps, and a model that trains on it in minutes.
+
+The text: the docstrings of the installed Transformers' models, one document per source file. Models
+document their arguments in one another's words, so that neighbors hold much of what comes next.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
+from retro_mcore.errors import MissingDependencyError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-DATA_STAGES = ("preprocess_corpus", "build_db", "build_index", "query_neighbors")
+BATCH = 8
+#: Training steps if nothing else is asked for.
+TRAIN_ITERS = 1500
+
+MODEL_FLAGS = (
+    "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --retro-decoder-layers 2 3 4 "
+    "--retro-encoder-num-layers 1 --position-embedding-type rope --normalization RMSNorm "
+    "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 "
+    "--retro-encoder-hidden-dropout 0 --retro-encoder-attention-dropout 0 "
+    f"--init-method-std 0.06 --micro-batch-size {BATCH} --lr 3e-3 --min-lr 3e-4 "
+    "--lr-decay-style cosine --lr-warmup-fraction 0.05 --adam-beta2 0.95 --weight-decay 0.1 "
+    "--log-interval 50"
+).split()
 
 
-def quickstart() -> ModuleType:
-    """examples/quickstart/run.py as a module."""
-    path = REPOSITORY / "examples" / "quickstart" / "run.py"
-    spec = importlib.util.spec_from_file_location("quickstart_run", path)
+def make_project(folder: Path, train_iters: int) -> Path:
+    """The project below `folder`, as far as it is not there; returns its directory.
+
+    Args:
+        folder: Where to make it.
+        train_iters: Training steps that it has samples for.
+
+    Raises:
+        MissingDependencyError: Transformers is not installed.
+    """
+    from retro_mcore.cli.build_db import BuildDbOptions, build_db
+    from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+    from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
+    from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+
+    corpus, project = folder / "documentation.jsonl", folder / "project"
+    if not corpus.is_file():
+        maker = _corpus_maker()
+        documents = list(maker.source_documents(_models_of_transformers()))
+        maker.write_jsonl(maker.in_order(documents), corpus)
+    preprocess_corpus(
+        PreprocessCorpusOptions(
+            str(project),
+            [str(corpus)],
+            vocab_size=512,
+            seq_length=256,
+            retro_chunk_length=64,
+            split="97,3,0",
+            train_samples=train_iters * BATCH,
+            global_batch_size=BATCH,
+            eval_interval=train_iters,
+            eval_iters=16,
+        )
+    )
+    build_db(BuildDbOptions(str(project)))
+    build_index(BuildIndexOptions(str(project), embedder="lexical"))
+    query_neighbors(QueryNeighborsOptions(str(project)))
+    return project
+
+
+def _models_of_transformers() -> Path:
+    found = importlib.util.find_spec("transformers")
+    if found is None or not found.submodule_search_locations:
+        raise MissingDependencyError("transformers", "not installed", "pip install transformers")
+    return Path(found.submodule_search_locations[0]) / "models"
+
+
+def _corpus_maker() -> ModuleType:
+    """examples/quickstart/make_corpus.py as a module."""
+    path = REPOSITORY / "examples" / "quickstart" / "make_corpus.py"
+    spec = importlib.util.spec_from_file_location("make_corpus", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def make_project(folder: Path, smoke: bool, train_epochs: int | None = None) -> Path:
-    """The project below `folder`, as far as it is not there; returns its directory.
-
-    Args:
-        folder: Where to make it.
-        smoke: The quickstart's smallest size.
-        train_epochs: Times that the text is read, in place of the quickstart's.
-
-    Raises:
-        RuntimeError: a stage failed; it has said why.
-    """
-    run = quickstart()
-    size, layout = (run.SMOKE if smoke else run.LAPTOP), run.Layout(folder)
-    if train_epochs is not None:
-        epochs = re.sub(
-            r"--train-epochs \d+", f"--train-epochs {train_epochs}", size.preprocess_corpus
-        )
-        size = dataclasses.replace(size, preprocess_corpus=epochs)
-    if code := run.make_corpus(layout, size.make_corpus):
-        raise RuntimeError(f"make_corpus stopped with exit code {code}")
-    for name, flags in run.stages(size, layout.corpus, layout, 1):
-        if name in DATA_STAGES and (code := run.run_stage(name, flags, 1)):
-            raise RuntimeError(f"{name} stopped with exit code {code}")
-    return layout.project
-
-
-def model_flags(smoke: bool) -> list[str]:
-    """The quickstart's flags of model and training."""
-    run = quickstart()
-    size = run.SMOKE if smoke else run.LAPTOP
-    return size.pretrain_retro.split()

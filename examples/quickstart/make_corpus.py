@@ -130,13 +130,13 @@ def python_documentation(
             one another, are always there: repetition is what a small model retrieves best.
         max_documents: At most so many documents.
     """
-    modules = _in_order(
+    modules = in_order(
         [*source_documents(Path(sysconfig.get_paths()["stdlib"])), *builtin_documents()]
     )
-    return _in_order([*topic_documents(), *modules[:max_modules]])[:max_documents]
+    return in_order([*topic_documents(), *modules[:max_modules]])[:max_documents]
 
 
-def _in_order(documents: list[Document]) -> list[Document]:
+def in_order(documents: list[Document]) -> list[Document]:
     """Those that say something, each once, in the order of a hash of their ids."""
     found = {one.id: one for one in documents if len(one.text) >= MIN_CHARACTERS}
     return sorted(found.values(), key=lambda one: hashlib.sha256(one.id.encode()).digest())
