@@ -23,6 +23,9 @@ from retro_mcore.project.space import show_bytes
 AUTO = "auto"
 #: Up to this many vectors an exact search costs less than lists would lose.
 _LARGEST_WITHOUT_LISTS = 50_000
+#: Comparing with all vectors at once, as matrix products, costs about an eighth per vector of what
+#: scanning lists does: lists are worth it where less than this share of them is scanned.
+_WORTHWHILE_SHARE = 1 / 8
 #: From this many lists on a graph finds the nearest ones faster than comparing all.
 _FEWEST_LISTS_FOR_GRAPH = 8192
 #: Faiss wants this many training vectors per list to place it well.
@@ -94,8 +97,10 @@ def num_lists_for(num_vectors: int) -> int:
 
     Faiss's guidelines for choosing an index; 0: no lists.
     """
-    if num_vectors <= _LARGEST_WITHOUT_LISTS:
-        return 0
+    return 0 if num_vectors <= _LARGEST_WITHOUT_LISTS else _well_trained_lists(num_vectors)
+
+
+def _well_trained_lists(num_vectors: int) -> int:
     lists = 2 ** round(math.log2(4 * math.sqrt(num_vectors)))
     while lists * _VECTORS_PER_LIST > num_vectors:
         lists //= 2
@@ -116,9 +121,9 @@ def choose_index(
     """The most exact index that fits the memory, if it reaches the recall.
 
     Codes that lose something are tried on evenly spaced vectors, with exhaustive search, so what
-    they lose is theirs; lists are made up for by searching more of them. Recall falls as vectors
-    get denser: it is measured at a quarter of the sample too, and the fall carried on to the
-    number of vectors.
+    they lose is theirs; lists are made up for by searching more of them, and left out where that
+    would cost more than an exhaustive search. Recall falls as vectors get denser: it is measured at
+    a quarter of the sample too, and the fall carried on to the number of vectors.
 
     Args:
         embeddings: The database's vectors.
@@ -144,6 +149,14 @@ def choose_index(
     trial = _Trial(embeddings)
     fitting = [code for code in codes if index_bytes(count, dimension, code.num_bytes) <= memory]
     if fitting and fitting[0] == codes[0]:
+        share = trial.scanned_share(recall) if num_lists_for(count) else 0.0
+        if share > _WORTHWHILE_SHARE:
+            size = 4 * dimension * count
+            why = (
+                f"{share:.0%} of any lists would have to be scanned for recall@{DECISIVE} {recall}"
+            )
+            reason = f"{count} vectors searched one by one, {show_bytes(size)}: {why}"
+            return IndexChoice("Flat", reason, size)
         return _choice(codes[0], count, dimension, "uncompressed, which fits the memory")
     expected = trial.expected_recall(fitting[0]) if fitting else 0.0
     if fitting and expected >= recall:
@@ -195,6 +208,23 @@ class _Trial:
         if code not in self._known:
             self._known[code] = self._extrapolate(code) if code.string != "Flat" else 1.0
         return self._known[code]
+
+    def scanned_share(self, recall: float) -> float:
+        """Share of the lists that a search of the sample has to scan to reach the recall.
+
+        It hardly falls with the number of vectors: it shows whether they form clusters at all.
+        """
+        lists = _well_trained_lists(len(self._vectors))
+        index = make_index(f"IVF{lists},Flat", self.dimension)
+        with faiss_threads(1):
+            index.train(self._vectors)
+            scanned = 1
+            while scanned < lists:
+                index.nprobe = scanned
+                if _recall_among(index, self._vectors) >= recall:
+                    break
+                scanned *= 2
+        return scanned / lists
 
     def _extrapolate(self, code: _Code) -> float:
         index = make_index(code.string, self.dimension)

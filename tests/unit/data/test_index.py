@@ -282,6 +282,7 @@ class TestAutomaticIndex:
     @pytest.fixture(autouse=True)
     def lists_from_a_thousand_on(self, monkeypatch):
         monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 1000)
+        monkeypatch.setattr(choice, "_WORTHWHILE_SHARE", 1.0)
 
     @pytest.fixture
     def embeddings(self, tmp_path):
@@ -301,6 +302,17 @@ class TestAutomaticIndex:
         assert "4000 vectors in" in chosen.reason
         assert recall.at[2] >= 0.95
         assert recall.nprobe < 256
+
+    def test_lists_that_save_nothing_are_left_out(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(choice, "_WORTHWHILE_SHARE", 1 / 8)
+        random = np.random.default_rng(0)
+        scattered = random.normal(size=(4000, 64)).astype(np.float32)
+        clustered = 9 * scattered[random.integers(0, 200, 4000)] + scattered
+        for vectors, string in ((scattered, r"Flat"), (clustered, r"IVF\d+,Flat")):
+            embeddings = Embeddings(write_rows(vectors, tmp_path / string, 1500))
+            chosen = choose_index(embeddings, 1 << 30, self.recall)
+            assert re.fullmatch(string, chosen.string)
+            assert ("would have to be scanned" in chosen.reason) == (string == "Flat")
 
     def test_with_little_memory_it_is_compressed(self, embeddings):
         plain = choose_index(embeddings, 1 << 30, self.recall)

@@ -1,4 +1,4 @@
-"""Flags that change the model: they reach its configuration, and the model trains and comes back."""
+"""Flags of the model: they reach its configuration, and it trains, is saved and resumes."""
 
 from __future__ import annotations
 
