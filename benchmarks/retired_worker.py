@@ -8,7 +8,6 @@ WordPiece of the same kind from transformers stands for it, and the fast one in 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -271,7 +270,7 @@ def whole(project: Path) -> dict[str, Any]:
     memory._embedder = LexicalEmbedder(bucket_weights([]))
     retired = Retired(
         project, SlowBertTokens, disk=DiskEmbedder(), mem=memory,
-        retro_index_str=_searchable(settings["index"]), retro_index_ntrain=settings["sampled"],
+        retro_index_str=settings["index"], retro_index_ntrain=settings["sampled"],
         retro_index_delete_training_embeddings=False, retro_index_delete_added_codes=False,
         retro_query_nprobe=settings["nprobe"], retro_query_ef_search=settings["ef_search"],
     )  # fmt: skip
@@ -283,11 +282,6 @@ def whole(project: Path) -> dict[str, Any]:
         stage(retired.config)
         stages[stage.__name__] = own.read()["seconds"]
     return {**clock.read(), **stages}
-
-
-def _searchable(index: str) -> str:
-    """An index of the same lists whose coarse centres are a graph: the only kind it can search."""
-    return re.sub(r"IVF(\d+),", r"IVF\1_HNSW32,", index)
 
 
 STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
