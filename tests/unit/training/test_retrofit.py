@@ -56,6 +56,24 @@ def test_a_run_starts_from_the_gpt_and_resumes_from_itself(megatron, tmp_path, c
     assert "weights taken" not in capsys.readouterr().out
 
 
+def test_a_frozen_decoder_stays_the_gpt_while_retrieval_learns(megatron, tmp_path):
+    make_llama(tmp_path / "llama")
+    saved = str(tmp_path / "run")
+    flags = {"freeze_decoder": True, "save": saved, "load": saved}
+    run = trainer(tmp_path / "llama", **flags, exit_interval=1)
+    before = {name: value.clone() for name, value in model_of(run).named_parameters()}
+    gpt = logits(model_of(run).eval())
+    for _ in range(2):  # resumed from its own checkpoint, once
+        run.train()
+        after = dict(model_of(run).named_parameters())
+        changed = {name for name in before if not torch.equal(after[name], before[name])}
+        assert any("cross_attention" in name for name in changed)
+        assert any(name.startswith("neighbor_encoder.") for name in changed)
+        assert all("neighbor_encoder" in name or "cross_att" in name for name in changed)
+        assert torch.equal(logits(model_of(run).eval()), gpt)
+        run = trainer(tmp_path / "llama", **flags)
+
+
 def test_the_twin_without_retrieval_takes_the_decoder_too(megatron, tmp_path):
     make_llama(tmp_path)
     report = trainer(tmp_path, no_retrieval=True)._decoder
