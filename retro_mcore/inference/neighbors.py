@@ -91,7 +91,7 @@ class Prefetching(NeighborSource):
 
     def expect(self, chunks: Sequence[CompletedChunk]) -> None:
         """Begin to search for these chunks, unless that has happened."""
-        raise NotImplementedError
+        ...
 
     def forget(self, prompt: int) -> None:
         """This prompt's text has ended."""

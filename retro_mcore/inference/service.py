@@ -81,7 +81,7 @@ class _FirstRankOnly(Prefetching):
 
     def neighbors_of(self, chunks: Any) -> Any:
         """Never called: the first rank asks."""
-        raise NotImplementedError
+        raise AssertionError("neighbors were asked for on a rank that is not the first")
 
 
 class GenerationService:

@@ -13,7 +13,14 @@ import psutil
 
 from retro_mcore.data.index.embeddings import Embeddings
 from retro_mcore.data.index.library import faiss_library, faiss_threads
-from retro_mcore.data.index.recall import DECISIVE, overlap
+from retro_mcore.data.index.recall import (
+    DECISIVE,
+    HeldOut,
+    RecallMeasure,
+    overlap,
+    tune,
+    without_own,
+)
 from retro_mcore.data.index.searching import search
 from retro_mcore.data.index.training import make_index
 from retro_mcore.errors import ConfigurationError
@@ -214,17 +221,19 @@ class _Trial:
 
         It hardly falls with the number of vectors: it shows whether they form clusters at all.
         """
-        lists = _well_trained_lists(len(self._vectors))
+        faiss, vectors = faiss_library(), self._vectors
+        lists = _well_trained_lists(len(vectors))
+        rows = np.linspace(0, len(vectors) - 1, min(_SAMPLE_QUERIES, len(vectors))).astype(np.int64)
+        queries = HeldOut(vectors[rows], rows)
         index = make_index(f"IVF{lists},Flat", self.dimension)
+        flat = faiss.IndexFlatL2(self.dimension)
         with faiss_threads(1):
-            index.train(self._vectors)
-            scanned = 1
-            while scanned < lists:
-                index.nprobe = scanned
-                if _recall_among(index, self._vectors) >= recall:
-                    break
-                scanned *= 2
-        return scanned / lists
+            index.train(vectors)
+        index.add(vectors)
+        flat.add(vectors)
+        exact = without_own(search(flat, queries.vectors, DECISIVE + 1)[1], rows)
+        found = tune(RecallMeasure(index, queries, exact), lists, False, recall)
+        return (found.nprobe or lists) / lists
 
     def _extrapolate(self, code: _Code) -> float:
         index = make_index(code.string, self.dimension)
