@@ -11,13 +11,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
-from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.build_index import STEPS, BuildIndexOptions, Step, build_index
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.data.bert_tokens import BertTokenCounter
 from retro_mcore.data.database import ChunkDatabase
@@ -153,6 +154,13 @@ def index_lists(project: Path) -> dict[str, Any]:
     return _index(project, "IVF1024_HNSW32,Flat")
 
 
+def index_step(step: Step, project: Path) -> dict[str, Any]:
+    """One step of build_index with the lexical embedder and its own choice of an index."""
+    clock = Clock()
+    build_index(BuildIndexOptions(str(project), embedder="lexical", stage=step))
+    return clock.read()
+
+
 def _index(project: Path, string: str) -> dict[str, Any]:
     """Also how many texts were embedded, and the recall."""
     counted = _count_embedded()
@@ -275,7 +283,7 @@ STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
         candidates,
         dataset,
     )
-}
+} | {f"index_{step}": partial(index_step, step) for step in STEPS}
 
 
 @contextlib.contextmanager
@@ -289,6 +297,7 @@ def main(stage: str, project: str) -> None:
     """Run a stage and print what it took."""
     with quiet():
         initialize()
+        setup_device()  # imports Megatron: not what is measured
         result = STAGES[stage](Path(project))
     if get_rank() == 0:
         print(json.dumps(result))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
+import torch.distributed as dist
 import tyro
 
 from retro_mcore.cli.command import print_summary, run_command
@@ -30,11 +32,18 @@ from retro_mcore.data.index import (
 )
 from retro_mcore.data.index.build import IndexBuild, read_recall
 from retro_mcore.data.index.gpu import num_gpus
-from retro_mcore.data.lexical import bucket_weights
+from retro_mcore.data.lexical import count_texts, weights_of
 from retro_mcore.data.shards import ShardReport, Share, cut
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
-from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
+from retro_mcore.distributed import (
+    barrier,
+    broadcast_object,
+    get_rank,
+    get_world_size,
+    initialize,
+    raise_together,
+)
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.platform import setup_device
@@ -257,10 +266,10 @@ class _Run:
             device = setup_device(self.options.device)  # type: ignore[arg-type]
             register_megatron_bert()
             tokenizer = load_project_tokenizer(self.config, self.paths)
-            if self.options.embedder == LEXICAL_EMBEDDER and get_rank() == 0:
-                _weigh_words(
-                    self.database, tokenizer, self.paths.lexical_weights, self.embed_fingerprint
-                )
+        if self.options.embedder == LEXICAL_EMBEDDER:
+            _weigh_words(
+                self.database, tokenizer, self.paths.lexical_weights, self.embed_fingerprint
+            )
         with raise_together():
             embedder = self._embedder(str(device))
             if get_rank() == 0 and (self.share is None or self.share.index == 0):
@@ -347,15 +356,22 @@ def _show_recall(recall: Recall, wanted: float) -> str:
 def _weigh_words(
     database: ChunkDatabase, tokenizer: Tokenizer, path: Path, fingerprint: str
 ) -> None:
-    """Save how rare words are, from evenly spaced chunks of the database."""
-    if state_of(path, fingerprint) is FileState.COMPLETE:
+    """Save how rare words are, from evenly spaced chunks of the database; all ranks count."""
+    with raise_together():
+        weighed = get_rank() == 0 and state_of(path, fingerprint) is FileState.COMPLETE
+    if broadcast_object(weighed):
         return
     count = min(len(database), _WEIGHED_CHUNKS)
     rows = np.linspace(0, len(database) - 1, count).astype(np.int64)
-    batches = np.array_split(rows, math.ceil(count / 4096))
+    batches = np.array_split(rows, math.ceil(count / 1024))[get_rank() :: get_world_size()]
     texts = (text for ids in batches for text in chunk_texts(tokenizer, database.tokens(ids)))
-    with signed_write(path, fingerprint) as temporary, temporary.open("wb") as file:
-        np.save(file, bucket_weights(texts))
+    with raise_together():
+        counts = torch.from_numpy(count_texts(texts))
+    dist.all_reduce(counts)
+    with raise_together():
+        if get_rank() == 0:
+            with signed_write(path, fingerprint) as temporary, temporary.open("wb") as file:
+                np.save(file, weights_of(counts.numpy()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Sequence, Sized
+import string
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,8 +16,17 @@ from retro_mcore.errors import MissingDependencyError, TokenizerError
 _MOST_WORDS = 1 << 18
 #: Ends a text. WordPiece drops it, and a text that holds it is counted by itself.
 _END = "\0"
-_RUN = re.compile("[A-Za-z0-9]+")
+#: Runs that are tokenized in one text.
+_RUNS_PER_CALL = 256
 _SPECIAL = re.compile(r"\[(UNK|SEP|PAD|CLS|MASK)\]")
+
+#: What a byte of printable ASCII words, one per line, is.
+_SIGN, _LETTER, _WORD_END = range(3)
+_LETTERS = (string.ascii_letters + string.digits).encode()
+_KIND = np.full(256, _SIGN, np.uint8)
+_KIND[list(_LETTERS)], _KIND[ord("\n")] = _LETTER, _WORD_END
+#: Everything but letters and digits to spaces.
+_SPACED = bytes(byte if byte in _LETTERS else ord(" ") for byte in range(256))
 
 
 class _Numbers(dict[str, int]):
@@ -77,7 +86,7 @@ class BertTokenCounter:
             raise TokenizerError(vocab_file, "no such file", "Name a BERT vocab.txt")
         # Without the class around it, which lacks encode_batch_fast.
         self._tokenizer = BertWordPieceTokenizer(str(vocab_file), lowercase=lower_case)._tokenizer
-        self._words, self._runs = _Memo(self._count_words), _Memo(self._count_whole)
+        self._words, self._runs = _Memo(self._count_words), _Memo(self._count_runs)
 
     def count(self, texts: Sequence[str]) -> np.ndarray:
         """Number of tokens of each text, i64 [texts]."""
@@ -94,22 +103,35 @@ class BertTokenCounter:
         plain, others = np.flatnonzero(is_plain), np.flatnonzero(~is_plain)
         counts = np.zeros(len(words), np.int64)
         counts[others] = self._count_whole([words[i] for i in others])
-        runs_of = [_RUN.findall(words[i]) for i in plain]
-        runs = list(itertools.chain.from_iterable(runs_of))
-        _, tokens = self._runs.of(runs)
-        # A run's tokens in place of its letters; what is left are signs.
-        counts[plain] = _lengths([words[i] for i in plain])
-        word_of_run = np.repeat(plain, _lengths(runs_of))
-        np.add.at(counts, word_of_run, tokens - _lengths(runs))
+        counts[plain] = self._count_plain([words[i] for i in plain])
         return counts
+
+    def _count_plain(self, words: list[str]) -> np.ndarray:
+        """A sign is a token, a run of letters and digits has its own count."""
+        text = "\n".join(words).encode()
+        kinds = _KIND[np.frombuffer(text, np.uint8)]
+        word_of = np.cumsum(kinds == _WORD_END)
+        starts = kinds == _LETTER
+        starts[1:] &= kinds[:-1] != _LETTER
+        _, tokens = self._runs.of(text.translate(_SPACED).decode().split())
+        signs = np.bincount(word_of[kinds == _SIGN], minlength=len(words))
+        in_runs = np.bincount(word_of[starts], tokens, minlength=len(words))
+        return signs + in_runs.astype(np.int64)
+
+    def _count_runs(self, runs: list[str]) -> np.ndarray:
+        """Many in one call; neither the text's words nor its order change what a run's are."""
+        groups = [runs[i : i + _RUNS_PER_CALL] for i in range(0, len(runs), _RUNS_PER_CALL)]
+        texts = [" ".join(group) for group in groups]
+        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        counts = [
+            np.bincount(encoding.word_ids, minlength=len(group))
+            for encoding, group in zip(encoded, groups, strict=True)
+        ]
+        return np.concatenate(counts)
 
     def _count_whole(self, texts: Sequence[str]) -> np.ndarray:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return np.array([len(encoding) for encoding in encoded], np.int64)
-
-
-def _lengths(values: Sequence[Sized]) -> np.ndarray:
-    return np.fromiter(map(len, values), np.int64, len(values))
 
 
 def _is_plain(word: str) -> bool:

@@ -112,7 +112,11 @@ def build_database(
 
         num_chunks = (-(-dataset.lengths // config.retro_gpt_chunk_length)).sum(dtype=np.int64)
         row_bytes = 16 * float(num_chunks) / max(num_docs, 1)
-        reports.append(run_shards(shards, build, made_from, f"chunks of {prefix}", row_bytes))
+        # The longest first, so that no rank is left with one while the others wait.
+        starts = np.array([shard.start for shard in shards], np.int64)
+        tokens = np.add.reduceat(dataset.lengths, starts, dtype=np.int64)
+        by_length = [shards[i] for i in np.argsort(-tokens, kind="stable")]
+        reports.append(run_shards(by_length, build, made_from, f"chunks of {prefix}", row_bytes))
     merged_reused = True
     with raise_together():
         _count_chunks(infos, all_shards, num_sampled, whole_datasets)

@@ -37,23 +37,37 @@ def buckets_of(text: str) -> np.ndarray:
     return np.array([crc32(feature) % _BUCKETS for feature in words + pairs], np.int64)
 
 
-def bucket_weights(texts: Iterable[str]) -> np.ndarray:
-    """Inverse document frequencies in fixed point, u16 [buckets]."""
-    counts, total = np.zeros(_BUCKETS, np.int64), 0
+def count_texts(texts: Iterable[str]) -> np.ndarray:
+    """Texts that each bucket occurs in, and all texts in one more place, i64 [buckets + 1].
+
+    Counts of parts of the texts add up to that of all.
+    """
+    counts = np.zeros(_BUCKETS + 1, np.int64)
     for text in texts:
         counts[np.unique(buckets_of(text))] += 1
-        total += 1
+        counts[-1] += 1
+    return counts
+
+
+def weights_of(counts: np.ndarray) -> np.ndarray:
+    """Inverse document frequencies in fixed point, u16 [buckets], from `count_texts`."""
+    total = int(counts[-1])
     # Few distinct counts: a logarithm each, rounded far above the last bit of any machine's.
-    seen, where = np.unique(counts, return_inverse=True)
+    seen, where = np.unique(counts[:-1], return_inverse=True)
     weights = [round(_SCALE * (1 + math.log((1 + total) / (1 + int(n))))) for n in seen]
     return np.array(weights, np.uint16)[where]
+
+
+def bucket_weights(texts: Iterable[str]) -> np.ndarray:
+    """`weights_of` texts."""
+    return weights_of(count_texts(texts))
 
 
 class LexicalEmbedder(Embedder):
     """Texts that share rare words and phrases are near; L2-normalized, zero for an empty text.
 
     Args:
-        weights: Of the buckets, from `bucket_weights`.
+        weights: Of the buckets, from `weights_of`.
     """
 
     name = LEXICAL_EMBEDDER

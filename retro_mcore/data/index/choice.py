@@ -18,7 +18,6 @@ from retro_mcore.data.index.recall import (
     HeldOut,
     RecallMeasure,
     overlap,
-    tune,
     without_own,
 )
 from retro_mcore.data.index.searching import search
@@ -156,11 +155,11 @@ def choose_index(
     trial = _Trial(embeddings)
     fitting = [code for code in codes if index_bytes(count, dimension, code.num_bytes) <= memory]
     if fitting and fitting[0] == codes[0]:
-        share = trial.scanned_share(recall) if num_lists_for(count) else 0.0
-        if share > _WORTHWHILE_SHARE:
+        if num_lists_for(count) and not trial.lists_pay_off(recall):
             size = 4 * dimension * count
             why = (
-                f"{share:.0%} of any lists would have to be scanned for recall@{DECISIVE} {recall}"
+                f"recall@{DECISIVE} {recall} would take scanning more than "
+                f"{_WORTHWHILE_SHARE:.1%} of any lists"
             )
             reason = f"{count} vectors searched one by one, {show_bytes(size)}: {why}"
             return IndexChoice("Flat", reason, size)
@@ -216,10 +215,10 @@ class _Trial:
             self._known[code] = self._extrapolate(code) if code.string != "Flat" else 1.0
         return self._known[code]
 
-    def scanned_share(self, recall: float) -> float:
-        """Share of the lists that a search of the sample has to scan to reach the recall.
+    def lists_pay_off(self, recall: float) -> bool:
+        """Whether scanning a worthwhile share of lists of the sample reaches the recall.
 
-        It hardly falls with the number of vectors: it shows whether they form clusters at all.
+        The share hardly falls with the number of vectors: it shows whether they form clusters.
         """
         faiss, vectors = faiss_library(), self._vectors
         lists = _well_trained_lists(len(vectors))
@@ -232,8 +231,8 @@ class _Trial:
         index.add(vectors)
         flat.add(vectors)
         exact = without_own(search(flat, queries.vectors, DECISIVE + 1)[1], rows)
-        found = tune(RecallMeasure(index, queries, exact), lists, False, recall)
-        return (found.nprobe or lists) / lists
+        probes = max(1, int(lists * _WORTHWHILE_SHARE))
+        return RecallMeasure(index, queries, exact)(probes, None).decisive >= recall
 
     def _extrapolate(self, code: _Code) -> float:
         index = make_index(code.string, self.dimension)

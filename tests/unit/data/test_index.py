@@ -312,7 +312,7 @@ class TestAutomaticIndex:
             embeddings = Embeddings(write_rows(vectors, tmp_path / string, 1500))
             chosen = choose_index(embeddings, 1 << 30, self.recall)
             assert re.fullmatch(string, chosen.string)
-            assert ("would have to be scanned" in chosen.reason) == (string == "Flat")
+            assert ("would take scanning more" in chosen.reason) == (string == "Flat")
 
     def test_with_little_memory_it_is_compressed(self, embeddings):
         plain = choose_index(embeddings, 1 << 30, self.recall)
