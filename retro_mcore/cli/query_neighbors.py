@@ -21,6 +21,7 @@ from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.datasets.samples import (
     RenumberedSamples,
     build_all_gpt_samples,
+    numbers_in_database,
     remove_truncated_cache,
 )
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
@@ -37,7 +38,6 @@ from retro_mcore.project.config import (
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import (
     FileState,
-    digest_of,
     fingerprint_of,
     signed_write,
     state_of,
@@ -151,11 +151,10 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         if get_rank() == 0:
             remove_truncated_cache(paths)
         _check_dimension(settings, embedder.dimension, source)
-        numbers = _numbers_in_database(paths, config, source)
+        numbers = numbers_in_database(paths, config, source)
         if options.rerank is not None and get_rank() == 0:
             _count_tokens(database, tokenizer.vocab_size, source)
     with raise_together():
-        settings.rerank = options.rerank
         neighbor_search = NeighborSearch(
             database,
             tokenizer,
@@ -163,7 +162,7 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
             config.retro_gpt_chunk_length,
             num_query,
             options.num_neighbors_save,
-            load_reranker(settings, source, database, config.retro_gpt_chunk_length),
+            load_reranker(options.rerank, source, database, config.retro_gpt_chunk_length),
         )
     result = QueriedNeighbors({}, {})
     directories: dict[str, str | None] = dict.fromkeys(SPLITS)
@@ -191,6 +190,7 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
                 config.retro_neighbor_dirs = directories
                 settings.num_neighbors_query = num_query
                 settings.num_neighbors_save = options.num_neighbors_save
+                settings.rerank = options.rerank
                 settings.save(paths.root)
             else:
                 config.retro_database = OtherDatabase(_place(source, paths), directories)
@@ -210,25 +210,6 @@ def _place(source: ProjectPaths, paths: ProjectPaths) -> str:
     """Relative where it lies inside the project, so that both can be moved together."""
     inside = source.root.is_relative_to(paths.root)
     return paths.relative(source.root) if inside else str(source.root)
-
-
-def _numbers_in_database(
-    paths: ProjectPaths, config: ProjectConfig, source: ProjectPaths
-) -> list[int]:
-    """The number in the database of each of the project's datasets, found by their tokens.
-
-    A dataset that the database does not hold gets a number that it does not have either.
-    """
-    prefixes = config.blend[1]
-    if source.root == paths.root:
-        return list(range(len(prefixes)))
-    held = ProjectConfig.load(source.root).blend[1]
-    digests = [digest_of(bin_path(source.data / prefix)) for prefix in held]
-    wanted = [digest_of(bin_path(paths.data / prefix)) for prefix in prefixes]
-    return [
-        digests.index(digest) if digest in digests else len(held) + i
-        for i, digest in enumerate(wanted)
-    ]
 
 
 def _first_output(config: ProjectConfig, paths: ProjectPaths) -> Path:

@@ -188,12 +188,13 @@ def _switch(
             raise ProjectError(
                 target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
             )
-        saved = ProjectSettings.load(paths.root).num_neighbors_save
+        settings = ProjectSettings.load(paths.root)
     query_other_database(
         QueryNeighborsOptions(
             str(paths.root),
             num_neighbors_query=options.num_neighbors_query,
-            num_neighbors_save=options.num_neighbors_save or saved or 20,
+            num_neighbors_save=options.num_neighbors_save or settings.num_neighbors_save or 20,
+            rerank=settings.rerank,
             embed_batch_size=options.embed_batch_size,
             embed_fp16=options.embed_fp16,
             device=options.device,

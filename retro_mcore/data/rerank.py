@@ -15,7 +15,6 @@ import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.markers import verify
 from retro_mcore.project.paths import ProjectPaths
 
@@ -95,14 +94,20 @@ class BM25:
 
 
 def load_reranker(
-    settings: ProjectSettings, paths: ProjectPaths, database: ChunkDatabase, chunk_length: int
+    rerank: str | None, paths: ProjectPaths, database: ChunkDatabase, chunk_length: int
 ) -> BM25 | None:
-    """What a project's settings say that candidates are ordered by; None: their distance.
+    """What candidates are ordered by; None: their distance.
+
+    Args:
+        rerank: `ProjectSettings.rerank` of the project whose chunks are searched for.
+        paths: The project whose database is searched.
+        database: That database.
+        chunk_length: M.
 
     Raises:
         CorruptFileError: the tokens' counts that query_neighbors saved are damaged.
     """
-    if settings.rerank is None:
+    if rerank is None:
         return None
     verify(paths.token_counts, f"Run query_neighbors --project-dir {paths.root} again")
     return BM25(database, np.load(paths.token_counts), chunk_length)

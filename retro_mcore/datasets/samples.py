@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.data.token_file import open_token_files
+from retro_mcore.data.querying import Samples
+from retro_mcore.data.token_file import bin_path, open_token_files
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.datasets.splits import document_ranges, parse_split
 from retro_mcore.distributed import initialize, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import SPLITS, ProjectConfig, Split
+from retro_mcore.project.markers import digest_of
 from retro_mcore.project.paths import ProjectPaths
 
 
@@ -76,7 +78,7 @@ class RenumberedSamples:
             where it holds no such dataset.
     """
 
-    samples: GPTSamples
+    samples: Samples
     numbers: list[int]
 
     def __len__(self) -> int:
@@ -86,6 +88,30 @@ class RenumberedSamples:
         """See `GPTSamples.read`."""
         tokens, dataset, documents = self.samples.read(index)
         return tokens, self.numbers[dataset], documents
+
+
+def numbers_in_database(
+    paths: ProjectPaths, config: ProjectConfig, source: ProjectPaths
+) -> list[int]:
+    """The number in a database of each of a project's datasets, found by their tokens.
+
+    A dataset that the database does not hold gets a number that it does not have either.
+
+    Args:
+        paths: The project.
+        config: Its configuration.
+        source: The project whose database it is.
+    """
+    prefixes = config.blend[1]
+    if source.root == paths.root:
+        return list(range(len(prefixes)))
+    held = ProjectConfig.load(source.root).blend[1]
+    digests = [digest_of(bin_path(source.data / prefix)) for prefix in held]
+    wanted = [digest_of(bin_path(paths.data / prefix)) for prefix in prefixes]
+    return [
+        digests.index(digest) if digest in digests else len(held) + i
+        for i, digest in enumerate(wanted)
+    ]
 
 
 def build_gpt_samples(

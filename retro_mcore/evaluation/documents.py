@@ -23,6 +23,7 @@ from retro_mcore.data.rerank import load_reranker
 from retro_mcore.data.shards import cut
 from retro_mcore.data.token_file import TokenSource, bin_path, idx_path, open_token_files
 from retro_mcore.data.tokenizers import Tokenizer
+from retro_mcore.datasets.samples import RenumberedSamples, numbers_in_database
 from retro_mcore.datasets.splits import document_ranges
 from retro_mcore.distributed import get_rank, get_world_size, raise_together
 from retro_mcore.errors import ProjectError
@@ -177,23 +178,29 @@ def search_document_neighbors(
         ProjectError: a stage has not run, or another run works on the project.
         CorruptFileError: a file is damaged.
     """
-    paths = ProjectPaths(project_dir)
-    config, settings = ProjectConfig.load(project_dir), ProjectSettings.load(project_dir)
+    paths, config = ProjectPaths(project_dir), ProjectConfig.load(project_dir)
+    rerank = ProjectSettings.load(project_dir).rerank
+    source = config.database_paths(project_dir)
+    settings, block_size = (
+        ProjectSettings.load(source.root),
+        ProjectConfig.load(source.root).retro_block_size,
+    )
     with stage_lock(paths, "evaluate_perplexity"):
         with raise_together():
             database = ChunkDatabase.open(project_dir)
-            project_index = ProjectIndex(paths, settings, len(database), config.retro_block_size)
+            project_index = ProjectIndex(source, settings, len(database), block_size)
             prefixes = [paths.data / prefix for prefix in config.blend[1]]
             files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
             fingerprint = fingerprint_of(
                 {
-                    "inputs": input_digests(paths, [*files, paths.merged_db("train")])
+                    "inputs": input_digests(paths, files)
+                    | input_digests(source, [source.merged_db("train")])
                     | project_index.digests(),
                     "documents": [documents.corpus.tolist(), documents.number.tolist()],
                     "chunk_length": documents.chunk_length,
                     "num_save": num_save,
                     "search": [settings.embedder, settings.nprobe, settings.ef_search]
-                    + ([settings.rerank] if settings.rerank else []),
+                    + ([rerank] if rerank else []),
                 }
             )
             register_megatron_bert()
@@ -201,13 +208,14 @@ def search_document_neighbors(
             neighbor_search = NeighborSearch(
                 database,
                 tokenizer,
-                load_project_embedder(settings, paths, device=device),
+                load_project_embedder(settings, source, device=device),
                 documents.chunk_length,
                 num_query,
                 num_save,
-                load_reranker(settings, paths, database, documents.chunk_length),
+                load_reranker(rerank, source, database, documents.chunk_length),
             )
             index = project_index.open(share=True, k=num_query)
+            numbers = numbers_in_database(paths, config, source)
         directory = paths.query / f"{documents.split}_documents"
         shards = cut(directory, documents.num_chunks, config.retro_block_size)
         with raise_together():
@@ -215,7 +223,7 @@ def search_document_neighbors(
                 _remove_others(directory, {shard.path.name for shard in shards})
         query_split(
             neighbor_search,
-            DocumentChunks(documents),
+            RenumberedSamples(DocumentChunks(documents), numbers),
             index,
             shards,
             fingerprint,

@@ -1,8 +1,8 @@
 """Live retrieval: a chunk of tokens or a text in, its neighbors in the project's database out.
 
 The search is the one that built the project's training neighbors: the same text of a chunk, the
-same embedder, index and breadth. Nothing is filtered, since a text that is being written belongs
-to no document of the database.
+same embedder, index and breadth, and its order by BM25 if it had one. Nothing is filtered, since a
+text that is being written belongs to no document of the database.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from retro_mcore.data.document_ids import DocumentNames
 from retro_mcore.data.embedders import Embedder, load_project_embedder
 from retro_mcore.data.index import search
 from retro_mcore.data.index.project import ProjectIndex
+from retro_mcore.data.rerank import load_reranker
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.inference.neighbors import CompletedChunk, RetrievedNeighbors
 from retro_mcore.project import ProjectConfig, ProjectSettings
+
+#: Candidates that are reordered, in a project whose own neighbors were not searched for.
+_NUM_QUERY = 200
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,9 @@ class Retriever:
         self._datasets = config.blend[1]
         self._names = DocumentNames([self._paths.data / prefix for prefix in self._datasets])
         self._settings = ProjectSettings.load(self._paths.root)
+        own = ProjectSettings.load(project_dir)
+        self._num_query = own.num_neighbors_query or _NUM_QUERY
+        self._rerank = load_reranker(own.rerank, self._paths, self.database, self.chunk_length)
         self._index = ProjectIndex(
             self._paths, self._settings, len(self.database), config.retro_block_size
         )
@@ -119,29 +126,40 @@ class Retriever:
 
     def search_texts(self, texts: Sequence[str]) -> RetrievedNeighbors:
         """The neighbors of N texts; where the index finds fewer than K, the rest is masked."""
-        shape_NK = (len(texts), self.num_neighbors)
-        ids, distances = np.full(shape_NK, NO_NEIGHBOR), np.full(shape_NK, np.inf, np.float32)
-        if len(texts):
-            found = min(self.num_neighbors, len(self.database))
-            distances[:, :found], ids[:, :found] = search(
-                self.index, self.embedder.embed(texts), found
-            )
-        tokens, mask = self.database.retrieved_tokens(
-            ids, self.num_retrieved_chunks, self.chunk_length, self.tokenizer.eod
-        )
-        return RetrievedNeighbors(tokens, mask, ids, distances)
+        chunks = [self.tokenizer.tokenize(text) for text in texts] if self._rerank else []
+        return self._search(texts, chunks)
 
     def search_tokens(self, chunks: Sequence[Sequence[int]]) -> RetrievedNeighbors:
         """The neighbors of N chunks of the project's tokens."""
         arrays = [np.asarray(chunk, np.int64) for chunk in chunks]
-        return self.search_texts(chunk_texts(self.tokenizer, arrays))
+        return self._search(chunk_texts(self.tokenizer, arrays), arrays)
+
+    def _search(self, texts: Sequence[str], chunks: Sequence[Any]) -> RetrievedNeighbors:
+        """Neighbors of texts; `chunks`, their tokens, are what candidates are reordered by."""
+        shape_NK = (len(texts), self.num_neighbors)
+        ids, distances = np.full(shape_NK, NO_NEIGHBOR), np.full(shape_NK, np.inf, np.float32)
+        if len(texts):
+            found = min(self.num_neighbors, len(self.database))
+            num_query = min(max(self._num_query, found), len(self.database))
+            near, candidates = search(
+                self.index, self.embedder.embed(texts), num_query if self._rerank else found
+            )
+            if self._rerank:
+                order = self._rerank.order(chunks, candidates)[:, :found]
+                candidates = np.take_along_axis(candidates, order, axis=1)
+                near = np.take_along_axis(near, order, axis=1)
+            distances[:, :found], ids[:, :found] = near, candidates
+        tokens, mask = self.database.retrieved_tokens(
+            ids, self.num_retrieved_chunks, self.chunk_length, self.tokenizer.eod
+        )
+        return RetrievedNeighbors(tokens, mask, ids, distances)
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
         """The neighbors of N chunks of growing texts (`NeighborSource`)."""
         return self.search_tokens([chunk.tokens for chunk in chunks])
 
     def describe(self, retrieved: RetrievedNeighbors) -> list[list[NeighborDescription]]:
-        """Texts and source documents of what a search found, per chunk, nearest first."""
+        """Texts and source documents of what a search found, per chunk, in the order found."""
         assert retrieved.ids is not None
         assert retrieved.distances is not None
         return [

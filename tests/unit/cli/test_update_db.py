@@ -19,11 +19,18 @@ from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbo
 from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.neighbors import SavedDistances
+from retro_mcore.data.rerank import load_reranker
+from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.errors import ConfigurationError, CorpusError, ProjectError
+from retro_mcore.evaluation.documents import (
+    DocumentChunks,
+    HeldOutDocuments,
+    search_document_neighbors,
+)
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.project import ProjectConfig, ProjectPaths
-from tests.unit.data.projects import documents, preprocess_options, write_corpus
+from tests.unit.data.projects import documents, forget_neighbors, preprocess_options, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +202,42 @@ def test_another_projects_database(folder: Path) -> None:
             seen.add(source)
             assert source == 0 or document not in own
     assert seen == {0, 1}
+    check_held_out_neighbors(project, other)
     update_db(UpdateDbOptions(str(project), exchange=str(project)))
     for key, value in samples(project).items():
         np.testing.assert_array_equal(value, before[key])
+
+
+def check_held_out_neighbors(project: Path, other: Path) -> None:
+    """evaluate_perplexity's documents search the database that is used, too."""
+    tokenizer = load_project_tokenizer(ProjectConfig.load(project), ProjectPaths(project))
+    documents = HeldOutDocuments.open(project, "valid", tokenizer.eod)
+    saved = search_document_neighbors(project, documents, tokenizer, 3, "cpu")
+    rows = saved.rows(0, documents.num_chunks)
+    chunks = [DocumentChunks(documents).read(row)[0][:16] for row in range(len(rows))]
+    live = Retriever(project, 3, 1).search_tokens(chunks)
+    assert len(rows) > 3
+    np.testing.assert_array_equal(rows, live.ids)
+    assert len(ChunkDatabase.open(other)) > rows.max() >= 0
+
+
+def test_the_order_of_bm25_is_kept(folder: Path) -> None:
+    project = forget_neighbors(folder / "project")
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5, rerank="bm25"))
+    before = samples(project)["neighbor_chunks"]
+    update_db(UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")]))
+    dataset = build_retro_datasets(project, 5, 1)["train"]
+    assert dataset is not None
+    config = ProjectConfig.load(project)
+    source = config.database_paths(project)
+    bm25 = load_reranker("bm25", source, dataset.database, config.retro_gpt_chunk_length)
+    assert bm25 is not None
+    for i in range(len(dataset)):
+        chunks = dataset[i]["text"][:64].reshape(-1, 16)
+        for chunk, ids in zip(chunks, dataset[i]["neighbor_chunks"][:, :, 0], strict=True):
+            scores = bm25.scores(chunk, ids[ids != NO_NEIGHBOR])
+            assert (np.diff(scores) <= 1e-9).all()
+    assert (samples(project)["neighbor_chunks"] != before).any()
 
 
 def test_what_does_not_fit_is_refused(folder: Path) -> None:

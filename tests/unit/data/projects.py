@@ -78,3 +78,10 @@ def built_project() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     build_all(folder / "project", write_corpus(folder / "corpus.jsonl", documents()))
     return folder / "project"
+
+
+def forget_neighbors(project: Path) -> Path:
+    """The project as before query_neighbors."""
+    shutil.rmtree(project / "query")
+    (project / "stages" / "query_neighbors.json").unlink()
+    return project

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.data.rerank import load_reranker
 from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
 from retro_mcore.inference.neighbors import CompletedChunk
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.project import ProjectPaths, ProjectSettings
-from tests.unit.data.projects import built_project
+from tests.unit.data.projects import built_project, forget_neighbors
 
 M = 16
 
@@ -84,6 +86,24 @@ def test_more_neighbors_than_chunks_are_masked():
     assert found.mask[0, number:].all()
     assert not found.mask[0, :number, 0].any()
     assert len(retriever.describe(found)[0]) == number
+
+
+def test_candidates_are_in_the_order_of_bm25_where_the_neighbors_are(project):
+    forget_neighbors(project)
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_query=30, rerank="bm25"))
+    retriever, by_distance = Retriever(project), Retriever(built_project(), num_neighbors=30)
+    bm25 = load_reranker("bm25", ProjectPaths(project), retriever.database, M)
+    chunks = retriever.database.tokens(whole_chunks(retriever.database, 12))
+    found, candidates = retriever.search_tokens(chunks), by_distance.search_tokens(chunks)
+    order = bm25.order(chunks, candidates.ids)[:, :2]
+    expected = np.take_along_axis(candidates.ids, order, axis=1)
+    np.testing.assert_array_equal(found.ids, expected)
+    np.testing.assert_allclose(
+        found.distances, np.take_along_axis(candidates.distances, order, axis=1), atol=1e-5
+    )
+    assert (expected != candidates.ids[:, :2]).any()
+    texts = retriever.database.texts(found.ids[:1, 0], retriever.tokenizer)
+    assert retriever.search_texts(texts).ids[0, 0] == found.ids[0, 0]
 
 
 def test_no_texts_find_nothing(retriever):
