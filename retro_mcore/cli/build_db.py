@@ -8,7 +8,7 @@ from pathlib import Path
 
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.bert_tokens import BertTokenCounter
-from retro_mcore.data.database import DatabaseReport, build_database
+from retro_mcore.data.building import DatabaseReport, build_database
 from retro_mcore.data.token_file import bin_path, idx_path, open_token_files
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.datasets.splits import check_documents

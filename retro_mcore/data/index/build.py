@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.data.database import DatasetInfo
+from retro_mcore.data.building import DatasetInfo
 from retro_mcore.data.index.choice import AUTO, IndexChoice, choose_index, usable_memory
 from retro_mcore.data.index.embeddings import Embeddings, read_held_out
 from retro_mcore.data.index.files import lists_path, load_index, load_parts, save_index

@@ -8,7 +8,8 @@ import pytest
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.bert_tokens import BertTokenCounter, default_bert_vocab
-from retro_mcore.data.database import ChunkDatabase, chunk_bounds
+from retro_mcore.data.building import chunk_bounds
+from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.token_file import open_token_files
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.errors import CorruptFileError, ProjectError

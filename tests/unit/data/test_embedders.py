@@ -16,7 +16,7 @@ from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbo
 from retro_mcore.data.bert_tokens import default_bert_vocab
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import build_embedder
-from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights
+from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights, count_texts, weights_of
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.inference.retriever import Retriever
@@ -84,6 +84,8 @@ def test_lexical_vectors_are_the_same_bytes_everywhere(lexical):
     weights = bucket_weights(["a b", "b c", "Grüße, Welt!"])
     vectors = LexicalEmbedder(weights).embed(["a b c", "Grüße", "b b"])
     assert hashlib.sha256(vectors.tobytes()).hexdigest()[:16] == "e14df0db032e2b00"
+    parts = count_texts(["a b"]) + count_texts(["b c", "Grüße, Welt!"])
+    np.testing.assert_array_equal(weights_of(parts), weights)
     script = (
         "import sys, pathlib, hashlib\n"
         "from retro_mcore.data.lexical import LexicalEmbedder\n"
