@@ -406,8 +406,10 @@ def _make_config(
         retro_bert_vocab_file=names["bert"],
         retro_neighbor_dirs={"train": None, "valid": None, "test": None},
     )
-    if paths.config.is_file():  # a finished query_neighbors has filled these in
-        config.retro_neighbor_dirs = ProjectConfig.load(paths.root).retro_neighbor_dirs
+    if paths.config.is_file():  # query_neighbors and update_db have filled these in
+        before = ProjectConfig.load(paths.root)
+        config.retro_neighbor_dirs = before.retro_neighbor_dirs
+        config.retro_database = before.retro_database
     return config
 
 

@@ -99,6 +99,11 @@ def test_appended_documents_are_found(folder: Path) -> None:
     # Nothing of the old is touched, so other readers go on with it.
     now = files(project)
     assert {name: now[name] for name in old_files} == old_files
+    # The first stages run again, as the whole chain does, do not take the update back.
+    preprocess_corpus(preprocess_options(project, folder / "corpus.jsonl"))
+    run_stages(project)
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+    np.testing.assert_array_equal(samples(project)["neighbor_chunks"], after["neighbor_chunks"])
     # Old embeddings and the training are taken over: the same files, by hard links.
     grown = ProjectPaths(result.project)
     paths = ProjectPaths(project)
