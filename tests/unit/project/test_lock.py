@@ -20,8 +20,10 @@ from retro_mcore.project.markers import signed_write
 from retro_mcore.project.space import free_bytes, require_space, show_bytes
 
 # Writes half of a file inside a stage, says so, and sleeps.
+# A shell that runs the tests in the background may have set SIGINT to be ignored.
 HOLDER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from retro_mcore.cli.command import run_command
 from retro_mcore.project import ProjectPaths
 from retro_mcore.project.lock import stage_lock
