@@ -1,6 +1,6 @@
 """Retro against GPT on the same real text and steps: perplexities on held-out documents.
 
-    python -m benchmarks.retro_against_gpt                      # half an hour on two cores
+    python -m benchmarks.retro_against_gpt                      # an hour on two cores
     python -m benchmarks.retro_against_gpt --train-iters 10     # tries the path, in two minutes
 
 Three models with the same flags, trained on the same samples in the same order by pretrain_retro:

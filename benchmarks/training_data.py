@@ -16,16 +16,16 @@ from retro_mcore.errors import MissingDependencyError
 REPOSITORY = Path(__file__).resolve().parents[1]
 BATCH = 8
 #: Training steps if nothing else is asked for.
-TRAIN_ITERS = 1200
+TRAIN_ITERS = 3000
 
 MODEL_FLAGS = (
-    "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --retro-decoder-layers 3 "
+    "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --retro-decoder-layers 3 "
     "--retro-encoder-num-layers 1 --retro-encoder-hidden-size 64 "
     "--retro-encoder-num-attention-heads 2 --retro-cross-attention-positions rotary "
     "--position-embedding-type rope --normalization RMSNorm "
     "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 "
     "--retro-encoder-hidden-dropout 0 --retro-encoder-attention-dropout 0 "
-    f"--init-method-std 0.04 --micro-batch-size {BATCH} --lr 2e-3 --min-lr 2e-4 "
+    f"--init-method-std 0.06 --micro-batch-size {BATCH} --lr 3e-3 --min-lr 3e-4 "
     "--lr-decay-style cosine --lr-warmup-fraction 0.05 --adam-beta2 0.95 --weight-decay 0.1 "
     "--log-interval 50"
 ).split()
