@@ -20,6 +20,7 @@ VERSION = "0.15.3"
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".parity" / f"megatron-core-{VERSION}"
 _MARKER = ".complete"
+_OF_BUILT_MODELS = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
 def install(folder: Path = FOLDER) -> Path:
@@ -50,7 +51,9 @@ def variables() -> dict[str, str]:
     Raises:
         MissingDependencyError: see `install`.
     """
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(install()), str(ROOT)])}
+    # Models that were built in this process have set these; the retired one refuses their values.
+    own = {name: value for name, value in os.environ.items() if name not in _OF_BUILT_MODELS}
+    return {**own, "PYTHONPATH": os.pathsep.join([str(install()), str(ROOT)])}
 
 
 def run(arguments: Sequence[str]) -> None:

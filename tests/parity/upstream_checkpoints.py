@@ -7,7 +7,6 @@ arguments, enumerations among them.
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -150,6 +149,4 @@ def read(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        os.environ.pop(variable, None)  # megatron's, of the process that started this one
     {"write": write, "read": read}[sys.argv[1]](Path(sys.argv[2]))
