@@ -57,7 +57,7 @@ def make_project(folder: Path, train_iters: int) -> Path:
             [str(corpus)],
             vocab_size=512,
             seq_length=256,
-            retro_chunk_length=64,
+            retro_chunk_length=32,
             split="97,3,0",
             train_samples=train_iters * BATCH,
             global_batch_size=BATCH,
