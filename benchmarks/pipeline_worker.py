@@ -198,7 +198,6 @@ def query(project: Path) -> dict[str, Any]:
 
 
 def _samples(project: Path) -> tuple[Any, Any, int]:
-    setup_device()
     config, paths = ProjectConfig.load(project), ProjectPaths(project)
     tokenizer = load_project_tokenizer(config, paths)
     samples = build_all_gpt_samples(config, paths, tokenizer)["train"]
@@ -247,7 +246,6 @@ def candidates(project: Path) -> dict[str, Any]:
 
 def dataset(project: Path) -> dict[str, Any]:
     """Random samples with their neighbors, and the GPT samples alone."""
-    setup_device()
     found = _train_dataset(project)
     order = np.random.default_rng(0).integers(0, len(found), 3000).tolist()
     rates = {}

@@ -28,7 +28,7 @@ from benchmarks.pipeline_worker import (
     Stopwatch,
     quiet,
 )
-from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights
+from retro_mcore.data.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.project import ProjectConfig, ProjectPaths
 from tests.parity.upstream_pipeline import BertTokens, DiskEmbedder, MemoryEmbedder, gpt_datasets
@@ -267,7 +267,7 @@ def whole(project: Path) -> dict[str, Any]:
     LexicalEmbedder.embed = embed_and_count  # type: ignore[method-assign, assignment]
     settings = json.loads((project / "searched_by_us.json").read_text())
     memory = MemoryEmbedder()
-    memory._embedder = LexicalEmbedder(bucket_weights([]))
+    memory._embedder = LexicalEmbedder(weights_of(count_texts([])))
     retired = Retired(
         project, SlowBertTokens, disk=DiskEmbedder(), mem=memory,
         retro_index_str=settings["index"], retro_index_ntrain=settings["sampled"],

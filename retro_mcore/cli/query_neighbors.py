@@ -13,7 +13,7 @@ from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import load_project_embedder
 from retro_mcore.data.index.project import ProjectIndex
-from retro_mcore.data.querying import NeighborSearch, query_split
+from retro_mcore.data.querying import NUM_QUERY, NeighborSearch, query_split
 from retro_mcore.data.rerank import count_tokens, load_reranker
 from retro_mcore.data.shards import ShardReport, cut
 from retro_mcore.data.token_file import bin_path, idx_path
@@ -119,7 +119,7 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         database = ChunkDatabase.open(source.root, own=True)
         block_size = ProjectConfig.load(source.root).retro_block_size
         project_index = ProjectIndex(source, settings, len(database), block_size)
-        num_query = options.num_neighbors_query or min(200, len(database))
+        num_query = options.num_neighbors_query or min(NUM_QUERY, len(database))
         stage_options = {
             "--num-neighbors-query": num_query,
             "--num-neighbors-save": options.num_neighbors_save,

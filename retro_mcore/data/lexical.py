@@ -58,11 +58,6 @@ def weights_of(counts: np.ndarray) -> np.ndarray:
     return np.array(weights, np.uint16)[where]
 
 
-def bucket_weights(texts: Iterable[str]) -> np.ndarray:
-    """`weights_of` texts."""
-    return weights_of(count_texts(texts))
-
-
 class LexicalEmbedder(Embedder):
     """Texts that share rare words and phrases are near; L2-normalized, zero for an empty text.
 

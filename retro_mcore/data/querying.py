@@ -25,6 +25,8 @@ from retro_mcore.project.markers import signed_write
 
 #: Chunks that are embedded, searched and filtered at a time; bounds the memory.
 BATCH = 4096
+#: Candidates per chunk if nothing else is asked for, before those of its own documents are dropped.
+NUM_QUERY = 200
 #: A search that must go on for lack of neighbors asks for so many times more.
 _MORE = 4
 
@@ -126,9 +128,7 @@ class NeighborSearch:
             return self.filter.select(candidates, distances, owners, self.num_save)
         allowed = ~self.filter.own(candidates, owners)
         candidates, distances = keep_first(candidates, distances, allowed, candidates.shape[1])
-        order = self.rerank.order(chunks, candidates)
-        candidates = np.take_along_axis(candidates, order, axis=1)
-        distances = np.take_along_axis(distances, order, axis=1)
+        candidates, distances = self.rerank.reorder(chunks, candidates, distances)
         return keep_first(candidates, distances, candidates >= 0, self.num_save)
 
 

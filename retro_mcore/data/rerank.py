@@ -92,6 +92,16 @@ class BM25:
             order[row, : len(present)] = np.argsort(-self.scores(query, present), kind="stable")
         return order
 
+    def reorder(
+        self, queries: Sequence[np.ndarray], candidates: np.ndarray, distances: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates and their distances, both [rows, n], in `order`."""
+        order = self.order(queries, candidates)
+        return (
+            np.take_along_axis(candidates, order, axis=1),
+            np.take_along_axis(distances, order, axis=1),
+        )
+
 
 def load_reranker(
     rerank: str | None, paths: ProjectPaths, database: ChunkDatabase, chunk_length: int

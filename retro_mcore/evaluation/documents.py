@@ -18,7 +18,7 @@ from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import load_project_embedder
 from retro_mcore.data.index.project import ProjectIndex
 from retro_mcore.data.neighbors import SavedNeighbors
-from retro_mcore.data.querying import NeighborSearch, query_split
+from retro_mcore.data.querying import NUM_QUERY, NeighborSearch, query_split
 from retro_mcore.data.rerank import load_reranker
 from retro_mcore.data.shards import cut
 from retro_mcore.data.token_file import TokenSource, bin_path, idx_path, open_token_files
@@ -35,8 +35,6 @@ from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import input_digests
 
-#: Candidates per chunk before those of its own document are dropped, as query_neighbors does.
-_NUM_QUERY = 200
 #: Tokens before a chunk that its text is decoded with: some tokenizers drop a text's first space.
 _DECODING_CONTEXT = 8
 
@@ -181,10 +179,8 @@ def search_document_neighbors(
     paths, config = ProjectPaths(project_dir), ProjectConfig.load(project_dir)
     rerank = ProjectSettings.load(project_dir).rerank
     source = config.database_paths(project_dir)
-    settings, block_size = (
-        ProjectSettings.load(source.root),
-        ProjectConfig.load(source.root).retro_block_size,
-    )
+    settings = ProjectSettings.load(source.root)
+    block_size = ProjectConfig.load(source.root).retro_block_size
     with stage_lock(paths, "evaluate_perplexity"):
         with raise_together():
             database = ChunkDatabase.open(project_dir)
@@ -204,7 +200,7 @@ def search_document_neighbors(
                 }
             )
             register_megatron_bert()
-            num_query = min(max(_NUM_QUERY, num_save), len(database))
+            num_query = min(max(NUM_QUERY, num_save), len(database))
             neighbor_search = NeighborSearch(
                 database,
                 tokenizer,

@@ -21,6 +21,7 @@ from retro_mcore.data.document_ids import DocumentNames
 from retro_mcore.data.embedders import Embedder, load_project_embedder
 from retro_mcore.data.index import search
 from retro_mcore.data.index.project import ProjectIndex
+from retro_mcore.data.querying import NUM_QUERY
 from retro_mcore.data.rerank import load_reranker
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import load_project_tokenizer
@@ -28,9 +29,6 @@ from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.inference.neighbors import CompletedChunk, RetrievedNeighbors
 from retro_mcore.project import ProjectConfig, ProjectSettings
-
-#: Candidates that are reordered, in a project whose own neighbors were not searched for.
-_NUM_QUERY = 200
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Retriever:
         self._names = DocumentNames([self._paths.data / prefix for prefix in self._datasets])
         self._settings = ProjectSettings.load(self._paths.root)
         own = ProjectSettings.load(project_dir)
-        self._num_query = own.num_neighbors_query or _NUM_QUERY
+        self._num_query = own.num_neighbors_query or NUM_QUERY
         self._rerank = load_reranker(own.rerank, self._paths, self.database, self.chunk_length)
         self._index = ProjectIndex(
             self._paths, self._settings, len(self.database), config.retro_block_size
@@ -140,15 +138,11 @@ class Retriever:
         ids, distances = np.full(shape_NK, NO_NEIGHBOR), np.full(shape_NK, np.inf, np.float32)
         if len(texts):
             found = min(self.num_neighbors, len(self.database))
-            num_query = min(max(self._num_query, found), len(self.database))
-            near, candidates = search(
-                self.index, self.embedder.embed(texts), num_query if self._rerank else found
-            )
+            wanted = max(found, min(self._num_query, len(self.database))) if self._rerank else found
+            near, candidates = search(self.index, self.embedder.embed(texts), wanted)
             if self._rerank:
-                order = self._rerank.order(chunks, candidates)[:, :found]
-                candidates = np.take_along_axis(candidates, order, axis=1)
-                near = np.take_along_axis(near, order, axis=1)
-            distances[:, :found], ids[:, :found] = near, candidates
+                candidates, near = self._rerank.reorder(chunks, candidates, near)
+            distances[:, :found], ids[:, :found] = near[:, :found], candidates[:, :found]
         tokens, mask = self.database.retrieved_tokens(
             ids, self.num_retrieved_chunks, self.chunk_length, self.tokenizer.eod
         )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from retro_mcore.data.bert_tokens import BertTokenCounter
-from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights
+from retro_mcore.data.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.project import SPLITS, ProjectConfig, ProjectPaths
 
@@ -43,7 +43,7 @@ class MemoryEmbedder:
     """`retro_bert_embedders.mem`: a text dataset to vectors."""
 
     def __init__(self) -> None:
-        self._embedder = LexicalEmbedder(bucket_weights([]))
+        self._embedder = LexicalEmbedder(weights_of(count_texts([])))
 
     def embed_text_dataset(self, texts: Any) -> np.ndarray:
         return self._embedder.embed([texts[i]["text"] for i in range(len(texts))])

@@ -13,14 +13,8 @@ import psutil
 
 from retro_mcore.data.index.embeddings import Embeddings
 from retro_mcore.data.index.library import faiss_library, faiss_threads
-from retro_mcore.data.index.recall import (
-    DECISIVE,
-    HeldOut,
-    RecallMeasure,
-    overlap,
-    without_own,
-)
-from retro_mcore.data.index.searching import search
+from retro_mcore.data.index.recall import DECISIVE, overlap
+from retro_mcore.data.index.searching import search, set_search_breadth
 from retro_mcore.data.index.training import make_index
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import read_json_object
@@ -220,19 +214,12 @@ class _Trial:
 
         The share hardly falls with the number of vectors: it shows whether they form clusters.
         """
-        faiss, vectors = faiss_library(), self._vectors
-        lists = _well_trained_lists(len(vectors))
-        rows = np.linspace(0, len(vectors) - 1, min(_SAMPLE_QUERIES, len(vectors))).astype(np.int64)
-        queries = HeldOut(vectors[rows], rows)
+        lists = _well_trained_lists(len(self._vectors))
         index = make_index(f"IVF{lists},Flat", self.dimension)
-        flat = faiss.IndexFlatL2(self.dimension)
         with faiss_threads(1):
-            index.train(vectors)
-        index.add(vectors)
-        flat.add(vectors)
-        exact = without_own(search(flat, queries.vectors, DECISIVE + 1)[1], rows)
-        probes = max(1, int(lists * _WORTHWHILE_SHARE))
-        return RecallMeasure(index, queries, exact)(probes, None).decisive >= recall
+            index.train(self._vectors)
+        set_search_breadth(index, max(1, int(lists * _WORTHWHILE_SHARE)), None)
+        return _recall_among(index, self._vectors) >= recall
 
     def _extrapolate(self, code: _Code) -> float:
         index = make_index(code.string, self.dimension)
@@ -247,7 +234,7 @@ class _Trial:
 
 
 def _recall_among(index: object, vectors: np.ndarray) -> float:
-    """Recall@2 of a trained code among `vectors`; the queries are some of them."""
+    """Recall@2 of a trained index among `vectors`; the queries are some of them."""
     faiss = faiss_library()
     queries = np.linspace(0, len(vectors) - 1, min(_SAMPLE_QUERIES, len(vectors))).astype(np.int64)
     flat, coded = faiss.IndexFlatL2(vectors.shape[1]), faiss.clone_index(index)

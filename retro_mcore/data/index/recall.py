@@ -108,7 +108,7 @@ class RecallMeasure:
         set_search_breadth(self._index, nprobe, ef_search)
         wanted = max(self._ks)
         _, found = search(self._index, self._queries.vectors, wanted + 1)
-        found = without_own(found, self._queries.rows)
+        found = _without(found, self._queries.rows)
         at = {k: overlap(found[:, :k], self._exact[:, :k]) for k in self._ks}
         held_out = int((self._queries.rows < 0).sum())
         return Recall(at, len(found), held_out, nprobe, ef_search)
@@ -192,7 +192,7 @@ def measure_recall(
     return tune(measure, num_lists(index), has_graph(index), target, nprobe, ef_search)
 
 
-def without_own(ids: np.ndarray, own: np.ndarray) -> np.ndarray:
+def _without(ids: np.ndarray, own: np.ndarray) -> np.ndarray:
     """Drop each query's own row, or the last candidate where it is not among them."""
     keep = ids != own[:, None]
     keep[own < 0] = True

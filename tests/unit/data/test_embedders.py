@@ -16,7 +16,7 @@ from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbo
 from retro_mcore.data.bert_tokens import default_bert_vocab
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import build_embedder
-from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights, count_texts, weights_of
+from retro_mcore.data.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.inference.retriever import Retriever
@@ -47,7 +47,7 @@ def test_an_encoder_loaded_after_use_cpu_gives_the_same_embeddings():
 def lexical(tmp_path_factory):
     texts = documents(40, 2000)
     path = tmp_path_factory.mktemp("lexical") / "weights.npy"
-    np.save(path, bucket_weights(texts))
+    np.save(path, weights_of(count_texts(texts)))
     return LexicalEmbedder.load(path), texts, path
 
 
@@ -71,7 +71,7 @@ def test_the_lexical_embedder_finds_near_duplicates(lexical):
 
 def test_lexical_weights_prefer_rare_words():
     texts = [f"the common word{i}" for i in range(50)]
-    embedder = LexicalEmbedder(bucket_weights(texts))
+    embedder = LexicalEmbedder(weights_of(count_texts(texts)))
     query, same, other = embedder.embed(["a word7 here", texts[7], texts[8]])
     assert query @ same > 0.3 > abs(query @ other)
     assert not embedder.embed(["", " \n"]).any()
@@ -81,7 +81,7 @@ def test_lexical_weights_prefer_rare_words():
 def test_lexical_vectors_are_the_same_bytes_everywhere(lexical):
     """Against bytes that were recorded once, and in another process of another hash seed."""
     embedder, texts, path = lexical
-    weights = bucket_weights(["a b", "b c", "Grüße, Welt!"])
+    weights = weights_of(count_texts(["a b", "b c", "Grüße, Welt!"]))
     vectors = LexicalEmbedder(weights).embed(["a b c", "Grüße", "b b"])
     assert hashlib.sha256(vectors.tobytes()).hexdigest()[:16] == "e14df0db032e2b00"
     parts = count_texts(["a b"]) + count_texts(["b c", "Grüße, Welt!"])

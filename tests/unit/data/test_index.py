@@ -34,7 +34,7 @@ from retro_mcore.data.index import (
     train_index,
     write_exact,
 )
-from retro_mcore.data.lexical import LexicalEmbedder, bucket_weights
+from retro_mcore.data.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.data.shards import Shard
 from retro_mcore.errors import ConfigurationError, CorruptFileError
 from tests.unit.data.projects import write_rows
@@ -83,7 +83,7 @@ def passages(count: int) -> np.ndarray:
             texts += _cut(path.read_text(encoding="utf-8", errors="ignore"))
     texts = texts[:count]
     assert len(texts) == count
-    return LexicalEmbedder(bucket_weights(texts)).embed(texts)
+    return LexicalEmbedder(weights_of(count_texts(texts))).embed(texts)
 
 
 def _cut(text: str) -> list[str]:

@@ -71,7 +71,7 @@ def test_tensorboard_holds_each_iteration_once_after_an_interruption(tmp_path):
 
 
 def test_weights_and_biases_works_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="wandb, an optional package, is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(train_iters=2, save=str(tmp_path), wandb_project="retro", wandb_exp_name="small")
