@@ -154,8 +154,8 @@ class CachedDecoder:
             model.decoder.set_input_tensor(self._receive(shape_SBD))
         context = None
         if neighbors is not None and model.neighbor_encoder is not None:
-            embedded = torch.from_numpy(neighbors.tokens).flatten(0, 1).to(self._device)
-            context = model._embed_neighbors(embedded, None)
+            tokens = torch.from_numpy(neighbors.tokens).flatten(0, 1).to(self._device)
+            context = model.embed_neighbors(tokens)
         elif neighbors is not None and self._carries(self._layers.start - 1):
             _, num_neighbors, retrieved_length = neighbors.tokens.shape
             shape = (retrieved_length, len(current.chunks) * num_neighbors)

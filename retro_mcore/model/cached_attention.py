@@ -123,7 +123,7 @@ def cross_attend(
     Args:
         layer: The layer.
         hidden_SBD: Its normed input.
-        neighbors: Of the chunks that this pass completes: embedded, `[R, N * K, D]`, for the first
+        neighbors: Of the chunks that this pass completes: embedded, `[R, K * N, D]`, for the first
             of these layers, encoded for the others. None: there are no such chunks.
         context: The cache.
 
@@ -152,17 +152,16 @@ def cross_attend(
 def _encode(encoder: NeighborEncoder, embedded: Tensor, context: InferenceContext) -> Tensor:
     """Encode the neighbors of all new chunks, those of one length together."""
     chunks, mask = context.current.chunks, context.current.chunk_mask
-    num_neighbors = encoder.config.retro_num_neighbors
-    encoded: list[Tensor | None] = [None] * len(chunks)
+    parts, order = [], []
     for length in {chunk.length for chunk in chunks}:
         places = [place for place, chunk in enumerate(chunks) if chunk.length == length]
-        columns = [p * num_neighbors + k for p in places for k in range(num_neighbors)]
+        columns = [first + p for first in range(0, embedded.size(1), len(chunks)) for p in places]
         states = context.chunk_states([chunks[place] for place in places])
         with encoder.chunks_of(length):
-            result = encoder(embedded[:, columns], states, None if mask is None else mask[columns])
-        for place, neighbors in zip(places, result.split(num_neighbors, dim=1), strict=True):
-            encoded[place] = neighbors
-    return torch.cat([neighbors for neighbors in encoded if neighbors is not None], dim=1)
+            part = encoder(embedded[:, columns], states, None if mask is None else mask[columns])
+        parts.append(part)
+        order += columns
+    return torch.cat(parts, dim=1)[:, torch.tensor(order).argsort()]
 
 
 def _attend(

@@ -7,7 +7,8 @@ attends to the chunk that retrieved it.
 Both project first, in Megatron's ordinary `[S, B, D]` layout, where its parallel linears handle
 tensor and sequence parallelism, and cut into chunks between projection and core attention.
 Shapes: S sequence, B batch, D hidden, L chunks per sample, M chunk length, K neighbors,
-R retrieved length, H heads and G query groups of this rank, C channels per head.
+R retrieved length, H heads and G query groups of this rank, C channels per head. Neighbors lie as
+`chunks.nearest_first` orders them.
 """
 
 from __future__ import annotations
@@ -161,14 +162,12 @@ class RetroCrossAttention(MegatronModule):
         return torch.stack((self.rotate(key), value), dim=-2)
 
     def join_neighbors(self, states: Tensor) -> Tensor:
-        """`[R, B * L * K, ...]` to `[R * K, B * L, ...]`: all neighbors of a chunk in one row."""
-        neighbors = states.unflatten(1, (-1, self.config.retro_num_neighbors))
-        return neighbors.transpose(1, 2).flatten(0, 1)
+        """`[R, K * B * L, ...]` to `[R * K, B * L, ...]`, a view: a chunk's neighbors in a row."""
+        return states.unflatten(1, (self.config.retro_num_neighbors, -1)).flatten(0, 1)
 
     def part_neighbors(self, states: Tensor) -> Tensor:
         """The inverse of `join_neighbors`."""
-        neighbors = states.unflatten(0, (-1, self.config.retro_num_neighbors))
-        return neighbors.transpose(1, 2).flatten(1, 2)
+        return states.unflatten(0, (-1, self.config.retro_num_neighbors)).flatten(1, 2)
 
     def attend(self, query: Tensor, key_value: Tensor, mask: Tensor | None = None) -> Tensor:
         """`[Sq, B, H, C]` over `[Sk, B, G, 2, C]` to `[Sq, B, H * C]`; mask True = masked out."""
@@ -209,9 +208,9 @@ class ChunkedCrossAttention(RetroCrossAttention):
 
         Args:
             hidden_states: `[S, B, D]`, normed (under sequence parallelism this rank's part of S).
-            attention_mask: bool `[B * L * K, R]`, True = padding or missing. None: all real.
-            key_value_states: `[R, B * L * K, D]`, the embedded neighbors, for the first of these
-                layers; `[R, B * L * K, encoder's D]`, the encoded ones, for the others. None:
+            attention_mask: bool `[K * B * L, R]`, True = padding or missing. None: all real.
+            key_value_states: `[R, K * B * L, D]`, the embedded neighbors, for the first of these
+                layers; `[R, K * B * L, encoder's D]`, the encoded ones, for the others. None:
                 retrieval is off.
             inference_context: An InferenceContext: see `cached_attention.cross_attend`.
 
@@ -302,7 +301,7 @@ class EncoderCrossAttention(RetroCrossAttention):
         """Attend to the retrieving chunk.
 
         Args:
-            hidden_states: `[R, B * L * K, D]`, normed retrieved tokens.
+            hidden_states: `[R, K * B * L, D]`, normed retrieved tokens.
             key_value_states: `[S, B, D]`, the decoder's hidden states.
 
         Returns:

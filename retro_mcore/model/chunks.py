@@ -36,6 +36,21 @@ def split_chunks(states_SBX: Tensor, grid: ChunkGrid, filler_X: Tensor | None = 
     return _stack_chunks(torch.cat((states_SBX[:first], filler, states_SBX[first:])), grid)
 
 
+def nearest_first(rows: Tensor, num_neighbors: int) -> Tensor:
+    """Every chunk's nearest neighbor, then every chunk's second one, and so on.
+
+    In this order a chunk's neighbors are a view away from being one sequence to attend to.
+
+    Args:
+        rows: `[B * L * K, ...]`, row `(b * L + l) * K + k`.
+        num_neighbors: K.
+
+    Returns:
+        `[K * B * L, ...]`, row `k * B * L + b * L + l`.
+    """
+    return rows.unflatten(0, (-1, num_neighbors)).transpose(0, 1).flatten(0, 1)
+
+
 def split_attending(states_SBX: Tensor, grid: ChunkGrid) -> Tensor:
     """The M positions that attend to each chunk's neighbors: from the chunk's last token on.
 

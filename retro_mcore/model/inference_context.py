@@ -53,10 +53,10 @@ class InferencePass:
         is_step: Whether S is 1 and the rows have a past.
         key_mask: bool `[B, 1, 1, T]` of a step, True = not this row's past. None: all is.
         chunks: The N chunks that it completes, by row and position.
-        chunk_mask: bool `[N * K, R]`, True = padding or missing. None: all is attended to.
+        chunk_mask: bool `[K * N, R]`, True = padding or missing. None: all is attended to.
         attention_mask: The same for whom attends, `[N, R * K]`, but False for a chunk all missing.
         missing: bool `[N]`, the chunks without any neighbor.
-        encoded: `[R, N * K, encoder's D]`, the encoded neighbors, for the next pipeline stage.
+        encoded: `[R, K * N, encoder's D]`, the encoded neighbors, for the next pipeline stage.
     """
 
     first_row: int
@@ -178,7 +178,7 @@ class InferenceContext:
         if chunk_mask is None:
             neighbors.has[rows] = True
             return
-        current.chunk_mask = chunk_mask.flatten(0, 1)
+        current.chunk_mask = chunk_mask.transpose(0, 1).flatten(0, 1)
         mask_NX = chunk_mask.transpose(1, 2).flatten(1)  # as join_neighbors orders the tokens
         current.missing = mask_NX.all(dim=1)
         # A row that is masked out whole would be NaN: its result is dropped instead.

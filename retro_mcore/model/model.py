@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError, ShapeError
+from retro_mcore.model.chunks import nearest_first
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.initialization import initialize_hidden_weights, scale_output_layer
 from retro_mcore.model.neighbor_encoder import NeighborEncoder
@@ -183,8 +184,10 @@ class RetroModel(GPTModel):
             context_mask = torch.zeros_like(context_input_ids, dtype=torch.bool)
         if not self.pre_process:
             context = self._unpack_stage_input(context_input_ids)
+        if context_mask is not None:
+            context_mask = nearest_first(context_mask, self.config.retro_num_neighbors)
         if context_input_ids is not None and self.neighbor_encoder is not None:
-            context = self._embed_neighbors(context_input_ids, context_position_ids)
+            context = self.embed_neighbors(context_input_ids, context_position_ids)
         return super().forward(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -214,10 +217,22 @@ class RetroModel(GPTModel):
         self.decoder.set_input_tensor(hidden)
         return neighbors
 
-    def _embed_neighbors(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+    def embed_neighbors(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What `forward` gives to the decoder as `context`.
+
+        Args:
+            tokens: `[N * K, R]`, row `n * K + k` the k-th neighbor of chunk n.
+            positions: `[N * K, R]`; None: each row counts from 0.
+
+        Returns:
+            `[R, K * N, D]`, column `k * N + n`.
+        """
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        return self.embedding(tokens, positions)
+        num_neighbors = self.config.retro_num_neighbors
+        return self.embedding(
+            nearest_first(tokens, num_neighbors), nearest_first(positions, num_neighbors)
+        )
 
     def _check_context(
         self, input_ids: Tensor | None, context: Tensor, mask: Tensor | None

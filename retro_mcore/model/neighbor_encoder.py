@@ -72,12 +72,12 @@ class NeighborEncoder(TransformerBlock):
         not the same when a recomputation calls this outside of the decoder's.
 
         Args:
-            embedded_neighbors: `[R, B * L * K, D]`, row `(b * L + l) * K + k`.
+            embedded_neighbors: `[R, K * B * L, D]`, ordered by `chunks.nearest_first`.
             chunk_states: `[S, B, D]`, the decoder's states that the encoder is conditioned on.
-            mask: bool `[B * L * K, R]`, True = padding or missing.
+            mask: bool `[K * B * L, R]`, True = padding or missing.
 
         Returns:
-            `[R, B * L * K, encoder's D]`.
+            `[R, K * B * L, encoder's D]`.
         """
         if self.input_projection is not None:
             embedded_neighbors = self.input_projection(embedded_neighbors)

@@ -11,6 +11,7 @@ sequence parallelism each rank packs its own part of S and of R. See docs/parall
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -119,7 +120,7 @@ def pack(
 
     Args:
         hidden_SBD: `[S, B, D]`.
-        neighbors: `[R, B * L * K, encoder's D]`, or None for zeros.
+        neighbors: `[R, K * B * L, encoder's D]`, or None for zeros.
         config: The model's configuration.
         num_neighbors: B * L * K.
 
@@ -131,15 +132,14 @@ def pack(
     if neighbors is None:
         tail = hidden_SBD.new_zeros(rows, batch_size, hidden_size, dtype=dtype)
     else:
-        tail_BX = neighbors.unflatten(1, (batch_size, -1)).transpose(0, 1).flatten(1)
-        missing = rows * hidden_size - tail_BX.size(1)
-        tail_BX = torch.nn.functional.pad(tail_BX, (0, missing))
-        tail = tail_BX.unflatten(1, (rows, hidden_size)).transpose(0, 1)
+        missing = rows * batch_size * hidden_size - neighbors.numel()
+        tail = torch.nn.functional.pad(neighbors.flatten(), (0, missing))
+        tail = tail.view(rows, batch_size, hidden_size)
     return torch.cat((hidden_SBD.to(dtype), tail.to(dtype)))
 
 
 def unpack(packed: Tensor, config: RetroConfig, num_neighbors: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack`: hidden states `[S, B, D]`, neighbors `[R, B * L * K, encoder's D]`.
+    """The inverse of `pack`: hidden states `[S, B, D]`, neighbors `[R, K * B * L, encoder's D]`.
 
     Args:
         packed: `[S + packed rows, B, D]`.
@@ -147,20 +147,12 @@ def unpack(packed: Tensor, config: RetroConfig, num_neighbors: int) -> tuple[Ten
         num_neighbors: B * L * K.
     """
     batch_size = packed.size(1)
-    per_sample = num_neighbors // batch_size
-    rows = packed_rows(config, per_sample)
+    rows = packed_rows(config, num_neighbors // batch_size)
     hidden_SBD, tail = packed.split((packed.size(0) - rows, rows))
     parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
     retrieved_length = config.retro_num_retrieved_chunks * config.retro_chunk_length // parts
-    size = retrieved_length * per_sample * config.encoder_hidden_size
-    neighbors = (
-        tail.transpose(0, 1)
-        .flatten(1)[:, :size]
-        .unflatten(1, (retrieved_length, per_sample, -1))
-        .transpose(0, 1)
-        .flatten(1, 2)
-    )
-    return hidden_SBD, neighbors
+    shape = (retrieved_length, num_neighbors, config.encoder_hidden_size)
+    return hidden_SBD, tail.flatten()[: math.prod(shape)].view(shape)
 
 
 class RetroTransformerLayer(TransformerLayer):

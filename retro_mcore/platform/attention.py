@@ -6,7 +6,9 @@ PyTorch chooses its flash, memory-efficient or plain kernel by device, dtype and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -90,18 +92,19 @@ class SDPAttention(MegatronModule):
         if attention_bias is not None:
             mask, causal = _merge_bias(attention_bias, mask, causal, query, key), False
         dropout = self.dropout if self.training else 0.0
+        attend = partial(
+            _attend,
+            dropout_p=dropout,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(2) != key.size(2),
+        )
         with self._dropout_random_state(dropout):
-            output = torch.nn.functional.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=causal and query.size(0) > 1,
-                scale=self.softmax_scale,
-                enable_gqa=query.size(2) != key.size(2),
-            )
-        return output.permute(2, 0, 1, 3).flatten(2)
+            if causal and _pays_off_in_halves(query, key):
+                output = _attend_in_halves(attend, query, key, value)
+            else:
+                causal = causal and query.size(0) > 1
+                output = attend(query, key, value, attn_mask=mask, is_causal=causal)
+        return output.flatten(2)
 
     def _dropout_random_state(self, dropout: float) -> Any:
         # Ranks hold different heads, so they must not drop the same entries. Under sequence
@@ -109,6 +112,43 @@ class SDPAttention(MegatronModule):
         if dropout == 0.0 or self.config.sequence_parallel:
             return nullcontext()
         return get_cuda_rng_tracker().fork()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    """PyTorch's function in Megatron's layout."""
+    query, key, value = (states.permute(1, 2, 0, 3) for states in (query, key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **kwargs)
+    return output.permute(2, 0, 1, 3)
+
+
+def _pays_off_in_halves(query: Tensor, key: Tensor) -> bool:
+    """Whether PyTorch's causal CPU kernel computes many scores that its mask hides.
+
+    It looks at 512 keys at a time, hidden or not. Measured: halves take 0.84 to 0.93 of its time
+    in this range, more than its time outside.
+    """
+    length = query.size(0)
+    return query.device.type == "cpu" and 384 <= length <= 576 and length == key.size(0)
+
+
+def _attend_in_halves(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Causal attention; the first half of the queries sees the first half of the keys alone."""
+    half = query.size(0) // 2
+    first = attend(query[:half], key[:half], value[:half], is_causal=True)
+    mask = _mask_of_second_half(query.size(0), query.dtype)
+    return torch.cat((first, attend(query[half:], key, value, attn_mask=mask)))
+
+
+@lru_cache(maxsize=8)
+def _mask_of_second_half(length: int, dtype: torch.dtype) -> Tensor:
+    """What to add to its scores. One for all layers, which keep it for the backward pass."""
+    half = length // 2
+    with torch.inference_mode(mode=False):
+        return torch.full((length - half, length), float("-inf"), dtype=dtype, device="cpu").triu(
+            half + 1
+        )
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

@@ -155,7 +155,7 @@ def test_a_stream_adds_up_to_the_whole(server, expected):
     chunks = [chunk for choice in choices for chunk in choice.get("neighbors", [])]
     assert chunks == whole["choices"][0]["neighbors"]
     assert events[-1]["usage"] == whole["usage"]
-    assert len(choices) > 8
+    assert len(choices) > 2  # in pieces; bytes of no whole letter wait for the next ones
 
 
 def test_log_probabilities_and_echo(server, expected):
