@@ -43,10 +43,12 @@ LAPTOP = Size(
     preprocess_corpus="--vocab-size 2048 --seq-length 256 --split 88,12,0 --train-epochs 4 "
     "--global-batch-size 4 --eval-interval 100 --eval-iters 4",
     pretrain_retro="--num-layers 4 --hidden-size 128 --num-attention-heads 4 "
-    "--retro-decoder-layers 2 3 4 --retro-encoder-num-layers 1 --position-embedding-type rope "
-    "--normalization RMSNorm --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 "
-    "--retro-encoder-hidden-dropout 0 --retro-encoder-attention-dropout 0 "
-    "--init-method-std 0.09 --micro-batch-size 4 --lr 4e-3 --min-lr 4e-4 "
+    "--retro-decoder-layers 2 3 4 --retro-encoder-num-layers 1 --retro-encoder-hidden-size 64 "
+    "--retro-encoder-num-attention-heads 2 --retro-cross-attention-positions rotary "
+    "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear "
+    "--hidden-dropout 0 --attention-dropout 0 --retro-encoder-hidden-dropout 0 "
+    "--retro-encoder-attention-dropout 0 "
+    "--init-method-std 0.06 --micro-batch-size 4 --lr 4e-3 --min-lr 4e-4 "
     "--lr-decay-style cosine --lr-warmup-fraction 0.05 --adam-beta2 0.95 --weight-decay 0.1 "
     "--log-interval 20",
     generate="--max-new-tokens 128 --temperature 0.7 --top-k 40",
