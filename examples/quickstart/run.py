@@ -36,7 +36,7 @@ class Size:
     generate: str
 
 
-# Six and a half minutes on two cores: half of it embeds chunks, the other half trains.
+# About seven minutes on two cores: half of it embeds chunks, the other half trains.
 LAPTOP = Size(
     chunk_length=32,
     make_corpus="--max-modules 12",
