@@ -102,7 +102,7 @@ class Side:
         return total
 
     def flops(self) -> int:
-        """Of the matrix products in a step, of attention also those that a mask hides afterwards."""
+        """Of the matrix products in a step; of attention also those hidden by a mask afterwards."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
