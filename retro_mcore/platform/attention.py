@@ -92,18 +92,18 @@ class SDPAttention(MegatronModule):
         if attention_bias is not None:
             mask, causal = _merge_bias(attention_bias, mask, causal, query, key), False
         dropout = self.dropout if self.training else 0.0
-        attend = partial(
-            _attend,
+        attend_here = partial(
+            attend,
             dropout_p=dropout,
             scale=self.softmax_scale,
             enable_gqa=query.size(2) != key.size(2),
         )
         with self._dropout_random_state(dropout):
             if causal and _pays_off_in_halves(query, key):
-                output = _attend_in_halves(attend, query, key, value)
+                output = attend_in_halves(attend_here, query, key, value)
             else:
                 causal = causal and query.size(0) > 1
-                output = attend(query, key, value, attn_mask=mask, is_causal=causal)
+                output = attend_here(query, key, value, attn_mask=mask, is_causal=causal)
         return output.flatten(2)
 
     def _dropout_random_state(self, dropout: float) -> Any:
@@ -114,7 +114,7 @@ class SDPAttention(MegatronModule):
         return get_cuda_rng_tracker().fork()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
     """PyTorch's function in Megatron's layout."""
     query, key, value = (states.permute(1, 2, 0, 3) for states in (query, key, value))
     output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **kwargs)
@@ -124,17 +124,25 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
 def _pays_off_in_halves(query: Tensor, key: Tensor) -> bool:
     """Whether PyTorch's causal CPU kernel computes many scores that its mask hides.
 
-    It looks at 512 keys at a time, hidden or not. Measured: halves take 0.84 to 0.93 of its time
-    in this range, more than its time outside.
+    It looks at 512 keys at a time, hidden or not; benchmarks/causal_halves.py shows in which range
+    halves are faster.
     """
     length = query.size(0)
     return query.device.type == "cpu" and 384 <= length <= 576 and length == key.size(0)
 
 
-def _attend_in_halves(
+def attend_in_halves(
     attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """Causal attention; the first half of the queries sees the first half of the keys alone."""
+    """Causal attention; the first half of the queries sees the first half of the keys alone.
+
+    Args:
+        attend: `attend` of this module, or what calls it with more options.
+        query, key, value: `[S, B, heads, channels]`, on the CPU.
+
+    Returns:
+        `[S, B, heads, channels]`.
+    """
     half = query.size(0) // 2
     first = attend(query[:half], key[:half], value[:half], is_causal=True)
     mask = _mask_of_second_half(query.size(0), query.dtype)

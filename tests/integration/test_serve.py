@@ -155,7 +155,11 @@ def test_a_stream_adds_up_to_the_whole(server, expected):
     chunks = [chunk for choice in choices for chunk in choice.get("neighbors", [])]
     assert chunks == whole["choices"][0]["neighbors"]
     assert events[-1]["usage"] == whole["usage"]
-    assert len(choices) > 2  # in pieces; bytes of no whole letter wait for the next ones
+    # Each token is sent as it comes; bytes that are no whole letter wait for the next ones.
+    scored = server.complete(max_tokens=16, temperature=0, logprobs=0)["choices"][0]
+    whole_tokens = [token for token in scored["logprobs"]["tokens"] if "\ufffd" not in token]
+    assert len(whole_tokens) > 2
+    assert len([choice for choice in choices if choice["text"]]) >= len(whole_tokens)
 
 
 def test_log_probabilities_and_echo(server, expected):
