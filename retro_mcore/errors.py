@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 #: Exit code of a command that stops on one of these errors.
 EXIT_CODE = 2
 
@@ -20,9 +22,11 @@ class RetroError(Exception):
 
     raised_together = False
 
-    def __init__(self, subject: object, found: str, mend: str) -> None:
+    def __init__(self, subject: object, found: str = "", mend: str = "") -> None:
+        # Megatron re-raises what a module's forward raised as `type(error)(message)`: then
+        # `subject` is the whole message.
         self.subject, self.found, self.mend = str(subject), found, mend
-        super().__init__(f"{self.subject}: {found}. {mend}")
+        super().__init__(f"{self.subject}: {found}. {mend}" if found or mend else self.subject)
 
     def __reduce__(self) -> tuple:
         # Exceptions travel between ranks pickled; the default would pass the message alone.
@@ -59,3 +63,32 @@ class ShapeError(RetroError):
 
 class MissingDependencyError(RetroError):
     """An optional package is needed and not installed."""
+
+
+class SeveralErrors(ConfigurationError):
+    """More than one thing is wrong with one configuration; all of them are told together.
+
+    Attributes:
+        problems: The errors, in the order in which they were found.
+    """
+
+    def __init__(self, problems: Sequence[RetroError | str]) -> None:
+        problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = tuple(problems)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (list(self.problems),)
+
+
+def raise_problems(problems: Sequence[RetroError]) -> None:
+    """Raise what was found: nothing, the one problem itself, or all of them as one error.
+
+    Raises:
+        RetroError: the only problem.
+        SeveralErrors: more than one.
+    """
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise SeveralErrors(problems)

@@ -149,7 +149,8 @@ def _print_error(error: RetroError) -> None:
     everywhere = getattr(error, "raised_together", False) or not dist.is_initialized()
     if rank == 0 or not everywhere:
         where = "" if everywhere or get_world_size() == 1 else f"[rank {rank}] "
-        print(f"{where}error: {error}", file=sys.stderr, flush=True)
+        for problem in getattr(error, "problems", (error,)):
+            print(f"{where}error: {problem}", file=sys.stderr, flush=True)
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:

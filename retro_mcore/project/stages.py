@@ -48,10 +48,35 @@ def check_stage(
 
 
 def finish_stage(
-    paths: ProjectPaths, stage: str, options: Mapping[str, Any], inputs: Mapping[str, str]
+    paths: ProjectPaths,
+    stage: str,
+    options: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    report: Mapping[str, Any] | None = None,
 ) -> None:
-    """Record how a stage was run, once it has finished. Rank 0 calls it."""
-    write_json(paths.stage_record(stage), {"options": dict(options), "inputs": dict(inputs)})
+    """Record how a stage was run, once it has finished. Rank 0 calls it.
+
+    Args:
+        paths: The project.
+        stage: Name of the command.
+        options: As given to `check_stage`.
+        inputs: As given to `check_stage`.
+        report: What the stage counted: what was read and written, and what was dropped, cut,
+            replaced or repeated on the way (name to number). None keeps the report of the run
+            that made the files.
+    """
+    record: dict[str, Any] = {"options": dict(options), "inputs": dict(inputs)}
+    if report is None:
+        report = stage_report(paths, stage)
+    if report:
+        record["report"] = dict(report)
+    write_json(paths.stage_record(stage), record)
+
+
+def stage_report(paths: ProjectPaths, stage: str) -> dict[str, Any]:
+    """What a finished stage counted; empty where it has not finished, or counted nothing."""
+    path = paths.stage_record(stage)
+    return dict(read_json_object(path).get("report", {})) if path.is_file() else {}
 
 
 def _compare(
