@@ -30,7 +30,14 @@ EXTRAS = {
     "eval": ["rouge-score>=0.1.2", "scipy>=1.15"],
     "lm-eval": ["lm_eval>=0.4.9"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-    "dev": ["hypothesis>=6.100", "import-linter>=2.0", "mypy>=1.10", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"],
+    "dev": [
+        "hypothesis>=6.100",
+        "import-linter>=2.0",
+        "mypy>=1.10",
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "ruff>=0.6",
+    ],
 }
 
 setup(
