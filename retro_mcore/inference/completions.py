@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from retro_mcore.inference.growing_text import GrowingText, new_text
+from retro_mcore.inference.growing_text import GrowingText, new_text, prompt_text
 from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
 from retro_mcore.inference.sampling import SamplingOptions
 from retro_mcore.inference.texts import GeneratedText, TokenLogprobs
@@ -211,7 +211,7 @@ class Answer:
 
     def prompt_of(self, text: GeneratedText) -> str:
         """The prompt as text, for `echo`."""
-        return self._tokenizer.detokenize(text.tokens[: text.prompt_length])
+        return prompt_text(self._tokenizer, text.tokens, text.prompt_length)
 
     def _all_logprobs(self, text: GeneratedText) -> dict[str, Any]:
         if not self._request.echo:

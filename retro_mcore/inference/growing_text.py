@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Protocol
 
 from retro_mcore.inference.texts import GeneratedText
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+#: Tokens before a new one that it is detokenized with.
+_CONTEXT = 8
 
 
 class Detokenizer(Protocol):
@@ -20,7 +23,7 @@ class GrowingText:
     """The text of what is added to a prompt.
 
     A token costs the detokenization of the few tokens around it. A character whose bytes are spread
-    over several tokens waits for its last one.
+    over several tokens waits for its last one; one that the prompt begins belongs to what is added.
 
     Args:
         tokenizer: Turns tokens into text.
@@ -30,30 +33,41 @@ class GrowingText:
     def __init__(self, tokenizer: Detokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         # Some tokens before the new ones: their text depends on what they follow.
-        self._tokens = list(prompt[-8:])
+        self._tokens = list(prompt[-_CONTEXT:])
         self._start, self._shown = 0, len(self._tokens)
         self.text = ""
 
     def add(self, token: int) -> str:
         """What a token adds; empty if it ends inside a character."""
         self._tokens.append(token)
-        before, now = self._texts()
-        if now.endswith(_INCOMPLETE) or len(now) <= len(before):
-            return ""
-        self._start, self._shown = self._shown, len(self._tokens)
-        self.text += now[len(before) :]
-        return now[len(before) :]
+        piece = self._piece()
+        return "" if piece.endswith(_INCOMPLETE) or not piece else self._show(piece)
 
     def finish(self) -> str:
         """What is still waiting."""
-        before, now = self._texts()
-        self._start, self._shown = self._shown, len(self._tokens)
-        self.text += now[len(before) :]
-        return now[len(before) :]
+        return self._show(self._piece())
 
-    def _texts(self) -> tuple[str, str]:
+    def _piece(self) -> str:
         before = self._tokenizer.detokenize(self._tokens[self._start : self._shown])
-        return before, self._tokenizer.detokenize(self._tokens[self._start :])
+        now = self._tokenizer.detokenize(self._tokens[self._start :])
+        # Not by the length of what was before: the mark at its end may have become a character.
+        return now[len(commonprefix([before, now])) :]
+
+    def _show(self, piece: str) -> str:
+        self._start, self._shown = self._shown, len(self._tokens)
+        self.text += piece
+        return piece
+
+
+def prompt_text(tokenizer: Detokenizer, tokens: Sequence[int], prompt_length: int) -> str:
+    """The prompt, without the character that its end begins if what follows completes it."""
+    text = tokenizer.detokenize(tokens[:prompt_length])
+    if not text.endswith(_INCOMPLETE) or len(tokens) == prompt_length:
+        return text
+    now = tokenizer.detokenize(tokens[: prompt_length + _CONTEXT])
+    if now.endswith(_INCOMPLETE) and now.startswith(text):  # not complete yet
+        return text.rstrip(_INCOMPLETE)
+    return commonprefix([text, now])
 
 
 def find_stop(text: str, stop_strings: Sequence[str], start: int = 0) -> int | None:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from retro_mcore.inference.growing_text import SafeStream, find_stop, held_back, new_text
+from retro_mcore.inference.growing_text import SafeStream, find_stop, held_back, new_text, prompt_text
 from retro_mcore.inference.texts import GeneratedText
 
 
@@ -28,6 +28,23 @@ def test_pieces_join_to_the_text_and_are_whole_characters(cut):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     text = GeneratedText(tokens, cut)
     assert new_text(Bytes(), text) == bytes(tokens[cut:]).decode()
+
+
+@pytest.mark.parametrize("text", ["日本 go", "🙂🙂 ok", "e\u0301🙂x", "a\ufffd本", "\ufffd\ufffdé"])
+def test_a_prompt_that_ends_inside_a_character_leaves_it_to_the_answer(text):
+    """Clients of the server send tokens cut at any place."""
+    tokens = list(text.encode())
+    for cut in range(1, len(tokens)):
+        begun = len(bytes(tokens[:cut]).decode(errors="ignore"))
+        stream = SafeStream(Bytes(), tokens[:cut])
+        pieces = [*map(stream.add, tokens[cut:]), stream.finish()]
+        answer = "".join(pieces)
+        assert answer == new_text(Bytes(), GeneratedText(tokens, cut))
+        assert prompt_text(Bytes(), tokens, cut) + answer == text
+        # Half of a replacement character looks like a whole one.
+        assert answer == text[begun:] or text[begun] == "\ufffd"
+    cut = tokens[: len(text[0].encode()) - 1]
+    assert prompt_text(Bytes(), cut, len(cut)) == Bytes().detokenize(cut)  # nothing follows
 
 
 def test_an_incomplete_character_at_the_end_is_shown_as_such():
