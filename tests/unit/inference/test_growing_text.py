@@ -4,7 +4,13 @@ import random
 
 import pytest
 
-from retro_mcore.inference.growing_text import SafeStream, find_stop, held_back, new_text, prompt_text
+from retro_mcore.inference.growing_text import (
+    SafeStream,
+    find_stop,
+    held_back,
+    new_text,
+    prompt_text,
+)
 from retro_mcore.inference.texts import GeneratedText
 
 
