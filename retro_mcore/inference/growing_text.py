@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Protocol
 
 from retro_mcore.inference.texts import GeneratedText
@@ -51,7 +51,7 @@ class GrowingText:
         before = self._tokenizer.detokenize(self._tokens[self._start : self._shown])
         now = self._tokenizer.detokenize(self._tokens[self._start :])
         # Not by the length of what was before: the mark at its end may have become a character.
-        return now[len(commonprefix([before, now])) :]
+        return now[_shared_length(before, now) :]
 
     def _show(self, piece: str) -> str:
         self._start, self._shown = self._shown, len(self._tokens)
@@ -67,7 +67,14 @@ def prompt_text(tokenizer: Detokenizer, tokens: Sequence[int], prompt_length: in
     now = tokenizer.detokenize(tokens[: prompt_length + _CONTEXT])
     if now.endswith(_INCOMPLETE) and now.startswith(text):  # not complete yet
         return text.rstrip(_INCOMPLETE)
-    return commonprefix([text, now])
+    return text[: _shared_length(text, now)]
+
+
+def _shared_length(first: str, second: str) -> int:
+    """How many characters two texts begin with together."""
+    if second.startswith(first):
+        return len(first)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))  # noqa: B905
 
 
 def find_stop(text: str, stop_strings: Sequence[str], start: int = 0) -> int | None:
