@@ -54,7 +54,10 @@ class EvaluatePerplexityOptions:
     retro_eval_neighbors: list[Literal["real", "shuffled", "random", "none"]] = field(
         default_factory=list
     )
-    """Which neighbors to give. Default: real, shuffled and none, as far as the model retrieves."""
+    """Which neighbors to give. Default: real, shuffled and none, as far as the model reads any."""
+    retro_attention_gate: float | None = None
+    """Scale of what the model reads in its neighbors. Default: the checkpoint's; a model that was
+    tuned with 0 needs 1 here to read any."""
     eval_iters: int | None = None
     """Global batches of samples to evaluate. Default: all samples of the split."""
     eval_documents: int | None = None
@@ -150,18 +153,19 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
-    from retro_mcore.evaluation.perplexity import check_shape, check_tokenizer
-    from retro_mcore.training.checkpointing import load_model_from_checkpoint
+    from retro_mcore.evaluation.loaded_model import load_project_model
+    from retro_mcore.evaluation.perplexity import check_shape
 
     with distributed.raise_together():
         _check(options)
-        project = ProjectConfig.load(options.project_dir)
-    model, arguments = load_model_from_checkpoint(options.load, options.parallel())
+    loaded = load_project_model(
+        options.project_dir, options.load, options.parallel(), options.retro_attention_gate
+    )
+    project, arguments = loaded.project, loaded.arguments
     with distributed.raise_together():
-        check_tokenizer(arguments, project, options.project_dir)
         check_shape(arguments, project, options.project_dir)
         kinds = _neighbor_kinds(options, arguments)
-    evaluation = _Evaluation(options, project, model, arguments, kinds, device)
+    evaluation = _Evaluation(options, project, loaded.model, arguments, kinds, device)
     rows = _measure_samples(evaluation) if options.protocol != "documents" else []
     bits: list[BitsPerByte] = []
     curves: dict[str, list[LeakagePoint]] = {}
@@ -217,16 +221,17 @@ def _check(options: EvaluatePerplexityOptions) -> None:
 def _neighbor_kinds(
     options: EvaluatePerplexityOptions, arguments: ModelArguments
 ) -> list[NeighborKind]:
+    from retro_mcore.evaluation.loaded_model import require_reading
+
     asked: list[NeighborKind] = list(dict.fromkeys(options.retro_eval_neighbors))
-    if not arguments.no_retrieval:
-        return asked or ["real", "shuffled", "none"]
+    if not asked:
+        reads = not arguments.no_retrieval and arguments.retro_attention_gate != 0.0
+        if not reads and get_rank() == 0:
+            print("The model reads no neighbors, so it is measured without.", file=sys.stderr)
+        return ["real", "shuffled", "none"] if reads else ["none"]
     if set(asked) - {"none"}:
-        raise ConfigurationError(
-            "--retro-eval-neighbors",
-            f"{' '.join(asked)}, but the model of {options.load} has no retrieval",
-            "Leave it out, or say none",
-        )
-    return ["none"]
+        require_reading(arguments, f"--retro-eval-neighbors {' '.join(asked)}", "Say none")
+    return asked
 
 
 def _measure_samples(evaluation: _Evaluation) -> list[Perplexity]:

@@ -65,6 +65,9 @@ class EvaluateQaOptions:
     retro_neighbors: Literal["live", "passages", "none"] = "none"
     """What the neighbor encoder reads. live: neighbors from the project's index. passages: the test
     file's, after those in the prompt. none: the encoder is off, as InstructRetro answers."""
+    retro_attention_gate: float | None = None
+    """Scale of what the model reads in its neighbors. Default: the checkpoint's; a model that was
+    tuned with 0 needs 1 here to read any."""
     reuse_top: bool = False
     """The encoder's passages begin with those in the prompt."""
     ablate_retrieval: bool = False
@@ -237,6 +240,7 @@ def _generate(
         options.tensor_model_parallel_size,
         options.pipeline_model_parallel_size,
         options.device,
+        options.retro_attention_gate,
     )
     arms = [options.retro_neighbors, *(["none"] if options.ablate_retrieval else [])]
     answers = {}
@@ -269,6 +273,7 @@ def _settings(
         # Sums in another order may choose another token.
         "--tensor-model-parallel-size": options.tensor_model_parallel_size,
         "--retro-neighbors": neighbors,
+        "--retro-attention-gate": None if neighbors == "none" else options.retro_attention_gate,
         **{f"--{name.replace('_', '-')}": value for name, value in asdict(asked).items()},
     }
 

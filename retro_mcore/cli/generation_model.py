@@ -15,11 +15,9 @@ from retro_mcore.inference.background import BackgroundRetrieval
 from retro_mcore.inference.neighbors import SameNeighbors, neighbors_from_texts
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.platform import distributed_backend, setup_device
-from retro_mcore.project import ProjectConfig, ProjectPaths
+from retro_mcore.project import ProjectPaths
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
-
     from retro_mcore.model.model import RetroModel
     from retro_mcore.training.provider import ModelArguments
 
@@ -90,11 +88,9 @@ class GenerationModel:
         Raises:
             ConfigurationError: more than the model reads, or the model reads none.
         """
-        if self.arguments.no_retrieval:
-            raise ConfigurationError(
-                "neighbors", "the model was trained without retrieval", "Leave them out"
-            )
-        _require_open_gate("neighbors", self.model)
+        from retro_mcore.evaluation.loaded_model import require_reading
+
+        require_reading(self.arguments, "neighbors", "Leave them out")
         sizes = (self.arguments.retro_num_neighbors, self.retrieved_length)
         return SameNeighbors(neighbors_from_texts(texts, self.tokenizer, *sizes))
 
@@ -112,29 +108,25 @@ def load_generation_model(options: GenerationModelOptions) -> GenerationModel:
     """
     device = setup_device(options.device)
     # Only now: megatron is imported after the device is chosen.
-    from retro_mcore.evaluation.perplexity import check_tokenizer
-    from retro_mcore.training.checkpointing import load_model_from_checkpoint
+    from retro_mcore.evaluation.loaded_model import load_project_model
     from retro_mcore.training.options import ParallelOptions
 
     initialize(distributed_backend())
-    with raise_together():
-        project = ProjectConfig.load(options.project_dir)
-        tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
     parallel = ParallelOptions(
         device=options.device,
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
     )
-    model, arguments = load_model_from_checkpoint(options.load, parallel)
-    if options.retro_attention_gate is not None:
-        model.config.retro_attention_gate = options.retro_attention_gate
+    loaded = load_project_model(
+        options.project_dir, options.load, parallel, options.retro_attention_gate
+    )
+    model, arguments, project = loaded.model, loaded.arguments, loaded.project
     retriever = search = None
     with raise_together():
-        check_tokenizer(arguments, project, options.project_dir)
+        tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
         _refuse_other_chunks(options, arguments.retro_chunk_length, project.retro_gpt_chunk_length)
         if options.retro_neighbors == "live":
             retriever = _retriever(options, arguments, device)
-            _require_open_gate("--retro-neighbors live", model)
             search = BackgroundRetrieval(
                 retriever, options.retrieval_interval, options.retrieval_lead
             )
@@ -144,27 +136,15 @@ def load_generation_model(options: GenerationModelOptions) -> GenerationModel:
 def _retriever(
     options: GenerationModelOptions, arguments: ModelArguments, device: torch.device
 ) -> Retriever:
-    if arguments.no_retrieval:
-        raise ConfigurationError(
-            "--retro-neighbors live",
-            f"the model of {options.load} was trained without retrieval",
-            "Use --retro-neighbors none",
-        )
+    from retro_mcore.evaluation.loaded_model import require_reading
+
+    require_reading(arguments, "--retro-neighbors live", "Use --retro-neighbors none")
     return Retriever(
         options.project_dir,
         arguments.retro_num_neighbors,
         arguments.retro_num_retrieved_chunks,
         device.type,
     )
-
-
-def _require_open_gate(subject: str, model: GPTModel) -> None:
-    if getattr(model.config, "retro_attention_gate", 1.0) == 0.0:
-        raise ConfigurationError(
-            subject,
-            "the model was tuned with --retro-attention-gate 0, so neighbors would change nothing",
-            "Use none, or --retro-attention-gate 1",
-        )
 
 
 def _refuse_other_chunks(options: GenerationModelOptions, of_model: int, of_project: int) -> None:

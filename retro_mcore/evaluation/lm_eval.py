@@ -44,6 +44,8 @@ class RetroLM(TemplateLM):
         tensor_model_parallel_size: Ranks that share one model.
         device: "auto", "cpu" or "cuda".
         max_batch_size: Of no effect; the harness hands it to every model.
+        retro_attention_gate: Scale of what the model reads in its neighbors. Default: as it was
+            trained; a model that was tuned with 0 needs 1 here to read any.
 
     Raises:
         RetroError: an argument, the project or the checkpoint is at fault.
@@ -61,6 +63,7 @@ class RetroLM(TemplateLM):
         tensor_model_parallel_size: int = 1,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         max_batch_size: int | None = None,
+        retro_attention_gate: float | None = None,
     ) -> None:
         super().__init__()
         if retro_neighbors not in ("live", "none"):
@@ -74,10 +77,13 @@ class RetroLM(TemplateLM):
         from retro_mcore.evaluation.loaded_model import LoadedModel
 
         self._loaded = LoadedModel.load(
-            project_dir, load, retro_neighbors == "live", tensor_model_parallel_size, device=device
+            project_dir,
+            load,
+            retro_neighbors == "live",
+            tensor_model_parallel_size,
+            device=device,
+            retro_attention_gate=retro_attention_gate,
         )
-        if self._loaded.retriever is not None:
-            self._loaded.open_attention_gate()
         if max_length is not None and not 1 <= max_length <= self._loaded.window:
             raise ConfigurationError(
                 "max_length", str(max_length), f"The model's window is {self._loaded.window}"

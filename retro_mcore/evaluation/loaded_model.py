@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import raise_together
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.perplexity import check_shape, check_tokenizer
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.project.config import ProjectConfig
@@ -20,12 +22,90 @@ from retro_mcore.training.provider import ModelArguments
 
 
 @dataclass(frozen=True)
+class ProjectModel:
+    """A model in evaluation mode, on its device, and the project that it fits.
+
+    Attributes:
+        model: This rank's part of it.
+        arguments: What its checkpoint says of it, with the attention gate that is in force.
+        project: The project's configuration.
+    """
+
+    model: GPTModel
+    arguments: ModelArguments
+    project: ProjectConfig
+
+
+def load_project_model(
+    project_dir: Path | str,
+    checkpoints: Path | str,
+    layout: ParallelOptions,
+    retro_attention_gate: float | None = None,
+) -> ProjectModel:
+    """The latest checkpoint of a directory; all ranks call it, after `setup_device`.
+
+    Args:
+        project_dir: The project with its tokenizer.
+        checkpoints: The directory.
+        layout: How the model is divided over ranks.
+        retro_attention_gate: Scale of what the model reads in its neighbors; None: as it was
+            trained.
+
+    Raises:
+        RetroError: project and checkpoint do not fit together, one is damaged, or the gate is not
+            a number from 0.
+    """
+    with raise_together():
+        project = ProjectConfig.load(project_dir)
+        _check_gate_value(retro_attention_gate)
+    model, arguments = load_model_from_checkpoint(checkpoints, layout)
+    with raise_together():
+        check_tokenizer(arguments, project, str(project_dir))
+        if retro_attention_gate is not None:
+            if arguments.no_retrieval:
+                raise ConfigurationError(
+                    "--retro-attention-gate",
+                    f"the model of {checkpoints} was trained without retrieval",
+                    "Leave it out",
+                )
+            arguments = replace(arguments, retro_attention_gate=retro_attention_gate)
+            model.config.retro_attention_gate = retro_attention_gate
+    return ProjectModel(model, arguments, project)
+
+
+def _check_gate_value(gate: float | None) -> None:
+    if gate is not None and not (math.isfinite(gate) and gate >= 0):
+        raise ConfigurationError("--retro-attention-gate", str(gate), "Give a number from 0")
+
+
+def require_reading(arguments: ModelArguments, subject: str, mend: str = "Use none") -> None:
+    """Refuse neighbors that would change nothing: the one rule of every command that gives some.
+
+    Args:
+        arguments: The model's.
+        subject: What asks for neighbors, as the user wrote it.
+        mend: How to do without them.
+
+    Raises:
+        ConfigurationError: the model has no retrieval, or its attention gate is 0.
+    """
+    if arguments.no_retrieval:
+        raise ConfigurationError(subject, "the model was trained without retrieval", mend)
+    if arguments.retro_attention_gate == 0.0:
+        raise ConfigurationError(
+            subject,
+            "the model was tuned with --retro-attention-gate 0, so neighbors would change nothing",
+            f"{mend}, or --retro-attention-gate 1",
+        )
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A model in evaluation mode, on its device.
 
     Attributes:
         model: This rank's part of it.
-        arguments: What its checkpoint says of it.
+        arguments: What its checkpoint says of it, with the attention gate that is in force.
         tokenizer: The project's.
         retriever: The project's live search; None unless it was asked for.
     """
@@ -45,11 +125,6 @@ class LoadedModel:
         """R."""
         return self.arguments.retro_num_retrieved_chunks * self.arguments.retro_chunk_length
 
-    def open_attention_gate(self) -> None:
-        """Let a model that was tuned with the gate at 0 read neighbors again, as in pretraining."""
-        config = self.model.config
-        config.retro_attention_gate = config.retro_attention_gate or 1.0
-
     @classmethod
     def load(
         cls,
@@ -59,6 +134,7 @@ class LoadedModel:
         tensor_model_parallel_size: int = 1,
         pipeline_model_parallel_size: int = 1,
         device: Literal["auto", "cpu", "cuda"] = "auto",
+        retro_attention_gate: float | None = None,
     ) -> LoadedModel:
         """The latest checkpoint of a directory; all ranks call it, after `setup_device`.
 
@@ -69,23 +145,24 @@ class LoadedModel:
             tensor_model_parallel_size: Ranks that share one layer.
             pipeline_model_parallel_size: Ranks that share out the layers.
             device: Where it runs.
+            retro_attention_gate: As `load_project_model` takes it.
 
         Raises:
-            RetroError: project and checkpoint do not fit together, or one is damaged.
+            RetroError: project and checkpoint do not fit together, one is damaged, or neighbors
+                are asked for that the model would not read.
         """
-        with raise_together():
-            project = ProjectConfig.load(project_dir)
-            tokenizer = load_project_tokenizer(project, ProjectPaths(project_dir))
         layout = ParallelOptions(
             device=device,
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
         )
-        model, arguments = load_model_from_checkpoint(checkpoints, layout)
+        loaded = load_project_model(project_dir, checkpoints, layout, retro_attention_gate)
+        model, arguments, project = loaded.model, loaded.arguments, loaded.project
         with raise_together():
-            check_tokenizer(arguments, project, str(project_dir))
+            tokenizer = load_project_tokenizer(project, ProjectPaths(project_dir))
             retriever = None
             if retrieval:
+                require_reading(arguments, "--retro-neighbors live", "Use --retro-neighbors none")
                 check_shape(arguments, project, str(project_dir))
                 retriever = Retriever(
                     project_dir,

@@ -16,7 +16,7 @@ from retro_mcore.datasets.instruction import (
 )
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.bootstrap import Estimate, estimate_mean
-from retro_mcore.evaluation.loaded_model import LoadedModel
+from retro_mcore.evaluation.loaded_model import LoadedModel, require_reading
 from retro_mcore.evaluation.qa_metrics import score
 from retro_mcore.inference.generation import generate
 from retro_mcore.inference.growing_text import new_text
@@ -24,7 +24,7 @@ from retro_mcore.inference.neighbors import NeighborSource, RetrievedNeighbors, 
 from retro_mcore.inference.sampling import SamplingOptions
 
 #: Where the encoder's neighbors come from while a question is answered: the project's index, the
-#: test file's passages, or nowhere (the attention gate at 0).
+#: test file's passages, or nowhere.
 QANeighbors = Literal["live", "passages", "none"]
 
 
@@ -61,12 +61,11 @@ class QuestionAnswerer:
         loaded: The model.
         examples: The test file's questions.
         options: How they are put.
-        neighbors: What the encoder is given. It is read also by a model that was tuned with the
-            attention gate at 0.
+        neighbors: What the encoder is given.
 
     Raises:
-        ConfigurationError: the longest answer leaves no room for a prompt, or the model cannot
-            retrieve.
+        ConfigurationError: the longest answer leaves no room for a prompt, or the model would not
+            read the neighbors.
     """
 
     def __init__(
@@ -82,12 +81,9 @@ class QuestionAnswerer:
                 f"{options.max_new_tokens}, but the model reads {loaded.window} tokens",
                 "Give fewer, to leave room for the question",
             )
-        if neighbors != "none" and loaded.arguments.no_retrieval:
-            raise ConfigurationError(
-                "--retro-neighbors", f"{neighbors}, but the model has no retrieval", "Use none"
-            )
         if neighbors != "none":
-            loaded.open_attention_gate()
+            flag = "--retro-neighbors"
+            require_reading(loaded.arguments, f"{flag} {neighbors}", f"Use {flag} none")
         self._loaded, self._examples, self._options = loaded, examples, options
         self._neighbors = neighbors
         self._format = InstructionFormat(

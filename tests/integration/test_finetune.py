@@ -63,7 +63,7 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def options(pretrained, data):
     def make(**changes):
         values = {
@@ -143,40 +143,113 @@ def test_the_encoder_reads_the_passages_that_the_decoder_lacks(options, data, tm
     assert scores["passages"] > scores["none"] + 0.3, scores
 
 
-def test_the_encoder_of_a_model_tuned_with_gate_0_can_be_switched_on(options, tmp_path):
-    from retro_mcore.evaluation.loaded_model import LoadedModel
-    from retro_mcore.evaluation.question_answering import QAOptions, QuestionAnswerer
+@pytest.fixture(scope="module")
+def tuned_with_gate_0(options, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gate_0")
+    finetune_retro(options(save=str(folder)))
+    return str(folder)
 
-    finetune_retro(options(save=str(tmp_path)))
-    loaded = LoadedModel.load(built_project(), tmp_path, retrieval=False, device="cpu")
+
+def test_the_encoder_of_a_model_tuned_with_gate_0_can_be_switched_on(tuned_with_gate_0):
+    from retro_mcore.evaluation.loaded_model import LoadedModel
+
     tokens = torch.arange(64).unsqueeze(0)
     neighbors = torch.arange(4 * 2 * 32).view(8, 32)
 
-    def logits():
-        return loaded.model(tokens, tokens, None, context_input_ids=neighbors)
+    def changed_by_neighbors(gate):
+        loaded = LoadedModel.load(
+            built_project(), tuned_with_gate_0, False, device="cpu", retro_attention_gate=gate
+        )
+        alone = loaded.model(tokens, tokens, None)
+        return not torch.equal(
+            loaded.model(tokens, tokens, None, context_input_ids=neighbors), alone
+        )
 
-    alone = loaded.model(tokens, tokens, None)
-    QuestionAnswerer(loaded, [], QAOptions(max_new_tokens=8), "none")
-    assert torch.equal(logits(), alone)
-    QuestionAnswerer(loaded, [], QAOptions(max_new_tokens=8), "passages")
-    assert not torch.equal(logits(), alone)
+    assert not changed_by_neighbors(None)
+    assert changed_by_neighbors(1.0)
 
 
-def test_generation_asks_before_it_reads_neighbors_with_such_a_model(options, tmp_path):
+def generates(load, data, output, neighbors, gate):
     from retro_mcore.cli.generate import GenerateOptions, generate
 
-    finetune_retro(options(save=str(tmp_path)))
-    asked = {
-        "project_dir": str(built_project()),
-        "load": str(tmp_path),
-        "prompt": "word " * 20,
-        "max_new_tokens": 2,
-        "device": "cpu",
-    }
+    return generate(
+        GenerateOptions(
+            project_dir=str(built_project()),
+            load=load,
+            prompt="word " * 20,
+            max_new_tokens=2,
+            retro_neighbors="none" if neighbors == "none" else "live",
+            neighbors=["given"] if neighbors == "given" else None,
+            retro_attention_gate=gate,
+            device="cpu",
+        )
+    )
+
+
+def answers(load, data, output, neighbors, gate):
+    from retro_mcore.cli.evaluate_qa import EvaluateQaOptions, evaluate_qa
+
+    return evaluate_qa(
+        EvaluateQaOptions(
+            project_dir=str(built_project()),
+            load=load,
+            sample_input_file=str(data / "nq" / "nq_QA_dev.json"),
+            output=str(output),
+            ft_neighbours=0,
+            num_gen=1,
+            max_new_tokens=2,
+            retro_neighbors=neighbors,
+            retro_attention_gate=gate,
+            device="cpu",
+        )
+    )
+
+
+def measures(load, data, output, neighbors, gate):
+    from retro_mcore.cli.evaluate_perplexity import (
+        EvaluatePerplexityOptions,
+        evaluate_perplexity,
+    )
+
+    return evaluate_perplexity(
+        EvaluatePerplexityOptions(
+            project_dir=str(built_project()),
+            load=load,
+            retro_eval_neighbors=[neighbors] if neighbors else [],
+            retro_attention_gate=gate,
+            eval_iters=1,
+            output=str(output / "perplexity.json"),
+            device="cpu",
+        )
+    ).perplexities
+
+
+@pytest.mark.parametrize(
+    ("command", "neighbors"),
+    [(generates, "live"), (answers, "live"), (answers, "passages"), (measures, "real")],
+)
+def test_no_command_gives_neighbors_to_a_closed_gate_unless_it_is_opened(
+    command, neighbors, tuned_with_gate_0, data, tmp_path
+):
+    # Whoever compares retrieval on and off would compare a model with itself, or with another.
     with pytest.raises(ConfigurationError, match="tuned with --retro-attention-gate 0"):
-        generate(GenerateOptions(**asked))
-    assert generate(GenerateOptions(**asked, retro_neighbors="none"))
-    assert generate(GenerateOptions(**asked, retro_attention_gate=1.0))
+        command(tuned_with_gate_0, data, tmp_path, neighbors, None)
+    assert command(tuned_with_gate_0, data, tmp_path, "none", None)
+    assert command(tuned_with_gate_0, data, tmp_path, neighbors, 1.0)
+
+
+def test_the_perplexity_of_a_closed_gate_is_measured_without_neighbors(
+    tuned_with_gate_0, data, tmp_path, capsys
+):
+    (row,) = measures(tuned_with_gate_0, data, tmp_path, "", None)
+    assert row.neighbors == "none"
+    assert "reads no neighbors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gate", [-1.0, float("nan"), float("inf")])
+def test_a_gate_that_is_no_scale_is_refused(gate, tuned_with_gate_0, data, tmp_path):
+    with pytest.raises(ConfigurationError, match="--retro-attention-gate"):
+        generates(tuned_with_gate_0, data, tmp_path, "live", gate)
 
 
 def test_a_blend_of_questions_and_packed_chats_learns(options):
