@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -29,23 +30,33 @@ class NonFiniteLossError(RetroError):
     """Loss or gradient became NaN or infinite; the weights have not been updated with it."""
 
 
-def forward_step(batches: Iterator[RetroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+def forward_step(
+    positions: int, batches: Iterator[RetroBatch], model: torch.nn.Module
+) -> tuple[Tensor, Callable]:
     """One forward pass, in the form that megatron's forward-backward functions call.
+
+    Args:
+        positions: Of this rank in this iteration, masked ones included; the loss is divided by it.
+        batches: Its micro batches.
+        model: A stage.
 
     Returns:
         The losses [B, S] and a function that reduces them.
     """
     batch = next(batches)
     losses_BS = model(**batch.model_inputs(), labels=batch.labels)
-    return losses_BS, partial(masked_loss, batch)
+    return losses_BS, partial(_share_of_loss, positions, batch)
+
+
+def _share_of_loss(
+    positions: int, batch: RetroBatch, losses_BS: Tensor
+) -> tuple[Tensor, Tensor, LossReport]:
+    loss, num_tokens, report = masked_loss(batch, losses_BS)
+    return loss / positions, num_tokens, report
 
 
 def masked_loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, LossReport]:
-    """Sum over the loss mask and number of tokens.
-
-    The schedule divides the first by the second, then by the number of micro batches; the average
-    over data parallel ranks is DistributedDataParallel's.
-    """
+    """Sum over the loss mask, number of tokens, and both for the report, as Megatron wants them."""
     mask = batch.loss_mask.view(-1)
     loss = torch.sum(losses_BS.float().view(-1) * mask)
     num_tokens = mask.sum()
@@ -54,6 +65,52 @@ def masked_loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, L
         "sample_ids": batch.sample_ids,
     }
     return loss, num_tokens.to(torch.int), report
+
+
+@contextmanager
+def token_mean(config: ModelParallelConfig, positions: int) -> Iterator[None]:
+    """While the body runs, gradients are those of the mean over the global batch's tokens.
+
+    Micro batches and ranks may hold different numbers of tokens that count in the loss, so no
+    average of their averages will do. Each contributes its sum, over a number of positions that
+    is the same for all (which keeps float16's gradients in their range); when the ranks' gradients
+    have been averaged, they are multiplied by positions over tokens: by 1 where every position
+    counts.
+
+    Args:
+        config: Of the first chunk; its `finalize_model_grads_func` finishes the gradients.
+        positions: See `forward_step`.
+    """
+    finalize, per_token = config.finalize_model_grads_func, config.calculate_per_token_loss
+    # Then megatron's schedules leave the loss alone and count the tokens.
+    config.calculate_per_token_loss = True
+    config.finalize_model_grads_func = finalize and partial(
+        _finalize_token_mean, finalize, positions
+    )
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
+        config.calculate_per_token_loss = per_token
+
+
+def _finalize_token_mean(
+    finalize: Callable,
+    positions: int,
+    chunks: Sequence[Any],
+    num_tokens: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    finalize(chunks, None, *args, **kwargs)
+    ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    last = parallel_state.get_pipeline_model_parallel_last_rank()  # it alone has counted
+    total = num_tokens.to(torch.float64)
+    dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
+    dist.all_reduce(total, group=ranks)
+    factor = positions * ranks.size() / total.clamp(min=1)
+    for chunk in chunks:
+        chunk.scale_gradients(factor)
 
 
 def forward_backward(
@@ -66,6 +123,9 @@ def forward_backward(
     forward_only: bool = False,
 ) -> list[LossReport]:
     """Run micro batches through megatron's forward-backward function.
+
+    Gradients are those of the mean over the tokens of all micro batches and data parallel ranks
+    that the loss masks let count, however these are divided.
 
     Args:
         chunks: This rank's stages of the model.
@@ -80,20 +140,22 @@ def forward_backward(
         The micro batches' reports on the last pipeline stage, nothing on the others.
     """
     config = get_model_config(chunks[0])
+    positions = num_microbatches * micro_batch_size * sequence_length
     lengths: dict[str, Any] = {"seq_length": sequence_length}
     if isinstance(config, RetroConfig):
         lengths = schedule_kwargs(config, sequence_length, with_retrieval)
     # Every chunk reads the step's batches, each at its own pace.
     iterators = itertools.tee(itertools.islice(batches, num_microbatches), len(chunks))
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=list(iterators),
-        model=list(chunks),
-        num_microbatches=num_microbatches,
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
-        **lengths,
-    )
+    with token_mean(config, positions):
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(forward_step, positions),
+            data_iterator=list(iterators),
+            model=list(chunks),
+            num_microbatches=num_microbatches,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+            **lengths,
+        )
     return reports
 
 
@@ -102,7 +164,7 @@ class StepLoss:
     """What all ranks know of an iteration's losses.
 
     Attributes:
-        loss: Mean per token over micro batches and data parallel ranks.
+        loss: Mean per token over all micro batches and data parallel ranks.
         stop: How many ranks want to stop.
     """
 
@@ -118,7 +180,8 @@ def reduce_losses(reports: Sequence[LossReport], stop: bool = False) -> StepLoss
         stop: Whether this rank wants to stop.
     """
     device = torch.cuda.current_device()
-    sums = sum((report["sums"] for report in reports), torch.zeros(2, device=device))
+    zeros = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = sum((report["sums"] for report in reports), zeros)
     loss_sum, num_tokens, stops = _sum_over_ranks(sums, float(stop))
     return StepLoss(loss_sum / max(num_tokens, 1.0), int(stops))
 

@@ -271,7 +271,7 @@ class Trainer:
         batches = read_batches(self._numbered(samples), self._sampler(0, stop), 0, self._device)
         with gathered_weights(self._parts.chunks):
             loss_sum, num_tokens = total_loss(self._parts.chunks, batches, self._num_microbatches)
-        return loss_sum / num_tokens
+        return loss_sum / num_tokens if num_tokens else math.nan
 
     def _save(self, reporter: TrainingReporter) -> None:
         if self.plan.options.save is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.distributed import test_token_mean as token_mean
 from tests.processes import run_ranks
 from tests.unit.training.small import NO_DROPOUT, train
 
@@ -61,7 +62,12 @@ def on_one_rank(folder, saved_by_one_process):
         saved = f"{saved_by_one_process}/distributed" if distributed else saved_by_one_process
         began = train(**layout, load=saved, save=directory, exit_interval=STOP + 1)
         results[name] = began.train_losses + train(**layout, load=directory).train_losses
+    results["token mean"] = token_mean.on_one_rank(saved_by_one_process, token_mean.FEW)
     return results
+
+
+def test_layouts_train_on_the_token_mean(one_process, two_processes):
+    token_mean.check(two_processes[1]["token mean"], one_process[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -315,3 +315,33 @@ def test_a_bad_record_stops_the_command_with_one_line(options, data, capsys, tmp
     assert main([*arguments.split(), "--passages", "annotated", "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert "record 1: has no answer to learn" in line
+
+
+@pytest.mark.parametrize("changes", [{}, {"pack_samples": True, "loss_on": "everything"}])
+def test_the_micro_batch_changes_neither_loss_nor_gradient(options, data, tmp_path, changes):
+    """Answers of one word beside answers of twenty: on one GPU and on eight it is one training."""
+    records = [
+        {"question": f"{n}?", "answer": " ".join(["so"] * (1 + n * n % 23)), "ctxs": []}
+        for n in range(32)
+    ]
+    (data / "uneven.jsonl").write_text("\n".join(map(json.dumps, records)))
+    found = []
+    for micro_batch_size in (8, 1, 2, 4):
+        save = tmp_path / str(micro_batch_size)
+        finetune_retro(
+            options(
+                data_path=["uneven.jsonl"],
+                valid_data_path=["uneven.jsonl"],
+                micro_batch_size=micro_batch_size,
+                train_iters=2,
+                eval_interval=2,
+                log_interval=1,
+                lr=1e-3,
+                save=str(save),
+                **changes,
+            )
+        )
+        records = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+        found.append([value for r in records for value in (r["loss"], r.get("grad_norm", 1.0))])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=2e-5)  # float32 sums in another order
