@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 #: The code points that UTF-16 uses in pairs; alone they are no characters.
@@ -13,12 +14,31 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 class JsonError(ValueError):
     """A text that is not JSON, or JSON that no sane writer makes; the message says which."""
 
+    @property
+    def in_line(self) -> str:
+        """The same of a single line, whose number the reader knows: `Expecting value, column 7`."""
+        cause = self.__cause__
+        is_syntax = isinstance(cause, json.JSONDecodeError)
+        return f"{cause.msg}, column {cause.colno}" if is_syntax else str(self)
 
-def parse_json(text: str | bytes) -> Any:
+
+def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Each line that is not blank, with its number from 1, for `parse_json`.
+
+    Only a line feed ends a line of JSON (a carriage return before it is white space). The other
+    ends of lines that `splitlines` knows, such as U+2028 and U+0085, may stand inside a string.
+    """
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def parse_json(text: str | bytes, allow_nan: bool = False) -> Any:
     """The value of a JSON text.
 
     Bytes are UTF-8, with or without a byte order mark. NaN and infinities are refused, which
-    `json.loads` would accept.
+    `json.loads` would accept, unless they are allowed: Python's own `json.dumps` writes them, and
+    where they stand under keys that nobody reads they do no harm.
 
     Raises:
         JsonError: not JSON, not UTF-8, nested too deeply, or a number of thousands of digits.
@@ -26,7 +46,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=None if allow_nan else _refuse_constant)
     except UnicodeDecodeError as error:
         raise JsonError(f"not UTF-8 (byte {error.start})") from error
     except RecursionError as error:
@@ -49,3 +69,17 @@ def replace_surrogates(text: str) -> tuple[str, int]:
     JSON can write them (`"\\ud83d"`), and no encoding of text can.
     """
     return _SURROGATES.subn("\ufffd", text)
+
+
+def has_surrogates(value: Any) -> bool:
+    """Whether a text anywhere in a JSON value holds a lone surrogate."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str) and _SURROGATES.search(value):
+            return True
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+    return False

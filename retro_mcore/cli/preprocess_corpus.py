@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.bert_tokens import default_bert_vocab
-from retro_mcore.data.corpus import (
-    read_documents,
-    text_cleaner,
-)
-from retro_mcore.data.shards import ShardReport, choose_shard_length
+from retro_mcore.data.corpus import read_documents, text_cleaner
+from retro_mcore.data.corpus_counts import loss_rows, read_counts, total
+from retro_mcore.data.shards import choose_shard_length
 from retro_mcore.data.token_file import TokenFile, bin_path
 from retro_mcore.data.token_input import find_token_input
 from retro_mcore.data.tokenizers import (
@@ -28,7 +28,8 @@ from retro_mcore.data.tokenizers import (
     load_project_tokenizer,
     train_sentencepiece,
 )
-from retro_mcore.datasets.sources import digest_of_source, name_datasets
+from retro_mcore.datasets.passes import SplitPasses, count_passes
+from retro_mcore.datasets.sources import digest_inputs, name_datasets
 from retro_mcore.datasets.splits import check_documents, document_ranges, parse_split
 from retro_mcore.datasets.tokenizing import CorpusReader, empty_corpus, make_dataset
 from retro_mcore.distributed import (
@@ -37,7 +38,7 @@ from retro_mcore.distributed import (
     initialize,
     raise_together,
 )
-from retro_mcore.errors import ConfigurationError, TokenizerError
+from retro_mcore.errors import ConfigurationError, RetroError, TokenizerError, raise_problems
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import (
@@ -48,7 +49,7 @@ from retro_mcore.project.markers import (
     state_of,
 )
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.stages import check_stage, finish_stage
+from retro_mcore.project.stages import check_stage, finish_stage, recorded_inputs
 
 STAGE = "preprocess_corpus"
 #: Texts tokenized in one call.
@@ -114,13 +115,23 @@ class PreprocessCorpusOptions:
 
 @dataclass(frozen=True)
 class PreprocessedCorpus:
-    """What `preprocess_corpus` made."""
+    """What `preprocess_corpus` made.
+
+    Attributes:
+        config: What it wrote to config.json.
+        num_documents: Documents of all datasets.
+        num_tokens: Their tokens.
+        vocab_size: Token ids of the tokenizer.
+        reused: Whether all datasets were there already.
+        report: What was read, dropped, replaced and repeated; see docs/data_formats.md.
+    """
 
     config: ProjectConfig
     num_documents: int
     num_tokens: int
     vocab_size: int
     reused: bool
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 def preprocess_corpus(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
@@ -144,9 +155,7 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
     with raise_together():
         cleaner = text_cleaner() if options.clean_text else None
         sources = [Path(source) for source in options.input]
-        inputs: dict[str, str] = {}
-        for source in sources:
-            inputs.setdefault(f"--input {source.name}", digest_of_source(source))
+        inputs = digest_inputs(sources, recorded_inputs(ProjectPaths(options.project_dir), STAGE))
         inputs.update(_digest_tokenizer_files(options))
         prefixes = name_datasets(sources, options.json_keys)
         _require_tokenizer(options, sources)
@@ -163,27 +172,30 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
             _tokenizer_type(options),
             *(paths.root / name if (name := names[key]) else None for key in _FILES),
         )
-    reports = []
+    made = []
     reader = CorpusReader(options.json_keys, options.id_key, cleaner)
     for source, prefix in zip(sources, prefixes, strict=True):
-        reports.append(make_dataset(source, paths.data / prefix, tokenizer, reader, fingerprint))
+        made.append(make_dataset(source, paths.data / prefix, tokenizer, reader, fingerprint))
     with raise_together():
         datasets = [TokenFile(paths.data / prefix) for prefix in prefixes]
         for source, dataset in zip(sources, datasets, strict=True):
             check_documents(options.split, len(dataset), source)
         config = _make_config(options, paths, prefixes, datasets, names)
+        passes = count_passes(config, datasets)
+        report = _report(paths, prefixes, datasets, passes)
         if get_rank() == 0:
             _save(config, options, paths)
-            finish_stage(paths, STAGE, {**tokenize_options, **sample_options}, inputs)
+            finish_stage(paths, STAGE, {**tokenize_options, **sample_options}, inputs, report)
     barrier()
     result = PreprocessedCorpus(
         config,
         sum(len(dataset) for dataset in datasets),
         sum(len(dataset.tokens) for dataset in datasets),
         tokenizer.vocab_size,
-        reused=all(report is None for report in reports),
+        reused=all(shards is None for shards in made),
+        report=report,
     )
-    _summarize(result, options, names, reports)
+    _summarize(result, options, names, passes)
     return result
 
 
@@ -191,8 +203,18 @@ _FILES = ("model", "vocab", "merges")
 
 
 def _check_options(options: PreprocessCorpusOptions) -> None:
-    chunks_per_sample(options.seq_length, options.retro_chunk_length)
-    parse_split(options.split)
+    raise_problems(list(_problems(options)))
+
+
+def _problems(options: PreprocessCorpusOptions) -> Iterator[RetroError]:
+    for check in (
+        lambda: chunks_per_sample(options.seq_length, options.retro_chunk_length),
+        lambda: parse_split(options.split),
+    ):
+        try:
+            check()
+        except RetroError as error:
+            yield error
     for flag, least in (
         ("global_batch_size", 1),
         ("eval_interval", 1),
@@ -201,25 +223,31 @@ def _check_options(options: PreprocessCorpusOptions) -> None:
         ("retro_block_size", 1),
         ("train_samples", 1),
         ("tokenizer_training_documents", 1),
+        ("seed", 0),
     ):
         value = getattr(options, flag)
         if value is not None and value < least:
-            raise ConfigurationError(
+            yield ConfigurationError(
                 f"--{flag.replace('_', '-')}", str(value), f"Give at least {least}"
             )
-    if options.train_epochs <= 0:
-        raise ConfigurationError("--train-epochs", str(options.train_epochs), "Give more than 0")
+    if options.seed >= 1 << 32:
+        yield ConfigurationError("--seed", str(options.seed), "Give less than 2^32")
+    if not 0 < options.train_epochs < math.inf:
+        yield ConfigurationError("--train-epochs", str(options.train_epochs), "Give more than 0")
+    if not options.input:
+        yield ConfigurationError("--input", "none given", "Name a file or a folder")
     if not options.json_keys:
-        raise ConfigurationError("--json-keys", "none given", "Name the key of the text")
+        yield ConfigurationError("--json-keys", "none given", "Name the key of the text")
     weights = options.input_weights
-    if weights and (len(weights) != len(options.input) or min(weights) <= 0):
-        raise ConfigurationError(
+    usable = all(0 < weight < math.inf for weight in weights) and sum(weights) < math.inf
+    if weights and (len(weights) != len(options.input) or not usable):
+        yield ConfigurationError(
             "--input-weights",
             f"{weights} for {len(options.input)} inputs",
             "Give one positive weight per --input",
         )
     if options.tokenizer_type is None and (options.vocab_file or options.merge_file):
-        raise ConfigurationError(
+        yield ConfigurationError(
             "--vocab-file",
             "given without --tokenizer-type",
             "Add --tokenizer-type GPT2BPETokenizer",
@@ -428,32 +456,57 @@ def _save(config: ProjectConfig, options: PreprocessCorpusOptions, paths: Projec
     config.save(paths.root)
     settings = ProjectSettings.load(paths.root)
     settings.json_keys = options.json_keys
+    settings.id_key, settings.clean_text = options.id_key, options.clean_text
     settings.save(paths.root)
     load_project_tokenizer(config, paths)
+
+
+def _report(
+    paths: ProjectPaths,
+    prefixes: Sequence[str],
+    datasets: Sequence[TokenFile],
+    passes: Sequence[SplitPasses],
+) -> dict[str, Any]:
+    """Counts of all datasets together and of each, and how often the samples pass over a split."""
+    each = {
+        prefix: {
+            **read_counts(paths.data / prefix),
+            "documents": len(dataset),
+            "tokens": len(dataset.tokens),
+        }
+        for prefix, dataset in zip(prefixes, datasets, strict=True)
+    }
+    return {
+        **total(list(each.values())),
+        "splits": {split.name: split.report for split in passes},
+        "datasets": each,
+    }
 
 
 def _summarize(
     result: PreprocessedCorpus,
     options: PreprocessCorpusOptions,
     names: dict[str, str | None],
-    reports: Sequence[ShardReport | None],
+    passes: Sequence[SplitPasses],
 ) -> None:
-    config = result.config
     trained = options.tokenizer_model is None and options.vocab_file is None
     asked = options.vocab_size
     vocab = f"{result.vocab_size} pieces"
     if trained and result.vocab_size < asked:
         vocab += f" (lowered from {asked}: the corpus has no more)"
-    source = "" if options.train_samples else f" ({options.train_epochs:g} epochs)"
     rows = {
         "project": options.project_dir,
         "documents": f"{result.num_documents}{' (reused)' if result.reused else ''}",
         "tokens": result.num_tokens,
+        **loss_rows(result.report),
         "tokenizer": f"{names['type']}, {vocab}",
-        "samples": f"train {config.num_train_samples}{source}, valid {config.num_valid_samples}, "
-        f"test {config.num_test_samples}",
-        "chunks per sample": config.chunks_per_sample,
+        "samples": ", ".join(split.samples_text for split in passes),
+        **{f"repeated in {split.name}": split.warning for split in passes if split.warning},
+        "chunks per sample": result.config.chunks_per_sample,
     }
+    for prefix, counts in result.report["datasets"].items():
+        for name, examples in counts.get("such_as", {}).items():
+            rows[f"{name.replace('_', ' ')} of {prefix}"] = ", ".join(examples)
     print_summary(STAGE, rows)
 
 

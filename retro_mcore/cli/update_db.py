@@ -12,6 +12,7 @@ from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_other_database
 from retro_mcore.data.corpus import text_cleaner
+from retro_mcore.data.corpus_counts import loss_rows, read_counts, total
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.datasets.growing import make_grown_project
@@ -23,6 +24,7 @@ from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import checksum, digest_of, fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.stages import finish_stage, recorded_options, stage_report
 
 STAGE = "update_db"
 
@@ -44,10 +46,10 @@ class UpdateDbOptions:
     project itself: back to its own database."""
     json_keys: list[str] = field(default_factory=list)
     """Keys of a JSON line of --append that hold the text (default: as for the project)."""
-    id_key: str = "id"
-    """Key of a JSON line of --append that holds its id."""
+    id_key: str | None = None
+    """Key of a JSON line of --append that holds its id (default: as for the project)."""
     clean_text: bool = False
-    """Mend broken characters of --append with ftfy."""
+    """Mend broken characters of --append with ftfy, also where the project's were not."""
     num_neighbors_query: int | None = None
     """Candidates searched per chunk (default: 200, or all of a smaller database)."""
     num_neighbors_save: int | None = None
@@ -68,11 +70,13 @@ class UpdatedDatabase:
         project: Whose database is used now.
         num_chunks: Chunks that are retrieved from now.
         num_before: And before.
+        report: What was read, dropped and replaced of --append, by name.
     """
 
     project: Path
     num_chunks: int
     num_before: int
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 def update_db(options: UpdateDbOptions) -> UpdatedDatabase:
@@ -105,10 +109,12 @@ def update_db(options: UpdateDbOptions) -> UpdatedDatabase:
             _switch(options, paths, config, target)
         with raise_together():
             now = ChunkDatabase.open(paths.root)
-    result = UpdatedDatabase(target.root, len(now), len(before))
+    report = stage_report(target, STAGE) if options.append else {}
+    result = UpdatedDatabase(target.root, len(now), len(before), report)
     rows = {
         "retrieved from": f"{result.num_chunks} chunks, {result.num_before} before",
         "database": result.project,
+        **loss_rows(report),
         "samples": "as they were; a model trained on them goes on",
     }
     print_summary(STAGE, rows)
@@ -129,11 +135,7 @@ def _grow(options: UpdateDbOptions, paths: ProjectPaths, config: ProjectConfig) 
     with raise_together():
         base = config.database_paths(paths.root)
         settings = ProjectSettings.load(base.root)
-        reader = CorpusReader(
-            options.json_keys or settings.json_keys,
-            options.id_key,
-            text_cleaner() if options.clean_text else None,
-        )
+        reader, clean = _reader(options, base, settings)
         sources = [Path(source) for source in options.append]
         held = ProjectConfig.load(base.root).blend[1]
         prefixes = name_datasets(sources, reader.json_keys, held)
@@ -141,19 +143,58 @@ def _grow(options: UpdateDbOptions, paths: ProjectPaths, config: ProjectConfig) 
             {
                 "inputs": [digest_of_source(source) for source in sources],
                 "names": prefixes,
-                "reader": [list(reader.json_keys), reader.id_key, options.clean_text],
+                "reader": [list(reader.json_keys), reader.id_key, clean],
                 "base": digest_of(base.merged_db("train")),
             }
         )
         grown = ProjectPaths(paths.grown(made_from[:12]))
     with stage_lock(grown, STAGE, create=True):
         make_grown_project(base, grown, sources, prefixes, reader, made_from)
+        _record(grown, prefixes, reader, clean)
     build_db(BuildDbOptions(str(grown.root), **_recorded(base, "build_db")))
     # The index that the old documents are in, by its own name: "auto" could choose another.
     recorded = {**_recorded(base, "build_index"), "index": settings.index_string}
     recorded = {**recorded, "nprobe": settings.nprobe, "ef_search": settings.ef_search}
     build_index(BuildIndexOptions(str(grown.root), **recorded, device=options.device))
     return grown
+
+
+def _reader(
+    options: UpdateDbOptions, base: ProjectPaths, settings: ProjectSettings
+) -> tuple[CorpusReader, bool]:
+    """How the new documents are read: as the project's were; and whether they are cleaned."""
+    # Projects of before these were settings have them in the record of the stage alone.
+    recorded = recorded_options(base, "preprocess_corpus")
+    id_key, clean = settings.id_key, settings.clean_text
+    if id_key is None:
+        id_key = str(recorded.get("--id-key", "id"))
+    if clean is None:
+        clean = bool(recorded.get("--clean-text", False))
+    clean = clean or options.clean_text
+    reader = CorpusReader(
+        options.json_keys or settings.json_keys,
+        options.id_key or id_key,
+        text_cleaner() if clean else None,
+    )
+    return reader, clean
+
+
+def _record(
+    grown: ProjectPaths, prefixes: Sequence[str], reader: CorpusReader, clean: bool
+) -> None:
+    """How the new documents were read, and what was counted."""
+    with raise_together():
+        each = {prefix: read_counts(grown.data / prefix) for prefix in prefixes}
+        read_as = {
+            "--append": list(prefixes),
+            "--json-keys": list(reader.json_keys),
+            "--id-key": reader.id_key,
+            "--clean-text": clean,
+        }
+        if get_rank() == 0:
+            report = {**total(list(each.values())), "datasets": each}
+            finish_stage(grown, STAGE, read_as, {}, report)
+    barrier()
 
 
 def _recorded(base: ProjectPaths, stage: str) -> dict[str, Any]:

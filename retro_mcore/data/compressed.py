@@ -24,23 +24,25 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed as its ending says. Seekable unless it is compressed.
 
     Raises:
-        CorpusError: the compressed data are damaged or end early.
+        CorpusError: the file cannot be read, or compressed data are damaged or end early.
         MissingDependencyError: a .zst file and zstandard is not installed.
     """
-    if path.suffix not in COMPRESSED:
+    ending = path.suffix.lower()
+    try:
         with path.open("rb") as file:
-            yield file
-        return
-    with path.open("rb") as file:
-        opened = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else _ZstdFile(file)
-        try:
+            if ending not in COMPRESSED:
+                yield file
+                return
+            opened = gzip.GzipFile(fileobj=file) if ending == ".gz" else _ZstdFile(file)
             yield cast(BinaryIO, io.BufferedReader(cast(Any, opened), _BLOCK))
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise CorpusError(
-                path,
-                f"damaged {path.suffix} data ({error})",
-                "Restore the file, or compress it again",
-            ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise CorpusError(
+            path, f"damaged {ending} data ({error})", "Restore the file, or compress it again"
+        ) from error
+    except OSError as error:
+        raise CorpusError(
+            path, f"cannot be read ({error.strerror})", "Check the file and its permissions"
+        ) from error
 
 
 class _ZstdFile(io.RawIOBase):

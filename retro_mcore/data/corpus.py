@@ -7,14 +7,17 @@ file is one part, since it can only be read from its beginning.
 
 from __future__ import annotations
 
-import json
+import codecs
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retro_mcore.data.compressed import COMPRESSED, open_binary
+from retro_mcore.data.corpus_files import find_corpus_files, is_json
 from retro_mcore.errors import CorpusError, MissingDependencyError
+from retro_mcore.json_text import JsonError, parse_json, replace_surrogates
 
 #: Size that a part aims at, in bytes of text.
 PART_BYTES = 32 << 20
@@ -45,7 +48,7 @@ class CorpusPart:
     @property
     def is_jsonl(self) -> bool:
         """Whether the files hold JSON lines."""
-        return _is_jsonl(self.files[0])
+        return is_json(self.files[0])
 
 
 def text_cleaner() -> Callable[[str], str]:
@@ -71,7 +74,8 @@ def read_documents(
 ) -> Iterator[Document]:
     """All documents of a JSONL file, a text file, or a folder (sorted by path, recursive).
 
-    Documents that are empty or only white space are left out.
+    Documents that are empty or only white space are left out, and lone surrogates become U+FFFD;
+    `read_part` counts both.
 
     Args:
         source: The file or folder.
@@ -86,40 +90,17 @@ def read_documents(
         yield from read_part(part, json_keys, clean, id_key)
 
 
-def list_files(source: Path | str) -> list[Path]:
-    """The corpus files of `source`, in reading order.
-
-    Raises:
-        CorpusError: it doesn't exist, or is a folder without files that can be read.
-    """
-    source = Path(source)
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise CorpusError(source, "no such file or folder", "Check --input")
-    files = sorted(
-        path
-        for path in source.rglob("*")
-        if path.is_file() and (path.suffix == ".txt" or _is_jsonl(path))
-    )
-    if not files:
-        raise CorpusError(
-            source, "holds no .jsonl, .jsonl.gz, .jsonl.zst or .txt files", "Check --input"
-        )
-    return files
-
-
 def list_parts(source: Path | str, part_bytes: int = PART_BYTES) -> list[CorpusPart]:
     """Cut `source` into parts of about `part_bytes`, the same for any number of ranks."""
     parts: list[CorpusPart] = []
     texts: list[Path] = []
     size = 0
-    for file in list_files(source):
+    for file in find_corpus_files(source).files:
         file_bytes = file.stat().st_size
-        if _is_jsonl(file):
+        if is_json(file):
             parts.extend([CorpusPart(tuple(texts))] if texts else [])
             texts, size = [], 0
-            if file.suffix in COMPRESSED:
+            if file.suffix.lower() in COMPRESSED:
                 parts.append(CorpusPart((file,)))
                 continue
             starts = range(0, max(file_bytes, 1), part_bytes)
@@ -140,28 +121,71 @@ def read_part(
     json_keys: Sequence[str] = ("text",),
     clean: Callable[[str], str] | None = None,
     id_key: str = "id",
+    counts: Counter[str] | None = None,
 ) -> Iterator[Document]:
-    """The documents of one part; see `read_documents`."""
-    for document in _read_raw(part, json_keys, id_key):
-        text = clean(document.text) if clean else document.text
-        if text.strip():
-            yield Document(text, document.source_id)
+    """The documents of one part; see `read_documents`.
+
+    Args:
+        part: Which.
+        json_keys: See `read_documents`.
+        clean: See `read_documents`.
+        id_key: See `read_documents`.
+        counts: What is left out and replaced is added to it, by name: `empty_documents`,
+            `empty_files`, `replaced_characters` (lone surrogates, by U+FFFD),
+            `byte_order_marks_removed`, `cleaned_documents`, `documents_without_id`.
+    """
+    counts = Counter() if counts is None else counts
+    for document in _read_raw(part, json_keys, id_key, counts):
+        text, replaced = replace_surrogates(document.text)
+        cleaned = clean(text) if clean else text
+        counts["replaced_characters"] += replaced
+        counts["cleaned_documents"] += cleaned != text
+        if cleaned.strip():
+            yield Document(cleaned, document.source_id)
+        else:
+            counts["empty_documents"] += 1
 
 
-def _read_raw(part: CorpusPart, json_keys: Sequence[str], id_key: str) -> Iterator[Document]:
+def _read_raw(
+    part: CorpusPart, json_keys: Sequence[str], id_key: str, counts: Counter[str]
+) -> Iterator[Document]:
     if part.is_jsonl:
-        yield from _read_lines(part, json_keys, id_key)
+        yield from _read_lines(part, json_keys, id_key, counts)
         return
     for file in part.files:
-        try:
-            text = file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise CorpusError(file, _not_utf8(error), "Convert it to UTF-8") from error
-        yield Document(text, str(file))
+        yield Document(_read_text(file, counts), str(file))
 
 
-def _read_lines(part: CorpusPart, json_keys: Sequence[str], id_key: str) -> Iterator[Document]:
-    """Lines that begin inside the part's bytes; the last one may run past its end."""
+def _read_text(file: Path, counts: Counter[str]) -> str:
+    with open_binary(file) as stream:
+        data = stream.read()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise CorpusError(file, "is UTF-16 text", "Convert it to UTF-8")
+    place = data.find(b"\0")
+    if place >= 0 or data.startswith(b"%PDF-"):
+        found = f"a NUL byte at offset {place}" if place >= 0 else "a PDF file"
+        raise CorpusError(file, f"is no text ({found})", "Remove it, or convert it to UTF-8 text")
+    counts["empty_files"] += not data
+    return _decode(file, data, "Convert it to UTF-8", counts)
+
+
+def _decode(where: object, data: bytes, mend: str, counts: Counter[str]) -> str:
+    """UTF-8 without the byte order mark, which is no part of the text."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(where, _not_utf8(error), mend) from error
+    counts["byte_order_marks_removed"] += text.startswith("\ufeff")
+    return text.removeprefix("\ufeff")
+
+
+def _read_lines(
+    part: CorpusPart, json_keys: Sequence[str], id_key: str, counts: Counter[str]
+) -> Iterator[Document]:
+    """Lines that begin inside the part's bytes; the last one may run past its end.
+
+    Only a line feed ends a line.
+    """
     (path,) = part.files
     with open_binary(path) as file:
         position = part.start
@@ -173,27 +197,32 @@ def _read_lines(part: CorpusPart, json_keys: Sequence[str], id_key: str) -> Iter
             if not line.strip():
                 continue
             try:
-                record = _record_of_line(line)
+                record = _record_of_line(line, counts)
                 text = _text_of_record(record, json_keys)
             except CorpusError as error:
                 where = f"{path}:{_line_number(path, begin)}"
                 raise CorpusError(where, error.found, error.mend) from error
             given = record.get(id_key)
             named = isinstance(given, str | int) and not isinstance(given, bool)
-            yield Document(text, str(given) if named else f"{path}:{begin}")
+            counts["documents_without_id"] += not named
+            yield Document(text, _id_text(given) if named else f"{path}:{begin}")
+        counts["empty_files"] += not part.start and not position
 
 
-def _record_of_line(line: bytes) -> dict[str, Any]:
+def _id_text(given: str | int) -> str:
+    return replace_surrogates(str(given))[0]
+
+
+def _record_of_line(line: bytes, counts: Counter[str]) -> dict[str, Any]:
+    text = _decode("", line, "Convert the file to UTF-8", counts)
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise CorpusError("", _not_utf8(error), "Convert the file to UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise CorpusError(
-            "", f"invalid JSON ({error.msg}, column {error.colno})", "Mend or remove the line"
-        ) from error
+        record = parse_json(text, allow_nan=True)
+    except JsonError as error:
+        found = "NUL bytes, which no JSON holds" if "\0" in text else error.in_line
+        raise CorpusError("", f"invalid JSON ({found})", "Mend or remove the line") from error
     if not isinstance(record, dict):
-        raise CorpusError("", "not a JSON object", 'Write lines like {"text": "…"}')
+        found = f"not a JSON object but {type(record).__name__}"
+        raise CorpusError("", found, 'Write a line like {"text": "…"} for each document')
     return record
 
 
@@ -202,7 +231,7 @@ def _text_of_record(record: dict[str, Any], json_keys: Sequence[str]) -> str:
     for key in json_keys:
         if key not in record:
             raise CorpusError(
-                "", f"no key {key!r} among {sorted(record)}", "Name the text's key with --json-keys"
+                "", f"no key {key!r} among {_some(record)}", "Name the text's key with --json-keys"
             )
         if not isinstance(record[key], str):
             raise CorpusError(
@@ -212,6 +241,12 @@ def _text_of_record(record: dict[str, Any], json_keys: Sequence[str]) -> str:
             )
         texts.append(record[key])
     return "\n\n".join(texts)
+
+
+def _some(record: dict[str, Any]) -> str:
+    """The names of a record's keys, not thousands of them."""
+    names = sorted(key[:50] for key in record)
+    return repr(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _line_number(path: Path, position: int) -> int:
@@ -226,8 +261,3 @@ def _line_number(path: Path, position: int) -> int:
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start})"
-
-
-def _is_jsonl(path: Path) -> bool:
-    name = path.stem if path.suffix in COMPRESSED else path.name
-    return name.endswith((".jsonl", ".json"))

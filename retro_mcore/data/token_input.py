@@ -28,6 +28,8 @@ def find_token_input(source: Path) -> Path | None:
     Raises:
         CorpusError: one file of the pair is missing.
     """
+    if source.is_dir():
+        return None
     named = source.suffix in (".bin", ".idx")
     prefix = source.with_suffix("") if named else source
     files = bin_path(prefix), idx_path(prefix)

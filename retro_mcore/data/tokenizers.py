@@ -75,6 +75,13 @@ class Tokenizer(ABC):
     def detokenize_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Text of each sequence of ids."""
 
+    def count_losses(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> dict[str, int]:
+        """What tokenizing has lost of some texts, by name, such as `removed_newlines`.
+
+        `preprocess_corpus` adds the numbers up, and shows and records those that are not 0.
+        """
+        return {}
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text`, without special tokens."""
         return self.tokenize_batch([text])[0]

@@ -2,26 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from retro_mcore.data.corpus import list_files
+from retro_mcore.data.corpus_files import find_corpus_files
+from retro_mcore.data.document_ids import ids_path
 from retro_mcore.data.token_file import bin_path, idx_path
 from retro_mcore.data.token_input import find_token_input
+from retro_mcore.errors import CorpusError
 from retro_mcore.project.markers import checksum, fingerprint_of
 
 
-def digest_of_source(source: Path) -> str:
+def digest_of_source(source: Path, before_ids: bool = False) -> str:
     """A digest of a corpus's files: their names below it and their bytes.
 
+    Args:
+        source: The corpus.
+        before_ids: Of a .bin and .idx, as it was once: without the ids of their documents.
+
     Raises:
-        CorpusError: there is no such corpus.
+        CorpusError: there is no such corpus, or it cannot be read.
     """
-    if (prefix := find_token_input(source)) is not None:
-        return fingerprint_of([checksum(bin_path(prefix)), checksum(idx_path(prefix))])
-    files = list_files(source)
+    try:
+        if (prefix := find_token_input(source)) is None:
+            return _digest_of_text(source)
+        pair = [checksum(bin_path(prefix)), checksum(idx_path(prefix))]
+        if before_ids:
+            return fingerprint_of(pair)
+        ids = ids_path(prefix)
+        return fingerprint_of([*pair, checksum(ids) if ids.is_file() else None])
+    except OSError as error:
+        raise CorpusError(
+            error.filename or source,
+            f"cannot be read ({error.strerror})",
+            "Check the file and its permissions",
+        ) from error
+
+
+def _digest_of_text(source: Path) -> str:
     root = source if source.is_dir() else source.parent
+    files = find_corpus_files(source).files
     return fingerprint_of([[str(file.relative_to(root)), checksum(file)] for file in files])
+
+
+def digest_inputs(sources: Sequence[Path], recorded: Mapping[str, str]) -> dict[str, str]:
+    """The digest of each corpus, by the flag that names it.
+
+    Corpora of one name (of different folders) are told apart by a number, in their order.
+
+    Args:
+        sources: The corpora.
+        recorded: Digests of an earlier run. One made without the ids of a .bin and .idx, which
+            were not looked at once, is made that way again.
+
+    Raises:
+        CorpusError: there is no such corpus, or it cannot be read.
+    """
+    digests: dict[str, str] = {}
+    for source in sources:
+        base = name = f"--input {source.name}"
+        number = 2
+        while name in digests:
+            name, number = f"{base} ({number})", number + 1
+        digests[name] = digest_of_source(source)
+        if name in recorded and recorded[name] != digests[name] and find_token_input(source):
+            earlier = digest_of_source(source, before_ids=True)
+            digests[name] = earlier if earlier == recorded[name] else digests[name]
+    return digests
 
 
 def name_datasets(

@@ -16,7 +16,9 @@ def parse_split(split: str) -> tuple[float, float, float]:
         parts = [float(part) for part in split.split(",")]
     except ValueError:
         parts = []
-    if len(parts) != 3 or min(parts) < 0 or abs(sum(parts) - 100) > 1e-6 or int(parts[0] * 10) == 0:
+    # Each bound is written so that NaN does not meet it.
+    usable = len(parts) == 3 and all(0 <= part <= 100 for part in parts)
+    if not (usable and abs(sum(parts) - 100) <= 1e-6 and parts[0] >= 0.1):
         raise ConfigurationError(
             "--split",
             repr(split),

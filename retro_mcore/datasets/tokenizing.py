@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from retro_mcore.data.corpus import Document, list_parts, read_part
+from retro_mcore.data.corpus_counts import counts_path, write_counts
+from retro_mcore.data.corpus_files import CorpusFiles, find_corpus_files, readable_names
 from retro_mcore.data.document_ids import ids_path, pack_ids, write_ids
 from retro_mcore.data.shards import Shard, ShardReport, run_shards
 from retro_mcore.data.token_file import bin_path, idx_path
@@ -21,12 +26,14 @@ from retro_mcore.datasets.indexed import token_dtype, write_indexed_dataset
 from retro_mcore.distributed import barrier, broadcast_object, get_rank, raise_together
 from retro_mcore.errors import CorpusError
 from retro_mcore.platform import setup_device
-from retro_mcore.project.markers import FileState, signed_write, state_of
+from retro_mcore.project.markers import FileState, fingerprint_of, signed_write, state_of
 
 #: Texts tokenized in one call.
 _BATCH = 256
 #: Tokens read in one call.
 _BLOCK = 1 << 20
+#: Version of a part's file: those of an interrupted run of an older version are made anew.
+_PART_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class CorpusReader:
 def make_dataset(
     source: Path, target: Path, tokenizer: Tokenizer, reader: CorpusReader, fingerprint: str
 ) -> ShardReport | None:
-    """Write the indexed dataset of one corpus, and its documents' ids; on all ranks.
+    """Write the indexed dataset of one corpus, its documents' ids and its counts; on all ranks.
 
     Args:
         source: Text, a folder, or a .bin and .idx pair.
@@ -94,6 +101,7 @@ def _take_tokens(
         if get_rank() == 0:
             check_token_input(source, tokenizer)
             take_token_input(source, target, fingerprint)
+            counts_path(target).unlink(missing_ok=True)
     barrier()
     return ShardReport(1, 0, ())
 
@@ -101,6 +109,7 @@ def _take_tokens(
 def _tokenize(
     source: Path, target: Path, tokenizer: Tokenizer, reader: CorpusReader, fingerprint: str
 ) -> ShardReport:
+    found = find_corpus_files(source)
     parts = list_parts(source)
     parts_dir = target.with_name(f"{target.name}.parts")
     shards = [Shard(i, i + 1, parts_dir / f"{i}.zip") for i in range(len(parts))]
@@ -108,34 +117,69 @@ def _tokenize(
     root = f"{source if source.is_dir() else source.parent}/"
 
     def build(shard: Shard, path: Path) -> None:
-        part = parts[shard.start]
-        documents = read_part(part, reader.json_keys, reader.cleaner, reader.id_key)
-        _tokenize_part(documents, root, tokenizer, path)
+        part, counts = parts[shard.start], Counter[str]()
+        documents = read_part(part, reader.json_keys, reader.cleaner, reader.id_key, counts)
+        _tokenize_part(documents, root, tokenizer, path, counts)
 
-    report = run_shards(shards, build, fingerprint, f"tokenize {source.name}")
+    made_from = fingerprint_of([fingerprint, _PART_FORMAT])
+    report = run_shards(shards, build, made_from, f"tokenize {source.name}")
     with raise_together():
         if get_rank() == 0:
-            setup_device()  # before megatron is imported, so that it gives no advice on GPUs
-            dtype = token_dtype(tokenizer.vocab_size)
-            with (
-                signed_write(bin_path(target), fingerprint) as binary,
-                signed_write(idx_path(target), fingerprint) as index,
-                # The innermost takes its name first: a dataset is never without its ids.
-                signed_write(ids_path(target), fingerprint) as ids,
-            ):
-                if not write_indexed_dataset(binary, index, _documents(shards), dtype):
-                    raise empty_corpus(source)
-                lengths = np.concatenate([_read(shard, "id_lengths") for shard in shards])
-                write_ids(ids, lengths, (_read(shard, "ids") for shard in shards))
+            _join(source, shards, target, token_dtype_of(tokenizer), fingerprint, found)
             shutil.rmtree(parts_dir)
     barrier()
     return report
 
 
-def _tokenize_part(
-    documents: Iterable[Document], root: str, tokenizer: Tokenizer, path: Path
+def token_dtype_of(tokenizer: Tokenizer) -> type[np.number]:
+    """The type that Megatron stores a tokenizer's tokens in."""
+    setup_device()  # before megatron is imported, so that it gives no advice on GPUs
+    return token_dtype(tokenizer.vocab_size)
+
+
+def _join(
+    source: Path,
+    shards: Sequence[Shard],
+    target: Path,
+    dtype: type[np.number],
+    fingerprint: str,
+    found: CorpusFiles,
 ) -> None:
-    """Tokens, lengths and ids of a part's documents; a batch of documents in memory at a time."""
+    """The dataset and its side files from its parts."""
+    with (
+        signed_write(bin_path(target), fingerprint) as binary,
+        signed_write(idx_path(target), fingerprint) as index,
+        # The innermost takes its name first: a dataset is never without its ids.
+        signed_write(ids_path(target), fingerprint) as ids,
+    ):
+        number = write_indexed_dataset(binary, index, _documents(shards), dtype)
+        if not number:
+            raise empty_corpus(source)
+        lengths = np.concatenate([_read(shard, "id_lengths") for shard in shards])
+        write_ids(ids, lengths, (_read(shard, "ids") for shard in shards))
+        counts = sum((_counts(shard) for shard in shards), found.counts)
+        counts["documents"] = number
+        counts["repeated_ids"] = number - _num_distinct_ids(shards)
+        root = source if source.is_dir() else source.parent
+        names = {
+            name: list(readable_names([path.relative_to(root) for path in paths]))
+            for name, paths in (
+                ("files_left_out", found.left_out),
+                ("broken_links", found.broken_links),
+                ("repeated_links", found.repeated_links),
+            )
+        }
+        write_counts(target, counts, names)
+
+
+def _tokenize_part(
+    documents: Iterable[Document],
+    root: str,
+    tokenizer: Tokenizer,
+    path: Path,
+    counts: Counter[str],
+) -> None:
+    """Tokens, lengths, ids and counts of a part's documents; a batch in memory at a time."""
     waiting = iter(documents)
     ids: list[str] = []
     lengths: list[int] = []
@@ -143,16 +187,34 @@ def _tokenize_part(
     with zipfile.ZipFile(path, "w") as file:
         with file.open("tokens", "w", force_zip64=True) as tokens:
             while batch := list(itertools.islice(waiting, _BATCH)):
-                rows = tokenizer.tokenize_batch([document.text for document in batch])
+                texts = [document.text for document in batch]
+                rows = tokenizer.tokenize_batch(texts)
+                counts.update(tokenizer.count_losses(texts, rows))
                 flat = [token for row in rows for token in (*row, tokenizer.eod)]
                 tokens.write(np.array(flat, np.int32).tobytes())
                 lengths += [len(row) + 1 for row in rows]
                 ids += [document.source_id.removeprefix(root) for document in batch]
         arrays = {"lengths": np.array(lengths, dtype=np.int64)}
         arrays["ids"], arrays["id_lengths"] = pack_ids(ids)
+        arrays["id_hashes"] = np.array([_hash(value) for value in ids], np.uint64)
         for name, array in arrays.items():
             with file.open(name, "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array)
+        file.writestr(zipfile.ZipInfo("counts.json"), json.dumps(counts, sort_keys=True))
+
+
+def _hash(value: str) -> int:
+    encoded = value.encode("utf-8", "replace")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+
+
+def _counts(shard: Shard) -> Counter[str]:
+    with zipfile.ZipFile(shard.path) as file:
+        return Counter(json.loads(file.read("counts.json")))
+
+
+def _num_distinct_ids(shards: Sequence[Shard]) -> int:
+    return len(np.unique(np.concatenate([_read(shard, "id_hashes") for shard in shards])))
 
 
 def _read(shard: Shard, name: str) -> np.ndarray:

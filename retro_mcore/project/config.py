@@ -177,6 +177,8 @@ class ProjectSettings:
 
     Attributes:
         json_keys: Keys of a JSONL line that hold the text.
+        id_key: Key of a JSONL line that holds its id; None: a project of before it was kept here.
+        clean_text: Whether texts are mended with ftfy; None: likewise.
         whole_datasets: Datasets whose documents are all retrieved from, whatever the split says:
             those that were appended, of which no sample is made.
         grown_from: The project whose database this one's begins with, relative to this one.
@@ -194,6 +196,8 @@ class ProjectSettings:
     """
 
     json_keys: list[str] = field(default_factory=lambda: ["text"])
+    id_key: str | None = None
+    clean_text: bool | None = None
     whole_datasets: list[str] = field(default_factory=list)
     grown_from: str | None = None
     growth: list[int] = field(default_factory=list)

@@ -79,6 +79,18 @@ def stage_report(paths: ProjectPaths, stage: str) -> dict[str, Any]:
     return dict(read_json_object(path).get("report", {})) if path.is_file() else {}
 
 
+def recorded_inputs(paths: ProjectPaths, stage: str) -> dict[str, str]:
+    """The input digests of a finished stage; empty where it has not finished."""
+    path = paths.stage_record(stage)
+    return dict(read_json_object(path).get("inputs", {})) if path.is_file() else {}
+
+
+def recorded_options(paths: ProjectPaths, stage: str) -> dict[str, Any]:
+    """The flags that a finished stage was run with; empty where it has not finished."""
+    path = paths.stage_record(stage)
+    return dict(read_json_object(path).get("options", {})) if path.is_file() else {}
+
+
 def _compare(
     paths: ProjectPaths,
     stage: str,
