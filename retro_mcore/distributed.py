@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -21,10 +24,12 @@ def initialize(backend: str = "gloo", timeout_minutes: float = 60.0) -> None:
     """Join the default process group; a process launched alone becomes a world of one.
 
     Does nothing when the group exists. A world of one uses an in-memory store, so that no port is
-    needed.
+    needed. What is joined here is left at the interpreter's exit (`leave`).
     """
     if dist.is_initialized():
         return
+    atexit.unregister(_leave_at_exit)
+    atexit.register(_leave_at_exit)
     timeout = timedelta(minutes=timeout_minutes)
     if launched_by_torchrun():
         dist.init_process_group(backend, timeout=timeout)
@@ -32,6 +37,37 @@ def initialize(backend: str = "gloo", timeout_minutes: float = 60.0) -> None:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
+
+
+_before_leaving: list[Callable[[], None]] = []
+
+
+def before_leaving(function: Callable[[], None]) -> None:
+    """Let `leave` call `function` first: it gives up groups that it holds references to."""
+    if function not in _before_leaving:
+        _before_leaving.append(function)
+
+
+def leave() -> None:
+    """Give up every process group, and wait for the threads of those that nobody holds any more.
+
+    A thread of gloo may be the last to hold a collective's tensors, and with them Python objects.
+    If it releases them while the interpreter ends, Python ends that thread inside a C++ destructor,
+    which aborts the process (SIGABRT) after all of its work is done. So no such thread may be left
+    when the interpreter ends.
+    """
+    for function in _before_leaving:
+        function()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # models and optimizers, which hold groups, are full of reference cycles
+
+
+def _leave_at_exit() -> None:
+    # After an uncaught exception the exit code is that of a failure anyway, and NCCL's groups may
+    # wait for ranks that never come.
+    if getattr(sys, "last_value", None) is None:
+        leave()
 
 
 def get_rank(group: dist.ProcessGroup | None = None) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import select
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch.distributed as dist
 import tyro
@@ -15,7 +18,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from retro_mcore.distributed import get_rank, get_world_size, launched_by_torchrun
+from retro_mcore.distributed import get_rank, get_world_size, leave
 from retro_mcore.errors import EXIT_CODE, ConfigurationError, RetroError
 
 Options = TypeVar("Options")
@@ -128,19 +131,51 @@ def run_command(
     function: Callable[[Options], object],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse, run, and turn a user's mistake into one line on stderr and exit code 2."""
+    """Parse, run, and turn a user's mistake into one line on stderr and exit code 2.
+
+    Process groups that the command joined are left before it returns.
+    """
+    joined_before = dist.is_initialized()
+    code = 0
+    with closed_pipe_ends_quietly():
+        try:
+            function(parse_options(options_type, argv))
+        except RetroError as error:
+            _print_error(error)
+            code = EXIT_CODE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            code = 130
+        if not joined_before:
+            leave()
+    return code
+
+
+@contextmanager
+def closed_pipe_ends_quietly() -> Iterator[None]:
+    """What a shell expects when the reader of our output goes (`… --help | head`): no traceback.
+
+    Raises:
+        SystemExit: with the code of a process that SIGPIPE ended, once the output's reader is gone.
+    """
     try:
-        function(parse_options(options_type, argv))
-    except RetroError as error:
-        _print_error(error)
-        return EXIT_CODE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    finally:
-        if dist.is_initialized() and launched_by_torchrun():
-            dist.destroy_process_group()
-    return 0
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+        if not gone:
+            raise  # some other pipe, not our output
+        for stream in gone:  # the interpreter flushes once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _print_error(error: RetroError) -> None:

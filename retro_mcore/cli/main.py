@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from retro_mcore.cli.command import closed_pipe_ends_quietly
 from retro_mcore.errors import EXIT_CODE
 
 COMMANDS = {
@@ -32,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0].replace("-", "_") if arguments else "help"
     if name in COMMANDS:
         return int(import_module(f"retro_mcore.cli.{name}").main(arguments[1:]))
-    print("usage: retro-mcore COMMAND [flags]; `retro-mcore COMMAND --help` lists the flags\n")
-    for command, summary in COMMANDS.items():
-        print(f"  {command:20} {summary}")
+    with closed_pipe_ends_quietly():
+        print("usage: retro-mcore COMMAND [flags]; `retro-mcore COMMAND --help` lists the flags\n")
+        for command, summary in COMMANDS.items():
+            print(f"  {command:20} {summary}")
     return 0 if name in ("help", "__help", "_h") else EXIT_CODE
 
 

@@ -7,10 +7,20 @@ from typing import Literal
 
 import torch
 
+from retro_mcore.distributed import before_leaving
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform.cpu import is_cpu_in_use, use_cpu
+from retro_mcore.platform.groups import leave_model_parallel
 
-__all__ = ["distributed_backend", "is_cpu_in_use", "setup_device", "use_cpu"]
+__all__ = [
+    "distributed_backend",
+    "is_cpu_in_use",
+    "leave_model_parallel",
+    "setup_device",
+    "use_cpu",
+]
+
+before_leaving(leave_model_parallel)
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from megatron.core import num_microbatches_calculator, parallel_state, tensor_pa
 
 from retro_mcore import distributed
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.platform import distributed_backend, is_cpu_in_use
+from retro_mcore.platform import distributed_backend, is_cpu_in_use, leave_model_parallel
 from retro_mcore.training.batch_sizes import BatchSizes
 
 
@@ -52,16 +51,6 @@ def initialize_parallel(
             return
         leave_model_parallel()
     parallel_state.initialize_model_parallel(*sizes)
-
-
-def leave_model_parallel() -> None:
-    """Give up megatron's groups, and their threads: megatron forgets them without ending them."""
-    groups = getattr(parallel_state, "_global_process_group_list", None) or []
-    parallel_state.destroy_model_parallel()
-    for group in groups:
-        if group is not None:  # the default group stays
-            with suppress(ValueError, AssertionError):  # megatron did end some
-                torch.distributed.destroy_process_group(group)
 
 
 def parallel_sizes() -> tuple[int, int, int | None]:

@@ -191,7 +191,7 @@ def join_layout(layout: Layout) -> None:
     from retro_mcore.platform import use_cpu
 
     use_cpu()
-    from retro_mcore.training.initialize import leave_model_parallel
+    from retro_mcore.platform import leave_model_parallel
 
     leave_model_parallel()
     join_megatron(

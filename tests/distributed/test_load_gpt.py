@@ -106,8 +106,7 @@ def serial_weights(path: Path, flags) -> dict[str, torch.Tensor]:
     """Random weights of the whole GPT, which rank 0 also writes."""
     from retro_mcore.conversion.targets import megatron_arguments, write_checkpoint
     from retro_mcore.conversion.weights import Weight
-    from retro_mcore.platform import setup_device
-    from retro_mcore.training.initialize import leave_model_parallel
+    from retro_mcore.platform import leave_model_parallel, setup_device
     from retro_mcore.training.retrofit import resolved_flags
 
     setup_device("cpu")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from retro_mcore.distributed import (
@@ -19,6 +23,64 @@ def test_alone_without_a_process_group():
     assert (get_rank(), get_world_size(), broadcast_object("x")) == (0, 1, "x")
     with pytest.raises(ValueError, match="mine"), raise_together():
         raise ValueError("mine")
+
+
+#: A collective whose tensor is released by gloo's thread, while the interpreter ends: the tensor
+#: holds an object that takes its time to go. Without `leave`, this aborts more often than not.
+_SLOW_TO_GO = """
+import time
+import torch
+from retro_mcore.distributed import initialize
+
+class SlowToGo:
+    def __del__(self):
+        for _ in range(10):
+            time.sleep(0.05)
+
+initialize("gloo")
+for _ in range({collectives}):
+    tensor = torch.ones(1 << 22)
+    tensor.attribute = SlowToGo()
+    torch.distributed.all_reduce(tensor, async_op=True)
+    del tensor
+"""
+
+_PARALLEL = """
+import os
+from retro_mcore.platform import use_cpu
+use_cpu()
+from retro_mcore.training.initialize import initialize_parallel
+from retro_mcore.distributed import leave
+
+def threads():
+    comms = (open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task"))
+    return sum("gloo" in comm for comm in comms)
+
+initialize_parallel()
+before = threads()
+leave()
+print(before, threads())
+"""
+
+
+def _run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.mark.parametrize("collectives", [1, 3])
+def test_the_interpreter_ends_after_gloos_threads(collectives):
+    """Whose training had printed its summary, and then ended with SIGABRT."""
+    done = _run(_SLOW_TO_GO.format(collectives=collectives))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed on Linux only")
+def test_leaving_ends_the_threads_of_megatrons_groups_too():
+    before, after = map(int, _run(_PARALLEL).stdout.split())
+    assert before > 2
+    assert after == 0
 
 
 @pytest.mark.distributed

@@ -125,6 +125,28 @@ def test_launchers_end_with_the_commands_exit_code(tmp_path):
     assert "preprocess_corpus" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "command", ["tools/pretrain_retro.py --help", "-m retro_mcore.cli.main help"]
+)
+def test_a_reader_that_goes_gets_no_traceback(command):
+    """Who looks a flag up with `--help | head -1`."""
+    line = f"set -o pipefail; {sys.executable} {command} | head -c 1"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=TOOLS.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 141)  # whether `head` went first is a race
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_a_broken_pipe_that_is_not_our_output_is_told():
+    def fail(options):
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        run_command(Options, fail, ["--project-dir", "p"])
+
+
 def test_a_summary_shows_long_paths_whole(capsys):
     path = "folder/" * 30 + "loss_curve.png"
     print_summary("stage", {"loss curve": path})
