@@ -103,7 +103,8 @@ def make_project(corpus: Corpus, project: Path, chunks: int, samples: int) -> Pa
     text = project.with_suffix(".jsonl")
     if not text.exists():
         project.parent.mkdir(parents=True, exist_ok=True)
-        lines = corpus.documents.read_text(encoding="utf-8").splitlines(keepends=True)
+        text_lines = corpus.documents.read_text(encoding="utf-8").split("\n")
+        lines = [f"{line}\n" for line in text_lines if line]
         wanted = chunks * CHUNK_LENGTH * _CHARACTERS_PER_TOKEN
         held = sum(map(len, lines))
         if held < wanted:

@@ -15,6 +15,14 @@ class JsonError(ValueError):
     """A text that is not JSON, or JSON that no sane writer makes; the message says which."""
 
     @property
+    def line(self) -> int:
+        """Number, from 1, of the line where reading ended; 1 where that is not known."""
+        cause = self.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            return cause.object.count(b"\n", 0, cause.start) + 1
+        return cause.lineno if isinstance(cause, json.JSONDecodeError) else 1
+
+    @property
     def in_line(self) -> str:
         """The same of a single line, whose number the reader knows: `Expecting value, column 7`."""
         cause = self.__cause__

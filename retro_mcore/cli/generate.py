@@ -21,6 +21,7 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.growing_text import SafeStream, new_text
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.inference.sampling import SamplingOptions
+from retro_mcore.json_text import JsonError, has_surrogates, json_lines, parse_json
 from retro_mcore.project.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -199,24 +200,29 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     """
     subject = f"--prompt-file {path}"
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(subject, str(error), "Name a UTF-8 file") from error
-    prompts = [Prompt(text.rstrip("\n"))]
     if path.suffix == ".jsonl":
-        lines = enumerate(text.splitlines(), 1)
-        prompts = [_prompt_of_line(f"{subject}:{n}", line) for n, line in lines if line.strip()]
+        lines = json_lines(data)
+        prompts = [_prompt_of_line(f"{subject}:{n}", line) for n, line in lines]
+    else:  # with the line ends of other systems, as text files are read
+        prompts = [Prompt(text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n"))]
     if not any(prompt.text for prompt in prompts):
         raise ConfigurationError(subject, "no prompt", "Write some text to continue")
     return prompts
 
 
-def _prompt_of_line(subject: str, line: str) -> Prompt:
+def _prompt_of_line(subject: str, line: bytes) -> Prompt:
     mend = 'Each line is an object {"prompt": "some text"}, perhaps with {"neighbors": ["text"]}'
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ConfigurationError(subject, f"invalid JSON ({error})", mend) from error
+        value = parse_json(line, allow_nan=True)
+    except JsonError as error:
+        raise ConfigurationError(subject, f"invalid JSON ({error.in_line})", mend) from error
+    if has_surrogates(value):
+        found = "half of a surrogate pair (such as \\ud83d), which is no character"
+        raise ConfigurationError(subject, found, "Mend the text")
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ConfigurationError(subject, "no text under the key 'prompt'", mend)

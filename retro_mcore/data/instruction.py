@@ -9,13 +9,16 @@ Two kinds of records are read:
 
 from __future__ import annotations
 
-import json
+import codecs
+import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from retro_mcore.errors import CorpusError
+from retro_mcore.json_text import JsonError, has_surrogates, json_lines, parse_json
 
 Role = Literal["system", "user", "assistant"]
 
@@ -84,45 +87,51 @@ def read_examples(
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON list, or of JSON lines.
+    """The objects of a JSON list, or of JSON lines (which a line feed ends, nothing else).
 
     Raises:
         CorpusError: naming the file and the line.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        data = file.read_bytes()
+    except OSError as error:
         raise CorpusError(
-            file, f"cannot be read ({error})", "Name a UTF-8 JSON or JSONL file"
+            file, f"cannot be read ({error.strerror})", "Name a UTF-8 JSON or JSONL file"
         ) from error
-    for number, record in enumerate(_parse(file, text)):
+    for number, record in enumerate(_parse(file, data)):
         if not isinstance(record, dict):
             raise CorpusError(
                 f"{file}, record {number}",
                 f"is a {type(record).__name__}",
                 "Expected an object such as {'question': ..., 'answers': [...]}",
             )
+        if has_surrogates(record):
+            raise CorpusError(
+                f"{file}, record {number}",
+                "holds half of a surrogate pair (such as \\ud83d), which is no character",
+                "Mend the text, or remove the record",
+            )
         yield record
 
 
-def _parse(file: Path, text: str) -> Iterator[Any]:
-    if text.lstrip().startswith("["):
+def _parse(file: Path, data: bytes) -> Iterator[Any]:
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         try:
-            yield from json.loads(text)
-        except json.JSONDecodeError as error:
-            raise _not_json(f"{file}:{error.lineno}", error) from error
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
+            yield from parse_json(data, allow_nan=True)
+            return
+        except JsonError as error:
+            raise _not_json(f"{file}:{error.line}", error) from error
+    for number, line in json_lines(data):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            yield parse_json(line, allow_nan=True)
+        except JsonError as error:
             raise _not_json(f"{file}:{number}", error) from error
 
 
-def _not_json(where: str, error: json.JSONDecodeError) -> CorpusError:
-    return CorpusError(where, f"is not JSON ({error.msg})", "Expected a JSON list or JSON lines")
+def _not_json(where: str, error: JsonError) -> CorpusError:
+    return CorpusError(
+        where, f"is not JSON ({error.in_line})", "Expected a JSON list or JSON lines, in UTF-8"
+    )
 
 
 def _example(
@@ -141,13 +150,14 @@ def _example(
         raise CorpusError(source, "has no question", "Expected `question` or `messages`")
     choices: tuple[str, ...] = ()
     if record.get("qa_type") == "multi_choice_qa":
-        choices = tuple(map(str, _required(record, "multichoice_options", source)))
+        options = _required(record, "multichoice_options", source)
+        choices = tuple(_text(option, "an option", source) for option in options)
         question = with_choices(question, choices)
     return InstructionExample(
         dataset,
         source,
         question,
-        _answers(record, longform_answer),
+        _answers(record, longform_answer, source),
         _passages(record, kind, source),
         choices=choices,
     )
@@ -159,7 +169,7 @@ def with_choices(question: str, choices: Sequence[str]) -> str:
     return f"{question}\nChoose one based on the following options: {' '.join(lettered)}"
 
 
-def _answers(record: Mapping[str, Any], longform: bool) -> tuple[str, ...]:
+def _answers(record: Mapping[str, Any], longform: bool, source: str) -> tuple[str, ...]:
     found = record.get("longform_answer") if longform else record.get("answers")
     if found is None and not longform:
         found = record.get("answer")
@@ -167,63 +177,83 @@ def _answers(record: Mapping[str, Any], longform: bool) -> tuple[str, ...]:
         return ()
     listed = found if isinstance(found, list) else [found]
     return tuple(
-        answer["text"].strip() if isinstance(answer, dict) and "text" in answer else str(answer)
+        _text(answer["text"], "an answer", source).strip()
+        if isinstance(answer, dict) and "text" in answer
+        else _text(answer, "an answer", source)
         for answer in listed
     )
+
+
+def _text(value: object, what: str, source: str) -> str:
+    """A text, or a number as one."""
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    raise CorpusError(source, f"{what} is {reprlib.repr(value)}", "Expected a text")
 
 
 def _passages(record: Mapping[str, Any], kind: PassageKind, source: str) -> tuple[str, ...]:
     if kind == "bert_pretrain_corpus":
         contexts = _required(record, "bert_pretrain_corpus_neighbours", source)
-        return tuple(f"source: {context}" for context in contexts)
+        return tuple(f"source: {_text(context, 'a neighbor', source)}" for context in contexts)
     if kind == "retrieved":
         return _retrieved(record, source)
-    paragraphs = record.get("sub-paragraphs", record.get("sub_paragraph", ""))
+    paragraphs = record.get("sub-paragraphs", record.get("sub_paragraph"))
     if isinstance(paragraphs, list):
         if len(paragraphs) < 2:
             raise CorpusError(source, "sub-paragraphs has no text", "Expected [title, text]")
-        return (_passage(paragraphs[0], paragraphs[1]),)
-    return (_passage("", paragraphs),)
+        return (_passage(paragraphs[0], paragraphs[1], source),)
+    return (_passage(None, paragraphs, source),)
 
 
 def _retrieved(record: Mapping[str, Any], source: str) -> tuple[str, ...]:
-    contexts = _required(record, "ctxs", source)
-    try:
-        return tuple(_passage(context["title"], context["text"]) for context in contexts)
-    except (KeyError, TypeError) as error:
-        raise CorpusError(
-            source, f"a passage of ctxs lacks {error}", "Expected {'title': ..., 'text': ...}"
-        ) from error
+    passages = []
+    for context in _required(record, "ctxs", source):
+        missing = [key for key in ("title", "text") if key not in _object(context)]
+        if missing:
+            raise CorpusError(
+                source,
+                f"a passage of ctxs lacks {missing[0]!r}",
+                "Expected {'title': ..., 'text': ...}",
+            )
+        passages.append(_passage(context["title"], context["text"], source))
+    return tuple(passages)
 
 
-def _passage(title: object, text: object) -> str:
-    return f"title: {title}, source: {text}"
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _passage(title: object, text: object, source: str) -> str:
+    """In the words of the prompts; what is null is empty."""
+    parts = ["" if part is None else _text(part, "a passage", source) for part in (title, text)]
+    return f"title: {parts[0]}, source: {parts[1]}"
 
 
 def _required(record: Mapping[str, Any], key: str, source: str) -> list[Any]:
     value = record.get(key)
     if not isinstance(value, list):
-        raise CorpusError(source, f"has no list {key!r}", f"It has {', '.join(record)}")
+        held = ", ".join(name[:50] for name in list(record)[:20])
+        raise CorpusError(source, f"has no list {key!r}", f"It has {held}")
     return value
 
 
 def _turns(record: Mapping[str, Any], source: str) -> tuple[Turn, ...]:
     turns: list[Turn] = []
     for message in _required(record, "messages", source):
-        role: Any = message.get("role") if isinstance(message, dict) else None
-        if role not in get_args(Role) or not isinstance(message.get("content"), str):
+        role, content = (_object(message).get(key) for key in ("role", "content"))
+        if role not in get_args(Role) or not isinstance(content, str):
             raise CorpusError(
                 source,
-                f"message {len(turns)} is {json.dumps(message)[:80]}",
+                f"message {len(turns)} is {reprlib.repr(message)}",
                 f"Expected a `role` of {', '.join(get_args(Role))} and a `content`",
             )
-        turns.append(Turn(role, message["content"]))
+        turns.append(Turn(role, content))
     said = [turn.role for turn in turns if turn.role != "system"]
     expected = ["user", "assistant"] * (len(said) // 2 + 1)
     if not said or said != expected[: len(said)] or "system" in [t.role for t in turns[1:]]:
         raise CorpusError(
             source,
-            f"roles {[turn.role for turn in turns]}",
+            f"roles {reprlib.repr([turn.role for turn in turns])}",
             "A chat is an optional system message, then user and assistant in turn",
         )
     return tuple(turns)

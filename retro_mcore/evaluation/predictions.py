@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.json_text import json_lines, parse_json
 from retro_mcore.project.atomic import atomic_write, write_json
 from retro_mcore.project.config import read_json_object
 
@@ -124,8 +125,7 @@ def _join(parts: Sequence[Path], path: Path) -> None:
 
 def _read(path: Path, num_questions: int) -> list[dict[str, Any]]:
     try:
-        # A line ends with "\n" only; an answer may hold other ends of lines.
-        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        rows = [parse_json(line, allow_nan=True) for _, line in json_lines(path.read_bytes())]
         numbers = [row["id"] for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(path, f"not predictions ({error})", "Remove it") from error

@@ -9,7 +9,6 @@ are too many.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from retro_mcore.data.instruction import read_records
 from retro_mcore.errors import CorpusError
 from retro_mcore.evaluation.qa_metrics import normalize_answer
+from retro_mcore.json_text import JsonError, json_lines, parse_json
 
 _END_OF_TEXT = "<|endoftext|>"
 # Taken out of a prediction in this order before exact match.
@@ -72,19 +72,21 @@ def read_predictions(path: Path | str) -> list[str]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        data = path.read_bytes()
+        # Line ends of other systems too, as text files are read.
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(path, f"cannot be read ({error})", "Name a UTF-8 file") from error
     if path.suffix != ".jsonl":
-        return lines
-    return [_pred(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+        return text.removesuffix("\n").split("\n")
+    return [_pred(f"{path}:{number}", line) for number, line in json_lines(data)]
 
 
-def _pred(where: str, line: str) -> str:
+def _pred(where: str, line: bytes) -> str:
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise CorpusError(where, f"not JSON ({error})", "Expected {'pred': …}") from error
+        value = parse_json(line, allow_nan=True)
+    except JsonError as error:
+        raise CorpusError(where, f"not JSON ({error.in_line})", "Expected {'pred': …}") from error
     if not isinstance(value, dict) or not isinstance(value.get("pred"), str):
         raise CorpusError(where, "has no text under 'pred'", "Expected {'pred': …}")
     return value["pred"]
@@ -142,6 +144,8 @@ def _first_answer(record: Mapping[str, Any], path: Path, number: int) -> str | N
     """The answer that F1 knows; None where the question is left out."""
     if "answers" in record:
         answers = record["answers"] or [None]
+        if not isinstance(answers, list | str):
+            raise _unusable(path, number)
     elif "answer" in record:
         answer = record["answer"]
         answers = answer if isinstance(answer, list) else [str(answer)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_mcore.errors import MissingDependencyError
+from retro_mcore.json_text import JsonError, json_lines, parse_json
 from retro_mcore.project.atomic import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
@@ -47,11 +48,13 @@ def read_metrics(path: Path) -> list[Record]:
     records: list[Record] = []
     if not path.is_file():
         return records
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for _, line in json_lines(path.read_bytes()):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = parse_json(line, allow_nan=True)  # a loss may be NaN
+        except JsonError:
             continue
+        if isinstance(record, dict) and "iteration" in record:
+            records.append(record)
     return records
 
 
