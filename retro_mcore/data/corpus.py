@@ -202,15 +202,17 @@ def _read_lines(
             except CorpusError as error:
                 where = f"{path}:{_line_number(path, begin)}"
                 raise CorpusError(where, error.found, error.mend) from error
-            given = record.get(id_key)
-            named = isinstance(given, str | int) and not isinstance(given, bool)
-            counts["documents_without_id"] += not named
-            yield Document(text, _id_text(given) if named else f"{path}:{begin}")
+            given = _id_of_record(record, id_key)
+            counts["documents_without_id"] += not given and bool(text.strip())
+            yield Document(text, given or f"{path}:{begin}")
         counts["empty_files"] += not part.start and not position
 
 
-def _id_text(given: str | int) -> str:
-    return replace_surrogates(str(given))[0]
+def _id_of_record(record: dict[str, Any], id_key: str) -> str:
+    """A text or a whole number as text; empty where there is none."""
+    given = record.get(id_key)
+    named = isinstance(given, str | int) and not isinstance(given, bool)
+    return replace_surrogates(str(given))[0] if named else ""
 
 
 def _record_of_line(line: bytes, counts: Counter[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from retro_mcore.data.document_ids import ids_path
 from retro_mcore.data.token_file import TokenFile, bin_path, idx_path
 from retro_mcore.data.tokenizers import Tokenizer
-from retro_mcore.errors import CorpusError, TokenizerError
+from retro_mcore.errors import CorpusError, CorruptFileError, TokenizerError
 from retro_mcore.project.markers import signed_write
 from retro_mcore.project.space import require_space
 
@@ -46,18 +46,31 @@ def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
 
     Raises:
         TokenizerError: an id beyond the vocabulary, or documents without its end-of-document token.
-        CorpusError: documents of several sequences, or an empty one.
+        CorpusError: documents of several sequences, or an empty one; the files are damaged.
     """
-    file = TokenFile(prefix)
+    try:
+        file = TokenFile(prefix)
+    except CorruptFileError as error:
+        raise CorpusError(error.subject, error.found, "Restore both files of the input") from error
     if file.num_documents != len(file):
         raise CorpusError(
             idx_path(prefix),
             f"{len(file)} sequences for {file.num_documents} documents",
             "Make it without --split-sentences: a document must be one sequence",
         )
-    if not len(file) or not file.lengths.min():
+    if not len(file) or file.lengths.min() <= 0:
         raise CorpusError(idx_path(prefix), "holds an empty document, or none", "Make it anew")
-    batches = (file.tokens[i : i + _BATCH] for i in range(0, len(file.tokens), _BATCH))
+    ends = file.starts + file.lengths
+    if file.starts.min() < 0 or ends.max() > len(file.tokens):
+        raise CorpusError(
+            idx_path(prefix),
+            f"places documents outside the {len(file.tokens)} tokens of {bin_path(prefix).name}",
+            "Restore both files",
+        )
+    batches = [file.tokens[i : i + _BATCH] for i in range(0, len(file.tokens), _BATCH)]
+    least = min(int(batch.min()) for batch in batches)
+    if least < 0:
+        raise CorpusError(bin_path(prefix), f"holds token id {least}", "Restore the file")
     largest = max(int(batch.max()) for batch in batches)
     if largest >= tokenizer.vocab_size:
         raise TokenizerError(
@@ -65,7 +78,7 @@ def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
             f"holds token id {largest}, but the tokenizer given has {tokenizer.vocab_size}",
             "Name the tokenizer that the tokens were made with",
         )
-    open_ends = int(np.count_nonzero(file.tokens[file.starts + file.lengths - 1] != tokenizer.eod))
+    open_ends = int(np.count_nonzero(file.tokens[ends - 1] != tokenizer.eod))
     if open_ends:
         raise TokenizerError(
             bin_path(prefix),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,8 +19,10 @@ from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.document_ids import DocumentIds
 from retro_mcore.data.neighbors import SavedDistances
 from retro_mcore.data.rerank import load_reranker
+from retro_mcore.data.token_file import TokenFile
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.errors import ConfigurationError, CorpusError, ProjectError
@@ -30,6 +33,8 @@ from retro_mcore.evaluation.documents import (
 )
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.project import ProjectConfig, ProjectPaths
+from retro_mcore.project.config import ProjectSettings
+from retro_mcore.project.stages import stage_report
 from tests.unit.data.projects import documents, forget_neighbors, preprocess_options, write_corpus
 
 
@@ -127,6 +132,51 @@ def test_own_documents_are_still_left_out(folder: Path) -> None:
         ids = dataset[i]["neighbor_chunks"]
         for source, document in dataset.database.documents(ids[ids != NO_NEIGHBOR]).tolist():
             assert source == 1 or document not in own
+
+
+@pytest.mark.parametrize("recorded_in", ["settings", "stage", "flags"])
+def test_new_documents_are_read_as_the_old(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, recorded_in: str
+) -> None:
+    """A project of --id-key url and --clean-text, whose update had neither."""
+    project = folder / "project"
+    paths = ProjectPaths(project)
+    settings, record = paths.settings, paths.stage_record("preprocess_corpus")
+    kept = {**json.loads(settings.read_text()), "json_keys": ["title", "body"]}
+    run = json.loads(record.read_text())
+    read = {"id_key": "url", "clean_text": True}
+    if recorded_in == "settings":
+        kept |= read
+    else:  # a project of before these were settings
+        del kept["id_key"], kept["clean_text"]
+    if recorded_in == "stage":
+        run["options"] |= {"--id-key": "url", "--clean-text": True}
+    settings.write_text(json.dumps(kept))
+    record.write_text(json.dumps(run))
+    broken = "gr\u00fcn".encode().decode("latin-1")
+    line = {"url": "https://a", "id": "7", "title": "T", "body": broken}
+    (folder / "new.jsonl").write_text(json.dumps(line) + '\n{"title": "", "body": ""}\n')
+    monkeypatch.setattr("retro_mcore.cli.update_db.build_db", _interrupt)
+    options = UpdateDbOptions(str(project), append=[str(folder / "new.jsonl")])
+    if recorded_in == "flags":
+        options = dataclasses.replace(options, **read)
+    with pytest.raises(KeyboardInterrupt):
+        update_db(options)
+    (grown,) = (project / "updates").iterdir()
+    prefix = grown / "data" / "new_title_body_document"
+    tokenizer = load_project_tokenizer(ProjectConfig.load(grown), ProjectPaths(grown))
+    tokens = TokenFile(prefix).sequence(0)[:-1].tolist()
+    assert tokenizer.detokenize(tokens) == "T\n\ngr\u00fcn"
+    assert DocumentIds(prefix)[0] == "https://a"
+    report = stage_report(ProjectPaths(grown), "update_db")
+    assert report["empty_documents"] == report["documents"] == report["cleaned_documents"] == 1
+
+
+def test_preprocess_corpus_records_how_it_read(folder: Path) -> None:
+    more = preprocess_options(folder / "p", folder / "more.jsonl", id_key="url", clean_text=True)
+    preprocess_corpus(more)
+    settings = ProjectSettings.load(folder / "p")
+    assert (settings.id_key, settings.clean_text) == ("url", True)
 
 
 def test_a_second_update_goes_on_from_the_first(folder: Path, tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 import gzip
 import json
+import re
 import sys
+from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retro_mcore.data.corpus import list_parts, read_documents, read_part, text_cleaner
 from retro_mcore.errors import CorpusError, MissingDependencyError
@@ -132,3 +136,144 @@ def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
         text_cleaner()
     with pytest.raises(MissingDependencyError, match="zstandard: not installed"):
         list(read_documents(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ("text".encode("utf-16"), "is UTF-16 text"),
+        (b"\xfe\xff\x00t", "is UTF-16 text"),
+        ("text".encode("utf-16-le"), "NUL byte at offset 1"),
+        (b"\0" * 4096, "NUL byte at offset 0"),
+        (b"some text\0\0\0", "NUL byte at offset 9"),
+        (b"%PDF-1.4\n1 0 obj", "a PDF file"),
+        (b"PAR1\x15\x04\x15\x00", "NUL byte at offset 7"),
+    ],
+)
+def test_a_text_file_that_is_no_text(tmp_path, data, found):
+    """Files of other programs, and what a full disk left: they became one document."""
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "b.txt").write_bytes(data)
+    for source in (tmp_path, tmp_path / "b.txt"):
+        with pytest.raises(CorpusError, match=rf"b\.txt: .*{found}"):
+            list(read_documents(source))
+
+
+def count(path) -> tuple[list[str], dict[str, int]]:
+    """Texts of all parts, and what was counted."""
+    counts: Counter[str] = Counter()
+    documents = [d for part in list_parts(path) for d in read_part(part, counts=counts)]
+    return [document.text for document in documents], {k: v for k, v in counts.items() if v}
+
+
+def test_what_is_dropped_and_replaced_is_counted(tmp_path):
+    """As exported by Windows programs and by JavaScript, which cuts characters in two."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    (tmp_path / "b.txt").write_bytes(b"")
+    lines = ['{"text": "x\\ud83d", "id": 1}', '{"text": "\\ude00\\ude00"}', '{"text": " "}', ""]
+    (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    (tmp_path / "d.jsonl").write_bytes(b"")
+    found, counts = count(tmp_path)
+    assert found == ["text", "x\ufffd", "\ufffd\ufffd"]
+    assert counts == {
+        "byte_order_marks_removed": 2,
+        "empty_documents": 2,
+        "empty_files": 2,
+        "replaced_characters": 3,
+        "documents_without_id": 2,
+    }
+
+
+def test_cleaned_documents_are_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "plain"}\n{"text": "&lt;b&gt;"}\n')
+    counts: Counter[str] = Counter()
+    (part,) = list_parts(path)
+    list(read_part(part, clean=text_cleaner(), counts=counts))
+    assert counts["cleaned_documents"] == 1
+
+
+SEPARATORS = ["\u2028", "\u2029", "\u0085", "\u000b", "\u000c", "\u001c", "\u001e", "\r"]
+
+
+@pytest.mark.parametrize("part_bytes", [3, 1 << 20])
+def test_only_a_line_feed_ends_a_line(tmp_path, part_bytes):
+    """Text of web pages holds other ends of lines, which `splitlines` would cut at."""
+    expected = [f"a{separator}b" for separator in SEPARATORS]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in expected]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("\n".join(lines).encode())  # the last one without its end
+    parts = list_parts(path, part_bytes)
+    assert [document.text for part in parts for document in read_part(part)] == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (b"[" * 100_000, r"a\.jsonl:2: invalid JSON \(nested too deeply\)"),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", r"a\.jsonl:2: .*thousands of digits"),
+        (b"\0" * 100, r"a\.jsonl:2: invalid JSON \(NUL bytes"),
+        (b"null", r"a\.jsonl:2: not a JSON object but NoneType"),
+        (b'"text"', r"a\.jsonl:2: not a JSON object but str"),
+        (b'{"text": ["a"]}', r"a\.jsonl:2: 'text' is list"),
+        (b'{"text": "a"} {"text": "b"}', r"a\.jsonl:2: invalid JSON \(Extra data, column 15\)"),
+    ],
+)
+def test_lines_that_no_sane_writer_makes(tmp_path, line, found):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine", "score": NaN}\n' + line + b"\n")
+    with pytest.raises(CorpusError, match=found):
+        list(read_documents(path))
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.just("text"), inner),
+    max_leaves=3,
+)
+_RECORDS = st.dictionaries(st.sampled_from(["text", "id"]), st.text(max_size=9) | _VALUES)
+_LINES = st.binary(max_size=40) | (_RECORDS | _VALUES).map(lambda value: json.dumps(value).encode())
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("any")
+
+
+def outcome(function) -> object:
+    """What a function returns, or the one error that it may raise."""
+    try:
+        return function()
+    except CorpusError as error:
+        return error
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    lines=st.lists(_LINES, max_size=4),
+    ending=st.sampled_from([b"\n", b"\r\n"]),
+    part_bytes=st.integers(1, 50),
+)
+def test_any_bytes_are_documents_or_one_error(scratch, lines, ending, part_bytes):
+    path = scratch / "a.jsonl"
+    path.write_bytes(ending.join(lines))
+    found = outcome(lambda: [d for part in list_parts(path, part_bytes) for d in read_part(part)])
+    if isinstance(found, CorpusError):
+        assert re.fullmatch(rf"{re.escape(str(path))}:\d+", found.subject)
+        assert "\n" not in str(found)
+    else:
+        assert all(d.text.strip() and d.text.encode() and d.source_id.encode() for d in found)
+        assert found == list(read_documents(path))  # however it is cut
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.binary(max_size=40) | st.text(max_size=20).map(str.encode))
+def test_any_bytes_as_a_text_file(scratch, data):
+    path = scratch / "a.txt"
+    path.write_bytes(data)
+    found = outcome(lambda: [document.text for document in read_documents(path)])
+    if isinstance(found, CorpusError):
+        assert found.subject == str(path)
+    else:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+        assert found == ([text] if text.strip() else [])

@@ -91,3 +91,31 @@ def test_several_sequences_per_document_are_refused(made, tmp_path):
     builder.finalize(str(idx_path(prefix)))
     with pytest.raises(CorpusError, match=r"2 sequences for 1 documents.*--split-sentences"):
         check_token_input(prefix, made[1])
+
+
+def _put(path, offset, data):
+    content = bytearray(path.read_bytes())
+    content[offset : offset + len(data)] = data
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "found"),
+    [
+        (lambda prefix: idx_path(prefix).write_bytes(b""), "not a Megatron index"),
+        (lambda prefix: idx_path(prefix).write_bytes(b"\0" * 200), "not a Megatron index"),
+        (lambda prefix: bin_path(prefix).write_bytes(b"\0" * 3), "3 bytes, not"),
+        (lambda prefix: _put(idx_path(prefix), 34, (-1).to_bytes(4, "little", signed=True)), ""),
+        # The first pointer, behind the header and two lengths.
+        (lambda prefix: _put(idx_path(prefix), 34 + 8, (1 << 40).to_bytes(8, "little")), "places"),
+        (lambda prefix: _put(idx_path(prefix), 34 + 8, b"\xff" * 8), "places"),
+        (lambda prefix: _put(bin_path(prefix), 0, b"\xff" * 4), "holds token id -1"),
+    ],
+)
+def test_damaged_pairs_are_named(made, tmp_path, harm, found):
+    """Of a copy that was cut short, or of another program."""
+    prefix = write(tmp_path / "pair", [[5, 6, made[1].eod], [7, made[1].eod]], np.int32)
+    check_token_input(prefix, made[1])
+    harm(prefix)
+    with pytest.raises(CorpusError, match=rf"pair\.(bin|idx): .*{found}"):
+        check_token_input(prefix, made[1])
