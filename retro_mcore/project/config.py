@@ -179,6 +179,10 @@ class ProjectSettings:
         json_keys: Keys of a JSONL line that hold the text.
         id_key: Key of a JSONL line that holds its id; None: a project of before it was kept here.
         clean_text: Whether texts are mended with ftfy; None: likewise.
+        eod_id: The token that ends a document; None: by the tokenizer's well-known names, as
+            projects of earlier versions did.
+        bos_id: The token that begins a text; None: as the tokenizer's files say.
+        add_bos: Whether every document begins with it, and so every prompt.
         whole_datasets: Datasets whose documents are all retrieved from, whatever the split says:
             those that were appended, of which no sample is made.
         grown_from: The project whose database this one's begins with, relative to this one.
@@ -198,6 +202,9 @@ class ProjectSettings:
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     id_key: str | None = None
     clean_text: bool | None = None
+    eod_id: int | None = None
+    bos_id: int | None = None
+    add_bos: bool = False
     whole_datasets: list[str] = field(default_factory=list)
     grown_from: str | None = None
     growth: list[int] = field(default_factory=list)

@@ -1,0 +1,334 @@
+"""Which tokens begin and end a document, as a tokenizer's directory declares them.
+
+Hugging Face's directories name them in several files. What they name is believed before any
+well-known name, and a token that text can produce is never taken for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retro_mcore.errors import TokenizerError
+from retro_mcore.json_text import JsonError, parse_json
+
+END_OF_TEXT = "<|endoftext|>"
+#: Files that declare special tokens, the most authoritative first; a project keeps copies of them.
+DECLARING_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+)
+#: Names that the special tokens of well-known tokenizers have, for files that declare nothing.
+_EOD_NAMES = (
+    END_OF_TEXT,
+    "</s>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|eos|>",
+    "<EOD>",
+    "[EOD]",
+    "[EOS]",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "[SEP]",
+)
+_BOS_NAMES = (
+    "<s>",
+    "<|begin_of_text|>",
+    "<bos>",
+    "<|bos|>",
+    "[BOS]",
+    "<|startoftext|>",
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+)
+_ROLES = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class SpecialTokenChoice:
+    """What is asked for, or recorded; None: as the tokenizer's own files say.
+
+    Attributes:
+        eod: The token that ends a document: its text, or its id.
+        bos: The token that begins one: its text, or its id.
+        add_bos: Whether documents and prompts begin with it.
+        first_known_eod: Choose EOD by name alone, as projects of earlier versions did.
+    """
+
+    eod: str | int | None = None
+    bos: str | int | None = None
+    add_bos: bool | None = None
+    first_known_eod: bool = False
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What choosing asks of a tokenizer.
+
+    Attributes:
+        file: Where it was loaded from, for errors.
+        id_of: Id of a token; None if it has no such token.
+        size: Ids are below.
+        names: Id to text of the special tokens (of what is added to a vocabulary, those so marked).
+        own_eod: What the tokenizer's own file says of EOD, where it has a place for it.
+        own_bos: The same of BOS.
+    """
+
+    file: Path
+    id_of: Callable[[str], int | None]
+    size: int
+    names: Mapping[int, str] = field(default_factory=dict)
+    own_eod: int | None = None
+    own_bos: int | None = None
+
+
+@dataclass(frozen=True)
+class DeclaredTokens:
+    """What the files of a directory say.
+
+    Attributes:
+        directory: The directory.
+        tokens: Role ("eos_token") to the file that names it and the token; None: there is none.
+        ids: "eos_token_id" and "bos_token_id" to each file that gives it, and the ids.
+        add_bos: `add_bos_token`; None: not said.
+        special: Text of every token that is declared special.
+        not_special: Text of every added token that is declared to be none.
+    """
+
+    directory: Path
+    tokens: Mapping[str, tuple[str, str | None]]
+    ids: Mapping[str, list[tuple[str, list[int]]]]
+    add_bos: bool | None
+    special: frozenset[str]
+    not_special: frozenset[str]
+
+    @classmethod
+    def read(cls, directory: Path) -> DeclaredTokens:
+        """What the files in `directory` say; nothing where there are none.
+
+        Raises:
+            TokenizerError: a file is no JSON object, or names a token by something else than text.
+        """
+        tokens: dict[str, tuple[str, str | None]] = {}
+        special: set[str] = set()
+        not_special: set[str] = set()
+        add_bos: bool | None = None
+        for name in DECLARING_FILES[:2]:
+            values = _read_object(directory / name)
+            for role in _ROLES:
+                if role in values:
+                    tokens.setdefault(role, (name, _content(directory / name, role, values[role])))
+            if add_bos is None and isinstance(values.get("add_bos_token"), bool):
+                add_bos = values["add_bos_token"]
+            special |= _more_special(values)
+            for added in _added_tokens(values):
+                (special if added.get("special") else not_special).add(str(added.get("content")))
+        special |= {token for _, token in tokens.values() if token is not None}
+        ids: dict[str, list[tuple[str, list[int]]]] = {}
+        for name in DECLARING_FILES[2:]:
+            values = _read_object(directory / name, strict=False)
+            for role in ("eos_token_id", "bos_token_id"):
+                if found := _ids(values.get(role)):
+                    ids.setdefault(role, []).append((name, found))
+        return cls(
+            directory, tokens, ids, add_bos, frozenset(special), frozenset(not_special - special)
+        )
+
+    def __bool__(self) -> bool:
+        """Whether anything was said."""
+        return bool(self.tokens or self.ids) or self.add_bos is not None
+
+
+def choose_eod(choice: SpecialTokenChoice, declared: DeclaredTokens, vocabulary: Vocabulary) -> int:
+    """The id of the token that ends a document.
+
+    What is asked for, else what the directory declares, else the special token with a well-known
+    name.
+
+    Raises:
+        TokenizerError: the token named does not exist, or none or several have a well-known name.
+    """
+    if choice.eod is not None:
+        return _asked("--eod-token", choice.eod, vocabulary)
+    if choice.first_known_eod and (first := _first_known(vocabulary)) is not None:
+        return first
+    named = _declared_token("eos", declared, vocabulary)
+    for found in (named, vocabulary.own_eod):
+        if found is not None:
+            return found
+    _refuse_missing(declared, vocabulary)
+    found = _declared_id("eos", declared, vocabulary)
+    if found is not None:
+        return found
+    known = _known(_EOD_NAMES, vocabulary)
+    if not known:
+        # GPT-2's own vocabulary has it as an ordinary entry that no merge leads to.
+        last = vocabulary.id_of(END_OF_TEXT)
+        if last is not None and END_OF_TEXT not in declared.not_special:
+            known = [last]
+    if len(known) != 1:
+        raise _undecided(known, vocabulary)
+    return known[0]
+
+
+def choose_bos(
+    choice: SpecialTokenChoice,
+    declared: DeclaredTokens,
+    vocabulary: Vocabulary,
+    prefix: int | None = None,
+) -> int | None:
+    """The id of the token that begins a text; None if the tokenizer has none.
+
+    Args:
+        choice: What is asked for.
+        declared: What the directory says.
+        vocabulary: The tokens.
+        prefix: The token that the tokenizer itself puts before a text, if it puts one there.
+
+    Raises:
+        TokenizerError: the token asked for does not exist.
+    """
+    if choice.bos is not None:
+        return _asked("--bos-token", choice.bos, vocabulary)
+    if "bos_token" in declared.tokens and declared.tokens["bos_token"][1] is None:
+        return None
+    named = _declared_token("bos", declared, vocabulary)
+    for found in (named, vocabulary.own_bos, _declared_id("bos", declared, vocabulary)):
+        if found is not None:
+            return found
+    known = _known(_BOS_NAMES, vocabulary)
+    if prefix is not None and (prefix in known or not known):
+        return prefix
+    return known[0] if len(known) == 1 else None
+
+
+def adds_bos(
+    choice: SpecialTokenChoice, declared: DeclaredTokens, bos: int | None, prefix: int | None
+) -> bool:
+    """Whether texts begin with BOS: as asked for, else as declared, else as the tokenizer does.
+
+    Raises:
+        TokenizerError: it is asked for, and there is no such token.
+    """
+    if choice.add_bos and bos is None:
+        raise TokenizerError(
+            "--add-bos-token", "asked for, but the tokenizer has no BOS", "Name it with --bos-token"
+        )
+    if bos is None or choice.add_bos is not None:
+        return bool(choice.add_bos)
+    return declared.add_bos if declared.add_bos is not None else prefix == bos
+
+
+def _asked(flag: str, token: str | int, vocabulary: Vocabulary) -> int:
+    found = token if isinstance(token, int) else vocabulary.id_of(token)
+    if found is None and isinstance(token, str) and token.isdecimal() and len(token) < 10:
+        found = int(token)
+    if found is None or not 0 <= found < vocabulary.size:
+        raise TokenizerError(
+            f"{flag} {token}",
+            f"{vocabulary.file} has no such token",
+            f"Name one of its tokens, or an id below {vocabulary.size}{_listed(vocabulary)}",
+        )
+    return found
+
+
+def _declared_token(role: str, declared: DeclaredTokens, vocabulary: Vocabulary) -> int | None:
+    _, token = declared.tokens.get(f"{role}_token", ("", None))
+    return None if token is None else vocabulary.id_of(token)
+
+
+def _declared_id(role: str, declared: DeclaredTokens, vocabulary: Vocabulary) -> int | None:
+    """Of a model's configuration, whose defaults name any id: only that of a special token."""
+    ids = (each for _, given in declared.ids.get(f"{role}_token_id", []) for each in given)
+    return next((each for each in ids if each in vocabulary.names), None)
+
+
+def _refuse_missing(declared: DeclaredTokens, vocabulary: Vocabulary) -> None:
+    name, token = declared.tokens.get("eos_token", ("", None))
+    if token is not None:
+        raise TokenizerError(
+            declared.directory / name,
+            f"names {token!r} as eos_token, which {vocabulary.file.name} does not hold",
+            f"Restore the files, or choose with --eod-token{_listed(vocabulary)}",
+        )
+
+
+def _known(names: tuple[str, ...], vocabulary: Vocabulary) -> list[int]:
+    by_text = {text: token for token, text in vocabulary.names.items()}
+    return [by_text[name] for name in names if name in by_text]
+
+
+def _first_known(vocabulary: Vocabulary) -> int | None:
+    """The first of the names that the first versions knew, be it special or not."""
+    names = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<EOD>", "[EOD]", "[SEP]")
+    found = (vocabulary.id_of(name) for name in names)
+    return next((each for each in found if each is not None), None)
+
+
+def _undecided(known: list[int], vocabulary: Vocabulary) -> TokenizerError:
+    if known:
+        names = ", ".join(f"{vocabulary.names[each]} ({each})" for each in known)
+        found = f"does not say which of its special tokens ends a document: {names}"
+    else:
+        found = "has no special token that is known to end a document"
+    return TokenizerError(
+        vocabulary.file, found, f"Choose it with --eod-token TOKEN{_listed(vocabulary)}"
+    )
+
+
+def _listed(vocabulary: Vocabulary) -> str:
+    """The special tokens that may be chosen, the first of many."""
+    if not vocabulary.names:
+        return ""
+    names = [f"{text} ({token})" for token, text in sorted(vocabulary.names.items())]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f". Its special tokens: {', '.join(names[:8])}{more}"
+
+
+def _read_object(path: Path, strict: bool = True) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = parse_json(path.read_bytes())
+        if not isinstance(values, dict):
+            raise JsonError("not a JSON object")
+    except (OSError, JsonError) as error:
+        if not strict:  # the model's configuration is another command's matter
+            return {}
+        raise TokenizerError(path, str(error), "Restore the file") from error
+    return values
+
+
+def _content(path: Path, role: str, value: Any) -> str | None:
+    """A token's text: itself, or under "content" of a description."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is None or isinstance(value, str):
+        return value or None
+    raise TokenizerError(path, f"{role} is {value!r}", "Expected a token's text")
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [each for each in values if isinstance(each, int) and not isinstance(each, bool)]
+
+
+def _added_tokens(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    added = values.get("added_tokens_decoder")
+    return [each for each in added.values() if isinstance(each, dict)] if _is(added) else []
+
+
+def _more_special(values: Mapping[str, Any]) -> set[str]:
+    more: list[Any] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        given = values.get(key)
+        more += given if isinstance(given, list) else given.values() if _is(given) else []
+    texts = (each.get("content") if isinstance(each, dict) else each for each in more)
+    return {text for text in texts if isinstance(text, str) and text}
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, dict)
