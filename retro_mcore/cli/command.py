@@ -48,6 +48,7 @@ def parse_options(options_type: type[Options], argv: Sequence[str] | None = None
         arguments = [*_flags_of_checkpoint(options_type, arguments), *arguments]
     redundant = _redundant_switches(options_type)
     arguments = [argument for argument in arguments if argument not in redundant]
+    arguments = _spell_out_switches(options_type, arguments)
     return tyro.cli(
         options_type,
         args=arguments,
@@ -64,6 +65,28 @@ def _redundant_switches(options_type: type) -> set[str]:
         if isinstance(field.default, bool)
     )
     return {form for name in spelled for form in (name, "--" + name[2:].replace("_", "-"))}
+
+
+def _spell_out_switches(options_type: type, arguments: Sequence[str]) -> list[str]:
+    """Switches of three states, whose default is neither: `--flag`, `--no-flag`, `--flag false`."""
+    names = {
+        field.name
+        for field in dataclasses.fields(options_type)
+        if field.default is None and str(field.type) in ("bool | None", "Optional[bool]")
+    }
+    spelled: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name = argument.lstrip("-").replace("-", "_")
+        on, off = name in names, name.removeprefix("no_") in names and name not in names
+        if argument.lower() in ("true", "false") and _names(spelled[-1:]) & names:
+            spelled.append(argument.capitalize())
+        elif argument.startswith("--") and off:
+            spelled += [f"--{argument[5:]}", "False"]
+        elif argument.startswith("--") and on and following.lower() not in ("true", "false"):
+            spelled += [argument, "True"]
+        else:
+            spelled.append(argument)
+    return spelled
 
 
 def _flags_of_file(options_type: type, path: Path, given: Sequence[str]) -> list[str]:

@@ -45,7 +45,8 @@ class GenerationModelOptions:
     """The prompt is the first chunk and the answer the second, whatever their lengths, as
     instruction-tuned models are used."""
     add_bos: bool = False
-    """Begin prompts with the tokenizer's BOS, or with EOD where it has none."""
+    """Begin prompts with the tokenizer's BOS, or with EOD where it has none, also if the project's
+    documents do not (default: prompts begin as they do)."""
     tensor_model_parallel_size: int = 1
     """Ranks that share one layer."""
     pipeline_model_parallel_size: int = 1
@@ -64,7 +65,7 @@ class GenerationModel:
         tokenizer: The project's.
         retriever: The project's database and index; None without live retrieval.
         search: The retriever in its thread; None without live retrieval.
-        add_bos: Whether prompts begin with BOS.
+        add_bos: Whether prompts begin with BOS even if the project's documents do not.
     """
 
     model: RetroModel
@@ -75,10 +76,10 @@ class GenerationModel:
     add_bos: bool
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Prompts to tokens, with BOS if asked for."""
+        """Prompts to tokens, with BOS where documents have it, or if asked for."""
         tokens = self.tokenizer.tokenize_batch(prompts)
         if not self.add_bos:
-            return tokens
+            return [self.tokenizer.with_bos(ids) for ids in tokens]
         bos = self.tokenizer.bos
         return [[self.tokenizer.eod if bos is None else bos, *ids] for ids in tokens]
 

@@ -18,14 +18,18 @@ from retro_mcore.data.bert_tokens import default_bert_vocab
 from retro_mcore.data.corpus import read_documents, text_cleaner
 from retro_mcore.data.corpus_counts import loss_rows, read_counts, total
 from retro_mcore.data.shards import choose_shard_length
+from retro_mcore.data.special_tokens import DECLARING_FILES, DeclaredTokens
 from retro_mcore.data.token_file import TokenFile, bin_path
-from retro_mcore.data.token_input import find_token_input
+from retro_mcore.data.token_input import begin_with_bos, find_token_input
 from retro_mcore.data.tokenizers import (
     TOKENIZER_TYPES,
     GPTSentencePieceTokenizer,
     HuggingFaceTokenizer,
+    SpecialTokenChoice,
+    Tokenizer,
     build_tokenizer,
     load_project_tokenizer,
+    recorded_choice,
     train_sentencepiece,
 )
 from retro_mcore.datasets.passes import SplitPasses, count_passes
@@ -85,6 +89,13 @@ class PreprocessCorpusOptions:
     """GPT-2's vocab.json."""
     merge_file: str | None = None
     """GPT-2's merges.txt."""
+    eod_token: str | None = None
+    """Token that ends a document, its text or its id (default: as the tokenizer's files say)."""
+    bos_token: str | None = None
+    """Token that begins a text, its text or its id (default: as the tokenizer's files say)."""
+    add_bos_token: bool | None = None
+    """Begin every document with BOS, and so every prompt later (default: as the tokenizer itself
+    does; tokens that are given: as they are)."""
     vocab_size: int = 8192
     """Pieces of a tokenizer that is trained; lowered for a small corpus."""
     tokenizer_training_documents: int = 1_000_000
@@ -124,6 +135,8 @@ class PreprocessedCorpus:
         vocab_size: Token ids of the tokenizer.
         reused: Whether all datasets were there already.
         report: What was read, dropped, replaced and repeated; see docs/data_formats.md.
+        eod_id: The token that ends every document.
+        bos_id: The token that begins every document; None: there is none.
     """
 
     config: ProjectConfig
@@ -132,6 +145,8 @@ class PreprocessedCorpus:
     vocab_size: int
     reused: bool
     report: dict[str, Any] = field(default_factory=dict)
+    eod_id: int = 0
+    bos_id: int | None = None
 
 
 def preprocess_corpus(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
@@ -157,6 +172,9 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
         sources = [Path(source) for source in options.input]
         inputs = digest_inputs(sources, recorded_inputs(ProjectPaths(options.project_dir), STAGE))
         inputs.update(_digest_tokenizer_files(options))
+        choice = _choice(options, ProjectPaths(options.project_dir))
+        if not choice.first_known_eod:
+            inputs.update(_digest_declared_tokens(options))
         prefixes = name_datasets(sources, options.json_keys)
         _require_tokenizer(options, sources)
     paths = ProjectPaths(options.project_dir)
@@ -165,13 +183,18 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
     outputs = [bin_path(paths.data / prefix) for prefix in prefixes]
     with raise_together():
         check_stage(paths, STAGE, {**tokenize_options, **sample_options}, inputs, outputs[0])
-        fingerprint = fingerprint_of([tokenize_options, inputs])
-    names = _prepare_tokenizer(options, paths, sources, cleaner, fingerprint)
+        # Of earlier versions, special tokens in a text were tokens, and no document had BOS.
+        version = [] if choice.first_known_eod else [_TEXT_VERSION]
+        fingerprint = fingerprint_of([tokenize_options, inputs, *version])
+    names = _prepare_tokenizer(options, paths, sources, cleaner, fingerprint, choice)
     with raise_together():
         tokenizer = build_tokenizer(
             _tokenizer_type(options),
             *(paths.root / name if (name := names[key]) else None for key in _FILES),
+            choice=choice,
         )
+        if choice.add_bos is None:
+            _follow_given_tokens(tokenizer, sources)
     made = []
     reader = CorpusReader(options.json_keys, options.id_key, cleaner)
     for source, prefix in zip(sources, prefixes, strict=True):
@@ -184,7 +207,7 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
         passes = count_passes(config, datasets)
         report = _report(paths, prefixes, datasets, passes)
         if get_rank() == 0:
-            _save(config, options, paths)
+            _save(config, options, paths, None if choice.first_known_eod else tokenizer)
             finish_stage(paths, STAGE, {**tokenize_options, **sample_options}, inputs, report)
     barrier()
     result = PreprocessedCorpus(
@@ -194,12 +217,30 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
         tokenizer.vocab_size,
         reused=all(shards is None for shards in made),
         report=report,
+        eod_id=tokenizer.eod,
+        bos_id=tokenizer.bos if tokenizer.adds_bos else None,
     )
-    _summarize(result, options, names, passes)
+    _summarize(result, options, tokenizer, passes)
     return result
 
 
 _FILES = ("model", "vocab", "merges")
+#: How text becomes tokens.
+_TEXT_VERSION = "text is never special"
+
+
+def _choice(options: PreprocessCorpusOptions, paths: ProjectPaths) -> SpecialTokenChoice:
+    """What is asked for; of a project that is finished, what it was made with."""
+    if paths.stage_record(STAGE).is_file() and paths.settings.is_file():
+        return recorded_choice(paths)
+    return SpecialTokenChoice(options.eod_token, options.bos_token, options.add_bos_token)
+
+
+def _follow_given_tokens(tokenizer: Tokenizer, sources: Sequence[Path]) -> None:
+    """Tokens that somebody has made decide whether the documents of the project have BOS."""
+    given = [prefix for source in sources if (prefix := find_token_input(source)) is not None]
+    if given:
+        tokenizer.adds_bos = begin_with_bos(given, tokenizer)
 
 
 def _check_options(options: PreprocessCorpusOptions) -> None:
@@ -264,6 +305,15 @@ def _digest_tokenizer_files(options: PreprocessCorpusOptions) -> dict[str, str]:
     return digests
 
 
+def _digest_declared_tokens(options: PreprocessCorpusOptions) -> dict[str, str]:
+    """A digest of what the tokenizer's directory says of special tokens."""
+    given = options.tokenizer_model or options.vocab_file
+    if given is None:
+        return {}
+    declared = DeclaredTokens.read(_tokenizer_file(Path(given)).parent)
+    return {"special tokens of the tokenizer's directory": declared.digest} if declared else {}
+
+
 def _tokenizer_file(path: Path) -> Path:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -284,6 +334,11 @@ def _tokenize_options(options: PreprocessCorpusOptions) -> dict[str, object]:
         # Only where it is set: projects made before it existed go on.
         **({"--clean-text": True} if options.clean_text else {}),
         **({"--id-key": options.id_key} if options.id_key != "id" else {}),
+        **{
+            f"--{name.replace('_', '-')}": value
+            for name in ("eod_token", "bos_token", "add_bos_token")
+            if (value := getattr(options, name)) is not None
+        },
     }
 
 
@@ -324,6 +379,7 @@ def _prepare_tokenizer(
     sources: Sequence[Path],
     cleaner: Callable[[str], str] | None,
     fingerprint: str,
+    choice: SpecialTokenChoice,
 ) -> dict[str, str | None]:
     """Put the tokenizers' files into the project; returns their types and names there."""
     tokenizer_type = _tokenizer_type(options)
@@ -339,7 +395,11 @@ def _prepare_tokenizer(
         trains = tokenizer_type == GPTSentencePieceTokenizer.name and given["model"] is None
         if not trains:
             build_tokenizer(
-                tokenizer_type, options.tokenizer_model, options.vocab_file, options.merge_file
+                tokenizer_type,
+                options.tokenizer_model,
+                options.vocab_file,
+                options.merge_file,
+                choice,
             )
         for key, value in given.items():
             if value is None:
@@ -347,6 +407,10 @@ def _prepare_tokenizer(
             file = _tokenizer_file(Path(value))
             name = f"bert-{file.name}" if key == "bert" else file.name
             names[key] = _copy(file, paths, name, fingerprint)
+            if key in ("model", "vocab") and not choice.first_known_eod:
+                for declaring in DECLARING_FILES:
+                    if (beside := file.with_name(declaring)).is_file():
+                        _copy(beside, paths, declaring, fingerprint)
         if trains:
             names["model"] = _train(options, paths, sources, cleaner, fingerprint)
     barrier()
@@ -452,11 +516,20 @@ def _samples_of_epochs(options: PreprocessCorpusOptions, datasets: Sequence[Toke
     return max(samples // batch, 1) * batch
 
 
-def _save(config: ProjectConfig, options: PreprocessCorpusOptions, paths: ProjectPaths) -> None:
+def _save(
+    config: ProjectConfig,
+    options: PreprocessCorpusOptions,
+    paths: ProjectPaths,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Write both configurations; the special tokens of `tokenizer` unless it is None."""
     config.save(paths.root)
     settings = ProjectSettings.load(paths.root)
     settings.json_keys = options.json_keys
     settings.id_key, settings.clean_text = options.id_key, options.clean_text
+    if tokenizer is not None:
+        settings.eod_id, settings.bos_id = tokenizer.eod, tokenizer.bos
+        settings.add_bos = tokenizer.adds_bos
     settings.save(paths.root)
     load_project_tokenizer(config, paths)
 
@@ -486,7 +559,7 @@ def _report(
 def _summarize(
     result: PreprocessedCorpus,
     options: PreprocessCorpusOptions,
-    names: dict[str, str | None],
+    tokenizer: Tokenizer,
     passes: Sequence[SplitPasses],
 ) -> None:
     trained = options.tokenizer_model is None and options.vocab_file is None
@@ -499,7 +572,9 @@ def _summarize(
         "documents": f"{result.num_documents}{' (reused)' if result.reused else ''}",
         "tokens": result.num_tokens,
         **loss_rows(result.report),
-        "tokenizer": f"{names['type']}, {vocab}",
+        "tokenizer": f"{tokenizer.name}, {vocab}",
+        "documents end with": _named(tokenizer, result.eod_id),
+        "documents begin with": _named(tokenizer, result.bos_id),
         "samples": ", ".join(split.samples_text for split in passes),
         **{f"repeated in {split.name}": split.warning for split in passes if split.warning},
         "chunks per sample": result.config.chunks_per_sample,
@@ -508,6 +583,10 @@ def _summarize(
         for name, examples in counts.get("such_as", {}).items():
             rows[f"{name.replace('_', ' ')} of {prefix}"] = ", ".join(examples)
     print_summary(STAGE, rows)
+
+
+def _named(tokenizer: Tokenizer, token: int | None) -> str:
+    return "no BOS" if token is None else f"{tokenizer.token_name(token)} (token {token})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

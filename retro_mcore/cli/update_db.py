@@ -244,9 +244,9 @@ def _switch(
     )
 
 
-def _contents(tokenizer: Tokenizer) -> list[str]:
+def _contents(tokenizer: Tokenizer) -> list[Any]:
     files = [file / "tokenizer.json" if file.is_dir() else file for file in tokenizer.files]
-    return [tokenizer.name, *map(checksum, files)]
+    return [tokenizer.name, tokenizer.eod, *map(checksum, files)]
 
 
 def _return(paths: ProjectPaths, config: ProjectConfig) -> None:

@@ -145,8 +145,9 @@ def _build_shard(
     chunk_length: int,
 ) -> None:
     """Chunks of documents [start, end) of one dataset."""
-    lengths = _lengths_without_eod(dataset, shard, tokenizer.eod)
+    first_token, lengths = _texts_of(dataset, shard, tokenizer)
     document, start, end = chunk_bounds(lengths, chunk_length)
+    start, end = start + first_token[document], end + first_token[document]
     counts = np.empty(len(document), np.uint32)
     for first in range(0, len(document), _BATCH):
         last = min(first + _BATCH, len(document))
@@ -165,11 +166,24 @@ def _build_shard(
         ).astype(np.uint64)
 
 
-def _lengths_without_eod(dataset: TokenSource, shard: Shard, eod: int) -> np.ndarray:
-    """Tokens of the shard's sequences, i64, an end-of-document token at their end left out."""
+def _texts_of(
+    dataset: TokenSource, shard: Shard, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the text of each of the shard's sequences begins, and its length, both i64.
+
+    An end-of-document token at its end is no text, nor is BOS where the project's documents begin
+    with it.
+    """
     lengths = dataset.lengths[shard.start : shard.end].astype(np.int64)
-    last = np.maximum(dataset.starts[shard.start : shard.end] + lengths - 1, 0)
-    return lengths - ((lengths > 0) & (dataset.tokens[last] == eod))
+    starts = dataset.starts[shard.start : shard.end]
+    last = np.maximum(starts + lengths - 1, 0)
+    lengths = lengths - ((lengths > 0) & (dataset.tokens[last] == tokenizer.eod))
+    if not tokenizer.adds_bos:
+        return np.zeros_like(lengths), lengths
+    # Of an empty document at the end of the file nothing is there to look at.
+    first = np.minimum(starts, max(len(dataset.tokens) - 1, 0))
+    begun = ((lengths > 0) & (dataset.tokens[first] == tokenizer.bos)).astype(np.int64)
+    return begun, lengths - begun
 
 
 def _count_batch(

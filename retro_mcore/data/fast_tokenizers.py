@@ -48,7 +48,7 @@ class FastTokenizer(Tokenizer):
         self.pad = self._pad(declared, special)
         unknown = _unknown(tokenizer)
         forbidden = {each: text for each, text in special.items() if each != unknown}
-        forbidden |= {each: str(tokenizer.id_to_token(each)) for each in self._ends()}
+        forbidden |= {each: self.token_name(each) for each in self._ends()}
         self._used = 1 + max(set(self._vocabulary.values()) - forbidden.keys() | self._ends())
         pre_tokenizer = _state(tokenizer.pre_tokenizer)
         self._speller = Speller(
@@ -65,6 +65,9 @@ class FastTokenizer(Tokenizer):
     @property
     def used_vocab_size(self) -> int:
         return self._used
+
+    def token_name(self, token: int) -> str:
+        return str(self._tokenizer.id_to_token(token))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # "Fast" leaves out offsets in the text, which nobody reads.

@@ -43,7 +43,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
             Path(model),
             self._id_of,
             self.vocab_size,
-            {each: self._processor.id_to_piece(each) for each in sorted(special)},
+            {each: self.token_name(each) for each in sorted(special)},
             _id_or_none(self._processor.eos_id()),
             _id_or_none(self._processor.bos_id()),
         )
@@ -53,7 +53,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
         special |= self._ends()
         self._used = 1 + max(set(range(self.vocab_size)) - special | self._ends())
         self._speller = Speller(
-            {each: self._processor.id_to_piece(each) for each in special},
+            {each: self.token_name(each) for each in special},
             self._id_of,
             unknown=_id_or_none(self._processor.unk_id()),
         )
@@ -66,6 +66,9 @@ class GPTSentencePieceTokenizer(Tokenizer):
     @property
     def used_vocab_size(self) -> int:
         return self._used
+
+    def token_name(self, token: int) -> str:
+        return str(self._processor.id_to_piece(token))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if self._space and any(SPACE in text for text in texts):

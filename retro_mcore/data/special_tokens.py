@@ -13,6 +13,7 @@ from typing import Any
 
 from retro_mcore.errors import TokenizerError
 from retro_mcore.json_text import JsonError, parse_json
+from retro_mcore.project.markers import fingerprint_of
 
 END_OF_TEXT = "<|endoftext|>"
 #: Files that declare special tokens, the most authoritative first; a project keeps copies of them.
@@ -139,7 +140,16 @@ class DeclaredTokens:
 
     def __bool__(self) -> bool:
         """Whether anything was said."""
-        return bool(self.tokens or self.ids) or self.add_bos is not None
+        said = self.tokens or self.ids or self.special or self.not_special
+        return bool(said) or self.add_bos is not None
+
+    @property
+    def digest(self) -> str:
+        """A digest of what was said, not of where."""
+        tokens = {role: token for role, (_, token) in sorted(self.tokens.items())}
+        ids = {role: [each for _, each in given] for role, given in sorted(self.ids.items())}
+        more = [self.add_bos, sorted(self.special), sorted(self.not_special)]
+        return fingerprint_of([tokens, ids, *more])
 
 
 def choose_eod(choice: SpecialTokenChoice, declared: DeclaredTokens, vocabulary: Vocabulary) -> int:

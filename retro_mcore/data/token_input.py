@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,41 @@ def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
             f"token ({tokenizer.eod})",
             "Make them with --append-eod, or name the tokenizer that they were made with",
         )
+    with_bos, number = count_bos(prefix, tokenizer)
+    if tokenizer.adds_bos and with_bos < number:
+        raise TokenizerError(
+            bin_path(prefix),
+            f"{number - with_bos} of {number} documents do not begin with BOS ({tokenizer.bos}), "
+            "with which those of the project begin",
+            "Make them with BOS, or the project without: --add-bos-token False",
+        )
+
+
+def count_bos(prefix: Path, tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many documents of a pair begin with the tokenizer's BOS, and how many hold any text."""
+    file = TokenFile(prefix)
+    firsts = file.tokens[file.starts[file.lengths > 1]]  # one token is the document's end
+    bos = -1 if tokenizer.bos is None else tokenizer.bos
+    return int(np.count_nonzero(firsts == bos)), len(firsts)
+
+
+def begin_with_bos(prefixes: Sequence[Path], tokenizer: Tokenizer) -> bool:
+    """Whether documents that somebody has tokenized begin with BOS.
+
+    Raises:
+        TokenizerError: some do, others do not.
+    """
+    counts = np.array([count_bos(prefix, tokenizer) for prefix in prefixes])
+    with_bos, number = counts.sum(0).tolist()
+    if with_bos not in (0, number):
+        place = int(np.argmax(counts[:, 0] < counts[:, 1]))
+        raise TokenizerError(
+            bin_path(prefixes[place]),
+            f"{counts[place, 1] - counts[place, 0]} of {counts[place, 1]} documents do not begin "
+            f"with BOS ({tokenizer.bos}), and {with_bos} of all documents given do",
+            "Give tokens that were all made alike",
+        )
+    return with_bos > 0
 
 
 def take_token_input(prefix: Path, target: Path, fingerprint: str) -> None:

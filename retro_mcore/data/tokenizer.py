@@ -9,7 +9,7 @@ Text never becomes a special token: one that a text mentions is written in ordin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,6 +69,10 @@ class Tokenizer(ABC):
         """Number of token ids without the special ones at the end that nothing here writes."""
 
     @abstractmethod
+    def token_name(self, token: int) -> str:
+        """How the vocabulary writes a token, special ones too."""
+
+    @abstractmethod
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, as the library makes them."""
 
@@ -96,6 +100,22 @@ class Tokenizer(ABC):
         if self.bos is not None:
             rows = [row[1:] if row and row[0] == self.bos else row for row in rows]
         return self._decode(rows)
+
+    def count_losses(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> dict[str, int]:
+        """What tokenizing has lost of some texts: characters that their tokens do not give back.
+
+        `preprocess_corpus` adds the numbers up, and shows and records those that are not 0.
+
+        Returns:
+            Number by name: `texts_changed_by_tokenizer`, and characters in `removed_newlines`,
+            `removed_spaces` (other white space), `changed_characters` and `added_characters` (as
+            many as the text has become longer).
+        """
+        counts: Counter[str] = Counter()
+        for text, back in zip(texts, self.detokenize_batch(ids), strict=True):
+            if text != back:
+                counts.update(_differences(text, back))
+        return dict(counts)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text`, none of them special."""
@@ -142,6 +162,21 @@ class Tokenizer(ABC):
     def _ends(self) -> set[int]:
         """EOD and BOS, which no text becomes."""
         return {self.eod} if self.bos is None else {self.eod, self.bos}
+
+
+def _differences(text: str, back: str) -> dict[str, int]:
+    """How a text differs from what its tokens give, by the numbers of its characters."""
+    before, after = Counter(text), Counter(back)
+    lost = before - after
+    newlines = sum(lost[sign] for sign in "\n\r")
+    spaces = sum(count for sign, count in lost.items() if sign.isspace()) - newlines
+    return {
+        "texts_changed_by_tokenizer": 1,
+        "removed_newlines": newlines,
+        "removed_spaces": spaces,
+        "changed_characters": lost.total() - newlines - spaces,
+        "added_characters": max(0, len(back) - len(text)),
+    }
 
 
 def _plain(ids: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -72,8 +72,15 @@ def build_tokenizer(
     return GPTSentencePieceTokenizer(model, choice)
 
 
-def load_project_tokenizer(config: ProjectConfig, paths: ProjectPaths) -> Tokenizer:
+def load_project_tokenizer(
+    config: ProjectConfig, paths: ProjectPaths, choice: SpecialTokenChoice | None = None
+) -> Tokenizer:
     """The tokenizer that the project's tokens were made with.
+
+    Args:
+        config: The project's configuration.
+        paths: The project.
+        choice: Which tokens begin and end its documents; None: as is recorded.
 
     Raises:
         TokenizerError: a file is missing, malformed, or not the one that the project was built
@@ -97,7 +104,7 @@ def load_project_tokenizer(config: ProjectConfig, paths: ProjectPaths) -> Tokeni
         resolve(config.retro_gpt_tokenizer_model),
         resolve(config.retro_gpt_vocab_file),
         resolve(config.retro_gpt_merge_file),
-        recorded_choice(paths),
+        choice or recorded_choice(paths),
     )
 
 

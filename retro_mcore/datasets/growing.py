@@ -14,8 +14,9 @@ from pathlib import Path
 
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.document_ids import ids_path
+from retro_mcore.data.special_tokens import DECLARING_FILES
 from retro_mcore.data.token_file import bin_path, idx_path
-from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.data.tokenizers import load_project_tokenizer, recorded_choice
 from retro_mcore.datasets.tokenizing import CorpusReader, make_dataset
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ProjectError
@@ -52,7 +53,7 @@ def make_grown_project(
             _take_over_inputs(base, grown, config)
     barrier()
     with raise_together():
-        tokenizer = load_project_tokenizer(config, grown)
+        tokenizer = load_project_tokenizer(config, grown, recorded_choice(base))
     for source, prefix in zip(sources, prefixes, strict=True):
         make_dataset(source, grown.data / prefix, tokenizer, reader, fingerprint)
     with raise_together():
@@ -75,6 +76,8 @@ def _take_over_inputs(base: ProjectPaths, grown: ProjectPaths, config: ProjectCo
         config.retro_bert_vocab_file,
     )
     files += [base.root / name for name in names if name is not None]
+    declaring = [base.tokenizer / name for name in DECLARING_FILES]
+    files += [file for file in declaring if file.is_file() and file not in files]
     for file in files:
         _take_over(file, grown.root / base.relative(file))
 

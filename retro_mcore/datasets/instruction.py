@@ -42,6 +42,7 @@ class InstructionFormat:
         chunk_length: M.
         retrieved_length: R.
         loss_on: The last answer, every answer of a chat, or everything.
+        beginning: What every example begins with: the tokenizer's BOS, or nothing.
     """
 
     sequence_length: int
@@ -53,6 +54,7 @@ class InstructionFormat:
     chunk_length: int = 64
     retrieved_length: int = 128
     loss_on: Literal["last-answer", "answers", "everything"] = "last-answer"
+    beginning: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_encoder_passages and self.sequence_length % self.chunk_length:
@@ -130,7 +132,7 @@ def fit_prompt(prompt: Prompt, limit: int, tokenizer: TextEncoder) -> list[int]:
         kept = tokenizer.detokenize(context[:room]) if room > 0 and context else ""
         ids = tokenizer.tokenize(prompt.before + kept + prompt.question)
         if len(ids) <= limit or not kept:
-            return ids[-limit:]
+            return ids[-limit:] if limit > 0 else []
         room = min(room, len(context)) - (len(ids) - limit)
 
 
@@ -140,8 +142,9 @@ def _encode_text(
     if example.turns and how.loss_on == "answers":
         return _encode_every_answer(example, how, tokenizer)
     answer = tokenizer.tokenize(f" {_answer(example)}")
-    limit = how.sequence_length - min(len(answer), how.sequence_length // 2)
-    prompt = _fit_example(example, how, tokenizer, limit)
+    room = how.sequence_length - len(how.beginning)
+    limit = room - min(len(answer), how.sequence_length // 2)
+    prompt = [*how.beginning, *_fit_example(example, how, tokenizer, limit)]
     return _join([(prompt, False), (answer, True)], how.sequence_length, tokenizer.eod)
 
 
@@ -199,10 +202,11 @@ def _chat_parts(
     ]
     first = replace(example, turns=example.turns[: num_system + 1])
     prompt = write_prompt(first, how.prompt_format, how.num_context_passages, how.template_id)
-    limit = how.sequence_length + 1 - sum(len(ids) + learned for ids, learned in replies)
+    room = how.sequence_length + 1 - len(how.beginning)
+    limit = room - sum(len(ids) + learned for ids, learned in replies)
     if len(tokenizer.tokenize(prompt.before + prompt.question)) > limit:
         return None
-    return [(fit_prompt(prompt, limit, tokenizer), False), *replies]
+    return [([*how.beginning, *fit_prompt(prompt, limit, tokenizer)], False), *replies]
 
 
 def _continued(turn: Turn) -> str:

@@ -190,9 +190,10 @@ def _tokenize_part(
                 texts = [document.text for document in batch]
                 rows = tokenizer.tokenize_batch(texts)
                 counts.update(tokenizer.count_losses(texts, rows))
-                flat = [token for row in rows for token in (*row, tokenizer.eod)]
+                begin, end = tokenizer.beginning, tokenizer.eod
+                flat = [token for row in rows for token in (*begin, *row, end)]
                 tokens.write(np.array(flat, np.int32).tobytes())
-                lengths += [len(row) + 1 for row in rows]
+                lengths += [len(begin) + len(row) + 1 for row in rows]
                 ids += [document.source_id.removeprefix(root) for document in batch]
         arrays = {"lengths": np.array(lengths, dtype=np.int64)}
         arrays["ids"], arrays["id_lengths"] = pack_ids(ids)

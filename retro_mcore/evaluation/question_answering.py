@@ -101,8 +101,9 @@ class QuestionAnswerer:
         prompt = write_prompt(
             example, options.prompt_format, options.num_context_passages, options.template_id
         )
-        limit = self._loaded.window - options.max_new_tokens
-        return fit_prompt(prompt, limit, self._loaded.tokenizer)
+        beginning = self._loaded.tokenizer.beginning
+        limit = self._loaded.window - options.max_new_tokens - len(beginning)
+        return [*beginning, *fit_prompt(prompt, limit, self._loaded.tokenizer)]
 
     def answer(self, places: Sequence[int]) -> list[dict[str, Any]]:
         """Predictions of the questions at these (consecutive) places."""

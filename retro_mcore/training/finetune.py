@@ -153,7 +153,7 @@ def _blend(
         [_examples(plan, part) for part in parts],
         [part.weight for part in parts],
         num_samples,
-        plan.how,
+        replace(plan.how, beginning=tuple(tokenizer.beginning)),
         tokenizer,
         plan.command.seed,
         plan.command.pack_samples,
