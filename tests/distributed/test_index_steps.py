@@ -1,11 +1,14 @@
 """Array jobs, torchrun and one process: the same index. Parts on ranks: the same neighbors."""
 
+import io
 import multiprocessing
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
@@ -78,16 +81,43 @@ def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_dis
         build_index(options(project, stage="merge", shard="1/2", **changes))
 
 
+def read_neighbors(files: dict[str, bytes]) -> dict[str, np.ndarray]:
+    """Neighbors and distances, file by file."""
+    read = {}
+    for name in files:
+        if name.endswith(".hdf5"):
+            with h5py.File(io.BytesIO(files[name])) as file:
+                key = "distances" if "distances" in name else "neighbors"
+                read[name] = file[key][:]
+    return read
+
+
 def test_parts_on_ranks_give_the_neighbors_of_one_index(prepared, tmp_path):
+    """The nearest, at the same distances; equally near ones may change places.
+
+    Scanning shorter lists, a processor may round the last bits of unit vectors otherwise.
+    """
     project = tmp_path / "project"
     shutil.copytree(prepared, project)
-    expected = index_and_query(project, {})
+    expected = read_neighbors(index_and_query(project, {}))
     shutil.rmtree(project)
-    neighbors = {name for name in expected if name.endswith(".hdf5")}
     for world in (1, 2):
         shutil.copytree(prepared, project)
-        found = run_ranks(world, index_and_query, project, {"split_index": True})[0]
-        assert {name: found[name] for name in neighbors} == {n: expected[n] for n in neighbors}
+        found = read_neighbors(
+            run_ranks(world, index_and_query, project, {"split_index": True})[0]
+        )
+        assert set(found) == set(expected)
+        for name, rows in found.items():
+            if "distances" in name:
+                np.testing.assert_allclose(rows, expected[name], atol=1e-5)
+            else:
+                folder, _, file = name.rpartition("/")
+                distances = expected[f"{folder}/distances/{file}"]
+                same = rows == expected[name]
+                tied = np.abs(np.diff(distances, axis=1, append=np.nan)) < 2e-5
+                tied[:, 1:] |= tied[:, :-1]
+                tied[:, -1] = True  # its rival may not have been saved
+                assert (same | tied).all()
         paths = ProjectPaths(project)
         assert ProjectSettings.load(project).index_split
         assert not paths.added_index(STRING).exists()

@@ -233,7 +233,8 @@ class IndexBuild:
             merge(empty, parts, added, self.fingerprint)
             index = load_index(added, mapped=True)
         exact = read_exact([exact_path(part) for part in parts])
-        measure = RecallMeasure(index, read_held_out(self.paths.held_out), exact)
+        queries = read_held_out(self.paths.held_out)
+        measure = RecallMeasure(index, queries, exact, self.embeddings)
         lists, graph = num_lists(load_index(empty)), has_graph(load_index(empty))
         recall = tune(measure, lists, graph, self.recall, self.nprobe, self.ef_search)
         report = {

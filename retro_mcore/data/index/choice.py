@@ -13,7 +13,13 @@ import psutil
 
 from retro_mcore.data.index.embeddings import Embeddings
 from retro_mcore.data.index.library import faiss_library, faiss_threads
-from retro_mcore.data.index.recall import DECISIVE, overlap
+from retro_mcore.data.index.recall import (
+    DECISIVE,
+    recall_at,
+    rounding_of,
+    squared_distances,
+    without,
+)
 from retro_mcore.data.index.searching import search, set_search_breadth
 from retro_mcore.data.index.training import make_index
 from retro_mcore.errors import ConfigurationError
@@ -241,11 +247,10 @@ def _recall_among(index: object, vectors: np.ndarray) -> float:
     flat.add(vectors)
     coded.add(vectors)
     k = min(DECISIVE + 1, len(vectors))
-    found, exact = (
-        np.where(ids == queries[:, None], -1, ids)
-        for ids in (search(each, vectors[queries], k)[1] for each in (coded, flat))
-    )
-    return overlap(found, exact)
+    ids = [without(search(each, vectors[queries], k)[1], queries) for each in (coded, flat)]
+    found, exact = (squared_distances(vectors[queries], vectors[each], each) for each in ids)
+    nearest = vectors[ids[1][:, 0]] if k > 1 else vectors[queries]
+    return recall_at(DECISIVE, found, exact, rounding_of(vectors[queries], nearest))
 
 
 def _nothing_fits(

