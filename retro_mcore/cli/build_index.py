@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,11 +31,13 @@ from retro_mcore.data.index import (
     parse_bytes,
 )
 from retro_mcore.data.index.build import IndexBuild, read_recall
+from retro_mcore.data.index.embeddings import count_embedded
 from retro_mcore.data.index.gpu import num_gpus
 from retro_mcore.data.lexical import count_texts, weights_of
 from retro_mcore.data.shards import ShardReport, Share, cut
-from retro_mcore.data.text import chunk_texts
+from retro_mcore.data.text import DocumentEnds, chunk_texts
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
+from retro_mcore.data.vectors import EmbeddingCounts
 from retro_mcore.distributed import (
     barrier,
     broadcast_object,
@@ -164,6 +166,7 @@ class _Run:
         self.options = options
         self.steps = STEPS if options.stage is None else (options.stage,)
         self.share = None if options.shard is None else Share.parse(options.shard)
+        self._max_tokens: int | None = None
         with raise_together():
             self._open()
 
@@ -213,6 +216,12 @@ class _Run:
             options.faiss_gpu and num_gpus() > 0,
             growth.take_over_training if growth else None,
         )
+
+    @property
+    def _document_ends(self) -> DocumentEnds:
+        """Megatron's way, but for a project that was indexed before there were two."""
+        old = self.settings.embedder is not None
+        return self.settings.document_ends if old else "detokenized"
 
     def _embed_options(self) -> dict[str, Any]:
         options = self.options
@@ -272,16 +281,20 @@ class _Run:
             )
         with raise_together():
             embedder = self._embedder(str(device))
-            if get_rank() == 0 and (self.share is None or self.share.index == 0):
-                self._embed_held_out(tokenizer, embedder)
+            self._max_tokens = embedder.max_tokens
         shards = self.index.embedding_shards
-        return embed_database(
+        report = embed_database(
             self.database,
             tokenizer,
             embedder,
             self.share.of(shards) if self.share else shards,
             self.embed_fingerprint,
+            self._document_ends,
         )
+        with raise_together():
+            if get_rank() == 0 and (self.share is None or self.share.index == 0):
+                self._embed_held_out(tokenizer, embedder)
+        return report
 
     def _embedder(self, device: str) -> Embedder:
         return build_embedder(
@@ -304,17 +317,27 @@ class _Run:
             embedder,
             self.paths.held_out,
             self.embed_fingerprint,
+            self._document_ends,
         )
 
     def _finish(self, choice: IndexChoice, recall: Recall) -> None:
         settings = self.settings
+        settings.document_ends = self._document_ends
         settings.embedder = self.options.embedder
         settings.embedder_pooling = self.options.embedder_pooling
         settings.embedding_dimension = self.index.embeddings.dimension
         settings.index_string, settings.index_split = choice.string, self.options.split_index
         settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search
         settings.save(self.paths.root)
-        finish_stage(self.paths, STAGE, self.stage_options, self.inputs)
+        counts = count_embedded(self.index.embedding_shards)
+        report = asdict(counts) if counts.chunks else None
+        finish_stage(self.paths, STAGE, self.stage_options, self.inputs, report)
+
+    def _losses(self) -> dict[str, object]:
+        shards = self.index.embedding_shards
+        return told_losses(
+            count_embedded(self.share.of(shards) if self.share else shards), self._max_tokens
+        )
 
     def _tell(
         self,
@@ -327,6 +350,7 @@ class _Run:
         rows: dict[str, object] = {"embedder": self.options.embedder}
         if embedded is not None:
             rows["embeddings"] = f"{len(self.database)} chunks in files {embedded}"
+            rows |= self._losses()
         if choice is not None:
             rows["index"] = f"{choice.string}: {choice.reason}{' (reused)' if reused else ''}"
         if added is not None:
@@ -338,6 +362,22 @@ class _Run:
             rows["recall against exact search"] = _show_recall(recall, self.options.index_recall)
         title = STAGE if self.options.stage is None else f"{STAGE} --stage {self.options.stage}"
         print_summary(title + (f" --shard {self.options.shard}" if self.share else ""), rows)
+
+
+def told_losses(counts: EmbeddingCounts, max_tokens: int | None = None) -> dict[str, object]:
+    """Rows of a summary: what the embedder could not take as it was."""
+    reads = f"; the embedder reads {max_tokens} tokens" if max_tokens else ""
+    rows: dict[str, object] = {}
+    if counts.chunks_cut:
+        rows["cut by the embedder"] = (
+            f"{counts.told}{reads}. Use an --embedder that reads more, or smaller chunks "
+            "(preprocess_corpus --retro-chunk-length)"
+        )
+    if counts.in_full:
+        rows["beyond half precision"] = f"{counts.in_full} texts, embedded in single precision"
+    if counts.zero:
+        rows["vectors of zeros"] = f"{counts.zero} of {counts.chunks}: nothing to embed in them"
+    return rows
 
 
 def _breadth(recall: Recall) -> str:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from retro_mcore.cli.build_index import told_losses
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import load_project_embedder
 from retro_mcore.data.index.project import ProjectIndex
-from retro_mcore.data.querying import NUM_QUERY, NeighborSearch, query_split
+from retro_mcore.data.querying import (
+    NUM_QUERY,
+    NeighborSearch,
+    QueryCounts,
+    count_queried,
+    query_split,
+)
 from retro_mcore.data.rerank import count_tokens, load_reranker
 from retro_mcore.data.shards import ShardReport, cut
 from retro_mcore.data.token_file import bin_path, idx_path
@@ -77,6 +84,7 @@ class QueriedNeighbors:
 
     reports: dict[Split, ShardReport]
     num_chunks: dict[Split, int]
+    counts: dict[Split, QueryCounts] = field(default_factory=dict)
 
 
 def query_neighbors(options: QueryNeighborsOptions) -> QueriedNeighbors:
@@ -128,6 +136,12 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
             "--ef-search of build_index": settings.ef_search,
             **({"--embed-fp16": True} if options.embed_fp16 else {}),
             **({"--rerank": options.rerank} if options.rerank else {}),
+            # Only where it is not as it always was: older projects go on.
+            **(
+                {"document_ends of build_index": settings.document_ends}
+                if settings.document_ends != "line break"
+                else {}
+            ),
             **{
                 key: getattr(config, key)
                 for key in vars(config)
@@ -163,6 +177,7 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
             num_query,
             options.num_neighbors_save,
             load_reranker(options.rerank, source, database, config.retro_gpt_chunk_length),
+            settings.document_ends,
         )
     result = QueriedNeighbors({}, {})
     directories: dict[str, str | None] = dict.fromkeys(SPLITS)
@@ -175,17 +190,23 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         rows = len(samples) * config.chunks_per_sample
         result.num_chunks[split] = rows
         directories[split] = name
+        shards = cut(paths.query / name, rows, config.retro_block_size)
         result.reports[split] = query_split(
             neighbor_search,
             RenumberedSamples(samples, numbers),
             index,
-            cut(paths.query / name, rows, config.retro_block_size),
+            shards,
             fingerprint,
             f"neighbors of {split}",
         )
+        with raise_together():
+            result.counts[split] = count_queried(shards)
     with raise_together():
         if get_rank() == 0:
-            finish_stage(paths, f"{STAGE}{tag}", stage_options, inputs)
+            counted = {
+                split: asdict(counts) for split, counts in result.counts.items() if counts.chunks
+            }
+            finish_stage(paths, f"{STAGE}{tag}", stage_options, inputs, counted or None)
             if other is None:
                 config.retro_neighbor_dirs = directories
                 settings.num_neighbors_query = num_query
@@ -202,8 +223,24 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
     }
     order = ", in the order of BM25" if options.rerank else ""
     summary["neighbors"] = f"{options.num_neighbors_save} saved of {num_query} searched{order}"
+    for split, counts in result.counts.items():
+        summary |= _told(split, counts, options.num_neighbors_save, embedder.max_tokens)
     print_summary(STAGE, summary)
     return result
+
+
+def _told(
+    split: Split, counts: QueryCounts, num_saved: int, max_tokens: int | None
+) -> dict[str, object]:
+    """Rows of a summary: the chunks of a split that found too little, or could not be read whole."""
+    losses = told_losses(counts, max_tokens)
+    if counts.chunks_short:
+        without = f", {counts.chunks_without} of them without any" if counts.chunks_without else ""
+        losses[f"fewer than {num_saved} neighbors"] = (
+            f"{counts.chunks_short} of {counts.chunks} chunks{without}: the database has no more of other "
+            "documents, or the index found no more (build_index --nprobe, --ef-search)"
+        )
+    return {f"{split}, {name}": told for name, told in losses.items()}
 
 
 def _place(source: ProjectPaths, paths: ProjectPaths) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from retro_mcore.data.vectors import EmbeddingCounts, as_vectors, require_usable, unusable
 from retro_mcore.errors import ConfigurationError, MissingDependencyError
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
@@ -29,10 +30,13 @@ class Embedder(ABC):
     Attributes:
         name: What it was built by, recorded in the project.
         dimension: Length of a vector.
+        max_tokens: Tokens of a text that are read, special ones included, the rest being cut;
+            None: all of them.
     """
 
     name: str
     dimension: int
+    max_tokens: int | None = None
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -40,6 +44,10 @@ class Embedder(ABC):
 
         The same texts in the same order give the same bytes, on the same kind of machine.
         """
+
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
+        """Tokens that each text has, i64 [n], special ones included; None where that is unknown."""
+        return None
 
 
 class SentenceEncoder(Embedder):
@@ -64,10 +72,20 @@ class SentenceEncoder(Embedder):
         self.name, self._batch_size = name_or_path, batch_size
         self._model = _load_sentence_transformer(_resolve(name_or_path), name_or_path, device)
         self.dimension = int(self._model.get_embedding_dimension())
+        self.max_tokens = _limit(getattr(self._model, "max_seq_length", None))
 
     def half(self) -> None:
         """Compute in half precision."""
         self._model.half()
+
+    def full(self) -> None:
+        """Compute in single precision again."""
+        self._model.float()
+
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
+        name = getattr(self._model, "default_prompt_name", None)
+        prompt = self._model.prompts.get(name, "") if name else ""
+        return _count_tokens(self._model.tokenizer, [prompt + text for text in texts])
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         if not len(texts):
@@ -144,12 +162,20 @@ class PooledEncoder(Embedder):
         self._tokenizer, self._model = _load_transformer(_resolve(name_or_path), name_or_path)
         self._model.to(self._device).eval()
         self.dimension = int(self._model.config.hidden_size)
-        limits = (self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
-        self._longest = min(int(limit) for limit in limits)
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        limits = map(_limit, (self._tokenizer.model_max_length, positions))
+        self.max_tokens = min((limit for limit in limits if limit is not None), default=None)
 
     def half(self) -> None:
         """Compute in half precision."""
         self._model.half()
+
+    def full(self) -> None:
+        """Compute in single precision again."""
+        self._model.float()
+
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
+        return _count_tokens(self._tokenizer, texts)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         return embed_by_length(texts, self._batch_size, self.dimension, self._embed_batch)
@@ -157,7 +183,11 @@ class PooledEncoder(Embedder):
     @torch.inference_mode()
     def _embed_batch(self, texts: list[str]) -> np.ndarray:
         batch = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=self._longest, return_tensors="pt"
+            texts,
+            padding=True,
+            truncation=self.max_tokens is not None,
+            max_length=self.max_tokens,
+            return_tensors="pt",
         ).to(self._device)
         hidden = self._model(**batch).last_hidden_state.float()  # [texts, tokens, D]
         return _pool(hidden, batch["attention_mask"], self._pooling).cpu().numpy()
@@ -185,6 +215,56 @@ def embed_by_length(
         rows = order[start : start + batch_size]
         vectors[rows] = embed([texts[row] for row in rows])
     return vectors
+
+
+def _limit(tokens: float | None) -> int | None:
+    """A model's limit of tokens; None where it has none, or gives a huge number for none."""
+    return int(tokens) if tokens is not None and 0 < tokens < 1 << 31 else None
+
+
+def _count_tokens(tokenizer: Any, texts: Sequence[str]) -> np.ndarray | None:
+    """Tokens of each text with special ones, by one of transformers' tokenizers; None by others."""
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return None
+    if not len(texts):
+        return np.empty(0, np.int64)
+    # Not verbose: it would warn of what is counted here.
+    ids = tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+    return np.array([len(row) for row in ids], np.int64)
+
+
+class HalfPrecision(Embedder):
+    """An embedder in half precision; texts whose vectors overflow are embedded in single precision.
+
+    Args:
+        embedder: Has `half()`, and `full()` if it can go back.
+
+    Attributes:
+        in_full: Texts so far that half precision could not hold.
+    """
+
+    def __init__(self, embedder: Any) -> None:
+        embedder.half()
+        self.name, self.dimension = embedder.name, embedder.dimension
+        self.max_tokens = getattr(embedder, "max_tokens", None)
+        self._embedder, self.in_full = embedder, 0
+
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
+        return self._embedder.count_tokens(texts)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = as_vectors(self._embedder.embed(texts), len(texts), self.dimension, self.name)
+        wrong = np.flatnonzero(unusable(vectors))
+        if len(wrong) and hasattr(self._embedder, "full"):
+            self._embedder.full()
+            try:
+                vectors[wrong] = self._embedder.embed([texts[row] for row in wrong])
+            finally:
+                self._embedder.half()
+            self.in_full += len(wrong)
+        return vectors
 
 
 def _pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
@@ -278,9 +358,7 @@ def build_embedder(
             if pooling is None
             else PooledEncoder(name, pooling, batch_size, device)
         )
-    if half:
-        embedder.half()
-    return embedder
+    return HalfPrecision(embedder) if half else embedder
 
 
 def load_project_embedder(
@@ -301,8 +379,48 @@ def load_project_embedder(
     )
 
 
-def embed_unique(embedder: Embedder, texts: Sequence[str]) -> np.ndarray:
-    """`embedder.embed`, each distinct text once, f32 [n, dimension]."""
-    first: dict[str, int] = {}
-    rows = [first.setdefault(text, len(first)) for text in texts]
-    return embedder.embed(list(first))[rows]
+def embed_unique(
+    embedder: Embedder,
+    texts: Sequence[str],
+    counts: EmbeddingCounts | None = None,
+    first: int = 0,
+    what: str = "chunk",
+) -> np.ndarray:
+    """`embedder.embed`, each distinct text once, f32 [n, dimension].
+
+    Args:
+        embedder: Whatever gives vectors.
+        texts: Of consecutive chunks.
+        counts: Is added to.
+        first: Number of the first chunk, for an error.
+        what: What a text is of, for an error.
+
+    Raises:
+        ConfigurationError: the vectors are of another shape, or NaN, infinite or too large.
+    """
+    place: dict[str, int] = {}
+    rows = [place.setdefault(text, len(place)) for text in texts]
+    distinct, half = list(place), getattr(embedder, "in_full", None)
+    name = getattr(embedder, "name", type(embedder).__name__)
+    found = as_vectors(embedder.embed(distinct), len(distinct), embedder.dimension, name)
+    vectors = found[rows]
+    require_usable(vectors, name, half is not None, first, what)
+    if counts is not None:
+        counts.chunks += len(rows)
+        counts.zero += int((~vectors.any(axis=1)).sum())
+        counts.in_full += getattr(embedder, "in_full", 0) - (half or 0)
+        _count_cut(embedder, distinct, rows, counts)
+    return vectors
+
+
+def _count_cut(
+    embedder: Embedder, distinct: list[str], rows: list[int], counts: EmbeddingCounts
+) -> None:
+    """How many of the chunks' tokens the embedder does not read."""
+    limit = getattr(embedder, "max_tokens", None)
+    lengths = embedder.count_tokens(distinct) if limit is not None else None
+    if limit is None or lengths is None:
+        return
+    lengths = lengths[rows]
+    beyond = np.maximum(lengths - limit, 0)
+    counts.add([0, (beyond > 0).sum(), lengths.sum(), beyond.sum()])

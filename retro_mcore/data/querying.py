@@ -14,13 +14,16 @@ from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import Embedder, embed_unique
 from retro_mcore.data.filtering import DocumentFilter, SampleRows, keep_first, rows_of
+from retro_mcore.data.hdf5 import read_counts
 from retro_mcore.data.index.searching import search
 from retro_mcore.data.index.shared import SharedIndex
 from retro_mcore.data.rerank import BM25
 from retro_mcore.data.shards import Shard, ShardReport, missing_shards, run_shards
-from retro_mcore.data.text import chunk_texts
+from retro_mcore.data.text import DocumentEnds, chunk_texts
 from retro_mcore.data.tokenizers import Tokenizer
+from retro_mcore.data.vectors import EmbeddingCounts
 from retro_mcore.distributed import any_rank, get_rank, get_world_size, raise_together
+from retro_mcore.errors import CorruptFileError
 from retro_mcore.project.markers import signed_write
 
 #: Chunks that are embedded, searched and filtered at a time; bounds the memory.
@@ -56,6 +59,7 @@ class NeighborSearch:
         num_query: Candidates searched per chunk; more where too few of them are of other documents.
         num_save: Neighbors saved per chunk, after those of the sample's own documents are dropped.
         rerank: Orders the candidates that are left; None: by distance.
+        document_ends: What the embedder reads for an end of document inside a chunk.
     """
 
     database: ChunkDatabase
@@ -65,6 +69,7 @@ class NeighborSearch:
     num_query: int
     num_save: int
     rerank: BM25 | None = None
+    document_ends: DocumentEnds = "line break"
 
     def __post_init__(self) -> None:
         self.filter = DocumentFilter(self.database)
@@ -86,19 +91,30 @@ class NeighborSearch:
             distances = distances_file.create_dataset(
                 "distances", (rows, self.num_save), np.float32
             )
+            counts = QueryCounts()
             for start in range(shard.start, shard.end, BATCH):
                 end = min(start + BATCH, shard.end)
-                found = yield from self.batch(samples, start, end)
+                found = yield from self.batch(samples, start, end, counts)
                 here = slice(start - shard.start, end - shard.start)
                 neighbors[here], distances[here] = found
+                counts.chunks_short += int((found[0][:, -1] == NO_NEIGHBOR).sum())
+                counts.chunks_without += int((found[0][:, 0] == NO_NEIGHBOR).sum())
+            distances_file["counts"] = counts.to_array()
 
     def batch(
-        self, samples: Samples, start: int, end: int
+        self, samples: Samples, start: int, end: int, counts: EmbeddingCounts | None = None
     ) -> Generator[Request, Found, tuple[np.ndarray, np.ndarray]]:
-        """Neighbors i64 and distances f32 [end - start, num_save] of rows [start, end)."""
+        """Neighbors i64 and distances f32 [end - start, num_save] of rows [start, end).
+
+        Raises:
+            ConfigurationError: the embedder gives vectors that cannot be searched.
+            CorruptFileError: the index gives what is not in the database.
+        """
         chunks, owners = read_chunks(samples, start, end, self.chunk_length)
-        vectors = embed_unique(self.embedder, chunk_texts(self.tokenizer, chunks))
+        texts = chunk_texts(self.tokenizer, chunks, self.document_ends)
+        vectors = embed_unique(self.embedder, texts, counts, start, "query chunk")
         distances, candidates = yield vectors, self.num_query
+        require_found(distances, candidates, self.database)
         neighbors, kept = self.select(chunks, candidates, distances, owners)
         k = self.num_query
         while k < len(self.database):
@@ -110,6 +126,7 @@ class NeighborSearch:
                 break
             k = min(_MORE * k, len(self.database))
             more, wider = yield vectors[short], k
+            require_found(more, wider, self.database)
             neighbors[short], kept[short] = self.select(
                 [chunks[row] for row in short], wider, more, rows_of(owners, short)
             )
@@ -130,6 +147,49 @@ class NeighborSearch:
         candidates, distances = keep_first(candidates, distances, allowed, candidates.shape[1])
         candidates, distances = self.rerank.reorder(chunks, candidates, distances)
         return keep_first(candidates, distances, candidates >= 0, self.num_save)
+
+
+@dataclass
+class QueryCounts(EmbeddingCounts):
+    """What happened to the chunks that neighbors were searched for.
+
+    Attributes:
+        chunks_short: Chunks with fewer neighbors than are saved.
+        chunks_without: Chunks without any.
+    """
+
+    chunks_short: int = 0
+    chunks_without: int = 0
+
+
+def count_queried(shards: Sequence[Shard]) -> QueryCounts:
+    """What happened to all chunks of a split, as far as its files say (older ones do not)."""
+    counts = QueryCounts()
+    for shard in shards:
+        counts.add(read_counts(distances_path(shard)))
+    return counts
+
+
+def require_found(distances: np.ndarray, ids: np.ndarray, database: ChunkDatabase) -> None:
+    """Refuse what an index found that cannot be.
+
+    Args:
+        distances: f32 [n, k].
+        ids: i64 [n, k].
+        database: Whose chunks they should be.
+
+    Raises:
+        CorruptFileError: ids beyond the database, or distances that are NaN.
+    """
+    there = ids != NO_NEIGHBOR
+    if not ((ids[there] >= 0) & (ids[there] < len(database))).all():
+        foreign = ids[there & ((ids < 0) | (ids >= len(database)))][0]
+        found = f"the index holds chunk {foreign}, which the database of {len(database)} has not"
+    elif np.isnan(distances[there]).any():
+        found = "the index gives NaN for distances"
+    else:
+        return
+    raise CorruptFileError(database.path, found, "Build the index of this database anew")
 
 
 #: One shard's searches.

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 
 from retro_mcore.data.tokenizers import Tokenizer
 
+#: What becomes of the ends of documents inside a chunk: line breaks, or whatever the tokenizer
+#: writes for them, which is what Megatron's Retro embeds (nothing, with a SentencePiece model).
+DocumentEnds = Literal["line break", "detokenized"]
 
-def chunk_texts(tokenizer: Tokenizer, chunks: Sequence[np.ndarray]) -> list[str]:
-    """Text of each chunk; ends of documents inside a chunk become line breaks."""
+
+def chunk_texts(
+    tokenizer: Tokenizer,
+    chunks: Sequence[np.ndarray],
+    document_ends: DocumentEnds = "line break",
+) -> list[str]:
+    """Text of each chunk."""
+    if document_ends == "detokenized":
+        return tokenizer.detokenize_batch([chunk.tolist() for chunk in chunks])
     eod = tokenizer.eod
     pieces: list[list[int]] = []
     counts: list[int] = []

@@ -7,6 +7,7 @@ Megatron's own pooling: the mean of the last hidden states of a text's tokens, w
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class MegatronBertEmbedder(Embedder):
         device: str | None = None,
         pooling: Pooling | None = None,
     ) -> None:
-        from tokenizers import BertWordPieceTokenizer
+        from tokenizers import BertWordPieceTokenizer, Tokenizer
 
         self.name, self._batch_size = name, batch_size
         self._pooling: Pooling = pooling or "mean"
@@ -87,12 +88,22 @@ class MegatronBertEmbedder(Embedder):
                 f"{arguments['padded_vocab_size']}",
                 "Put the model's own vocab.txt into the checkpoint's folder",
             )
-        self._tokenizer.enable_truncation(int(arguments["max_position_embeddings"]))
+        # A copy, which cuts nothing and pads nothing.
+        self._counter = Tokenizer.from_str(self._tokenizer.to_str())
+        self.max_tokens = int(arguments["max_position_embeddings"])
+        self._tokenizer.enable_truncation(self.max_tokens)
         self._tokenizer.enable_padding()
 
     def half(self) -> None:
         """Compute in half precision."""
         self._model.half()
+
+    def full(self) -> None:
+        """Compute in single precision again."""
+        self._model.float()
+
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
+        return np.array([len(row) for row in self._counter.encode_batch(list(texts))], np.int64)
 
     def embed(self, texts: Any) -> np.ndarray:
         return embed_by_length(texts, self._batch_size, self.dimension, self._embed_batch)

@@ -18,10 +18,10 @@ import numpy as np
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.document_ids import DocumentNames
-from retro_mcore.data.embedders import Embedder, load_project_embedder
+from retro_mcore.data.embedders import Embedder, embed_unique, load_project_embedder
 from retro_mcore.data.index import search
 from retro_mcore.data.index.project import ProjectIndex
-from retro_mcore.data.querying import NUM_QUERY
+from retro_mcore.data.querying import NUM_QUERY, require_found
 from retro_mcore.data.rerank import load_reranker
 from retro_mcore.data.text import chunk_texts
 from retro_mcore.data.tokenizers import load_project_tokenizer
@@ -130,7 +130,8 @@ class Retriever:
     def search_tokens(self, chunks: Sequence[Sequence[int]]) -> RetrievedNeighbors:
         """The neighbors of N chunks of the project's tokens."""
         arrays = [np.asarray(chunk, np.int64) for chunk in chunks]
-        return self._search(chunk_texts(self.tokenizer, arrays), arrays)
+        texts = chunk_texts(self.tokenizer, arrays, self._settings.document_ends)
+        return self._search(texts, arrays)
 
     def _search(self, texts: Sequence[str], chunks: Sequence[Any]) -> RetrievedNeighbors:
         """Neighbors of texts; `chunks`, their tokens, are what candidates are reordered by."""
@@ -139,7 +140,9 @@ class Retriever:
         if len(texts):
             found = min(self.num_neighbors, len(self.database))
             wanted = max(found, min(self._num_query, len(self.database))) if self._rerank else found
-            near, candidates = search(self.index, self.embedder.embed(texts), wanted)
+            vectors = embed_unique(self.embedder, texts, what="text")
+            near, candidates = search(self.index, vectors, wanted)
+            require_found(near, candidates, self.database)
             if self._rerank:
                 candidates, near = self._rerank.reorder(chunks, candidates, near)
             distances[:, :found], ids[:, :found] = near[:, :found], candidates[:, :found]

@@ -190,6 +190,8 @@ class ProjectSettings:
         embedder: Name or path that the embedder was loaded by.
         embedder_pooling: How its hidden states are pooled; None: as the model itself says.
         embedding_dimension: Its dimension.
+        document_ends: What the embedder reads for an end of document inside a chunk. Projects that
+            were indexed before it was recorded keep the line break of that time.
         index_string: Faiss factory string.
         index_split: Whether the index stays in its parts, for ranks to share.
         nprobe: Lists searched per query; None where the index has no lists.
@@ -211,6 +213,7 @@ class ProjectSettings:
     embedder: str | None = None
     embedder_pooling: Literal["mean", "cls"] | None = None
     embedding_dimension: int | None = None
+    document_ends: Literal["line break", "detokenized"] = "line break"
     index_string: str | None = None
     index_split: bool = False
     nprobe: int | None = None

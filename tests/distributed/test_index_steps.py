@@ -103,9 +103,7 @@ def test_parts_on_ranks_give_the_neighbors_of_one_index(prepared, tmp_path):
     shutil.rmtree(project)
     for world in (1, 2):
         shutil.copytree(prepared, project)
-        found = read_neighbors(
-            run_ranks(world, index_and_query, project, {"split_index": True})[0]
-        )
+        found = read_neighbors(run_ranks(world, index_and_query, project, {"split_index": True})[0])
         assert set(found) == set(expected)
         for name, rows in found.items():
             if "distances" in name:

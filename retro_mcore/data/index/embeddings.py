@@ -12,10 +12,12 @@ import numpy as np
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import Embedder, embed_unique
-from retro_mcore.data.hdf5 import map_dataset
+from retro_mcore.data.hdf5 import map_dataset, read_counts
 from retro_mcore.data.shards import Shard, ShardReport, run_shards
-from retro_mcore.data.text import chunk_texts
+from retro_mcore.data.text import DocumentEnds, chunk_texts
 from retro_mcore.data.tokenizers import Tokenizer
+from retro_mcore.data.vectors import EmbeddingCounts, list_rows, unusable
+from retro_mcore.errors import CorruptFileError
 from retro_mcore.project.markers import FileState, signed_write, state_of
 
 #: Queries that recall is measured with.
@@ -28,16 +30,31 @@ def embed_database(
     embedder: Embedder,
     shards: Sequence[Shard],
     fingerprint: str,
+    document_ends: DocumentEnds = "line break",
 ) -> ShardReport:
-    """Embed every chunk of the database once, on all ranks: f32 [rows, dimension] per file."""
+    """Embed every chunk of the database once, on all ranks: f32 [rows, dimension] per file.
+
+    Raises:
+        ConfigurationError: the embedder gives vectors that cannot be searched.
+    """
 
     def build(shard: Shard, path: Path) -> None:
-        texts = chunk_texts(tokenizer, database.tokens(range(shard.start, shard.end)))
+        counts, ids = EmbeddingCounts(), range(shard.start, shard.end)
+        texts = chunk_texts(tokenizer, database.tokens(ids), document_ends)
         with h5py.File(path, "w") as file:
-            file["data"] = embed_unique(embedder, texts)
+            file["data"] = embed_unique(embedder, texts, counts, shard.start)
+            file["counts"] = counts.to_array()
 
     row_bytes = 4 * embedder.dimension
     return run_shards(shards, build, fingerprint, "embed database", row_bytes)
+
+
+def count_embedded(shards: Sequence[Shard]) -> EmbeddingCounts:
+    """What happened to all chunks, as far as their files say (older ones do not)."""
+    counts = EmbeddingCounts()
+    for shard in shards:
+        counts.add(read_counts(shard.path))
+    return counts
 
 
 class Embeddings:
@@ -45,6 +62,9 @@ class Embeddings:
 
     Args:
         shards: All files, in order.
+
+    Raises:
+        CorruptFileError: a file that is read is damaged, or holds NaN or infinite vectors.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -55,7 +75,15 @@ class Embeddings:
     def _file(self, index: int) -> np.ndarray:
         file = self._files[index]
         if file is None:
-            file = self._files[index] = map_dataset(self.shards[index].path, "data")
+            shard = self.shards[index]
+            rows = map_dataset(shard.path, "data", "f", 2)
+            if len(rows) != shard.end - shard.start:
+                raise CorruptFileError(shard.path, f"holds {len(rows)} vectors", _mend(shard))
+            if index and rows.shape[1] != self.dimension:
+                raise CorruptFileError(
+                    shard.path, f"holds vectors of dimension {rows.shape[1]}", _mend(shard)
+                )
+            file = self._files[index] = rows
         return file
 
     def __len__(self) -> int:
@@ -73,7 +101,19 @@ class Embeddings:
         for file in np.unique(where):
             mine = where == file
             result[mine] = self._file(file)[ids[mine] - self._starts[file]]
+            self._require_usable(file, ids[mine], result[mine])
         return result
+
+    def _require_usable(self, file: int, ids: np.ndarray, vectors: np.ndarray) -> None:
+        """Older versions kept whatever the embedder gave, and other programs may."""
+        wrong = ids[unusable(vectors)]
+        if len(wrong):
+            shard = self.shards[file]
+            raise CorruptFileError(
+                shard.path,
+                f"{len(wrong)} vectors are NaN, infinite or too large, those of {list_rows(wrong)}",
+                _mend(shard),
+            )
 
     def range(self, start: int, end: int) -> np.ndarray:
         """f32 [end - start, dimension] of consecutive rows."""
@@ -82,6 +122,10 @@ class Embeddings:
     def shards_of(self, start: int, end: int) -> list[Shard]:
         """The files that hold rows [start, end)."""
         return [shard for shard in self.shards if shard.start < end and start < shard.end]
+
+
+def _mend(shard: Shard) -> str:
+    return f"Remove {shard.path.name} and run build_index again"
 
 
 @dataclass(frozen=True)
@@ -105,15 +149,21 @@ def embed_held_out(
     embedder: Embedder,
     path: Path,
     fingerprint: str,
+    document_ends: DocumentEnds = "line break",
 ) -> None:
-    """Embed evenly spaced chunks of held-out documents; of the database where they are too few."""
+    """Embed evenly spaced chunks of held-out documents; of the database where they are too few.
+
+    Raises:
+        ConfigurationError: the embedder gives vectors that cannot be searched.
+    """
     if state_of(path, fingerprint) is FileState.COMPLETE:
         return
     outside = _evenly_spaced(len(held_out) if held_out else 0, NUM_HELD_OUT)
     inside = _evenly_spaced(len(database), NUM_HELD_OUT - len(outside))
     chunks = [*(held_out.tokens(outside) if held_out else []), *database.tokens(inside)]
     with signed_write(path, fingerprint) as temporary, h5py.File(temporary, "w") as file:
-        file["data"] = embed_unique(embedder, chunk_texts(tokenizer, chunks))
+        texts = chunk_texts(tokenizer, chunks, document_ends)
+        file["data"] = embed_unique(embedder, texts, what="held-out query")
         file["rows"] = np.concatenate([np.full(len(outside), NO_NEIGHBOR), inside])
 
 
@@ -123,7 +173,10 @@ def read_held_out(path: Path) -> HeldOut:
     Raises:
         CorruptFileError: it is damaged.
     """
-    return HeldOut(np.array(map_dataset(path, "data")), np.array(map_dataset(path, "rows")))
+    vectors, rows = map_dataset(path, "data", "f", 2), map_dataset(path, "rows", "i", 1)
+    if len(vectors) != len(rows) or unusable(vectors).any():
+        raise CorruptFileError(path, "holds no queries", f"Remove {path.name}, then build_index")
+    return HeldOut(np.array(vectors, np.float32), np.array(rows))
 
 
 def _evenly_spaced(total: int, count: int) -> np.ndarray:

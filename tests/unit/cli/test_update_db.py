@@ -272,7 +272,9 @@ def check_held_out_neighbors(project: Path, other: Path) -> None:
     chunks = [DocumentChunks(documents).read(row)[0][:16] for row in range(len(rows))]
     live = Retriever(project, 3, 1).search_tokens(chunks)
     assert len(rows) > 3
-    np.testing.assert_array_equal(rows, live.ids)
+    distances = SavedDistances(saved.directory).rows(0, documents.num_chunks)
+    np.testing.assert_allclose(distances, live.distances, atol=1e-5)  # ids may be tied
+    assert (rows == live.ids).mean() > 0.9
     assert len(ChunkDatabase.open(other)) > rows.max() >= 0
 
 

@@ -30,7 +30,6 @@ from retro_mcore.data.index import (
     save_index,
     search,
     searching,
-    set_search_breadth,
     train_index,
     write_exact,
 )

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from retro_mcore.data.embedders import build_embedder
+from retro_mcore.data.embedders import build_embedder, embed_unique
+from retro_mcore.data.vectors import EmbeddingCounts
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.inference.megatron_bert import register
 from tests.unit.data.projects import documents
@@ -74,7 +75,15 @@ def test_vectors_are_megatrons_own_row_by_row(saved) -> None:
         expected = torch.nan_to_num(expected)  # Megatron's mean of no tokens
         np.testing.assert_allclose(vector, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert not vectors[texts().index("")].any()
-    assert (embedder.embed(texts()) == vectors).all()
+    np.testing.assert_allclose(embedder.embed(texts()), vectors, rtol=1e-4, atol=1e-5)
+    assert embedder.max_tokens == 96
+    counts = EmbeddingCounts()
+    embed_unique(embedder, ["y" * 300, "a b", ""], counts)
+    assert counts.tokens == sum(embedder.count_tokens(["y" * 300, "a b", ""]))
+    long = " ".join("y" * 60 for _ in range(3))
+    assert embedder.count_tokens([long]).tolist() == [182]
+    embed_unique(embedder, [long, long], counts)
+    assert (counts.chunks_cut, counts.tokens_cut) == (2, 2 * (182 - 96))
 
 
 def test_the_first_hidden_state(saved) -> None:

@@ -74,7 +74,9 @@ def test_a_batch_finds_what_its_chunks_find_alone(retriever):
     asked = [CompletedChunk(0, i, chunk.tolist()) for i, chunk in enumerate(chunks)]
     together = retriever.neighbors_of(asked)
     for row, one in enumerate(asked):
-        assert retriever.neighbors_of([one]).ids[0].tolist() == together.ids[row].tolist()
+        # Equally near chunks may change places: a batch of another shape rounds otherwise.
+        alone = retriever.neighbors_of([one]).distances[0]
+        np.testing.assert_allclose(alone, together.distances[row], atol=1e-4)
 
 
 def test_more_neighbors_than_chunks_are_masked():

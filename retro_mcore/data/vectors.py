@@ -1,0 +1,124 @@
+"""Vectors that can be searched: of the right shape, finite, and small enough for their distances.
+
+A NaN or infinite vector is near nothing, so its chunk would find no neighbors and be found by none,
+without an error anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+
+from retro_mcore.errors import ConfigurationError
+
+#: Squared lengths from here on may overflow a squared distance in single precision.
+_LONGEST = float(np.finfo(np.float32).max) / 8
+#: Ids that an error tells.
+_TOLD = 5
+
+
+@dataclass
+class EmbeddingCounts:
+    """What happened to chunks when they were embedded.
+
+    Attributes:
+        chunks: Chunks counted; 0 where another version embedded them and counted nothing.
+        chunks_cut: Chunks longer than the embedder reads.
+        tokens: Tokens of all chunks, as the embedder's tokenizer counts them.
+        tokens_cut: Tokens that it did not read.
+        in_full: Texts whose half-precision vectors overflowed, embedded in single precision.
+        zero: Chunks with a vector of zeros, which is equally far from all of one length.
+    """
+
+    chunks: int = 0
+    chunks_cut: int = 0
+    tokens: int = 0
+    tokens_cut: int = 0
+    in_full: int = 0
+    zero: int = 0
+
+    def add(self, others: Sequence[int] | np.ndarray) -> None:
+        """Add counts in the order of the fields, as `to_array` gives them."""
+        for field, value in zip(fields(self), others, strict=False):
+            setattr(self, field.name, getattr(self, field.name) + int(value))
+
+    def to_array(self) -> np.ndarray:
+        """i64, in the order of the fields."""
+        return np.array(astuple(self), np.int64)
+
+    @property
+    def told(self) -> str:
+        """For a summary; empty where nothing was cut."""
+        if not self.chunks_cut:
+            return ""
+        return (
+            f"{self.chunks_cut} of {self.chunks} chunks ({self.chunks_cut / self.chunks:.1%}), "
+            f"{self.tokens_cut / self.tokens:.1%} of their tokens"
+        )
+
+
+def unusable(vectors: np.ndarray) -> np.ndarray:
+    """Which vectors f32 [n, dimension] are NaN, infinite or too long for a distance, bool [n]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.einsum("nd,nd->n", vectors, vectors)
+    return ~(lengths < _LONGEST)
+
+
+def as_vectors(vectors: object, count: int, dimension: int, embedder: str) -> np.ndarray:
+    """What an embedder gave, as f32 [count, dimension].
+
+    Raises:
+        ConfigurationError: it is no matrix of real numbers of that shape.
+    """
+    try:
+        found = np.asarray(vectors)
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths, a CUDA tensor
+        raise _no_vectors(embedder, str(error).splitlines()[0], count, dimension) from error
+    if found.dtype.kind not in "fiu" or found.shape != (count, dimension):
+        what = f"{found.dtype} of shape {list(found.shape)}"
+        raise _no_vectors(embedder, what, count, dimension)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(found, np.float32)
+
+
+def _no_vectors(embedder: str, found: str, count: int, dimension: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"--embedder {embedder}",
+        f"gives {found} for {count} texts",
+        f"It must give real numbers of shape [{count}, {dimension}]",
+    )
+
+
+def require_usable(
+    vectors: np.ndarray, embedder: str, half: bool, first: int = 0, what: str = "chunk"
+) -> None:
+    """Refuse vectors that cannot be searched.
+
+    Args:
+        vectors: f32 [n, dimension].
+        embedder: What gave them.
+        half: Whether it computes in half precision.
+        first: Number of the first row.
+        what: What a row is of.
+
+    Raises:
+        ConfigurationError: with how many there are, and the first of them.
+    """
+    wrong = np.flatnonzero(unusable(vectors))
+    if not len(wrong):
+        return
+    way = "Leave --embed-fp16 out" if half else "Use another --embedder, or repair its weights"
+    raise ConfigurationError(
+        f"--embedder {embedder}",
+        f"{len(wrong)} of {len(vectors)} vectors are NaN, infinite or too large, "
+        f"those of {list_rows(wrong + first, what)}",
+        way,
+    )
+
+
+def list_rows(rows: np.ndarray, what: str = "chunk") -> str:
+    """The first few of some rows, for an error: "chunks 3, 17, 20 ..."."""
+    numbers = ", ".join(map(str, rows[:_TOLD].tolist()))
+    return f"{what}{'s' if len(rows) > 1 else ''} {numbers}{' ...' if len(rows) > _TOLD else ''}"
