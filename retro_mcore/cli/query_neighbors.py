@@ -232,13 +232,13 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
 def _told(
     split: Split, counts: QueryCounts, num_saved: int, max_tokens: int | None
 ) -> dict[str, object]:
-    """Rows of a summary: the chunks of a split that found too little, or could not be read whole."""
+    """Rows of a summary: chunks of a split that found too little, or were not read whole."""
     losses = told_losses(counts, max_tokens)
     if counts.chunks_short:
         without = f", {counts.chunks_without} of them without any" if counts.chunks_without else ""
         losses[f"fewer than {num_saved} neighbors"] = (
-            f"{counts.chunks_short} of {counts.chunks} chunks{without}: the database has no more of other "
-            "documents, or the index found no more (build_index --nprobe, --ef-search)"
+            f"{counts.chunks_short} of {counts.chunks} chunks{without}: the database has no more of "
+            "other documents, or the index found no more (build_index --nprobe, --ef-search)"
         )
     return {f"{split}, {name}": told for name, told in losses.items()}
 
