@@ -237,8 +237,8 @@ def _told(
     if counts.chunks_short:
         without = f", {counts.chunks_without} of them without any" if counts.chunks_without else ""
         losses[f"fewer than {num_saved} neighbors"] = (
-            f"{counts.chunks_short} of {counts.chunks} chunks{without}: the database has no more of "
-            "other documents, or the index found no more (build_index --nprobe, --ef-search)"
+            f"{counts.chunks_short} of {counts.chunks} chunks{without}: the database has none "
+            "left of other documents, or the index found none (build_index --nprobe, --ef-search)"
         )
     return {f"{split}, {name}": told for name, told in losses.items()}
 
