@@ -12,6 +12,7 @@ from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.neighbors import SavedNeighbors
 from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.datasets.neighbor_check import check_neighbors, open_neighbors
 from retro_mcore.datasets.neighbor_noise import NeighborNoise
 from retro_mcore.datasets.samples import GPTSamples, build_all_gpt_samples
 from retro_mcore.distributed import raise_together
@@ -128,12 +129,19 @@ def build_retro_datasets(
         ProjectError: a stage has not run; names the command.
         CorruptFileError: a file is damaged.
         ConfigurationError: more neighbors are asked for than were saved.
+        ProjectError: neighbors were searched for other samples.
     """
     paths = ProjectPaths(project_dir)
     with raise_together():
         config = ProjectConfig.load(paths.root)
         database = ChunkDatabase.open(paths.root)
         tokenizer = load_project_tokenizer(config, paths)
+        # Before samples are built, which takes time: how many there are is a setting, too.
+        neighbors = {
+            split: open_neighbors(paths, config, split)
+            for split in SPLITS
+            if config.neighbor_dir(split) is not None
+        }
     all_samples = build_all_gpt_samples(config, paths, tokenizer)
     datasets: dict[Split, RetroDataset | None] = dict.fromkeys(SPLITS)
     with raise_together():
@@ -141,16 +149,16 @@ def build_retro_datasets(
             samples = all_samples[split]
             if samples is None:
                 continue
-            directory = config.neighbor_dir(split)
-            if directory is None:
+            if split not in neighbors:
                 raise ProjectError(
                     paths.config,
                     f"names no neighbors of the {split} samples",
                     f"Run query_neighbors --project-dir {paths.root} first",
                 )
+            check_neighbors(paths, config, samples, neighbors[split], database)
             datasets[split] = RetroDataset(
                 samples,
-                SavedNeighbors(paths.query / directory),
+                neighbors[split],
                 database,
                 num_neighbors,
                 num_retrieved_chunks,

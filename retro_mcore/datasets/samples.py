@@ -7,24 +7,29 @@ the neighbor directories are the same.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from retro_mcore.data.querying import Samples
-from retro_mcore.data.token_file import bin_path, open_token_files
+from retro_mcore.data.token_file import bin_path, idx_path, open_token_files
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
+from retro_mcore.datasets.index_cache import IndexCache
 from retro_mcore.datasets.splits import document_ranges, parse_split
-from retro_mcore.distributed import initialize, raise_together
+from retro_mcore.distributed import broadcast_object, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import SPLITS, ProjectConfig, Split
-from retro_mcore.project.markers import digest_of
+from retro_mcore.project.markers import checksum, digest_of
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.space import show_bytes
 
 
 @dataclass
@@ -66,6 +71,28 @@ class GPTSamples:
     def description_hash(self) -> str:
         """The md5 in the name of the neighbor directory."""
         return str(self.blended.unique_description_hash)
+
+    @property
+    def description(self) -> str:
+        """What is hashed: Megatron's description of the blend, JSON."""
+        return str(self.blended.unique_description)
+
+    def order_digest(self, count: int) -> str:
+        """A digest of which samples the first `count` are, and in which order.
+
+        Of their places in the tokens, at up to 65,536 of them: whatever reorders samples moves
+        nearly all of them.
+        """
+        rows = np.unique(np.linspace(0, max(count - 1, 0), 65_536).astype(np.int64))[:count]
+        of_dataset = np.asarray(self.blended.dataset_index)[rows]
+        in_dataset = np.asarray(self.blended.dataset_sample_index)[rows]
+        places = np.zeros((len(rows), 3), np.int64)
+        for number, dataset in enumerate(self.blended.datasets):
+            mine = of_dataset == number
+            starts = dataset.sample_index[dataset.shuffle_index[in_dataset[mine]]]
+            documents = dataset.document_index[starts[:, 0]]
+            places[mine] = np.stack([np.full(len(starts), number), documents, starts[:, 1]], axis=1)
+        return hashlib.sha256(places.tobytes()).hexdigest()[:32]
 
 
 @dataclass
@@ -122,7 +149,7 @@ def build_gpt_samples(
 ) -> GPTSamples | None:
     """The samples of one split; None if the split has no documents or no samples.
 
-    All ranks must call it: rank 0 writes Megatron's sample indexes to data/cache.
+    All ranks must call it: rank 0 writes the sample indexes to data/cache, if it can.
 
     Args:
         config: The project's configuration.
@@ -140,12 +167,17 @@ def build_all_gpt_samples(
 
     Raises:
         ConfigurationError: a split of more than 0 percent has no documents.
+        ConfigurationError: the indexes of so many samples do not fit this machine's memory.
         TokenizerError: the tokenizer is not the project's.
     """
     initialize()
     with raise_together():
         tokenizer = tokenizer or load_project_tokenizer(config, paths)
         _check_splits(config, paths)
+        _check_memory(config)
+    with raise_together():
+        digests = _index_digests(config, paths) if get_rank() == 0 else {}
+    cache = IndexCache(paths.data_cache, cast(dict[str, str], broadcast_object(digests)))
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
@@ -159,7 +191,7 @@ def build_all_gpt_samples(
         blend=([str(paths.data / prefix) for prefix in prefixes], weights),
         split=config.retro_gpt_split,
         split_preprocessing=config.retro_gpt_split,
-        path_to_cache=str(paths.data_cache),
+        index_cache=cache,
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -168,30 +200,43 @@ def build_all_gpt_samples(
     )
     sizes = [config.num_samples(split) for split in SPLITS]
     builder = BlendedMegatronDatasetBuilder(MultiSplitGPTDataset, sizes, lambda: True, data_config)
-    with _without_blending_advice():
+    with _without_advice():
         datasets = builder.build()
+    for note in cache.notes:
+        print(f"note: {note}", file=sys.stderr)
     return {
         split: GPTSamples(split, dataset, size) if dataset is not None and size else None
         for split, dataset, size in zip(SPLITS, datasets, sizes, strict=True)
     }
 
 
-@contextmanager
-def _without_blending_advice() -> Iterator[None]:
-    """Keep megatron from warning of a blend of one dataset, which is how Retro names its samples.
+def _index_digests(config: ProjectConfig, paths: ProjectPaths) -> dict[str, str]:
+    prefixes = [paths.data / prefix for prefix in config.blend[1]]
+    # Of the bytes, not of the marker: files of as many documents are of one size.
+    return {str(prefix): checksum(idx_path(prefix)) for prefix in prefixes}
 
-    The neighbor directories' hashes are those of a blended dataset, of one corpus too.
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep megatron from warning of what is meant so.
+
+    A blend may be of one dataset: the neighbor directories' hashes are those of a blended dataset,
+    of one corpus too. And the indexes are kept by `IndexCache`.
     """
+    unwanted = ("Building a BlendedDataset", "Cannot save the", "Unable to save")
 
     def is_wanted(record: logging.LogRecord) -> bool:
-        return "Building a BlendedDataset" not in record.getMessage()
+        return not record.getMessage().startswith(unwanted)
 
-    logger = logging.getLogger("megatron.core.datasets.blended_dataset")
-    logger.addFilter(is_wanted)
+    names = ("blended_dataset", "gpt_dataset")
+    loggers = [logging.getLogger(f"megatron.core.datasets.{name}") for name in names]
+    for logger in loggers:
+        logger.addFilter(is_wanted)
     try:
         yield
     finally:
-        logger.removeFilter(is_wanted)
+        for logger in loggers:
+            logger.removeFilter(is_wanted)
 
 
 def remove_truncated_cache(paths: ProjectPaths) -> list[Path]:
@@ -213,6 +258,27 @@ def _is_whole(path: Path) -> bool:
         return False
     # Zeros after the header of a sparse file would pass, but megatron writes from front to back.
     return path.stat().st_size == array.offset + array.nbytes
+
+
+#: Bytes of all indexes, per sample: where it starts (8), its place in the order (8), its dataset
+#: (2) and its number there (8).
+_BYTES_PER_SAMPLE = 26
+
+
+def _check_memory(config: ProjectConfig) -> None:
+    # Megatron builds the indexes in memory; a number of samples that was mistyped would fill it.
+    sizes = {split: config.num_samples(split) for split in SPLITS}
+    needed = _BYTES_PER_SAMPLE * sum(sizes.values())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        told = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+        raise ConfigurationError(
+            "retro_gpt_train_samples",
+            f"{config.retro_gpt_train_samples:,}, that is {told} samples, whose indexes alone take "
+            f"{show_bytes(needed)}; this machine has {show_bytes(memory)} of memory",
+            "Give fewer samples (the validation samples follow from retro_gpt_eval_interval and "
+            "retro_gpt_eval_iters)",
+        )
 
 
 def _check_splits(config: ProjectConfig, paths: ProjectPaths) -> None:

@@ -1,5 +1,6 @@
 """Samples as upstream's, and the tokens retrieved for them."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -212,3 +213,70 @@ def test_megatron_does_not_warn_of_one_dataset(caplog):
     assert "BlendedDataset" not in caplog.text
     logger = logging.getLogger("megatron.core.datasets.blended_dataset")
     assert not logger.filters
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: bytes(len(data))])
+def test_damaged_sample_indexes_are_built_again(project, samples, tmp_path, capsys, damage):
+    """A disk that lost a block: zeros there would be samples, of the first document alone."""
+    copy = ProjectPaths(shutil.copytree(project.root, tmp_path / "project"))
+    files = sorted(copy.data_cache.glob("*.npy"))
+    assert len(files) == 9
+    kept = {file: file.read_bytes() for file in files}
+    for file in files:
+        file.write_bytes(damage(kept[file]))
+    again = build_all_gpt_samples(ProjectConfig.load(copy.root), copy)
+    assert "damaged sample indexes" in capsys.readouterr().err
+    assert again["train"].tokens(3).tolist() == samples["train"].tokens(3).tolist()
+    assert {file: file.read_bytes() for file in files} == kept
+
+
+def test_sample_indexes_that_cannot_be_kept_are_held_in_memory(project, samples, tmp_path, capsys):
+    """A project on a disk that only an administrator writes to."""
+    copy = ProjectPaths(shutil.copytree(project.root, tmp_path / "project"))
+    shutil.rmtree(copy.data_cache)
+    copy.data_cache.write_text("no directory can be made here")
+    again = build_all_gpt_samples(ProjectConfig.load(copy.root), copy)
+    assert capsys.readouterr().err.count("not kept in") == 1
+    for split, part in samples.items():
+        for index in range(len(part)):
+            assert again[split].tokens(index).tolist() == part.tokens(index).tolist()
+
+
+def test_a_project_at_another_path_reads_the_sample_indexes_it_has(project, tmp_path):
+    copy = shutil.copytree(project.root, tmp_path / "project")
+    (tmp_path / "link").symlink_to(copy)
+    files = {path.name for path in (copy / "data" / "cache").iterdir()}
+    for path in (copy, tmp_path / "link", tmp_path / "link" / ".." / "project"):
+        build_all_gpt_samples(ProjectConfig.load(path), ProjectPaths(path))
+    assert {path.name for path in (copy / "data" / "cache").iterdir()} == files
+
+
+def test_other_tokens_of_the_same_name_do_not_take_over_the_sample_indexes(project, tmp_path):
+    paths = ProjectPaths(shutil.copytree(project.root, tmp_path / "project"))
+    prefix = paths.data / "corpus_text_document"
+    documents = [np.full(40 + i, i) for i in range(20)]
+    write_indexed_dataset(
+        prefix.with_suffix(".bin"), prefix.with_suffix(".idx"), documents, np.uint16
+    )
+    samples = build_all_gpt_samples(ProjectConfig.load(paths.root), paths)["train"]
+    for index in range(len(samples)):
+        tokens, _, numbers = samples.read(index)
+        assert set(tokens.tolist()) <= set(numbers.tolist())
+
+
+def test_an_order_is_told_from_another(project, samples):
+    other = build_all_gpt_samples(
+        dataclasses.replace(ProjectConfig.load(project.root), retro_gpt_train_samples=80), project
+    )
+    train = samples["train"]
+    assert train.order_digest(8) == train.order_digest(8) != train.order_digest(7)
+    prefixes_agree = all(
+        train.tokens(index).tolist() == other["train"].tokens(index).tolist() for index in range(8)
+    )
+    assert (train.order_digest(8) == other["train"].order_digest(8)) == prefixes_agree
+
+
+def test_more_samples_than_memory_holds_are_refused_at_once(project):
+    config = dataclasses.replace(ProjectConfig.load(project.root), retro_gpt_train_samples=10**12)
+    with pytest.raises(ConfigurationError, match=r"retro_gpt_train_samples: .* TiB"):
+        build_all_gpt_samples(config, project)

@@ -1,0 +1,80 @@
+"""Sample indexes kept in a project's data/cache, so that they are built once.
+
+They are named after what they are made from (the lengths of the documents and the settings), not
+after where the project lies: a project that was moved, copied or linked to finds its own, and one
+whose tokens were exchanged does not take the old ones. Each file has a completion marker. Where
+they cannot be kept, they are held in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retro_mcore.distributed import get_rank
+from retro_mcore.errors import ProjectError
+from retro_mcore.project.markers import FileState, marker_path, signed_write, state_of
+
+Arrays = tuple[np.ndarray, ...]
+
+
+class IndexCache:
+    """Arrays on disk, by name. Rank 0 writes them, and the others read them after it.
+
+    Args:
+        directory: Where they are kept; need not exist.
+        digests: Path of a dataset, without suffix, to a digest of its .idx.
+
+    Attributes:
+        notes: What there is to say of it: damaged files, or a directory that cannot be written.
+    """
+
+    def __init__(self, directory: Path, digests: dict[str, str]) -> None:
+        self._directory, self.digests = directory, digests
+        self.notes: list[str] = []
+
+    def arrays(self, name: str, parts: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
+        """The arrays of `name`: memory-mapped if they are kept, or could be; else in memory.
+
+        Args:
+            name: Of everything that they depend on.
+            parts: A name for each.
+            build: Makes them.
+        """
+        paths = [self._directory / f"{name}-{part}.npy" for part in parts]
+        if self._all_whole(paths):
+            return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+        built = build()
+        if get_rank() != 0:
+            return built
+        try:
+            for path, array in zip(paths, built, strict=True):
+                with signed_write(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, array, allow_pickle=False)
+        except (OSError, ProjectError) as error:  # read-only, or the disk is full
+            reason = getattr(error, "strerror", None) or getattr(error, "found", error)
+            self._note(
+                f"sample indexes are not kept in {self._directory} ({reason}), but in memory"
+            )
+            return built
+        return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+
+    def _all_whole(self, paths: Sequence[Path]) -> bool:
+        # What rank 0 finds damaged it writes again before the others look, if it can.
+        thoroughly = get_rank() == 0 or not os.access(self._directory, os.W_OK)
+        states = [state_of(path) if thoroughly else _quick_state_of(path) for path in paths]
+        if FileState.DAMAGED in states and get_rank() == 0:
+            self._note(f"damaged sample indexes in {self._directory} are built again")
+        return all(state is FileState.COMPLETE for state in states)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def _quick_state_of(path: Path) -> FileState:
+    both = path.is_file() and marker_path(path).is_file()
+    return FileState.COMPLETE if both else FileState.MISSING

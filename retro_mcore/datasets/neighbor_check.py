@@ -1,0 +1,226 @@
+"""Whether saved neighbors are those of the samples: searched for the same settings and tokens.
+
+Row i of the neighbors belongs to chunk i of the samples, in their order. Another seed, split, blend
+or corpus orders other samples, whose number may be the same. What the neighbors were searched for
+is known from the record of query_neighbors, or from the description that Megatron keeps with its
+sample indexes; where there is neither (another writer's directory, moved without its cache), from
+the name of the directory, and from the rule that no sample's neighbor is of its own documents.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.neighbors import SavedNeighbors
+from retro_mcore.data.token_file import bin_path, idx_path
+from retro_mcore.datasets.neighbor_noise import from_documents
+from retro_mcore.datasets.samples import GPTSamples
+from retro_mcore.datasets.splits import parse_split
+from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, raise_problems
+from retro_mcore.project.config import ProjectConfig, Split, read_json_object
+from retro_mcore.project.markers import checksum, digest_of, marker_path
+from retro_mcore.project.paths import ProjectPaths
+
+#: `train_<md5>`, and behind it the digest of another database.
+_NAME = re.compile(r"(?:train|valid|test)_(?P<hash>[0-9a-f]{32})(?P<tag>_[0-9a-f]{8})?")
+
+#: Samples whose documents are compared with those of their neighbors.
+_SAMPLES_TO_COMPARE = 256
+
+# The settings that decide which samples there are and in which order, and those that decide how
+# many.
+_ORDER = (
+    "retro_gpt_seed",
+    "retro_gpt_split",
+    "retro_gpt_data_path",
+    "retro_gpt_seq_length",
+    "retro_gpt_chunk_length",
+)
+_NUMBER = (
+    "retro_gpt_train_samples",
+    "retro_gpt_global_batch_size",
+    "retro_gpt_eval_interval",
+    "retro_gpt_eval_iters",
+)
+
+
+def open_neighbors(paths: ProjectPaths, config: ProjectConfig, split: Split) -> SavedNeighbors:
+    """The neighbors that config.json names for a split, if they are those of its settings.
+
+    Args:
+        paths: The project.
+        config: Its configuration.
+        split: One with neighbors.
+
+    Raises:
+        ProjectError: naming the setting or file of the samples that was another one.
+        SeveralErrors: more than one was.
+        CorruptFileError: neighbors of some samples are missing.
+    """
+    neighbors = SavedNeighbors(paths.query / str(config.neighbor_dir(split)))
+    record = _record(paths, neighbors)
+    if record is not None:
+        raise_problems(list(_differences_from_record(paths, config, split, record)))
+    needed = config.num_samples(split) * config.chunks_per_sample
+    if len(neighbors) != needed:
+        raise CorruptFileError(
+            neighbors.directory,
+            f"holds neighbors of {len(neighbors)} chunks, the samples have {needed}",
+            "Run query_neighbors again",
+        )
+    return neighbors
+
+
+def check_neighbors(
+    paths: ProjectPaths,
+    config: ProjectConfig,
+    samples: GPTSamples,
+    neighbors: SavedNeighbors,
+    database: ChunkDatabase,
+) -> None:
+    """Refuse another writer's neighbors that were searched for other samples.
+
+    Args:
+        paths: The project.
+        config: Its configuration, by which the samples were built.
+        samples: A split's samples.
+        neighbors: From `open_neighbors`.
+        database: Where they were found.
+
+    Raises:
+        ProjectError: naming what differs.
+        SeveralErrors: more than one does.
+    """
+    name = _NAME.fullmatch(neighbors.directory.name)
+    if _record(paths, neighbors) is not None:
+        return
+    if name is None or name["hash"] == samples.description_hash:
+        return
+    description = _description(paths, name["hash"])
+    if description is not None:
+        raise_problems(list(_differences_from_description(paths, samples, description)))
+    elif config.retro_database is None:
+        _check_own_documents(paths, samples, neighbors, database)
+
+
+def _record(paths: ProjectPaths, neighbors: SavedNeighbors) -> dict[str, Any] | None:
+    """What our search was run with, if it was ours."""
+    name = _NAME.fullmatch(neighbors.directory.name)
+    record = paths.stage_record(f"query_neighbors{(name and name['tag']) or ''}")
+    return read_json_object(record) if record.is_file() else None
+
+
+def _differences_from_record(
+    paths: ProjectPaths, config: ProjectConfig, split: Split, record: Mapping[str, Any]
+) -> Iterator[RetroError]:
+    options, inputs = (_mapping(record.get(name)) for name in ("options", "inputs"))
+    for key in _ORDER:
+        if key in options and _meaning(key, options[key]) != _meaning(key, getattr(config, key)):
+            yield _other_samples(paths.config, f"{key} is {getattr(config, key)}", options[key])
+    then = replace(config, **{key: options[key] for key in _NUMBER if key in options})
+    if then.num_samples(split) != config.num_samples(split):
+        yield _other_samples(
+            paths.config,
+            f"{', '.join(_NUMBER)} ask for {config.num_samples(split)} {split} samples",
+            f"{then.num_samples(split)}",
+        )
+    for prefix in config.blend[1]:
+        files = [path(paths.data / prefix) for path in (bin_path, idx_path)]
+        changed = [file for file in files if _is_another(file, inputs.get(paths.relative(file)))]
+        if changed:
+            yield _other_samples(changed[0], "holds other tokens", "those that it held then")
+
+
+def _is_another(file: Path, searched: object) -> bool:
+    if searched is None or not file.is_file():
+        return False
+    if file.suffix == ".idx":
+        return checksum(file) != searched
+    # Tokens are not read for this, and another writer leaves no checksums of them.
+    return marker_path(file).exists() and digest_of(file) != searched
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _differences_from_description(
+    paths: ProjectPaths, samples: GPTSamples, then: Mapping[str, Any]
+) -> Iterator[RetroError]:
+    mine, theirs = _outline(json.loads(samples.description)), _outline(then)
+    for key in mine:
+        if mine[key] != theirs[key]:
+            yield _other_samples(paths.config, f"{key} is {mine[key]}", theirs[key])
+
+
+def _outline(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What the samples follow from, without where the project lay and how things are written."""
+    datasets = [_mapping(dataset) for dataset in description.get("datasets", ())]
+    keys = ("num_samples", "random_seed", "sequence_length", "split_matrix")
+    return {
+        "dataset": [Path(str(dataset.get("dataset_path"))).name for dataset in datasets],
+        "weights": description.get("weights"),
+        **{key: [dataset.get(key) for dataset in datasets] for key in keys},
+    }
+
+
+def _other_samples(subject: Path, now: str, then: object) -> ProjectError:
+    return ProjectError(
+        subject,
+        f"{now}, but the neighbors are those of other samples: they were searched with {then}",
+        "Put back what was changed, or build a project of its own for it",
+    )
+
+
+def _meaning(key: str, value: Any) -> object:
+    """A setting's value, however it is written."""
+    try:
+        if key == "retro_gpt_split":
+            return parse_split(str(value))
+        if key == "retro_gpt_data_path":
+            entries = [str(entry) for entry in value]
+            pairs = entries if len(entries) > 1 else ["1", *entries]
+            weights = np.array([float(weight) for weight in pairs[::2]])
+            return [*np.round(weights / weights.sum(), 12)], pairs[1::2]
+    except (RetroError, TypeError, ValueError):
+        return value
+    return value
+
+
+def _description(paths: ProjectPaths, digest: str) -> dict[str, Any] | None:
+    """What Megatron wrote of the samples whose hash is `digest`, if it is still there."""
+    for file in sorted(paths.data.rglob(f"{digest}-BlendedDataset-*description.txt")):
+        try:
+            description = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(description, dict):
+            return description
+    return None
+
+
+def _check_own_documents(
+    paths: ProjectPaths, samples: GPTSamples, neighbors: SavedNeighbors, database: ChunkDatabase
+) -> None:
+    per_sample = len(neighbors) // max(len(samples), 1)
+    count = min(len(samples), _SAMPLES_TO_COMPARE)
+    for index in np.linspace(0, len(samples) - 1, count).astype(int).tolist():
+        _, dataset, documents = samples.read(index)
+        ids = np.asarray(neighbors.rows(index * per_sample, (index + 1) * per_sample), np.int64)
+        ids = ids[(ids != NO_NEIGHBOR) & (ids < len(database))]
+        if from_documents(database, ids, dataset, documents).any():
+            raise ProjectError(
+                neighbors.directory,
+                f"sample {index} has neighbors of its own documents here, which no search gives: "
+                "they were searched for other samples",
+                f"Put {paths.config.name} and the tokens back as they were for the search",
+            )

@@ -1,0 +1,116 @@
+"""Neighbors that were searched for other samples are refused, and moved projects are not.
+
+Whoever edits config.json after query_neighbors (a seed, a split, the blend) trained on, each sample
+with another sample's neighbors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.datasets.retro_dataset import build_retro_datasets
+from retro_mcore.datasets.samples import build_all_gpt_samples
+from retro_mcore.errors import ProjectError, RetroError
+from retro_mcore.project import ProjectConfig, ProjectPaths
+from tests.unit.data.projects import documents, preprocess_options, write_corpus
+
+
+@pytest.fixture(scope="module")
+def blended(tmp_path_factory):
+    """A project of two datasets of one size, so that everything but the samples stays alike."""
+    folder = tmp_path_factory.mktemp("blended")
+    texts = documents(24, 300)
+    for name, part in (("a", texts[::2]), ("b", texts[1::2])):
+        write_corpus(folder / f"{name}.jsonl", part)
+    project = folder / "project"
+    options = preprocess_options(
+        project,
+        folder / "a.jsonl",
+        input=[str(folder / f"{name}.jsonl") for name in "ab"],
+        input_weights=[0.5, 0.5],
+        train_samples=16,
+    )
+    preprocess_corpus(options)
+    build_db(BuildDbOptions(str(project)))
+    build_index(BuildIndexOptions(str(project), embedder="lexical"))
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+    return project
+
+
+def changed(project, tmp_path, **changes):
+    copy = shutil.copytree(project, tmp_path / "copy")
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**values, **changes}))
+    return copy
+
+
+CHANGES = {
+    "seed": {"retro_gpt_seed": 4321},
+    "split": {"retro_gpt_split": "50,30,20"},
+    "weights": {"retro_gpt_data_path": ["0.2", "a_text_document", "0.8", "b_text_document"]},
+    "order": {"retro_gpt_data_path": ["0.5", "b_text_document", "0.5", "a_text_document"]},
+    "samples": {"retro_gpt_train_samples": 10**12},
+}
+
+
+def without_records(project):
+    """As upstream leaves a project: no records and no markers."""
+    shutil.rmtree(project / "stages")
+    for marker in project.rglob("*.done"):
+        marker.unlink()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_neighbors_of_other_samples_are_refused(blended, tmp_path, change, recorded):
+    project = changed(blended, tmp_path, **CHANGES[change])
+    if not recorded:
+        without_records(project)
+    with pytest.raises(RetroError, match=next(iter(CHANGES[change])) if recorded else "neighbors"):
+        build_retro_datasets(project)
+
+
+def test_exchanged_tokens_are_refused(blended, tmp_path):
+    project = changed(blended, tmp_path)
+    data = project / "data"
+    for suffix in (".bin", ".idx", ".bin.done", ".idx.done"):
+        shutil.copy(data / f"a_text_document{suffix}", data / f"b_text_document{suffix}")
+    with pytest.raises(ProjectError, match=r"b_text_document\.bin: holds other tokens"):
+        build_retro_datasets(project)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_settings_that_are_written_otherwise_and_a_moved_project_are_taken(
+    blended, tmp_path, recorded
+):
+    path = ["1", "a_text_document", "1.0", "b_text_document"]
+    settings = {"retro_gpt_data_path": path, "retro_gpt_split": "60.0, 20,20"}
+    project = changed(blended, tmp_path, **settings)
+    if not recorded:
+        without_records(project)
+    assert build_retro_datasets(project)["train"] is not None
+
+
+def test_megatrons_own_description_tells_which_samples_were_searched_for(blended, tmp_path):
+    """Upstream's directory, moved, with the description that megatron left with the old path."""
+    project = changed(blended, tmp_path)
+    without_records(project)
+    paths = ProjectPaths(blended)
+    samples = build_all_gpt_samples(ProjectConfig.load(blended), paths)
+    folder = project / "data" / "cache"
+    folder.mkdir(exist_ok=True)
+    for split, part in samples.items():
+        name = f"{part.description_hash}-BlendedDataset-{split}-description.txt"
+        (folder / name).write_text(part.description)
+    assert build_retro_datasets(project)["train"] is not None
+    values = json.loads((project / "config.json").read_text())
+    (project / "config.json").write_text(json.dumps({**values, "retro_gpt_seed": 77}))
+    with pytest.raises(RetroError, match="random_seed is"):
+        build_retro_datasets(project)
