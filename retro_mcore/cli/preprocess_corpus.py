@@ -193,8 +193,7 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
             *(paths.root / name if (name := names[key]) else None for key in _FILES),
             choice=choice,
         )
-        if choice.add_bos is None:
-            _follow_given_tokens(tokenizer, sources)
+        _follow_given_tokens(tokenizer, sources, options.add_bos_token, choice)
     made = []
     reader = CorpusReader(options.json_keys, options.id_key, cleaner)
     for source, prefix in zip(sources, prefixes, strict=True):
@@ -236,11 +235,21 @@ def _choice(options: PreprocessCorpusOptions, paths: ProjectPaths) -> SpecialTok
     return SpecialTokenChoice(options.eod_token, options.bos_token, options.add_bos_token)
 
 
-def _follow_given_tokens(tokenizer: Tokenizer, sources: Sequence[Path]) -> None:
+def _follow_given_tokens(
+    tokenizer: Tokenizer, sources: Sequence[Path], asked: bool | None, choice: SpecialTokenChoice
+) -> None:
     """Tokens that somebody has made decide whether the documents of the project have BOS."""
     given = [prefix for source in sources if (prefix := find_token_input(source)) is not None]
-    if given:
-        tokenizer.adds_bos = begin_with_bos(given, tokenizer)
+    if not given or (choice.add_bos is not None and asked is not False):
+        return
+    begun = begin_with_bos(given, tokenizer)
+    if begun and asked is False:
+        raise TokenizerError(
+            bin_path(given[0]),
+            f"documents begin with BOS ({tokenizer.bos}), and no document is to",
+            "Leave --add-bos-token out, or make the tokens without",
+        )
+    tokenizer.adds_bos = begun
 
 
 def _check_options(options: PreprocessCorpusOptions) -> None:

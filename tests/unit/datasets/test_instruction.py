@@ -202,3 +202,16 @@ def test_examples_without_answers_are_refused_at_once(tokenizer):
         InstructionDataset([[example]], [1.0], 1, InstructionFormat(64), tokenizer)
     with pytest.raises(CorpusError, match="no examples"):
         InstructionDataset([[]], [1.0], 1, InstructionFormat(64), tokenizer)
+
+
+@pytest.mark.parametrize("loss_on", ["last-answer", "answers"])
+@pytest.mark.parametrize("length", [48, 160, 400])
+def test_examples_begin_with_bos_whatever_is_cut(tokenizer, loss_on, length):
+    """Tuned models are asked with BOS where the project's documents begin with it."""
+    for example in (qa(), CHAT):
+        how = InstructionFormat(length, loss_on=loss_on, beginning=(7,))
+        encoded = encode_example(example, how, tokenizer)
+        assert encoded.tokens[0] == 7
+        assert not encoded.trained[0]
+        assert len(encoded.tokens) <= length + 1
+        assert encoded.tokens[-1] == tokenizer.eod or length == 48
