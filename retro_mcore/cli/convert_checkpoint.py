@@ -60,12 +60,14 @@ class Conversion:
         path: The checkpoint that was written.
         num_parameters: Of the whole model.
         flags: What the checkpoint says of its model.
+        notes: What its owner may want to know of it.
     """
 
     source: str
     path: Path
     num_parameters: int
     flags: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
@@ -82,7 +84,10 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
 
     _check(options)
     checkpoint = open_checkpoint(options.load)
-    flags = {**checkpoint.flags, **_given_flags(options)}
+    given = _given_flags(options)
+    flags = {**checkpoint.flags, **given}
+    if options.target == "retro-mcore" and "seq_length" not in given:
+        flags |= _within_window(flags)
     arguments = _model_arguments(flags, options.load)
     # Sizes stay worked out for Megatron's arguments, which have no defaults.
     flags |= {name: value for name, value in arguments.items() if value is not None}
@@ -98,7 +103,7 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
         Path(options.save), options.target, args, flags, checkpoint.weights, size, int(iteration)
     )
     number = sum(weight.numel for weight in checkpoint.weights.values())
-    result = Conversion(checkpoint.source, path, number, flags)
+    result = Conversion(checkpoint.source, path, number, flags, tuple(checkpoint.notes))
     _summarize(options, result)
     return result
 
@@ -127,6 +132,12 @@ def _given_flags(options: ConvertCheckpointOptions) -> dict[str, Any]:
         if getattr(options, name) is not None:
             flags[name] = getattr(options, name)
     return flags
+
+
+def _within_window(flags: dict[str, Any]) -> dict[str, Any]:
+    """The longest texts of a model with a sliding window: those that fit it."""
+    window, length = flags.get("sliding_window"), flags.get("seq_length")
+    return {"seq_length": window} if window and length and length > window else {}
 
 
 def _project_flags(directory: str) -> dict[str, Any]:
@@ -236,6 +247,10 @@ def _summarize(options: ConvertCheckpointOptions, result: Conversion) -> None:
     }
     if not flags["no_retrieval"]:
         rows["computes as"] = flags.get("retro_origin") or "the paper"
+    if flags.get("sliding_window") is not None:
+        rows["sliding window"] = f"{flags['sliding_window']} tokens; longer texts are refused"
+    for number, note in enumerate(result.notes, start=1):
+        rows[f"note {number}"] = note
     print_summary("convert_checkpoint", {**rows, "written": result.path})
 
 

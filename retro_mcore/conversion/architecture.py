@@ -8,118 +8,119 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from retro_mcore.conversion.model_fields import DECODER_FLAGS, MODEL_FIELDS, OURS_ALONE, Flags
 from retro_mcore.conversion.weights import Weights
 from retro_mcore.errors import CheckpointError
 
-Flags = dict[str, Any]
+__all__ = ["DECODER_FLAGS", "MODEL_FIELDS", "OURS_ALONE", "Flags"]
 
-# Attributes of Megatron's arguments that are called the same here.
+
+# Attributes of Megatron's arguments that are called the same here: the model's, and three of
+# training.
 _SAME = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "ffn_hidden_size",
-    "kv_channels",
-    "normalization",
-    "norm_epsilon",
-    "apply_layernorm_1p",
-    "swiglu",
-    "openai_gelu",
-    "squared_relu",
-    "position_embedding_type",
-    "rotary_percent",
-    "rotary_base",
-    "rotary_interleaved",
-    "rotary_seq_len_interpolation_factor",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "max_position_embeddings",
-    "untie_embeddings_and_output_weights",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "hidden_dropout",
-    "attention_dropout",
-    "init_method_std",
-    "make_vocab_size_divisible_by",
-    "retro_num_neighbors",
-    "retro_num_retrieved_chunks",
-    "retro_encoder_num_layers",
-    "retro_encoder_hidden_dropout",
-    "retro_encoder_attention_dropout",
-    "retro_chunk_length",
-    "seq_length",
-    "vocab_size",
-    "padded_vocab_size",
-    "tokenizer_type",
-    "retro_attention_gate",
+    *(name for name, field in MODEL_FIELDS.items() if field.megatron is not None),
     "seed",
     "bf16",
     "fp16",
 )
 _RENAMED = {
     "layernorm_epsilon": "norm_epsilon",
-    "retro_encoder_layers": "retro_encoder_num_layers",
-    "retro_gpt_chunk_length": "retro_chunk_length",
+    **{
+        field.megatron: name
+        for name, field in MODEL_FIELDS.items()
+        if field.megatron not in (None, name)
+    },
 }
-#: Flags that must agree when a model takes a checkpoint's decoder.
-DECODER_FLAGS = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "normalization",
-    "norm_epsilon",
-    "apply_layernorm_1p",
-    "swiglu",
-    "openai_gelu",
-    "squared_relu",
-    "position_embedding_type",
-    "rotary_percent",
-    "rotary_base",
-    "rotary_interleaved",
-    "rotary_seq_len_interpolation_factor",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "max_position_embeddings",
-    "untie_embeddings_and_output_weights",
-    "disable_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "retro_deepnorm",
-    "retro_mup_base_hidden_size",
-)
-#: What changes a model's numbers, and only ours have.
-OURS_ALONE: Flags = {"retro_deepnorm": False, "retro_mup_base_hidden_size": None}
+# These mean the opposite, or are of another form.
+for _name in ("add_bias_linear", "retro_add_retriever", "window_size"):
+    del _RENAMED[_name]
+# Megatron's arguments that change what a model computes and that ours lacks, with the values with
+# which they do not.
+_LACKED: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("learned_absolute", "rope"),
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "num_experts": (),
+    "num_moe_experts": (),
+    "multi_latent_attention": (),
+    "mtp_num_layers": (0,),
+    "apply_residual_connection_post_layernorm": (),
+    "softmax_scale": (),
+    "softmax_type": ("vanilla",),
+    "window_attn_skip_freq": (),
+    "no_rope_freq": (),
+    "attention_output_gate": (),
+    "quick_geglu": (),
+    "swiglu_limit": (),
+    "activation_func_clamp_value": (),
+    "glu_linear_offset": (0.0,),
+    "experimental_attention_variant": (),
+    "linear_attention_freq": (),
+    "heterogeneous_layers_config_path": (),
+    "heterogeneous_layers_config_encoded_json": (),
+    "hybrid_override_pattern": (),
+    "hybrid_layer_pattern": (),
+    "is_hybrid_model": (),
+    "use_mup": (),
+    "mrope_section": (),
+}
 _ROTARY = tuple(name for name in DECODER_FLAGS if name.startswith(("rotary_", "rope_", "use_rope")))
 _LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.")
 
 
-def flags_of_arguments(args: Namespace) -> Flags:
-    """Flags from the arguments that Megatron (or we) saved in a checkpoint."""
+def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Flags:
+    """Flags from the arguments that Megatron (or we) saved in a checkpoint.
+
+    Args:
+        args: As they were saved.
+        source: The checkpoint, for the error.
+
+    Raises:
+        CheckpointError: they say that the model computes something that ours does not.
+    """
     values = vars(args)
     if is_ours(args):
-        heads = {
-            "num_query_groups": values.get("num_query_groups") or values["num_attention_heads"]
-        }
-        return {**{name: value for name, value in values.items() if value is not None}, **heads}
-    flags: Flags = {_RENAMED.get(name, name): value for name, value in values.items()}
-    flags = {name: flags[name] for name in _SAME if flags.get(name) is not None}
+        flags = {name: value for name, value in values.items() if value is not None}
+        heads = values.get("num_query_groups") or values.get("num_attention_heads")
+        return {**flags, "num_query_groups": heads} if heads else flags
+    _refuse_lacked(values, source)
+    flags = {_RENAMED.get(name, name): value for name, value in values.items()}
+    flags = {name: flags[name] for name in (*_SAME, *OURS_ALONE) if flags.get(name) is not None}
     if values.get("use_rotary_position_embeddings"):  # the flag before --position-embedding-type
         flags["position_embedding_type"] = "rope"
     if "num_attention_heads" in flags:
-        grouped = "no_retrieval" in values or values.get(
-            "group_query_attention"
-        )  # ours, Megatron's
-        groups = values.get("num_query_groups") if grouped else None
+        groups = values.get("num_query_groups") if values.get("group_query_attention") else None
         flags["num_query_groups"] = groups or flags["num_attention_heads"]
     if "add_bias_linear" in values:
         flags["disable_bias_linear"] = not values["add_bias_linear"]
     # Megatron's fused GELU, which it takes unless told otherwise, is the approximation.
     if values.get("bias_gelu_fusion") and not values.get("swiglu"):
         flags["openai_gelu"] = True
-    return flags
+    return {**flags, **_window_flags(values, source)}
+
+
+def _window_flags(values: Mapping[str, Any], source: object) -> Flags:
+    """Megatron's window counts the tokens before a position, ours the position too."""
+    window = values.get("window_size")
+    if window is None:
+        return {}
+    plain = isinstance(window, (tuple, list)) and len(window) == 2
+    if not plain or not all(isinstance(size, int) for size in window):
+        raise CheckpointError(source, f"has window_size {window!r}", "Expected (tokens, 0)")
+    return {"sliding_window": None if window[0] < 0 else window[0] + 1}
+
+
+def _refuse_lacked(values: Mapping[str, Any], source: object) -> None:
+    found = [
+        f"{name} {values[name]!r}"
+        for name, neutral in _LACKED.items()
+        if values.get(name) not in (None, False, *neutral)
+    ]
+    if found:
+        raise CheckpointError(
+            source,
+            f"is of a model that computes otherwise than ours: {', '.join(found)}",
+            "Only dense GPT and Retro models convert",
+        )
 
 
 def is_ours(args: Namespace) -> bool:

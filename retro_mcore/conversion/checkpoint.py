@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,7 @@ class Checkpoint:
         flags: What is known of its model, by the names of our flags.
         weights: By our names, as an unsharded model with local layers has them.
         common: Arguments and counters, as they were saved.
+        notes: What its owner may want to know of it.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Checkpoint:
     flags: Flags
     weights: dict[str, Weight]
     common: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def has_retrieval(self) -> bool:
@@ -70,15 +72,15 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             plain data.
     """
     path = latest_directory(Path(directory))
-    if is_huggingface(path):
-        flags, weights = read_huggingface(path)
-        flags = {**OURS_ALONE, **flags_of_weights(weights), **flags}
-        return Checkpoint(path, "huggingface", flags, weights)
     if is_torch_dist(path):
         common, weights = read_torch_dist(path)
         older = False
     elif is_torch_format(path):
         common, weights, older = read_torch_format(path)
+    elif is_huggingface(path):
+        flags, weights, notes = read_huggingface(path)
+        flags = {**OURS_ALONE, **flags_of_weights(weights), **flags}
+        return Checkpoint(path, "huggingface", flags, weights, notes=notes)
     else:
         raise CheckpointError(
             directory,
@@ -88,12 +90,16 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         )
     args = common.get("args") or Namespace()
     ours = is_ours(args)
+    # Our model, whoever trained it: Megatron-LM does, with our providers.
+    our_model = not older and any(name.startswith("neighbor_encoder.") for name in weights)
     if not older:
         weights = _our_names(weights)
-    flags = {**OURS_ALONE, **flags_of_arguments(args), **flags_of_weights(weights)}
+    of_arguments = flags_of_arguments(args, path)
+    flags = {**OURS_ALONE, "sliding_window": None, **of_arguments, **flags_of_weights(weights)}
     source: Source = "retro-mcore" if ours else "instructretro" if older else "megatron"
     if not ours and not flags["no_retrieval"]:
-        flags["retro_origin"] = _origin(source, weights)
+        theirs = _origin(source, weights)
+        flags["retro_origin"] = getattr(args, "retro_origin", None) if our_model else theirs
     return Checkpoint(path, source, flags, weights, common)
 
 

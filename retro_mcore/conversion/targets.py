@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from retro_mcore.conversion.architecture import OURS_ALONE, Flags
 from retro_mcore.conversion.checkpoint import TRACKER
+from retro_mcore.conversion.model_fields import MODEL_FIELDS, Flags
 from retro_mcore.conversion.names import fused_name, to_legacy_name, to_upstream_name
 from retro_mcore.conversion.torch_dist import write_torch_dist
 from retro_mcore.conversion.torch_format import write_torch_format
@@ -40,13 +40,14 @@ def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
     """
     if target == "retro-mcore":
         return
-    for name, default in OURS_ALONE.items():
-        if flags.get(name, default) != default:
-            raise ConfigurationError(
-                f"--target {target}",
-                f"cannot say {name} {flags[name]}, without which the model computes something else",
-                "Keep it in retro-mcore's format",
-            )
+    lacked = [f"{name} {flags[name]}" for name in _lacked(target, flags)]
+    if lacked:
+        raise ConfigurationError(
+            f"--target {target}",
+            f"cannot say {', '.join(lacked)}, without which the model computes something else",
+            "Keep it in retro-mcore's format",
+        )
+    _check_window(target, flags)
     if flags["no_retrieval"]:
         return
     if flags.get("retro_decoder_layers") is not None and not forced:
@@ -64,6 +65,32 @@ def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
             f"{origin or 'the paper describes'}",
             "Choose another target; or, to write the weights all the same, give --retro-origin "
             + _ORIGINS[target][0],
+        )
+
+
+def _lacked(target: Target, flags: Flags) -> Iterator[str]:
+    """Options that change what the model computes, and that the target's code does not have."""
+    for name, field in MODEL_FIELDS.items():
+        value = flags.get(name, field.default)
+        used = field.decoder or not flags["no_retrieval"]
+        if used and field.is_neutral is not None and not field.is_neutral(value, flags):
+            yield name
+        # (A window is refused by itself.)
+        lacks = target == "instructretro" and not field.instructretro and name != "sliding_window"
+        if lacks and value is not None and value != field.default:
+            yield name
+
+
+def _check_window(target: Target, flags: Flags) -> None:
+    """Megatron keeps a window, and attends to all tokens unless it is given by hand again."""
+    window = flags.get("sliding_window")
+    if window is not None and flags["seq_length"] > window:
+        raise ConfigurationError(
+            f"--target {target}",
+            f"computes full attention, and this model attends to the last {window} tokens of "
+            f"{flags['seq_length']}",
+            "Keep it in retro-mcore's format; or, for texts that fit, convert it with the "
+            f"--project-dir of shorter samples, or with seq_length: {window} in --model-config",
         )
 
 
@@ -157,8 +184,12 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
     groups = flags.get("num_query_groups") or heads
     rotary = flags["position_embedding_type"] == "rope"
     rows = padded_vocabulary(flags, tensor_parallel_size)
+    window = flags.get("sliding_window")
+    # Theirs, and what is no option of the model (of training, of the checkpoint).
     values: dict[str, Any] = {
-        name: value for name, value in flags.items() if name not in _NOT_MEGATRONS
+        name: value
+        for name, value in flags.items()
+        if name not in MODEL_FIELDS or MODEL_FIELDS[name].megatron == name
     }
     values |= {
         "group_query_attention": groups != heads,
@@ -175,10 +206,9 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
         "pipeline_model_parallel_size": 1,
         "data_parallel_random_init": False,
         "retro_add_retriever": not flags["no_retrieval"],
+        "window_size": None if window is None else (window - 1, 0),
     }
     if not flags["no_retrieval"]:
-        values["retro_encoder_layers"] = flags["retro_encoder_num_layers"]
+        for name in ("retro_encoder_num_layers", "retro_chunk_length"):
+            values |= {name: flags[name], str(MODEL_FIELDS[name].megatron): flags[name]}
     return Namespace(**values)
-
-
-_NOT_MEGATRONS = ("no_retrieval", "disable_bias_linear", "tokenizer_fingerprint", "retro_origin")

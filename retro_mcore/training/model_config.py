@@ -227,12 +227,21 @@ def _pipeline_fields(parallel: ParallelOptions, dtype: torch.dtype) -> dict[str,
 
 
 def number_of_positions(arguments: ModelArguments) -> int:
-    """Learned positions, enough for a sample and for a neighbor's text.
+    """Positions, enough for a sample and, where they are learned, for a neighbor's text.
+
+    Texts of that length are the longest that the model reads: within a window that it was trained
+    with.
 
     Raises:
-        ConfigurationError: --max-position-embeddings is less.
+        ConfigurationError: --max-position-embeddings or --sliding-window is less.
     """
-    needed = arguments.seq_length
+    needed, window = arguments.seq_length, arguments.sliding_window
+    if window is not None and window < needed:
+        raise ConfigurationError(
+            f"--sliding-window {window}",
+            f"the model attends to the last {window} tokens only, and texts have {needed}",
+            "Build the project with samples that fit (--seq-length)",
+        )
     if not arguments.no_retrieval:
         retrieved = arguments.retro_num_retrieved_chunks * arguments.retro_chunk_length
         needed = max(needed, retrieved)
@@ -241,6 +250,7 @@ def number_of_positions(arguments: ModelArguments) -> int:
         raise ConfigurationError(
             "--max-position-embeddings",
             f"{positions}, for texts of {needed} tokens",
-            "Raise it, or leave it out",
+            "Raise it, or leave it out; a GPT with fewer positions needs a project with shorter "
+            "samples",
         )
-    return positions
+    return positions if window is None else min(positions, window)

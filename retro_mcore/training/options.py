@@ -85,6 +85,10 @@ class ModelOptions:
     """Biases on queries, keys and values although the other linear layers have none (Qwen2)."""
     qk_layernorm: bool = False
     """Norms on the heads of queries and keys in self-attention (Qwen3)."""
+    sliding_window: int | None = None
+    """Tokens that the decoder's positions attend to, themselves among them, as a model was trained
+    that comes with --load-gpt. It is not computed here: texts must fit it, where it changes
+    nothing; longer ones are refused."""
     hidden_dropout: float = 0.1
     """Dropout of hidden states in the decoder."""
     attention_dropout: float = 0.1
@@ -269,6 +273,7 @@ _POSITIVE = (
     "ffn_hidden_size",
     "kv_channels",
     "max_position_embeddings",
+    "sliding_window",
     "make_vocab_size_divisible_by",
     "retro_num_neighbors",
     "retro_num_retrieved_chunks",
