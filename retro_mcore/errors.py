@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 #: Exit code of a command that stops on one of these errors.
 EXIT_CODE = 2
@@ -92,3 +92,19 @@ def raise_problems(problems: Sequence[RetroError]) -> None:
         raise problems[0]
     if problems:
         raise SeveralErrors(problems)
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Run every check, whatever the others find, and raise all that they find together.
+
+    Raises:
+        RetroError: the only problem.
+        SeveralErrors: more than one.
+    """
+    problems: list[RetroError] = []
+    for check in checks:
+        try:
+            check()
+        except RetroError as error:
+            problems += getattr(error, "problems", (error,))
+    raise_problems(problems)

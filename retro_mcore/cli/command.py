@@ -7,8 +7,10 @@ import os
 import select
 import signal
 import sys
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -44,8 +46,8 @@ def parse_options(options_type: type[Options], argv: Sequence[str] | None = None
         path = Path(arguments[where + 1])
         del arguments[where : where + 2]
         arguments = [*_flags_of_file(options_type, path, arguments), *arguments]
-    if "use_checkpoint_args" in _names(arguments):
-        arguments = [*_flags_of_checkpoint(options_type, arguments), *arguments]
+    arguments = [*_flags_of_checkpoint(options_type, arguments), *arguments]
+    arguments = _with_whole_numbers(options_type, arguments)
     redundant = _redundant_switches(options_type)
     arguments = [argument for argument in arguments if argument not in redundant]
     arguments = _spell_out_switches(options_type, arguments)
@@ -91,11 +93,7 @@ def _spell_out_switches(options_type: type, arguments: Sequence[str]) -> list[st
 
 def _flags_of_file(options_type: type, path: Path, given: Sequence[str]) -> list[str]:
     """The YAML file's options as flags, but for those that are given."""
-    if not path.is_file():
-        raise ConfigurationError(f"--config {path}", "no such file", "Name a YAML file")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"--config {path}", "not a mapping", "Write `option: value` lines")
+    values = read_yaml("--config", path)
     fields = [field.name for field in dataclasses.fields(options_type)]
     for key in values:
         if key not in fields:
@@ -105,15 +103,102 @@ def _flags_of_file(options_type: type, path: Path, given: Sequence[str]) -> list
     return _flags(options_type, values, given)
 
 
-def _flags_of_checkpoint(options_type: type, given: Sequence[str]) -> list[str]:
-    """The options of the model in --load as flags, but for those that are given."""
-    from retro_mcore.training.checkpoint_args import model_options_of_checkpoint
+def read_yaml(flag: str, path: Path) -> dict[str, object]:
+    """The options in a YAML file.
 
-    step = _value_of("ckpt_step", given)
-    values = model_options_of_checkpoint(
-        _value_of("load", given), None if step is None else int(step)
-    )
-    return _flags(options_type, values, given)
+    Args:
+        flag: That named the file, for the error.
+        path: The file.
+
+    Raises:
+        ConfigurationError: it is missing, not YAML, or holds no mapping.
+    """
+    if not path.is_file():
+        raise ConfigurationError(f"{flag} {path}", "no such file", "Name a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{flag} {path}", f"not YAML ({reason})", "Mend it") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigurationError(
+            f"{flag} {path}", "not a mapping of options", "Write `option: value` lines"
+        )
+    return values
+
+
+def _flags_of_checkpoint(options_type: type, given: Sequence[str]) -> list[str]:
+    """The options of the model in --load or --load-gpt as flags, but for those that are given."""
+    names = _names(given)
+    options: dict[str, object] = {
+        name: _value_of(name, given) for name in ("load", "load_gpt", "ckpt_step")
+    }
+    options |= {name: name in names for name in ("use_checkpoint_args", "dry_run")}
+    step = options["ckpt_step"]
+    if isinstance(step, str):
+        options["ckpt_step"] = int(step) if step.isdigit() else None  # tyro refuses it
+    return _flags(options_type, model_options(options_type, options), given)
+
+
+def model_options(options_type: type, options: Mapping[str, object]) -> dict[str, object]:
+    """What a checkpoint says of the model to be trained: that of --use-checkpoint-args, or of
+    --load-gpt; empty where neither is given.
+
+    Args:
+        options_type: The command's.
+        options: Those that are given, by name.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ConfigurationError: --use-checkpoint-args without --load.
+    """
+    known = {field.name for field in dataclasses.fields(options_type)}
+    load, load_gpt, step = (options.get(name) for name in ("load", "load_gpt", "ckpt_step"))
+    of_load = bool(options.get("use_checkpoint_args"))
+    if not of_load and not (load_gpt and known.issuperset(("load_gpt", "num_layers"))):
+        return {}
+    from retro_mcore.training import checkpoint_args  # only now: it takes a while
+
+    if of_load:
+        return checkpoint_args.model_options_of_checkpoint(load, step)  # type: ignore[arg-type]
+    if options.get("dry_run") and not Path(str(load_gpt)).exists():
+        return {}  # a run may be planned before its GPT is there
+    return checkpoint_args.model_options_of_gpt(str(load_gpt), load, step)  # type: ignore[arg-type]
+
+
+def _with_whole_numbers(options_type: type, arguments: Sequence[str]) -> list[str]:
+    """The arguments with whole numbers written as such, where options are whole numbers: 500000
+    for `500000.0` (as config.json files have it) and `5e5`."""
+    hints = typing.get_type_hints(options_type)
+    whole = {name for name, kind in hints.items() if _is_whole(kind)}
+    written, option = [], ""
+    for argument in arguments:
+        flag, equals, attached = argument.partition("=")
+        if argument.startswith("--"):
+            option = flag[2:].replace("-", "_")
+            if equals and option in whole:
+                argument = f"{flag}={_whole_number(attached)}"
+        elif option in whole:
+            argument = _whole_number(argument)
+        written.append(argument)
+    return written
+
+
+def _is_whole(kind: object) -> bool:
+    """Whether a type is int, or int among others that no number is written for (None, list)."""
+    parts = typing.get_args(kind)
+    if not parts:
+        return kind is int
+    return any(_is_whole(part) for part in parts) and float not in parts and str not in parts
+
+
+def _whole_number(text: str) -> str:
+    try:
+        number = Decimal(text)
+        whole = abs(number) < 2**63 and number == number.to_integral_value()
+    except InvalidOperation:
+        return text
+    return str(int(number)) if whole else text
 
 
 def _flags(options_type: type, values: Mapping[str, object], given: Sequence[str]) -> list[str]:

@@ -31,16 +31,11 @@ def __getattr__(name: str) -> Callable[..., Any]:
                 raise ConfigurationError(
                     f"{name}({option}=...)", "unknown option", f"Known: {', '.join(known)}"
                 )
-        if options.get("use_checkpoint_args"):
-            options = {**_model_options(options), **options}
+        from retro_mcore.cli.command import model_options
+
+        options = {**model_options(options_type, options), **options}
         return getattr(module, name)(options_type(**options))
 
     command.__name__ = command.__qualname__ = name
     command.__doc__ = COMMANDS[name]
     return command
-
-
-def _model_options(options: dict[str, Any]) -> dict[str, Any]:
-    from retro_mcore.training.checkpoint_args import model_options_of_checkpoint
-
-    return model_options_of_checkpoint(options.get("load"), options.get("ckpt_step"))

@@ -7,13 +7,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import yaml
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from retro_mcore import distributed
-from retro_mcore.cli.command import print_summary, run_command
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.cli.command import print_summary, read_yaml, run_command
+from retro_mcore.errors import ConfigurationError, raise_problems
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig
 
@@ -80,7 +78,12 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
     setup_device("cpu")
     distributed.initialize()
     from retro_mcore.conversion.checkpoint import open_checkpoint
-    from retro_mcore.conversion.targets import check_origin, megatron_arguments, write_checkpoint
+    from retro_mcore.conversion.targets import (
+        check_origin,
+        check_window,
+        megatron_arguments,
+        write_checkpoint,
+    )
 
     _check(options)
     checkpoint = open_checkpoint(options.load)
@@ -88,6 +91,7 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
     flags = {**checkpoint.flags, **given}
     if options.target == "retro-mcore" and "seq_length" not in given:
         flags |= _within_window(flags)
+    check_window(options.target, flags)
     arguments = _model_arguments(flags, options.load)
     # Sizes stay worked out for Megatron's arguments, which have no defaults.
     flags |= {name: value for name, value in arguments.items() if value is not None}
@@ -158,17 +162,43 @@ def _project_flags(directory: str) -> dict[str, Any]:
 def _file_flags(path: Path) -> dict[str, Any]:
     from retro_mcore.training.provider import ModelArguments
 
-    if not path.is_file():
-        raise ConfigurationError(f"--model-config {path}", "no such file", "Name a YAML file")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    known = {field.name for field in fields(ModelArguments)}
-    if not isinstance(values, dict) or not values.keys() <= known:
+    values = read_yaml("--model-config", path)
+    unknown = values.keys() - {field.name for field in fields(ModelArguments)}
+    if unknown:
         raise ConfigurationError(
             f"--model-config {path}",
-            "holds what is no option of a model",
-            f"Known: {sorted(known)}",
+            f"holds what is no option of a model: {', '.join(sorted(unknown))}",
+            "See the options of the model in pretrain_retro --help",
         )
-    return values
+    kinds = get_type_hints(ModelArguments)
+    wrong = [
+        ConfigurationError(f"--model-config {path}", f"{name} {value!r}", f"Expected {kinds[name]}")
+        for name, value in values.items()
+        if not _fits(kinds[name], value)
+    ]
+    raise_problems(wrong)
+    return {name: _whole(kinds[name], value) for name, value in values.items()}
+
+
+def _fits(kind: Any, value: object) -> bool:
+    """Whether a value of a YAML file is of an option's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(get_args(kind)[0], each) for each in value)
+    if get_args(kind):
+        return any(_fits(each, value) for each in get_args(kind))
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is int and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+
+
+def _whole(kind: Any, value: Any) -> Any:
+    """500000 for 500000.0, where the option is a whole number."""
+    whole = float not in (kind, *get_args(kind)) and isinstance(value, float)
+    return int(value) if whole else value
 
 
 # Sizes that a wrong default would silently change.

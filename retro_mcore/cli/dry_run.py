@@ -105,7 +105,7 @@ def _project(options: TrainingOptions, vocab_size: int | None) -> tuple[ProjectC
         "seq_length": options.seq_length,
         "global_batch_size": options.global_batch_size,
         "train_samples": options.train_samples or options.train_iters,
-        "vocab_size": vocab_size,
+        "vocab_size": vocab_size or _vocabulary_of_gpt(options),
     }
     for name, value in needed.items():
         if value is None:
@@ -129,6 +129,16 @@ def _project(options: TrainingOptions, vocab_size: int | None) -> tuple[ProjectC
         retro_gpt_tokenizer_type=options.tokenizer_type or "GPTSentencePieceTokenizer",
     )
     return project, needed["vocab_size"]
+
+
+def _vocabulary_of_gpt(options: TrainingOptions) -> int | None:
+    """Of the GPT that --load-gpt names, if it is there."""
+    from retro_mcore.conversion.checkpoint import open_checkpoint
+
+    if options.load_gpt is None or not Path(options.load_gpt).exists():
+        return None
+    flags = open_checkpoint(options.load_gpt).flags
+    return flags.get("vocab_size") or flags["padded_vocab_size"]
 
 
 def _copies(options: TrainingOptions, world_size: int | None) -> tuple[int, int]:

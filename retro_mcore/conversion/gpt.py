@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -13,7 +14,7 @@ from retro_mcore.conversion.architecture import check_decoder
 from retro_mcore.conversion.checkpoint import Checkpoint, open_checkpoint
 from retro_mcore.conversion.model_weights import put_weights
 from retro_mcore.distributed import raise_together
-from retro_mcore.errors import CheckpointError
+from retro_mcore.errors import CheckpointError, check_all
 
 # Retrieval's own parameters, which a GPT does not have.
 _FRESH = (r"^neighbor_encoder\.", r"\.cross_attention\.", r"\.pre_cross_attn_layernorm\.")
@@ -38,7 +39,8 @@ class LoadedDecoder:
     def __str__(self) -> str:
         path, source = self.checkpoint.path, self.checkpoint.source
         text = f"decoder from {path} ({source}): all {self.taken} weights taken"
-        return f"{text}, {len(self.fresh)} of retrieval start fresh" if self.fresh else text
+        text += f", {len(self.fresh)} of retrieval start fresh" if self.fresh else ""
+        return "; ".join((text, *self.checkpoint.notes))
 
 
 def load_gpt(
@@ -60,15 +62,35 @@ def load_gpt(
     """
     with raise_together():
         checkpoint = open_checkpoint(directory)
-        _check_is_gpt(checkpoint)
-        check_decoder(checkpoint.flags, wanted, directory)
-        _check_window(checkpoint, wanted)
-        _check_vocabulary(checkpoint, vocab_size)
+        check_gpt(checkpoint, wanted, vocab_size, directory)
     fresh = put_weights(
         models, checkpoint.weights, vocab_size, _FRESH, f"--load-gpt {directory}",
         "Give the flags of the checkpoint's own model",
     )  # fmt: skip
     return LoadedDecoder(checkpoint, len(checkpoint.weights), fresh)
+
+
+def check_gpt(
+    checkpoint: Checkpoint, wanted: Mapping[str, Any], vocab_size: int, source: object
+) -> None:
+    """Refuse a checkpoint that a model cannot take its decoder from.
+
+    Args:
+        checkpoint: As --load-gpt names it.
+        wanted: The model's flags, as for `load_gpt`.
+        vocab_size: The tokenizer's.
+        source: What the user named, for the error.
+
+    Raises:
+        CheckpointError: it is no GPT, or contradicts the flags or the project.
+        SeveralErrors: more than one of these.
+    """
+    _check_is_gpt(checkpoint)
+    check_all(
+        partial(check_decoder, checkpoint.flags, wanted, source),
+        partial(_check_window, checkpoint, wanted),
+        partial(_check_vocabulary, checkpoint, vocab_size),
+    )
 
 
 def _check_is_gpt(checkpoint: Checkpoint) -> None:

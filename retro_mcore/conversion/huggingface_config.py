@@ -2,7 +2,7 @@
 
 Keys that are absent have the defaults of transformers' own configuration of that family. A key
 that would make the model compute something else than our decoder does is refused by name; so is
-one that is not known here, unless its value is neutral (null, false, empty).
+one that is not known here, unless its value is neutral (null, false, empty) or a mere remark.
 """
 
 from __future__ import annotations
@@ -147,6 +147,11 @@ _HARMLESS = re.compile(
     r"(diversity|repetition|length|encoder_repetition)_penalty|(epsilon|eta)_cutoff|"
     r"(encoder_)?no_repeat_ngram_size|num_assistant_.*|assistant_.*|target_lookbehind"
 )
+# A text may be anybody's remark; under a key of these words it says how something is computed.
+_COMPUTING = re.compile(
+    r"att(entio)?n|norm|act|rope|rotary|position|scal|bias|mlp|resid|layer|expert|gate|gating|"
+    r"window|embed|soft|logit|multipl|router|sink|head|hidden|mode|type|arch|quant|impl|kernel"
+)
 # Values with which settings of other families change nothing.
 _NEUTRAL = {
     "embedding_multiplier": 1,
@@ -272,6 +277,8 @@ def _is_neutral(key: str, value: Any) -> bool:
     if value is None or value is False or value in ("", [], {}):
         return True
     if key in _NEUTRAL and value == _NEUTRAL[key]:
+        return True
+    if isinstance(value, str) and not _COMPUTING.search(key):
         return True
     return _HARMLESS.fullmatch(key) is not None
 

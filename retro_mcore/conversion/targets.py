@@ -47,7 +47,7 @@ def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
             f"cannot say {', '.join(lacked)}, without which the model computes something else",
             "Keep it in retro-mcore's format",
         )
-    _check_window(target, flags)
+    check_window(target, flags)
     if flags["no_retrieval"]:
         return
     if flags.get("retro_decoder_layers") is not None and not forced:
@@ -81,14 +81,20 @@ def _lacked(target: Target, flags: Flags) -> Iterator[str]:
             yield name
 
 
-def _check_window(target: Target, flags: Flags) -> None:
-    """Megatron keeps a window, and attends to all tokens unless it is given by hand again."""
-    window = flags.get("sliding_window")
-    if window is not None and flags["seq_length"] > window:
+def check_window(target: Target, flags: Flags) -> None:
+    """Refuse to write a model with a sliding window for code that attends to all tokens.
+
+    (Megatron has windows, but takes none from a checkpoint.)
+
+    Raises:
+        ConfigurationError: texts may be longer than the window.
+    """
+    window, length = flags.get("sliding_window"), flags.get("seq_length") or 0
+    if target != "retro-mcore" and window is not None and length > window:
         raise ConfigurationError(
             f"--target {target}",
             f"computes full attention, and this model attends to the last {window} tokens of "
-            f"{flags['seq_length']}",
+            f"{length}",
             "Keep it in retro-mcore's format; or, for texts that fit, convert it with the "
             f"--project-dir of shorter samples, or with seq_length: {window} in --model-config",
         )

@@ -176,7 +176,8 @@ def check_shape(arguments: ModelArguments, project: ProjectConfig, project_dir: 
     """Refuse a project whose samples the model cannot read.
 
     Raises:
-        ConfigurationError: the chunk length differs, or samples are longer than its positions.
+        ConfigurationError: the chunk length differs, or samples are longer than its positions or
+            its window.
     """
     if project.retro_gpt_chunk_length != arguments.retro_chunk_length:
         raise ConfigurationError(
@@ -191,5 +192,13 @@ def check_shape(arguments: ModelArguments, project: ProjectConfig, project_dir: 
             "retro_gpt_seq_length",
             f"{project.retro_gpt_seq_length} in {project_dir}, but the checkpoint has "
             f"{arguments.seq_length} positions",
+            "Evaluate on a project with shorter samples",
+        )
+    window = arguments.sliding_window
+    if window is not None and project.retro_gpt_seq_length > window:
+        raise ConfigurationError(
+            "retro_gpt_seq_length",
+            f"{project.retro_gpt_seq_length} in {project_dir}, but the model attends to the last "
+            f"{window} tokens only",
             "Evaluate on a project with shorter samples",
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from megatron.core.transformer import TransformerConfig
 
 from retro_mcore.chunking import Alignment, ChunkGrid
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, check_all
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.platform.compatibility import mend_output_recomputation
 
@@ -171,10 +171,12 @@ class RetroConfig(TransformerConfig):
             self._derive_mup(self.retro_mup_base_hidden_size)
         if self.recompute_granularity == "selective" and "layernorm" in self.recompute_modules:
             mend_output_recomputation()
-        self._validate_retrieval()
-        self._validate_decoder_layers()
-        self._validate_encoder()
-        self._validate_parallelism()
+        check_all(
+            self._validate_retrieval,
+            self._validate_decoder_layers,
+            self._validate_encoder,
+            self._validate_parallelism,
+        )
         if self.retro_encoder_cross_attention_dropout is None:
             self.retro_encoder_cross_attention_dropout = self.retro_encoder_attention_dropout
 

@@ -1,13 +1,15 @@
-"""`--use-checkpoint-args`: the options of a model, from its checkpoint."""
+"""`--use-checkpoint-args` and `--load-gpt`: the options of a model, from a checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
+from retro_mcore.conversion.checkpoint import open_checkpoint
+from retro_mcore.conversion.model_fields import DECODER_FLAGS
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform.safe_loading import read_common
-from retro_mcore.training.checkpoint_files import find_checkpoint
+from retro_mcore.training.checkpoint_files import existing_checkpoint, find_checkpoint
 from retro_mcore.training.options import ModelOptions
 
 
@@ -30,3 +32,32 @@ def model_options_of_checkpoint(load: str | None, ckpt_step: int | None = None) 
     saved = vars(read_common(find_checkpoint(load, ckpt_step))["args"])
     names = [field.name for field in fields(ModelOptions)]
     return {name: saved[name] for name in names if name in saved}
+
+
+# Beside what a decoder computes: rates that training goes on with, unless flags say others.
+_RATES = ("hidden_dropout", "attention_dropout")
+
+
+def model_options_of_gpt(
+    load_gpt: str, load: str | None = None, ckpt_step: int | None = None
+) -> dict[str, Any]:
+    """The options of the GPT that --load-gpt names, by name; of a run to resume, its own.
+
+    Those given beside --load-gpt must not differ, but for dropout;
+    `retro_mcore.training.retrofit.gpt_arguments` sees to that.
+
+    Args:
+        load_gpt: As --load-gpt.
+        load: As --load: where it holds a checkpoint, that is resumed and the GPT not needed.
+        ckpt_step: As --ckpt-step.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+    """
+    if load is not None and existing_checkpoint(load, ckpt_step) is not None:
+        return model_options_of_checkpoint(load, ckpt_step)
+    flags = open_checkpoint(load_gpt).flags
+    learned = flags.get("position_embedding_type") == "learned_absolute"
+    unused = () if learned else ("max_position_embeddings",)
+    names = [name for name in (*DECODER_FLAGS, *_RATES) if name not in unused]
+    return {name: flags[name] for name in names if flags.get(name) is not None}

@@ -108,6 +108,13 @@ def read_arguments(checkpoint: Path) -> dict[str, Any]:
             "holds no arguments of a training run",
             "Name a checkpoint that pretrain_retro.py wrote",
         )
+    if "no_retrieval" not in vars(common["args"]):
+        raise CheckpointError(
+            checkpoint,
+            "was written by Megatron-LM, whose arguments say less than is needed here",
+            f"Convert it: tools/convert_checkpoint.py --load {checkpoint} --save OTHER "
+            "--project-dir PROJECT, and name OTHER",
+        )
     return vars(common["args"])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -14,10 +16,15 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import openai_gelu
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.platform import is_cpu_in_use
-from retro_mcore.training.megatron_flags import LAYER_FLAGS, naming_refusals, values_of
+from retro_mcore.training.megatron_flags import (
+    LAYER_FLAGS,
+    flag_of,
+    naming_refusals,
+    values_of,
+)
 from retro_mcore.training.model_sizes import (
     check_divisible,
     default_ffn_hidden_size,
@@ -89,8 +96,38 @@ def build_config(
         **_layout_fields(parallel, recompute),
         **_fusion_fields(arguments, parallel),
     }
-    with naming_refusals():
+    with naming_flags(), naming_refusals():
         return _build(arguments, shared)
+
+
+@contextmanager
+def naming_flags() -> Iterator[None]:
+    """Name the fields of a refused configuration as the flags that they come from.
+
+    Raises:
+        ConfigurationError: as the body, with `--num-layers` for `num_layers`.
+    """
+    try:
+        yield
+    except ConfigurationError as error:
+        raise_problems([_with_flags(problem) for problem in getattr(error, "problems", (error,))])
+
+
+def _with_flags(error: RetroError) -> RetroError:
+    parts = (error.subject, error.found, error.mend)
+    return type(error)(*(_FIELDS.sub(lambda match: flag_of(match[0]), part) for part in parts))
+
+
+_FIELDS = re.compile(
+    r"(?<![\w-])(?:"
+    + "|".join(
+        field.name
+        for options in (ModelOptions, ParallelOptions, RecomputeOptions)
+        for field in fields(options)
+        if "_" in field.name
+    )
+    + r")(?!\w)"
+)
 
 
 def _build(arguments: ModelArguments, shared: dict[str, Any]) -> TransformerConfig:

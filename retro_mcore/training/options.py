@@ -7,9 +7,10 @@ its device before megatron is loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, check_all
 from retro_mcore.training.checkpoint_options import CheckpointOptions, ReproducibilityOptions
 from retro_mcore.training.logging_options import LoggingOptions
 from retro_mcore.training.megatron_flags import DataParallelFlags, flag_of
@@ -215,27 +216,30 @@ class TrainingOptions(
     """Everything that a training run is told."""
 
     def check(self) -> None:
-        """Refuse what can be seen to be wrong without looking at the project.
+        """Refuse what can be seen to be wrong without looking at the project, all of it at once.
 
         Raises:
             ConfigurationError: naming the flag.
         """
-        self.check_checkpoints()
-        self.check_precision()
-        self.check_unsupported()
-        self.check_model()
-        self.check_recompute()
-        self.check_schedule()
-        self.check_logging()
-        self.check_neighbor_noise(self.no_retrieval)
-        self._check_data_parallel()
-        self._check_batches()
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigurationError(flag_of(name), str(value), "Choose at least 1")
-        if self.num_workers < 0:
-            raise ConfigurationError("--num-workers", str(self.num_workers), "Choose at least 0")
+        check_all(
+            self.check_checkpoints,
+            self.check_precision,
+            self.check_unsupported,
+            self.check_model,
+            self.check_recompute,
+            self.check_schedule,
+            self.check_logging,
+            partial(self.check_neighbor_noise, self.no_retrieval),
+            self._check_data_parallel,
+            self._check_batches,
+            *(partial(self._check_least, name, 1) for name in _POSITIVE),
+            partial(self._check_least, "num_workers", 0),
+        )
+
+    def _check_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ConfigurationError(flag_of(name), str(value), f"Choose at least {least}")
 
     def _check_batches(self) -> None:
         if self.train_iters is not None and self.train_samples is not None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.errors import CheckpointError, ConfigurationError, check_all
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.batch_sizes import BatchSizes
@@ -24,6 +25,7 @@ from retro_mcore.training.data import (
 from retro_mcore.training.noise_options import NeighborNoiseOptions
 from retro_mcore.training.options import ModelOptions, OptimizerOptions, TrainingOptions
 from retro_mcore.training.provider import ModelArguments, number_of_positions, padded_vocab_size
+from retro_mcore.training.retrofit import gpt_arguments
 from retro_mcore.training.schedule import ScheduleLengths, schedule_lengths
 
 #: The resolved flags, beside the checkpoints.
@@ -205,8 +207,7 @@ def make_plan(options: TrainingOptions, project: ProjectConfig, vocab_size: int)
     Raises:
         ConfigurationError: a flag cannot work, or contradicts the project.
     """
-    options.check()
-    check_data_options(options, project)
+    check_all(options.check, partial(check_data_options, options, project))
     sizes = BatchSizes.of(project.retro_gpt_global_batch_size, options.rampup_batch_size)
     train_iters, train_samples = number_of_iterations(options, project, sizes)
     return TrainingPlan(
@@ -234,4 +235,5 @@ def _model_arguments(
         tokenizer_type=project.retro_gpt_tokenizer_type,
         tokenizer_fingerprint=tokenizer_fingerprint(project, options.project_dir),
     )
+    arguments = gpt_arguments(arguments, options)
     return replace(arguments, max_position_embeddings=number_of_positions(arguments))

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt import GPTModel
 
-from retro_mcore.conversion.gpt import LoadedDecoder, load_gpt
-from retro_mcore.training.plan import TrainingPlan
+from retro_mcore.conversion.checkpoint import Checkpoint, open_checkpoint
+from retro_mcore.conversion.gpt import LoadedDecoder, check_gpt, load_gpt
+from retro_mcore.training.checkpoint_files import existing_checkpoint
+from retro_mcore.training.options import TrainingOptions
 from retro_mcore.training.provider import (
     ModelArguments,
     default_ffn_hidden_size,
     number_of_positions,
+    padded_vocab_size,
 )
+
+if TYPE_CHECKING:
+    from retro_mcore.training.plan import TrainingPlan
 
 
 def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecoder | None:
@@ -27,6 +34,39 @@ def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecode
     if directory is None:
         return None
     return load_gpt(models, directory, resolved_flags(plan.arguments), plan.arguments.vocab_size)
+
+
+def gpt_arguments(arguments: ModelArguments, options: TrainingOptions) -> ModelArguments:
+    """A model's arguments with what only the GPT of --load-gpt knows: all rows of its vocabulary,
+    and the window that it was trained with.
+
+    Unchanged where there is none, and where the run resumes from its own checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, is no GPT, or contradicts the arguments: all flags that
+            do are named.
+    """
+    checkpoint = _gpt_to_load(options)
+    if checkpoint is None:
+        return arguments
+    window = checkpoint.flags.get("sliding_window")
+    taken = replace(arguments, sliding_window=arguments.sliding_window or window)
+    check_gpt(checkpoint, resolved_flags(arguments), arguments.vocab_size, options.load_gpt)
+    rows = padded_vocab_size(
+        checkpoint.flags["padded_vocab_size"],
+        options.make_vocab_size_divisible_by,
+        options.tensor_model_parallel_size,
+    )
+    return replace(taken, padded_vocab_size=max(rows, arguments.padded_vocab_size))
+
+
+def _gpt_to_load(options: TrainingOptions) -> Checkpoint | None:
+    resumes = options.load is not None and existing_checkpoint(options.load, options.ckpt_step)
+    if options.load_gpt is None or resumes:
+        return None
+    if getattr(options, "dry_run", False) and not Path(options.load_gpt).exists():
+        return None
+    return open_checkpoint(options.load_gpt)
 
 
 def resolved_flags(arguments: ModelArguments) -> dict[str, Any]:

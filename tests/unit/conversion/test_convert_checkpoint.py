@@ -286,3 +286,135 @@ def test_vocabulary_is_padded_for_the_ranks(megatron, tmp_path):
     assert found[name].size(0) == 104  # VOCABULARY in multiples of 8
     assert torch.equal(found[name][:VOCABULARY], wanted[name])
     assert built(tmp_path / "back")[1].retro_chunk_length == CHUNK_LENGTH
+
+
+def save_as_megatron_lm(path: Path, model, arguments, **changes):
+    """A model of ours as Megatron-LM's trainer saves it, with our providers in it."""
+    from retro_mcore.training.retrofit import resolved_flags
+
+    flags = resolved_flags(arguments)
+    mine = ("no_retrieval", "tokenizer_fingerprint", "disable_bias_linear")
+    args = {name: value for name, value in flags.items() if name not in mine}
+    args |= {"add_bias_linear": True, "retro_add_retriever": True, "bias_gelu_fusion": False}
+    args |= {"retro_origin": arguments.retro_origin, **changes}
+    file = path / "iter_0000002" / "mp_rank_00" / "model_optim_rng.pt"
+    file.parent.mkdir(parents=True)
+    state = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 2}
+    torch.save({**state, "model": model.state_dict()}, file)
+    (path / "latest_checkpointed_iteration.txt").write_text("2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"retro_origin": "mcore-0.5"},
+        {"retro_origin": "mcore-0.15"},
+        {"retro_cross_attention_positions": "rotary", "retro_encoder_hidden_size": 16,
+         "retro_encoder_num_attention_heads": 2},
+    ],
+    ids=lambda options: options.get("retro_origin", "paper" if not options else "own sizes"),
+)  # fmt: skip
+def test_a_model_that_megatron_lm_trained_computes_the_same(megatron, tmp_path, options):
+    """With our providers: the origin is what its arguments say, and no guess by its norms."""
+    small_trainer(save=str(tmp_path / "run"), train_iters=1, **options).train()
+    model, arguments = built(tmp_path / "run")
+    save_as_megatron_lm(tmp_path / "theirs", model, arguments)
+    result = convert(tmp_path / "theirs", tmp_path / "ours")
+    assert result.source == "megatron"
+    again, found = built(tmp_path / "ours")
+    assert found.retro_origin == options.get("retro_origin")
+    assert found.retro_cross_attention_positions == arguments.retro_cross_attention_positions
+    of_origin = ("chunk_alignment", "encoder_positions", "mask_padding", "encoder_residual",
+                 "final_layernorm", "chunk_length")  # fmt: skip
+    for name in (f"retro_{name}" for name in of_origin):
+        assert getattr(again.config, name) == getattr(model.config, name), name
+    wanted = state(model)
+    assert all(torch.equal(value, wanted[name]) for name, value in state(again).items())
+
+
+def test_a_checkpoint_of_megatron_lm_says_how_it_is_read(megatron, tmp_path):
+    """evaluate_perplexity, generate and the trainer tell how to convert it, in one line."""
+    small_trainer(save=str(tmp_path), train_iters=1).train()
+    (path,) = tmp_path.glob("iter_*")
+    common = torch.load(path / "common.pt", weights_only=False)
+    del common["args"].no_retrieval, common["args"].tokenizer_fingerprint
+    torch.save(common, path / "common.pt")
+    with pytest.raises(CheckpointError, match=r"Convert it: tools/convert_checkpoint\.py --load"):
+        built(tmp_path)
+    with pytest.raises(CheckpointError, match="Convert it"):
+        small_trainer(load=str(tmp_path), finetune=True, train_iters=1)
+
+
+def mistral(path, **changes):
+    from tests.unit.conversion.test_huggingface import make_model
+
+    return make_model("mistral", path, max_position_embeddings=256, **changes)
+
+
+def test_a_sliding_window_goes_with_the_model(megatron, tmp_path):
+    """Mistral's: texts that fit it are computed as by transformers, longer ones are refused."""
+    from retro_mcore.training.provider import number_of_positions
+
+    mistral(tmp_path / "mistral", sliding_window=100)
+    convert(tmp_path / "mistral", tmp_path / "ours")
+    model, arguments = built(tmp_path / "ours")
+    assert arguments.sliding_window == 100
+    assert model.max_sequence_length == 100 == number_of_positions(arguments)
+    convert(tmp_path / "ours", tmp_path / "again")  # and on
+    assert built(tmp_path / "again")[1].sliding_window == 100
+    for target in ("megatron", "megatron-torch", "instructretro"):
+        with pytest.raises(ConfigurationError, match="attends to the last 100 tokens of 256"):
+            convert(tmp_path / "mistral", tmp_path / "theirs", target=target)
+    short = tmp_path / "short.yaml"
+    short.write_text("seq_length: 64.0\n")
+    convert(tmp_path / "mistral", tmp_path / "theirs", target="megatron", model_config=str(short))
+    convert(tmp_path / "theirs", tmp_path / "back")
+    assert built(tmp_path / "back")[1].sliding_window == 100
+    short.write_text("seq_length: 128\n")
+    with pytest.raises(ConfigurationError, match="last 100 tokens only, and texts have 128"):
+        convert(tmp_path / "mistral", tmp_path / "long", model_config=str(short))
+
+
+def test_a_window_guards_what_is_trained_from_it(megatron, tmp_path):
+    """--load-gpt from the model itself and from its conversions; and evaluation of the result."""
+    from retro_mcore.evaluation.perplexity import check_shape
+    from tests.unit.conversion.test_huggingface import flags_of
+    from tests.unit.training.small import SEQUENCE_LENGTH, small_plan, small_project
+
+    flags = flags_of("mistral")
+    for window, fits in ((SEQUENCE_LENGTH, True), (SEQUENCE_LENGTH - 1, False)):
+        folder = tmp_path / str(window)
+        mistral(folder / "theirs", sliding_window=window, vocab_size=VOCABULARY)
+        convert(folder / "theirs", folder / "ours")
+        for load in ("theirs", "ours"):
+            wanted = {**flags, "load_gpt": str(folder / load)}
+            if not fits:
+                with pytest.raises(CheckpointError, match=f"last {window} tokens only"):
+                    small_plan(**wanted)
+                continue
+            arguments = small_plan(**wanted).arguments
+            assert arguments.sliding_window == window
+            check_shape(arguments, small_project(), "project")
+            longer = small_project(retro_gpt_seq_length=2 * window)
+            with pytest.raises(ConfigurationError, match="retro_gpt_seq_length"):
+                check_shape(arguments, longer, "project")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("num_attention_heads: x\n", "num_attention_heads"),
+        ("rotary_base: [1]\n", "rotary_base"),
+        ("swiglu: 3\n", "swiglu"),
+        ("normalization: BatchNorm\n", "normalization"),
+        ("a: {b\n", "not YAML"),
+        ("5: 6\n", "not a mapping"),
+        ("no_such: 1\n", "no option of a model"),
+    ],
+)
+def test_a_wrong_model_config_is_one_line(megatron, tmp_path, text, named):
+    save_torch_format(tmp_path / "theirs", load_case("l6_k1"))
+    (tmp_path / "model.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=named):
+        convert(tmp_path / "theirs", tmp_path / "o", model_config=str(tmp_path / "model.yaml"))
