@@ -200,15 +200,13 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     """
     subject = f"--prompt-file {path}"
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
+        if path.suffix == ".jsonl":
+            lines = json_lines(path.read_bytes())
+            prompts = [_prompt_of_line(f"{subject}:{n}", line) for n, line in lines]
+        else:
+            prompts = [Prompt(path.read_text(encoding="utf-8-sig").rstrip("\n"))]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(subject, str(error), "Name a UTF-8 file") from error
-    if path.suffix == ".jsonl":
-        lines = json_lines(data)
-        prompts = [_prompt_of_line(f"{subject}:{n}", line) for n, line in lines]
-    else:  # with the line ends of other systems, as text files are read
-        prompts = [Prompt(text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n"))]
     if not any(prompt.text for prompt in prompts):
         raise ConfigurationError(subject, "no prompt", "Write some text to continue")
     return prompts

@@ -6,11 +6,14 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from retro_mcore.data.instruction import InstructionExample, Turn, read_examples
 from retro_mcore.data.instruction_blend import parse_blend
 from retro_mcore.data.prompts import SYSTEM_CONTEXT, SYSTEM_RETRO, write_prompt
 from retro_mcore.errors import ConfigurationError, CorpusError
+from tests.unit.data import any_json
 
 PASSAGES = ("title: Nile, source: A river.", "title: Egypt, source: A country.")
 
@@ -199,3 +202,104 @@ def test_a_blend_that_is_no_blend_is_refused(tmp_path, entries):
 def test_a_dataset_that_is_not_there_is_named(tmp_path):
     with pytest.raises(CorpusError, match=r"holds no nq_QA_train\*\.json"):
         parse_blend(["nq"], tmp_path)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\u000c", "\u001e"])
+def test_only_a_line_feed_ends_a_line(tmp_path, separator):
+    """Answers copied from web pages hold other ends of lines: they were "invalid JSON"."""
+    asked = [{"question": f"a{separator}b", "answers": [f"c{separator}d"]}] * 2
+    lines = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in asked)
+    found = read(tmp_path, f"\ufeff{lines}")
+    assert [example.question for example in found] == [f"a{separator}b"] * 2
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"answers": [None]}, "an answer is None"),
+        ({"answers": {"a": 1}}, "an answer is {'a': 1}"),
+        ({"answers": [{"text": None}]}, "an answer is None"),
+        ({"answers": [["a"]]}, r"an answer is \['a'\]"),
+        ({"answers": float("nan")}, "an answer is nan"),
+        ({"sub-paragraphs": {"a": 1}}, "a passage is {'a': 1}"),
+        ({"sub-paragraphs": ["T", ["x"]]}, r"a passage is \['x'\]"),
+        ({"question": "\ud83d"}, "holds half of a surrogate pair"),
+        ({"question": None}, "has no question"),
+        ({"qa_type": "multi_choice_qa", "multichoice_options": [None]}, "an option is None"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(tmp_path, record, found):
+    """They stood in prompts as `None` and `{'a': 1}`."""
+    with pytest.raises(CorpusError, match=rf"examples\.json, record 1: {found}"):
+        read(tmp_path, [{"question": "q"}, {"question": "q", **record}])
+
+
+def test_passages_that_are_null_are_empty(tmp_path):
+    record = {"question": "q", "ctxs": [{"title": None, "text": "x"}], "sub-paragraphs": None}
+    assert read(tmp_path, [record], passages="retrieved")[0].passages == ("title: , source: x",)
+    assert read(tmp_path, [record])[0].passages == ("title: , source: ",)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b'{"question": "a"}\n' + b"[" * 100_000, ":2: is not JSON .nested too deeply"),
+        (b"[" * 100_000, ":1: is not JSON .nested too deeply"),
+        (b'{"question": "a"}\n{"n": ' + b"7" * 5000 + b"}", ":2: .*thousands of digits"),
+        (b'[\n{"question": "\xff"}]', ":2: is not JSON .not UTF-8"),
+        (b'{"question": "a"}\n{"question": "\xff"}', ":2: is not JSON .not UTF-8"),
+        (b'[{"question": "a"},\n{]', ":2: is not JSON"),
+    ],
+)
+def test_the_line_is_named(tmp_path, data, found):
+    (tmp_path / "examples.json").write_bytes(data)
+    with pytest.raises(CorpusError, match=rf"examples\.json{found}"):
+        read_examples([tmp_path / "examples.json"], "nq")
+
+
+_QUESTIONS = any_json.records(
+    [
+        *("question", "answers", "answer", "longform_answer", "sub-paragraphs", "ctxs"),
+        *("bert_pretrain_corpus_neighbours", "multichoice_options", "messages"),
+    ]
+).map(lambda record: {"question": "q", "qa_type": "multi_choice_qa", **record})
+_MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant"]) | any_json.values},
+    optional={"content": st.text(max_size=3) | any_json.values},
+)
+_CHATS = st.fixed_dictionaries(
+    {"messages": st.lists(_MESSAGE, max_size=3) | any_json.values},
+    optional={"ctxs": any_json.values},
+)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("any")
+
+
+@any_json.few
+@given(
+    data=any_json.files(_QUESTIONS | _CHATS),
+    passages=st.sampled_from(["annotated", "retrieved", "bert_pretrain_corpus"]),
+    longform=st.booleans(),
+)
+def test_any_file_is_examples_or_one_error(scratch, data, passages, longform):
+    path = scratch / "any.json"
+    path.write_bytes(data)
+    found = any_json.outcome(lambda: read_examples([path], "nq", passages, longform), CorpusError)
+    if isinstance(found, CorpusError):
+        assert found.subject.startswith((f"{path}:", f"{path}, record "))
+        assert "\n" not in str(found)
+        return
+    for example in found:
+        text = write_prompt(example, num_passages=2).text + "".join(example.answers)
+        assert "None" not in text
+        text.encode()
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "0", "-1", "1e400", "x", ""])
+def test_weights_of_a_blend_that_cannot_work(tmp_path, weight):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ConfigurationError, match="--data-path: "):
+        parse_blend([weight, str(tmp_path / "a.json"), "1", str(tmp_path / "a.json")])

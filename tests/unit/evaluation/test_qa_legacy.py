@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
 
 from retro_mcore.errors import CorpusError
 from retro_mcore.evaluation.qa_legacy import legacy_line, legacy_scores, read_predictions
+from tests.unit.data import any_json
 
 RECORDS = [
     {"question": "q0", "answers": ["The Eiffel Tower", "Eiffel"]},
@@ -91,3 +93,34 @@ def test_a_malformed_prediction_is_named(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"pred": "x"}\n{"text": "z"}\n')
     with pytest.raises(CorpusError, match=r"p\.jsonl:2: has no text under 'pred'"):
         read_predictions(tmp_path / "p.jsonl")
+
+
+@any_json.few
+@given(
+    questions=any_json.files(any_json.records(["question", "answers", "answer"])),
+    predictions=any_json.files(any_json.records(["pred"])),
+)
+def test_any_files_are_scores_or_one_error(scratch, questions, predictions):
+    """Test files and predictions that somebody else wrote."""
+    (scratch / "any.json").write_bytes(questions)
+    (scratch / "any.jsonl").write_bytes(predictions)
+    said = any_json.outcome(lambda: read_predictions(scratch / "any.jsonl"), CorpusError)
+    said = ["a", ""] if isinstance(said, CorpusError) else said
+    found = any_json.outcome(lambda: legacy_scores(said, scratch / "any.json"), CorpusError)
+    if isinstance(found, CorpusError):
+        assert "any.json" in found.subject
+        assert "\n" not in str(found)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("any")
+
+
+def test_predictions_with_other_ends_of_lines(tmp_path):
+    path = tmp_path / "said.jsonl"
+    path.write_text('{"pred": "a\u2028b"}\n{"pred": "c\u0085"}\n', encoding="utf-8")
+    assert read_predictions(path) == ["a\u2028b", "c\u0085"]
+    path = tmp_path / "said.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    assert read_predictions(path) == ["a", "b"]
