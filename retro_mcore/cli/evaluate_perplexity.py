@@ -6,18 +6,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from retro_mcore import distributed
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.perplexity_tables import print_tables
+from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.datasets.splits import parse_split
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.evaluation.results import require_writable, write_results
 from retro_mcore.platform import distributed_backend, setup_device
-from retro_mcore.project.atomic import write_json
-from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.config import SPLITS, ProjectConfig
+from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.options import ParallelOptions
 
 if TYPE_CHECKING:
@@ -142,6 +145,7 @@ class _Evaluation:
     arguments: ModelArguments
     kinds: list[NeighborKind]
     device: torch.device
+    vocab_size: int
 
 
 def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexityResult:
@@ -158,14 +162,20 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
 
     with distributed.raise_together():
         _check(options)
+        project = ProjectConfig.load(options.project_dir)
+        _check_splits(options, project)
+        output = Path(options.output or Path(options.load) / PERPLEXITY_FILE)
+        vocab_size = load_project_tokenizer(project, ProjectPaths(options.project_dir)).vocab_size
     loaded = load_project_model(
         options.project_dir, options.load, options.parallel(), options.retro_attention_gate
     )
-    project, arguments = loaded.project, loaded.arguments
+    model, arguments = loaded.model, loaded.arguments
     with distributed.raise_together():
         check_shape(arguments, project, options.project_dir)
         kinds = _neighbor_kinds(options, arguments)
-    evaluation = _Evaluation(options, project, loaded.model, arguments, kinds, device)
+        if get_rank() == 0:
+            require_writable(output)
+    evaluation = _Evaluation(options, project, model, arguments, kinds, device, vocab_size)
     rows = _measure_samples(evaluation) if options.protocol != "documents" else []
     bits: list[BitsPerByte] = []
     curves: dict[str, list[LeakagePoint]] = {}
@@ -175,12 +185,11 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
             bits += split_bits
             if curve:
                 curves[split] = curve
-    output = Path(options.output or Path(options.load) / PERPLEXITY_FILE)
     result = EvaluatePerplexityResult(rows, bits, curves, output)
     with distributed.raise_together():
         if get_rank() == 0:
-            _write(result)
             print_tables(result.perplexities, result.bits_per_byte, result.leakage)
+            _write(result)
     return result
 
 
@@ -218,6 +227,27 @@ def _check(options: EvaluatePerplexityOptions) -> None:
         )
 
 
+def _check_splits(options: EvaluatePerplexityOptions, project: ProjectConfig) -> None:
+    """Refuse a split that the project gives no documents to, or no samples."""
+    parts = dict(zip(SPLITS, parse_split(project.retro_gpt_split), strict=True))
+    for split in options.splits:
+        subject = f"--split {options.split}"
+        if not parts[split]:
+            raise ConfigurationError(
+                subject,
+                f"{options.project_dir} was preprocessed with --split {project.retro_gpt_split}, "
+                f"which gives {split} no documents",
+                "Evaluate another split, or preprocess with a --split that gives it some",
+            )
+        if options.protocol != "documents" and not project.num_samples(split):
+            raise ConfigurationError(
+                subject,
+                f"{options.project_dir} was preprocessed with --eval-iters "
+                f"{project.retro_gpt_eval_iters}, which gives {split} no samples",
+                "Add --protocol documents, or preprocess with more --eval-iters",
+            )
+
+
 def _neighbor_kinds(
     options: EvaluatePerplexityOptions, arguments: ModelArguments
 ) -> list[NeighborKind]:
@@ -237,6 +267,7 @@ def _neighbor_kinds(
 def _measure_samples(evaluation: _Evaluation) -> list[Perplexity]:
     from retro_mcore.datasets.retro_dataset import build_retro_datasets
     from retro_mcore.evaluation.perplexity import measure_perplexity
+    from retro_mcore.evaluation.repeats import distinct_text
     from retro_mcore.training.data import require_split
 
     options, arguments = evaluation.options, evaluation.arguments
@@ -251,17 +282,22 @@ def _measure_samples(evaluation: _Evaluation) -> list[Perplexity]:
     for split, dataset in chosen.items():
         batch = evaluation.project.retro_gpt_global_batch_size
         limit = (options.eval_iters or len(dataset)) * batch
+        num_samples = min(len(dataset), limit)
+        with distributed.raise_together():
+            distinct = distinct_text(dataset.samples, num_samples)
         rows += [
             measure_perplexity(
                 evaluation.model,
                 dataset,
                 split,
                 kind,
-                num_samples=min(len(dataset), limit),
+                num_samples=num_samples,
                 micro_batch_size=options.micro_batch_size,
                 num_workers=options.num_workers,
                 seed=options.seed,
                 corpora=evaluation.project.blend[1],
+                vocab_size=evaluation.vocab_size,
+                distinct=distinct,
             )
             for kind in evaluation.kinds
         ]
@@ -302,17 +338,21 @@ def _measure_documents(
 def _write(result: EvaluatePerplexityResult) -> None:
     folder = result.output.parent
     if result.perplexities:
-        write_json(result.output, [asdict(row) for row in result.perplexities])
+        write_results(result.output, [_as_json(row) for row in result.perplexities])
     if result.bits_per_byte:
-        write_json(folder / BITS_PER_BYTE_FILE, [asdict(row) for row in result.bits_per_byte])
+        write_results(folder / BITS_PER_BYTE_FILE, [asdict(row) for row in result.bits_per_byte])
     if result.leakage:
         from retro_mcore.evaluation.leakage import plot_leakage
 
         curves = {
             split: [point.as_json() for point in points] for split, points in result.leakage.items()
         }
-        write_json(folder / LEAKAGE_FILE, curves)
+        write_results(folder / LEAKAGE_FILE, curves)
         plot_leakage(result.leakage, folder / LEAKAGE_PLOT)
+
+
+def _as_json(row: Perplexity) -> dict[str, Any]:
+    return {**asdict(row), "repeats": row.repeats}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

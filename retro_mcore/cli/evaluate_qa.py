@@ -21,9 +21,10 @@ from retro_mcore.evaluation.qa_legacy import (
     legacy_scores,
     read_predictions,
 )
+from retro_mcore.evaluation.qa_metrics import check_scorable
+from retro_mcore.evaluation.results import require_writable, write_results
 from retro_mcore.inference.sampling import SamplingOptions
 from retro_mcore.platform import distributed_backend, setup_device
-from retro_mcore.project.atomic import write_json
 from retro_mcore.project.markers import checksum
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ class EvaluateQaResult:
         legacy: As the retired Retro scores; with --legacy-scoring.
         num_questions: Questions that were scored.
         output: The JSON file.
+        report: By what the encoder read: how many prompts, passages and answers were cut, how many
+            answers are empty or name no option.
     """
 
     scores: dict[str, dict[str, Estimate]]
@@ -123,6 +126,7 @@ class EvaluateQaResult:
     legacy: dict[str, LegacyScores]
     num_questions: int
     output: Path
+    report: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def evaluate_qa(options: EvaluateQaOptions) -> EvaluateQaResult:
@@ -137,16 +141,25 @@ def evaluate_qa(options: EvaluateQaOptions) -> EvaluateQaResult:
     with raise_together():
         _check(options)
         examples = _read_test_file(options)
+        if get_rank() == 0:
+            require_writable(Path(options.output) / SCORES_FILE)
     if options.predictions is not None:
         with raise_together():
-            answers = {"predictions": _given_predictions(options, examples)}
+            rows = {"predictions": _given_predictions(options, examples)}
     else:
-        answers = _generate(options, examples)
+        rows = _generate(options, examples)
     result: object = None
     with raise_together():
         if get_rank() == 0:
-            result = _score(options, examples, answers)
-            print_qa_table(result.num_questions, result.scores, result.difference, result.legacy)
+            result = _score(options, examples, rows)
+            print_qa_table(
+                result.num_questions,
+                result.scores,
+                result.difference,
+                result.legacy,
+                result.report,
+            )
+            _write(options, result)
     result = broadcast_object(result)
     assert isinstance(result, EvaluateQaResult)
     return result
@@ -187,8 +200,8 @@ def _read_test_file(options: EvaluateQaOptions) -> list[InstructionExample]:
     if not examples:
         raise CorpusError(path, "holds no questions", "Name a test file with questions")
     for example in examples:
-        if not example.answers:
-            raise CorpusError(example.source, "has no answers to score with", "Expected `answers`")
+        check_scorable(example)
+    estimate_mean([0.0, 1.0], num_resamples=1)  # scipy is there
     return examples
 
 
@@ -200,7 +213,7 @@ def _needs_passages(options: EvaluateQaOptions) -> bool:
 
 def _given_predictions(
     options: EvaluateQaOptions, examples: Sequence[InstructionExample]
-) -> list[str]:
+) -> list[dict[str, Any]]:
     predictions = read_predictions(str(options.predictions))[: options.num_gen]
     if len(predictions) != len(examples):
         raise CorpusError(
@@ -208,12 +221,12 @@ def _given_predictions(
             f"holds {len(predictions)} predictions of {len(examples)} questions",
             "Give one line per question; --num-gen scores the first ones",
         )
-    return predictions
+    return [{"pred": prediction} for prediction in predictions]
 
 
 def _generate(
     options: EvaluateQaOptions, examples: Sequence[InstructionExample]
-) -> dict[str, list[str]]:
+) -> dict[str, list[dict[str, Any]]]:
     """Predictions by what the encoder reads."""
     from retro_mcore.evaluation.loaded_model import LoadedModel
     from retro_mcore.evaluation.predictions import predict
@@ -243,11 +256,11 @@ def _generate(
         options.retro_attention_gate,
     )
     arms = [options.retro_neighbors, *(["none"] if options.ablate_retrieval else [])]
-    answers = {}
+    rows = {}
     for arm in arms:
         with raise_together():
             answerer = QuestionAnswerer(loaded, examples, asked, arm)  # type: ignore[arg-type]
-        rows = predict(
+        rows[arm] = predict(
             Path(options.output) / f"predictions_{arm}.jsonl",
             len(examples),
             options.micro_batch_size,
@@ -255,8 +268,7 @@ def _generate(
             answerer.answer,
             f"answers, {arm} neighbors",
         )
-        answers[arm] = [row["pred"] for row in rows]
-    return answers
+    return rows
 
 
 def _settings(
@@ -281,10 +293,16 @@ def _settings(
 def _score(
     options: EvaluateQaOptions,
     examples: Sequence[InstructionExample],
-    answers: dict[str, list[str]],
+    rows: dict[str, list[dict[str, Any]]],
 ) -> EvaluateQaResult:
-    from retro_mcore.evaluation.question_answering import estimate_all, score_all
+    from retro_mcore.evaluation.question_answering import (
+        estimate_all,
+        num_without_option,
+        report_of,
+        score_all,
+    )
 
+    answers = {arm: [row["pred"] for row in listed] for arm, listed in rows.items()}
     interval = (options.confidence_level, options.num_resamples, options.seed)
     scores = {arm: score_all(texts, examples) for arm, texts in answers.items()}
     difference = {}
@@ -298,21 +316,22 @@ def _score(
         for arm, texts in answers.items():
             lines = texts if arm == "predictions" else [legacy_line(text) for text in texts]
             legacy[arm] = legacy_scores(lines, options.sample_input_file)
-    result = EvaluateQaResult(
+    return EvaluateQaResult(
         scores={arm: estimate_all(values, *interval) for arm, values in scores.items()},
         difference=difference,
         legacy=legacy,
         num_questions=len(examples),
         output=Path(options.output) / SCORES_FILE,
-    )
-    write_json(
-        result.output,
-        {
-            **{key: value for key, value in asdict(result).items() if key != "output"},
-            "confidence_level": options.confidence_level,
+        report={
+            arm: report_of(rows[arm]) | {"options_not_named": num_without_option(texts, examples)}
+            for arm, texts in answers.items()
         },
     )
-    return result
+
+
+def _write(options: EvaluateQaOptions, result: EvaluateQaResult) -> None:
+    values = {key: value for key, value in asdict(result).items() if key != "output"}
+    write_results(result.output, {**values, "confidence_level": options.confidence_level})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

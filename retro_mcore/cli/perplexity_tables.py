@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -26,6 +26,7 @@ def print_tables(
             ("split", "neighbors", "corpus", "loss", "perplexity", "tokens", "seconds"),
             [cells for row in perplexities for cells in _perplexity_cells(row)],
         )
+        _print_notes(_repeats_note(row) for row in perplexities)
     if bits_per_byte:
         first = bits_per_byte[0]
         _print_table(
@@ -33,6 +34,7 @@ def print_tables(
             ("split", "neighbors", "corpus", "bits per byte", "perplexity", "bytes", "seconds"),
             [cells for row in bits_per_byte for cells in _bits_cells(row)],
         )
+        _print_notes(_left_out_note(row) for row in bits_per_byte)
     for split, points in leakage.items():
         kinds = list(points[0].bits_per_byte)
         _print_table(
@@ -72,6 +74,33 @@ def _bits_cells(row: BitsPerByte) -> list[list[str]]:
         ]
         for corpus, part in parts
     ]
+
+
+def _repeats_note(row: Perplexity) -> str:
+    if row.num_distinct_tokens is None or row.num_distinct_tokens == row.num_tokens:
+        return ""
+    return (
+        f"warning: the {row.num_samples} {row.split} samples repeat their text: "
+        f"{row.num_documents} documents, each token read {row.repeats:.1f} times on average "
+        f"({row.num_tokens:,} tokens, {row.num_distinct_tokens:,} of them different). "
+        "--protocol documents reads each token once"
+    )
+
+
+def _left_out_note(row: BitsPerByte) -> str:
+    note = (
+        f"{row.split}: {row.num_tokens_not_predicted:,} first tokens of documents are not predicted"
+    )
+    if row.num_documents_too_short:
+        note += f", {row.num_documents_too_short:,} documents of fewer than two tokens are left out"
+    return note
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    """Each note once, in its order."""
+    for note in dict.fromkeys(notes):
+        if note:
+            print(note)
 
 
 def _leakage_cells(point: LeakagePoint) -> list[str]:

@@ -18,6 +18,14 @@ _NAMES = {
     "rougeL": "ROUGE-L",
     "accuracy": "accuracy",
 }
+_REPORTED = {
+    "prompts_cut": "prompts cut to fit the window",
+    "questions_cut": "questions cut themselves",
+    "encoder_passages_cut": "with passages cut for the encoder",
+    "answers_cut": "answers ended by --max-new-tokens",
+    "answers_empty": "answers empty",
+    "options_not_named": "answers name no option",
+}
 
 
 def print_qa_table(
@@ -25,8 +33,12 @@ def print_qa_table(
     scores: Mapping[str, Mapping[str, Estimate]],
     difference: Mapping[str, Estimate],
     legacy: Mapping[str, LegacyScores],
+    report: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """A column for each thing that the encoder read, and one for their difference if there is."""
+    """A column for each thing that the encoder read, and one for their difference if there is.
+
+    Below it, what was cut, empty or not to be read, as far as there is any.
+    """
     table = Table(
         title=f"evaluate_qa: {num_questions} questions, %",
         title_justify="left",
@@ -47,6 +59,10 @@ def print_qa_table(
         cells = [f"{100 * getattr(values, name):.2f}" for values in legacy.values()]
         table.add_row(f"legacy {_NAMES.get(name, name)}", *cells)
     Console().print(table)
+    for arm, counts in report.items():
+        found = [f"{count} {_REPORTED[name]}" for name, count in counts.items() if count]
+        if found:
+            print(f"{_arm_name(arm)}, of {num_questions} questions: {', '.join(found)}")
 
 
 def _arm_name(arm: str) -> str:

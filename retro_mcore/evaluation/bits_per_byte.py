@@ -7,7 +7,6 @@ leakage curve.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from retro_mcore.evaluation.documents import (
 )
 from retro_mcore.evaluation.leakage import LeakagePoint, chunk_overlaps, leakage_curve
 from retro_mcore.evaluation.neighbor_sources import NeighborKind, NeighborRows, change_neighbors
+from retro_mcore.evaluation.results import perplexity_of
 from retro_mcore.evaluation.windows import WindowReader, check_stride, plan_windows
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
@@ -65,6 +65,8 @@ class BitsPerByte:
         stride: How far a window starts behind its predecessor.
         seconds: Wall time.
         corpora: The same for each corpus, by its prefix; empty where there is only one.
+        num_documents_too_short: Documents left out, since they have fewer than two tokens.
+        num_tokens_not_predicted: First tokens of documents, which nothing precedes.
     """
 
     split: str
@@ -79,6 +81,8 @@ class BitsPerByte:
     stride: int
     seconds: float
     corpora: dict[str, TextLoss] = field(default_factory=dict)
+    num_documents_too_short: int = 0
+    num_tokens_not_predicted: int = 0
 
 
 def summarize(
@@ -115,16 +119,18 @@ def summarize(
         stride=stride,
         seconds=time.perf_counter() - started,
         corpora=corpora,
+        num_documents_too_short=documents.num_too_short,
+        num_tokens_not_predicted=len(documents),
     )
 
 
 def _text_loss(chunks: ChunkLosses, chosen: NDArray[np.bool_], num_documents: int) -> TextLoss:
     num_tokens = int(chunks.tokens[chosen].sum())
-    loss = float(chunks.losses[chosen].sum()) / num_tokens
+    loss = float(chunks.losses[chosen].sum()) / max(num_tokens, 1)
     return TextLoss(
         bits_per_byte=chunks.bits_per_byte(chosen),
         loss=loss,
-        perplexity=math.exp(loss),
+        perplexity=perplexity_of(loss),
         num_tokens=num_tokens,
         num_bytes=int(chunks.bytes[chosen].sum()),
         num_documents=num_documents,
@@ -256,6 +262,7 @@ class DocumentEvaluation:
             self.num_bytes,
             batch_size,
             f"{self.documents.split} documents, {kind} neighbors",
+            self.tokenizer.vocab_size,
         )
         return summarize(self.documents, self.losses[kind], kind, self.window, self.stride, started)
 

@@ -44,6 +44,7 @@ def measure_chunk_losses(
     num_bytes: NDArray[np.int64],
     batch_size: int,
     description: str,
+    vocab_size: int | None = None,
 ) -> ChunkLosses:
     """Read the documents through their windows, divided over data parallel ranks.
 
@@ -54,6 +55,7 @@ def measure_chunk_losses(
         num_bytes: i64 [chunks], from `chunk_bytes`.
         batch_size: Windows per forward pass.
         description: Label of the progress bar.
+        vocab_size: The tokenizer's, over which the losses are; None: every row of the model's.
     """
     batches = plan_batches(windows, batch_size)
     mine = range(
@@ -64,7 +66,7 @@ def measure_chunk_losses(
     progress = tqdm(mine, desc=description, disable=get_rank() != 0)
     sums = np.zeros((2, reader.documents.num_chunks))
     device = next(model.parameters()).device
-    results = token_losses(model, reader.read(batches, mine, device))
+    results = token_losses(model, reader.read(batches, mine, device), vocab_size)
     for number, (batch, losses) in zip(progress, results, strict=True):
         if losses is not None:
             mask = batch.loss_mask.double().cpu().numpy()

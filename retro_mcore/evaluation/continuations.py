@@ -12,13 +12,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from tqdm import tqdm
 
 from retro_mcore.distributed import broadcast_object, get_rank, raise_together
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.loaded_model import LoadedModel
 from retro_mcore.evaluation.scoring import sum_over_model_ranks
 from retro_mcore.inference.neighbors import RetrievedNeighbors
+from retro_mcore.model.vocabulary import whole_vocabulary
 from retro_mcore.training.batch import position_ids
 
 #: Chunks whose neighbors are remembered: the options of a question share its chunks.
@@ -27,13 +28,34 @@ _REMEMBERED = 10_000
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
+def pieces_of(pair: Pair, max_length: int) -> list[Pair]:
+    """A continuation as pieces that fit a window, each with the text before it as context.
+
+    One that fits stays whole. Of a longer one every token is scored once, with at least half of the
+    window before it where there is as much.
+
+    Args:
+        pair: Tokens of context and continuation.
+        max_length: Tokens that the model reads at once.
+    """
+    context, continuation = pair
+    if len(continuation) <= max_length:
+        return [pair]
+    size = max(max_length // 2, 1)
+    return [
+        ([*context, *continuation[:start]], continuation[start : start + size])
+        for start in range(0, len(continuation), size)
+    ]
+
+
 class ContinuationScorer:
     """Scores continuations in batches, divided over data parallel ranks.
 
     Args:
         loaded: The model; with a retriever each complete chunk gets its neighbors.
         batch_size: Texts per forward pass.
-        max_length: Tokens that the model reads at once; longer contexts lose their beginning.
+        max_length: Tokens that the model reads at once. Longer contexts lose their beginning,
+            continuations longer than that are scored in pieces.
     """
 
     def __init__(self, loaded: LoadedModel, batch_size: int, max_length: int | None = None) -> None:
@@ -49,15 +71,27 @@ class ContinuationScorer:
         Args:
             pairs: Tokens of context (at least one) and continuation.
             description: Label of the progress bar.
+
+        Raises:
+            ConfigurationError: a context without tokens.
         """
+        if not all(context for context, _ in pairs):
+            raise ConfigurationError("a context", "no tokens", "Begin it with BOS or EOD")
+        parts = [pieces_of(pair, self.max_length) for pair in pairs]
+        scores = iter(self._score([piece for pieces in parts for piece in pieces], description))
+        merged = [[next(scores) for _ in pieces] for pieces in parts]
+        return [(sum(a for a, _ in part), all(b for _, b in part)) for part in merged]
+
+    def _score(self, pairs: Sequence[Pair], description: str) -> list[tuple[float, bool]]:
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         size = self._batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         rank = parallel_state.get_data_parallel_rank()
         mine = batches[rank :: parallel_state.get_data_parallel_world_size()]
         results = np.zeros((2, len(pairs)))
-        for batch in tqdm(mine, desc=description, disable=get_rank() != 0):
-            results[:, batch] = self._score_batch([pairs[index] for index in batch])
+        with raise_together():
+            for batch in tqdm(mine, desc=description, disable=get_rank() != 0):
+                results[:, batch] = self._score_batch([pairs[index] for index in batch])
         likelihoods, greedy = sum_over_model_ranks(results)
         return [(float(a), bool(b)) for a, b in zip(likelihoods, greedy, strict=True)]
 
@@ -66,29 +100,23 @@ class ContinuationScorer:
         texts = [
             [*context, *continuation][-self.max_length - 1 :] for context, continuation in pairs
         ]
-        # A continuation longer than the window is scored as far as it is read.
-        counts = [min(len(pair[1]), len(text) - 1) for pair, text in zip(pairs, texts, strict=True)]
+        counts = [len(continuation) for _, continuation in pairs]
         results = np.zeros((2, len(pairs)))
         logits_BSV = self._logits([text[:-1] for text in texts])
         for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
             results[1, row] = 1
             if not count:
                 continue
-            logits_NV = self._whole(logits_BSV[row, len(text) - 1 - count : len(text) - 1])
+            logits_NV = whole_vocabulary(
+                logits_BSV[row, len(text) - 1 - count : len(text) - 1],
+                self._loaded.tokenizer.vocab_size,
+                self._loaded.model,
+            ).double()
             target_N = torch.tensor(text[-count:], device=self._device)
             likelihoods_N = logits_NV.log_softmax(-1).gather(1, target_N[:, None])
             results[0, row] = likelihoods_N.sum().item()
             results[1, row] = bool((logits_NV.argmax(-1) == target_N).all())
         return results
-
-    def _whole(self, logits_NV: torch.Tensor) -> torch.Tensor:
-        """f64 logits over the tokenizer's vocabulary, without the embedding's padding."""
-        model = self._loaded.model
-        if model.parallel_output:
-            logits_NV = gather_from_tensor_model_parallel_region(
-                logits_NV.contiguous(), group=model.pg_collection.tp
-            )
-        return logits_NV[:, : self._loaded.tokenizer.vocab_size].double()
 
     def _logits(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
         """[B, S, this rank's V]; rows are padded on the right, where causality hides it."""

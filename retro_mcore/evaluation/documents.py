@@ -52,6 +52,7 @@ class HeldOutDocuments:
         lengths: i64 [documents], tokens without the EOD at the end.
         chunk_length: M.
         eod: The token that ends a document.
+        num_too_short: Documents that are left out, since they have fewer than two tokens.
     """
 
     split: Split
@@ -62,6 +63,7 @@ class HeldOutDocuments:
     lengths: NDArray[np.int64]
     chunk_length: int
     eod: int
+    num_too_short: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -104,7 +106,7 @@ class HeldOutDocuments:
         """
         config, paths = ProjectConfig.load(project_dir), ProjectPaths(project_dir)
         sources = open_token_files(config, paths)
-        corpora, numbers, lengths = [], [], []
+        corpora, numbers, lengths, num_too_short = [], [], [], 0
         for corpus, source in enumerate(sources):
             start, end = document_ranges(config.retro_gpt_split, len(source))[split]
             for number in range(start, end if limit is None else min(end, start + limit)):
@@ -114,10 +116,13 @@ class HeldOutDocuments:
                     corpora.append(corpus)
                     numbers.append(number)
                     lengths.append(length)
+                else:
+                    num_too_short += 1
         if not lengths:
             raise ProjectError(
                 project_dir,
-                f"has no documents in its {split} split",
+                f"has no documents of two or more tokens in its {split} split"
+                + (f", but {num_too_short} shorter ones" if num_too_short else ""),
                 "Choose another split, or preprocess with a --split that gives it some",
             )
         return cls(
@@ -129,6 +134,7 @@ class HeldOutDocuments:
             np.array(lengths, np.int64),
             config.retro_gpt_chunk_length,
             eod,
+            num_too_short,
         )
 
 

@@ -9,7 +9,9 @@ harness itself is told of one rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
@@ -20,12 +22,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from retro_mcore.distributed import get_rank, initialize
+from retro_mcore.distributed import get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.inference.sampling import SamplingOptions
+from retro_mcore.evaluation.generation_settings import GenerationSettings, read_settings
 from retro_mcore.platform import distributed_backend, setup_device
 
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+_LOGGER = logging.getLogger(__name__)
+
+#: Tokens of a context and of its continuation.
+Encoded = tuple[list[int], list[int]]
 
 
 @register_model("retro_mcore")
@@ -38,14 +43,19 @@ class RetroLM(TemplateLM):
         retro_neighbors: "live": neighbors of each complete chunk, from the project's index.
             "none": the encoder is off.
         batch_size: Requests per forward pass.
-        max_length: Tokens read at once. Default: the model's window.
+        max_length: Tokens read at once. Default: the model's window. Longer contexts lose their
+            beginning, which is told with their number.
         max_gen_toks: Longest answer, where a task does not say.
-        seed: Of sampling, where a task asks for it.
+        add_bos_token: Begin every text with the tokenizer's BOS, or with EOD where it has none.
+            Default: as the project's documents begin; where they have no BOS, only a text without
+            context begins with a special token, EOD.
+        seed: Of sampling, where a task asks for it; request i draws with seed + i.
         tensor_model_parallel_size: Ranks that share one model.
         device: "auto", "cpu" or "cuda".
         max_batch_size: Of no effect; the harness hands it to every model.
         retro_attention_gate: Scale of what the model reads in its neighbors. Default: as it was
             trained; a model that was tuned with 0 needs 1 here to read any.
+        others: Refused by name.
 
     Raises:
         RetroError: an argument, the project or the checkpoint is at fault.
@@ -59,13 +69,17 @@ class RetroLM(TemplateLM):
         batch_size: int | str = 8,
         max_length: int | None = None,
         max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
         seed: int = 1234,
         tensor_model_parallel_size: int = 1,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         max_batch_size: int | None = None,
         retro_attention_gate: float | None = None,
+        **others: Any,
     ) -> None:
         super().__init__()
+        for name, value in others.items():
+            raise ConfigurationError(f"--model_args {name}", repr(value), "retro_mcore has no such")
         if retro_neighbors not in ("live", "none"):
             raise ConfigurationError("retro_neighbors", str(retro_neighbors), "Use live or none")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -90,18 +104,42 @@ class RetroLM(TemplateLM):
             )
         self._scorer = ContinuationScorer(self._loaded, int(batch_size), max_length)
         self._batch_size, self._max_gen_toks, self._seed = int(batch_size), max_gen_toks, seed
+        adds = self._loaded.tokenizer.adds_bos if add_bos_token is None else add_bos_token
+        self._add_bos = bool(adds)
         self._device = next(self._loaded.model.parameters()).device
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a document; it stands before a text without context."""
+        """The token that ends a document."""
         return self._loaded.tokenizer.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text without context."""
+        bos = self._loaded.tokenizer.bos
+        return bos if self._add_bos and bos is not None else self.eot_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text, without special ones."""
-        return self._loaded.tokenizer.tokenize(string)
+        """Tokens of a text, after BOS where the model was told to add it."""
+        tokens = self._loaded.tokenizer.tokenize(string)
+        adds = self._add_bos if add_special_tokens is None else add_special_tokens
+        return [self.prefix_token_id, *tokens] if adds else tokens
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation after its context, and whether it is greedy."""
+        encoded = [(request.args, *self._encode(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _encode(self, context: str, continuation: str) -> Encoded:
+        """At least one token of context, and all of the continuation's."""
+        if not context:
+            return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+        context_ids, continuation_ids = self._encode_pair(context, continuation)
+        if continuation and not continuation_ids:  # its letters joined the context's last token
+            continuation_ids = self.tok_encode(continuation, add_special_tokens=False)
+        return context_ids or [self.prefix_token_id], continuation_ids
 
     def _loglikelihood_tokens(
         self,
@@ -109,20 +147,39 @@ class RetroLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
+        pairs = [
+            (context or [self.prefix_token_id], continuation)
+            for _, context, continuation in requests
+        ]
         results = self._scorer.score(pairs, "loglikelihood")
         for (key, _, _), result in zip(requests, results, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, result)
+        _tell(self._notes(pairs), len(pairs))
         return results
+
+    def _notes(self, pairs: Sequence[Encoded]) -> Counter[str]:
+        """What of the requests is not scored as it was put."""
+        notes: Counter[str] = Counter()
+        window = self._scorer.max_length
+        for context, continuation in pairs:
+            if not continuation:
+                notes["no continuation: likelihood 1"] += 1
+            elif len(continuation) > window:
+                notes[f"a continuation longer than the window of {window}: scored in pieces"] += 1
+            elif len(context) + len(continuation) > window + 1:
+                notes[f"more than the window of {window}: the context lost its beginning"] += 1
+        return notes
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, through windows that overlap as little as they can."""
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
+            # The prefix is the BOS, if there is one.
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
             for window in get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.eot_token_id, self._scorer.max_length, 1
+                tokens, self.prefix_token_id, self._scorer.max_length, 1
             ):
                 windows.append(make_disjoint_window(window))
                 owners.append(number)
@@ -135,62 +192,90 @@ class RetroLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop text, requests of the same settings batched together."""
+        """Texts up to a stop text, requests of the same settings batched together.
+
+        Raises:
+            ConfigurationError: a request asks for what there is not; before any is answered.
+        """
         from megatron.core import parallel_state
 
-        def key(number: int) -> str:
-            return repr(sorted(requests[number].args[1].items(), key=str))
-
-        batches = []
-        for _, group in groupby(sorted(range(len(requests)), key=key), key):
-            same = sorted(group, key=lambda number: -len(requests[number].args[0]))
-            size = self._batch_size
-            batches += [same[start : start + size] for start in range(0, len(same), size)]
+        notes: Counter[str] = Counter()
+        settings = [self._settings(request.args[1], notes) for request in requests]
+        prompts = [
+            self._prompt(request.args[0], how.max_new_tokens, notes)
+            for request, how in zip(requests, settings, strict=True)
+        ]
+        _tell(notes, len(prompts))
+        batches = list(self._batches(prompts, settings))
         first = parallel_state.get_data_parallel_rank()
         mine = batches[first :: parallel_state.get_data_parallel_world_size()]
         answers: dict[int, str] = {}
-        for batch in tqdm(mine, desc="generate_until", disable=disable_tqdm or get_rank() != 0):
-            texts = self._generate([requests[i].args[0] for i in batch], requests[batch[0]].args[1])
-            answers.update(zip(batch, texts, strict=True))
+        with raise_together():
+            for batch in tqdm(mine, desc="generate_until", disable=disable_tqdm or get_rank() != 0):
+                texts = self._generate({i: prompts[i] for i in batch}, settings[batch[0]])
+                answers.update(zip(batch, texts, strict=True))
         answers = _union(answers, parallel_state.get_data_parallel_group())
         for number, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, answers[number])
         return [answers[number] for number in range(len(requests))]
 
-    def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+    def _settings(self, given: Mapping[str, Any], notes: Counter[str]) -> GenerationSettings:
+        settings = read_settings(given, self._max_gen_toks, self._seed, notes)
+        most = self._scorer.max_length // 2  # at least half of the window is the context's
+        if settings.max_new_tokens <= most:
+            return settings
+        notes[f"more than half of the window asked for: answers end after {most} tokens"] += 1
+        return replace(settings, max_new_tokens=most)
+
+    def _prompt(self, text: str, max_new_tokens: int, notes: Counter[str]) -> list[int]:
+        """Its tokens, as many of the last as leave room for the answer."""
+        tokens = self.tok_encode(text) or [self.prefix_token_id]
+        room = self._scorer.max_length - max_new_tokens
+        if len(tokens) > room:
+            notes["context and answer are more than the window: it lost its beginning"] += 1
+        return tokens[-room:]
+
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[GenerationSettings]
+    ) -> Iterator[list[int]]:
+        """Numbers of requests of the same settings, the longest first."""
+
+        def key(number: int) -> str:
+            return repr(settings[number])
+
+        for _, group in groupby(sorted(range(len(prompts)), key=key), key):
+            same = sorted(group, key=lambda number: -len(prompts[number]))
+            for start in range(0, len(same), self._batch_size):
+                yield same[start : start + self._batch_size]
+
+    def _generate(
+        self, prompts: Mapping[int, list[int]], settings: GenerationSettings
+    ) -> list[str]:
+        """Answers to the prompts of some requests, by their numbers."""
         from retro_mcore.inference.generation import generate
         from retro_mcore.inference.growing_text import new_text
 
-        until = settings.get("until") or []
-        longest = next((settings[n] for n in _LENGTHS if n in settings), self._max_gen_toks)
-        # At least half of the window is the context's.
-        longest = min(int(longest), self._scorer.max_length // 2)
-        room = self._scorer.max_length - longest
-        tokenizer = self._loaded.tokenizer
-        prompts = [(self.tok_encode(text) or [tokenizer.eod])[-room:] for text in contexts]
+        if not settings.max_new_tokens:
+            return [""] * len(prompts)
+        sampling = settings.sampling
         texts = generate(
             self._loaded.model,
-            tokenizer,
-            prompts,
-            max_new_tokens=longest,
-            stop_strings=[until] if isinstance(until, str) else until,
-            sampling=_sampling(settings, self._seed),
+            self._loaded.tokenizer,
+            list(prompts.values()),
+            max_new_tokens=settings.max_new_tokens,
+            stop_strings=settings.stop,
+            # By the request's number, so that it does not matter which others are in its batch.
+            sampling=[replace(sampling, seed=sampling.seed + number) for number in prompts],
             neighbors=self._loaded.retriever,
         )
-        return [new_text(tokenizer, text) for text in texts]
+        return [new_text(self._loaded.tokenizer, text) for text in texts]
 
 
-def _sampling(settings: dict[str, Any], seed: int) -> SamplingOptions:
-    """As a task asks: greedy, unless it says `do_sample` or gives a temperature."""
-    temperature = float(settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0))
-    if settings.get("do_sample") is False:
-        temperature = 0.0
-    options = SamplingOptions(temperature=temperature, seed=seed)
-    if temperature == 0:
-        return options
-    return replace(
-        options, top_k=int(settings.get("top_k", 0)), top_p=float(settings.get("top_p", 0.0))
-    )
+def _tell(notes: Counter[str], num_requests: int) -> None:
+    """What was cut or changed, each kind once with its number."""
+    if get_rank() == 0:
+        for note, count in notes.items():
+            _LOGGER.warning("%d of %d requests: %s", count, num_requests, note)
 
 
 def _union(answers: dict[int, str], group: dist.ProcessGroup) -> dict[int, str]:

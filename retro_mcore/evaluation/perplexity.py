@@ -7,7 +7,6 @@ is the neighbors' content that brings it. `bits_per_byte` holds the paper's prot
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from tqdm import tqdm
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError, TokenizerError
 from retro_mcore.evaluation.neighbor_sources import NeighborKind, with_neighbors
+from retro_mcore.evaluation.repeats import DistinctText
+from retro_mcore.evaluation.results import perplexity_of
 from retro_mcore.evaluation.scoring import sum_over_model_ranks, token_losses
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.batch import RetroBatch
@@ -59,6 +60,9 @@ class Perplexity:
         num_samples: Samples they come from.
         seconds: Wall time.
         corpora: The same for each corpus, by its prefix; empty where there is only one.
+        num_documents: Documents that the samples are cut from; None where that is not known.
+        num_distinct_tokens: Of num_tokens, those that are not repetitions: a split of fewer
+            tokens than its samples hold is read more than once.
     """
 
     split: str
@@ -69,6 +73,13 @@ class Perplexity:
     num_samples: int
     seconds: float
     corpora: dict[str, CorpusLoss] = field(default_factory=dict)
+    num_documents: int | None = None
+    num_distinct_tokens: int | None = None
+
+    @property
+    def repeats(self) -> float:
+        """How often a token is read, on average."""
+        return self.num_tokens / self.num_distinct_tokens if self.num_distinct_tokens else 1.0
 
 
 def measure_perplexity(
@@ -82,6 +93,8 @@ def measure_perplexity(
     num_workers: int = 0,
     seed: int = 1234,
     corpora: Sequence[str] = (),
+    vocab_size: int | None = None,
+    distinct: DistinctText | None = None,
 ) -> Perplexity:
     """Perplexity of the first `num_samples` samples, divided over data parallel ranks.
 
@@ -97,6 +110,8 @@ def measure_perplexity(
         num_workers: Processes that read ahead.
         seed: Of permutation and draws.
         corpora: Prefixes of the blend's corpora, to tell them apart.
+        vocab_size: The tokenizer's, over which the losses are; None: every row of the model's.
+        distinct: What the samples are made of, for the result.
     """
     started = time.perf_counter()
     dataset = with_neighbors(dataset, neighbors, seed)
@@ -117,7 +132,7 @@ def measure_perplexity(
         disable=get_rank() != 0,
     )
     sums = np.zeros((2, num_samples))  # losses, tokens
-    for batch, losses in token_losses(model, batches):
+    for batch, losses in token_losses(model, batches, vocab_size):
         if losses is not None:
             mask = batch.loss_mask.double().cpu().numpy()
             sums[:, batch.sample_ids] = (losses * mask).sum(1), mask.sum(1)
@@ -132,6 +147,8 @@ def measure_perplexity(
         num_samples=num_samples,
         seconds=time.perf_counter() - started,
         corpora=_per_corpus(dataset, sums, corpora),
+        num_documents=distinct.num_documents if distinct else None,
+        num_distinct_tokens=distinct.num_tokens if distinct else None,
     )
 
 
@@ -139,7 +156,7 @@ def _corpus_loss(sums: np.ndarray) -> CorpusLoss:
     """Of sums [2, samples]: losses and tokens."""
     loss_sum, num_tokens = sums.sum(1)
     loss = float(loss_sum / max(num_tokens, 1))
-    return CorpusLoss(loss, math.exp(loss), int(num_tokens), sums.shape[1])
+    return CorpusLoss(loss, perplexity_of(loss), int(num_tokens), sums.shape[1])
 
 
 def _per_corpus(

@@ -10,6 +10,7 @@ are too many.
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ import numpy as np
 
 from retro_mcore.data.instruction import read_records
 from retro_mcore.errors import CorpusError
-from retro_mcore.evaluation.qa_metrics import normalize_answer
 from retro_mcore.json_text import JsonError, json_lines, parse_json
 
 _END_OF_TEXT = "<|endoftext|>"
@@ -28,6 +28,7 @@ _END_OF_TEXT = "<|endoftext|>"
 _LEAD_INS = ("Answer:", "Answer: ", "????  ", "A: ", "A:")
 _DEV_QUESTIONS = 3000
 _PUNCTUATION = re.compile(r"""[!"#$%&()*+,-./:;<=>?@\[\]\\^`{|}~_']""")
+_DROPPED = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -103,14 +104,19 @@ def _exact_match(
         )
     matches = []
     for number, prediction in enumerate(predictions):
-        said = normalize_answer(_without_lead_ins(prediction))
+        said = _normalized(_without_lead_ins(prediction))
         answers = records[number].get("answers", records[number].get("answer"))
         if not isinstance(answers, (list, str)) or not answers:
             raise _unusable(path, number)
         if not all(isinstance(answer, str) for answer in answers):
             raise _unusable(path, number)
-        matches.append(any(said == normalize_answer(answer) for answer in answers))
+        matches.append(any(said == _normalized(answer) for answer in answers))
     return float(np.mean(matches))
+
+
+def _normalized(text: str) -> str:
+    """As SQuAD's program, which knows ASCII's punctuation alone."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DROPPED)).split())
 
 
 def _unusable(path: Path, number: int) -> CorpusError:

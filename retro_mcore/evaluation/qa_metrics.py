@@ -1,35 +1,42 @@
 """Scores of answers: exact match, F1, ROUGE, and accuracy where there are options to choose from.
 
 Exact match and F1 are SQuAD's (Rajpurkar et al. 2016): words are compared without case,
-punctuation and articles, and the best of the accepted answers counts. `qa_legacy` scores as the
-retired Retro did.
+punctuation and articles, and the best of the accepted answers counts. What a word is in other
+scripts, `answer_text` says. `qa_legacy` scores as the retired Retro did.
 """
 
 from __future__ import annotations
 
 import re
-import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from retro_mcore.errors import CorpusError, MissingDependencyError
+from retro_mcore.evaluation.answer_text import (
+    answer_words,
+    join_words,
+    rouge_words,
+    words_with_articles,
+)
 
 if TYPE_CHECKING:
     from retro_mcore.data.instruction import InstructionExample
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-# "(B)" anywhere, or "B", "B." or "B) …" at the beginning.
-_LETTER = re.compile(r"\(([A-Z])\)|^\s*([A-Z])(?:\s*$|[.):])")
+# "(B)" anywhere, or "B", "B." or "B) …" at the beginning; also full width, whose form is ASCII's.
+_LETTER = re.compile(r"\(([A-Z])\)|^\s*([A-Z])(?:\s*$|[.):\u3001\u3002])")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation and articles, words set apart by single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Lower case, without punctuation and articles, words set apart by single spaces.
+
+    Characters of scripts without spaces between words stand without spaces.
+    """
+    return join_words(answer_words(text))
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -40,11 +47,11 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Harmonic mean of precision and recall of words, against the answer that gives the most."""
-    return max(_f1(normalize_answer(prediction), normalize_answer(answer)) for answer in answers)
+    words = answer_words(prediction)
+    return max(_f1(words, answer_words(answer)) for answer in answers)
 
 
-def _f1(predicted: str, answer: str) -> float:
-    words, expected = predicted.split(), answer.split()
+def _f1(words: list[str], expected: list[str]) -> float:
     if not words or not expected:  # nothing to find, and nothing found
         return float(words == expected)
     common = sum((Counter(words) & Counter(expected)).values())
@@ -53,6 +60,9 @@ def _f1(predicted: str, answer: str) -> float:
 
 def rouge(prediction: str, answers: Sequence[str]) -> dict[str, float]:
     """ROUGE-1, -2 and -L (Lin 2004): F measures, stemmed, of the best answer for each.
+
+    Of ASCII texts rouge-score's own numbers; its tokenizer sees nothing in other scripts, so words
+    are `rouge_words`, of which the ASCII ones are stemmed.
 
     Raises:
         MissingDependencyError: rouge-score is not installed.
@@ -64,26 +74,70 @@ def rouge(prediction: str, answers: Sequence[str]) -> dict[str, float]:
 @cache
 def _rouge_scorer() -> Any:
     try:
+        from nltk.stem.porter import PorterStemmer
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise MissingDependencyError(
             "rouge-score", "not installed", "Install retro-mcore[eval]"
         ) from error
-    return RougeScorer(list(ROUGE), use_stemmer=True)
+    return RougeScorer(list(ROUGE), tokenizer=_StemmedWords(PorterStemmer()))
+
+
+class _StemmedWords:
+    """A tokenizer of rouge-score's."""
+
+    def __init__(self, stemmer: Any) -> None:
+        self._stemmer = stemmer
+
+    def tokenize(self, text: str) -> list[str]:
+        return [self._stem(word) for word in rouge_words(text)]
+
+    def _stem(self, word: str) -> str:
+        # As rouge-score: only words of more than three letters.
+        return self._stemmer.stem(word) if word.isascii() and len(word) > 3 else word
 
 
 def chosen_option(text: str, choices: Sequence[str]) -> int | None:
-    """The option that a text names: by its words, by its letter, or as the only one it holds."""
-    normalized = [normalize_answer(choice) for choice in choices]
-    said = normalize_answer(text)
-    if said in normalized:
-        return normalized.index(said)
-    for match in _LETTER.finditer(text):
+    """The option that a text names; None if it names none, or more than one.
+
+    By its words, by its letter, or as the only one that it holds. An option whose words are part of
+    another's ("red" of "dark red") is not held where the other stands.
+    """
+    said = _option_words(text)
+    options = [_option_words(choice) for choice in choices]
+    if not said:
+        return None
+    if said in options:
+        return options.index(said)
+    for match in _LETTER.finditer(unicodedata.normalize("NFKC", text)):
         number = ord(match[1] or match[2]) - ord("A")
         if number < len(choices):
             return number
-    held = [i for i, option in enumerate(normalized) if option and f" {option} " in f" {said} "]
+    held = _held(answer_words(text), [answer_words(choice) for choice in choices])
     return held[0] if len(held) == 1 else None
+
+
+def _option_words(text: str) -> list[str]:
+    """Its words; where it is nothing but an article or punctuation ("A", "+"), that."""
+    rest = text.strip().casefold()
+    return answer_words(text) or words_with_articles(text) or ([rest] if rest else [])
+
+
+def _held(said: list[str], options: Sequence[list[str]]) -> list[int]:
+    """The options whose words stand in what is said, but for those inside a longer one."""
+    spans = [
+        (start, start + len(option), number)
+        for number, option in enumerate(options)
+        for start in range(len(said) - len(option) + 1)
+        if option and said[start : start + len(option)] == option
+    ]
+    return sorted(
+        {
+            number
+            for start, end, number in spans
+            if not any(a <= start and end <= b and b - a > end - start for a, b, _ in spans)
+        }
+    )
 
 
 def accuracy(prediction: str, example: InstructionExample) -> float:
@@ -92,6 +146,15 @@ def accuracy(prediction: str, example: InstructionExample) -> float:
     Raises:
         CorpusError: no answer is among the options.
     """
+    return float(chosen_option(prediction, example.choices) in correct_options(example))
+
+
+def correct_options(example: InstructionExample) -> set[int | None]:
+    """The options that the accepted answers name.
+
+    Raises:
+        CorpusError: there is none.
+    """
     correct = {chosen_option(answer, example.choices) for answer in example.answers} - {None}
     if not correct:
         raise CorpusError(
@@ -99,7 +162,17 @@ def accuracy(prediction: str, example: InstructionExample) -> float:
             f"none of its answers {list(example.answers)} is an option",
             f"The options are {list(example.choices)}",
         )
-    return float(chosen_option(prediction, example.choices) in correct)
+    return correct
+
+
+def check_scorable(example: InstructionExample) -> None:
+    """Refuse an example that `score` would refuse, before its question is answered.
+
+    Raises:
+        CorpusError: it has no answers, or options that none of them is among.
+        MissingDependencyError: rouge-score is not installed.
+    """
+    score("", example)
 
 
 def score(prediction: str, example: InstructionExample) -> dict[str, float]:

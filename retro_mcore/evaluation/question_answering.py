@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from retro_mcore.data.instruction import InstructionExample
-from retro_mcore.data.prompts import PromptFormat, write_prompt
+from retro_mcore.data.prompts import Prompt, PromptFormat, write_prompt
 from retro_mcore.datasets.instruction import (
     InstructionFormat,
     encode_passages,
@@ -17,7 +17,7 @@ from retro_mcore.datasets.instruction import (
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.bootstrap import Estimate, estimate_mean
 from retro_mcore.evaluation.loaded_model import LoadedModel, require_reading
-from retro_mcore.evaluation.qa_metrics import score
+from retro_mcore.evaluation.qa_metrics import chosen_option, score
 from retro_mcore.inference.generation import generate
 from retro_mcore.inference.growing_text import new_text
 from retro_mcore.inference.neighbors import NeighborSource, RetrievedNeighbors, SameNeighbors
@@ -97,13 +97,36 @@ class QuestionAnswerer:
 
     def prompt_tokens(self, example: InstructionExample) -> list[int]:
         """A question's prompt; passages are cut where it would not fit the window."""
+        tokenizer = self._loaded.tokenizer
+        return [*tokenizer.beginning, *fit_prompt(self._prompt(example), self._room, tokenizer)]
+
+    def _prompt(self, example: InstructionExample) -> Prompt:
         options = self._options
-        prompt = write_prompt(
+        return write_prompt(
             example, options.prompt_format, options.num_context_passages, options.template_id
         )
+
+    @property
+    def _room(self) -> int:
+        """Tokens of a prompt's text at most."""
         beginning = self._loaded.tokenizer.beginning
-        limit = self._loaded.window - options.max_new_tokens - len(beginning)
-        return [*beginning, *fit_prompt(prompt, limit, self._loaded.tokenizer)]
+        return self._loaded.window - self._options.max_new_tokens - len(beginning)
+
+    def _left_out(self, example: InstructionExample, num_prompt_tokens: int) -> dict[str, int]:
+        """Tokens of prompt, question and encoder's passages that the model is not given."""
+        prompt, tokenize = self._prompt(example), self._loaded.tokenizer.tokenize
+        num_prompt_tokens -= len(self._loaded.tokenizer.beginning)
+        passages: tuple[str, ...] = ()
+        if self._neighbors == "passages":
+            passages = encoder_passages(example, self._format)
+        longer = [len(tokenize(text)) - self._loaded.retrieved_length for text in passages]
+        return {
+            "prompt_tokens_cut": max(0, len(tokenize(prompt.text)) - num_prompt_tokens),
+            "question_tokens_cut": max(
+                0, len(tokenize(prompt.before + prompt.question)) - self._room
+            ),
+            "encoder_tokens_cut": sum(max(0, tokens) for tokens in longer),
+        }
 
     def answer(self, places: Sequence[int]) -> list[dict[str, Any]]:
         """Predictions of the questions at these (consecutive) places."""
@@ -128,6 +151,7 @@ class QuestionAnswerer:
                 "answers": list(example.answers),
                 "finish_reason": text.finish_reason,
                 "prompt_tokens": text.prompt_length,
+                **self._left_out(example, text.prompt_length),
             }
             for place, example, text in zip(places, examples, texts, strict=True)
         ]
@@ -141,6 +165,29 @@ class QuestionAnswerer:
             encoder_passages(example, self._format), self._format, self._loaded.tokenizer
         )
         return SameNeighbors(RetrievedNeighbors(tokens_KR[None], mask_KR[None]))
+
+
+def report_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many answers were made of less than they should have been, or are cut or empty.
+
+    Args:
+        rows: Predictions, as `QuestionAnswerer.answer` makes them.
+    """
+    return {
+        "prompts_cut": sum(row.get("prompt_tokens_cut", 0) > 0 for row in rows),
+        "questions_cut": sum(row.get("question_tokens_cut", 0) > 0 for row in rows),
+        "encoder_passages_cut": sum(row.get("encoder_tokens_cut", 0) > 0 for row in rows),
+        "answers_cut": sum(row.get("finish_reason") == "length" for row in rows),
+        "answers_empty": sum(not row["pred"].strip() for row in rows),
+    }
+
+
+def num_without_option(predictions: Sequence[str], examples: Sequence[InstructionExample]) -> int:
+    """Predictions that name none of their question's options."""
+    return sum(
+        bool(example.choices) and chosen_option(prediction, example.choices) is None
+        for prediction, example in zip(predictions, examples, strict=True)
+    )
 
 
 def question_of(example: InstructionExample) -> str:

@@ -57,7 +57,7 @@ def generate(
     min_new_tokens: int = 0,
     stop_tokens: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
-    sampling: SamplingOptions | None = None,
+    sampling: SamplingOptions | Sequence[SamplingOptions] | None = None,
     neighbors: NeighborSource | Sequence[NeighborSource | None] | None = None,
     two_chunks: bool = False,
     top_logprobs: int | None = None,
@@ -78,7 +78,7 @@ def generate(
         stop_tokens: Tokens that end a text, besides EOD; they do not belong to it.
         stop_strings: Strings that end a text: `GeneratedText.stop_text` is what precedes.
         sampling: How tokens are chosen (default: `SamplingOptions()`); prompt i draws with its
-            seed + i, so no prompt's text depends on its companions.
+            seed + i, so no prompt's text depends on its companions. Or options for each prompt.
         neighbors: Where neighbors come from, for all prompts or one for each; None turns retrieval
             off.
         two_chunks: Each prompt is the first chunk and its answer the second, whatever their
@@ -92,7 +92,6 @@ def generate(
         ConfigurationError: an empty or foreign prompt, a text longer than the model's window, or
             an option out of range.
     """
-    sampling = sampling or SamplingOptions()
     stopping = StoppingOptions(
         max_new_tokens, min_new_tokens, tuple(stop_tokens), tuple(stop_strings)
     )
@@ -104,10 +103,15 @@ def generate(
         sources = list(neighbors)
     else:
         sources = [neighbors] * len(prompt_tokens)
+    if isinstance(sampling, Sequence):
+        samplings = list(sampling)
+    else:
+        shared = sampling or SamplingOptions()
+        samplings = [replace(shared, seed=shared.seed + i) for i in range(len(prompt_tokens))]
     requests = [
         GenerationRequest(
             tokens=prompt,
-            sampling=replace(sampling, seed=sampling.seed + row),
+            sampling=own_sampling,
             stopping=stopping,
             neighbors=source,
             number=row,
@@ -115,7 +119,9 @@ def generate(
             top_logprobs=top_logprobs,
             prompt_logprobs=prompt_logprobs,
         )
-        for row, (prompt, source) in enumerate(zip(prompt_tokens, sources, strict=True))
+        for row, (prompt, source, own_sampling) in enumerate(
+            zip(prompt_tokens, sources, samplings, strict=True)
+        )
     ]
     for request in requests:
         check_request(request, model, tokenizer, model.max_sequence_length)

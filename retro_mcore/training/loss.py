@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -20,7 +21,9 @@ from torch import Tensor
 from retro_mcore.errors import RetroError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.pipeline import schedule_kwargs
+from retro_mcore.model.vocabulary import losses_of_logits
 from retro_mcore.training.batch import RetroBatch
+from retro_mcore.training.optimizer import unwrap_model
 
 #: What a micro batch reports: [sum of losses, number of tokens] (float32) and its samples.
 LossReport = dict[str, Any]
@@ -53,6 +56,31 @@ def _share_of_loss(
 ) -> tuple[Tensor, Tensor, LossReport]:
     loss, num_tokens, report = masked_loss(batch, losses_BS)
     return loss / positions, num_tokens, report
+
+
+def score_step(
+    vocab_size: int, batches: Iterator[RetroBatch], model: torch.nn.Module
+) -> tuple[Tensor, Callable]:
+    """As `forward_step`, without gradients: losses over the tokenizer's vocabulary alone.
+
+    They depend neither on how many rows pad the embedding nor on the layout.
+
+    Args:
+        vocab_size: The tokenizer's.
+        batches: Micro batches.
+        model: A stage.
+
+    Returns:
+        The logits and a function that makes losses of them and reduces these.
+    """
+    batch = next(batches)
+    return model(**batch.model_inputs()), partial(_score, batch, vocab_size, unwrap_model(model))
+
+
+def _score(
+    batch: RetroBatch, vocab_size: int, model: GPTModel, logits_BSV: Tensor
+) -> tuple[Tensor, Tensor, LossReport]:
+    return masked_loss(batch, losses_of_logits(logits_BSV, batch.labels, vocab_size, model))
 
 
 def masked_loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, LossReport]:
@@ -121,6 +149,7 @@ def forward_backward(
     micro_batch_size: int,
     with_retrieval: bool,
     forward_only: bool = False,
+    vocab_size: int | None = None,
 ) -> list[LossReport]:
     """Run micro batches through megatron's forward-backward function.
 
@@ -135,6 +164,8 @@ def forward_backward(
         micro_batch_size: B.
         with_retrieval: Whether the batches hold retrieved tokens.
         forward_only: No gradients.
+        vocab_size: The tokenizer's, to score over it alone (without gradients); None: over every
+            row of the model's, as in training.
 
     Returns:
         The micro batches' reports on the last pipeline stage, nothing on the others.
@@ -146,9 +177,12 @@ def forward_backward(
         lengths = schedule_kwargs(config, sequence_length, with_retrieval)
     # Every chunk reads the step's batches, each at its own pace.
     iterators = itertools.tee(itertools.islice(batches, num_microbatches), len(chunks))
+    step = partial(forward_step, positions)
+    if vocab_size is not None:
+        step = partial(score_step, vocab_size)
     with token_mean(config, positions):
         reports = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, positions),
+            forward_step_func=step,
             data_iterator=list(iterators),
             model=list(chunks),
             num_microbatches=num_microbatches,
@@ -242,6 +276,7 @@ def total_loss(
     chunks: Sequence[torch.nn.Module],
     batches: Iterable[RetroBatch],
     microbatches_per_step: int = 1,
+    vocab_size: int | None = None,
 ) -> tuple[float, int]:
     """Summed loss and number of tokens over all batches of all data parallel ranks.
 
@@ -253,6 +288,7 @@ def total_loss(
         batches: The same on every stage.
         microbatches_per_step: Batches of equal size that run together; more than one fills a
             pipeline, and the interleaved schedule needs a multiple of the pipeline's size.
+        vocab_size: The tokenizer's, over which the losses are; None: every row of the model's.
     """
     was_training = chunks[0].training
     for chunk in chunks:
@@ -268,6 +304,7 @@ def total_loss(
             len(step[0].sample_ids),
             step[0].retrieved_tokens is not None,
             forward_only=True,
+            vocab_size=vocab_size,
         )
         for report in reports:
             total += report["sums"].to("cpu", torch.float64)

@@ -270,7 +270,12 @@ class Trainer:
         stop = self.plan.project.retro_gpt_eval_iters * self.plan.global_batch_size
         batches = read_batches(self._numbered(samples), self._sampler(0, stop), 0, self._device)
         with gathered_weights(self._parts.chunks):
-            loss_sum, num_tokens = total_loss(self._parts.chunks, batches, self._num_microbatches)
+            loss_sum, num_tokens = total_loss(
+                self._parts.chunks,
+                batches,
+                self._num_microbatches,
+                self.plan.arguments.vocab_size,
+            )
         return loss_sum / num_tokens if num_tokens else math.nan
 
     def _save(self, reporter: TrainingReporter) -> None:

@@ -69,6 +69,38 @@ def test_one_command_answers_with_the_encoder_on_and_off(ablation):
     assert written["num_questions"] == 7
 
 
+def test_what_was_cut_or_empty_is_counted(ablation):
+    """A window of 64 tokens cuts the prompts; who reads the scores must know."""
+    folder, result = ablation
+    written = json.loads((folder / "output" / "scores.json").read_text())
+    for arm in ("live", "none"):
+        rows = predictions(folder, arm)
+        report = result.report[arm]
+        assert written["report"][arm] == report
+        assert report["prompts_cut"] == sum(row["prompt_tokens_cut"] > 0 for row in rows) > 0
+        assert report["questions_cut"] == sum(row["question_tokens_cut"] > 0 for row in rows)
+        assert report["answers_cut"] == sum(row["finish_reason"] == "length" for row in rows)
+        assert report["answers_empty"] == sum(not row["pred"].strip() for row in rows)
+        assert report["options_not_named"] <= 1
+
+
+def test_a_question_that_is_cut_itself_is_counted(options, tmp_path, capsys):
+    given = options(max_new_tokens=60, num_gen=1, ft_neighbours=0)
+    result = evaluate_qa(given)
+    assert predictions(tmp_path, "none")[0]["prompt_tokens"] == 4
+    assert result.report["none"]["questions_cut"] == 1
+    assert "1 questions cut themselves" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "folder.json"])
+def test_results_that_cannot_be_written_are_refused_before_the_work(options, tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.json" / "scores.json").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="--output"):
+        evaluate_qa(options(output=str(tmp_path / place), load="nowhere"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_scores_are_those_of_the_predictions(ablation):
     from retro_mcore.evaluation.qa_metrics import f1
 
@@ -170,6 +202,7 @@ def test_given_predictions_are_scored_without_a_model(options, tmp_path, capsys)
     flags += ["--output", str(tmp_path / "scored"), "--legacy-scoring", "--device", "cpu"]
     assert main(flags) == 0
     output = capsys.readouterr().out
+    assert "answers empty" not in output
     assert "exact match" in output
     assert "100.00 [100.00, 100.00]" in output
     assert "legacy F1" in output

@@ -1,14 +1,27 @@
+# ruff: noqa: RUF001 (letters of other scripts are what these tests are about)
 """SQuAD's metrics, ROUGE, options, and confidence intervals."""
 
 from __future__ import annotations
 
+import string
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retro_mcore.data.instruction import InstructionExample
 from retro_mcore.errors import CorpusError
 from retro_mcore.evaluation.bootstrap import estimate_mean
-from retro_mcore.evaluation.qa_metrics import chosen_option, exact_match, f1, rouge, score
+from retro_mcore.evaluation.qa_metrics import (
+    ROUGE,
+    chosen_option,
+    exact_match,
+    f1,
+    normalize_answer,
+    rouge,
+    score,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +49,72 @@ def test_rouge_takes_the_best_answer_of_each_kind():
     assert scores["rougeL"] == pytest.approx(2 * 2 / (6 + 3))
 
 
+SAME_IN_ANY_SCRIPT = [
+    ("東京", "東京。"),
+    ("「東京」", "東京"),
+    ("東京 大阪", "東京、大阪"),
+    ("ﾄｳｷｮｳ", "トウキョウ"),
+    ("１９９８年", "1998年"),
+    ("กรุงเทพ", "กรุงเทพ!"),
+    ("हिन्दी", "हिन्दी।"),
+    ("القاهرة", "القاهرة؟"),
+    ("Москва", "«МОСКВА»"),
+    ("서울", "서울"),
+    ("Zu\u0308rich", "Zürich"),
+    ("a\u0331b", "A\u0331B"),
+    ("Straße", "STRASSE"),
+    ("the\u200b cat", "cat"),
+    ("ＡＢＣ（Ｄ）", "abc d"),
+    ("Jean–Paul", "Jean-Paul"),
+    ("🙂", "🙂"),
+]
+
+
+@pytest.mark.parametrize(("prediction", "answer"), SAME_IN_ANY_SCRIPT)
+def test_the_same_words_are_a_match_in_any_script(prediction, answer):
+    """Who evaluates a language other than English would meet it."""
+    if answer != "abc d":  # punctuation joins SQuAD's words
+        assert exact_match(prediction, [answer]) == 1
+        assert f1(prediction, [answer]) == 1
+    scores = rouge(prediction, [answer])
+    if prediction != "the\u200b cat":  # ROUGE counts articles
+        assert scores["rouge1"] == scores["rougeL"] == 1
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "share"),
+    [
+        ("東京都", "京都", 4 / 5),
+        ("北京", "東京", 1 / 2),
+        ("गाँव हिन्दी", "गाँव", 2 / 3),
+        ("แมว", "ไก่", 0),
+    ],
+)
+def test_parts_of_answers_count_in_any_script(prediction, answer, share):
+    assert exact_match(prediction, [answer]) == 0
+    assert f1(prediction, [answer]) == pytest.approx(share)
+    assert rouge(prediction, [answer])["rouge1"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("other", ["東", "à", "é", "б", "ก", "🙂"])
+def test_another_answer_is_none(other):
+    for answer in ("西", "e", "а", "ข", "🙃"):
+        assert exact_match(other, [answer]) == f1(other, [answer]) == 0
+        assert rouge(other, [answer])["rouge1"] == 0
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.text(string.printable, max_size=30), st.text(string.printable, max_size=30))
+def test_ascii_scores_are_those_of_squad_and_of_rouge_score(prediction, answer):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    from retro_mcore.evaluation.qa_legacy import _normalized  # SQuAD's own lines
+
+    expected = RougeScorer(list(ROUGE), use_stemmer=True).score(answer, prediction)
+    assert rouge(prediction, [answer]) == {name: expected[name].fmeasure for name in ROUGE}
+    assert normalize_answer(answer) == _normalized(answer)
+
+
 CHOICES = ("red", "the green one", "blue", "Dark red")
 
 
@@ -56,6 +135,33 @@ CHOICES = ("red", "the green one", "blue", "Dark red")
 )
 def test_options_are_named_by_words_or_letters(text, option):
     assert chosen_option(text, CHOICES) == option
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "option"),
+    [
+        ("", ("A", "B"), None),
+        (" ", ("", "x"), None),
+        ("???", ("A", "B"), None),
+        ("A", ("A", "B"), 0),
+        ("(a)", ("A", "B"), 0),
+        ("A red thing", ("A", "B"), None),
+        ("Apple", ("A", "Apple"), 1),
+        ("an apple", ("A", "Apple"), 1),
+        ("The", ("A", "The"), 1),
+        ("it is dark red", ("red", "dark red"), 1),
+        ("dark red or red", ("red", "dark red"), None),
+        ("東京です", ("東", "東京"), 1),
+        ("答えは「京都」。", ("東京", "京都"), 1),
+        ("（Ｂ）", ("東", "京"), 1),
+        ("B、京", ("東", "京"), 1),
+        ("+", ("+", "-"), 0),
+        ("-", ("+", "-"), 1),
+    ],
+)
+def test_no_option_is_named_by_nothing_or_by_a_part_of_another(text, choices, option):
+    """Who scores a young model, which answers with nothing, would meet it."""
+    assert chosen_option(text, choices) == option
 
 
 def example(**changes):

@@ -1,0 +1,113 @@
+"""Words of answers in any script, for the metrics that compare them.
+
+Of ASCII texts these are the words that SQuAD's and ROUGE's own programs see. Beyond ASCII the same
+rules hold by Unicode's categories, on one normal form (NFKC), so that it does not matter how an
+accent is composed or whether a letter is full width. Scripts that write no spaces between words
+are taken character by character (with their combining marks).
+"""
+
+from __future__ import annotations
+
+import string
+import unicodedata
+from collections.abc import Iterator
+
+_ARTICLES = {"a", "an", "the"}
+
+#: Blocks of scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Han, kana …
+_UNSPACED = (
+    (0x0E00, 0x0FFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+    (0x1950, 0x19DF),
+    (0x1A20, 0x1AAF),
+    (0x2E80, 0x2FDF),
+    (0x3005, 0x3007),
+    (0x3021, 0x312F),
+    (0x31A0, 0x31FF),
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xA000, 0xA4CF),
+    (0xA9E0, 0xA9FF),
+    (0xAA60, 0xAA7F),
+    (0xF900, 0xFAFF),
+    (0x1B000, 0x1B16F),
+    (0x20000, 0x3FFFF),
+)
+
+
+def normal_form(text: str) -> str:
+    """NFKC without case, and without characters that only format (such as a zero width space)."""
+    if text.isascii():
+        return text.lower()
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(char for char in folded if unicodedata.category(char) != "Cf")
+
+
+def answer_words(text: str) -> list[str]:
+    """Words as SQuAD compares them: without case, punctuation and (English) articles."""
+    words = _without_punctuation(normal_form(text)).split()
+    return [piece for word in words if word not in _ARTICLES for piece in _split(word)]
+
+
+def words_with_articles(text: str) -> list[str]:
+    """As `answer_words`, and the articles."""
+    words = _without_punctuation(normal_form(text)).split()
+    return [piece for word in words for piece in _split(word)]
+
+
+def join_words(words: list[str]) -> str:
+    """Words as one text; between characters of a script that writes no spaces there is none."""
+    text = ""
+    for before, word in zip(["", *words], words, strict=False):
+        joined = not before or (_is_unspaced(before[0]) and _is_unspaced(word[0]))
+        text += word if joined else f" {word}"
+    return text
+
+
+def rouge_words(text: str) -> list[str]:
+    """Runs of letters and digits, as ROUGE's own tokenizer finds them in ASCII; not stemmed.
+
+    Beyond ASCII a symbol, such as an emoji, is a word of its own.
+    """
+    kept = "".join(_rouge_char(char) for char in normal_form(text))
+    return [piece for word in kept.split() for piece in _split(word)]
+
+
+def _without_punctuation(text: str) -> str:
+    return "".join(
+        char
+        for char in text
+        if char not in string.punctuation and not unicodedata.category(char).startswith("P")
+    )
+
+
+def _rouge_char(char: str) -> str:
+    if char.isascii():
+        return char if char.isalnum() else " "
+    kind = unicodedata.category(char)[0]
+    return f" {char} " if kind == "S" else char if kind in "LMN" else " "
+
+
+def _split(word: str) -> Iterator[str]:
+    """A word, or its characters where the script does not say where words end."""
+    if word.isascii():
+        yield word
+        return
+    piece, unspaced = "", False
+    for char in word:
+        if unicodedata.category(char).startswith("M"):
+            piece += char
+            continue
+        now = _is_unspaced(char)
+        if piece and (now or unspaced):
+            yield piece
+            piece = ""
+        piece, unspaced = piece + char, now
+    if piece:
+        yield piece
+
+
+def _is_unspaced(char: str) -> bool:
+    code = ord(char)
+    return any(first <= code <= last for first, last in _UNSPACED)
