@@ -20,6 +20,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from retro_mcore.cli.utf8 import use_utf8, write_any_text
 from retro_mcore.distributed import get_rank, get_world_size, leave
 from retro_mcore.errors import EXIT_CODE, ConfigurationError, RetroError
 
@@ -241,8 +242,13 @@ def run_command(
 ) -> int:
     """Parse, run, and turn a user's mistake into one line on stderr and exit code 2.
 
-    Process groups that the command joined are left before it returns.
+    Process groups that the command joined are left before it returns. A process of the
+    command's own is started again in UTF-8 mode where it must be; see `use_utf8`.
     """
+    if argv is None or list(argv) == sys.argv[1:]:
+        use_utf8()
+    else:
+        write_any_text()
     joined_before = dist.is_initialized()
     code = 0
     with closed_pipe_ends_quietly():

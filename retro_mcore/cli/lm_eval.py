@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 
+from retro_mcore.cli.utf8 import use_utf8
 from retro_mcore.errors import EXIT_CODE, MissingDependencyError, RetroError
 
 
 def main() -> int:
     """Run the harness on this process's arguments; returns its exit code."""
+    use_utf8()
     try:
         try:
             from lm_eval.__main__ import cli_evaluate

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from retro_mcore.cli.command import closed_pipe_ends_quietly
+from retro_mcore.cli.utf8 import use_utf8
 from retro_mcore.errors import EXIT_CODE
 
 COMMANDS = {
@@ -29,6 +30,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command with the remaining arguments; returns its exit code."""
+    if argv is None:
+        use_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0].replace("-", "_") if arguments else "help"
     if name in COMMANDS:

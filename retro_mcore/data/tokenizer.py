@@ -81,12 +81,16 @@ class Tokenizer(ABC):
         """Text of each sequence of ids, as the library makes it."""
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, none of them special. Lone surrogates become U+FFFD."""
+        """Ids of each text, none of them special.
+
+        Lone surrogates that stand for bytes of UTF-8, as in the arguments of a process whose locale
+        knows ASCII alone, become what the bytes mean; others U+FFFD.
+        """
         texts = list(texts)
         try:
             rows = self._encode(texts)
         except (TypeError, RuntimeError, UnicodeError):
-            whole = [replace_surrogates(text)[0] for text in texts]
+            whole = [_without_surrogates(text) for text in texts]
             if whole == texts:
                 raise
             rows = self._encode(whole)
@@ -177,6 +181,13 @@ def _differences(text: str, back: str) -> dict[str, int]:
         "changed_characters": lost.total() - newlines - spaces,
         "added_characters": max(0, len(back) - len(text)),
     }
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        return replace_surrogates(text)[0]
 
 
 def _plain(ids: Sequence[Sequence[int]]) -> list[list[int]]:
