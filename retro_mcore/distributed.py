@@ -9,10 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
 from retro_mcore.errors import RetroError
+
+Value = TypeVar("Value")
 
 
 def launched_by_torchrun() -> bool:
@@ -96,6 +99,15 @@ def broadcast_object(
     source = source_rank if group is None else dist.get_global_rank(group, source_rank)
     dist.broadcast_object_list(box, src=source, group=group)
     return box[0]
+
+
+def on_first_rank(compute: Callable[[], Value]) -> Value:
+    """What `compute` gives on rank 0, on every rank; its errors are raised on all of them."""
+    value = None
+    with raise_together():
+        if get_rank() == 0:
+            value = compute()
+    return cast(Value, broadcast_object(value))
 
 
 def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from retro_mcore import distributed
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.pretrain_retro import summarize
+from retro_mcore.data.instruction_blend import parse_blend
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project.config import ProjectConfig
@@ -38,6 +39,7 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
+    from retro_mcore.training.data_contents import contents_of_blend
     from retro_mcore.training.finetune import build_instruction_datasets, make_finetune_plan
     from retro_mcore.training.trainer import Trainer, finished_run
 
@@ -46,6 +48,10 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
         tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
         plan = make_finetune_plan(options, project, tokenizer.vocab_size)
         plan.check_layers()
+        parts = parse_blend(options.data_path, options.data_folder)
+    contents = distributed.on_first_rank(lambda: contents_of_blend(parts))
+    with distributed.raise_together():
+        plan = replace(plan, contents=contents)
         result = finished_run(plan)
     if result is None:
         with distributed.raise_together():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,14 +56,19 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
+    from retro_mcore.training.data_contents import contents_of_project
     from retro_mcore.training.plan import make_plan
     from retro_mcore.training.trainer import finished_run
 
+    paths = ProjectPaths(options.project_dir)
     with distributed.raise_together():
         project = ProjectConfig.load(options.project_dir)
-        tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
+        tokenizer = load_project_tokenizer(project, paths)
         _check(options, tokenizer.vocab_size)
         plan = make_plan(options, project, tokenizer.vocab_size)
+    contents = distributed.on_first_rank(lambda: contents_of_project(project, paths))
+    with distributed.raise_together():
+        plan = replace(plan, contents=contents)
         result = None if options.skip_train else finished_run(plan)
     if result is None:
         result = _run(plan, device, options.skip_train)

@@ -75,6 +75,10 @@ class RetroDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def order_digest(self, count: int) -> str:
+        """See `GPTSamples.order_digest`."""
+        return self.samples.order_digest(count)
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One sample.
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from retro_mcore.data.token_file import bin_path, idx_path, open_token_files
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.datasets.index_cache import IndexCache
 from retro_mcore.datasets.splits import document_ranges, parse_split
-from retro_mcore.distributed import broadcast_object, get_rank, initialize, raise_together
+from retro_mcore.distributed import initialize, on_first_rank, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import SPLITS, ProjectConfig, Split
 from retro_mcore.project.markers import checksum, digest_of
@@ -175,9 +175,8 @@ def build_all_gpt_samples(
         tokenizer = tokenizer or load_project_tokenizer(config, paths)
         _check_splits(config, paths)
         _check_memory(config)
-    with raise_together():
-        digests = _index_digests(config, paths) if get_rank() == 0 else {}
-    cache = IndexCache(paths.data_cache, cast(dict[str, str], broadcast_object(digests)))
+    digests = on_first_rank(lambda: _index_digests(config, paths))
+    cache = IndexCache(paths.data_cache, digests)
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )

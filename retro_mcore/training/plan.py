@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from retro_mcore.errors import CheckpointError, ConfigurationError, check_all
+from retro_mcore.errors import CheckpointError, ConfigurationError, check_all, raise_problems
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.batch_sizes import BatchSizes
@@ -22,6 +22,7 @@ from retro_mcore.training.data import (
     project_flags,
     tokenizer_fingerprint,
 )
+from retro_mcore.training.data_contents import DataContents
 from retro_mcore.training.noise_options import NeighborNoiseOptions
 from retro_mcore.training.options import ModelOptions, OptimizerOptions, TrainingOptions
 from retro_mcore.training.provider import ModelArguments, number_of_positions, padded_vocab_size
@@ -60,6 +61,7 @@ class TrainingPlan:
         train_iters: Iterations of the whole run.
         train_samples: Samples they take.
         schedule: Lengths of the schedules, in samples.
+        contents: What the samples are made from; None where nothing is trained on.
     """
 
     options: TrainingOptions
@@ -69,6 +71,7 @@ class TrainingPlan:
     train_iters: int
     train_samples: int
     schedule: ScheduleLengths
+    contents: DataContents | None = field(default=None, kw_only=True)
 
     @property
     def global_batch_size(self) -> int:
@@ -126,17 +129,25 @@ class TrainingPlan:
             pipeline_model_parallel_size=self.options.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=self.options.num_virtual_stages_per_pipeline_rank,
             sequence_parallel=self.options.sequence_parallel,
+            **({"data_contents": self.contents.record()} if self.contents else {}),
         )
 
     def check_resumes(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
-        """Refuse a checkpoint of another configuration.
+        """Refuse a checkpoint of another configuration, or of other data.
 
         Raises:
-            CheckpointError: naming the first flag that differs, and both values.
+            CheckpointError: naming the first flag that differs, and both values; or the file or
+                weight of the data.
+            SeveralErrors: more than one file or weight differs.
         """
+        agreeing = self._must_agree()
+        contents = saved.get("data_contents")
+        if contents is not None and self.contents is not None and "data_path" in agreeing:
+            del agreeing["data_path"]  # the files decide, wherever they lie
+            raise_problems(list(self.contents.differences(contents, checkpoint)))
         # A checkpoint written before an option existed has its default.
         defaults = {field.name: field.default for field in fields(TrainingOptions)}
-        for name, mine in self._must_agree().items():
+        for name, mine in agreeing.items():
             if name in _PADDING or saved.get(name, defaults.get(name)) == mine:
                 continue
             raise CheckpointError(

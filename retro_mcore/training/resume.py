@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from retro_mcore.training.checkpoint_files import (
     latest_iteration,
 )
 from retro_mcore.training.checkpointing import LoadScope, read_arguments
+from retro_mcore.training.data import Samples
 from retro_mcore.training.metrics import LOSS_CURVE_FILE, METRICS_FILE, losses, read_metrics
 from retro_mcore.training.options import TrainingOptions
 from retro_mcore.training.plan import TrainingPlan
@@ -119,6 +121,40 @@ def finished_run(plan: TrainingPlan) -> TrainingResult | None:
         loss_curve=curve if curve.is_file() else None,
         reused=True,
     )
+
+
+def check_order(saved: Mapping[str, Any], samples: Samples, checkpoint: Path) -> None:
+    """Refuse to go on with samples of which those that were trained on are no longer the first.
+
+    Args:
+        saved: The checkpoint's arguments.
+        samples: The training samples.
+        checkpoint: Its directory.
+
+    Raises:
+        CheckpointError: their order is another.
+    """
+    before, digest = saved.get("sample_order"), getattr(samples, "order_digest", None)
+    if before is None or digest is None or before["samples"] > len(samples):
+        return
+    if digest(before["samples"]) != before["digest"]:
+        raise CheckpointError(
+            checkpoint,
+            f"was trained on {before['samples']} samples, which are others in the order that the "
+            "project has now (retro_gpt_train_samples is "
+            f"{saved.get('project_train_samples')} there, {len(samples)} here)",
+            "Preprocess the project with --train-samples as it was, or train with another --save "
+            "(--finetune takes the weights over)",
+        )
+
+
+def order_of(samples: Samples, consumed: int) -> dict[str, Any]:
+    """What `check_order` needs to know of the samples that were trained on, for a checkpoint."""
+    digest = getattr(samples, "order_digest", None)
+    if digest is None:
+        return {}
+    order = {"samples": consumed, "digest": digest(consumed)}
+    return {"sample_order": order, "project_train_samples": len(samples)}
 
 
 def num_parameters(chunks: Sequence[torch.nn.Module]) -> int:

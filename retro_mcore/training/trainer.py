@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -52,10 +53,12 @@ from retro_mcore.training.progress import StepReport, TrainingReporter
 from retro_mcore.training.provider import build_model_chunks
 from retro_mcore.training.resume import (
     TrainingResult,
+    check_order,
     checkpoint_to_resume,
     finished_run,
     load_scope,
     num_parameters,
+    order_of,
 )
 from retro_mcore.training.retrofit import load_decoder
 from retro_mcore.training.sinks import check_sinks
@@ -97,8 +100,11 @@ class Trainer:
             if options.deterministic_mode:
                 use_deterministic_algorithms()
             checkpoint = checkpoint_to_resume(plan)
+            saved = {} if checkpoint is None else read_arguments(checkpoint)
             if checkpoint is not None:
-                plan = plan.with_vocabulary_of(read_arguments(checkpoint))
+                plan = plan.with_vocabulary_of(saved)
+                if load_scope(plan).progress:
+                    check_order(saved, train_samples, checkpoint)
             self._num_microbatches = set_batch_sizes(plan.batch_sizes, options.micro_batch_size)
             set_seeds(plan.project.retro_gpt_seed)
             models = build_model_chunks(plan.arguments, options, options)
@@ -118,6 +124,7 @@ class Trainer:
             Retention(options.keep_last_n, options.save_retain_interval),
         )
         self._result = TrainingResult(0, 0, checkpoint=checkpoint)
+        self._has_other_neighbors = _has_other_neighbors(saved, plan)
         self._spikes = SpikeDetector() if options.check_for_spiky_loss else None
 
     @property
@@ -136,6 +143,8 @@ class Trainer:
         with StopConditions(self.plan.options) as stop, self._reporter() as reporter, self._saver:
             if result.checkpoint is not None:
                 reporter.message(f"loaded {result.checkpoint}, at iteration {progress.iteration}")
+            if self._has_other_neighbors:
+                reporter.message("the samples have other neighbors than before: from now on, these")
             if self._decoder is not None:
                 reporter.message(str(self._decoder))
             self._loop(stop, reporter)
@@ -282,6 +291,7 @@ class Trainer:
         if self.plan.options.save is None:
             return
         args = self.plan.checkpoint_args()
+        vars(args).update(order_of(self._train_samples, self._progress.consumed_samples))
         self._report_saved(self._saver.finish(), reporter)
         with gathered_weights(self._parts.chunks):
             self._report_saved(self._saver.save(self._parts, self._progress, args), reporter)
@@ -311,6 +321,14 @@ class Trainer:
     def _reporter(self) -> TrainingReporter:
         config = self._parts.chunks[0].config
         return TrainingReporter(self.plan, config, self._progress.iteration, self._device)
+
+
+def _has_other_neighbors(saved: Mapping[str, Any], plan: TrainingPlan) -> bool:
+    """Whether the run to resume read neighbors of another search, as after update_db."""
+    before = (saved.get("data_contents") or {}).get("neighbors")
+    now = plan.contents and plan.contents.neighbors
+    resumes = plan.with_retrieval and not plan.options.finetune
+    return resumes and None not in (before, now) and before != now
 
 
 def _training_parts(models: Sequence[GPTModel], plan: TrainingPlan) -> TrainingParts:

@@ -286,6 +286,21 @@ def test_a_resumed_run_must_be_asked_the_same(options, tmp_path):
         finetune_retro(options(save=str(tmp_path), ft_neighbours=0))
 
 
+def test_a_resumed_run_reads_the_same_examples_wherever_they_lie(options, data, tmp_path):
+    """Who adds records to a file and goes on would train some twice and some never."""
+    file = tmp_path / "chats.jsonl"
+    file.write_text((data / "chats.jsonl").read_text())
+    changes = {"save": str(tmp_path / "run"), "ft_neighbours": 0, "valid_data_path": ["nq"]}
+    finetune_retro(options(**changes, data_path=[str(file)], exit_interval=2))
+    (tmp_path / "moved").mkdir()
+    moved = file.rename(tmp_path / "moved" / "chats.jsonl")
+    resumed = finetune_retro(options(**changes, data_path=[str(moved)], exit_interval=3))
+    assert resumed.iteration == 3
+    moved.write_text(moved.read_text() + "\n" + moved.read_text())
+    with pytest.raises(CheckpointError, match=r"was trained on another chats\.jsonl"):
+        finetune_retro(options(**changes, data_path=[str(moved)]))
+
+
 def test_the_pretrained_checkpoint_needs_finetune(options):
     with pytest.raises(CheckpointError, match="was trained with"):
         finetune_retro(options(finetune=False))

@@ -85,3 +85,25 @@ def forget_neighbors(project: Path) -> Path:
     shutil.rmtree(project / "query")
     (project / "stages" / "query_neighbors.json").unlink()
     return project
+
+
+@cache
+def blended_project() -> Path:
+    """A finished project of two datasets of one size, found by words alone; do not change it."""
+    folder = Path(tempfile.mkdtemp(prefix="retro_blended_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    texts = documents(24, 300)
+    corpora = [write_corpus(folder / f"{n}.jsonl", texts[i::2]) for i, n in enumerate("ab")]
+    project = folder / "project"
+    options = preprocess_options(
+        project,
+        corpora[0],
+        input=[str(corpus) for corpus in corpora],
+        input_weights=[0.5, 0.5],
+        train_samples=16,
+    )
+    preprocess_corpus(options)
+    build_db(BuildDbOptions(str(project)))
+    build_index(BuildIndexOptions(str(project), embedder="lexical"))
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+    return project

@@ -11,37 +11,16 @@ import shutil
 
 import pytest
 
-from retro_mcore.cli.build_db import BuildDbOptions, build_db
-from retro_mcore.cli.build_index import BuildIndexOptions, build_index
-from retro_mcore.cli.preprocess_corpus import preprocess_corpus
-from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.datasets.samples import build_all_gpt_samples
 from retro_mcore.errors import ProjectError, RetroError
 from retro_mcore.project import ProjectConfig, ProjectPaths
-from tests.unit.data.projects import documents, preprocess_options, write_corpus
+from tests.unit.data.projects import blended_project
 
 
 @pytest.fixture(scope="module")
-def blended(tmp_path_factory):
-    """A project of two datasets of one size, so that everything but the samples stays alike."""
-    folder = tmp_path_factory.mktemp("blended")
-    texts = documents(24, 300)
-    for name, part in (("a", texts[::2]), ("b", texts[1::2])):
-        write_corpus(folder / f"{name}.jsonl", part)
-    project = folder / "project"
-    options = preprocess_options(
-        project,
-        folder / "a.jsonl",
-        input=[str(folder / f"{name}.jsonl") for name in "ab"],
-        input_weights=[0.5, 0.5],
-        train_samples=16,
-    )
-    preprocess_corpus(options)
-    build_db(BuildDbOptions(str(project)))
-    build_index(BuildIndexOptions(str(project), embedder="lexical"))
-    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
-    return project
+def blended():
+    return blended_project()
 
 
 def changed(project, tmp_path, **changes):

@@ -1,0 +1,137 @@
+"""A run goes on with the data that it was trained on, wherever it lies, and with no other.
+
+A corpus that was exchanged behind its name was trained on without a word; more samples in
+config.json put others in the place of those to come, many of them trained on already.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.datasets.indexed import write_indexed_dataset
+from retro_mcore.errors import RetroError
+from retro_mcore.training.data_contents import DataContents, DatasetContents, quick_digest
+from tests.unit.data.projects import blended_project
+
+
+def train(project, save, **changes):
+    values = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "retro_decoder_layers": [2],
+        "retro_encoder_num_layers": 1,
+        "position_embedding_type": "rope",
+        "micro_batch_size": 2,
+        "lr": 1e-3,
+        "lr_decay_samples": 16,  # whatever the project's number of samples
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    options = {**values, "project_dir": str(project), "save": str(save), **changes}
+    return pretrain_retro(PretrainRetroOptions(**options))
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, megatron):
+    """A run of which 4 of 8 iterations are done."""
+    save = tmp_path_factory.mktemp("begun")
+    train(blended_project(), save, exit_interval=4)
+    return save
+
+
+@pytest.fixture
+def resume(begun, tmp_path):
+    def resumed(project):
+        save = shutil.copytree(begun, tmp_path / "save")
+        return train(project, save, load=str(save))
+
+    return resumed
+
+
+@pytest.fixture
+def project(tmp_path):
+    return shutil.copytree(blended_project(), tmp_path / "project")
+
+
+def configure(project, **changes):
+    values = json.loads((project / "config.json").read_text())
+    (project / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+def test_a_moved_project_is_trained_on(resume, project):
+    assert resume(project).iteration == 8
+
+
+def test_another_corpus_of_the_same_name_is_refused(resume, project):
+    documents = [np.full(60, number) for number in range(12)]
+    prefix = project / "data" / "b_text_document"
+    write_indexed_dataset(
+        prefix.with_suffix(".bin"), prefix.with_suffix(".idx"), documents, np.uint16
+    )
+    with pytest.raises(RetroError, match=r"was trained on another b_text_document\.bin"):
+        resume(project)
+
+
+def test_other_weights_are_refused(resume, project):
+    path = ["0.25", "a_text_document", "0.75", "b_text_document"]
+    configure(project, retro_gpt_data_path=path)
+    with pytest.raises(RetroError, match=r"a_text_document by 0\.5, and now by 0\.25"):
+        resume(project)
+
+
+def test_another_number_of_samples_that_reorders_them_is_refused(resume, project):
+    configure(project, retro_gpt_train_samples=160)
+    shutil.rmtree(project / "query")
+    (project / "stages" / "query_neighbors.json").unlink()
+    configure(project, retro_neighbor_dirs={})
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+    with pytest.raises(RetroError, match="was trained on 8 samples, which are others"):
+        resume(project)
+
+
+def contents(*datasets, name_matters=False):
+    made = [
+        DatasetContents(name, weight, dict(files), name_matters) for name, weight, files in datasets
+    ]
+    return DataContents(tuple(made))
+
+
+A, B = ("a", 0.5, {"a.bin": "1", "a.idx": "2"}), ("b", 0.5, {"b.bin": "3", "b.idx": "4"})
+
+
+@pytest.mark.parametrize(
+    ("now", "named"),
+    [
+        (contents(A, B), None),
+        (contents(("c", 0.5, {"c.bin": "1", "c.idx": "2"}), B), None),
+        (contents(("c", *A[1:]), B, name_matters=True), "c under the name a"),
+        (contents(B, A), r"another b\.bin"),
+        (contents(A), "the datasets a, b, and now they are a"),
+        (contents(A, ("b", 0.5, {**B[2], "b.idx": "5"})), r"another b\.idx"),
+        (contents(A, ("b", 0.5, {"b.bin": "3"})), "another b"),
+        (contents(("a", 0.4, A[2]), B), "a by 0.5, and now by 0.4"),
+    ],
+)
+def test_contents_are_compared_by_what_decides_the_samples(now, named, tmp_path):
+    found = [str(error) for error in now.differences(contents(A, B).record(), tmp_path)]
+    if named is None:
+        assert found == []
+    else:
+        assert re.search(named, found[0])
+
+
+def test_a_digest_sees_size_and_bytes_wherever_they_differ(tmp_path):
+    file = tmp_path / "x"
+    digests = set()
+    for data in (b"", b"a", b"aa", b"a" * 100_000, b"a" * 99_999 + b"b", b"a" * 100_001):
+        file.write_bytes(data)
+        digests.add(quick_digest(file))
+    assert len(digests) == 6
