@@ -60,8 +60,8 @@ def dry_run(options: TrainingOptions, world_size: int | None, vocab_size: int | 
     from retro_mcore.training.plan import make_plan
     from retro_mcore.training.provider import build_config
 
-    project, vocabulary = _project(options, vocab_size)
-    plan = make_plan(options, project, vocabulary)
+    project, vocabulary, used = _project(options, vocab_size)
+    plan = make_plan(options, project, vocabulary, used)
     config = build_config(plan.arguments, options, options)
     world_size, copies = _copies(options, world_size)
     batch = options.micro_batch_size * copies
@@ -95,12 +95,13 @@ def dry_run(options: TrainingOptions, world_size: int | None, vocab_size: int | 
     return result
 
 
-def _project(options: TrainingOptions, vocab_size: int | None) -> tuple[ProjectConfig, int]:
-    """The project and its tokenizer's vocabulary; else what the flags say of them."""
+def _project(options: TrainingOptions, vocab_size: int | None) -> tuple[ProjectConfig, int, int]:
+    """The project, its tokenizer's vocabulary and what of it can occur; else as the flags say."""
     paths = ProjectPaths(options.project_dir)
     if paths.config.is_file() or paths.legacy_config.is_file():
         project = ProjectConfig.load(options.project_dir)
-        return project, load_project_tokenizer(project, paths).vocab_size
+        tokenizer = load_project_tokenizer(project, paths)
+        return project, tokenizer.vocab_size, tokenizer.used_vocab_size
     needed: dict[str, Any] = {
         "seq_length": options.seq_length,
         "global_batch_size": options.global_batch_size,
@@ -128,7 +129,7 @@ def _project(options: TrainingOptions, vocab_size: int | None) -> tuple[ProjectC
         retro_gpt_data_path=[],
         retro_gpt_tokenizer_type=options.tokenizer_type or "GPTSentencePieceTokenizer",
     )
-    return project, needed["vocab_size"]
+    return project, needed["vocab_size"], needed["vocab_size"]
 
 
 def _vocabulary_of_gpt(options: TrainingOptions) -> int | None:

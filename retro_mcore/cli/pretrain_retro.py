@@ -65,7 +65,7 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
         project = ProjectConfig.load(options.project_dir)
         tokenizer = load_project_tokenizer(project, paths)
         _check(options, tokenizer.vocab_size)
-        plan = make_plan(options, project, tokenizer.vocab_size)
+        plan = make_plan(options, project, tokenizer.vocab_size, tokenizer.used_vocab_size)
     contents = distributed.on_first_rank(lambda: contents_of_project(project, paths))
     with distributed.raise_together():
         plan = replace(plan, contents=contents)

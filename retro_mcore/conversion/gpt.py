@@ -30,17 +30,19 @@ class LoadedDecoder:
         checkpoint: Where from.
         taken: Weights of the decoder that came across: all of them.
         fresh: Names of retrieval's own parameters, which keep their initial values.
+        notes: What the user should know of it.
     """
 
     checkpoint: Checkpoint
     taken: int
     fresh: list[str]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         path, source = self.checkpoint.path, self.checkpoint.source
         text = f"decoder from {path} ({source}): all {self.taken} weights taken"
         text += f", {len(self.fresh)} of retrieval start fresh" if self.fresh else ""
-        return "; ".join((text, *self.checkpoint.notes))
+        return "; ".join((text, *self.checkpoint.notes, *self.notes))
 
 
 def load_gpt(
@@ -55,7 +57,8 @@ def load_gpt(
         directory: A Megatron checkpoint (torch_dist, or one file per rank) or a Hugging Face
             directory.
         wanted: The model's flags, resolved (`architecture.DECODER_FLAGS` and seq_length).
-        vocab_size: The tokenizer's.
+        vocab_size: Rows that the tokenizer needs: its ids, but for special ones at the end that
+            nothing writes.
 
     Raises:
         CheckpointError: it cannot be read, is no GPT, contradicts the flags, or lacks a weight.
@@ -67,7 +70,8 @@ def load_gpt(
         models, checkpoint.weights, vocab_size, _FRESH, f"--load-gpt {directory}",
         "Give the flags of the checkpoint's own model",
     )  # fmt: skip
-    return LoadedDecoder(checkpoint, len(checkpoint.weights), fresh)
+    notes = _vocabulary_notes(checkpoint, vocab_size)
+    return LoadedDecoder(checkpoint, len(checkpoint.weights), fresh, notes)
 
 
 def check_gpt(
@@ -78,7 +82,7 @@ def check_gpt(
     Args:
         checkpoint: As --load-gpt names it.
         wanted: The model's flags, as for `load_gpt`.
-        vocab_size: The tokenizer's.
+        vocab_size: As for `load_gpt`.
         source: What the user named, for the error.
 
     Raises:
@@ -113,11 +117,27 @@ def _check_window(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
 
 
 def _check_vocabulary(checkpoint: Checkpoint, vocab_size: int) -> None:
-    rows: int = checkpoint.flags["padded_vocab_size"]
-    named: int = checkpoint.flags.get("vocab_size") or rows
-    if not rows >= vocab_size >= named - _LARGEST_PADDING:
+    rows = checkpoint.flags["padded_vocab_size"]
+    if rows < vocab_size:
         raise CheckpointError(
             f"--load-gpt {checkpoint.path}",
-            f"has a vocabulary of {named} ({rows} rows), and the project's tokenizer {vocab_size}",
-            "Build the project with the checkpoint's own tokenizer",
+            f"has a vocabulary of {_named_vocabulary(checkpoint)} ({rows} rows), and the project's "
+            f"tokenizer writes token ids up to {vocab_size - 1}",
+            "Build the project with the tokenizer that the checkpoint was trained with, without "
+            "tokens that were added to it later",
         )
+
+
+def _vocabulary_notes(checkpoint: Checkpoint, vocab_size: int) -> tuple[str, ...]:
+    """Rows that are no padding: the model may have spare ones, or be another tokenizer's."""
+    named = _named_vocabulary(checkpoint)
+    if named - vocab_size <= _LARGEST_PADDING:
+        return ()
+    return (
+        f"warning: {named - vocab_size} of its {named} embedding rows have no token in the "
+        f"project's tokenizer ({vocab_size}), which must be the checkpoint's own",
+    )
+
+
+def _named_vocabulary(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.flags.get("vocab_size") or checkpoint.flags["padded_vocab_size"])

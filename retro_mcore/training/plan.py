@@ -61,6 +61,7 @@ class TrainingPlan:
         train_iters: Iterations of the whole run.
         train_samples: Samples they take.
         schedule: Lengths of the schedules, in samples.
+        used_vocab_size: Of the tokenizer's ids, those that can occur; see `Tokenizer`.
         contents: What the samples are made from; None where nothing is trained on.
     """
 
@@ -71,6 +72,7 @@ class TrainingPlan:
     train_iters: int
     train_samples: int
     schedule: ScheduleLengths
+    used_vocab_size: int
     contents: DataContents | None = field(default=None, kw_only=True)
 
     @property
@@ -207,33 +209,41 @@ class TrainingPlan:
         return replace(self, arguments=replace(self.arguments, padded_vocab_size=padded))
 
 
-def make_plan(options: TrainingOptions, project: ProjectConfig, vocab_size: int) -> TrainingPlan:
+def make_plan(
+    options: TrainingOptions,
+    project: ProjectConfig,
+    vocab_size: int,
+    used_vocab_size: int | None = None,
+) -> TrainingPlan:
     """Resolve the flags.
 
     Args:
         options: The flags.
         project: config.json of `options.project_dir`.
         vocab_size: Of the project's tokenizer.
+        used_vocab_size: Of these ids, those that can occur (default: all).
 
     Raises:
         ConfigurationError: a flag cannot work, or contradicts the project.
     """
     check_all(options.check, partial(check_data_options, options, project))
+    used = used_vocab_size or vocab_size
     sizes = BatchSizes.of(project.retro_gpt_global_batch_size, options.rampup_batch_size)
     train_iters, train_samples = number_of_iterations(options, project, sizes)
     return TrainingPlan(
         options=options,
         project=project,
-        arguments=_model_arguments(options, project, vocab_size),
+        arguments=_model_arguments(options, project, vocab_size, used),
         batch_sizes=sizes,
         train_iters=train_iters,
         train_samples=train_samples,
         schedule=schedule_lengths(options, project.retro_gpt_global_batch_size, train_samples),
+        used_vocab_size=used,
     )
 
 
 def _model_arguments(
-    options: TrainingOptions, project: ProjectConfig, vocab_size: int
+    options: TrainingOptions, project: ProjectConfig, vocab_size: int, used_vocab_size: int
 ) -> ModelArguments:
     arguments = ModelArguments(
         **{field.name: getattr(options, field.name) for field in fields(ModelOptions)},
@@ -246,5 +256,5 @@ def _model_arguments(
         tokenizer_type=project.retro_gpt_tokenizer_type,
         tokenizer_fingerprint=tokenizer_fingerprint(project, options.project_dir),
     )
-    arguments = gpt_arguments(arguments, options)
+    arguments = gpt_arguments(arguments, options, used_vocab_size)
     return replace(arguments, max_position_embeddings=number_of_positions(arguments))

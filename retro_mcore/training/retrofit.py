@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,10 @@ from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.conversion.checkpoint import Checkpoint, open_checkpoint
 from retro_mcore.conversion.gpt import LoadedDecoder, check_gpt, load_gpt
+from retro_mcore.data.tokenizers import bos_habit
+from retro_mcore.distributed import raise_together
+from retro_mcore.errors import TokenizerError
+from retro_mcore.project.config import ProjectSettings
 from retro_mcore.training.checkpoint_files import existing_checkpoint
 from retro_mcore.training.options import TrainingOptions
 from retro_mcore.training.provider import (
@@ -33,10 +38,29 @@ def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecode
     directory = plan.options.load_gpt
     if directory is None:
         return None
-    return load_gpt(models, directory, resolved_flags(plan.arguments), plan.arguments.vocab_size)
+    loaded = load_gpt(models, directory, resolved_flags(plan.arguments), plan.used_vocab_size)
+    return replace(loaded, notes=(*loaded.notes, *_bos_notes(directory, plan.options.project_dir)))
 
 
-def gpt_arguments(arguments: ModelArguments, options: TrainingOptions) -> ModelArguments:
+def _bos_notes(directory: str, project_dir: str) -> list[str]:
+    """Whether the project's documents begin as the GPT's did."""
+    with raise_together():
+        habit = None
+        with suppress(TokenizerError):  # it is the project's tokenizer that is used
+            habit = bos_habit(directory)
+        adds_bos = ProjectSettings.load(project_dir).add_bos
+    if habit is None or habit == adds_bos:
+        return []
+    begins = "begin with BOS" if adds_bos else "do not begin with BOS"
+    return [
+        f"warning: documents of {project_dir} {begins}, and the tokenizer of {directory} "
+        f"{'adds it' if habit else 'adds none'}: see preprocess_corpus --add-bos-token"
+    ]
+
+
+def gpt_arguments(
+    arguments: ModelArguments, options: TrainingOptions, used_vocab_size: int
+) -> ModelArguments:
     """A model's arguments with what only the GPT of --load-gpt knows: all rows of its vocabulary,
     and the window that it was trained with.
 
@@ -51,7 +75,7 @@ def gpt_arguments(arguments: ModelArguments, options: TrainingOptions) -> ModelA
         return arguments
     window = checkpoint.flags.get("sliding_window")
     taken = replace(arguments, sliding_window=arguments.sliding_window or window)
-    check_gpt(checkpoint, resolved_flags(arguments), arguments.vocab_size, options.load_gpt)
+    check_gpt(checkpoint, resolved_flags(arguments), used_vocab_size, options.load_gpt)
     rows = padded_vocab_size(
         checkpoint.flags["padded_vocab_size"],
         options.make_vocab_size_divisible_by,

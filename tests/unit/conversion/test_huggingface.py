@@ -255,3 +255,34 @@ def test_a_vocabulary_of_another_tokenizer_is_refused(megatron, tmp_path):
     flags = resolved_flags(arguments(**flags_of("llama")))
     with pytest.raises(CheckpointError, match=f"vocabulary of {VOCABULARY}"):
         load_gpt([model], str(tmp_path), flags, VOCABULARY + 1)
+
+
+def test_rows_that_no_token_has_are_told(megatron, tmp_path, monkeypatch):
+    """DeepSeek-LLM-7B has 102,400 rows for 100,015 tokens."""
+    from retro_mcore.conversion import gpt
+    from retro_mcore.training.retrofit import resolved_flags
+
+    make_model("llama", tmp_path)
+    model, _ = load(tmp_path, **flags_of("llama"))
+    flags = resolved_flags(arguments(**flags_of("llama")))
+    assert "warning" not in str(gpt.load_gpt([model], str(tmp_path), flags, VOCABULARY - 5))
+    monkeypatch.setattr(gpt, "_LARGEST_PADDING", 4)
+    loaded = str(gpt.load_gpt([model], str(tmp_path), flags, VOCABULARY - 5))
+    assert f"warning: 5 of its {VOCABULARY} embedding rows" in loaded
+
+
+def test_special_tokens_that_nothing_writes_need_no_rows(megatron, tmp_path):
+    """Gemma 3's tokenizer has an image token more than its checkpoint rows."""
+    from retro_mcore.conversion.gpt import load_gpt
+    from retro_mcore.training.plan import make_plan
+    from retro_mcore.training.retrofit import resolved_flags
+    from tests.unit.training.small import small_project
+
+    make_model("llama", tmp_path)
+    options = small_options(**NO_DROPOUT, **flags_of("llama"), load_gpt=str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"token ids up to {VOCABULARY}"):
+        make_plan(options, small_project(), VOCABULARY + 1)
+    plan = make_plan(options, small_project(), VOCABULARY + 1, VOCABULARY)
+    assert plan.arguments.vocab_size == VOCABULARY + 1
+    model, _ = load(tmp_path, **flags_of("llama"))
+    load_gpt([model], str(tmp_path), resolved_flags(plan.arguments), plan.used_vocab_size)

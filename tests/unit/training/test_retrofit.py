@@ -98,3 +98,20 @@ def test_our_own_gpt_and_our_own_retro(megatron, tmp_path):
     start.train()
     with pytest.raises(CheckpointError, match="is a Retro model already"):  # for --load
         small_trainer(load_gpt=retro, **NO_DROPOUT)
+
+
+@pytest.mark.parametrize(("habit", "adds_bos"), [(True, False), (False, True), (True, True)])
+def test_another_habit_of_bos_is_told(tmp_path, habit, adds_bos):
+    """A GPT that was trained with BOS, and a project without, or the other way round."""
+    from retro_mcore.project.config import ProjectSettings
+    from retro_mcore.training.retrofit import _bos_notes
+    from tests.unit.data.tokenizer_shapes import byte_level, save
+
+    tokenizer = byte_level(["<s>", "</s>"])
+    save(tmp_path / "gpt", tokenizer, tokenizer_config={"add_bos_token": habit})
+    (tmp_path / "project").mkdir()
+    ProjectSettings(add_bos=adds_bos).save(tmp_path / "project")
+    notes = _bos_notes(str(tmp_path / "gpt"), str(tmp_path / "project"))
+    assert ["--add-bos-token" in note for note in notes] == [True] * (habit != adds_bos)
+    (tmp_path / "gpt" / "tokenizer_config.json").write_text("{")
+    assert _bos_notes(str(tmp_path / "gpt"), str(tmp_path / "project")) == []
