@@ -15,8 +15,9 @@ from retro_mcore.datasets.splits import check_documents
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.lock import stage_lock
-from retro_mcore.project.markers import fingerprint_of, verify
+from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import check_stage, finish_stage, input_digests, require_stage
 
@@ -61,13 +62,13 @@ def _build(options: BuildDbOptions) -> DatabaseReport:
         config = ProjectConfig.load(paths.root)
         prefixes = [paths.data / prefix for prefix in config.blend[1]]
         files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
-        for index, path in enumerate(files):
+        for path in files:
             require_stage(paths, path, "preprocess_corpus")
-            if index % 2 or get_rank() == 0:  # one rank reads the tokens through
-                verify(path, f"Run preprocess_corpus --project-dir {paths.root} again")
         if config.retro_bert_vocab_file is None:
             raise ProjectError(paths.config, "retro_bert_vocab_file is null", "Name a vocab.txt")
         bert = paths.root / config.retro_bert_vocab_file
+        require_stage(paths, bert, "preprocess_corpus")
+        verify_project(paths, [*files, bert], everything=True)  # all of it is read anyway
         tokenizer = load_project_tokenizer(config, paths)
         counter = BertTokenCounter(bert, config.retro_bert_tokenizer_type != "BertWordPieceCase")
         datasets = open_token_files(config, paths)

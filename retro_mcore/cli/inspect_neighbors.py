@@ -30,6 +30,7 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.paths import ProjectPaths
 
 
@@ -180,6 +181,7 @@ class _Inspector:
         self._length = config.retro_gpt_chunk_length
         directory = dataset.neighbors.directory
         saved = (directory / "distances").is_dir()  # other writers save none
+        verify_project(paths, sorted(directory.glob("distances/*.hdf5")))
         self._distances = SavedDistances(directory) if saved else None
 
     def measure(self) -> tuple[np.ndarray, np.ndarray, float]:

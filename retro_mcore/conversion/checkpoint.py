@@ -28,6 +28,7 @@ from retro_mcore.conversion.torch_dist import is_torch_dist, read_torch_dist
 from retro_mcore.conversion.torch_format import is_torch_format, read_torch_format
 from retro_mcore.conversion.weights import Weight
 from retro_mcore.errors import CheckpointError
+from retro_mcore.platform.checksums import verify_checkpoint
 
 Source = Literal["retro-mcore", "megatron", "instructretro", "huggingface"]
 
@@ -64,6 +65,9 @@ class Checkpoint:
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Look at a checkpoint; its weights are read when they are wanted.
 
+    All ranks call it, inside `raise_together`: each compares a share of the files with their
+    checksums.
+
     Args:
         directory: With a tracker file, its latest checkpoint is taken; else itself.
 
@@ -88,6 +92,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             "Name a directory of a Megatron checkpoint (torch_dist, or mp_rank_* files) or of a "
             "Hugging Face model (config.json and *.safetensors)",
         )
+    verify_checkpoint(path)
     args = common.get("args") or Namespace()
     ours = is_ours(args)
     # Our model, whoever trained it: Megatron-LM does, with our providers.

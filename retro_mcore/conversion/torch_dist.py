@@ -27,6 +27,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from retro_mcore.conversion.safe_pickle import Record, load_dist_metadata, load_torch_file
 from retro_mcore.conversion.weights import Weight
 from retro_mcore.errors import CheckpointError
+from retro_mcore.platform.checksums import checksums_of_share, write_checksums
 
 # Everything else is the optimizer's, random states, and Transformer Engine's.
 _MODEL = ("embedding.", "decoder.", "output_layer.", "neighbor_encoder.")
@@ -181,6 +182,7 @@ def write_torch_dist(
     form = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     form |= {"common_backend": "torch", "common_backend_version": 1}
     (temporary / "metadata.json").write_text(json.dumps(form), encoding="utf-8")
+    write_checksums(temporary, [checksums_of_share(temporary)])
     temporary.replace(directory)
 
 

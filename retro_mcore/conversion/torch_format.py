@@ -22,6 +22,7 @@ from retro_mcore.conversion.names import from_legacy_name, legacy_cross_layers
 from retro_mcore.conversion.safe_pickle import load_torch_file
 from retro_mcore.conversion.weights import Weight, cut, joined_weight
 from retro_mcore.errors import CheckpointError
+from retro_mcore.platform.checksums import checksums_of_share, write_checksums
 
 _RANK = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?$")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -97,6 +98,7 @@ def write_torch_format(
         file = temporary / f"mp_rank_{rank:02d}" / _FILES[0]
         file.parent.mkdir(parents=True)
         torch.save({**common, "model": nested}, file)
+    write_checksums(temporary, [checksums_of_share(temporary)])
     temporary.replace(directory)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from retro_mcore.data.hdf5 import map_dataset
 from retro_mcore.errors import CorruptFileError
+from retro_mcore.project.integrity import signed_file, verify_files
 
 
 def ids_path(prefix: Path) -> Path:
@@ -93,6 +94,8 @@ class DocumentNames:
 
     def __init__(self, prefixes: Sequence[Path]) -> None:
         self._prefixes = list(prefixes)
+        signed = [file for prefix in prefixes if (file := signed_file(ids_path(prefix)))]
+        verify_files(signed, lambda path: "Run preprocess_corpus again, or restore the file")
         self._ids = [DocumentIds.find(prefix) for prefix in prefixes]
 
     def __reduce__(self) -> tuple:

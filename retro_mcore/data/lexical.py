@@ -21,6 +21,7 @@ import numpy as np
 
 from retro_mcore.data.embedders import LEXICAL_EMBEDDER, Embedder
 from retro_mcore.errors import CorruptFileError, ProjectError
+from retro_mcore.project.markers import verify
 
 _BUCKETS = 1 << 17
 _DIMENSION = 256
@@ -85,6 +86,7 @@ class LexicalEmbedder(Embedder):
         if not path.is_file():
             raise ProjectError(path, "no such file", "Run build_index --embedder lexical first")
         try:
+            verify(path, "Run build_index again")
             weights = np.load(path)
         except (ValueError, EOFError) as error:
             raise CorruptFileError(path, f"unreadable ({error})", "Run build_index") from error

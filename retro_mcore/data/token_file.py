@@ -15,6 +15,7 @@ import numpy as np
 
 from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.paths import ProjectPaths
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -111,6 +112,15 @@ def idx_path(prefix: Path) -> Path:
 
 
 def open_token_files(config: ProjectConfig, paths: ProjectPaths) -> Sequence[TokenFile]:
-    """The project's datasets, in the order of `retro_gpt_data_path`."""
-    _, prefixes = config.blend
-    return [TokenFile(paths.data / prefix) for prefix in prefixes]
+    """The project's datasets, in the order of `retro_gpt_data_path`.
+
+    All ranks call it, inside `raise_together`: each compares a share of the files with their
+    checksums.
+
+    Raises:
+        ProjectError: a file is missing.
+        CorruptFileError: a file is damaged.
+    """
+    prefixes = [paths.data / prefix for prefix in config.blend[1]]
+    verify_project(paths, [path(prefix) for prefix in prefixes for path in (bin_path, idx_path)])
+    return [TokenFile(prefix) for prefix in prefixes]

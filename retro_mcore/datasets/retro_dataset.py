@@ -18,6 +18,7 @@ from retro_mcore.datasets.samples import GPTSamples, build_all_gpt_samples
 from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
 from retro_mcore.project.config import SPLITS, ProjectConfig, Split
+from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.paths import ProjectPaths
 
 
@@ -140,6 +141,9 @@ def build_retro_datasets(
         config = ProjectConfig.load(paths.root)
         database = ChunkDatabase.open(paths.root)
         tokenizer = load_project_tokenizer(config, paths)
+        for split in SPLITS:
+            if directory := config.neighbor_dir(split):
+                verify_project(paths, sorted((paths.query / directory).glob("*.hdf5")))
         # Before samples are built, which takes time: how many there are is a setting, too.
         neighbors = {
             split: open_neighbors(paths, config, split)

@@ -19,6 +19,7 @@ from retro_mcore.data.bert_tokens import default_bert_vocab
 from retro_mcore.data.embedders import Embedder, Pooling, embed_by_length, register_embedder
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.platform import distributed_backend, setup_device
+from retro_mcore.platform.checksums import verify_checkpoint
 from retro_mcore.platform.safe_loading import CONFIG_FILE, check_files, read_common, read_metadata
 from retro_mcore.platform.safe_loading import weights_only as loading_weights_only
 
@@ -71,6 +72,7 @@ class MegatronBertEmbedder(Embedder):
         assert checkpoint is not None
         self._device = setup_device("cpu" if device == "cpu" else "auto")
         arguments = vars(read_common(checkpoint).get("args") or _no_arguments(checkpoint))
+        verify_checkpoint(checkpoint)
         _join_megatron()
         self._model = _load(checkpoint, arguments).to(self._device).eval()
         self.dimension = int(arguments["hidden_size"])

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from retro_mcore.chunking import chunks_per_sample
-from retro_mcore.errors import CorruptFileError, ProjectError
+from retro_mcore.errors import CorruptFileError, ProjectError, raise_problems
+from retro_mcore.json_text import parse_json
 from retro_mcore.project.atomic import write_json
+from retro_mcore.project.config_values import config_problems, needed_keys, settings_problems
 from retro_mcore.project.paths import ProjectPaths
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+_MEND = "Restore the file"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class ProjectConfig:
 
         Raises:
             ProjectError: there is neither, or a key that is needed is missing.
-            CorruptFileError: the file is not a JSON object.
+            CorruptFileError: the file is not a JSON object, or a value cannot be.
+            SeveralErrors: several of these; all of them are told.
         """
         paths = ProjectPaths(project_dir)
         path = paths.config if paths.config.is_file() else paths.legacy_config
@@ -82,18 +85,17 @@ class ProjectConfig:
                 "Run preprocess_corpus, or check --project-dir",
             )
         values = read_json_object(path)
+        missing = sorted(needed_keys(cls) - values.keys())
+        found: list[ProjectError] = [
+            CorruptFileError(path, f"{name} {what}", _MEND)
+            for name, what in config_problems(values, cls).items()
+        ]
+        if missing:
+            found.insert(0, ProjectError(path, f"keys {', '.join(missing)} are missing", _MEND))
+        raise_problems(found)
         known = {field_.name for field_ in fields(cls)} - {"unknown"}
         unknown = {key: value for key, value in values.items() if key not in known}
         values = {key: value for key, value in values.items() if key in known}
-        missing = sorted(
-            field_.name
-            for field_ in fields(cls)
-            if field_.name.startswith("retro_gpt_")
-            and field_.name not in values
-            and field_.name not in _OPTIONAL
-        )
-        if missing:
-            raise ProjectError(path, f"keys {', '.join(missing)} are missing", "Restore the file")
         values.setdefault("retro_block_size", 100_000)
         values["retro_neighbor_dirs"] = values.get("retro_neighbor_dirs") or {}
         if isinstance(other := values.get("retro_database"), dict):
@@ -158,19 +160,6 @@ class ProjectConfig:
         }[split]
 
 
-_OPTIONAL = {
-    field_.name
-    for field_ in fields(ProjectConfig)
-    if field_.name
-    in (
-        "retro_gpt_data_cache_path",
-        "retro_gpt_tokenizer_model",
-        "retro_gpt_vocab_file",
-        "retro_gpt_merge_file",
-    )
-}
-
-
 @dataclass
 class ProjectSettings:
     """retro_mcore.json: what the pipeline needs to know and config.json has no key for.
@@ -227,17 +216,24 @@ class ProjectSettings:
         """Read retro_mcore.json; the defaults where there is none (another writer's directory).
 
         Raises:
-            CorruptFileError: the file is not a JSON object, or holds an unknown key.
+            CorruptFileError: the file is not a JSON object, holds an unknown key, or a value that
+                cannot be.
+            SeveralErrors: several of these; all of them are told.
         """
         path = ProjectPaths(project_dir).settings
         if not path.is_file():
             return cls()
         values = read_json_object(path)
-        unknown = sorted(set(values) - {field_.name for field_ in fields(cls)})
-        if unknown:
-            raise CorruptFileError(
-                path, f"unknown keys {', '.join(unknown)}", "Update retro-mcore, or remove them"
+        found: list[CorruptFileError] = []
+        if unknown := sorted(set(values) - {field_.name for field_ in fields(cls)}):
+            found.append(
+                CorruptFileError(
+                    path, f"unknown keys {', '.join(unknown)}", "Update retro-mcore, or remove them"
+                )
             )
+        problems = settings_problems(values, cls)
+        found += [CorruptFileError(path, f"{key} {what}", _MEND) for key, what in problems.items()]
+        raise_problems(found)
         return cls(**values)
 
     def save(self, project_dir: Path | str) -> None:
@@ -249,14 +245,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        CorruptFileError: it holds something else.
+        CorruptFileError: it holds something else, or is missing.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(path, f"not JSON ({error})", "Restore the file") from error
+    values = _read_json(path)
     if not isinstance(values, dict):
-        raise CorruptFileError(path, "not a JSON object", "Restore the file")
+        raise CorruptFileError(path, "not a JSON object", _MEND)
     return values
 
 
@@ -264,12 +257,18 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
     """The JSON list of objects in `path`.
 
     Raises:
-        CorruptFileError: it holds something else.
+        CorruptFileError: it holds something else, or is missing.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(path, f"not JSON ({error})", "Restore the file") from error
+    values = _read_json(path)
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise CorruptFileError(path, "not a list of JSON objects", "Restore the file")
+        raise CorruptFileError(path, "not a list of JSON objects", _MEND)
     return values
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CorruptFileError(path, "no such file", _MEND) from error
+    except ValueError as error:
+        raise CorruptFileError(path, str(error), _MEND) from error

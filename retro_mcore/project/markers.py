@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
 from retro_mcore.errors import CorruptFileError
+from retro_mcore.json_text import parse_json
 from retro_mcore.project.atomic import atomic_write, write_json
 from retro_mcore.project.space import require_space
 
@@ -29,12 +31,27 @@ class FileState(Enum):
     DAMAGED = "damaged"
 
 
+#: Checksums that this process has computed, by what a change of the file would change.
+_computed: dict[tuple, str] = {}
+#: Nanoseconds: a file that was changed later than this before it was read may change again without
+#: another time of change (clocks of file systems tick some hundred times a second).
+_SETTLED = 2_000_000_000
+
+
 def checksum(path: Path | str) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes. A file that has not changed since is not read again."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
+        status = os.fstat(file.fileno())
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if key in _computed:
+            return _computed[key]
+        settled = time.time_ns() - changed > _SETTLED
         while block := file.read(1 << 20):
             digest.update(block)
+    if settled:
+        _computed[key] = digest.hexdigest()
     return digest.hexdigest()
 
 
@@ -54,14 +71,17 @@ def signed_write(path: Path, fingerprint: str = "") -> Iterator[Path]:
     """`atomic_write` that also writes the completion marker."""
     with atomic_write(path) as temporary:
         yield temporary
-        write_json(
-            marker_path(path),
-            {
-                "bytes": temporary.stat().st_size,
-                "sha256": checksum(temporary),
-                "fingerprint": fingerprint,
-            },
-        )
+        _sign(path, temporary, fingerprint)
+
+
+def sign(path: Path) -> None:
+    """Write the completion marker of a file that another library wrote in its place."""
+    _sign(path, path, "")
+
+
+def _sign(path: Path, written: Path, fingerprint: str) -> None:
+    size, sha256 = written.stat().st_size, checksum(written)
+    write_json(marker_path(path), {"bytes": size, "sha256": sha256, "fingerprint": fingerprint})
 
 
 def adopt(source: Path, target: Path, fingerprint: str) -> bool:
@@ -85,12 +105,15 @@ def adopt(source: Path, target: Path, fingerprint: str) -> bool:
     return True
 
 
-def _read_marker(path: Path) -> dict | None:
+def read_marker(path: Path) -> dict | None:
+    """What the marker of `path` holds: nothing if it is damaged; None if there is no marker."""
     try:
-        marker = json.loads(marker_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        marker = parse_json(marker_path(path).read_bytes())
+    except FileNotFoundError:
         return None
-    return marker if isinstance(marker, dict) else None
+    except ValueError:
+        return {}
+    return marker if isinstance(marker, dict) else {}
 
 
 def state_of(path: Path, fingerprint: str | None = None) -> FileState:
@@ -99,7 +122,7 @@ def state_of(path: Path, fingerprint: str | None = None) -> FileState:
     A file without a marker is not ours, and counts as missing. With `fingerprint`, a file built
     from something else counts as damaged.
     """
-    marker = _read_marker(path)
+    marker = read_marker(path)
     if marker is None or not path.is_file():
         return FileState.MISSING
     if path.stat().st_size != marker.get("bytes"):
@@ -125,7 +148,7 @@ def verify(path: Path, mend: str) -> None:
 
 def digest_of(path: Path) -> str:
     """Checksum of `path`: the marker's where the size agrees, else computed."""
-    marker = _read_marker(path)
-    if marker is not None and path.stat().st_size == marker.get("bytes"):
+    marker = read_marker(path)
+    if marker and path.stat().st_size == marker.get("bytes") and "sha256" in marker:
         return str(marker["sha256"])
     return checksum(path)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from retro_mcore import distributed
 from retro_mcore.errors import CheckpointError
+from retro_mcore.platform.checksums import Checksums, checksums_of_share, write_checksums
 from retro_mcore.platform.compatibility import async_save_arguments, results_through_a_file
 from retro_mcore.training.checkpoint_files import (
     Retention,
@@ -53,6 +56,7 @@ class CheckpointSaver:
         self._directory, self._retention = Path(directory), retention or Retention()
         self._asynchronous, self._queue = asynchronous, AsyncCallsQueue()
         self._pending: int | None = None
+        self._checksums: Future[Checksums] | None = None
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -87,7 +91,7 @@ class CheckpointSaver:
             opt_param_scheduler=parts.scheduler.state_dict(),
         )
         self._start(state, temporary_path(self._directory, iteration))
-        self._pending = iteration
+        self._pending, self._checksums = iteration, None
         return None if self._asynchronous else self.finish()
 
     def finish(self, wait: bool = True) -> Path | None:
@@ -107,13 +111,29 @@ class CheckpointSaver:
         temporary = temporary_path(self._directory, iteration)
         with distributed.raise_together(), _naming(temporary):
             self._queue.maybe_finalize_async_calls(blocking=wait)
-        if self._queue.get_num_unfinalized_calls():
+        if self._queue.get_num_unfinalized_calls() or not self._is_read(temporary, wait):
             self._pending = iteration
             return None
+        with distributed.raise_together(), _naming(temporary):
+            assert self._checksums is not None
+            share = self._checksums.result()
+        shares = _on_all_ranks(share)
         with distributed.raise_together():
             if distributed.get_rank() == 0:
+                write_checksums(temporary, shares)
                 publish(self._directory, iteration, self._retention)
         return checkpoint_path(self._directory, iteration)
+
+    def _is_read(self, temporary: Path, wait: bool) -> bool:
+        """Whether all ranks have the checksums of what they wrote, or wait for them.
+
+        A thread reads the files, so that training goes on meanwhile.
+        """
+        if self._checksums is None:
+            reader = ThreadPoolExecutor(1)
+            self._checksums = reader.submit(checksums_of_share, temporary)
+            reader.shutdown(wait=False)
+        return wait or not distributed.any_rank(not self._checksums.done())
 
     def _start(self, state: dict[str, Any], temporary: Path) -> None:
         how = async_save_arguments() if self._asynchronous else {}
@@ -137,6 +157,13 @@ def save_checkpoint(
     with CheckpointSaver(directory) as saver:
         saver.save(parts, progress, args)
     return checkpoint_path(directory, progress.iteration)
+
+
+def _on_all_ranks(share: Checksums) -> list[Checksums]:
+    shares = [share] * distributed.get_world_size()
+    if len(shares) > 1:
+        dist.all_gather_object(shares, share)
+    return shares
 
 
 @contextmanager

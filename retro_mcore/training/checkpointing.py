@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from retro_mcore import distributed
 from retro_mcore.errors import CheckpointError
+from retro_mcore.platform.checksums import verify_checkpoint
 from retro_mcore.platform.compatibility import (
     keeping_adam_steps,
     supply_adam_step,
@@ -79,6 +80,7 @@ def load_checkpoint(
     scope = scope or LoadScope()
     with distributed.raise_together():
         common = read_common(checkpoint)
+        verify_checkpoint(checkpoint)
     takes_random_state = scope.random_state and _same_layout(common["args"])
     request = state_dict(parts, True, scope.optimizer, takes_random_state)
     state = _load(request, checkpoint)
@@ -143,6 +145,7 @@ def load_model_from_checkpoint(
     with distributed.raise_together():
         checkpoint = find_checkpoint(directory, ckpt_step)
         saved = read_arguments(checkpoint)
+        verify_checkpoint(checkpoint)
         arguments = arguments_from(saved)
     set_seeds(saved["seed"])
     precision = {"bf16": saved["bf16"], "fp16": saved["fp16"]}

@@ -1,0 +1,104 @@
+"""Values of JSON compared with the types of a dataclass's fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_LONGEST_SHOWN = 60
+
+
+def problems_of(
+    values: Mapping[str, Any], kind: type, ranges: Mapping[str, tuple[int, int]]
+) -> dict[str, str]:
+    """What is wrong with the values that are there, by field; unknown names are passed over.
+
+    Args:
+        values: By names of fields.
+        kind: The dataclass.
+        ranges: The least and the greatest of fields that are whole numbers.
+    """
+    hints = get_type_hints(kind)
+    problems = {}
+    for name, value in values.items():
+        expected = _mismatch(value, hints[name]) if name in hints else None
+        if expected is None and type(value) is int and name in ranges:
+            least, most = ranges[name]
+            expected = None if least <= value <= most else f"a number from {least} to {most}"
+        if expected is not None:
+            problems[name] = f"is {show(value)}, not {expected}"
+    return problems
+
+
+def show(value: object) -> str:
+    """A value as JSON's reader knows it, cut where it is long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a text that can be part of a path: no lone surrogate, no NUL."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff\0]", value)
+
+
+def shares_of(split: object) -> list[float]:
+    """The numbers of a split such as "98,2,0"; empty if it is none."""
+    try:
+        parts = [float(part) for part in str(split).split(",")]
+    except ValueError:
+        return []
+    sound = len(parts) <= 3 and all(math.isfinite(part) and part >= 0 for part in parts)
+    return parts if sound and 0 < sum(parts) < math.inf else []
+
+
+def _mismatch(value: Any, hint: Any) -> str | None:
+    """What was expected, if the value is something else."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        expected = [_mismatch(value, argument) for argument in arguments]
+        return None if None in expected else " or ".join(map(str, expected))
+    if origin is Literal:
+        return None if value in arguments else f"one of {', '.join(arguments)}"
+    if origin is list:
+        sound = isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+        return None if sound else f"a list ({_words(arguments[0])} each)"
+    if origin is dict:
+        sound = isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values())
+        return None if sound else f"an object ({_words(arguments[1])} each)"
+    if dataclasses.is_dataclass(hint):
+        names = {field.name: field.type for field in dataclasses.fields(hint)}
+        sound = isinstance(value, dict) and value.keys() == names.keys()
+        sound = sound and not problems_of(value, hint, {})  # type: ignore[arg-type]
+        return None if sound else f"an object of {', '.join(names)}"
+    return None if _is(value, hint) else _words(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return _mismatch(value, hint) is None
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if kind is str:
+        return is_text(value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind  # a boolean is no number, and 512.0 no whole one
+
+
+def _words(hint: Any) -> str:
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_words, get_args(hint)))
+    return names.get(hint, "a value")

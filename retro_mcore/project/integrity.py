@@ -1,0 +1,146 @@
+"""Files compared with the checksums that were written with them, where a long run starts.
+
+The ranks share the files. Each reads its smallest ones first, as many bytes as take seconds; of the
+others the sizes are compared, and rank 0 says how many these are. `--verify` reads all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from retro_mcore.distributed import get_rank, get_world_size
+from retro_mcore.errors import CorruptFileError, RetroError
+from retro_mcore.project.markers import checksum, read_marker
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.space import show_bytes
+
+#: Bytes that a process reads of what one call is given: 4 to 20 seconds of SHA-256.
+QUICK_BYTES = 8 << 30
+
+_everything: ContextVar[bool] = ContextVar("everything", default=False)
+_told: set[str] = set()
+
+_COMMANDS = {
+    "data": "preprocess_corpus",
+    "tokenizer": "preprocess_corpus",
+    "db": "build_db",
+    "index": "build_index",
+    "query": "query_neighbors",
+}
+
+
+@dataclass(frozen=True)
+class SignedFile:
+    """A file, and what it was when it was written: its size in bytes and its SHA-256."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+@contextmanager
+def verifying(everything: bool) -> Iterator[None]:
+    """Meanwhile files are read whole, whatever their size (`--verify`)."""
+    token = _everything.set(everything or _everything.get())
+    try:
+        yield
+    finally:
+        _everything.reset(token)
+
+
+def verify_files(
+    files: Sequence[SignedFile],
+    mend: Callable[[Path], str],
+    error: type[RetroError] = CorruptFileError,
+    everything: bool = False,
+) -> None:
+    """Refuse a file of which size or bytes differ. All ranks call it, inside `raise_together`.
+
+    Args:
+        files: The files, the same on every rank.
+        mend: What to do about a file.
+        error: What is raised.
+        everything: Read them all, whatever their size.
+
+    Raises:
+        RetroError: of the kind `error`, on the rank whose share holds the file.
+    """
+    everything = everything or _everything.get()
+    shares = _shares(files)
+    for file in shares[get_rank()]:
+        found = _size_of(file.path)
+        if found != file.size:
+            what = "is missing" if found is None else f"has {found} bytes, not {file.size}"
+            raise error(file.path, what, mend(file.path))
+    for file in shares[get_rank()][: _num_read(shares[get_rank()], everything)]:
+        if checksum(file.path) != file.sha256:
+            raise error(
+                file.path, "its bytes differ from its checksum: it is damaged", mend(file.path)
+            )
+    unread = [file for share in shares for file in share[_num_read(share, everything) :]]
+    if unread and get_rank() == 0:
+        _tell(unread)
+
+
+def verify_project(paths: ProjectPaths, files: Iterable[Path], everything: bool = False) -> None:
+    """`verify_files` of what stages wrote; files without a completion marker are trusted.
+
+    Raises:
+        CorruptFileError: naming the file and the stage that makes it.
+    """
+    signed = [file for path in files if (file := signed_file(path)) is not None]
+
+    def mend(path: Path) -> str:
+        folder = path.relative_to(paths.root).parts[0] if path.is_relative_to(paths.root) else ""
+        command = _COMMANDS.get(folder, "the stage that made it")
+        return f"Run {command} --project-dir {paths.root} again, or restore the file"
+
+    verify_files(signed, mend, everything=everything)
+
+
+def signed_file(path: Path) -> SignedFile | None:
+    """`path` and what its completion marker says; None if it has none."""
+    marker = read_marker(path)
+    if marker is None:
+        return None
+    size, sha256 = marker.get("bytes"), marker.get("sha256")
+    # A damaged marker says what no file is.
+    return SignedFile(path, size if isinstance(size, int) else -1, str(sha256))
+
+
+def _shares(files: Sequence[SignedFile]) -> list[list[SignedFile]]:
+    """Each rank's files, the smallest first."""
+    ordered = sorted(files, key=lambda file: (file.size, str(file.path)))
+    world = get_world_size()
+    return [ordered[rank::world] for rank in range(world)]
+
+
+def _num_read(share: Sequence[SignedFile], everything: bool) -> int:
+    """How many files of a share, from its first, are read whole."""
+    read = 0
+    for number, file in enumerate(share):
+        read += file.size
+        if read > QUICK_BYTES and not everything:
+            return number
+    return len(share)
+
+
+def _size_of(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _tell(unread: Sequence[SignedFile]) -> None:
+    size = show_bytes(sum(file.size for file in unread))
+    names = ", ".join(file.path.name for file in unread[:3]) + (", …" if len(unread) > 3 else "")
+    text = (
+        f"note: {len(unread)} large files ({size}: {names}) in {unread[0].path.parent} and below "
+        "were compared by their sizes alone; --verify reads them whole"
+    )
+    if text not in _told:
+        _told.add(text)
+        print(text, file=sys.stderr, flush=True)
