@@ -29,10 +29,10 @@ from retro_mcore.conversion.torch_format import is_torch_format, read_torch_form
 from retro_mcore.conversion.weights import Weight
 from retro_mcore.errors import CheckpointError
 from retro_mcore.platform.checksums import verify_checkpoint
+from retro_mcore.platform.tracker import tracked_checkpoint
 
 Source = Literal["retro-mcore", "megatron", "instructretro", "huggingface"]
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _UPSTREAM_ENCODER = re.compile(r"^decoder\.layers\.(\d+)\.cross_attention\.encoder\.")
 
 
@@ -116,16 +116,7 @@ def latest_directory(directory: Path) -> Path:
     """
     if not directory.is_dir():
         raise CheckpointError(directory, "no such directory", "Name a checkpoint's directory")
-    tracker = directory / TRACKER
-    if not tracker.is_file():
-        return directory
-    text = tracker.read_text(encoding="utf-8").strip()
-    name = text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else None
-    if name is None or not (directory / name).is_dir():
-        raise CheckpointError(
-            tracker, f"names {text!r}, which is not there", "Write 'release' or an iteration"
-        )
-    return directory / name
+    return tracked_checkpoint(directory) or directory
 
 
 def _our_names(weights: Mapping[str, Weight]) -> dict[str, Weight]:

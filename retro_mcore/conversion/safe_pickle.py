@@ -83,7 +83,7 @@ def load_torch_file(file: Path | IO[bytes], name: object, mapped: bool = False) 
             if mapped and "mmap" in str(error):  # the layout before torch 1.6
                 return load_torch_file(file, name)
             raise _damaged(name, error) from error
-        except (OSError, EOFError, ValueError, KeyError) as error:
+        except Exception as error:  # torch finds many kinds of damage in as many ways
             raise _damaged(name, error) from error
 
 
@@ -124,7 +124,9 @@ def _unsafe(name: object, found: str) -> CheckpointError:
 
 def _damaged(name: object, error: Exception) -> CheckpointError:
     return CheckpointError(
-        name, f"cannot be read ({type(error).__name__}: {error})", "Restore or copy it again"
+        name,
+        f"cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
+        "Restore or copy it again",
     )
 
 

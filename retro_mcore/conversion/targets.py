@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from retro_mcore.conversion.checkpoint import TRACKER
 from retro_mcore.conversion.model_fields import MODEL_FIELDS, Flags
 from retro_mcore.conversion.names import fused_name, to_legacy_name, to_upstream_name
 from retro_mcore.conversion.torch_dist import write_torch_dist
 from retro_mcore.conversion.torch_format import write_torch_format
 from retro_mcore.conversion.weights import Weight, Weights, fit_vocabulary, is_vocabulary
 from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.platform.tracker import TRACKER
 from retro_mcore.project.atomic import atomic_write
 
 Target = Literal["retro-mcore", "megatron", "megatron-torch", "instructretro"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 import warnings
@@ -28,6 +29,7 @@ from retro_mcore.conversion.safe_pickle import Record, load_dist_metadata, load_
 from retro_mcore.conversion.weights import Weight
 from retro_mcore.errors import CheckpointError
 from retro_mcore.platform.checksums import checksums_of_share, write_checksums
+from retro_mcore.platform.safe_loading import check_common, is_file_name
 
 # Everything else is the optimizer's, random states, and Transformer Engine's.
 _MODEL = ("embedding.", "decoder.", "output_layer.", "neighbor_encoder.")
@@ -59,29 +61,50 @@ def read_torch_dist(directory: Path) -> tuple[dict[str, Any], dict[str, Weight]]
     Raises:
         CheckpointError: it is damaged, or holds more than plain data.
     """
-    table = load_dist_metadata(directory / ".metadata")
-    places = _places(directory, table)
+    path = directory / ".metadata"
+    table = load_dist_metadata(path)
+    try:
+        places = _places(directory, table)
+        weights = _weights(path, table, places)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(path, f"is damaged ({error!r})", "Restore it") from error
+    return _common_state(directory, places), weights
+
+
+def _weights(path: Path, table: Record, places: Mapping) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     for name, entry in table.state_dict_metadata.items():  # type: ignore[attr-defined]
         if not hasattr(entry, "chunks") or not name.startswith(_MODEL) or "_extra_state" in name:
             continue
         chunks = list(_chunks(name, entry, places))
         shape, dtype = tuple(entry.size), entry.properties.values[0]
+        # What is said of a tensor must be in the files: then no more is taken than they hold.
+        counted = sum(math.prod(chunk.sizes) for chunk in chunks)
+        held = all(math.prod(c.sizes) * dtype.itemsize <= c.length for c in chunks)
+        if counted != math.prod(shape) or not held:
+            raise CheckpointError(path, f"its parts of {name} do not make it up", "Restore it")
         weights.update(_layers(name, shape, dtype, chunks))
-    return _common_state(directory, places), weights
+    return weights
 
 
 def _places(directory: Path, table: Record) -> dict[tuple[str, tuple | None], Any]:
     places = {}
+    sizes: dict[Path, int] = {}
     for index, info in table.storage_data.items():  # type: ignore[attr-defined]
         if getattr(info, "transform_descriptors", None):
             raise CheckpointError(
                 directory, "is compressed", "Save it without transforms (its writer's default)"
             )
-        if Path(info.relative_path).name != info.relative_path:
+        if not is_file_name(info.relative_path):
             raise CheckpointError(
                 directory, f"refers to {info.relative_path!r}, outside of it", "Restore it"
             )
+        file = directory / info.relative_path
+        if file not in sizes:
+            sizes[file] = file.stat().st_size if file.is_file() else -1
+        if sizes[file] < info.offset + info.length or min(info.offset, info.length) < 0:
+            found = "is missing" if sizes[file] < 0 else f"has only {sizes[file]} bytes"
+            raise CheckpointError(file, found, "Restore it")
         offset = getattr(index, "offset", None)  # left out for what is no tensor
         where = (directory / info.relative_path, info.offset, info.length)
         places[index.fqn, None if offset is None else tuple(offset)] = where
@@ -127,7 +150,11 @@ def _read(
 
 
 def _read_chunk(chunk: _Chunk) -> Tensor:
-    return load_torch_file(io.BytesIO(_bytes(chunk.file, chunk.position, chunk.length)), chunk.file)
+    content = io.BytesIO(_bytes(chunk.file, chunk.position, chunk.length))
+    tensor = load_torch_file(content, chunk.file)
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes:
+        raise CheckpointError(chunk.file, "is damaged, or of another checkpoint", "Restore it")
+    return tensor
 
 
 def _bytes(file: Path, position: int, length: int) -> bytes:
@@ -142,12 +169,12 @@ def _bytes(file: Path, position: int, length: int) -> bytes:
 def _common_state(directory: Path, places: Mapping) -> dict[str, Any]:
     path = directory / "common.pt"
     if path.is_file():
-        return load_torch_file(path, path)
+        return check_common(path, load_torch_file(path, path))
     if (_COMMON, None) not in places:
         return {}
     file, position, length = places[_COMMON, None]
     state = load_torch_file(io.BytesIO(_bytes(file, position, length)), file)
-    return state[0] if isinstance(state, list) else state
+    return check_common(file, state[0] if isinstance(state, list) and state else state)
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):

@@ -23,6 +23,7 @@ from retro_mcore.conversion.safe_pickle import load_torch_file
 from retro_mcore.conversion.weights import Weight, cut, joined_weight
 from retro_mcore.errors import CheckpointError
 from retro_mcore.platform.checksums import checksums_of_share, write_checksums
+from retro_mcore.platform.safe_loading import check_common
 
 _RANK = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?$")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -47,7 +48,7 @@ def read_torch_format(directory: Path) -> tuple[dict[str, Any], dict[str, Weight
         CheckpointError: a rank's file is missing or damaged, or holds more than plain data.
     """
     files = _rank_files(directory)
-    states = {rank: load_torch_file(file, file, mapped=True) for rank, file in files.items()}
+    states = {rank: _load_state(file) for rank, file in files.items()}
     common = {key: value for key, value in states[0, 0].items() if not key.startswith("model")}
     common.setdefault("args", Namespace())
     pipelines = [_stages(files, states, rank) for rank in sorted({tensor for tensor, _ in files})]
@@ -122,6 +123,14 @@ def nest(model: State) -> dict[str, Any]:
 def _sliced_as(name: str) -> str:
     """The name by which `cut` knows the older modules' names."""
     return from_legacy_name(name, ()) if name.startswith("encoder.") else name
+
+
+def _load_state(file: Path) -> dict[str, Any]:
+    state = check_common(file, load_torch_file(file, file, mapped=True))
+    parts = list(_model_parts(state))
+    if not parts or not all(isinstance(part, Mapping) for part in parts):
+        raise CheckpointError(file, "holds no model", "Restore it")
+    return state
 
 
 def _rank_files(directory: Path) -> dict[tuple[int, int], Path]:

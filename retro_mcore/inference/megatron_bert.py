@@ -22,22 +22,22 @@ from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.platform.checksums import verify_checkpoint
 from retro_mcore.platform.safe_loading import CONFIG_FILE, check_files, read_common, read_metadata
 from retro_mcore.platform.safe_loading import weights_only as loading_weights_only
+from retro_mcore.platform.tracker import tracked_checkpoint
 
-_TRACKER = "latest_checkpointed_iteration.txt"
 #: What is needed of the checkpoint; its output layer is not.
 _PARTS = ("embedding.", "encoder.", "rotary_pos_emb.")
 
 
 def find_bert_checkpoint(name: str) -> Path | None:
-    """The checkpoint that a folder holds, by itself or by its tracker file; None if it has none."""
+    """The checkpoint that a folder holds, by itself or by its tracker file; None if it has none.
+
+    Raises:
+        CheckpointError: the tracker file names no checkpoint.
+    """
     folder = Path(name)
     if (folder / CONFIG_FILE).is_file() and (folder / ".metadata").is_file():
         return folder
-    if not (folder / _TRACKER).is_file():
-        return None
-    iteration = (folder / _TRACKER).read_text(encoding="utf-8").strip()
-    named = f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration
-    return folder / named
+    return tracked_checkpoint(folder)
 
 
 class MegatronBertEmbedder(Embedder):

@@ -75,7 +75,29 @@ def read_metadata(checkpoint: Path) -> Metadata:
         metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        _check_places(metadata)
     return metadata
+
+
+def _check_places(metadata: Metadata) -> None:
+    """Refuse a table of contents that is damaged, or that leads out of the checkpoint."""
+    if not isinstance(metadata.state_dict_metadata, dict):
+        raise pickle.UnpicklingError("it lists no tensors")
+    for index, place in (metadata.storage_data or {}).items():
+        name = place.relative_path
+        if not is_file_name(name):
+            raise pickle.UnpicklingError(f"it refers to {str(name)!r}, outside of the checkpoint")
+        if not (_is_count(place.offset) and _is_count(place.length)):
+            raise pickle.UnpicklingError(f"it has no place for {getattr(index, 'fqn', index)}")
+
+
+def is_file_name(name: object) -> bool:
+    """Whether it names a file of the same directory: no path, absolute or climbing."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def check_files(checkpoint: Path, metadata: Metadata) -> None:
@@ -107,7 +129,9 @@ def read_common(checkpoint: Path) -> Mapping[str, Any]:
     metadata = read_metadata(checkpoint)
     if (checkpoint / _COMMON_FILE).is_file():
         with (checkpoint / _COMMON_FILE).open("rb") as file:
-            return _load_object(checkpoint, _COMMON_FILE, file)
+            return check_common(
+                checkpoint / _COMMON_FILE, _load_object(checkpoint, _COMMON_FILE, file)
+            )
     entry = (metadata.storage_data or {}).get(MetadataIndex(_COMMON_ENTRY))
     if entry is None:
         raise CheckpointError(
@@ -119,7 +143,25 @@ def read_common(checkpoint: Path) -> Mapping[str, Any]:
     with (checkpoint / entry.relative_path).open("rb") as file:
         file.seek(entry.offset)
         content = io.BytesIO(file.read(entry.length))
-    return _load_object(checkpoint, entry.relative_path, content)[0]
+    state = _load_object(checkpoint, entry.relative_path, content)
+    path = checkpoint / entry.relative_path
+    return check_common(path, state[0] if isinstance(state, list) and state else state)
+
+
+def check_common(path: Path, common: Any) -> dict[str, Any]:
+    """Refuse what is not arguments and counters.
+
+    Raises:
+        CheckpointError: naming `path`, which it was read from.
+    """
+    sound = isinstance(common, dict) and isinstance(common.get("args", Namespace()), Namespace)
+    if not sound or not _is_count(common.get("iteration", 0)):
+        raise CheckpointError(
+            path,
+            "holds something else than arguments and counters",
+            "Restore the file, or load an earlier checkpoint (--ckpt-step)",
+        )
+    return common
 
 
 @contextmanager

@@ -31,6 +31,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a link would lead what is written to another file
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,6 +54,10 @@ def stage_lock(
                 if create and not paths.root.exists():
                     paths.root.mkdir(parents=True)
                     made = True
+                if paths.root.exists() and not paths.root.is_dir():
+                    raise ProjectError(
+                        paths.root, "is a file, not a directory", "Check --project-dir"
+                    )
                 if paths.root.is_dir():
                     held.append((paths.lock, _acquire(paths.lock, stage, shared=job is not None)))
                     if job is None:
@@ -87,12 +93,7 @@ def _acquire(path: Path, stage: str, shared: bool = False) -> int:
     # A job that ends holds the lock alone for a moment, to remove the file.
     patience = _PATIENCE if shared else 0
     while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise ProjectError(
-                path, f"cannot be made ({error.strerror})", "Make the project directory writable"
-            ) from error
+        descriptor = _open(path)
         try:
             fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -117,15 +118,40 @@ def _acquire(path: Path, stage: str, shared: bool = False) -> int:
         if _is_named(descriptor, path):
             break
         os.close(descriptor)
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+    if os.fstat(descriptor).st_nlink == 1:  # else it is some other file, too, which stays as it is
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+    return descriptor
+
+
+def _open(path: Path) -> int:
+    """A descriptor of the lock file, which is made; never of a file that a link leads to."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink() or path.exists():
+            found, mend = f"cannot be locked ({error.strerror})", "Remove it"
+            if path.is_symlink():
+                found = "is a symbolic link, not the project's lock"
+            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                mend = "Make the project directory and this file writable"
+        else:
+            found, mend = (
+                f"cannot be made ({error.strerror})",
+                "Make the project directory writable",
+            )
+        raise ProjectError(path, found, mend) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ProjectError(path, "is no file, but something else", "Remove it")
     return descriptor
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
 

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from retro_mcore.errors import CheckpointError
 from retro_mcore.platform.safe_loading import CONFIG_FILE
+from retro_mcore.platform.tracker import TRACKER, read_tracker
 from retro_mcore.project.atomic import atomic_write
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -65,22 +64,26 @@ def latest_iteration(directory: str | Path) -> int | None:
     Raises:
         CheckpointError: the tracker file is malformed, or its checkpoint is missing.
     """
-    tracker = Path(directory) / TRACKER
-    if not tracker.is_file():
+    iteration = read_tracker(directory)
+    if iteration is None:
         return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
+    tracker = Path(directory) / TRACKER
+    there = ", ".join(map(str, complete_iterations(directory))) or "none"
+    if isinstance(iteration, str):
         raise CheckpointError(
-            str(tracker), f"names {text!r}, not an iteration", "Name one of the iter_* directories"
+            tracker,
+            f"names {iteration!r}, not an iteration",
+            f"Name one of the iter_* directories; complete iterations: {there}",
         )
-    path = checkpoint_path(directory, int(text))
+    path = checkpoint_path(directory, iteration)
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(
-            str(tracker),
-            f"names iteration {text}, but {path} is not a complete checkpoint",
-            "Write the iteration of a complete checkpoint into the tracker file",
+            tracker,
+            f"names iteration {iteration}, but {path} is not a complete checkpoint",
+            "Write the iteration of a complete checkpoint into the tracker file; complete "
+            f"iterations: {there}",
         )
-    return int(text)
+    return iteration
 
 
 def existing_checkpoint(directory: str | Path, ckpt_step: int | None = None) -> Path | None:

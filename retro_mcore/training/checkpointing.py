@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from retro_mcore.platform.compatibility import (
     unshare_adam_steps,
 )
 from retro_mcore.platform.safe_loading import check_files, read_common, read_metadata, weights_only
+from retro_mcore.training.checkpoint_args import read_arguments
 from retro_mcore.training.checkpoint_files import find_checkpoint
 from retro_mcore.training.checkpoint_state import (
     FAILURES,
@@ -81,6 +82,7 @@ def load_checkpoint(
     with distributed.raise_together():
         common = read_common(checkpoint)
         verify_checkpoint(checkpoint)
+        _check_holds_run(common, scope, checkpoint)
     takes_random_state = scope.random_state and _same_layout(common["args"])
     request = state_dict(parts, True, scope.optimizer, takes_random_state)
     state = _load(request, checkpoint)
@@ -95,29 +97,6 @@ def load_checkpoint(
     if not scope.progress:
         return TrainingProgress()
     return TrainingProgress(common["iteration"], common["consumed_samples"])
-
-
-def read_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The arguments that a checkpoint was saved with.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    common = read_common(checkpoint)
-    if "args" not in common or "iteration" not in common:
-        raise CheckpointError(
-            checkpoint,
-            "holds no arguments of a training run",
-            "Name a checkpoint that pretrain_retro.py wrote",
-        )
-    if "no_retrieval" not in vars(common["args"]):
-        raise CheckpointError(
-            checkpoint,
-            "was written by Megatron-LM, whose arguments say less than is needed here",
-            f"Convert it: tools/convert_checkpoint.py --load {checkpoint} --save OTHER "
-            "--project-dir PROJECT, and name OTHER",
-        )
-    return vars(common["args"])
 
 
 def load_model_from_checkpoint(
@@ -146,6 +125,7 @@ def load_model_from_checkpoint(
         checkpoint = find_checkpoint(directory, ckpt_step)
         saved = read_arguments(checkpoint)
         verify_checkpoint(checkpoint)
+        _require(checkpoint, saved, ("seed", "bf16", "fp16"))
         arguments = arguments_from(saved)
     set_seeds(saved["seed"])
     precision = {"bf16": saved["bf16"], "fp16": saved["fp16"]}
@@ -157,10 +137,27 @@ def load_model_from_checkpoint(
     return model.eval(), arguments
 
 
+def _check_holds_run(common: Mapping[str, Any], scope: LoadScope, checkpoint: Path) -> None:
+    needed = ["args"]
+    needed += ["opt_param_scheduler"] if scope.optimizer else []
+    needed += ["iteration", "consumed_samples"] if scope.progress else []
+    _require(checkpoint, common, needed)
+
+
+def _require(checkpoint: Path, saved: Mapping[str, Any], names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in saved]
+    if missing:
+        raise CheckpointError(
+            checkpoint,
+            f"does not say {', '.join(missing)}",
+            "Name a checkpoint that pretrain_retro.py wrote",
+        )
+
+
 def _same_layout(args: Namespace) -> bool:
     return parallel_sizes() == (
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
+        getattr(args, "tensor_model_parallel_size", None),
+        getattr(args, "pipeline_model_parallel_size", None),
         getattr(args, "virtual_pipeline_model_parallel_size", None),
     )
 
