@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from retro_mcore.errors import RetroError
+from retro_mcore.errors import RetroError, system_refusal
 
 Value = TypeVar("Value")
 
@@ -141,6 +141,8 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         if error is not None:
             raise error
         return
+    if error is not None and (refusal := system_refusal(error)) is not None:
+        refusal.__cause__, error = error, refusal
     report: RetroError | str | None = error if isinstance(error, RetroError) else None
     if error is not None and report is None:
         report = f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 
 #: Exit code of a command that stops on one of these errors.
@@ -65,6 +66,10 @@ class MissingDependencyError(RetroError):
     """An optional package is needed and not installed."""
 
 
+class SystemRefusal(RetroError):
+    """The operating system refused to read or to write a file."""
+
+
 class SeveralErrors(ConfigurationError):
     """More than one thing is wrong with one configuration; all of them are told together.
 
@@ -108,3 +113,40 @@ def check_all(*checks: Callable[[], object]) -> None:
         except RetroError as error:
             problems += getattr(error, "problems", (error,))
     raise_problems(problems)
+
+
+_CHECK_PATH = "Check the path"
+_CHECK_RIGHTS = "Check the rights of the file and of the directories above it"
+_SEE_TO_DISK = "See to the file system, then repeat the command"
+_OPEN_FEWER = "Raise the limit of open files (ulimit -n)"
+_FREE_SPACE = "Free space or enlarge the quota, then repeat the command"
+_REFUSALS = {
+    errno.EACCES: _CHECK_RIGHTS,
+    errno.EPERM: _CHECK_RIGHTS,
+    errno.EROFS: "Name a place that can be written to",
+    errno.ENOENT: _CHECK_PATH,
+    errno.EISDIR: _CHECK_PATH,
+    errno.ENOTDIR: _CHECK_PATH,
+    errno.ELOOP: _CHECK_PATH,
+    errno.ENAMETOOLONG: _CHECK_PATH,
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: _SEE_TO_DISK,
+    errno.EMFILE: _OPEN_FEWER,
+    errno.ENFILE: _OPEN_FEWER,
+    errno.ESTALE: _SEE_TO_DISK,
+    errno.EIO: _SEE_TO_DISK,
+}
+
+
+def system_refusal(error: BaseException) -> SystemRefusal | None:
+    """What the system said of a file, for the user; None if it is no such error.
+
+    An error that names no file may be a fault of ours, and keeps its traceback.
+    """
+    if not isinstance(error, OSError) or error.errno not in _REFUSALS or error.filename is None:
+        return None
+    name = error.filename if isinstance(error.filename, str | bytes) else str(error.filename)
+    subject = name.decode(errors="replace") if isinstance(name, bytes) else name
+    found = error.strerror or type(error).__name__
+    return SystemRefusal(subject, found, _REFUSALS[error.errno])

@@ -105,6 +105,8 @@ class BuildIndexOptions:
     """I/N: do the I-th of N shares of --stage embed or add, as one job of an array."""
     device: str = "auto"
     """Where the embedder runs: auto, cpu or cuda."""
+    verify: bool = False
+    """Compare the checksums of all files that are read, however large; else of 8 GiB a process."""
 
 
 @dataclass(frozen=True)

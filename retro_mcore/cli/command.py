@@ -22,7 +22,14 @@ from rich.table import Table
 
 from retro_mcore.cli.utf8 import use_utf8, write_any_text
 from retro_mcore.distributed import get_rank, get_world_size, leave
-from retro_mcore.errors import EXIT_CODE, ConfigurationError, RetroError
+from retro_mcore.errors import (
+    EXIT_CODE,
+    ConfigurationError,
+    RetroError,
+    raise_problems,
+    system_refusal,
+)
+from retro_mcore.project.integrity import verifying
 
 Options = TypeVar("Options")
 
@@ -52,12 +59,38 @@ def parse_options(options_type: type[Options], argv: Sequence[str] | None = None
     redundant = _redundant_switches(options_type)
     arguments = [argument for argument in arguments if argument not in redundant]
     arguments = _spell_out_switches(options_type, arguments)
-    return tyro.cli(
+    options = tyro.cli(
         options_type,
         args=arguments,
         description=options_type.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    _refuse_empty_paths(options)
+    return options
+
+
+#: Options that name files or directories, beside those whose names end as such names do.
+_PATHS = {"save", "load", "load_gpt", "input", "output", "append", "exchange", "predictions"}
+_PATHS |= {"tokenizer_model", "model_config", "data_path", "valid_data_path", "json", "embedder"}
+_PATH_ENDINGS = ("_dir", "_file", "_folder")
+
+
+def _refuse_empty_paths(options: object) -> None:
+    """An empty path would be the current directory, which nobody means by it.
+
+    Raises:
+        ConfigurationError: naming the flag, or several of them.
+    """
+    problems = []
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        if field.name not in _PATHS and not field.name.endswith(_PATH_ENDINGS):
+            continue
+        value = getattr(options, field.name)
+        given = value if isinstance(value, list) else [value]
+        if "" in given and value != field.default:
+            flag = f"--{field.name.replace('_', '-')}"
+            problems.append(ConfigurationError(flag, "an empty path", "Name a file or a directory"))
+    raise_problems(problems)
 
 
 def _redundant_switches(options_type: type) -> set[str]:
@@ -253,9 +286,17 @@ def run_command(
     code = 0
     with closed_pipe_ends_quietly():
         try:
-            function(parse_options(options_type, argv))
+            options = parse_options(options_type, argv)
+            with verifying(getattr(options, "verify", False)):
+                function(options)
         except RetroError as error:
             _print_error(error)
+            code = EXIT_CODE
+        except OSError as error:
+            refusal = system_refusal(error)
+            if refusal is None:
+                raise
+            _print_error(refusal)
             code = EXIT_CODE
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)

@@ -102,9 +102,11 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
     args = megatron_arguments(flags, size)
     if options.target == "retro-mcore":
         args = Namespace(**_our_arguments(flags, arguments))
-    iteration = checkpoint.common.get("iteration") or 0
+    iteration = checkpoint.common.get("iteration")
+    if not isinstance(iteration, int):  # "release", or none
+        iteration = 0
     path = write_checkpoint(
-        Path(options.save), options.target, args, flags, checkpoint.weights, size, int(iteration)
+        Path(options.save), options.target, args, flags, checkpoint.weights, size, iteration
     )
     number = sum(weight.numel for weight in checkpoint.weights.values())
     result = Conversion(checkpoint.source, path, number, flags, tuple(checkpoint.notes))

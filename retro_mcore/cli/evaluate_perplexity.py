@@ -93,6 +93,8 @@ class EvaluatePerplexityOptions:
     """Stages that the layers are divided into; need not be as in training."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers' implementation."""
+    verify: bool = False
+    """Compare the checksums of all files that are read, however large; else of 8 GiB a process."""
 
     @property
     def splits(self) -> tuple[Literal["valid", "test"], ...]:

@@ -104,6 +104,8 @@ class EvaluateQaOptions:
     """Ranks that share out the layers; further ranks answer other questions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: CUDA where there is one, else the CPU."""
+    verify: bool = False
+    """Compare the checksums of all files that are read, however large; else of 8 GiB a process."""
 
 
 @dataclass(frozen=True)

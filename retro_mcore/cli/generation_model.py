@@ -53,6 +53,8 @@ class GenerationModelOptions:
     """Ranks that share out the layers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one, else the CPU."""
+    verify: bool = False
+    """Compare the checksums of all files that are read, however large; else of 8 GiB a process."""
 
 
 @dataclass

@@ -76,6 +76,8 @@ class QueryNeighborsOptions:
     """Where the embedder runs: auto, cpu or cuda."""
     faiss_gpu: bool = True
     """Search on the GPUs where Faiss has any."""
+    verify: bool = False
+    """Compare the checksums of all files that are read, however large; else of 8 GiB a process."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from retro_mcore.errors import CheckpointError
+from retro_mcore.platform.tracker import RELEASE
 
 #: In a complete torch_dist checkpoint; written last.
 CONFIG_FILE = "metadata.json"
@@ -155,7 +156,8 @@ def check_common(path: Path, common: Any) -> dict[str, Any]:
         CheckpointError: naming `path`, which it was read from.
     """
     sound = isinstance(common, dict) and isinstance(common.get("args", Namespace()), Namespace)
-    if not sound or not _is_count(common.get("iteration", 0)):
+    iteration = common.get("iteration") if sound else None
+    if not sound or not (iteration in (None, RELEASE) or _is_count(iteration)):
         raise CheckpointError(
             path,
             "holds something else than arguments and counters",

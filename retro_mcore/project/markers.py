@@ -71,17 +71,14 @@ def signed_write(path: Path, fingerprint: str = "") -> Iterator[Path]:
     """`atomic_write` that also writes the completion marker."""
     with atomic_write(path) as temporary:
         yield temporary
-        _sign(path, temporary, fingerprint)
-
-
-def sign(path: Path) -> None:
-    """Write the completion marker of a file that another library wrote in its place."""
-    _sign(path, path, "")
-
-
-def _sign(path: Path, written: Path, fingerprint: str) -> None:
-    size, sha256 = written.stat().st_size, checksum(written)
-    write_json(marker_path(path), {"bytes": size, "sha256": sha256, "fingerprint": fingerprint})
+        write_json(
+            marker_path(path),
+            {
+                "bytes": temporary.stat().st_size,
+                "sha256": checksum(temporary),
+                "fingerprint": fingerprint,
+            },
+        )
 
 
 def adopt(source: Path, target: Path, fingerprint: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a checkpoint was saved with; `--use-checkpoint-args` and `--load-gpt`: its model's options."""
+"""What a checkpoint was saved with, and what `--use-checkpoint-args`, `--load-gpt` take from it."""
 
 from __future__ import annotations
 

@@ -36,6 +36,9 @@ class CheckpointOptions:
     """Start with a new optimizer and schedule."""
     no_load_rng: bool = False
     """Start with random states from the seed."""
+    verify: bool = False
+    """Compare the checksums of all files that are read, however large. Default: a process reads at
+    most 8 GiB of the project and of the checkpoint for that, and of larger files compares sizes."""
 
     def check_checkpoints(self) -> None:
         """Refuse flags that would have no effect.

@@ -145,7 +145,12 @@ def _check_holds_run(common: Mapping[str, Any], scope: LoadScope, checkpoint: Pa
 
 
 def _require(checkpoint: Path, saved: Mapping[str, Any], names: Iterable[str]) -> None:
-    missing = [name for name in names if name not in saved]
+    counters = ("iteration", "consumed_samples")
+    missing = [
+        name
+        for name in names
+        if name not in saved or (name in counters and not isinstance(saved[name], int))
+    ]
     if missing:
         raise CheckpointError(
             checkpoint,

@@ -37,7 +37,6 @@ def zero(path: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path):
-    small_checkpoint()  # which leaves the sample indexes in the project
     return Path(shutil.copytree(built_project(), tmp_path / "project"))
 
 
@@ -62,7 +61,6 @@ CASES = [
     ("query_neighbors", "index/*/*/added*.faissindex"),
     ("evaluate_perplexity", "data/*.bin"),
     ("evaluate_perplexity", "data/*.idx"),
-    ("evaluate_perplexity", "data/cache/*.npy"),
     ("evaluate_perplexity", "query/valid_*/*.hdf5"),
     ("evaluate_perplexity", "db/merged/train.hdf5"),
     ("inspect_neighbors", "query/train_*/distances/*.hdf5"),
@@ -78,20 +76,6 @@ def test_damage_of_the_same_size_is_named(capsys, project, reader, pattern, dama
     assert READERS[reader](str(project)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert str(files[0]) in line
-
-
-def test_sample_indexes_are_made_anew_by_the_stage_that_makes_them(project):
-    def contents() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in project.glob("data/cache/*.npy")}
-
-    assert READERS["query_neighbors"](str(project)) == 0
-    before = contents()
-    for path in project.glob("data/cache/*.npy"):
-        zero(path)
-    assert READERS["query_neighbors"](str(project)) == 0
-    after = contents()
-    assert after
-    assert after == {name: before[name] for name in after}
 
 
 def signed(path: Path, content: bytes) -> SignedFile:

@@ -169,3 +169,35 @@ def test_a_file_that_is_written_while_the_lock_is_held_is_whole(tmp_path):
             assert temporary.name.endswith(f".{os.getpid()}.tmp")
             temporary.write_bytes(b"rows")
     assert files(tmp_path) == ["config.json", "db/merged/train.hdf5", "db/merged/train.hdf5.done"]
+
+
+def test_a_lock_that_is_a_link_overwrites_nothing(tmp_path):
+    """Whoever may write into a project directory must not reach files that its users own."""
+    victim, paths = tmp_path / "victim", ProjectPaths(tmp_path / "project")
+    paths.root.mkdir()
+    victim.write_text("precious")
+    paths.lock.symlink_to(victim)
+    with pytest.raises(ProjectError, match=r"\.lock: is a symbolic link"):
+        stage_lock(paths, "build_db").__enter__()
+    paths.lock.unlink()
+    os.link(victim, paths.lock)
+    with stage_lock(paths, "build_db"):
+        pass
+    assert victim.read_text() == "precious"
+    os.mkfifo(paths.lock)
+    with pytest.raises(ProjectError, match=r"\.lock: is no file"):
+        stage_lock(paths, "build_db").__enter__()
+
+
+def test_a_temporary_file_that_is_a_link_overwrites_nothing(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("precious")
+    with atomic_write(path) as temporary:
+        pass_over = temporary
+        temporary.write_text("content")
+    for link in (pass_over, path):
+        link.unlink(missing_ok=True)
+        link.symlink_to(victim)
+    write_json(path, {"a": 1})
+    assert victim.read_text() == "precious"
+    assert not path.is_symlink()
