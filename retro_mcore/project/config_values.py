@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
@@ -147,7 +147,7 @@ def _database_problem(database: Mapping[str, Any] | None) -> str | None:
 
 
 #: What the values' types leave open; each tells what is wrong.
-_CHECKS = {
+_CHECKS: dict[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(_PATHS, _path_problem),
     "retro_gpt_split": lambda split: None if shares_of(split) else "not percentages as 98,2,0",
     "retro_neighbor_dirs": _neighbor_dirs_problem,
