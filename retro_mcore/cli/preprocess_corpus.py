@@ -69,8 +69,8 @@ class PreprocessCorpusOptions:
     project_dir: str
     """Directory to make, or to go on with."""
     input: list[str]
-    """JSONL files (also .gz, .zst), text files, folders of these, or Megatron .bin/.idx pairs; each
-    becomes a dataset of its own."""
+    """JSONL files (also .gz, .zst), text files, folders of these (links are followed), or Megatron
+    .bin/.idx pairs; each becomes a dataset of its own."""
     input_weights: list[float] = field(default_factory=list)
     """Share of each input in the samples (default: equal)."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
@@ -585,7 +585,7 @@ def _summarize(
         "documents end with": _named(tokenizer, result.eod_id),
         "documents begin with": _named(tokenizer, result.bos_id),
         "samples": ", ".join(split.samples_text for split in passes),
-        **{f"repeated in {split.name}": split.warning for split in passes if split.warning},
+        **{f"warning, {split.name}": split.warning for split in passes if split.warning},
         "chunks per sample": result.config.chunks_per_sample,
     }
     for prefix, counts in result.report["datasets"].items():

@@ -14,6 +14,7 @@ from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_other_d
 from retro_mcore.data.corpus import text_cleaner
 from retro_mcore.data.corpus_counts import loss_rows, read_counts, total
 from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.data.querying import NUM_QUERY
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.datasets.growing import make_grown_project
 from retro_mcore.datasets.sources import digest_of_source, name_datasets
@@ -51,13 +52,14 @@ class UpdateDbOptions:
     clean_text: bool = False
     """Mend broken characters of --append with ftfy, also where the project's were not."""
     num_neighbors_query: int | None = None
-    """Candidates searched per chunk (default: 200, or all of a smaller database)."""
+    """Candidates searched per chunk (default: as before; where that was the default, 200, or all
+    of a smaller database)."""
     num_neighbors_save: int | None = None
     """Neighbors saved per chunk (default: as before)."""
-    embed_batch_size: int = 16
-    """Chunks per forward pass of the embedder."""
+    embed_batch_size: int | None = None
+    """Chunks per forward pass of the embedder (default: as before)."""
     embed_fp16: bool = False
-    """Embed the samples' chunks in half precision, on a GPU."""
+    """Embed the samples' chunks in half precision, on a GPU, also where they were not before."""
     device: str = "auto"
     """Where the embedder runs: auto, cpu or cuda."""
 
@@ -229,18 +231,26 @@ def _switch(
             raise ProjectError(
                 target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
             )
-        settings = ProjectSettings.load(paths.root)
-    query_other_database(
-        QueryNeighborsOptions(
-            str(paths.root),
-            num_neighbors_query=options.num_neighbors_query,
-            num_neighbors_save=options.num_neighbors_save or settings.num_neighbors_save or 20,
-            rerank=settings.rerank,
-            embed_batch_size=options.embed_batch_size,
-            embed_fp16=options.embed_fp16,
-            device=options.device,
-        ),
-        target.root,
+        query = _query_options(options, paths)
+    query_other_database(query, target.root)
+
+
+def _query_options(options: UpdateDbOptions, paths: ProjectPaths) -> QueryNeighborsOptions:
+    """As the project's own neighbors were searched, but for what is asked otherwise."""
+    settings = ProjectSettings.load(paths.root)
+    before = recorded_options(paths, "query_neighbors")
+    candidates = settings.num_neighbors_query
+    default = min(NUM_QUERY, len(ChunkDatabase.open(paths.root, own=True)))
+    return QueryNeighborsOptions(
+        str(paths.root),
+        # The default of one database is not that of another.
+        num_neighbors_query=options.num_neighbors_query
+        or (None if candidates == default else candidates),
+        num_neighbors_save=options.num_neighbors_save or settings.num_neighbors_save or 20,
+        rerank=settings.rerank,
+        embed_batch_size=options.embed_batch_size or before.get("--embed-batch-size", 16),
+        embed_fp16=options.embed_fp16 or before.get("--embed-fp16", False),
+        device=options.device,
     )
 
 

@@ -261,5 +261,17 @@ def _line_number(path: Path, position: int) -> int:
     return lines
 
 
+#: How files of other kinds begin.
+_MAGIC = {
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "gzip, to be named .gz",
+    b"\x28\xb5\x2f\xfd": "Zstandard, to be named .zst",
+}
+
+
 def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start})"
+    kinds = [kind for magic, kind in _MAGIC.items() if error.object.startswith(magic)]
+    perhaps = f", perhaps {kinds[0]}" if kinds else ""
+    place = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    return f"not UTF-8 ({place}{perhaps})"

@@ -6,6 +6,7 @@ blends are laid out; a path stands for that file.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,15 +65,22 @@ def _weight(text: str) -> float:
 
 
 def _part(name: str, weight: float, folder: Path) -> BlendPart:
-    for file in (folder / name, Path(name)):
-        if file.is_file():
-            return BlendPart(file.stem, weight, (file,))
     home = folder / name
-    train = tuple(sorted(home.glob(f"{home.name}_QA_train*.json")))
+    try:
+        for file in (home, Path(name)):
+            if file.is_file():
+                return BlendPart(file.stem, weight, (file,))
+        stem = glob.escape(home.name)
+        train = tuple(sorted(home.glob(f"{stem}_QA_train*.json")))
+        valid = tuple(home.glob(f"{stem}_QA_dev.json"))
+    except OSError as error:  # such as a name that no file can have
+        raise CorpusError(
+            f"--data-path {name[:200]}", f"{error.strerror}", "Name a file, or a dataset"
+        ) from error
     if not train:
         raise CorpusError(
             f"--data-path {name}",
             f"is no file, and {home} holds no {home.name}_QA_train*.json",
             "Name a JSON or JSONL file, or a dataset of --data-folder",
         )
-    return BlendPart(home.name, weight, train, tuple(home.glob(f"{home.name}_QA_dev.json")))
+    return BlendPart(home.name, weight, train, valid)

@@ -23,6 +23,7 @@ class SplitPasses:
 
     Attributes:
         name: The split.
+        datasets: Names of the datasets.
         documents: Documents of each dataset.
         tokens: Their tokens.
         weights: Share of each dataset in the samples; those without documents have none.
@@ -32,6 +33,7 @@ class SplitPasses:
     """
 
     name: Split
+    datasets: tuple[str, ...]
     documents: tuple[int, ...]
     tokens: tuple[int, ...]
     weights: tuple[float, ...]
@@ -45,11 +47,27 @@ class SplitPasses:
         return self.samples * self.sample_length / max(sum(self.tokens), 1)
 
     @property
+    def passes_by_dataset(self) -> dict[str, float]:
+        """How often its samples pass over each dataset that has documents in the split."""
+        return {
+            name: share * self.samples * self.sample_length / tokens
+            for name, share, tokens in zip(self.datasets, self.weights, self.tokens, strict=True)
+            if tokens
+        }
+
+    @property
     def most_passes_at_once(self) -> float:
         """How often one evaluation passes over the dataset that it repeats most."""
-        shares = zip(self.weights, self.tokens, strict=True)
-        wanted = self.samples_at_once * self.sample_length
-        return max((share * wanted / tokens for share, tokens in shares if tokens), default=0.0)
+        at_once = self.samples_at_once / max(self.samples, 1)
+        return at_once * max(self.passes_by_dataset.values(), default=0.0)
+
+    @property
+    def unread(self) -> list[str]:
+        """Datasets whose weight is too small for a single sample."""
+        if not self.samples:
+            return []
+        shares = zip(self.datasets, self.weights, self.tokens, strict=True)
+        return [name for name, share, tokens in shares if tokens and share * self.samples < 0.5]
 
     @property
     def most_repeated_in_a_sample(self) -> float:
@@ -66,9 +84,11 @@ class SplitPasses:
 
     @property
     def warning(self) -> str:
-        """What is repeated in the samples of one evaluation, or in one sample; else empty."""
+        """What no sample reads, or is repeated in one sample or one evaluation; else empty."""
         if not self.samples:
             return ""
+        if self.unread:
+            return f"no sample is cut from {', '.join(self.unread)}; give it a larger weight"
         if self.most_repeated_in_a_sample > 1:
             return (
                 f"a dataset's documents stand {self.most_repeated_in_a_sample:.3g} times in one "
@@ -91,6 +111,9 @@ class SplitPasses:
             "passes": round(self.passes, 6),
             "passes_per_evaluation": round(self.most_passes_at_once, 6),
             "repeats_in_a_sample": round(self.most_repeated_in_a_sample, 6),
+            "passes_by_dataset": {
+                name: round(passes, 6) for name, passes in self.passes_by_dataset.items()
+            },
         }
 
 
@@ -122,7 +145,14 @@ def count_passes(config: ProjectConfig, datasets: Sequence[TokenSource]) -> list
         weights = tuple((shares / (shares.sum() or 1.0)).tolist())
         passes.append(
             SplitPasses(
-                split, documents, tokens, weights, samples, at_once, config.retro_gpt_seq_length
+                split,
+                tuple(config.blend[1]),
+                documents,
+                tokens,
+                weights,
+                samples,
+                at_once,
+                config.retro_gpt_seq_length,
             )
         )
     return passes

@@ -182,7 +182,7 @@ def test_a_split_that_its_samples_repeat(tmp_path, inputs, capsys):
     assert splits["valid"]["documents"] == 2
     assert splits["valid"]["repeats_in_a_sample"] > 4
     shown = capsys.readouterr().out
-    assert "repeated in valid" in shown
+    assert "warning, valid" in shown
     assert "test 0 (no documents)" in shown
 
 
@@ -194,6 +194,14 @@ def test_the_smallest_dataset_of_a_blend_decides(tmp_path, inputs):
     )
     valid = result.report["splits"]["valid"]
     assert valid["passes_per_evaluation"] > valid["passes"] > 0
+
+
+def test_a_dataset_of_hardly_any_weight(tmp_path, inputs, capsys):
+    """Its documents are tokenized and never read."""
+    result = preprocess_corpus(options_for(tmp_path, inputs[:2], input_weights=[1.0, 1e-9]))
+    of = result.report["splits"]["train"]["passes_by_dataset"]
+    assert of["part_text_document"] > 0 == of["part_text_document_2"]
+    assert "no sample is cut from part_text_document_2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

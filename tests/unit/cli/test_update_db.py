@@ -172,6 +172,39 @@ def test_new_documents_are_read_as_the_old(
     assert report["empty_documents"] == report["documents"] == report["cleaned_documents"] == 1
 
 
+@pytest.mark.parametrize(
+    ("chosen", "asked", "expected"),
+    [
+        ({"query": 7}, {}, {"num_neighbors_query": 7, "num_neighbors_save": 5}),
+        ({}, {}, {"num_neighbors_query": None, "embed_batch_size": 16, "embed_fp16": False}),
+        ({"--embed-batch-size": 3, "--embed-fp16": True}, {}, {"embed_batch_size": 3}),
+        ({"--embed-fp16": True}, {}, {"embed_fp16": True}),
+        ({"query": 7}, {"num_neighbors_query": 9}, {"num_neighbors_query": 9}),
+    ],
+)
+def test_neighbors_are_searched_as_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, chosen: dict, asked: dict, expected: dict
+) -> None:
+    """A project of --num-neighbors-query 1000 was updated with 200."""
+    project = folder / "project"
+    paths = ProjectPaths(project)
+    if "query" in chosen:
+        settings = ProjectSettings.load(project)
+        dataclasses.replace(settings, num_neighbors_query=chosen.pop("query")).save(project)
+    record = paths.stage_record("query_neighbors")
+    run = json.loads(record.read_text())
+    record.write_text(json.dumps({**run, "options": {**run["options"], **chosen}}))
+    searched = []
+    for name in ("build_db", "build_index"):
+        monkeypatch.setattr(f"retro_mcore.cli.update_db.{name}", lambda options: None)
+    monkeypatch.setattr(
+        "retro_mcore.cli.update_db.query_other_database", lambda *given: searched.append(given[0])
+    )
+    update_db(UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")], **asked))
+    (options,) = searched
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
 def test_preprocess_corpus_records_how_it_read(folder: Path) -> None:
     more = preprocess_options(folder / "p", folder / "more.jsonl", id_key="url", clean_text=True)
     preprocess_corpus(more)
