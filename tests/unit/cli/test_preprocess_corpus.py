@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import shutil
+import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,14 +21,24 @@ from retro_mcore.datasets import sources
 from retro_mcore.errors import CorpusError, ProjectError, RetroError
 from retro_mcore.project import ProjectPaths
 from retro_mcore.project.stages import stage_report
-from tests.unit.data.projects import built_project, documents, preprocess_options, write_corpus
+from tests.unit.data.projects import documents, preprocess_options, write_corpus
 
 TEXTS = documents(40)
 
 
+@cache
+def tokenized() -> ProjectPaths:
+    """A project after this stage; do not change it."""
+    folder = Path(tempfile.mkdtemp(prefix="retro_tokens_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    corpus = write_corpus(folder / "corpus.jsonl", documents())
+    preprocess_corpus(preprocess_options(folder / "project", corpus))
+    return ProjectPaths(folder / "project")
+
+
 def options_for(folder: Path, inputs: list[Path], **changes: object) -> PreprocessCorpusOptions:
     """With a tokenizer that is there, which is faster than to train one."""
-    model = str(ProjectPaths(built_project()).tokenizer / "sentencepiece.model")
+    model = str(tokenized().tokenizer / "sentencepiece.model")
     changes = {"tokenizer_model": model, "input": [str(path) for path in inputs], **changes}
     return preprocess_options(folder / "project", Path(), **changes)
 
@@ -38,7 +51,7 @@ def inputs(tmp_path):
         folder.mkdir(parents=True)
         write_corpus(folder / "part.jsonl", TEXTS[10 * i : 10 * i + 10])
     (tmp_path / "folder" / "linked").symlink_to(tmp_path / "store")
-    data = ProjectPaths(built_project()).data / "corpus_text_document"
+    data = tokenized().data / "corpus_text_document"
     for path in (bin_path, idx_path, ids_path):
         shutil.copyfile(path(data), path(tmp_path / "tokens"))
     return [
