@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -230,7 +230,7 @@ def _whole_number(text: str) -> str:
     try:
         number = Decimal(text)
         whole = abs(number) < 2**63 and number == number.to_integral_value()
-    except InvalidOperation:
+    except ArithmeticError:
         return text
     return str(int(number)) if whole else text
 
@@ -241,7 +241,7 @@ def _flags(options_type: type, values: Mapping[str, object], given: Sequence[str
     names = _names(given)
     flags: list[str] = []
     for key, value in values.items():
-        if value is None or key in names:
+        if value is None or key in names or f"no_{key}" in names:
             continue
         flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):

@@ -25,6 +25,7 @@ class ConvertCheckpointOptions:
 
     What --load holds is recognised: ours, Megatron's torch_dist or one file per rank (of
     Megatron-Core's names, or of InstructRetro's), a Hugging Face directory (GPT-2, Llama family).
+    A setting that changes what the model computes is kept, or refused by name.
     """
 
     load: str

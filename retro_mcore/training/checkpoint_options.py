@@ -25,7 +25,8 @@ class CheckpointOptions:
     """Directory to resume from, if it holds a checkpoint; usually the same as --save."""
     load_gpt: str | None = None
     """GPT checkpoint (Megatron's, or a Hugging Face directory) whose decoder a new run starts from;
-    without --no-retrieval, retrieval's own weights start fresh."""
+    without --no-retrieval, retrieval's own weights start fresh. The model's flags come from it;
+    those given beside it must agree, dropout apart."""
     ckpt_step: int | None = None
     """Iteration of the checkpoint to load. Default: the one that the tracker file names."""
     use_checkpoint_args: bool = False
