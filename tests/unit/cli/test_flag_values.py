@@ -127,7 +127,7 @@ def test_contradictions_are_told_at_once(megatron, capsys):
     for told in ("--micro-batch-size: 0", "--squared-relu", "--save-interval", "--seq-length",
                  "--train-iters: given with --train-samples"):  # fmt: skip
         assert sum(told in line for line in lines) == 1, told
-    assert all(line.startswith("error: --") for line in lines)
+    assert len([line for line in lines if line.startswith("error: --")]) == 5
 
 
 def test_the_python_configuration_names_its_fields(megatron):
