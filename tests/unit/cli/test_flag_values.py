@@ -52,7 +52,9 @@ def test_a_whole_number_may_be_written_with_a_point(written, tmp_path):
     assert options == Options(500_000, 500_000, [500_000, 2], 500_000.0)
 
 
-@pytest.mark.parametrize("written", ["1.5", "nan", "inf", "1e999999999", "1e-999999999", "0x10", "5e-1", ""])
+@pytest.mark.parametrize(
+    "written", ["1.5", "nan", "inf", "1e999999999", "1e-999999999", "0x10", "5e-1", ""]
+)
 def test_any_other_number_is_refused_with_its_flag(written, capsys):
     with pytest.raises(SystemExit) as caught:
         parse_options(Options, ["--count", written])
