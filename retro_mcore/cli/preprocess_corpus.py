@@ -188,11 +188,10 @@ def _preprocess(options: PreprocessCorpusOptions) -> PreprocessedCorpus:
         fingerprint = fingerprint_of([tokenize_options, inputs, *version])
     names = _prepare_tokenizer(options, paths, sources, cleaner, fingerprint, choice)
     with raise_together():
-        tokenizer = build_tokenizer(
-            _tokenizer_type(options),
-            *(paths.root / name if (name := names[key]) else None for key in _FILES),
-            choice=choice,
+        model, vocab, merges = (
+            paths.root / name if (name := names[key]) else None for key in _FILES
         )
+        tokenizer = build_tokenizer(_tokenizer_type(options), model, vocab, merges, choice)
         _follow_given_tokens(tokenizer, sources, options.add_bos_token, choice)
     made = []
     reader = CorpusReader(options.json_keys, options.id_key, cleaner)

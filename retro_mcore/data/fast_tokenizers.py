@@ -50,12 +50,10 @@ class FastTokenizer(Tokenizer):
         forbidden = {each: text for each, text in special.items() if each != unknown}
         forbidden |= {each: self.token_name(each) for each in self._ends()}
         self._used = 1 + max(set(self._vocabulary.values()) - forbidden.keys() | self._ends())
-        pre_tokenizer = _state(tokenizer.pre_tokenizer)
-        self._speller = Speller(
-            forbidden, self._vocabulary.get, "ByteLevel" in pre_tokenizer, unknown
-        )
+        decoder = _state(tokenizer.decoder)
+        self._speller = Speller(forbidden, self._vocabulary.get, "ByteLevel" in decoder, unknown)
         self._bytes: dict[int, int] = {}
-        if "ByteFallback" in _state(tokenizer.decoder):
+        if "ByteFallback" in decoder:
             self._bytes = _byte_tokens(self._vocabulary)
 
     @property

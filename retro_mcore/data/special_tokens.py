@@ -302,7 +302,7 @@ def _read_object(path: Path, strict: bool = True) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = parse_json(path.read_bytes())
+        values = parse_json(path.read_bytes(), allow_nan=True)
         if not isinstance(values, dict):
             raise JsonError("not a JSON object")
     except (OSError, JsonError) as error:
@@ -328,17 +328,16 @@ def _ids(value: Any) -> list[int]:
 
 def _added_tokens(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     added = values.get("added_tokens_decoder")
-    return [each for each in added.values() if isinstance(each, dict)] if _is(added) else []
+    if not isinstance(added, dict):
+        return []
+    return [each for each in added.values() if isinstance(each, dict)]
 
 
 def _more_special(values: Mapping[str, Any]) -> set[str]:
     more: list[Any] = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         given = values.get(key)
-        more += given if isinstance(given, list) else given.values() if _is(given) else []
+        if isinstance(given, (list, dict)):
+            more += given.values() if isinstance(given, dict) else given
     texts = (each.get("content") if isinstance(each, dict) else each for each in more)
     return {text for text in texts if isinstance(text, str) and text}
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, dict)

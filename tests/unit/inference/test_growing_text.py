@@ -53,6 +53,28 @@ def test_a_prompt_that_ends_inside_a_character_leaves_it_to_the_answer(text):
     assert prompt_text(Bytes(), cut, len(cut)) == Bytes().detokenize(cut)  # nothing follows
 
 
+@pytest.fixture(scope="module", params=["byte level", "byte fallback", "SentencePiece"])
+def real_tokenizer(request, tmp_path_factory):
+    from retro_mcore.data.tokenizers import build_tokenizer, train_sentencepiece
+    from tests.unit.data.tokenizer_shapes import TEXTS, begins_with, byte_fallback, byte_level, save
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    if request.param == "SentencePiece":
+        train_sentencepiece(TEXTS * 3, 330, folder / "a.model")
+        return build_tokenizer("GPTSentencePieceTokenizer", folder / "a.model")
+    make = byte_level if request.param == "byte level" else byte_fallback
+    save(folder, begins_with(make(["<s>", "</s>"]), "<s>"))
+    return build_tokenizer("HuggingFaceTokenizer", folder)
+
+
+@pytest.mark.parametrize("text", ["日本語の 文 go", "🙂🙂👩‍👩‍👧 ok", "The quick 本 fox 🙂."])
+def test_prompt_and_answer_of_real_tokens_join_to_the_text(real_tokenizer, text):
+    tokens = real_tokenizer.with_bos(real_tokenizer.tokenize(text))
+    for cut in range(1, len(tokens)):
+        answer = new_text(real_tokenizer, GeneratedText(tokens, cut))
+        assert prompt_text(real_tokenizer, tokens, cut) + answer == text
+
+
 def test_an_incomplete_character_at_the_end_is_shown_as_such():
     tokens = list("aé".encode())[:-1]
     assert new_text(Bytes(), GeneratedText([65, *tokens], 1)) == "a\N{REPLACEMENT CHARACTER}"
