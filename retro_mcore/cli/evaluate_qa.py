@@ -86,8 +86,9 @@ class EvaluateQaOptions:
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
     """Draw from the k most likely tokens; 0: from all."""
-    top_p: float = 0.0
-    """Draw from the most likely tokens that make up this much probability; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that make up this much probability; 1: from all, 0: take the
+    most likely one."""
     seed: int = 1234
     """Seed of the draws (question i draws with seed + i) and of the confidence intervals."""
     micro_batch_size: int = 8
@@ -277,6 +278,11 @@ def _settings(
     options: EvaluateQaOptions, asked: QAOptions, checkpoint: Path, neighbors: str
 ) -> dict[str, Any]:
     """What the answers depend on."""
+    sampling = asdict(asked.sampling)
+    if asked.sampling.top_p == 0:  # greedy
+        sampling["temperature"] = 0.0
+    if asked.sampling.top_p == 1:
+        sampling["top_p"] = 0.0  # as it has always been recorded
     return {
         "--sample-input-file": checksum(options.sample_input_file),
         "--num-gen": options.num_gen,
@@ -289,6 +295,7 @@ def _settings(
         "--retro-neighbors": neighbors,
         "--retro-attention-gate": None if neighbors == "none" else options.retro_attention_gate,
         **{f"--{name.replace('_', '-')}": value for name, value in asdict(asked).items()},
+        "--sampling": sampling,
     }
 
 

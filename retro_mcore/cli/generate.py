@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from retro_mcore.cli.generation_model import (
 )
 from retro_mcore.data.tokenizers import Tokenizer
 from retro_mcore.distributed import get_rank
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.inference.growing_text import SafeStream, new_text
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.inference.sampling import SamplingOptions
@@ -57,8 +57,9 @@ class GenerateOptions(GenerationModelOptions):
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
     """Draw from the k most likely tokens; 0: from all."""
-    top_p: float = 0.0
-    """Draw from the most likely tokens that make up this much probability; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that make up this much probability; 1: from all, 0: take the
+    most likely one."""
     seed: int = 1234
     """Seed of the draws; prompt i draws with seed + i."""
     logprobs: int | None = None
@@ -76,10 +77,18 @@ class Prompt:
     Attributes:
         text: The prompt.
         neighbors: The texts to read instead of retrieved neighbors; None: as the options say.
+        source: The file and line that it comes from, if any.
     """
 
     text: str
     neighbors: Sequence[str] | None = None
+    source: str | None = field(default=None, compare=False)
+
+    def problem(self, error: RetroError) -> RetroError:
+        """An error of this prompt, with where it stands."""
+        if self.source is None:
+            return error
+        return type(error)(f"{self.source}: {error.subject}", error.found, error.mend)
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     prompts = _read_prompts(options)
     sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)
     loaded = load_generation_model(options)
+    _check_prompts(loaded, prompts, options)
     results: list[Continuation] = []
     for start in range(0, len(prompts), options.micro_batch_size):
         batch = prompts[start : start + options.micro_batch_size]
@@ -121,6 +131,32 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     if options.output is not None and get_rank() == 0:
         _write(Path(options.output), results, loaded)
     return results
+
+
+def _check_prompts(
+    loaded: GenerationModel, prompts: Sequence[Prompt], options: GenerateOptions
+) -> None:
+    """Refuse the prompts that cannot be continued before any is: all of them are told."""
+    from retro_mcore.inference.requests import GenerationRequest, StoppingOptions, check_request
+
+    stopping = StoppingOptions(
+        options.max_new_tokens,
+        options.min_new_tokens,
+        tuple(options.stop_token_ids or ()),
+        tuple(options.stop or ()),
+    )
+    problems: list[RetroError] = []
+    tokens = loaded.tokenize([prompt.text for prompt in prompts])
+    for number, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
+        try:
+            source = loaded.search if prompt.neighbors is None else loaded.given(prompt.neighbors)
+            request = GenerationRequest(
+                tokens=ids, stopping=stopping, neighbors=source, number=number
+            )
+            check_request(request, loaded.model, loaded.tokenizer, loaded.window)
+        except RetroError as error:
+            problems.append(prompt.problem(error))
+    raise_problems(problems)
 
 
 def _generate(
@@ -228,7 +264,7 @@ def _prompt_of_line(subject: str, line: bytes) -> Prompt:
     is_list = isinstance(neighbors, list) and all(isinstance(one, str) for one in neighbors)
     if neighbors is not None and not is_list:
         raise ConfigurationError(subject, "'neighbors' is not a list of texts", mend)
-    return Prompt(prompt, neighbors)
+    return Prompt(prompt, neighbors, subject)
 
 
 def _print_result(

@@ -98,6 +98,11 @@ class GenerationModel:
         return SameNeighbors(neighbors_from_texts(texts, self.tokenizer, *sizes))
 
     @property
+    def window(self) -> int:
+        """Most tokens of a text."""
+        return int(self.model.max_sequence_length)
+
+    @property
     def retrieved_length(self) -> int:
         """R: tokens of a neighbor and its continuation."""
         return self.arguments.retro_num_retrieved_chunks * self.arguments.retro_chunk_length

@@ -17,6 +17,7 @@ from retro_mcore.cli.generation_model import (
     GenerationModelOptions,
     load_generation_model,
 )
+from retro_mcore.data.tokenizers import Tokenizer
 from retro_mcore.errors import ConfigurationError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class ServeOptions(GenerationModelOptions):
     """Most texts (prompts times n) of a request; never more than can grow and wait."""
     max_body_bytes: int = 1 << 20
     """Largest request."""
+    receive_seconds: int = 30
+    """Within which a request must have arrived."""
     shutdown_seconds: int = 10
     """How long requests may go on after a signal to stop."""
 
@@ -107,14 +110,30 @@ def build_server_app(
         two_chunks=options.two_chunks,
     )
     max_texts = min(options.max_texts, options.max_batch_size + options.max_waiting)
-    limits = ServerLimits(options.max_body_bytes, max_texts, options.max_tokens)
+    limits = ServerLimits(
+        options.max_body_bytes,
+        max_texts,
+        options.max_tokens,
+        _most_chars(loaded.tokenizer, service.max_length),
+        options.receive_seconds,
+    )
     hosts = ["localhost", "127.0.0.1", "[::1]"] if _is_loopback(options.host) else ["*"]
     return build_app(parts, limits, _api_key(options), hosts)
+
+
+def _most_chars(tokenizer: Tokenizer, max_length: int) -> int:
+    """Characters that a prompt of the window's length may have, if all tokens were the longest."""
+    texts = tokenizer.detokenize_batch([[token] for token in range(tokenizer.vocab_size)])
+    # Some tokenizers drop spaces, of which a short text may have many.
+    return max(10_000, max_length * max(map(len, texts)))
 
 
 def _listen(options: ServeOptions, app: Any) -> None:
     import uvicorn
 
+    from retro_mcore.inference.http_connections import timed_protocol
+
+    max_connections = 4 * (options.max_batch_size + options.max_waiting)
     config = uvicorn.Config(
         app,
         host=options.host,
@@ -122,7 +141,8 @@ def _listen(options: ServeOptions, app: Any) -> None:
         log_level="info",
         access_log=False,
         timeout_graceful_shutdown=options.shutdown_seconds,
-        limit_concurrency=4 * (options.max_batch_size + options.max_waiting),
+        http=timed_protocol(options.receive_seconds, max_connections),
+        limit_concurrency=max_connections + 1,
         h11_max_incomplete_event_size=64 * 1024,
     )
     # uvicorn raises the signal again when it has shut down; that must not kill us.
@@ -143,7 +163,7 @@ def _check(options: ServeOptions) -> None:
         raise MissingDependencyError(
             "serve", f"FastAPI and uvicorn are needed ({error})", "Install the `serve` extra"
         ) from error
-    for field in ("max_batch_size", "max_tokens", "max_texts", "max_body_bytes"):
+    for field in ("max_batch_size", "max_tokens", "max_texts", "max_body_bytes", "receive_seconds"):
         if getattr(options, field) < 1:
             flag = f"--{field.replace('_', '-')}"
             raise ConfigurationError(flag, str(getattr(options, field)), "Give at least 1")

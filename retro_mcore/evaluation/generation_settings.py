@@ -101,7 +101,7 @@ def _sampling(given: Mapping[str, Any], seed: int, notes: Counter[str]) -> Sampl
     if top_p > 1:
         raise ConfigurationError("generation_kwargs top_p", str(top_p), "Give a number from 0 to 1")
     top_k = int(_number("top_k", given.get("top_k", 0), whole=True))
-    if not top_p:  # only the likeliest token, as in transformers; our 0 would keep all
+    if not top_p:  # only the likeliest token, as in transformers
         return SamplingOptions(temperature=0.0, seed=seed)
     return SamplingOptions(temperature, top_k, top_p, seed)
 

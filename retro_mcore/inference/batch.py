@@ -7,28 +7,33 @@ others receive neighbors and tokens, so that no difference in rounding can part 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from retro_mcore.distributed import broadcast_object, get_rank, get_world_size, raise_together
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.distributed import PeerError, broadcast_object, get_rank, get_world_size
+from retro_mcore.errors import ConfigurationError, RetroError
 from retro_mcore.inference.decoders import CachedDecoder, Decoder
 from retro_mcore.inference.growing_text import GrowingText, find_stop
 from retro_mcore.inference.neighbors import (
     CompletedChunk,
+    NeighborSource,
     Prefetching,
     RetrievedNeighbors,
 )
-from retro_mcore.inference.requests import GenerationRequest, Vocabulary, check_request
-from retro_mcore.inference.sampling import sample, token_logprobs
+from retro_mcore.inference.requests import GenerationRequest, Vocabulary, num_tokens
+from retro_mcore.inference.sampling import require_numbers, sample, token_logprobs
 from retro_mcore.inference.texts import FinishReason, GeneratedText, TokenLogprobs
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -47,6 +52,9 @@ _Choice = tuple[int, TokenLogprobs | None]
 
 class TextBatch:
     """Texts that grow together, a token per step.
+
+    What goes wrong with one text (its search, its logits, its stop strings) ends that text, with
+    its `error`, on every rank alike; the others go on.
 
     Args:
         model: The model, or this rank's pipeline stage of it, in eval mode. Without neighbors any
@@ -70,6 +78,7 @@ class TextBatch:
         self._decoder = decoder or CachedDecoder(
             model, tokenizer.eod, max_batch_size, self.max_length
         )
+        self._num_tokens = num_tokens(model, tokenizer)
         self._group = model_parallel_group(model)
         self._sampling_rank = _sampling_rank(model, self._group)
         self._members: list[_Member] = []
@@ -82,15 +91,16 @@ class TextBatch:
     def add(self, request: GenerationRequest) -> GeneratedText:
         """Let a text join; it gets its first new token in the next step.
 
+        Args:
+            request: One that `check_request` has let pass.
+
         Raises:
-            ConfigurationError: an empty or foreign prompt, a text longer than the model's window,
-                neighbors for a model without retrieval, or no room.
+            ConfigurationError: there is no room.
         """
         if len(self._members) == self.max_batch_size:
             raise ConfigurationError(
                 "batch", f"{self.max_batch_size} texts grow already", "Wait until one has ended"
             )
-        check_request(request, self._model, self._tokenizer, self.max_length)
         text = GeneratedText(
             list(request.tokens), len(request.tokens), two_chunks=request.two_chunks
         )
@@ -112,12 +122,12 @@ class TextBatch:
     def step(self) -> list[tuple[GeneratedText, int]]:
         """Give every text one more token; returns who got which (nobody: the text has ended).
 
-        Raises:
-            RetroError: a source of neighbors failed, on every rank.
+        A text that fails has ended, and has an `error`.
         """
         if not self._members:
             return []
         self._retrieve()
+        self._keep_growing()
         self._score_prompts()
         self._keep_growing()
         if not self._members:
@@ -126,7 +136,9 @@ class TextBatch:
         choices = self._choose(logits_BV)
         added = []
         for member, choice in zip(self._members, choices, strict=True):
-            if self._accept(member, choice):
+            if isinstance(choice, Exception):
+                self._fail(member, choice)
+            elif self._accept(member, choice):
                 added.append((member.text, choice[0]))
         self._keep_growing()
         self._expect(self._members)
@@ -137,24 +149,70 @@ class TextBatch:
 
     def _retrieve(self) -> None:
         """Give the chunks that are complete and have no neighbors yet theirs."""
-        by_source: dict[int, list[tuple[_Member, CompletedChunk]]] = {}
-        for member in self._members:
-            if member.request.neighbors is not None:
-                chunks = self._chunks_of(member)
-                if chunks:
-                    by_source.setdefault(id(member.request.neighbors), []).extend(
-                        (member, chunk) for chunk in chunks
-                    )
-        for wanted in by_source.values():
-            source = wanted[0][0].request.neighbors
-            retrieved: object = None
-            with raise_together(self._group):
-                if get_rank(self._group) == 0 and source is not None:
-                    retrieved = source.neighbors_of([chunk for _, chunk in wanted])
-            retrieved = broadcast_object(retrieved, self._group)
-            assert isinstance(retrieved, RetrievedNeighbors)
-            for place, (member, _) in enumerate(wanted):
-                member.text.neighbors.append(retrieved.chunk(place))
+        wanted = [
+            (member, chunk)
+            for member in self._members
+            if member.request.neighbors is not None
+            for chunk in self._chunks_of(member)
+        ]
+        if not wanted:
+            return
+        # In one message: other ranks do not know which texts share a source.
+        found: object = self._search_all(wanted) if get_rank(self._group) == 0 else None
+        found = broadcast_object(found, self._group)
+        assert isinstance(found, list)
+        for (member, _), neighbors in zip(wanted, found, strict=True):
+            if isinstance(neighbors, Exception):
+                self._fail(member, neighbors)
+            else:
+                member.text.neighbors.append(neighbors)
+
+    def _search_all(
+        self, wanted: Sequence[tuple[_Member, CompletedChunk]]
+    ) -> list[RetrievedNeighbors | Exception]:
+        """The neighbors of chunks, those of one source searched together."""
+        places: dict[int, list[int]] = {}
+        for place, (member, _) in enumerate(wanted):
+            places.setdefault(id(member.request.neighbors), []).append(place)
+        found: dict[int, RetrievedNeighbors | Exception] = {}
+        for same in places.values():
+            source = wanted[same[0]][0].request.neighbors
+            assert source is not None
+            results = self._search(source, [wanted[place][1] for place in same])
+            found.update(zip(same, results, strict=True))
+        return [found[place] for place in range(len(wanted))]
+
+    def _search(
+        self, source: NeighborSource, chunks: Sequence[CompletedChunk]
+    ) -> list[RetrievedNeighbors | Exception]:
+        """Each chunk's neighbors; if they cannot be searched together, one after another."""
+
+        def search(some: Sequence[CompletedChunk]) -> list[RetrievedNeighbors]:
+            found = source.neighbors_of(some)
+            return [found.chunk(place) for place in range(len(some))]
+
+        together = self._attempt(lambda: search(chunks))
+        if not isinstance(together, Exception):
+            return list(together)
+        if len(chunks) == 1:
+            return [together]
+        alone = [self._attempt(lambda chunk=chunk: search([chunk])) for chunk in chunks]  # type: ignore[misc]
+        return [found if isinstance(found, Exception) else found[0] for found in alone]
+
+    def _attempt(self, action: Callable[[], _T]) -> _T | Exception:
+        """What an action gives, or its error, which other ranks can be told."""
+        try:
+            return action()
+        except Exception as error:  # ends the text that it belongs to
+            if isinstance(error, RetroError) or get_world_size(self._group) == 1:
+                return error
+            _LOG.exception("a text failed")
+            return PeerError(f"rank {get_rank(self._group)} failed: {type(error).__name__}")
+
+    @staticmethod
+    def _fail(member: _Member, error: Exception) -> None:
+        member.text.error = member.text.error or error
+        member.text.finish_reason = "failed"
 
     def _chunks_of(self, member: _Member, ahead: bool = False) -> list[CompletedChunk]:
         """The chunks without neighbors that are complete; or ahead of that, whose query is."""
@@ -174,7 +232,9 @@ class TextBatch:
         for member in members:
             source = member.request.neighbors
             if isinstance(source, Prefetching) and get_rank(self._group) == 0:
-                source.expect(self._chunks_of(member, ahead=True))
+                chunks = self._chunks_of(member, ahead=True)
+                # What cannot begin now fails when its result is asked for.
+                self._attempt(lambda source=source, chunks=chunks: source.expect(chunks))  # type: ignore[misc]
 
     def _keep_growing(self) -> None:
         """Let go the texts that have ended."""
@@ -190,32 +250,34 @@ class TextBatch:
             if request.prompt_logprobs and not text.prompt_logprobs and not text.new_tokens:
                 self._score_prompt(member)
             if request.stopping.max_new_tokens == 0:
-                text.finish_reason = "length"
+                text.finish_reason = text.finish_reason or "length"
 
     def _score_prompt(self, member: _Member) -> None:
         logits_SV = self._decoder.prompt_logits(member.text)
         scores: object = None
         if self._samples():
             assert logits_SV is not None
-            logits_SV = logits_SV[:-1, : self._tokenizer.vocab_size]
-            scores = token_logprobs(
-                logits_SV, member.text.tokens[1:], member.request.top_logprobs or 0
-            )
+            logits_SV = logits_SV[:-1, : self._num_tokens]
+            tokens, num_top = member.text.tokens[1:], member.request.top_logprobs or 0
+            scores = self._attempt(lambda: token_logprobs(logits_SV, tokens, num_top))
         scores = broadcast_object(scores, self._group, self._sampling_rank)
+        if isinstance(scores, Exception):
+            self._fail(member, scores)
+            return
         assert isinstance(scores, list)
         member.text.prompt_logprobs = scores
 
     def _samples(self) -> bool:
         return get_rank(self._group) == self._sampling_rank
 
-    def _choose(self, logits_BV: torch.Tensor | None) -> list[_Choice]:
-        """The next tokens, chosen by the sampling rank."""
+    def _choose(self, logits_BV: torch.Tensor | None) -> list[_Choice | Exception]:
+        """The next tokens, chosen by the sampling rank, or why there is none."""
         choices: object = None
         if self._samples():
             assert logits_BV is not None
-            logits_BV = logits_BV[:, : self._tokenizer.vocab_size]  # the rest is padding
+            logits_BV = logits_BV[:, : self._num_tokens]  # the rest is padding
             choices = [
-                self._choose_for(member, row_V)
+                self._attempt(lambda member=member, row_V=row_V: self._choose_for(member, row_V))  # type: ignore[misc]
                 for member, row_V in zip(self._members, logits_BV, strict=True)
             ]
         choices = broadcast_object(choices, self._group, self._sampling_rank)
@@ -224,10 +286,12 @@ class TextBatch:
 
     def _choose_for(self, member: _Member, logits_V: torch.Tensor) -> _Choice:
         request = member.request
-        allowed_V = logits_V
+        require_numbers(logits_V)
+        allowed_V = request.adjustments.apply(logits_V, member.text.new_tokens)
         if len(member.text.new_tokens) < request.stopping.min_new_tokens:
-            allowed_V = logits_V.clone()
-            allowed_V[[self._tokenizer.eod, *request.stopping.stop_tokens]] = -torch.inf
+            endings = {self._tokenizer.eod, *request.stopping.stop_tokens}
+            allowed_V = allowed_V.clone()
+            allowed_V[[token for token in endings if token < self._num_tokens]] = -torch.inf
         (token,) = sample(allowed_V[None], request.sampling, [member.generator])
         if request.top_logprobs is None:
             return token, None
@@ -241,13 +305,16 @@ class TextBatch:
         ending.setdefault(self._tokenizer.eod, "eod")
         if token in ending:
             text.finish_reason = ending[token]
+            text.end_logprob = None if logprobs is None else logprobs.logprob
             return False
         text.tokens.append(token)
         if logprobs is not None:
             text.logprobs.append(logprobs)
         if len(text.new_tokens) == stopping.max_new_tokens:
             text.finish_reason = "length"
-        self._look_for_stop(member, token)
+        failure = self._attempt(lambda: self._look_for_stop(member, token))
+        if failure is not None:
+            self._fail(member, failure)
         return True
 
     def _look_for_stop(self, member: _Member, token: int) -> None:

@@ -1,32 +1,47 @@
 """OpenAI's completions in our terms: what a client may ask, and what it is answered.
 
 Fields beyond OpenAI's: top_k, min_tokens, stop_token_ids, neighbors, retrieve, two_chunks. A field
-that is not supported is refused by its name, unless its value asks for nothing.
+that is not supported is refused by its name, unless its value asks for nothing; null stands for a
+field's default.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
-from retro_mcore.inference.growing_text import GrowingText, new_text, prompt_text
+from retro_mcore.inference.choices import ChoiceText
 from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
-from retro_mcore.inference.sampling import SamplingOptions
-from retro_mcore.inference.texts import GeneratedText, TokenLogprobs
+from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
+from retro_mcore.inference.texts import GeneratedText
 
 #: OpenAI's fields that we do not have, with the values that ask for nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "suffix": (None, ""),
-}
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
 _FINISH_REASONS = {"eod": "stop", "stop": "stop", "length": "length", "dropped": "stop"}
+_TOKEN_ID = re.compile(r"[0-9]{1,19}")
+
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+
+
+def _without_nulls(values: Any) -> Any:
+    """The fields that are given: null stands for the default."""
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class StreamOptions(BaseModel):
@@ -35,6 +50,10 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
+    """Of no effect: pieces are not padded to hide their lengths."""
+
+    _given = model_validator(mode="before")(_without_nulls)
 
 
 class CompletionRequest(BaseModel):
@@ -43,13 +62,22 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: StrictStr | None = None
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
-    max_tokens: StrictInt = Field(16, ge=0)
-    min_tokens: StrictInt = Field(0, ge=0)
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
-    top_p: float = Field(1.0, ge=0, le=1)
-    top_k: StrictInt = Field(0, ge=0)
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] = ""
+    """A text, or tokens, or a list of either; the empty text begins at the start token."""
+    max_tokens: StrictInt = Field(16, ge=0, lt=2**31)
+    min_tokens: StrictInt = Field(0, ge=0, lt=2**31)
+    temperature: Number = Field(1.0, ge=0)
+    top_p: Number = Field(1.0, ge=0, le=1)
+    top_k: StrictInt = Field(0, ge=-1)
+    """0 and -1 draw from all tokens."""
+    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
+    presence_penalty: Number = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[StrictStr, Annotated[Number, Field(ge=-100, le=100)]] = {}
+    """By token id: what is added to its logit."""
     n: StrictInt = Field(1, ge=1, le=128)
+    best_of: StrictInt | None = Field(None, ge=1, le=128)
+    """Texts to generate for each prompt; the n with the highest mean log-probability are answered.
+    Default: n."""
     seed: StrictInt | None = Field(None, ge=0, lt=2**63)
     stop: StrictStr | list[StrictStr] | None = None
     stop_token_ids: list[StrictInt] = []
@@ -74,22 +102,36 @@ class CompletionRequest(BaseModel):
         for field, harmless in _UNSUPPORTED.items():
             if field in values and values[field] not in harmless:
                 raise ValueError(f"{field} is not supported")
-        return {key: value for key, value in values.items() if key not in _UNSUPPORTED}
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in _UNSUPPORTED and (value is not None or key not in cls.model_fields)
+        }
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
         if self.prompt == []:
             raise ValueError("prompt is empty")
-        if self.max_tokens == 0 and not (self.echo and self.logprobs is not None):
-            raise ValueError("max_tokens is 0, which needs echo and logprobs")
         if self.min_tokens > self.max_tokens:
             raise ValueError("min_tokens is more than max_tokens")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream")
+        if self.num_texts < self.n:
+            raise ValueError("best_of is less than n")
+        if self.stream and self.num_texts > self.n:
+            raise ValueError("best_of beyond n cannot be streamed")
+        for token in self.logit_bias:
+            if not _TOKEN_ID.fullmatch(token):
+                raise ValueError(f"logit_bias has {token[:40]!r}, which is not a token id")
         lists = self.neighbors if self._for_each_prompt else None
         if lists is not None and len(lists) != len(self.prompts):
             raise ValueError(f"neighbors has {len(lists)} lists for {len(self.prompts)} prompts")
         return self
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that are generated for each prompt."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -118,20 +160,26 @@ class CompletionRequest(BaseModel):
         return self.neighbors[prompt] if self._for_each_prompt else self.neighbors  # type: ignore
 
     def generation_requests(self, tokens: Sequence[int]) -> list[GenerationRequest]:
-        """What to generate for one prompt: `n` texts, without neighbors yet."""
+        """What to generate for one prompt: `num_texts` texts, without neighbors yet."""
         seed = secrets.randbits(62) if self.seed is None else self.seed
         stopping = StoppingOptions(
             self.max_tokens, self.min_tokens, tuple(self.stop_token_ids), self.stop_strings
         )
+        biases = {int(token): value for token, value in self.logit_bias.items()}
+        adjustments = LogitAdjustments(self.frequency_penalty, self.presence_penalty, biases)
+        chosen_by_logprobs = self.num_texts > self.n
         return [
             GenerationRequest(
                 tokens=tokens,
-                sampling=SamplingOptions(self.temperature, self.top_k, self.top_p, seed + number),
+                sampling=SamplingOptions(
+                    self.temperature, max(self.top_k, 0), self.top_p, seed + number
+                ),
+                adjustments=adjustments,
                 stopping=stopping,
-                top_logprobs=self.logprobs,
+                top_logprobs=self.logprobs or (0 if chosen_by_logprobs else self.logprobs),
                 prompt_logprobs=self.echo and self.logprobs is not None,
             )
-            for number in range(self.n)
+            for number in range(self.num_texts)
         ]
 
 
@@ -148,6 +196,7 @@ class Answer:
         tokenizer: Its tokenizer.
         retriever: Describes neighbors by source and text; None without live retrieval.
         chunk_length: The model's.
+        num_start_tokens: For each prompt, the tokens that the server put before it.
     """
 
     def __init__(
@@ -157,9 +206,10 @@ class Answer:
         tokenizer: Any,
         retriever: Any,
         chunk_length: int,
+        num_start_tokens: Sequence[int],
     ) -> None:
         self._request, self._tokenizer, self._retriever = request, tokenizer, retriever
-        self._chunk_length = chunk_length
+        self._chunk_length, self._num_start_tokens = chunk_length, num_start_tokens
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -168,9 +218,31 @@ class Answer:
         }
 
     def whole(self, texts: Sequence[GeneratedText]) -> dict[str, Any]:
-        """The answer to a request without `stream`."""
-        choices = [self._choice(index, text) for index, text in enumerate(texts)]
+        """The answer to a request without `stream`; `num_texts` texts of each prompt are given."""
+        size = self._request.num_texts
+        choices: list[dict[str, Any]] = []
+        for prompt, start in enumerate(range(0, len(texts), size)):
+            for text in self._best(texts[start : start + size]):
+                choices.append(self._choice(len(choices), prompt, text))
         return {**self._head, "choices": choices, "usage": self.usage(texts)}
+
+    def _best(self, texts: Sequence[GeneratedText]) -> Sequence[GeneratedText]:
+        if len(texts) == self._request.n:
+            return texts
+        best = sorted(texts, key=lambda text: text.mean_logprob, reverse=True)
+        return best[: self._request.n]
+
+    def choice_text(self, prompt: int, tokens: Sequence[int]) -> ChoiceText:
+        """The text of a choice, before its first new token."""
+        asked = self._request
+        return ChoiceText(
+            self._tokenizer,
+            tokens,
+            self._num_start_tokens[prompt],
+            asked.echo,
+            asked.stop_strings,
+            asked.min_tokens,
+        )
 
     def piece(
         self,
@@ -192,8 +264,8 @@ class Answer:
         return {**self._head, "choices": [], "usage": self.usage(texts)}
 
     def usage(self, texts: Sequence[GeneratedText]) -> dict[str, int]:
-        """Tokens read and written."""
-        read = sum(text.prompt_length for text in texts[:: self._request.n])
+        """Tokens read and written, those of texts that were not the best included."""
+        read = sum(text.prompt_length for text in texts[:: self._request.num_texts])
         written = sum(len(text.new_tokens) for text in texts)
         return {
             "prompt_tokens": read,
@@ -201,53 +273,25 @@ class Answer:
             "total_tokens": read + written,
         }
 
-    def _choice(self, index: int, text: GeneratedText) -> dict[str, Any]:
-        prompt = self.prompt_of(text) if self._request.echo else ""
-        choice = self.piece(index, prompt + new_text(self._tokenizer, text), text)["choices"][0]
-        if self._request.logprobs is not None:
-            choice["logprobs"] = self._all_logprobs(text)
+    def _choice(self, index: int, prompt: int, text: GeneratedText) -> dict[str, Any]:
+        growing = self.choice_text(prompt, text.tokens[: text.prompt_length])
+        scored = self._request.logprobs is not None
+        scores = text.logprobs if scored else [None] * len(text.new_tokens)
+        for token, score in zip(text.new_tokens, scores, strict=True):
+            growing.add(token, score)
+        growing.finish()
+        logprobs = None
+        if scored:
+            if self._request.echo:
+                growing.score_prompt(text.prompt_logprobs)
+            logprobs = growing.logprobs([*growing.take_prompt_tokens(), *growing.take_tokens(True)])
+        choice = self.piece(index, growing.text, text, logprobs)["choices"][0]
         choice["neighbors"] = self.neighbors(text)
         return choice
 
-    def prompt_of(self, text: GeneratedText) -> str:
-        """The prompt as text, for `echo`."""
-        return prompt_text(self._tokenizer, text.tokens, text.prompt_length)
-
-    def _all_logprobs(self, text: GeneratedText) -> dict[str, Any]:
-        if not self._request.echo:
-            return self.logprobs(text.logprobs, text.tokens[: text.prompt_length], 0)
-        # The first token follows nothing.
-        first = TokenLogprobs(text.tokens[0], float("nan"), [])
-        entries = [first, *text.prompt_logprobs, *text.logprobs]
-        result = self.logprobs(entries, [], 0)
-        result["token_logprobs"][0] = result["top_logprobs"][0] = None
-        return result
-
-    def logprobs(
-        self, entries: Sequence[TokenLogprobs], before: Sequence[int], offset: int
-    ) -> dict[str, Any]:
-        """Log-probabilities in OpenAI's shape.
-
-        Args:
-            entries: Of consecutive tokens.
-            before: The tokens that precede.
-            offset: The place of the first one in the text of the choice.
-        """
-        growing, offsets = GrowingText(self._tokenizer, before), []
-        for entry in entries:
-            offsets.append(offset + len(growing.text))
-            growing.add(entry.token)
-        name = self._tokenizer.detokenize
-        return {
-            "tokens": [name([entry.token]) for entry in entries],
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [
-                {name([token]): value for token, value in entry.top} for entry in entries
-            ],
-            "text_offset": offsets,
-        }
-
-    def neighbors(self, text: GeneratedText, first: int = 0) -> list[dict[str, Any]]:
+    def neighbors(
+        self, text: GeneratedText, first: int = 0, end: int | None = None
+    ) -> list[dict[str, Any]]:
         """The chunks with neighbors from number `first` on: the query, and what was read with it.
 
         Neighbors that were searched have a source, a distance and a continuation.
@@ -261,7 +305,7 @@ class Answer:
                 ),
                 "neighbors": self._described(text, number),
             }
-            for number in range(first, len(text.neighbors))
+            for number in range(first, len(text.neighbors) if end is None else end)
         ]
 
     def _described(self, text: GeneratedText, number: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, RetroError
 from retro_mcore.inference.batch import TextBatch
 from retro_mcore.inference.decoders import CachedDecoder, Decoder, FullRecomputation
 from retro_mcore.inference.neighbors import NeighborSource
@@ -25,7 +25,7 @@ from retro_mcore.inference.requests import (
     Vocabulary,
     check_request,
 )
-from retro_mcore.inference.sampling import SamplingOptions
+from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
 from retro_mcore.inference.texts import GeneratedText, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     sampling: SamplingOptions | Sequence[SamplingOptions] | None = None,
+    adjustments: LogitAdjustments | None = None,
     neighbors: NeighborSource | Sequence[NeighborSource | None] | None = None,
     two_chunks: bool = False,
     top_logprobs: int | None = None,
@@ -79,6 +80,7 @@ def generate(
         stop_strings: Strings that end a text: `GeneratedText.stop_text` is what precedes.
         sampling: How tokens are chosen (default: `SamplingOptions()`); prompt i draws with its
             seed + i, so no prompt's text depends on its companions. Or options for each prompt.
+        adjustments: Penalties and biases on the logits, if any.
         neighbors: Where neighbors come from, for all prompts or one for each; None turns retrieval
             off.
         two_chunks: Each prompt is the first chunk and its answer the second, whatever their
@@ -91,6 +93,7 @@ def generate(
     Raises:
         ConfigurationError: an empty or foreign prompt, a text longer than the model's window, or
             an option out of range.
+        RetroError: a source of neighbors failed, or the logits are not numbers.
     """
     stopping = StoppingOptions(
         max_new_tokens, min_new_tokens, tuple(stop_tokens), tuple(stop_strings)
@@ -112,6 +115,7 @@ def generate(
         GenerationRequest(
             tokens=prompt,
             sampling=own_sampling,
+            adjustments=adjustments or LogitAdjustments(),
             stopping=stopping,
             neighbors=source,
             number=row,
@@ -146,6 +150,11 @@ def _run(
         for text, token in batch.step():
             if on_token is not None:
                 on_token(places[id(text)], token)
+        for text in texts:
+            if text.error is not None:
+                if isinstance(text.error, RetroError):
+                    text.error.raised_together = True  # every rank has it
+                raise text.error
     return texts
 
 

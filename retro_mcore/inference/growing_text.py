@@ -8,9 +8,12 @@ from typing import Protocol
 
 from retro_mcore.inference.texts import GeneratedText
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+#: What a tokenizer puts in the place of bytes that are no character, or not yet.
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 #: Tokens before a new one that it is detokenized with.
 _CONTEXT = 8
+#: Most tokens of a character: the bytes of UTF-8.
+_LONGEST_CHARACTER = 4
 
 
 class Detokenizer(Protocol):
@@ -33,44 +36,63 @@ class GrowingText:
     def __init__(self, tokenizer: Detokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         # Some tokens before the new ones: their text depends on what they follow.
-        self._tokens = list(prompt[-_CONTEXT:])
+        self._tokens = _context(tokenizer, prompt)
         self._start, self._shown = 0, len(self._tokens)
         self.text = ""
 
     def add(self, token: int) -> str:
         """What a token adds; empty if it ends inside a character."""
         self._tokens.append(token)
-        piece = self._piece()
-        return "" if piece.endswith(_INCOMPLETE) or not piece else self._show(piece)
+        before, piece = self._piece()
+        return "" if piece.endswith(INCOMPLETE) or not piece else self._show(before, piece)
 
     def finish(self) -> str:
         """What is still waiting."""
-        return self._show(self._piece())
+        return self._show(*self._piece())
 
-    def _piece(self) -> str:
+    def _piece(self) -> tuple[str, str]:
         before = self._tokenizer.detokenize(self._tokens[self._start : self._shown])
         now = self._tokenizer.detokenize(self._tokens[self._start :])
         # Not by the length of what was before: the mark at its end may have become a character.
-        return now[_shared_length(before, now) :]
+        return before, now[shared_length(before, now) :]
 
-    def _show(self, piece: str) -> str:
-        self._start, self._shown = self._shown, len(self._tokens)
+    def _show(self, before: str, piece: str) -> str:
+        if not before.endswith(INCOMPLETE):  # else the next window would begin inside a character
+            self._start = self._shown
+        self._shown = len(self._tokens)
         self.text += piece
         return piece
+
+
+def _context(tokenizer: Detokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt, from the beginning of a character on.
+
+    Byte tokens of Llama-like tokenizers are no text at all if the first one is amid a character.
+    """
+    for extra in range(_LONGEST_CHARACTER):
+        window = list(prompt[-_CONTEXT - extra :])
+        beginnings = (window[:count] for count in range(1, _LONGEST_CHARACTER + 1))
+        if len(window) < _CONTEXT + extra or any(
+            not tokenizer.detokenize(tokens).startswith(INCOMPLETE) for tokens in beginnings
+        ):
+            return window
+    return list(prompt[-_CONTEXT:])
 
 
 def prompt_text(tokenizer: Detokenizer, tokens: Sequence[int], prompt_length: int) -> str:
     """The prompt, without the character that its end begins if what follows completes it."""
     text = tokenizer.detokenize(tokens[:prompt_length])
-    if not text.endswith(_INCOMPLETE) or len(tokens) == prompt_length:
+    if not text.endswith(INCOMPLETE):
         return text
-    now = tokenizer.detokenize(tokens[: prompt_length + _CONTEXT])
-    if now.endswith(_INCOMPLETE) and now.startswith(text):  # not complete yet
-        return text.rstrip(_INCOMPLETE)
-    return text[: _shared_length(text, now)]
+    growing = GrowingText(tokenizer, tokens[:prompt_length])
+    for token in tokens[prompt_length:]:
+        growing.add(token)
+    growing.finish()
+    whole = tokenizer.detokenize(tokens)
+    return whole[: len(whole) - len(growing.text)] if whole.endswith(growing.text) else text
 
 
-def _shared_length(first: str, second: str) -> int:
+def shared_length(first: str, second: str) -> int:
     """How many characters two texts begin with together."""
     if second.startswith(first):
         return len(first)
@@ -113,6 +135,16 @@ class SafeStream:
         self._missing_tokens = min_new_tokens
         self._shown = self._searched = 0
 
+    @property
+    def grown_text(self) -> str:
+        """The text so far, shown or held back."""
+        return self._growing.text
+
+    @property
+    def shown_text(self) -> str:
+        """All that may be shown so far."""
+        return self._growing.text[: self._shown]
+
     def add(self, token: int) -> str:
         """What may be shown now."""
         self._growing.add(token)
@@ -120,7 +152,6 @@ class SafeStream:
         text = self._growing.text
         if self._missing_tokens > 0:
             self._searched = len(text)
-            return self._show(len(text))
         return self._show(len(text) - held_back(text, self._stop_strings))
 
     def finish(self) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Protocol
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.neighbors import NeighborSource, Prefetching
-from retro_mcore.inference.sampling import SamplingOptions
+from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel
@@ -51,7 +52,7 @@ class StoppingOptions:
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ConfigurationError(
                 "--min-new-tokens",
-                f"{self.min_new_tokens} of at most {self.max_new_tokens}",
+                f"{_short(self.min_new_tokens)} of at most {_short(self.max_new_tokens)}",
                 "Give a number from 0 to --max-new-tokens",
             )
         if "" in self.stop_strings:
@@ -65,6 +66,7 @@ class GenerationRequest:
     Attributes:
         tokens: The prompt, at least one token.
         sampling: How tokens are drawn; its seed is this text's own.
+        adjustments: What is added to the logits before that.
         stopping: When the text ends.
         neighbors: Where neighbors come from; None: retrieval off.
         number: The name by which `neighbors` knows the prompt.
@@ -75,6 +77,7 @@ class GenerationRequest:
 
     tokens: Sequence[int]
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    adjustments: LogitAdjustments = field(default_factory=LogitAdjustments)
     stopping: StoppingOptions = field(default_factory=StoppingOptions)
     neighbors: NeighborSource | None = None
     number: int = 0
@@ -83,31 +86,89 @@ class GenerationRequest:
     prompt_logprobs: bool = False
 
 
+def num_tokens(model: RetroModel, tokenizer: Vocabulary) -> int:
+    """The tokens that can be read and drawn: those of the tokenizer that have a row in the model.
+
+    The embedding's other rows are padding, which no softmax counts.
+    """
+    return min(tokenizer.vocab_size, model.vocab_size)
+
+
 def check_request(
     request: GenerationRequest, model: RetroModel, tokenizer: Vocabulary, max_length: int
 ) -> None:
-    """Refuse what cannot be generated.
+    """Refuse what cannot be generated; whatever passes joins a batch without harm to its others.
+
+    Args:
+        request: What is asked.
+        model: The model, or this rank's part of it.
+        tokenizer: The project's.
+        max_length: Most tokens of a text.
 
     Raises:
-        ConfigurationError: naming the flag or the prompt.
+        ConfigurationError: naming the flag, the field or the prompt.
     """
+    _check_prompt(request, num_tokens(model, tokenizer))
+    _check_length(request, max_length)
+    _check_endings(request, model, tokenizer)
+    _check_neighbors(request, model)
+    for token in request.adjustments.logit_bias:
+        if not 0 <= token < num_tokens(model, tokenizer):
+            raise ConfigurationError(
+                "logit_bias",
+                f"token {_short(token)}",
+                f"The vocabulary has {num_tokens(model, tokenizer)} tokens, from 0",
+            )
+    if request.top_logprobs is not None and request.top_logprobs < 0:
+        raise ConfigurationError("--logprobs", str(request.top_logprobs), "Give 0 or more")
+
+
+def _check_prompt(request: GenerationRequest, vocabulary: int) -> None:
     prompt, subject = request.tokens, f"prompt {request.number}"
-    if not prompt:
+    if not len(prompt):
         raise ConfigurationError(subject, "no tokens", "Give some text to continue")
-    if min(prompt) < 0 or max(prompt) >= tokenizer.vocab_size:
+    if any(isinstance(token, bool) or not isinstance(token, Integral) for token in prompt):
+        raise ConfigurationError(subject, "something else than token ids", "Give whole numbers")
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
         raise ConfigurationError(
             subject,
-            f"token ids from {min(prompt)} to {max(prompt)}",
-            f"The vocabulary has {tokenizer.vocab_size} tokens; use the project's tokenizer",
+            f"token ids from {_short(min(prompt))} to {_short(max(prompt))}",
+            f"The vocabulary has {vocabulary} tokens; use the project's tokenizer",
         )
-    max_new_tokens = request.stopping.max_new_tokens
-    if len(prompt) + max_new_tokens > max_length:
+
+
+def _check_length(request: GenerationRequest, max_length: int) -> None:
+    length, max_new_tokens = len(request.tokens), request.stopping.max_new_tokens
+    if length + max_new_tokens > max_length:
         raise ConfigurationError(
             "--max-new-tokens",
-            f"{max_new_tokens} after the {len(prompt)} tokens of {subject} are more than the "
-            f"model's window of {max_length}",
+            f"{_short(max_new_tokens)} after the {length} tokens of prompt {request.number} are "
+            f"more than the model's window of {max_length}",
             "Shorten the prompt or ask for fewer tokens",
         )
+
+
+def _check_endings(request: GenerationRequest, model: RetroModel, tokenizer: Vocabulary) -> None:
+    stopping, rows = request.stopping, model.vocab_size
+    for token in stopping.stop_tokens:
+        if not 0 <= token < rows:
+            raise ConfigurationError(
+                "--stop-token-ids", _short(token), f"Give ids from 0 to {rows - 1}"
+            )
+    endings = {tokenizer.eod, *stopping.stop_tokens}
+    if stopping.min_new_tokens and endings.issuperset(range(num_tokens(model, tokenizer))):
+        raise ConfigurationError(
+            "--stop-token-ids",
+            f"every token, with --min-new-tokens {stopping.min_new_tokens}",
+            "Leave some that may be drawn",
+        )
+    if stopping.stop_strings and not hasattr(tokenizer, "detokenize"):
+        raise ConfigurationError(
+            "--stop", "strings, but the tokenizer cannot detokenize", "Use stop tokens"
+        )
+
+
+def _check_neighbors(request: GenerationRequest, model: RetroModel) -> None:
     if request.neighbors is not None and not hasattr(model, "neighbor_encoder"):
         raise ConfigurationError(
             "--retro-neighbors", "the model was trained without retrieval", "Use none"
@@ -119,7 +180,10 @@ def check_request(
             f"{lead} of the {model.config.retro_chunk_length} tokens of a chunk",
             "Leave the search some tokens",
         )
-    if request.stopping.stop_strings and not hasattr(tokenizer, "detokenize"):
-        raise ConfigurationError(
-            "--stop", "strings, but the tokenizer cannot detokenize", "Use stop tokens"
-        )
+
+
+def _short(number: int) -> str:
+    """A number for a message, whatever its size."""
+    if abs(number) < 10**20:
+        return str(number)
+    return f"a number of {int(number).bit_length()} bits"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.inference.texts import TokenLogprobs
 
 
@@ -19,7 +21,7 @@ class SamplingOptions:
         temperature: Divides the logits; 0 takes the most likely token (greedy).
         top_k: Only the k most likely tokens stay; 0 keeps all.
         top_p: Only the smallest set of tokens whose probabilities sum to at least p stays, after
-            top-k (Holtzman et al. 2020); 0 and 1 keep all.
+            top-k (Holtzman et al. 2020); 1 keeps all, 0 the most likely token alone.
         seed: Prompt i of a batch draws from its own generator, seeded with `seed + i`.
 
     Raises:
@@ -28,7 +30,7 @@ class SamplingOptions:
 
     temperature: float = 1.0
     top_k: int = 0
-    top_p: float = 0.0
+    top_p: float = 1.0
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -38,12 +40,54 @@ class SamplingOptions:
             raise ConfigurationError("--top-k", str(self.top_k), "Give 0 (all tokens) or more")
         if not 0 <= self.top_p <= 1:
             raise ConfigurationError("--top-p", str(self.top_p), "Give a number from 0 to 1")
-        if self.seed < 0:
-            raise ConfigurationError("--seed", str(self.seed), "Give 0 or more")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigurationError("--seed", str(self.seed), "Give a number from 0 to 2^64 - 1")
 
     def generators(self, num_prompts: int) -> list[torch.Generator]:
         """One random stream per prompt, so that no prompt's text depends on its companions."""
-        return [torch.Generator().manual_seed(self.seed + row) for row in range(num_prompts)]
+        return [
+            torch.Generator().manual_seed((self.seed + row) % 2**64) for row in range(num_prompts)
+        ]
+
+
+@dataclass(frozen=True)
+class LogitAdjustments:
+    """What is added to the logits before a token is chosen, as OpenAI defines it.
+
+    Attributes:
+        frequency_penalty: Taken from a token's logit for each time that the new text holds it.
+        presence_penalty: Taken once from the logit of a token that the new text holds.
+        logit_bias: Added to the logits of these tokens.
+
+    Raises:
+        ConfigurationError: a value that is no number.
+    """
+
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        penalties = {name: getattr(self, f"{name}_penalty") for name in ("frequency", "presence")}
+        for name, value in penalties.items():
+            if not math.isfinite(value):
+                raise ConfigurationError(f"{name}_penalty", str(value), "Give a number")
+        for token, value in self.logit_bias.items():
+            if not math.isfinite(value):
+                raise ConfigurationError("logit_bias", f"{value} for token {token}", "Give numbers")
+
+    def apply(self, logits_V: torch.Tensor, new_tokens: Sequence[int]) -> torch.Tensor:
+        """The adjusted logits, fp64 on the CPU; the given ones themselves if nothing changes."""
+        changes = dict(self.logit_bias)
+        if self.frequency_penalty or self.presence_penalty:
+            for token, count in Counter(new_tokens).items():
+                penalty = count * self.frequency_penalty + self.presence_penalty
+                changes[token] = changes.get(token, 0.0) - penalty
+        if not changes:
+            return logits_V
+        adjusted_V = logits_V.detach().to("cpu", torch.float64, copy=True)
+        adjusted_V[list(changes)] += torch.tensor(list(changes.values()), dtype=torch.float64)
+        return adjusted_V
 
 
 def next_token_probabilities(logits_BV: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
@@ -51,32 +95,53 @@ def next_token_probabilities(logits_BV: torch.Tensor, options: SamplingOptions) 
     logits_BV = logits_BV.detach().to("cpu", torch.float64)
     if options.temperature == 0:
         return torch.nn.functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).double()
-    logits_BV = logits_BV / options.temperature
+    # The largest becomes 0, which every temperature leaves as it is; the others may become -inf.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / options.temperature
     if 0 < options.top_k < logits_BV.shape[-1]:
         kept_BK = logits_BV.topk(options.top_k, dim=-1)
         logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(
             -1, kept_BK.indices, kept_BK.values
         )
     probabilities_BV = logits_BV.softmax(-1)
-    if 0 < options.top_p < 1:
-        probabilities_BV = _nucleus(probabilities_BV, options.top_p)
-    return probabilities_BV
+    return _nucleus(probabilities_BV, options.top_p) if options.top_p < 1 else probabilities_BV
 
 
 def _nucleus(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-    # A token stays while those before it do not yet reach top_p; so the first always stays.
+    # A token stays while those before it do not yet reach top_p; the first always stays.
     reached_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
+    reached_BV[..., 0] = False
     kept_BV = torch.zeros_like(sorted_BV).scatter(
         -1, order_BV, sorted_BV.masked_fill(reached_BV, 0)
     )
     return kept_BV / kept_BV.sum(-1, keepdim=True)
 
 
+def require_numbers(logits_V: torch.Tensor) -> None:
+    """Refuse logits that no token can be chosen by.
+
+    Raises:
+        CheckpointError: NaN, or an infinity where the largest should be.
+    """
+    if not torch.isfinite(logits_V.max()):
+        raise CheckpointError(
+            "the model",
+            "its logits are no numbers",
+            "Its weights are damaged, or overflow their precision",
+        )
+
+
 def token_logprobs(
     logits_SV: torch.Tensor, tokens: Sequence[int], num_top: int
 ) -> list[TokenLogprobs]:
-    """The log-probabilities of `tokens`, one per row of the logits, and of the likeliest."""
+    """The log-probabilities of `tokens`, one per row of the logits, and of the likeliest.
+
+    Raises:
+        CheckpointError: the logits are not numbers.
+    """
+    if not tokens:
+        return []
+    require_numbers(logits_SV)
     logprobs_SV = logits_SV.detach().float().log_softmax(-1)
     chosen = torch.tensor(tokens, device=logprobs_SV.device)[:, None]
     values = logprobs_SV.gather(1, chosen)[:, 0].tolist()

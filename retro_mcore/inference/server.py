@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from retro_mcore.errors import RetroError
-from retro_mcore.inference.completions import FIELDS, Answer, CompletionRequest, error_body
+from retro_mcore.inference.completions import Answer, CompletionRequest, error_body
+from retro_mcore.inference.http_requests import check_key, parse_request, read_json, refused
 from retro_mcore.inference.neighbors import NeighborSource
 from retro_mcore.inference.service import (
     BusyError,
@@ -66,11 +66,15 @@ class ServerLimits:
         max_body_bytes: Size of a request.
         max_texts: Prompts times `n` of a request.
         max_tokens: New tokens of a text.
+        max_prompt_chars: Characters of a prompt, which is refused unread beyond; None: no limit.
+        receive_seconds: Within which a request must have arrived.
     """
 
     max_body_bytes: int = 1 << 20
     max_texts: int = 32
     max_tokens: int = 2048
+    max_prompt_chars: int | None = None
+    receive_seconds: float = 30.0
 
 
 def build_app(
@@ -100,51 +104,61 @@ def build_app(
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
     _handle_errors(app)
 
-    def check_key(request: Request) -> None:
-        sent = request.headers.get("authorization", "")
-        if api_key is not None and not hmac.compare_digest(
-            sent.encode(), f"Bearer {api_key}".encode()
-        ):
-            raise RequestError(
-                401,
-                "a bearer token is needed, and none or another was sent",
-                code="invalid_api_key",
-            )
-
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        alive = parts.service.is_alive
-        running, waiting = parts.service.load
-        body = {"status": "ok" if alive else "closed", "running": running, "waiting": waiting}
-        return JSONResponse(body, 200 if alive else 503)
+        service = parts.service
+        running, waiting = service.load
+        status = "ok" if service.is_alive else "failed" if service.has_failed else "closed"
+        body = {"status": status, "running": running, "waiting": waiting}
+        return JSONResponse(body, 200 if service.is_alive else 503)
+
+    entry = {
+        "id": parts.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "retro-mcore",
+    }
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        check_key(request)
-        entry = {"id": parts.model_name, "object": "model", "owned_by": "retro-mcore"}
+        check_key(request, api_key)
         return {"object": "list", "data": [entry]}
 
-    @app.post("/v1/completions")
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str, request: Request) -> dict[str, Any]:
+        check_key(request, api_key)
+        _check_model(model, parts.model_name)
+        return entry
+
+    @app.post("/v1/completions", openapi_extra=_request_body())
     async def completions(request: Request) -> Response:
-        check_key(request)
-        asked = await _read_request(request, limits, parts.model_name)
+        check_key(request, api_key)
+        value = await read_json(request, limits.max_body_bytes, limits.receive_seconds)
         events = Events(parts.service)
-        jobs = _jobs(asked, parts, limits, events)
-        answer = Answer(
-            asked, parts.model_name, parts.tokenizer, parts.retriever, parts.chunk_length
-        )
+        # Away from the event loop: a large request is much to check and to tokenize.
+        asked, jobs, answer = await asyncio.to_thread(_prepare, value, parts, limits, events)
         _submit(parts.service, jobs)
         if asked.stream:
-            lines = stream(asked, answer, events, jobs, parts.tokenizer)
+            lines = stream(asked, answer, events, jobs)
             return StreamingResponse(lines, media_type="text/event-stream")
         texts = await finish(request, events, jobs)
-        return JSONResponse(answer.whole(texts))
+        return JSONResponse(await asyncio.to_thread(answer.whole, texts))
 
     return app
+
+
+def _request_body() -> dict[str, Any]:
+    """What OpenAPI says of a request for completions."""
+    schema = CompletionRequest.model_json_schema()
+    # Definitions stand in the schema itself, where a document's readers do not look for them.
+    definitions = schema.pop("$defs")
+    stream_options = schema["properties"]["stream_options"]
+    stream_options["anyOf"] = [definitions["StreamOptions"], {"type": "null"}]
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -162,73 +176,92 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse(error_body("the server failed; its log says why", SERVER), 500)
 
 
-async def _read_request(
-    request: Request, limits: ServerLimits, model_name: str
-) -> CompletionRequest:
-    # A type that a form of another site cannot send.
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise RequestError(415, "Content-Type must be application/json")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limits.max_body_bytes:
-            raise RequestError(413, f"a request may have {limits.max_body_bytes} bytes")
+def _prepare(
+    value: Any, parts: ServerParts, limits: ServerLimits, events: Events
+) -> tuple[CompletionRequest, list[Job], Answer]:
+    """What is asked, a job for each text in the order of the choices, and who answers.
+
+    Raises:
+        RequestError: it cannot be generated.
+    """
+    asked = parse_request(value)
+    _check_model(asked.model, parts.model_name)
+    _check_limits(asked, limits)
     try:
-        asked = CompletionRequest.model_validate_json(bytes(body))
-    except ValidationError as error:
-        raise _invalid(error) from None
-    if asked.model not in (None, model_name):
+        prompts, num_start_tokens = _prompt_tokens(asked.prompts, parts)
+        jobs = _jobs(asked, prompts, parts, events)
+    except RetroError as error:
+        raise refused(error) from None
+    answer = Answer(
+        asked,
+        parts.model_name,
+        parts.tokenizer,
+        parts.retriever,
+        parts.chunk_length,
+        num_start_tokens,
+    )
+    return asked, jobs, answer
+
+
+def _check_model(asked: str | None, served: str) -> None:
+    if asked not in (None, served):
         raise RequestError(
             404,
-            f"there is no model {asked.model!r}; this server has {model_name!r}",
+            f"there is no model {str(asked)[:200]!r}; this server has {served!r}",
             param="model",
             code="model_not_found",
         )
+
+
+def _check_limits(asked: CompletionRequest, limits: ServerLimits) -> None:
     if asked.max_tokens > limits.max_tokens:
-        raise RequestError(
-            400, f"max_tokens: {asked.max_tokens}, at most {limits.max_tokens}", param="max_tokens"
-        )
-    if len(asked.prompts) * asked.n > limits.max_texts:
+        message = f"max_tokens: {asked.max_tokens}, at most {limits.max_tokens}"
+        raise RequestError(400, message, param="max_tokens")
+    if len(asked.prompts) * asked.num_texts > limits.max_texts:
+        name = "n" if asked.best_of is None else "best_of"
         raise RequestError(
             400,
-            f"{len(asked.prompts)} prompts with n {asked.n}, at most {limits.max_texts} texts",
-            param="n",
+            f"{len(asked.prompts)} prompts with {name} {asked.num_texts}, at most "
+            f"{limits.max_texts} texts",
+            param=name,
         )
-    return asked
+    longest = max((len(one) for one in asked.prompts if isinstance(one, str)), default=0)
+    if limits.max_prompt_chars is not None and longest > limits.max_prompt_chars:
+        raise RequestError(
+            400,
+            f"prompt: {longest} characters are more than the model's window can hold, at most "
+            f"{limits.max_prompt_chars}",
+            param="prompt",
+        )
 
 
-def _invalid(error: ValidationError) -> RequestError:
-    """The first mistake, with the name of its field."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = [str(part) for part in first["loc"]]
-    field = place[0] if place else None
-    if first["type"] == "json_invalid":
-        return RequestError(400, f"the request is not valid JSON: {first['msg']}")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "this field is not supported"
-    if field is None:
-        word = message.split(" ", 1)[0]
-        return RequestError(400, message, param=word if word in FIELDS else None)
-    return RequestError(400, f"{field}: {message}", param=field)
+def _prompt_tokens(
+    prompts: Sequence[str] | Sequence[list[int]], parts: ServerParts
+) -> tuple[list[list[int]], list[int]]:
+    """Each prompt's tokens, and how many of them were put before the client's text.
+
+    A text without tokens begins with the start token alone.
+    """
+    if not isinstance(prompts[0], str):
+        return list(prompts), [0] * len(prompts)  # type: ignore[arg-type]
+    added = parts.tokenize([""])[0]
+    bos = getattr(parts.tokenizer, "bos", None)
+    start = added or [parts.tokenizer.eod if bos is None else bos]
+    tokens = parts.tokenize(prompts)  # type: ignore[arg-type]
+    counts = [len(added) if ids else len(start) for ids in tokens]
+    return [ids or list(start) for ids in tokens], counts
 
 
 def _jobs(
-    asked: CompletionRequest, parts: ServerParts, limits: ServerLimits, events: Events
+    asked: CompletionRequest, prompts: Sequence[list[int]], parts: ServerParts, events: Events
 ) -> list[Job]:
-    """One job for each text that is asked for, in the order of the choices."""
-    prompts = asked.prompts
-    tokens = parts.tokenize(prompts) if isinstance(prompts[0], str) else prompts  # type: ignore[arg-type]
     two_chunks = parts.two_chunks if asked.two_chunks is None else asked.two_chunks
     jobs: list[Job] = []
-    try:
-        for number, ids in enumerate(tokens):
-            source = _source(asked, parts, number)
-            for request in asked.generation_requests(ids):  # type: ignore[arg-type]
-                request = replace(request, neighbors=source, two_chunks=two_chunks)
-                jobs.append(Job(request, events.listener(len(jobs))))
-    except RetroError as error:
-        raise _refused(error) from None
+    for number, ids in enumerate(prompts):
+        source = _source(asked, parts, number)
+        for request in asked.generation_requests(ids):
+            request = replace(request, neighbors=source, two_chunks=two_chunks, number=number)
+            jobs.append(Job(request, events.listener(len(jobs))))
     return jobs
 
 
@@ -245,19 +278,10 @@ def _submit(service: GenerationService, jobs: list[Job]) -> None:
     try:
         service.submit(jobs)
     except RetroError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     except BusyError as error:
         raise RequestError(
             429, str(error), "rate_limit_error", code="rate_limit_exceeded"
         ) from None
     except ClosedError as error:
         raise RequestError(503, str(error), SERVER) from None
-
-
-_FIELDS = {"--max-new-tokens": "max_tokens", "--stop": "stop", "neighbors": "neighbors"}
-
-
-def _refused(error: RetroError) -> RequestError:
-    param = _FIELDS.get(error.subject, "prompt" if error.subject.startswith("prompt") else None)
-    subject = param or error.subject
-    return RequestError(400, f"{subject}: {error.found}. {error.mend}", param=param)

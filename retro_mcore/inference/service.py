@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from retro_mcore.distributed import broadcast_object, get_rank
+from retro_mcore.distributed import broadcast_object, get_rank, get_world_size
 from retro_mcore.errors import RetroError
 from retro_mcore.inference.batch import TextBatch, model_parallel_group
 from retro_mcore.inference.neighbors import Prefetching
 from retro_mcore.inference.requests import GenerationRequest, check_request
-from retro_mcore.inference.texts import GeneratedText
+from retro_mcore.inference.texts import GeneratedText, TokenLogprobs
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,15 +35,25 @@ class BusyError(RuntimeError):
 
 
 class ClosedError(RuntimeError):
-    """The service is shutting down."""
+    """The service is shutting down, or has failed."""
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A text has got a token; None: it has ended, or its `error` says why it could not go on."""
+    """A text has got a token; None: it has ended, or its `error` says why it could not go on.
+
+    Attributes:
+        text: The text, which grows on meanwhile.
+        token: The token.
+        logprobs: The token's, if asked for.
+        num_neighbors: Chunks that had neighbors when the token came.
+        error: What went wrong; there is no text then.
+    """
 
     text: GeneratedText | None
     token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    num_neighbors: int = 0
     error: Exception | None = None
 
 
@@ -113,7 +123,8 @@ class GenerationService:
         self._running: dict[int, Job] = {}
         self._texts: dict[int, GeneratedText] = {}
         self._dropped: list[int] = []
-        self._closing, self._next_number = False, 0
+        self._closing = self._failed = False
+        self._next_number = 0
         self._thread: threading.Thread | None = None
 
     def _new_batch(self) -> TextBatch:
@@ -128,6 +139,11 @@ class GenerationService:
     def is_alive(self) -> bool:
         """Whether requests are being served."""
         return self._thread is not None and self._thread.is_alive() and not self._closing
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it stopped by itself: its thread died, or a rank of the model is gone."""
+        return self._failed
 
     @property
     def load(self) -> tuple[int, int]:
@@ -146,7 +162,7 @@ class GenerationService:
             check_request(job.request, self._model, self._tokenizer, self.max_length)
         with self._changed:
             if not self.is_alive:
-                raise ClosedError("the service is shutting down")
+                raise ClosedError(self._why_closed())
             room = self._max_batch_size + self._max_waiting
             if len(self._running) + len(self._waiting) + len(jobs) > room:
                 raise BusyError(f"{room} requests are running or waiting")
@@ -182,6 +198,19 @@ class GenerationService:
                 return
 
     def _serve(self) -> None:
+        try:
+            self._serve_until_closed()
+        except BaseException:  # the thread is lost, and whoever waits must hear of it
+            self._failed = True
+            _LOG.critical("generation has stopped", exc_info=True)
+        with self._changed:
+            self._closing = True
+        self._fail_all(ClosedError(self._why_closed()))
+
+    def _why_closed(self) -> str:
+        return "generation has failed; see the log" if self._failed else "the server shuts down"
+
+    def _serve_until_closed(self) -> None:
         device = next(self._model.parameters()).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a thread has a current device of its own
@@ -191,7 +220,6 @@ class GenerationService:
             told = replace(commands, add=[self._for_others(request) for request in commands.add])
             broadcast_object(told, self._group)
             alive = self._obey(commands)
-        self._fail_all(ClosedError("the service is shutting down"))
 
     def _next_commands(self) -> _Commands:
         """Wait until there is something to do, and take what can be done."""
@@ -218,19 +246,32 @@ class GenerationService:
         """Do what the commands say and take a step; False if that was the last one."""
         if commands.close:
             return False
+        for number in commands.drop:
+            self._drop(number)
+        for request in commands.add:
+            self._add(request)
         try:
-            for number in commands.drop:
-                self._drop(number)
-            for request in commands.add:
-                self._texts[request.number] = self._batch.add(request)
-            self._tell(self._batch.step())
-        except Exception as error:  # the texts of this batch are lost, the service is not
-            if not isinstance(error, RetroError):
-                _LOG.exception("generation failed")
+            added = self._batch.step()
+        except Exception as error:
+            # Not of one text alone. Another rank may have gone on, so several cannot.
+            if get_world_size(self._group) > 1:
+                raise
+            _LOG.exception("generation failed")
             self._fail_running(error)
             self._texts.clear()
             self._batch = self._new_batch()
+        else:
+            self._tell(added)
         return True
+
+    def _add(self, request: GenerationRequest) -> None:
+        try:
+            self._texts[request.number] = self._batch.add(request)
+        except Exception as error:  # of this request alone, on every rank
+            _LOG.exception("a request could not join")
+            job = self._running.pop(request.number, None)
+            if job is not None:
+                job.on_event(TokenEvent(None, error=error))
 
     def _drop(self, number: int) -> None:
         self._running.pop(number, None)
@@ -244,12 +285,15 @@ class GenerationService:
         for number, text in list(self._texts.items()):
             job = self._running.get(number)
             if job is not None and id(text) in tokens:
-                job.on_event(TokenEvent(text, tokens[id(text)]))
+                logprobs = text.logprobs[-1] if text.logprobs else None
+                job.on_event(
+                    TokenEvent(text, tokens[id(text)], logprobs, num_neighbors=len(text.neighbors))
+                )
             if text.finish_reason is not None:
                 del self._texts[number]
                 self._running.pop(number, None)
                 if job is not None:
-                    job.on_event(TokenEvent(text))
+                    job.on_event(_ending(text))
 
     def _fail_running(self, error: Exception) -> None:
         for job in self._running.values():
@@ -261,6 +305,14 @@ class GenerationService:
         with self._changed:
             while self._waiting:
                 self._waiting.popleft().on_event(TokenEvent(None, error=error))
+
+
+def _ending(text: GeneratedText) -> TokenEvent:
+    if text.error is not None:
+        if not isinstance(text.error, RetroError):
+            _LOG.error("a text failed", exc_info=text.error)
+        return TokenEvent(None, error=text.error)
+    return TokenEvent(text, num_neighbors=len(text.neighbors))
 
 
 def is_first_rank(model: Any) -> bool:

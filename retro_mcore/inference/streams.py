@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse
 
 from retro_mcore.errors import RetroError
 from retro_mcore.inference.completions import DONE, Answer, CompletionRequest, error_body
-from retro_mcore.inference.growing_text import SafeStream
 from retro_mcore.inference.service import ClosedError, GenerationService, Job, TokenEvent
 from retro_mcore.inference.texts import GeneratedText
 
@@ -38,6 +37,8 @@ class RequestError(Exception):
         headers = {"Retry-After": "1"} if self.status in (429, 503) else None
         if self.status == 401:
             headers = {"WWW-Authenticate": "Bearer"}
+        if self.status in (408, 413):  # the rest of the request is not read
+            headers = {"Connection": "close"}
         return JSONResponse(self.body, self.status, headers)
 
 
@@ -95,12 +96,10 @@ async def finish(request: Request, events: Events, jobs: list[Job]) -> list[Gene
 
 
 async def stream(
-    asked: CompletionRequest, answer: Answer, events: Events, jobs: list[Job], tokenizer: Any
+    asked: CompletionRequest, answer: Answer, events: Events, jobs: list[Job]
 ) -> AsyncIterator[str]:
     """Server-sent events: what each token adds, then the ends, then [DONE]."""
-    choices = [
-        _StreamedChoice(index, job, asked, answer, tokenizer) for index, job in enumerate(jobs)
-    ]
+    choices = [_StreamedChoice(index, job, asked, answer) for index, job in enumerate(jobs)]
     texts: dict[int, GeneratedText] = {}
     try:
         while len(texts) < len(jobs):
@@ -108,7 +107,7 @@ async def stream(
             assert found is not None
             index, event = found
             assert event.text is not None
-            for piece in choices[index].pieces(event.text, event.token):
+            for piece in choices[index].pieces(event.text, event):
                 yield _event(piece)
             if event.token is None:
                 texts[index] = event.text
@@ -129,44 +128,35 @@ def _event(value: dict[str, Any]) -> str:
 class _StreamedChoice:
     """The chunks of one text of a stream."""
 
-    def __init__(
-        self, index: int, job: Job, asked: CompletionRequest, answer: Answer, tokenizer: Any
-    ) -> None:
+    def __init__(self, index: int, job: Job, asked: CompletionRequest, answer: Answer) -> None:
         self._index, self._asked, self._answer = index, asked, answer
-        self._stream = SafeStream(
-            tokenizer, job.request.tokens, asked.stop_strings, asked.min_tokens
-        )
-        self._offset = self._neighbors = self._logprobs = 0
-        self._begun = False
+        self._growing = answer.choice_text(index // asked.n, job.request.tokens)
+        self._num_neighbors = 0
+        self._scores_prompt = asked.echo and asked.logprobs is not None
 
-    def pieces(self, text: GeneratedText, token: int | None) -> list[dict[str, Any]]:
-        """What to send for an event: a token, or the end."""
-        pieces = []
-        if not self._begun and self._asked.echo:
-            pieces.append(self._echo(text))
-        self._begun = True
-        piece = self._stream.finish() if token is None else self._stream.add(token)
-        neighbors = self._answer.neighbors(text, self._neighbors)
-        self._neighbors += len(neighbors)
-        logprobs = self._new_logprobs(text)
-        self._offset += len(piece)
-        if piece or neighbors or logprobs or token is None:
-            ended = text if token is None else None
-            pieces.append(self._answer.piece(self._index, piece, ended, logprobs, neighbors))
-        return pieces
+    def pieces(self, text: GeneratedText, event: TokenEvent) -> list[dict[str, Any]]:
+        """What to send for an event: a token, or the end.
 
-    def _echo(self, text: GeneratedText) -> dict[str, Any]:
-        prompt = self._answer.prompt_of(text)
-        logprobs = None
-        if self._asked.logprobs is not None:
-            logprobs = self._answer.logprobs(text.prompt_logprobs, text.tokens[:1], 0)
-        self._offset = len(prompt)
-        return self._answer.piece(self._index, prompt, None, logprobs)
+        Only the event says how far the text has come; `text` itself grows on meanwhile.
+        """
+        ended = event.token is None
+        if event.token is None:
+            piece = self._growing.finish()
+        else:
+            piece = self._growing.add(event.token, event.logprobs)
+        neighbors = self._answer.neighbors(text, self._num_neighbors, event.num_neighbors)
+        self._num_neighbors = event.num_neighbors
+        logprobs = self._logprobs(text, ended)
+        if piece or neighbors or logprobs or ended:
+            last = text if ended else None
+            return [self._answer.piece(self._index, piece, last, logprobs, neighbors)]
+        return []
 
-    def _new_logprobs(self, text: GeneratedText) -> dict[str, Any] | None:
-        entries = text.logprobs[self._logprobs :]
-        if not entries:
+    def _logprobs(self, text: GeneratedText, ended: bool) -> dict[str, Any] | None:
+        if self._asked.logprobs is None:
             return None
-        before = text.tokens[: text.prompt_length + self._logprobs]
-        self._logprobs += len(entries)
-        return self._answer.logprobs(entries, before, self._offset)
+        if self._scores_prompt and self._growing.begun:
+            self._growing.score_prompt(text.prompt_logprobs)
+            self._scores_prompt = False
+        placed = [*self._growing.take_prompt_tokens(), *self._growing.take_tokens(ended)]
+        return self._growing.logprobs(placed) if placed else None

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from retro_mcore.inference.neighbors import RetrievedNeighbors
 
-FinishReason = Literal["eod", "stop", "length", "dropped"]
+FinishReason = Literal["eod", "stop", "length", "dropped", "failed"]
 
 
 class TokenLogprobs(NamedTuple):
@@ -33,13 +33,15 @@ class GeneratedText:
             text, but with the tokens of a stop string).
         prompt_length: How many of them are the prompt.
         neighbors: One entry (N = 1) for each completed chunk that was given neighbors.
-        finish_reason: "eod", "stop" (a stop token or string), "length" for `max_new_tokens`, or
-            "dropped"; None while it grows.
+        finish_reason: "eod", "stop" (a stop token or string), "length" for `max_new_tokens`,
+            "dropped", or "failed"; None while it grows.
         two_chunks: The prompt is the first chunk and the answer the second, whatever their lengths;
             else chunks have the model's length.
         logprobs: Of the new tokens, if asked for.
         prompt_logprobs: Of the prompt's tokens from the second on, if asked for.
         stop_text: What of the new text precedes the stop string, once one has ended it.
+        end_logprob: Log-probability of the EOD or stop token that has ended it, if asked for.
+        error: Why it could not go on, once it has failed.
     """
 
     tokens: list[int]
@@ -50,11 +52,20 @@ class GeneratedText:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_text: str | None = None
+    end_logprob: float | None = None
+    error: Exception | None = None
 
     @property
     def new_tokens(self) -> list[int]:
         """What was generated."""
         return self.tokens[self.prompt_length :]
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token, of what was generated and of what ended it."""
+        values = [entry.logprob for entry in self.logprobs]
+        values += [] if self.end_logprob is None else [self.end_logprob]
+        return sum(values) / len(values) if values else 0.0
 
     def chunks(self, chunk_length: int, start: int = 0, stop: int | None = None) -> list[range]:
         """The positions of the chunks that are completed by tokens from `start` to `stop`.

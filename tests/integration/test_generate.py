@@ -173,3 +173,48 @@ def test_a_malformed_prompt_file_is_refused(tmp_path, name, text, message):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigurationError, match=message):
         read_prompt_file(path)
+
+
+def test_lines_of_a_prompt_file_end_with_a_line_feed_alone(tmp_path):
+    # Texts from the web hold the other separators that Python takes for ends of lines.
+    texts = ["a\u2028b", "c\x85d", "e\x0cf\x1cg", "h\ri", "\U0001f600"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [prompt.text for prompt in read_prompt_file(path)] == texts
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a\\ud83d"}',
+        '{"prompt": "a", "neighbors": ["\\udc00"]}',
+        "[" * 100_000,
+        '{"prompt": "a", "n": ' + "9" * 5000 + "}",
+        '{"prompt": NaN}',
+        "[1]",
+        '{"prompt": null}',
+    ],
+)
+def test_a_line_that_holds_no_prompt_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "x"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"a\.jsonl:2: "):
+        read_prompt_file(path)
+
+
+def test_all_prompts_that_cannot_be_continued_are_told_before_any_is(options, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"prompt": "fine"},
+        {"prompt": "long " * 400},
+        {"prompt": "fine", "neighbors": ["1", "2", "3"]},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigurationError) as caught:
+        generate(options(prompt_file=str(path), micro_batch_size=1))
+    first, second = str(caught.value).split("\n")
+    assert "a.jsonl:2: " in first
+    assert "model's window of 64" in first
+    assert "a.jsonl:3: neighbors: 3 texts" in second
+    assert "fine" not in capsys.readouterr().out

@@ -155,9 +155,11 @@ def test_a_stream_adds_up_to_the_whole(server, expected):
     chunks = [chunk for choice in choices for chunk in choice.get("neighbors", [])]
     assert chunks == whole["choices"][0]["neighbors"]
     assert events[-1]["usage"] == whole["usage"]
-    # Each token is sent as it comes; bytes that are no whole letter wait for the next ones.
+    # Each token is sent as it comes; bytes that are no whole letter wait for the next ones, whose
+    # text they are part of.
     scored = server.complete(max_tokens=16, temperature=0, logprobs=0)["choices"][0]
-    whole_tokens = [token for token in scored["logprobs"]["tokens"] if "\ufffd" not in token]
+    tokens = scored["logprobs"]["tokens"]
+    whole_tokens = [token for token in tokens if token and "\ufffd" not in token]
     assert len(whole_tokens) > 2
     assert len([choice for choice in choices if choice["text"]]) >= len(whole_tokens)
 
@@ -232,13 +234,16 @@ def test_simultaneous_requests_get_what_they_get_alone(server):
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
-        ({"best_of": 2}, "best_of", "best_of is not supported"),
+        ({"suffix": "the end"}, "suffix", "suffix is not supported"),
+        ({"best_of": 1, "n": 2}, "best_of", "best_of is less than n"),
+        ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
+        ({"best_of": 5}, "best_of", "at most 4 texts"),
         ({"unheard_of": 1}, "unheard_of", "not supported"),
         ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"max_tokens": 99999}, "max_tokens", "at most 2048"),
         ({"max_tokens": 500}, "max_tokens", "window of 64"),
         ({"temperature": "hot"}, "temperature", "valid number"),
-        ({"prompt": ""}, "prompt", "no tokens"),
+        ({"prompt": [[1], []]}, "prompt", "no tokens"),
         ({"prompt": []}, "prompt", "prompt is empty"),
         ({"prompt": [99999]}, "prompt", "token ids from 99999"),
         ({"prompt": {"a": 1}}, "prompt", ""),

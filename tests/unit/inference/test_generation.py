@@ -174,6 +174,16 @@ def test_the_models_mode_is_left_as_it_was(model):
         ([[1]], {"stop_strings": [""]}, "--stop: an empty string"),
         ([[1]], {"stop_strings": ["x"]}, "--stop: strings, but the tokenizer cannot detokenize"),
         ([], {}, "no prompt"),
+        ([[True]], {}, "prompt 0: something else than token ids"),
+        ([[1.0]], {}, "prompt 0: something else than token ids"),
+        ([[10**40]], {}, "prompt 0: token ids from a number of 133 bits"),
+        ([[1]], {"stop_tokens": [96]}, "--stop-token-ids: 96. Give ids from 0 to 95"),
+        ([[1]], {"stop_tokens": [-1]}, "--stop-token-ids: -1"),
+        (
+            [[1]],
+            {"stop_tokens": range(90), "min_new_tokens": 1},
+            "--stop-token-ids: every token, with --min-new-tokens 1",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(model, prompt, options, message):
@@ -284,3 +294,70 @@ def test_an_error_of_the_search_reaches_the_caller(model):
 
     with pytest.raises(ProjectError, match="gone"):
         generate(model, prompts(CHUNK_LENGTH), neighbors=Broken())
+
+
+def test_padding_rows_count_nowhere(model):
+    # 90 tokens in 96 rows: neither drawn, nor among the likeliest, nor in any softmax.
+    from retro_mcore.inference.sampling import SamplingOptions
+
+    with torch.no_grad():
+        weight = (
+            model.output_layer.weight
+            if not model.share_embeddings_and_output_weights
+            else (model.shared_embedding_or_output_weight())
+        )
+        saved = weight[90:].clone()
+        weight[90:] *= 50
+    try:
+        (text,) = generate(
+            model,
+            prompts(5),
+            max_new_tokens=8,
+            sampling=SamplingOptions(temperature=30.0),
+            top_logprobs=90,
+            prompt_logprobs=True,
+        )
+    finally:
+        with torch.no_grad():
+            weight[90:] = saved
+    assert max(text.tokens) < 90
+    for entry in [*text.prompt_logprobs, *text.logprobs]:
+        assert sorted(token for token, _ in entry.top) == list(range(90))
+        assert np.exp([value for _, value in entry.top]).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_text_that_fails_ends_alone(model):
+    from retro_mcore.inference.batch import TextBatch
+    from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
+    from retro_mcore.inference.sampling import SamplingOptions
+
+    class FailsForEights(ChunkFunction):
+        def neighbors_of(self, chunks):
+            if any(len(set(chunk.tokens)) == 1 for chunk in chunks):
+                raise ProjectError("index", "gone", "Build it")
+            return super().neighbors_of(chunks)
+
+    class Unspeakable(Spelled):
+        def detokenize(self, tokens):
+            if 88 in tokens:
+                raise ValueError("no such token")
+            return super().detokenize(tokens)
+
+    def request(tokens, **options):
+        return GenerationRequest(
+            tokens=tokens, sampling=SamplingOptions(temperature=0), neighbors=source, **options
+        )
+
+    source, stopping = FailsForEights(), StoppingOptions(6, stop_strings=("never",))
+    healthy = prompts(CHUNK_LENGTH)[0]
+    (alone,) = generate(model, [healthy], max_new_tokens=6, neighbors=ChunkFunction())
+    batch = TextBatch(model, Unspeakable(), 3)
+    good = batch.add(request(healthy, stopping=StoppingOptions(6)))
+    without_neighbors = batch.add(request([8] * CHUNK_LENGTH))
+    speechless = batch.add(request([88], stopping=stopping))
+    while batch.growing:
+        batch.step()
+    assert (good.tokens, good.error) == (alone.tokens, None)
+    assert isinstance(without_neighbors.error, ProjectError)
+    assert isinstance(speechless.error, ValueError)
+    assert without_neighbors.finish_reason == speechless.finish_reason == "failed"

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from retro_mcore.errors import ConfigurationError
-from retro_mcore.inference.sampling import SamplingOptions, next_token_probabilities, sample
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.inference.sampling import (
+    LogitAdjustments,
+    SamplingOptions,
+    next_token_probabilities,
+    sample,
+    token_logprobs,
+)
 
 PROBABILITIES = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 
@@ -40,6 +46,37 @@ def test_top_p_keeps_the_smallest_sufficient_set():
     expected = torch.tensor([[5 / 8, 3 / 8, 0, 0], [0, 2 / 9, 3 / 9, 4 / 9]], dtype=torch.float64)
     torch.testing.assert_close(probabilities(top_p=0.75), expected)
     assert probabilities(top_p=0.01).tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("setting", ["top_p", "temperature"])
+@pytest.mark.parametrize("value", [0.0, 5e-324, 1e-320, 1e-300, 1e-9])
+def test_towards_zero_only_the_most_likely_token_stays(setting: str, value: float):
+    # OpenAI's clients send 0; Megatron's 0 was "all tokens".
+    assert probabilities(**{setting: value}).tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+def test_a_huge_temperature_makes_all_tokens_alike_but_those_that_are_excluded():
+    logits = torch.tensor([[3.0, -torch.inf, -40.0]])
+    found = next_token_probabilities(logits, SamplingOptions(temperature=1e308))
+    torch.testing.assert_close(found, torch.tensor([[0.5, 0, 0.5]], dtype=torch.float64))
+
+
+def test_adjustments_add_biases_and_take_penalties_by_count():
+    logits = torch.zeros(5)
+    adjustments = LogitAdjustments(0.5, 0.25, {1: 3.0, 4: -100.0})
+    found = adjustments.apply(logits, [1, 1, 2])
+    torch.testing.assert_close(
+        found, torch.tensor([0, 3.0 - 1.25, -0.75, 0, -100], dtype=torch.float64)
+    )
+    assert torch.equal(logits, torch.zeros(5))
+    assert LogitAdjustments().apply(logits, [1]) is logits
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_refused(value: float):
+    # A damaged checkpoint must not answer with whatever argmax makes of NaN.
+    with pytest.raises(CheckpointError, match="no numbers"):
+        token_logprobs(torch.tensor([[0.0, value]]), [0], 1)
 
 
 def test_top_p_works_on_what_top_k_left():
