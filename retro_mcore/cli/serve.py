@@ -142,7 +142,6 @@ def _listen(options: ServeOptions, app: Any) -> None:
         access_log=False,
         timeout_graceful_shutdown=options.shutdown_seconds,
         http=timed_protocol(options.receive_seconds, max_connections),
-        limit_concurrency=max_connections + 1,
         h11_max_incomplete_event_size=64 * 1024,
     )
     # uvicorn raises the signal again when it has shut down; that must not kill us.

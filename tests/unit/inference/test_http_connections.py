@@ -34,7 +34,6 @@ def port():
         lifespan="off",
         log_level="error",
         http=timed_protocol(0.3, MOST),
-        limit_concurrency=MOST + 1,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
