@@ -1,6 +1,6 @@
 """Connections that send nothing do not keep others out.
 
-uvicorn waits for a request's headers for ever, and its limit_concurrency counts whoever is connected.
+uvicorn waits for a request's headers for ever, and its limit_concurrency counts idle connections.
 Here a request's headers must arrive in time, and where there are too many connections, the one that
 has been idle for longest makes room.
 """
