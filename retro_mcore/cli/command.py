@@ -111,7 +111,7 @@ def _spell_out_switches(options_type: type, arguments: Sequence[str]) -> list[st
         if field.default is None and str(field.type) in ("bool | None", "Optional[bool]")
     }
     spelled: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name = argument.lstrip("-").replace("-", "_")
         on, off = name in names, name.removeprefix("no_") in names and name not in names
         if argument.lower() in ("true", "false") and _names(spelled[-1:]) & names:
@@ -261,7 +261,7 @@ def _names(arguments: Sequence[str]) -> set[str]:
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
     """The last value that the arguments give to an option."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, equals, attached = argument.partition("=")
         if flag.startswith("--") and flag[2:].replace("-", "_") == name:
             value = attached if equals else following

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate_qa": "answers to a test file's questions, scored",
     "generate": "text with live retrieval",
     "serve": "text with live retrieval over HTTP",
+    "verify": "whether the files of a project or of checkpoints are what was written",
 }
 
 

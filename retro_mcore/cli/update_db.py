@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from retro_mcore.datasets.growing import make_grown_project
 from retro_mcore.datasets.sources import digest_of_source, name_datasets
 from retro_mcore.datasets.tokenizing import CorpusReader
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
-from retro_mcore.errors import ConfigurationError, ProjectError
-from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json_object
+from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.fields import problems_of
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import checksum, digest_of, fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
@@ -153,9 +154,9 @@ def _grow(options: UpdateDbOptions, paths: ProjectPaths, config: ProjectConfig) 
     with stage_lock(grown, STAGE, create=True):
         make_grown_project(base, grown, sources, prefixes, reader, made_from)
         _record(grown, prefixes, reader, clean)
-    build_db(BuildDbOptions(str(grown.root), **_recorded(base, "build_db")))
+    build_db(BuildDbOptions(str(grown.root), **_recorded(base, "build_db", BuildDbOptions)))
     # The index that the old documents are in, by its own name: "auto" could choose another.
-    recorded = {**_recorded(base, "build_index"), "index": settings.index_string}
+    recorded = {**_recorded(base, "build_index", BuildIndexOptions), "index": settings.index_string}
     recorded = {**recorded, "nprobe": settings.nprobe, "ef_search": settings.ef_search}
     build_index(BuildIndexOptions(str(grown.root), **recorded, device=options.device))
     return grown
@@ -199,19 +200,22 @@ def _record(
     barrier()
 
 
-def _recorded(base: ProjectPaths, stage: str) -> dict[str, Any]:
-    """The flags that a stage of the old project was run with."""
+def _recorded(base: ProjectPaths, stage: str, kind: type) -> dict[str, Any]:
+    """The flags that a stage of the old project was run with, as options of `kind`."""
     path = base.stage_record(stage)
     if not path.is_file():
         raise ProjectError(
             path, "no such file, so how to go on is not known", f"Run {stage} on {base.root} first"
         )
-    options = read_json_object(path).get("options", {})
-    return {
+    options = {
         name.removeprefix("--").replace("-", "_"): value
-        for name, value in options.items()
+        for name, value in recorded_options(base, stage).items()
         if name.startswith("--")
     }
+    unknown = options.keys() - {field.name for field in fields(kind)}
+    if unknown or problems_of(options, kind, {}):
+        raise CorruptFileError(path, f"holds what are no options of {stage}", "Restore the file")
+    return options
 
 
 def _switch(

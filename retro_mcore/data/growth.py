@@ -15,9 +15,10 @@ import numpy as np
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.shards import Shard, cut
 from retro_mcore.errors import ProjectError
-from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json_object
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.markers import adopt
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.stages import recorded_options
 
 #: Rows compared in one call.
 _BATCH = 1 << 22
@@ -57,11 +58,8 @@ class Growth:
 
     def embedded_with(self, options: Mapping[str, Any]) -> bool:
         """Whether the other project's embeddings were made with the same options."""
-        record = self._base.stage_record("build_index")
-        if not record.is_file():
-            return False
-        used = read_json_object(record).get("options", {})
-        return all(used.get(name) == value for name, value in options.items())
+        used = recorded_options(self._base, "build_index")
+        return bool(used) and all(used.get(name) == value for name, value in options.items())
 
     def take_over_embeddings(self, shards: Sequence[Shard], fingerprint: str) -> None:
         """Link the shards of the old rows, and the lexical weights; what is damaged is left out."""

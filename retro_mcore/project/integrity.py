@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retro_mcore.distributed import get_rank, get_world_size
-from retro_mcore.errors import CorruptFileError, RetroError
+from retro_mcore.errors import CorruptFileError, RetroError, raise_problems
 from retro_mcore.project.markers import checksum, read_marker
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import show_bytes
@@ -69,19 +69,18 @@ def verify_files(
 
     Raises:
         RetroError: of the kind `error`, on the rank whose share holds the file.
+        SeveralErrors: several files are damaged.
     """
     everything = everything or _everything.get()
     shares = _shares(files)
-    for file in shares[get_rank()]:
-        found = _size_of(file.path)
-        if found != file.size:
-            what = "is missing" if found is None else f"has {found} bytes, not {file.size}"
-            raise error(file.path, what, mend(file.path))
-    for file in shares[get_rank()][: _num_read(shares[get_rank()], everything)]:
-        if checksum(file.path) != file.sha256:
-            raise error(
-                file.path, "its bytes differ from its checksum: it is damaged", mend(file.path)
-            )
+    share = shares[get_rank()]
+    problems = []
+    num_read = _num_read(share, everything)
+    for number, file in enumerate(share):
+        found = _problem(file, number < num_read)
+        if found is not None:
+            problems.append(error(file.path, found, mend(file.path)))
+    raise_problems(problems)
     unread = [file for share in shares for file in share[_num_read(share, everything) :]]
     if unread and get_rank() == 0:
         _tell(unread)
@@ -111,6 +110,17 @@ def signed_file(path: Path) -> SignedFile | None:
     size, sha256 = marker.get("bytes"), marker.get("sha256")
     # A damaged marker says what no file is.
     return SignedFile(path, size if isinstance(size, int) else -1, str(sha256))
+
+
+def _problem(file: SignedFile, read: bool) -> str | None:
+    size = _size_of(file.path)
+    if size is None:
+        return "is missing"
+    if size != file.size:
+        return f"has {size} bytes, not {file.size}"
+    if read and checksum(file.path) != file.sha256:
+        return "its bytes differ from its checksum: it is damaged"
+    return None
 
 
 def _shares(files: Sequence[SignedFile]) -> list[list[SignedFile]]:

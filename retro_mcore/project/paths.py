@@ -145,5 +145,7 @@ class ProjectPaths:
         return self.stages / f"{stage}.json"
 
     def relative(self, path: Path) -> str:
-        """`path` as it is written in the configuration: relative to the project directory."""
-        return path.relative_to(self.root).as_posix()
+        """`path` as it is written in the configuration: relative to the project directory; as it is
+        where it lies elsewhere, as other writers' tokens may."""
+        inside = path.is_relative_to(self.root)
+        return (path.relative_to(self.root) if inside else path).as_posix()

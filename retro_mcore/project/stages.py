@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retro_mcore.errors import ProjectError
+from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import read_json_object
 from retro_mcore.project.markers import digest_of, fingerprint_of, marker_path
@@ -37,7 +37,7 @@ def check_stage(
     """
     record = paths.stage_record(stage)
     if record.is_file():
-        _compare(paths, stage, read_json_object(record), options, inputs)
+        _compare(paths, stage, read_stage_record(record), options, inputs)
     elif output.exists() and not marker_path(output).exists():
         raise ProjectError(
             output,
@@ -73,22 +73,37 @@ def finish_stage(
     write_json(paths.stage_record(stage), record)
 
 
+def read_stage_record(path: Path) -> dict[str, dict[str, Any]]:
+    """What a finished stage recorded: `options`, `inputs`, and `report` where it counted.
+
+    Raises:
+        CorruptFileError: the file holds something else.
+    """
+    record = read_json_object(path)
+    for name in ("options", "inputs", "report"):
+        if not isinstance(record.get(name, {}), dict):
+            raise CorruptFileError(path, f"its {name} are no object", "Restore the file")
+    return record
+
+
+def _recorded(paths: ProjectPaths, stage: str, name: str) -> dict[str, Any]:
+    path = paths.stage_record(stage)
+    return dict(read_stage_record(path).get(name, {})) if path.is_file() else {}
+
+
 def stage_report(paths: ProjectPaths, stage: str) -> dict[str, Any]:
     """What a finished stage counted; empty where it has not finished, or counted nothing."""
-    path = paths.stage_record(stage)
-    return dict(read_json_object(path).get("report", {})) if path.is_file() else {}
+    return _recorded(paths, stage, "report")
 
 
 def recorded_inputs(paths: ProjectPaths, stage: str) -> dict[str, str]:
     """The input digests of a finished stage; empty where it has not finished."""
-    path = paths.stage_record(stage)
-    return dict(read_json_object(path).get("inputs", {})) if path.is_file() else {}
+    return _recorded(paths, stage, "inputs")
 
 
 def recorded_options(paths: ProjectPaths, stage: str) -> dict[str, Any]:
     """The flags that a finished stage was run with; empty where it has not finished."""
-    path = paths.stage_record(stage)
-    return dict(read_json_object(path).get("options", {})) if path.is_file() else {}
+    return _recorded(paths, stage, "options")
 
 
 def _compare(

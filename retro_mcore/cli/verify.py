@@ -1,0 +1,109 @@
+"""`verify`: whether a project's and a run's files are what was written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.distributed import initialize, raise_together
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.platform.checksums import CHECKSUMS_FILE, verify_checkpoint
+from retro_mcore.platform.tracker import existing_checkpoints
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.integrity import verify_project, verifying
+from retro_mcore.project.paths import ProjectPaths
+
+_MARKER = ".done"
+
+
+@dataclass
+class VerifyOptions:
+    """Compare all files of a project, or of a run's checkpoints, with their checksums.
+
+    Damaged files are named, and the exit code is 2. Under torchrun the processes share the files.
+    """
+
+    project_dir: str | None = None
+    """The project directory; its updates are part of it."""
+    load: str | None = None
+    """Directory of a run: all of its checkpoints."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was compared, and was whole.
+
+    Attributes:
+        num_files: Files of the project with a completion marker.
+        checkpoints: Names of the checkpoints that have checksums.
+        without_checksums: Names of those that have none: older ones, or Megatron's own.
+    """
+
+    num_files: int
+    checkpoints: list[str]
+    without_checksums: list[str]
+
+
+def verify(options: VerifyOptions) -> Verified:
+    """Compare, and print what was compared.
+
+    Raises:
+        RetroError: files are damaged; all that a process finds are named.
+        ConfigurationError: neither a project nor a run is given.
+    """
+    if options.project_dir is None and options.load is None:
+        raise ConfigurationError("--project-dir and --load", "neither given", "Give one, or both")
+    initialize()
+    with raise_together(), verifying(True):
+        num_files = 0 if options.project_dir is None else _verify_project(options.project_dir)
+        checked, unchecked = ([], []) if options.load is None else _verify_run(Path(options.load))
+    result = Verified(num_files, checked, unchecked)
+    rows: dict[str, object] = {}
+    if options.project_dir is not None:
+        rows["project"] = f"{num_files} files are whole"
+    if checked:
+        rows["checkpoints"] = f"{', '.join(checked)} are whole"
+    if unchecked:
+        rows["without checksums"] = f"{', '.join(unchecked)} (not compared)"
+    print_summary("verify", rows)
+    return result
+
+
+def _verify_project(directory: str) -> int:
+    paths = ProjectPaths(directory)
+    ProjectConfig.load(paths.root)
+    ProjectSettings.load(paths.root)
+    # What a killed stage left: a marker is written just before its file takes its name.
+    markers = sorted(paths.root.rglob(f"*{_MARKER}"))
+    files = [path for marker in markers if (path := _marked(marker)).is_file()]
+    verify_project(paths, files)
+    return len(files)
+
+
+def _marked(marker: Path) -> Path:
+    return marker.with_name(marker.name.removesuffix(_MARKER))
+
+
+def _verify_run(directory: Path) -> tuple[list[str], list[str]]:
+    if not directory.is_dir():
+        raise CheckpointError(f"--load {directory}", "no such directory", "Name a run's --save")
+    checked, unchecked = [], []
+    for name in existing_checkpoints(directory):
+        has_checksums = (directory / name / CHECKSUMS_FILE).is_file()
+        (checked if has_checksums else unchecked).append(name)
+        verify_checkpoint(directory / name)
+    if not checked and not unchecked:
+        raise CheckpointError(f"--load {directory}", "holds no checkpoint", "Name a run's --save")
+    return checked, unchecked
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(VerifyOptions, verify, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""`verify`: a project or a run that was copied, before it is worked on or the original deleted."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from retro_mcore.cli import verify
+from retro_mcore.platform.checksums import checksums_of_share, write_checksums
+from tests.unit.data.projects import built_project
+
+
+@pytest.fixture
+def project(tmp_path):
+    return shutil.copytree(built_project(), tmp_path / "project")
+
+
+@pytest.fixture
+def run(tmp_path):
+    for number in (1, 2, 3):
+        checkpoint = tmp_path / "run" / f"iter_{number:07d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "__0_0.distcp").write_bytes(bytes(number))
+        if number > 1:
+            write_checksums(checkpoint, [checksums_of_share(checkpoint)])
+    return tmp_path / "run"
+
+
+def errors(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+
+
+def test_what_is_whole_is_counted(capsys, project, run):
+    result = verify.verify(verify.VerifyOptions(str(project), str(run)))
+    assert result.num_files == len(list(project.rglob("*.done")))
+    assert result.checkpoints == ["iter_0000002", "iter_0000003"]
+    assert result.without_checksums == ["iter_0000001"]
+    assert "not compared" in capsys.readouterr().out
+
+
+def test_every_file_with_a_checksum_is_compared(capsys, project, run):
+    damaged = [marker.with_suffix("") for marker in sorted(project.rglob("*.done"))]
+    for path in damaged:
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    assert verify.main(["--project-dir", str(project)]) == 2
+    told = errors(capsys)
+    assert [any(f" {path}: " in line for line in told) for path in damaged] == [True] * len(damaged)
+    (run / "iter_0000003" / "__0_0.distcp").write_bytes(b"\1\0\0")
+    assert verify.main(["--load", str(run)]) == 2
+    (line,) = errors(capsys)
+    assert str(run / "iter_0000003" / "__0_0.distcp") in line
+
+
+@pytest.mark.parametrize("flags", [[], ["--load", "nowhere"], ["--project-dir", "nowhere"]])
+def test_nothing_to_verify(capsys, flags):
+    assert verify.main(flags) == 2
+    assert len(errors(capsys)) == 1
