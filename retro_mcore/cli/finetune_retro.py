@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from retro_mcore import distributed
 from retro_mcore.cli.command import run_command
-from retro_mcore.cli.pretrain_retro import summarize
+from retro_mcore.cli.pretrain_retro import save_lock, summarize
 from retro_mcore.data.instruction_blend import parse_blend
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.platform import distributed_backend, setup_device
@@ -54,9 +54,10 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
         plan = replace(plan, contents=contents)
         result = finished_run(plan)
     if result is None:
-        with distributed.raise_together():
-            train, valid = build_instruction_datasets(plan, tokenizer)
-        result = Trainer(plan, train, valid, device).train()
+        with save_lock("finetune_retro", options.save) as alone:
+            with distributed.raise_together():
+                train, valid = build_instruction_datasets(plan, tokenizer)
+            result = Trainer(plan, train, valid, device, alone).train()
     summarize("finetune_retro", plan, result)
     return result
 

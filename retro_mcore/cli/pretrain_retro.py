@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +14,12 @@ import torch
 from retro_mcore import distributed
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.cli.dry_run import DryRun, dry_run
+from retro_mcore.data.token_file import open_token_files
 from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.lock import directory_lock
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.options import TrainingOptions
 
@@ -56,6 +60,7 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
+    from retro_mcore.datasets.passes import count_passes
     from retro_mcore.training.data_contents import contents_of_project
     from retro_mcore.training.plan import make_plan
     from retro_mcore.training.trainer import finished_run
@@ -68,10 +73,12 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
         plan = make_plan(options, project, tokenizer.vocab_size, tokenizer.used_vocab_size)
     contents = distributed.on_first_rank(lambda: contents_of_project(project, paths))
     with distributed.raise_together():
-        plan = replace(plan, contents=contents)
+        passes = count_passes(project, open_token_files(project, paths))
+        plan = replace(plan, contents=contents, passes=tuple(passes))
         result = None if options.skip_train else finished_run(plan)
     if result is None:
-        result = _run(plan, device, options.skip_train)
+        with save_lock("pretrain_retro", options.save) as alone:
+            result = _run(plan, device, options.skip_train, alone)
     summarize("pretrain_retro", plan, result)
     return result
 
@@ -90,7 +97,16 @@ def _check(options: PretrainRetroOptions, vocab_size: int) -> None:
         raise ConfigurationError("--skip-train", "given with --save", "Nothing is saved; leave it")
 
 
-def _run(plan: TrainingPlan, device: torch.device, skip_train: bool) -> TrainingResult:
+def save_lock(command: str, save: str | None) -> AbstractContextManager[bool]:
+    """Keep --save to this run, if it has one; yields whether that could be done.
+
+    Raises:
+        ProjectError: another run trains into it.
+    """
+    return nullcontext(True) if save is None else directory_lock(Path(save), command)
+
+
+def _run(plan: TrainingPlan, device: torch.device, skip_train: bool, alone: bool) -> TrainingResult:
     from retro_mcore.datasets.neighbor_noise import NeighborNoise
     from retro_mcore.datasets.retro_dataset import build_retro_datasets
     from retro_mcore.training.data import require_split
@@ -109,7 +125,7 @@ def _run(plan: TrainingPlan, device: torch.device, skip_train: bool) -> Training
     )
     with distributed.raise_together():
         train = require_split(datasets, "train", options.project_dir)
-    trainer = Trainer(plan, train, datasets.get("valid"), device)
+    trainer = Trainer(plan, train, datasets.get("valid"), device, alone)
     if not skip_train:
         return trainer.train()
     if not trainer.has_loaded:
@@ -136,6 +152,7 @@ def summarize(command: str, plan: TrainingPlan, result: TrainingResult) -> None:
         rows["validation loss"] = f"{result.valid_losses[-1][1]:.4f}"
     if result.test_loss is not None:
         rows["test loss"] = f"{result.test_loss:.4f}"
+    rows |= {f"{split} samples": text for split, text in plan.repetitions.items()}
     for name, path in (("checkpoint", result.checkpoint), ("loss curve", result.loss_curve)):
         if path is not None:
             rows[name] = path

@@ -13,11 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from retro_mcore.distributed import get_rank, raise_together
+from retro_mcore.distributed import broadcast_object, get_rank, raise_together
 from retro_mcore.errors import ProjectError
 from retro_mcore.project.atomic import TEMPORARY
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import disk_full_error, is_disk_full
+
+
+class NoLocksError(ProjectError):
+    """The file system of a directory does not lock files."""
+
 
 #: Attempts, 50 ms apart, to share the lock.
 _PATIENCE = 20
@@ -109,7 +114,7 @@ def _acquire(path: Path, stage: str, shared: bool = False) -> int:
             ) from error
         except OSError as error:
             os.close(descriptor)
-            raise ProjectError(
+            raise NoLocksError(
                 path,
                 f"this file system cannot lock ({error.strerror})",
                 "Put the project on one with flock (NFS: version 4, without local_lock)",
@@ -170,3 +175,56 @@ def _remove_leftovers(paths: ProjectPaths) -> None:
     found = [file for folder in folders for file in folder.rglob(TEMPORARY)]
     for file in [*paths.root.glob(TEMPORARY), *found]:
         file.unlink(missing_ok=True)
+
+
+@contextmanager
+def directory_lock(directory: Path, command: str) -> Iterator[bool]:
+    """Keep a directory that is no project, such as a training's --save, to one run; all ranks.
+
+    As `stage_lock`: rank 0 holds it for all, and the system releases it when that process ends,
+    though processes that it forked (readers, writers) may outlive it. Temporary files that a
+    killed run left are removed first. Where the file system cannot lock, the body runs without.
+
+    Args:
+        directory: Made if it does not exist.
+        command: For the other run's message.
+
+    Yields:
+        Whether the directory is this run's alone.
+
+    Raises:
+        ProjectError: on every rank; another run holds the directory.
+    """
+    path, descriptor = directory / ".lock", None
+    with raise_together():
+        if get_rank() == 0:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ProjectError(
+                    directory, f"cannot be made ({error.strerror})", "Name another directory"
+                ) from error
+            with suppress(NoLocksError):
+                descriptor = _acquire(path, command)
+                _kept_from_children.add(descriptor)
+                for file in directory.glob(TEMPORARY):
+                    file.unlink(missing_ok=True)
+    try:
+        yield bool(broadcast_object(descriptor is not None))
+    finally:
+        if descriptor is not None:
+            _kept_from_children.discard(descriptor)
+            _release(path, descriptor)
+
+
+#: Locks that end with this process, whatever becomes of those that it forked.
+_kept_from_children: set[int] = set()
+
+
+def _close_in_child() -> None:
+    for descriptor in _kept_from_children:
+        os.close(descriptor)
+    _kept_from_children.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

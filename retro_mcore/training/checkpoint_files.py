@@ -128,11 +128,17 @@ def complete_iterations(directory: str | Path) -> list[int]:
     return sorted(int(p.parent.name[5:]) for p in found if re.fullmatch(r"iter_\d+", p.parent.name))
 
 
-def make_temporary(directory: str | Path, iteration: int) -> Path:
-    """An empty directory to write a checkpoint into; what crashes left over is removed."""
-    for left_over in Path(directory).glob("iter_*.tmp"):
-        shutil.rmtree(left_over)
+def make_temporary(directory: str | Path, iteration: int, alone: bool = True) -> Path:
+    """An empty directory to write a checkpoint into.
+
+    Args:
+        directory: What --save names.
+        iteration: Of the checkpoint.
+        alone: Whether no other run saves there: then what crashes left over is removed.
+    """
     temporary = temporary_path(directory, iteration)
+    for left_over in Path(directory).glob("iter_*.tmp" if alone else temporary.name):
+        shutil.rmtree(left_over)
     temporary.mkdir(parents=True)
     return temporary
 

@@ -45,6 +45,7 @@ class CheckpointSaver:
         directory: What --save names.
         asynchronous: Write in a process of its own while training goes on; `finish` completes it.
         retention: Which checkpoints stay.
+        alone: Whether no other run saves there, so that what crashes left over may be removed.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class CheckpointSaver:
         directory: str | Path,
         asynchronous: bool = False,
         retention: Retention | None = None,
+        alone: bool = True,
     ) -> None:
+        self._alone = alone
         self._directory, self._retention = Path(directory), retention or Retention()
         self._asynchronous, self._queue = asynchronous, AsyncCallsQueue()
         self._pending: int | None = None
@@ -81,7 +84,7 @@ class CheckpointSaver:
         iteration = progress.iteration
         with distributed.raise_together():
             if distributed.get_rank() == 0:
-                make_temporary(self._directory, iteration)
+                make_temporary(self._directory, iteration, self._alone)
         state = state_dict(parts, is_loading=False)
         state.update(
             args=args,

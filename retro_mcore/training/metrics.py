@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """`metrics.jsonl`: records with `kind` ("train", "valid" or "spike"), `iteration` and `loss`.
+    """`metrics.jsonl`: records with `kind`, `iteration` and most often `loss`.
 
-    The loss is missing where fp16 skipped every iteration of a report.
+    Kinds are "train", "valid", "spike" and "data" (what there is to say of the samples). The loss
+    is missing where fp16 skipped every iteration of a report.
 
     Args:
         path: The file.
@@ -34,9 +37,20 @@ class MetricsFile:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        """Append a record; it is on disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+        """Append a record; it is in the file when this returns, or nothing of it.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
+        with self.path.open("ab", buffering=0) as file:
+            end, line = file.tell(), _line(record).encode()
+            try:
+                written = file.write(line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
 
 def _line(record: Record) -> str:
@@ -53,7 +67,8 @@ def read_metrics(path: Path) -> list[Record]:
             record = parse_json(line, allow_nan=True)  # a loss may be NaN
         except JsonError:
             continue
-        if isinstance(record, dict) and "iteration" in record:
+        is_record = isinstance(record, dict) and isinstance(record.get("iteration"), int)
+        if is_record and "kind" in record:
             records.append(record)
     return records
 

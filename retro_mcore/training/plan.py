@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from retro_mcore.datasets.passes import SplitPasses
 from retro_mcore.errors import CheckpointError, ConfigurationError, check_all, raise_problems
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
@@ -63,6 +64,7 @@ class TrainingPlan:
         schedule: Lengths of the schedules, in samples.
         used_vocab_size: Of the tokenizer's ids, those that can occur; see `Tokenizer`.
         contents: What the samples are made from; None where nothing is trained on.
+        passes: How often each split's documents are read.
     """
 
     options: TrainingOptions
@@ -74,6 +76,7 @@ class TrainingPlan:
     schedule: ScheduleLengths
     used_vocab_size: int
     contents: DataContents | None = field(default=None, kw_only=True)
+    passes: tuple[SplitPasses, ...] = field(default=(), kw_only=True)
 
     @property
     def global_batch_size(self) -> int:
@@ -94,6 +97,11 @@ class TrainingPlan:
     def freeze_retrieval(self) -> bool:
         """Whether encoder and cross-attention are not trained."""
         return False
+
+    @property
+    def repetitions(self) -> dict[str, str]:
+        """What is repeated in the samples, by split; nothing of splits where nothing is."""
+        return {each.name: each.warning for each in self.passes if each.warning}
 
     def configuration(self) -> dict[str, Any]:
         """Everything that a run must share with the run that it resumes, by flag name."""

@@ -114,6 +114,7 @@ class TrainingReporter:
         directory = options.save
         self._directory = Path(directory) if directory is not None and self._active else None
         self._metrics: MetricsFile | None = None
+        self._lost = 0
         if self._directory is not None:
             self._metrics = MetricsFile(self._directory / METRICS_FILE, iteration)
         self._sinks: list[Sink] = open_sinks(plan, iteration) if self._active else []
@@ -142,7 +143,12 @@ class TrainingReporter:
     ) -> None:
         self._bar.close()
         for sink in self._sinks:
-            sink.close(failed=error is not None)
+            try:
+                sink.close(failed=error is not None)
+            except OSError as failure:
+                self._say(f"{type(sink).__name__} was not closed ({failure})")
+        if self._lost:
+            self._say(f"{METRICS_FILE} lacks {self._lost} records that could not be written")
 
     def step(self, step: StepReport) -> None:
         """Report an iteration."""
@@ -199,6 +205,12 @@ class TrainingReporter:
             }
         )
 
+    def samples(self, iteration: int) -> None:
+        """Record how often each split's documents are read."""
+        for split in self._plan.passes:
+            where = {"kind": "data", "iteration": iteration, "split": split.name}
+            self._write({**where, **split.report})
+
     def message(self, text: str) -> None:
         """Show a line."""
         self._say(text)
@@ -208,7 +220,11 @@ class TrainingReporter:
         if self._directory is None:
             return None
         records = read_metrics(self._directory / METRICS_FILE)
-        return draw_loss_curve(records, self._directory / LOSS_CURVE_FILE)
+        try:
+            return draw_loss_curve(records, self._directory / LOSS_CURVE_FILE)
+        except OSError as error:
+            self._say(f"the loss curve could not be written ({error})")
+            return None
 
     def _log(self, step: StepReport) -> None:
         interval, self._interval = self._interval, _Interval()
@@ -262,14 +278,25 @@ class TrainingReporter:
             self._bar.write(text)
 
     def _write(self, record: Record) -> None:
-        if self._metrics is not None:
+        """Into metrics.jsonl. A full disk loses metrics; the checkpoints say when it stops us."""
+        if self._metrics is None:
+            return
+        try:
             self._metrics.write(record)
+        except OSError as error:
+            if not self._lost:
+                self._say(f"{self._metrics.path} cannot be written ({error.strerror}): going on")
+            self._lost += 1
 
     def _to_sinks(self, record: Record, step: StepReport | None = None) -> None:
         if step is not None:
             record = {"kind": "speed", "iteration": step.iteration, **record}
-        for sink in self._sinks:
-            sink.write(record)
+        for sink in list(self._sinks):
+            try:
+                sink.write(record)
+            except OSError as error:
+                self._say(f"{type(sink).__name__} cannot be written ({error}): going on without")
+                self._sinks.remove(sink)
 
 
 _SPEED = (

@@ -77,6 +77,7 @@ class Trainer:
         valid_samples: The validation split, or None for no validation. The same first
             eval_iters batches are used each time (docs/decisions/0011-training-entry-point.md).
         device: Of this process.
+        alone: Whether no other run saves into --save; what runs before left there is removed.
 
     Raises:
         ConfigurationError: flags, project and number of processes do not fit together.
@@ -89,6 +90,7 @@ class Trainer:
         train_samples: Samples,
         valid_samples: Samples | None,
         device: torch.device,
+        alone: bool = True,
     ) -> None:
         options = plan.options
         initialize_parallel(
@@ -112,7 +114,7 @@ class Trainer:
             if get_rank() == 0:
                 plan.save_options()
         self._decoder = load_decoder(models, plan) if checkpoint is None else None
-        self.plan, self._device = plan, device
+        self.plan, self._device, self._alone = plan, device, alone
         self._train_samples, self._valid_samples = train_samples, valid_samples
         self._parts = _training_parts(models, plan)
         self._progress = TrainingProgress()
@@ -122,6 +124,7 @@ class Trainer:
             options.save or "",
             options.async_save,
             Retention(options.keep_last_n, options.save_retain_interval),
+            alone,
         )
         self._result = TrainingResult(0, 0, checkpoint=checkpoint)
         self._has_other_neighbors = _has_other_neighbors(saved, plan)
@@ -145,8 +148,13 @@ class Trainer:
                 reporter.message(f"loaded {result.checkpoint}, at iteration {progress.iteration}")
             if self._has_other_neighbors:
                 reporter.message("the samples have other neighbors than before: from now on, these")
+            for split, text in self.plan.repetitions.items():
+                reporter.message(f"{split} samples: {text}")
+            if not self._alone:
+                reporter.message("--save cannot be locked here: see that no other run uses it")
             if self._decoder is not None:
                 reporter.message(str(self._decoder))
+            reporter.samples(self._progress.iteration)
             self._loop(stop, reporter)
             self._report_saved(self._saver.finish(), reporter)
             if result.stopped_by is None:  # else every second counts
@@ -320,7 +328,9 @@ class Trainer:
 
     def _reporter(self) -> TrainingReporter:
         config = self._parts.chunks[0].config
-        return TrainingReporter(self.plan, config, self._progress.iteration, self._device)
+        with raise_together():
+            return TrainingReporter(self.plan, config, self._progress.iteration, self._device)
+        raise AssertionError("unreachable: raise_together does not swallow errors")
 
 
 def _has_other_neighbors(saved: Mapping[str, Any], plan: TrainingPlan) -> bool:

@@ -15,7 +15,7 @@ from retro_mcore.data.shards import cut, run_shards
 from retro_mcore.errors import ProjectError
 from retro_mcore.project import ProjectPaths
 from retro_mcore.project.atomic import atomic_write, write_json
-from retro_mcore.project.lock import stage_lock
+from retro_mcore.project.lock import directory_lock, stage_lock
 from retro_mcore.project.markers import signed_write
 from retro_mcore.project.space import free_bytes, require_space, show_bytes
 
@@ -26,7 +26,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from retro_mcore.cli.command import run_command
 from retro_mcore.project import ProjectPaths
-from retro_mcore.project.lock import stage_lock
+from retro_mcore.project.lock import directory_lock, stage_lock
 from retro_mcore.project.markers import signed_write
 from dataclasses import dataclass
 
@@ -201,3 +201,52 @@ def test_a_temporary_file_that_is_a_link_overwrites_nothing(tmp_path):
     write_json(path, {"a": 1})
     assert victim.read_text() == "precious"
     assert not path.is_symlink()
+
+
+FORKING_HOLDER = """
+import os, sys, time
+from pathlib import Path
+from retro_mcore.project.lock import directory_lock
+with directory_lock(Path(sys.argv[1]), "pretrain_retro") as alone:
+    if os.fork() == 0:  # as a process that reads samples, or writes a checkpoint
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(60)
+"""
+
+
+def test_a_directory_is_kept_to_one_run_until_it_is_killed(tmp_path):
+    """Two trainings into one --save: the later deleted what the earlier was writing."""
+    (tmp_path / ".config.yaml.host.7.tmp").touch()  # of a run that was killed
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKING_HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    child = int(process.stdout.readline())
+    try:
+        assert files(tmp_path) == [".lock"]
+        name = f"pretrain_retro, process {process.pid} on {socket.gethostname()}"
+        with pytest.raises(ProjectError, match=name), directory_lock(tmp_path, "finetune_retro"):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with directory_lock(tmp_path, "finetune_retro") as alone:  # though the child still runs
+            assert alone
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert files(tmp_path) == []
+
+
+def test_where_files_cannot_be_locked_a_directory_is_used_without(tmp_path, monkeypatch):
+    def unsupported(descriptor, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("retro_mcore.project.lock.fcntl.flock", unsupported)
+    with directory_lock(tmp_path, "pretrain_retro") as alone:
+        assert not alone
+
+
+def test_a_file_in_the_place_of_the_directory_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ProjectError, match="file: cannot be made"):
+        directory_lock(tmp_path / "file", "pretrain_retro").__enter__()

@@ -358,3 +358,10 @@ def test_an_object_that_would_run_code_is_refused(saved, copy, tmp_path):
     assert not bomb.exists()
     torch.load(io.BytesIO(data), weights_only=False)
     assert bomb.exists()  # unguarded it would have run
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"", "²".encode(), b"9" * 6000, b"-1", b"release"])
+def test_a_tracker_file_that_names_no_iteration_is_told(tmp_path, text):
+    (tmp_path / TRACKER).write_bytes(text)
+    with pytest.raises(CheckpointError, match="not an iteration"):
+        train(load=str(tmp_path))

@@ -16,7 +16,8 @@ import pytest
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.datasets.indexed import write_indexed_dataset
-from retro_mcore.errors import RetroError
+from retro_mcore.errors import ProjectError, RetroError
+from retro_mcore.project.lock import directory_lock
 from retro_mcore.training.data_contents import DataContents, DatasetContents, quick_digest
 from tests.unit.data.projects import blended_project
 
@@ -135,3 +136,35 @@ def test_a_digest_sees_size_and_bytes_wherever_they_differ(tmp_path):
         file.write_bytes(data)
         digests.add(quick_digest(file))
     assert len(digests) == 6
+
+
+def test_a_second_training_into_one_save_is_refused_and_deletes_nothing(begun, tmp_path):
+    save = shutil.copytree(begun, tmp_path / "save")
+    half = save / "iter_0000006.tmp"
+    half.mkdir()
+    with directory_lock(save, "pretrain_retro"):
+        with pytest.raises(ProjectError, match="another run works on it: pretrain_retro"):
+            train(blended_project(), save, load=str(save))
+        assert half.is_dir()
+    train(blended_project(), save, load=str(save))
+    assert not half.exists()
+
+
+def test_a_split_that_repeats_its_documents_is_told(tmp_path, capsys, begun):
+    """Two held-out documents gave a loss that looked like any other."""
+    project = shutil.copytree(blended_project(), tmp_path / "project")
+    configure(project, retro_gpt_eval_iters=200)
+    for name in ("valid", "test"):
+        shutil.rmtree(next((project / "query").glob(f"{name}_*")))
+    (project / "stages" / "query_neighbors.json").unlink()
+    configure(project, retro_neighbor_dirs={})
+    shutil.rmtree(project / "query")
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+    capsys.readouterr()
+    train(project, tmp_path / "save", train_iters=1, skip_train=False, no_retrieval=True)
+    told = capsys.readouterr()
+    assert told.out.count("valid samples") == 2  # at the start, and in the summary
+    lines = (tmp_path / "save" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    passes = {r["split"]: r["passes_per_evaluation"] for r in records if r["kind"] == "data"}
+    assert passes["valid"] > 1

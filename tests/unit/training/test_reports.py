@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import signal
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from retro_mcore.errors import MissingDependencyError
+from retro_mcore.training.metrics import MetricsFile, read_metrics
 from tests.unit.training.small import NO_DROPOUT, SEQUENCE_LENGTH, small_trainer, train
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -95,3 +98,50 @@ def test_a_missing_library_is_named_before_training(library, flags, message, mon
     monkeypatch.setitem(sys.modules, library, None)  # what import finds of a missing one
     with pytest.raises(MissingDependencyError, match=message):
         train(**flags)
+
+
+class _FullDisk:
+    """Writes fail in the middle, for a while."""
+
+    def __init__(self, monkeypatch, failing):
+        self.failing, self.write = failing, MetricsFile.write
+        monkeypatch.setattr(MetricsFile, "write", lambda file, record: self(file, record))
+
+    def __call__(self, file, record):
+        if record["iteration"] in self.failing:
+            raise OSError(28, "No space left on device")
+        self.write(file, record)
+
+
+def test_a_full_disk_costs_metrics_and_not_the_run(tmp_path, monkeypatch, capsys):
+    _FullDisk(monkeypatch, {2, 3})
+    result = train(save=str(tmp_path), log_interval=1)
+    assert result.iteration == 6
+    out = capsys.readouterr().out
+    assert out.count("cannot be written (No space left on device)") == 1
+    assert "lacks 3 records" in out  # iterations 2 and 3, and the validation after it
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["iteration"] for r in records if r["kind"] == "train"] == [1, 4, 5, 6]
+
+
+def test_a_line_that_did_not_fit_leaves_nothing_behind(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write({"kind": "train", "iteration": 1, "loss": 1.0})
+    before = file.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.write({"kind": "train", "iteration": 2, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert file.path.read_bytes() == before
+
+
+def test_what_is_no_record_in_metrics_is_left_out(tmp_path):
+    record = {"kind": "train", "iteration": 1, "loss": 2.0}
+    odd = [b"\xff\xfe", b"[1]", b'{"iteration": "x", "kind": "train"}', b'{"iteration": 3}', b"{"]
+    (tmp_path / "m").write_bytes(b"\n".join([*odd, json.dumps(record).encode()]))
+    assert read_metrics(tmp_path / "m") == [record]
