@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,9 +43,8 @@ class MetricsFile:
         with self.path.open("ab", buffering=0) as file:
             end, line = file.tell(), _line(record).encode()
             try:
-                written = file.write(line)
-                if written != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                while line:  # a full disk takes a part first
+                    line = line[file.write(line) :]
             except OSError:
                 file.truncate(end)
                 raise

@@ -151,10 +151,11 @@ class TrainingPlan:
             SeveralErrors: more than one file or weight differs.
         """
         agreeing = self._must_agree()
+        differences: list[CheckpointError] = []
         contents = saved.get("data_contents")
         if contents is not None and self.contents is not None and "data_path" in agreeing:
             del agreeing["data_path"]  # the files decide, wherever they lie
-            raise_problems(list(self.contents.differences(contents, checkpoint)))
+            differences = list(self.contents.differences(contents, checkpoint))
         # A checkpoint written before an option existed has its default.
         defaults = {field.name: field.default for field in fields(TrainingOptions)}
         for name, mine in agreeing.items():
@@ -165,6 +166,7 @@ class TrainingPlan:
                 f"was trained with {name} {saved.get(name)}, and now it is {mine}",
                 f"Give --{name.replace('_', '-')} as it was, or choose another --load and --save",
             )
+        raise_problems(differences)
 
     def _must_agree(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run, by what is taken from it."""
