@@ -104,3 +104,16 @@ def test_two_ranks_write_the_predictions_of_one(one_and_two):
         assert rank["answers"] == one[2]
         assert rank["tensor parallel answers"] == one[2]
         assert rank["pipeline parallel answers"] == one[2]
+
+
+def on_tensor_parallel_ranks(project, checkpoints, folder):
+    return evaluate(project, checkpoints, folder, tensor_model_parallel_size=2)
+
+
+def test_a_rank_that_holds_padding_alone_changes_no_number(tmp_path):
+    """A small vocabulary padded for many ranks: the last of them have no token at all."""
+    checkpoints = small_checkpoint(make_vocab_size_divisible_by=2048)
+    where = (str(built_project()), checkpoints, str(tmp_path))
+    one = evaluate(*where)
+    for rank in run_ranks(2, on_tensor_parallel_ranks, *where):
+        assert rank[0] == pytest.approx(one[0], rel=1e-6)

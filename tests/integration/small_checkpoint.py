@@ -11,7 +11,7 @@ from tests.unit.data.projects import built_project
 
 
 @cache
-def small_checkpoint() -> str:
+def small_checkpoint(make_vocab_size_divisible_by: int = 128) -> str:
     """The directory of its checkpoint; do not change it."""
     from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
 
@@ -28,6 +28,7 @@ def small_checkpoint() -> str:
             retro_encoder_num_layers=1,
             position_embedding_type="rope",
             init_method_std=0.2,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             micro_batch_size=2,
             lr=1e-3,
             num_workers=0,

@@ -144,6 +144,62 @@ def test_impossible_options_are_refused_by_name(options, changes, message):
         evaluate_perplexity(options(**changes))
 
 
+@pytest.mark.parametrize("protocol", ["samples", "documents"])
+@pytest.mark.parametrize("split", ["test", "both"])
+def test_a_split_without_documents_is_refused_by_name(options, tmp_path, protocol, split):
+    config = json.loads((built_project() / "config.json").read_text())
+    config["retro_gpt_split"] = "90,10,0"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=f"--split {split}: .* gives test no documents"):
+        evaluate_perplexity(options(project_dir=str(tmp_path), split=split, protocol=protocol))
+
+
+def test_how_often_text_is_read_is_counted_and_said(documents_result, capsys):
+    """Who tries a handful of documents reads each of them many times."""
+    from dataclasses import replace
+
+    from retro_mcore.cli.perplexity_tables import print_tables
+
+    folder, result = documents_result
+    written = json.loads((folder / "perplexity.json").read_text())
+    for row in written:
+        assert 1 <= row["num_documents"] <= 4
+        assert row["num_distinct_tokens"] <= row["num_tokens"]
+        assert row["repeats"] == row["num_tokens"] / row["num_distinct_tokens"]
+    measured = result.perplexities[0]
+    print_tables([replace(measured, num_tokens=2800, num_distinct_tokens=200)] * 2, [], {})
+    output = capsys.readouterr().out
+    assert output.count("each token read 14.0 times on average") == 1
+    print_tables([replace(measured, num_tokens=200, num_distinct_tokens=200)], [], {})
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_what_is_left_out_of_documents_is_counted(documents_result):
+    for row in documents_result[1].bits_per_byte:
+        assert row.num_tokens_not_predicted == row.num_documents
+        assert row.num_documents_too_short == 0
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 800.0])
+def test_a_loss_that_is_no_number_is_null_in_the_results(tmp_path, loss):
+    """A diverged model ends neither in a traceback nor in JSON that nobody can read."""
+    from retro_mcore.evaluation.results import perplexity_of, write_results
+
+    value = {"loss": loss, "rows": [(perplexity_of(loss), 1)]}
+    write_results(tmp_path / "results.json", value)
+    read = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert read == {"loss": 800.0 if loss == 800.0 else None, "rows": [[None, 1]]}
+
+
+@pytest.mark.parametrize("place", ["file/results.json", "folder"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(options, tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigurationError, match="--output"):
+        evaluate_perplexity(options(output=str(tmp_path / place)))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_the_tables_show_what_was_measured(options, tmp_path, capsys):
     flags = ["--project-dir", str(built_project()), "--load", small_checkpoint()]
     flags += ["--protocol", "documents", "--leakage", "--leakage-alphas", "0.5", "1"]
