@@ -1,22 +1,27 @@
 """Retro inside Megatron-LM's own trainer: what its `pretrain()` is given.
 
-    # pretrain_retro.py, in a checkout of Megatron-LM with retro-mcore installed
+    # pretrain_retro.py, where `megatron.training` can be imported: megatron-core's wheels from 0.17
+    # on hold it, of earlier releases only a checkout of Megatron-LM does
     from retro_mcore.training.providers import main
-    main()
+
+    if __name__ == "__main__":
+        main()
 
 or, where you call `pretrain()` yourself, `model_provider`, `train_valid_test_datasets_provider`,
 `forward_step` and `extra_args_provider` of this module. Retro's flags keep the names that they had
-there; those of the project (sequence length, batch size, ...) default to its config.json.
+there; those of the project (sequence length, batch size, size of the vocabulary, ...) default to
+its config.json. `provider_flags` says which of Megatron-LM's own flags are honoured, and refuses
+others.
 
-Signatures are those of Megatron-LM 0.15 to 0.19. `pretrain()` takes the functions first up to
+Signatures are those of Megatron-LM 0.16 to 0.19. `pretrain()` takes the functions first up to
 0.17, a container of configurations first from 0.18 on, and the model provider by name from 0.19
 on; `main` tells them apart.
 
-Not covered, and refused: pipeline parallelism (Megatron-LM's schedules are not told the shape of
-what crosses stages; use tools/pretrain_retro.py), context parallelism, and
---reset-position-ids, --reset-attention-mask and --eod-mask-loss (samples are packed without
-masking, as their neighbors were queried). Not covered: Megatron-LM's fault injection and rerun
-machine, and its FLOPs estimate, which counts a GPT.
+Not covered, and refused: pipeline parallelism of Retro (Megatron-LM's schedules are not told the
+shape of what crosses stages; use tools/pretrain_retro.py), context parallelism, other kinds of
+layers (experts, latent attention, further predictions, ...), and data other than the project's.
+Not covered: Megatron-LM's fault injection and rerun machine, and its FLOPs estimate, which counts
+a GPT.
 """
 
 from __future__ import annotations
@@ -24,35 +29,31 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from retro_mcore.datasets.neighbor_noise import NeighborNoise
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
-from retro_mcore.project.config import SPLITS, ProjectConfig
-from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.platform.compatibility import results_through_a_file
+from retro_mcore.project.config import SPLITS
 from retro_mcore.training.batch import RetroBatch, position_ids
 from retro_mcore.training.loss import NonFiniteLossError, masked_loss
-
-# Megatron-LM's arguments that the project fixes, and its keys.
-_FIXED = {
-    "seq_length": "retro_gpt_seq_length",
-    "global_batch_size": "retro_gpt_global_batch_size",
-    "seed": "retro_gpt_seed",
-    "eval_interval": "retro_gpt_eval_interval",
-    "eval_iters": "retro_gpt_eval_iters",
-    "retro_chunk_length": "retro_gpt_chunk_length",
-    "tokenizer_type": "retro_gpt_tokenizer_type",
-}
-_REFUSED = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+from retro_mcore.training.provider_flags import (
+    add_flags,
+    check_arguments,
+    project_arguments,
+    remember_given,
+    size_vocabulary,
+)
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -61,50 +62,14 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     With --retro-project-dir on the command line, what the project fixes becomes the default of
     Megatron-LM's own flags.
     """
-    group = parser.add_argument_group("retro")
-    group.add_argument("--retro-project-dir", required=True, help="Project directory.")
-    group.add_argument("--retro-add-retriever", action="store_true",
-                       help="Retro; without it, the same GPT on the same samples.")  # fmt: skip
-    for flag, kind, default, text in _FLAGS:
-        group.add_argument(flag, type=kind, default=default, help=text)
-    group.add_argument("--retro-encoder-layers", dest="retro_encoder_num_layers", type=int,
-                       default=2, help="Layers of the neighbor encoder.")  # fmt: skip
-    group.add_argument("--retro-decoder-layers", type=int, nargs="+", default=None,
-                       help="Decoder layers with cross-attention, from 1.")  # fmt: skip
+    add_flags(parser)
+    remember_given(parser)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--retro-project-dir")
     directory = peek.parse_known_args()[0].retro_project_dir
     if directory is not None:
         parser.set_defaults(**project_arguments(directory))
     return parser
-
-
-_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
-    ("--retro-chunk-length", int, None, "Tokens per chunk. Fixed by the project."),
-    ("--retro-num-neighbors", int, 2, "Neighbors per chunk."),
-    ("--retro-num-retrieved-chunks", int, 2, "Chunks per neighbor."),
-    ("--retro-encoder-hidden-dropout", float, 0.1, "Dropout of the encoder's hidden states."),
-    ("--retro-encoder-attention-dropout", float, 0.1, "Dropout of the encoder's attention."),
-    ("--retro-attention-gate", float, 1.0, "Scale of the cross-attention's output."),
-    ("--retro-origin", str, None, "Compute as mcore-0.15, mcore-0.5 or legacy did."),
-)
-
-
-def project_arguments(directory: str | Path) -> dict[str, Any]:
-    """What a project fixes, under the names of Megatron-LM's arguments.
-
-    Raises:
-        ProjectError: it is no project directory.
-    """
-    project, paths = ProjectConfig.load(directory), ProjectPaths(directory)
-    fixed = {name: getattr(project, key) for name, key in _FIXED.items()}
-    files = {
-        "tokenizer_model": project.retro_gpt_tokenizer_model,
-        "vocab_file": project.retro_gpt_vocab_file,
-        "merge_file": project.retro_gpt_merge_file,
-    }
-    found = {name: str(paths.root / file) for name, file in files.items() if file is not None}
-    return {**fixed, **found, "max_position_embeddings": project.retro_gpt_seq_length}
 
 
 def model_provider(
@@ -131,7 +96,8 @@ def model_provider(
         ConfigurationError: naming the argument that cannot work.
     """
     args = _megatron().get_args()
-    _check(args)
+    check_arguments(args)
+    size_vocabulary(args)
     retrieves = args.retro_add_retriever
     if config is None or (retrieves and not isinstance(config, RetroConfig)):
         config = _config(args)
@@ -153,6 +119,8 @@ def model_provider(
         "rotary_percent": args.rotary_percent,
         "rotary_base": args.rotary_base,
         "rope_scaling": getattr(args, "use_rope_scaling", False),
+        "rope_scaling_factor": getattr(args, "rope_scaling_factor", 8.0),
+        "seq_len_interpolation_factor": getattr(args, "rotary_seq_len_interpolation_factor", None),
         "vp_stage": vp_stage,
         "pg_collection": pg_collection,
     }
@@ -164,15 +132,26 @@ def _config(args: argparse.Namespace) -> Any:
 
     if not args.retro_add_retriever:
         return core_transformer_config_from_args(args)
-    if args.retro_origin is None:
-        return core_transformer_config_from_args(args, RetroConfig)
     # Megatron-LM takes the arguments that are called as fields of the configuration.
+    for name, value in _retro_fields(args).items():
+        setattr(args, name, value)
+    return core_transformer_config_from_args(args, RetroConfig)
+
+
+def _retro_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the configuration that no argument gives a value: the origin's, or the defaults."""
+    defaults = {
+        field.name: field.default
+        for field in fields(RetroConfig)
+        if field.name.startswith("retro_") and getattr(args, field.name, 0) is None
+    }
+    if args.retro_origin is None:
+        return defaults
     sizes: dict[str, int] = {"num_layers": 6, "hidden_size": 8, "num_attention_heads": 1}
     origin = RetroConfig.from_upstream(args.retro_origin, **sizes)
-    for name in _ORIGIN_FIELDS:
-        setattr(args, name, getattr(origin, name))
-    args.retro_encoder_cross_attention_dropout = args.attention_dropout
-    return core_transformer_config_from_args(args, RetroConfig)
+    if args.retro_encoder_cross_attention_dropout is None:
+        defaults["retro_encoder_cross_attention_dropout"] = args.attention_dropout
+    return {**defaults, **{name: getattr(origin, name) for name in _ORIGIN_FIELDS}}
 
 
 _ORIGIN_FIELDS = (
@@ -182,28 +161,6 @@ _ORIGIN_FIELDS = (
     "retro_encoder_residual",
     "retro_final_layernorm",
 )
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what is not covered, and what contradicts the project."""
-    if getattr(args, "pipeline_model_parallel_size", 1) > 1 and args.retro_add_retriever:
-        raise ConfigurationError(
-            "--pipeline-model-parallel-size",
-            f"{args.pipeline_model_parallel_size} in Megatron-LM's trainer",
-            "Use tensor parallelism, or tools/pretrain_retro.py, which runs Retro in pipelines",
-        )
-    for name in _REFUSED:
-        if getattr(args, name, False):
-            flag = "--" + name.replace("_", "-")
-            raise ConfigurationError(flag, "given", "Retro's samples are packed: leave it out")
-    project = ProjectConfig.load(args.retro_project_dir)
-    for name, key in _FIXED.items():
-        given, fixed = getattr(args, name, None), getattr(project, key)
-        if given is not None and given != fixed:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigurationError(
-                flag, f"{given}, and the project was built with {fixed}", "Leave it out"
-            )
 
 
 def train_valid_test_datasets_provider(
@@ -220,9 +177,16 @@ def train_valid_test_datasets_provider(
         ProjectError: a stage of the project is missing.
     """
     args = _megatron().get_args()
-    _check(args)
+    check_arguments(args)
+    noise = NeighborNoise(
+        seed=args.seed,
+        drop_chunks=args.retro_drop_chunks,
+        drop_neighbors=args.retro_drop_neighbors,
+        replace_neighbors=args.retro_replace_neighbors,
+        replace_tokens=args.retro_replace_tokens,
+    )
     datasets = build_retro_datasets(
-        args.retro_project_dir, args.retro_num_neighbors, args.retro_num_retrieved_chunks
+        args.retro_project_dir, args.retro_num_neighbors, args.retro_num_retrieved_chunks, noise
     )
     flags = ("--train-iters or --train-samples", "--eval-iters", "--eval-iters")
     for split, wanted, flag in zip(SPLITS, train_val_test_num_samples, flags, strict=True):
@@ -299,7 +263,11 @@ def _megatron() -> Any:
 
 
 def main() -> None:
-    """Call the `pretrain()` of the Megatron-LM that is installed, whatever its signature."""
+    """Call the `pretrain()` of the Megatron-LM that is installed, whatever its signature.
+
+    Raises:
+        RetroError: a flag, the project or the installation is at fault.
+    """
     from megatron.core.enums import ModelType
 
     pretrain = _megatron().pretrain
@@ -309,14 +277,17 @@ def main() -> None:
         "model_type": ModelType.encoder_or_decoder,
         "forward_step_func": forward_step,
     }
-    if "cfg_container" not in inspect.signature(pretrain).parameters:
-        pretrain(**named, extra_args_provider=extra_args_provider)
-        return
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+    # Saving does not run the script again, so it needs no `__main__` guard.
+    with results_through_a_file():
+        if "cfg_container" not in inspect.signature(pretrain).parameters:
+            pretrain(**named, extra_args_provider=extra_args_provider)
+            return
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        from megatron.training.arguments import parse_and_validate_args
 
-    args = parse_and_validate_args(extra_args_provider=extra_args_provider)
-    pretrain(pretrain_cfg_container_from_args(args), **named)
+        args = parse_and_validate_args(extra_args_provider=extra_args_provider)
+        check_arguments(args)  # before anything of the model is built
+        pretrain(pretrain_cfg_container_from_args(args), **named)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,9 @@ class MegatronLM:
             parser.add_argument(f"--{size}", type=int, required=True)
         for name in FIXED_BY_DATA:
             parser.add_argument(f"--{name}", type=int, default=None)
-        for name in ("tokenizer-type", "tokenizer-model", "vocab-file", "merge-file"):
+        for name in ("tokenizer-type", "tokenizer-model", "vocab-file", "merge-file", "split"):
             parser.add_argument(f"--{name}", default=None)
+        parser.add_argument("--vocab-size", type=int, default=None)
         parser.add_argument("--spec", nargs="*", default=None)
         parser.set_defaults(**{k: v for k, v in self.defaults.items() if k != "spec"})
         parser = extra_args_provider(parser)

@@ -1,0 +1,282 @@
+"""Retro's flags in Megatron-LM's parser, and which of Megatron-LM's own they go with.
+
+A flag of Megatron-LM that would change the model or its data is honoured or refused by name. What
+is not known to be honoured is refused: a release may have flags that nobody here has read about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.training.megatron_flags import flag_of
+from retro_mcore.training.model_sizes import padded_vocab_size
+from retro_mcore.training.noise_options import NeighborNoiseOptions
+from retro_mcore.training.options import ModelOptions
+
+#: Megatron-LM's arguments that the project fixes, and its keys.
+FIXED = {
+    "seq_length": "retro_gpt_seq_length",
+    "global_batch_size": "retro_gpt_global_batch_size",
+    "seed": "retro_gpt_seed",
+    "eval_interval": "retro_gpt_eval_interval",
+    "eval_iters": "retro_gpt_eval_iters",
+    "retro_chunk_length": "retro_gpt_chunk_length",
+    "split": "retro_gpt_split",
+}
+#: Needs no files: of a tokenizer, Megatron-LM's trainer needs the size of the vocabulary alone.
+_TOKENIZER = "NullTokenizer"
+
+_OFF = (None, False, 0)
+_OTHER_MODEL = "Leave it out: Retro's layers and its GPT's do not have it"
+_OTHER_DATA = "Leave it out: the project's samples are read, as their neighbors were searched"
+_ELSEWHERE = "Leave it out, or use tools/pretrain_retro.py"
+
+#: Arguments that are refused, with the values that ask for nothing, and what to do.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(
+        (
+            *("num_experts", "multi_latent_attention", "mtp_num_layers", "use_mup"),
+            *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+            *("hybrid_layer_pattern", "hybrid_override_pattern", "is_hybrid_model"),
+            *("experimental_attention_variant", "linear_attention_freq", "linear_attention_type"),
+            *("window_size", "window_attn_skip_freq", "qk_l2_norm", "qk_clip", "no_rope_freq"),
+            *("attention_output_gate", "mrope_section", "glu_linear_offset", "openai_gelu"),
+            *("activation_func_clamp_value", "apply_residual_connection_post_layernorm"),
+            *("fp4", "use_kitchen_attention", "kitchen_config_file", "kitchen_recipe_number"),
+            *("enable_hyper_connections", "te_precision_config_file"),
+        ),
+        (_OFF, _OTHER_MODEL),
+    ),
+    "softmax_type": ((None, "vanilla"), _OTHER_MODEL),
+    "position_embedding_type": ((None, "learned_absolute", "rope"), "Use one of these"),
+    "rope_type": ((None, "rope"), _OTHER_MODEL),
+    "transformer_impl": ((None, "local", "transformer_engine"), "Use one of these"),
+    "context_parallel_size": ((None, 1), "Use tensor parallelism: nothing here divides samples"),
+    "expert_model_parallel_size": ((None, 1), _OTHER_MODEL),
+    "expert_tensor_parallel_size": (None, _OTHER_MODEL),  # filled in by Megatron-LM
+    **dict.fromkeys(
+        (
+            *("data_path", "train_data_path", "valid_data_path", "test_data_path", "fim_data"),
+            *("data_args_path", "per_split_data_args_path", "mock_data", "sft"),
+            *("multiple_validation_sets", "phase_transition_iterations"),
+            *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+            *("dataloader_inter_document_masking", "perform_rl_step"),
+        ),
+        (_OFF, _OTHER_DATA),
+    ),
+    "full_validation": (_OFF, "Leave it out: Megatron-LM itself fails with these datasets"),
+    "yaml_cfg": (_OFF, "Give flags: the file would overrule Retro's"),
+    # Learning rates of its own for each parameter, which Megatron-LM's optimizer does not give.
+    "retro_mup_base_hidden_size": (_OFF, _ELSEWHERE),
+    "retro_mup_base_kv_channels": (_OFF, _ELSEWHERE),
+}
+
+#: Fields of Megatron's configurations that Retro's layers honour, or that change no number.
+_HONOURED = {
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
+    *("kv_channels", "hidden_dropout", "attention_dropout", "layernorm_epsilon", "normalization"),
+    *("layernorm_zero_centered_gamma", "add_bias_linear", "add_qkv_bias", "rotary_interleaved"),
+    *("qk_layernorm", "init_method_std", "embedding_init_method_std", "perform_initialization"),
+    *("use_cpu_initialization", "init_model_with_meta_device", "fp16", "bf16"),
+    *("deterministic_mode", "tensor_model_parallel_size", "sequence_parallel"),
+    *("fp32_residual_connection", "calculate_per_token_loss", "apply_query_key_layer_scaling"),
+    *("attention_softmax_in_fp32", "disable_bf16_reduced_precision_matmul"),
+    *("masked_softmax_fusion", "bias_dropout_fusion", "apply_rope_fusion", "persist_layer_norm"),
+    *("gradient_accumulation_fusion", "distribute_saved_activations", "attention_backend"),
+    *("barrier_with_L1_time", "config_logger_dir", "test_mode", "transformer_impl"),
+    *("use_te_activation_func", "use_te_rng_tracker", "use_transformer_engine_op_fuser"),
+    *("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "use_ring_exchange_p2p"),
+    *("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+    *("log_max_attention_logit", "batch_invariant_mode", "cp_comm_type", "flash_decode"),
+}
+#: Families of such fields.
+_HONOURED_FAMILIES = (
+    *("tp_comm_", "pipeline_model_parallel_", "overlap_p2p_", "microbatch_group_size_"),
+    *("account_for_", "cross_entropy_", "recompute_", "fp8", "cpu_offloading", "cuda_graph"),
+    *("enable_cuda_graph", "external_cuda_graph", "inference_", "fine_grained_", "offload_"),
+    *("nccl_", "symmetric_ar_", "flash_attention_", "activation_offload_", "retro_"),
+)
+
+#: What was given on the command line: flag and default, by the argument's name.
+_given: dict[str, tuple[str, Any]] = {}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add Retro's flags: every option of our model and of noise on neighbors whose name says so."""
+    group = parser.add_argument_group("retro")
+    group.add_argument("--retro-project-dir", required=True, help="Project directory.")
+    group.add_argument("--retro-add-retriever", action="store_true",
+                       help="Retro; without it, the same GPT on the same samples.")  # fmt: skip
+    group.add_argument("--retro-chunk-length", type=int, default=None,
+                       help="Tokens per chunk. Fixed by the project.")  # fmt: skip
+    for options in (ModelOptions, NeighborNoiseOptions):
+        for field, keywords in _flags_of(options):
+            flags = [flag_of(field)]
+            if field == "retro_encoder_num_layers":  # its name there
+                flags.insert(0, "--retro-encoder-layers")
+            group.add_argument(*flags, dest=field, **keywords)
+
+
+def _flags_of(options: type) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Retro's fields of a dataclass, with the keywords of argparse's `add_argument`."""
+    kinds, texts = typing.get_type_hints(options), _docstrings(options)
+    for field in dataclasses.fields(options):
+        if field.name.startswith("retro_"):
+            keywords = _keywords(kinds[field.name])
+            text = texts.get(field.name, "").replace("%", "%%")
+            yield field.name, {**keywords, "default": field.default, "help": text}
+
+
+def _keywords(kind: Any) -> dict[str, Any]:
+    if isinstance(kind, UnionType) or typing.get_origin(kind) is typing.Union:
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    if kind is bool:
+        return {"action": "store_true"}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is list:
+        return {"nargs": "+", "type": typing.get_args(kind)[0]}
+    return {"type": kind}
+
+
+def _docstrings(options: type) -> dict[str, str]:
+    """The text below each field."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in zip(node.body, node.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def remember_given(parser: argparse.ArgumentParser) -> None:
+    """Keep which of the parser's flags the command line gives, for `check_arguments`."""
+    words = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    _given.clear()
+    for action in parser._actions:
+        for flag in words.intersection(action.option_strings):
+            _given[action.dest] = (flag, parser.get_default(action.dest))
+
+
+def project_arguments(directory: str | Path) -> dict[str, Any]:
+    """What a project fixes, under the names of Megatron-LM's arguments.
+
+    The size of the vocabulary is the project's; Megatron-LM's own tokenizers would need files that
+    it may want to download, and count otherwise.
+
+    Raises:
+        ProjectError: it is no project directory.
+        TokenizerError: its tokenizer cannot be loaded.
+    """
+    project, paths = ProjectConfig.load(directory), ProjectPaths(directory)
+    fixed = {name: getattr(project, key) for name, key in FIXED.items()}
+    return {
+        **fixed,
+        "tokenizer_type": _TOKENIZER,
+        "vocab_size": load_project_tokenizer(project, paths).vocab_size,
+        "max_position_embeddings": project.retro_gpt_seq_length,
+    }
+
+
+def size_vocabulary(args: argparse.Namespace) -> None:
+    """Set `padded_vocab_size` to what fits the project's tokenizer, as in our own trainer.
+
+    Megatron-LM has set it by the tokenizer that it built; one given by flag, or of a checkpoint
+    whose arguments are used, stays if the vocabulary fits.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    project, paths = (
+        ProjectConfig.load(args.retro_project_dir),
+        ProjectPaths(args.retro_project_dir),
+    )
+    vocab_size = load_project_tokenizer(project, paths).vocab_size
+    size = padded_vocab_size(
+        vocab_size,
+        getattr(args, "make_vocab_size_divisible_by", 128),
+        getattr(args, "tensor_model_parallel_size", 1),
+    )
+    chosen = "padded_vocab_size" in _given or getattr(args, "use_checkpoint_args", False)
+    if not chosen:
+        args.padded_vocab_size = size
+    elif args.padded_vocab_size < vocab_size:
+        raise ConfigurationError(
+            "--padded-vocab-size",
+            f"{args.padded_vocab_size}, for the {vocab_size} tokens of {args.retro_project_dir}",
+            f"Leave it out (it becomes {size})",
+        )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what contradicts the project, and what Retro's layers would not honour.
+
+    Raises:
+        ConfigurationError: naming the flag, or all flags that are at fault.
+    """
+    problems: list[RetroError] = [*_contradictions(args), *_refusals(args), *_unknown(args)]
+    if getattr(args, "pipeline_model_parallel_size", 1) > 1 and args.retro_add_retriever:
+        problems.append(
+            ConfigurationError(
+                "--pipeline-model-parallel-size",
+                f"{args.pipeline_model_parallel_size} in Megatron-LM's trainer",
+                "Use tensor parallelism, or tools/pretrain_retro.py, which runs Retro in pipelines",
+            )
+        )
+    raise_problems(problems)
+    noise = {f.name: getattr(args, f.name, 0.0) for f in dataclasses.fields(NeighborNoiseOptions)}
+    NeighborNoiseOptions(**noise).check_neighbor_noise(not args.retro_add_retriever)
+
+
+def _contradictions(args: argparse.Namespace) -> Iterator[RetroError]:
+    project = ProjectConfig.load(args.retro_project_dir)
+    fixed = {name: getattr(project, key) for name, key in FIXED.items()}
+    if getattr(args, "tokenizer_type", None) != _TOKENIZER:
+        fixed["tokenizer_type"] = project.retro_gpt_tokenizer_type
+    for name, value in fixed.items():
+        given = getattr(args, name, None)
+        if given is not None and given != value:
+            yield ConfigurationError(
+                flag_of(name), f"{given}, and the project was built with {value}", "Leave it out"
+            )
+
+
+def _refusals(args: argparse.Namespace) -> Iterator[RetroError]:
+    for name, (neutral, mend) in _REFUSED.items():
+        value = getattr(args, name, None)
+        if neutral is not None and value not in neutral:
+            found = "given" if value is True else str(value)
+            yield ConfigurationError(_given.get(name, (flag_of(name), None))[0], found, mend)
+
+
+def _unknown(args: argparse.Namespace) -> Iterator[RetroError]:
+    """Flags given on the command line that set a field of the model's which is not known here."""
+    from megatron.core.transformer import MLATransformerConfig
+
+    fields = {field.name for field in dataclasses.fields(MLATransformerConfig)}
+    honoured = _HONOURED | {field.name for field in dataclasses.fields(RetroConfig)} - fields
+    for name, (flag, default) in _given.items():
+        known = name in honoured or name in _REFUSED or name.startswith(_HONOURED_FAMILIES)
+        value = getattr(args, name, default)
+        if name in fields and not known and value != default:
+            yield ConfigurationError(flag, str(value), _OTHER_MODEL)
