@@ -57,12 +57,14 @@ class SpecialTokenChoice:
         bos: The token that begins one: its text, or its id.
         add_bos: Whether documents and prompts begin with it.
         first_known_eod: Choose EOD by name alone, as projects of earlier versions did.
+        own_eod: Believe the tokenizer's own file before its directory, as Megatron does.
     """
 
     eod: str | int | None = None
     bos: str | int | None = None
     add_bos: bool | None = None
     first_known_eod: bool = False
+    own_eod: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def choose_eod(choice: SpecialTokenChoice, declared: DeclaredTokens, vocabulary:
     if choice.first_known_eod and (first := _first_known(vocabulary)) is not None:
         return first
     named = _declared_token("eos", declared, vocabulary)
-    for found in (named, vocabulary.own_eod):
+    own = vocabulary.own_eod
+    for found in (own, named) if choice.own_eod else (named, own):
         if found is not None:
             return found
     _refuse_missing(declared, vocabulary)

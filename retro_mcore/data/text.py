@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Literal
 
 import numpy as np
@@ -20,14 +20,16 @@ def chunk_texts(
     chunks: Sequence[np.ndarray],
     document_ends: DocumentEnds = "line break",
 ) -> list[str]:
-    """Text of each chunk."""
-    if document_ends == "detokenized":
-        return tokenizer.detokenize_batch([chunk.tolist() for chunk in chunks])
+    """Text of each chunk. BOS at a document's beginning is no text."""
     eod = tokenizer.eod
+    rows = [chunk.tolist() for chunk in chunks]
+    if tokenizer.adds_bos:
+        rows = [_without_bos(row, tokenizer) for row in rows]
+    if document_ends == "detokenized":
+        return tokenizer.detokenize_batch(rows)
     pieces: list[list[int]] = []
     counts: list[int] = []
-    for chunk in chunks:
-        tokens = chunk.tolist()
+    for tokens in rows:
         parts = _split(tokens, eod) if eod in tokens else [tokens] if tokens else []
         counts.append(len(parts))
         pieces.extend(parts)
@@ -36,6 +38,16 @@ def chunk_texts(
         return texts
     following = iter(texts)
     return ["\n".join(next(following) for _ in range(count)) for count in counts]
+
+
+def _without_bos(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The tokens without the BOS of the documents that begin among them."""
+    before = [tokenizer.eod, *tokens]
+    return [
+        token
+        for previous, token in pairwise(before)
+        if token != tokenizer.bos or previous != tokenizer.eod
+    ]
 
 
 def _split(tokens: list[int], eod: int) -> list[list[int]]:

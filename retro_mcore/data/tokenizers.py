@@ -120,4 +120,5 @@ def recorded_choice(paths: ProjectPaths) -> SpecialTokenChoice:
         settings.bos_id,
         settings.add_bos,
         first_known_eod=settings.eod_id is None and paths.settings.is_file(),
+        own_eod=settings.eod_id is None,
     )

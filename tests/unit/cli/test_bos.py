@@ -80,6 +80,8 @@ def test_it_is_no_text_of_the_database(tmp_path, corpus, llama):
     # A chunk of samples, which are packed, holds the ends and beginnings of documents.
     chunk = np.concatenate([file.sequence(10), file.sequence(11)])
     assert chunk_texts(tokenizer, [chunk]) == ["a </s> b\n漢字"]
+    assert chunk_texts(tokenizer, [chunk], "detokenized") == ["a </s> b<|end|>漢字<|end|>"]
+    assert chunk_texts(tokenizer, [chunk[:0]]) == [""]
 
 
 def test_prompts_begin_with_one(tmp_path, corpus, llama):

@@ -206,6 +206,11 @@ def test_a_declaration_tells_markup_that_is_text(tmp_path):
     assert "<b>" in names
     assert "<s1>" not in names
     assert tokenizer.token_name(tokenizer.eod) == "<s1>"
+    # Projects of the retired release have Megatron's choice: the model's own.
+    megatrons = build_tokenizer(
+        "GPTSentencePieceTokenizer", tmp_path / "a.model", choice=SpecialTokenChoice(own_eod=True)
+    )
+    assert megatrons.token_name(megatrons.eod) == "</s>"
 
 
 def test_what_a_tokenizer_loses_is_counted(tmp_path):
