@@ -14,6 +14,8 @@ import torch.distributed as dist
 import tyro
 
 from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.data.arrays import save_array
+from retro_mcore.data.building import read_dataset_infos
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import (
     DEFAULT_EMBEDDER,
@@ -46,7 +48,7 @@ from retro_mcore.distributed import (
     initialize,
     raise_together,
 )
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
@@ -178,6 +180,13 @@ class _Run:
         self.config = ProjectConfig.load(self.paths.root)
         self.database = ChunkDatabase.open(self.paths.root, own=True)
         self.settings = ProjectSettings.load(self.paths.root)
+        infos = read_dataset_infos(self.paths)
+        if sum(info.n_chunks_train for info in infos) != len(self.database):
+            raise CorruptFileError(
+                self.paths.dataset_infos,
+                f"counts other chunks than the {len(self.database)} of {self.database.path.name}",
+                f"Run build_db --project-dir {self.paths.root} again",
+            )
         files = [self.paths.merged_db("train"), self.paths.dataset_infos]
         self.inputs = input_digests(self.paths, files)
         embed_options = self._embed_options()
@@ -412,8 +421,8 @@ def _weigh_words(
     dist.all_reduce(counts)
     with raise_together():
         if get_rank() == 0:
-            with signed_write(path, fingerprint) as temporary, temporary.open("wb") as file:
-                np.save(file, weights_of(counts.numpy()))
+            with signed_write(path, fingerprint) as temporary:
+                save_array(temporary, weights_of(counts.numpy()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

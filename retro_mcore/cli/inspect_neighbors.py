@@ -26,7 +26,7 @@ from retro_mcore.data.overlap import longest_common_runs, shared_positions
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.datasets.retro_dataset import RetroDataset, build_retro_datasets
 from retro_mcore.distributed import initialize
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
@@ -182,7 +182,7 @@ class _Inspector:
         directory = dataset.neighbors.directory
         saved = (directory / "distances").is_dir()  # other writers save none
         verify_project(paths, sorted(directory.glob("distances/*.hdf5")))
-        self._distances = SavedDistances(directory) if saved else None
+        self._distances = SavedDistances(directory).of(dataset.neighbors) if saved else None
 
     def measure(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Distances and overlaps of random chunks' neighbors, and the share that is missing."""
@@ -197,6 +197,12 @@ class _Inspector:
         if self._distances is not None:
             found = [self._distances.rows(row, row + 1)[:, :shown] for row in rows]
             distances = np.concatenate(found)[there]
+            if np.isnan(distances).any():
+                raise CorruptFileError(
+                    self._distances.directory,
+                    "holds NaN for neighbors that there are",
+                    "Run query_neighbors again, or remove it",
+                )
         chunks = np.stack([self._chunk(*divmod(int(r), self._per_sample)) for r in rows])
         chunks = np.repeat(chunks[:, None], ids.shape[1], axis=1)[there]
         tokens, mask = self._dataset.database.padded_tokens(ids[there], self._length, -1)

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from retro_mcore.cli.build_index import told_losses
 from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.data.arrays import save_array
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.embedders import load_project_embedder
 from retro_mcore.data.index.project import ProjectIndex
@@ -128,6 +127,8 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
         tokenizer = load_project_tokenizer(config, paths)
         database = ChunkDatabase.open(source.root, own=True)
         block_size = ProjectConfig.load(source.root).retro_block_size
+        if settings.index_string is None and other is None:
+            _refuse_finished(config, paths)
         project_index = ProjectIndex(source, settings, len(database), block_size)
         num_query = options.num_neighbors_query or min(NUM_QUERY, len(database))
         stage_options = {
@@ -178,7 +179,13 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
             config.retro_gpt_chunk_length,
             num_query,
             options.num_neighbors_save,
-            load_reranker(options.rerank, source, database, config.retro_gpt_chunk_length),
+            load_reranker(
+                options.rerank,
+                source,
+                database,
+                config.retro_gpt_chunk_length,
+                tokenizer.vocab_size,
+            ),
             settings.document_ends,
         )
     result = QueriedNeighbors({}, {})
@@ -251,6 +258,22 @@ def _place(source: ProjectPaths, paths: ProjectPaths) -> str:
     return paths.relative(source.root) if inside else str(source.root)
 
 
+def _refuse_finished(config: ProjectConfig, paths: ProjectPaths) -> None:
+    """Of another program's project nothing is left to do, though it has no index of ours.
+
+    Raises:
+        ProjectError: it has neighbors of every split that config.json names.
+    """
+    named = [paths.query / name for name in config.retro_neighbor_dirs.values() if name is not None]
+    done = all(any(directory.glob("*.hdf5")) for directory in named)
+    if named and done and not paths.stage_record(STAGE).is_file():
+        raise ProjectError(
+            paths.query,
+            "holds the neighbors of every split already, searched by another program",
+            f"This project is complete: go on with pretrain_retro --project-dir {paths.root}",
+        )
+
+
 def _first_output(config: ProjectConfig, paths: ProjectPaths) -> Path:
     """A file of the neighbors that config.json names, if there is one."""
     names = [name for name in config.retro_neighbor_dirs.values() if name is not None]
@@ -284,8 +307,8 @@ def _count_tokens(database: ChunkDatabase, vocab_size: int, paths: ProjectPaths)
     fingerprint = fingerprint_of(input_digests(paths, [paths.merged_db("train")]))
     if state_of(paths.token_counts, fingerprint) is FileState.COMPLETE:
         return
-    with signed_write(paths.token_counts, fingerprint) as temporary, temporary.open("wb") as file:
-        np.save(file, count_tokens(database, vocab_size))
+    with signed_write(paths.token_counts, fingerprint) as temporary:
+        save_array(temporary, count_tokens(database, vocab_size))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import string
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,26 @@ class _Memo:
         return numbers, self._counts[numbers]
 
 
+def load_word_piece(vocab_file: Path | str, lower_case: bool) -> Any:
+    """BERT's tokenizer of a vocabulary, a `BertWordPieceTokenizer`.
+
+    Raises:
+        TokenizerError: there is no such file, or it holds something else.
+    """
+    from tokenizers import BertWordPieceTokenizer
+
+    mend = "Name a BERT vocab.txt, or restore the file"
+    if not Path(vocab_file).is_file():
+        raise TokenizerError(vocab_file, "no such file", mend)
+    try:
+        tokenizer = BertWordPieceTokenizer(str(vocab_file), lowercase=lower_case)
+    except Exception as error:  # tokenizers has no class of its own
+        raise TokenizerError(vocab_file, str(error).splitlines()[0], mend) from error
+    if tokenizer.token_to_id("[UNK]") is None:  # found out only at the first unknown word
+        raise TokenizerError(vocab_file, "[UNK] token not found in the vocabulary", mend)
+    return tokenizer
+
+
 class BertTokenCounter:
     """Counts WordPiece tokens of texts, without special tokens or truncation.
 
@@ -76,16 +97,12 @@ class BertTokenCounter:
         lower_case: Whether the vocabulary is of lower-cased text.
 
     Raises:
-        TokenizerError: there is no such file.
+        TokenizerError: there is no such file, or it holds something else.
     """
 
     def __init__(self, vocab_file: Path | str, lower_case: bool = True) -> None:
-        from tokenizers import BertWordPieceTokenizer
-
-        if not Path(vocab_file).is_file():
-            raise TokenizerError(vocab_file, "no such file", "Name a BERT vocab.txt")
         # Without the class around it, which lacks encode_batch_fast.
-        self._tokenizer = BertWordPieceTokenizer(str(vocab_file), lowercase=lower_case)._tokenizer
+        self._tokenizer = load_word_piece(vocab_file, lower_case)._tokenizer
         self._words, self._runs = _Memo(self._count_words), _Memo(self._count_runs)
 
     def count(self, texts: Sequence[str]) -> np.ndarray:

@@ -14,9 +14,9 @@ from retro_mcore.data.shards import Shard, ShardReport, choose_shard_length, cut
 from retro_mcore.data.token_file import TokenFile, TokenSource
 from retro_mcore.data.tokenizers import Tokenizer
 from retro_mcore.distributed import barrier, get_rank, raise_together
-from retro_mcore.errors import ConfigurationError, TokenizerError
+from retro_mcore.errors import ConfigurationError, CorruptFileError, TokenizerError
 from retro_mcore.project.atomic import write_json
-from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.config import ProjectConfig, read_json_list
 from retro_mcore.project.markers import FileState, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import require_space
@@ -40,6 +40,28 @@ class DatasetInfo:
     n_chunks_train: int = 0
     n_chunks_invalid: int = 0
     n_chunks_sampled: int = 0
+
+
+def read_dataset_infos(paths: ProjectPaths) -> list[DatasetInfo]:
+    """What db/indexed_dataset_infos.json says of each dataset.
+
+    Raises:
+        CorruptFileError: it is missing, or says something that cannot be.
+    """
+    path, mend = paths.dataset_infos, f"Run build_db --project-dir {paths.root} again"
+    if not path.is_file():
+        raise CorruptFileError(path, "no such file", mend)
+    try:
+        infos = [DatasetInfo(**values) for values in read_json_list(path)]
+    except (TypeError, CorruptFileError) as error:
+        found = getattr(error, "found", "lacks a key, or has an unknown one")
+        raise CorruptFileError(path, found, mend) from error
+    for info in infos:
+        counts = [value for name, value in vars(info).items() if name.startswith("n_")]
+        whole = all(type(count) is int and count >= 0 for count in counts)
+        if not whole or not info.n_chunks_sampled <= info.n_chunks_train <= info.n_chunks:
+            raise CorruptFileError(path, f"the counts of {info.prefix!r} cannot be", mend)
+    return infos
 
 
 @dataclass(frozen=True)

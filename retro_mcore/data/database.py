@@ -17,11 +17,14 @@ from retro_mcore.data.hdf5 import map_dataset
 from retro_mcore.data.token_file import TokenSource, open_token_files
 from retro_mcore.data.tokenizers import Tokenizer
 from retro_mcore.distributed import get_rank
-from retro_mcore.errors import ProjectError
+from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.markers import verify
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import require_stage
+
+#: Rows that are looked at in one call.
+_ROWS = 1 << 20
 
 
 class ChunkDatabase:
@@ -38,7 +41,7 @@ class ChunkDatabase:
     def __init__(self, path: Path | str, token_sources: Sequence[TokenSource]) -> None:
         self.path, self.token_sources = Path(path), token_sources
         #: u32 [n, 5]: dataset, document, first token, end token, BERT tokens.
-        self.chunks = map_dataset(self.path, "chunks")
+        self.chunks = map_dataset(self.path, "chunks", "i", 2, 5)
 
     @classmethod
     def open(cls, project_dir: Path | str, name: str = "train", own: bool = False) -> ChunkDatabase:
@@ -59,9 +62,34 @@ class ChunkDatabase:
             config = ProjectConfig.load(paths.root)
         path = paths.merged_db(name)
         require_stage(paths, path, "build_db")
+        mend = f"Run build_db --project-dir {paths.root} again"
         if get_rank() == 0:  # one rank reads it through
-            verify(path, f"Run build_db --project-dir {paths.root} again")
-        return cls(path, open_token_files(config, paths))
+            verify(path, mend)
+        database = cls(path, open_token_files(config, paths))
+        if get_rank() == 0:
+            database._require_rows(config.retro_gpt_chunk_length, mend)
+        return database
+
+    def _require_rows(self, chunk_length: int, mend: str) -> None:
+        """Refuse chunks that the datasets do not have."""
+        counts = [len(source.lengths) for source in self.token_sources]
+        for first in range(0, len(self), _ROWS):
+            dataset, document, start, end, _ = self.chunks[first : first + _ROWS].T.astype(np.int64)
+            wrong = (dataset < 0) | (dataset >= len(counts)) | (document < 0)
+            wrong |= (start < 0) | (end <= start) | (end > start + chunk_length)
+            for index, source in enumerate(self.token_sources):
+                mine = ~wrong & (dataset == index)
+                wrong[mine] = document[mine] >= counts[index]
+                mine &= ~wrong
+                wrong[mine] = end[mine] > source.lengths[document[mine]]
+            if wrong.any():
+                row = int(np.flatnonzero(wrong)[0])
+                raise CorruptFileError(
+                    self.path,
+                    f"chunk {first + row} is {self.chunks[first + row, :4].tolist()} (dataset, "
+                    f"document, first token, end), which the data does not have",
+                    mend,
+                )
 
     def __len__(self) -> int:
         return len(self.chunks)

@@ -19,8 +19,9 @@ from zlib import crc32
 
 import numpy as np
 
+from retro_mcore.data.arrays import load_array
 from retro_mcore.data.embedders import LEXICAL_EMBEDDER, Embedder
-from retro_mcore.errors import CorruptFileError, ProjectError
+from retro_mcore.errors import ProjectError
 from retro_mcore.project.markers import verify
 
 _BUCKETS = 1 << 17
@@ -85,14 +86,9 @@ class LexicalEmbedder(Embedder):
         """
         if not path.is_file():
             raise ProjectError(path, "no such file", "Run build_index --embedder lexical first")
-        try:
-            verify(path, "Run build_index again")
-            weights = np.load(path)
-        except (ValueError, EOFError) as error:
-            raise CorruptFileError(path, f"unreadable ({error})", "Run build_index") from error
-        if weights.shape != (_BUCKETS,):
-            raise CorruptFileError(path, f"has shape {weights.shape}", "Run build_index")
-        return cls(weights)
+        mend = "Run build_index --embedder lexical again"
+        verify(path, mend)
+        return cls(load_array(path, (_BUCKETS,), "u", mend))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         vectors = np.zeros((len(texts), _DIMENSION), np.float32)

@@ -5,12 +5,20 @@ Row `sample · L + chunk` of a split holds chunk ids of the retrieval database, 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 
+from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.hdf5 import map_dataset
 from retro_mcore.errors import CorruptFileError, ProjectError
+
+#: A file of rows [start, end); others are not ours to read, such as a copy under another name.
+_ROWS = re.compile(r"(\d+)-(\d+)")
+#: Rows of a file whose ids are looked at when it is opened; all of them are when they are read.
+_LOOKED_AT = 1 << 16
+_MEND = "Run query_neighbors again"
 
 
 class SavedNeighbors:
@@ -18,37 +26,59 @@ class SavedNeighbors:
 
     Args:
         directory: A directory under `query/`.
+        num_chunks: Chunks of the database that they are of, beyond which no id may be; None: any.
 
     Raises:
         ProjectError: it is missing or empty.
-        CorruptFileError: a file is unreadable, or rows are missing.
+        CorruptFileError: a file is unreadable or of another type, rows are missing, or an id is not
+            in the database.
     """
 
-    _dataset = "neighbors"
+    _dataset, _kind = "neighbors", "i"
 
-    def __init__(self, directory: Path | str) -> None:
-        self.directory = Path(directory)
-        paths = sorted(self.directory.glob("*.hdf5"))
-        if not paths:
+    def __init__(self, directory: Path | str, num_chunks: int | None = None) -> None:
+        self.directory, self._num_chunks = Path(directory), num_chunks
+        found = [(path, _ROWS.fullmatch(path.stem)) for path in self.directory.glob("*.hdf5")]
+        bounds = sorted((int(m[1]), int(m[2]), path) for path, m in found if m)
+        if not bounds:
             raise ProjectError(self.directory, "holds no neighbors", "Run query_neighbors first")
-        bounds = [tuple(int(part) for part in path.stem.split("-")) for path in paths]
-        self._files = []
+        self._paths = [path for _, _, path in bounds]
+        self._files: list[np.ndarray] = []
         expected = 0
-        for path, (start, end) in zip(paths, bounds, strict=True):
-            rows = map_dataset(path, self._dataset)
-            if start != expected or rows.ndim != 2 or len(rows) != end - start:
-                raise CorruptFileError(
-                    path, f"holds {len(rows)} rows from {start}", "Run query_neighbors again"
-                )
-            self._files.append(rows)
+        for start, end, path in bounds:
+            self._files.append(self._open(path, start, end, expected))
             expected = end
-        self._ends = np.array([end for _, end in bounds])
+        self._ends = np.array([end for _, end, _ in bounds])
+
+    def _open(self, path: Path, start: int, end: int, expected: int) -> np.ndarray:
+        rows = map_dataset(path, self._dataset, self._kind, 2)
+        if start != expected:
+            raise CorruptFileError(
+                path, f"begins with row {start}, the files before it end with {expected}", _MEND
+            )
+        if len(rows) != end - start:
+            raise CorruptFileError(path, f"holds {len(rows)} rows from {start}", _MEND)
+        if not rows.shape[1] or (self._files and rows.shape[1] != self.num_saved):
+            raise CorruptFileError(path, f"holds {rows.shape[1]} neighbors per row", _MEND)
+        self._check(path, rows[:_LOOKED_AT])
+        return rows
+
+    def _check(self, path: Path, rows: np.ndarray) -> None:
+        if self._num_chunks is None:
+            return
+        wrong = (rows < NO_NEIGHBOR) | (rows >= self._num_chunks)
+        if wrong.any():
+            raise CorruptFileError(
+                path,
+                f"names chunk {rows[wrong][0]}, the database has {self._num_chunks}",
+                f"{_MEND}, or restore the database",
+            )
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.directory,)
+        return type(self), (self.directory, self._num_chunks)
 
     @property
     def num_saved(self) -> int:
@@ -62,7 +92,9 @@ class SavedNeighbors:
         while start < end:
             offset = int(self._ends[first - 1]) if first else 0
             stop = min(end, int(self._ends[first]))
-            parts.append(self._files[first][start - offset : stop - offset])
+            rows = self._files[first][start - offset : stop - offset]
+            self._check(self._paths[first], rows)
+            parts.append(rows)
             start, first = stop, first + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -81,10 +113,25 @@ class SavedDistances(SavedNeighbors):
         CorruptFileError: a file is unreadable, or rows are missing.
     """
 
-    _dataset = "distances"
+    _dataset, _kind = "distances", "f"
 
     def __init__(self, directory: Path | str) -> None:
         super().__init__(Path(directory) / "distances")
+
+    def of(self, neighbors: SavedNeighbors) -> SavedDistances:
+        """These, if they are the distances of `neighbors`.
+
+        Raises:
+            CorruptFileError: they are of other rows.
+        """
+        sizes = [(len(saved), saved.num_saved) for saved in (self, neighbors)]
+        if sizes[0] != sizes[1]:
+            raise CorruptFileError(
+                self.directory,
+                f"holds {sizes[0]} rows and columns, its neighbors {sizes[1]}",
+                "Run query_neighbors again, or remove it",
+            )
+        return self
 
     def __reduce__(self) -> tuple:
         return type(self), (self.directory.parent,)

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.arrays import load_array
 from retro_mcore.data.database import ChunkDatabase
+from retro_mcore.errors import CorruptFileError
 from retro_mcore.project.markers import verify
 from retro_mcore.project.paths import ProjectPaths
 
@@ -104,7 +106,11 @@ class BM25:
 
 
 def load_reranker(
-    rerank: str | None, paths: ProjectPaths, database: ChunkDatabase, chunk_length: int
+    rerank: str | None,
+    paths: ProjectPaths,
+    database: ChunkDatabase,
+    chunk_length: int,
+    vocab_size: int | None = None,
 ) -> BM25 | None:
     """What candidates are ordered by; None: their distance.
 
@@ -113,11 +119,17 @@ def load_reranker(
         paths: The project whose database is searched.
         database: That database.
         chunk_length: M.
+        vocab_size: Of the project's tokenizer, if it is known.
 
     Raises:
         CorruptFileError: the tokens' counts that query_neighbors saved are damaged.
     """
     if rerank is None:
         return None
-    verify(paths.token_counts, f"Run query_neighbors --project-dir {paths.root} again")
-    return BM25(database, np.load(paths.token_counts), chunk_length)
+    mend = f"Remove it, and run query_neighbors --project-dir {paths.root} again"
+    verify(paths.token_counts, mend)
+    shape = None if vocab_size is None else (vocab_size + 2,)
+    counts = load_array(paths.token_counts, shape, "f", mend)
+    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts[-2:].all()):
+        raise CorruptFileError(paths.token_counts, "holds what are no counts", mend)
+    return BM25(database, counts, chunk_length)

@@ -142,7 +142,8 @@ def missing_shards(
         if missing:
             rows = sum(shard.end - shard.start for shard in missing)
             needed = math.ceil(rows * row_bytes)
-            require_space(missing[0].path.parent, needed, f"{len(missing)} files ({description})")
+            what, files = f"{len(missing)} files ({description})", 2 * len(missing)  # and markers
+            require_space(missing[0].path.parent, needed, what, files)
     return missing, ShardReport(len(shards), len(shards) - len(missing), damaged)
 
 

@@ -20,6 +20,8 @@ from retro_mcore.project.paths import ProjectPaths
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+#: Sequences that are looked at in one call.
+_CHECKED = 1 << 20
 _DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
 
 
@@ -66,12 +68,38 @@ class TokenFile:
         self.lengths, pointers, document_indices = arrays
         self.starts = pointers // dtype.itemsize
         self.num_documents = len(document_indices) - 1
+        self._check(idx, pointers, document_indices, dtype.itemsize)
         needed = int(self.lengths.sum(dtype=np.int64)) * dtype.itemsize
         if binary.stat().st_size != needed:
             raise CorruptFileError(
                 binary, f"{binary.stat().st_size} bytes, not {needed}", "Run preprocess_corpus anew"
             )
         self.tokens = np.asarray(np.memmap(binary, dtype, "r") if needed else np.empty(0, dtype))
+
+    def _check(self, idx: Path, pointers: np.ndarray, documents: np.ndarray, itemsize: int) -> None:
+        """Refuse an index that points elsewhere than from one sequence to the next."""
+        found, position = None, 0
+        for first in range(0, len(self), _CHECKED):
+            lengths = self.lengths[first : first + _CHECKED].astype(np.int64)
+            ends = position + np.cumsum(lengths) * itemsize
+            begins = pointers[first : first + _CHECKED]
+            wrong = np.flatnonzero((lengths < 0) | (begins != ends - lengths * itemsize))
+            if len(wrong):
+                row = int(wrong[0])
+                found = (
+                    f"places sequence {first + row}, of {lengths[row]} tokens, at byte {begins[row]}"
+                )
+                break
+            position = int(ends[-1])
+        if not found and (
+            not len(documents)
+            or documents[0] != 0
+            or documents[-1] != len(self)
+            or (documents[1:] < documents[:-1]).any()
+        ):
+            found = f"its documents do not cover its {len(self)} sequences"
+        if found:
+            raise CorruptFileError(idx, found, "Restore the file, or run preprocess_corpus anew")
 
     @staticmethod
     def _read_header(idx: Path) -> tuple[np.dtype, int, int]:

@@ -53,20 +53,23 @@ _NUMBER = (
 )
 
 
-def open_neighbors(paths: ProjectPaths, config: ProjectConfig, split: Split) -> SavedNeighbors:
+def open_neighbors(
+    paths: ProjectPaths, config: ProjectConfig, split: Split, num_chunks: int | None = None
+) -> SavedNeighbors:
     """The neighbors that config.json names for a split, if they are those of its settings.
 
     Args:
         paths: The project.
         config: Its configuration.
         split: One with neighbors.
+        num_chunks: Chunks of the database that they were found in; None: not looked at.
 
     Raises:
         ProjectError: naming the setting or file of the samples that was another one.
         SeveralErrors: more than one was.
         CorruptFileError: neighbors of some samples are missing.
     """
-    neighbors = SavedNeighbors(paths.query / str(config.neighbor_dir(split)))
+    neighbors = SavedNeighbors(paths.query / str(config.neighbor_dir(split)), num_chunks)
     record = _record(paths, neighbors)
     if record is not None:
         raise_problems(list(_differences_from_record(paths, config, split, record)))

@@ -146,7 +146,7 @@ def build_retro_datasets(
                 verify_project(paths, sorted((paths.query / directory).glob("*.hdf5")))
         # Before samples are built, which takes time: how many there are is a setting, too.
         neighbors = {
-            split: open_neighbors(paths, config, split)
+            split: open_neighbors(paths, config, split, len(database))
             for split in SPLITS
             if config.neighbor_dir(split) is not None
         }

@@ -214,7 +214,9 @@ def search_document_neighbors(
                 documents.chunk_length,
                 num_query,
                 num_save,
-                load_reranker(rerank, source, database, documents.chunk_length),
+                load_reranker(
+                    rerank, source, database, documents.chunk_length, tokenizer.vocab_size
+                ),
             )
             index = project_index.open(share=True, k=num_query)
             numbers = numbers_in_database(paths, config, source)
@@ -231,7 +233,7 @@ def search_document_neighbors(
             fingerprint,
             f"neighbors of {documents.split} documents",
         )
-    return SavedNeighbors(directory)
+    return SavedNeighbors(directory, len(database))
 
 
 def _remove_others(directory: Path, names: set[str]) -> None:

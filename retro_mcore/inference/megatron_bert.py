@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from retro_mcore import distributed
-from retro_mcore.data.bert_tokens import default_bert_vocab
+from retro_mcore.data.bert_tokens import default_bert_vocab, load_word_piece
 from retro_mcore.data.embedders import Embedder, Pooling, embed_by_length, register_embedder
-from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.errors import CheckpointError, ConfigurationError, TokenizerError
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.platform.checksums import verify_checkpoint
 from retro_mcore.platform.safe_loading import CONFIG_FILE, check_files, read_common, read_metadata
@@ -64,7 +64,7 @@ class MegatronBertEmbedder(Embedder):
         device: str | None = None,
         pooling: Pooling | None = None,
     ) -> None:
-        from tokenizers import BertWordPieceTokenizer, Tokenizer
+        from tokenizers import Tokenizer
 
         self.name, self._batch_size = name, batch_size
         self._pooling: Pooling = pooling or "mean"
@@ -80,9 +80,9 @@ class MegatronBertEmbedder(Embedder):
         vocab = next((file for file in own if file.is_file()), None) or default_bert_vocab()
         cased = arguments.get("tokenizer_type") == "BertWordPieceCase"
         try:
-            self._tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=not cased)
-        except TypeError as error:  # a special token is missing
-            raise CheckpointError(vocab, str(error), "Put BERT's vocab.txt there") from error
+            self._tokenizer = load_word_piece(vocab, not cased)
+        except TokenizerError as error:
+            raise CheckpointError(vocab, error.found, "Put BERT's vocab.txt there") from error
         if self._tokenizer.get_vocab_size() > int(arguments["padded_vocab_size"]):
             raise CheckpointError(
                 vocab,

@@ -98,7 +98,13 @@ class Retriever:
         self._settings = ProjectSettings.load(self._paths.root)
         own = ProjectSettings.load(project_dir)
         self._num_query = own.num_neighbors_query or NUM_QUERY
-        self._rerank = load_reranker(own.rerank, self._paths, self.database, self.chunk_length)
+        self._rerank = load_reranker(
+            own.rerank,
+            self._paths,
+            self.database,
+            self.chunk_length,
+            self.tokenizer.vocab_size,
+        )
         self._index = ProjectIndex(
             self._paths, self._settings, len(self.database), config.retro_block_size
         )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retro_mcore.project.space import disk_full_error, is_disk_full
+from retro_mcore.project.space import refused_write, refused_write_error
 
 #: Matches the temporary files of `atomic_write`, those that a killed process left included.
 TEMPORARY = ".*.tmp"
@@ -24,7 +24,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     held before stays until the new content is complete and on the disk.
 
     Raises:
-        ProjectError: the disk is full.
+        ProjectError: the disk is full, or the system refuses the write for another reason.
     """
     path = Path(path)
     # Jobs on several hosts may work on one project.
@@ -37,11 +37,11 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.replace(path)
     except Exception as error:
-        if not is_disk_full(error):
+        if refused_write(error) is None:
             raise
         size = temporary.stat().st_size if temporary.exists() else 0
         temporary.unlink(missing_ok=True)  # first, so that the space it took counts as free
-        raise disk_full_error(path, size) from error
+        raise refused_write_error(path, error, size) from error
     finally:
         temporary.unlink(missing_ok=True)
 

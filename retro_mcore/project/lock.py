@@ -17,7 +17,7 @@ from retro_mcore.distributed import broadcast_object, get_rank, raise_together
 from retro_mcore.errors import ProjectError
 from retro_mcore.project.atomic import TEMPORARY
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.space import disk_full_error, is_disk_full
+from retro_mcore.project.space import refused_write, refused_write_error
 
 
 class NoLocksError(ProjectError):
@@ -73,9 +73,9 @@ def stage_lock(
         try:
             yield
         except Exception as error:
-            if not is_disk_full(error) or isinstance(error, ProjectError):
+            if refused_write(error) is None:
                 raise
-            raise disk_full_error(paths.root, 0) from error
+            raise refused_write_error(paths.root, error) from error
     finally:
         for path, descriptor in held[::-1]:
             _release(path, descriptor)

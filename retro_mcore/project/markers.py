@@ -143,6 +143,19 @@ def verify(path: Path, mend: str) -> None:
         raise CorruptFileError(path, "its bytes differ from its completion marker", mend)
 
 
+def verify_size(path: Path, mend: str) -> None:
+    """Refuse a file of another size than its marker says: truncated, or half exchanged.
+
+    Raises:
+        CorruptFileError: with `mend` as the way out.
+    """
+    marker, size = _read_marker(path), path.stat().st_size
+    if marker is not None and marker.get("bytes") != size:
+        raise CorruptFileError(
+            path, f"is damaged: {size} bytes, {marker.get('bytes')} were written", mend
+        )
+
+
 def digest_of(path: Path) -> str:
     """Checksum of `path`: the marker's where the size agrees, else computed."""
     marker = read_marker(path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.data.building import DatasetInfo
+from retro_mcore.data.building import read_dataset_infos
 from retro_mcore.data.index.choice import AUTO, IndexChoice, choose_index, usable_memory
 from retro_mcore.data.index.embeddings import Embeddings, read_held_out
 from retro_mcore.data.index.files import lists_path, load_index, load_parts, save_index
@@ -36,8 +36,8 @@ from retro_mcore.data.index.training import (
 )
 from retro_mcore.data.shards import Shard, ShardReport, Share, require_shards, run_shards
 from retro_mcore.distributed import broadcast_object, get_rank, raise_together
-from retro_mcore.errors import ConfigurationError, ProjectError
-from retro_mcore.project.config import read_json_list
+from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
+from retro_mcore.project.config import read_json_object
 from retro_mcore.project.markers import FileState, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import require_space, show_bytes
@@ -260,16 +260,24 @@ def exact_path(part: Shard) -> Path:
 def training_rows_of(paths: ProjectPaths) -> np.ndarray:
     """Rows of train.hdf5 that sampled.hdf5 holds: the first ones of each dataset."""
     rows, start = [], 0
-    for values in read_json_list(paths.dataset_infos):
-        info = DatasetInfo(**values)
+    for info in read_dataset_infos(paths):
         rows.append(np.arange(start, start + info.n_chunks_sampled))
         start += info.n_chunks_train
     return np.concatenate(rows)
 
 
 def read_recall(paths: ProjectPaths, index_string: str) -> Recall:
-    """The recall that was measured when the index was built."""
-    report = json.loads(paths.recall_report(index_string).read_text(encoding="utf-8"))
-    values = {name: report[name] for name in Recall.__dataclass_fields__}
-    values["at"] = {int(k): value for k, value in values["at"].items()}
-    return Recall(**values)
+    """The recall that was measured when the index was built.
+
+    Raises:
+        CorruptFileError: the report holds something else.
+    """
+    path = paths.recall_report(index_string)
+    report = read_json_object(path)
+    try:
+        values = {name: report[name] for name in Recall.__dataclass_fields__}
+        values["at"] = {int(k): float(value) for k, value in values["at"].items()}
+        return Recall(**values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        mend = f"Remove {path.name} and run build_index again"
+        raise CorruptFileError(path, "is no report of a recall", mend) from error

@@ -22,7 +22,7 @@ from retro_mcore.data.index.recall import (
 )
 from retro_mcore.data.index.searching import search, set_search_breadth
 from retro_mcore.data.index.training import make_index
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.project.config import read_json_object
 from retro_mcore.project.space import show_bytes
 
@@ -62,8 +62,16 @@ class IndexChoice:
 
     @classmethod
     def load(cls, path: Path) -> IndexChoice:
-        """Read a choice.json."""
-        return cls(**read_json_object(path))
+        """Read a choice.json.
+
+        Raises:
+            CorruptFileError: it holds something else.
+        """
+        try:
+            return cls(**read_json_object(path))
+        except TypeError as error:
+            mend = f"Remove {path.name} and run build_index again"
+            raise CorruptFileError(path, "is no choice of an index", mend) from error
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def load_index(
         if mapped and not lists_path(Path(path)).is_file():
             flags = faiss.IO_FLAG_MMAP_IFC if _is_flat(Path(path)) else flags | faiss.IO_FLAG_MMAP
         index = faiss.read_index(str(path), flags)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, MemoryError, ValueError) as error:
         raise CorruptFileError(
             path, f"unreadable ({message_of(error)})", "Run build_index again"
         ) from error
@@ -87,7 +87,7 @@ def read_lists(path: Path, mapped: bool) -> Any:
     flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if mapped else 0
     try:
         lists = faiss.read_InvertedLists(faiss.FileIOReader(str(path)), flags)
-    except RuntimeError as error:
+    except (RuntimeError, OSError, MemoryError, ValueError) as error:
         raise CorruptFileError(
             path, f"unreadable ({message_of(error)})", "Run build_index again"
         ) from error

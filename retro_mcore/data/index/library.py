@@ -64,4 +64,5 @@ def worker_threads() -> ThreadPoolExecutor:
 
 def message_of(error: Exception) -> str:
     """What Faiss says, without its source locations."""
-    return str(error).splitlines()[0].split("Error: ")[-1].strip()
+    told = str(error) or type(error).__name__
+    return told.splitlines()[0].split("Error: ")[-1].strip()

@@ -12,9 +12,9 @@ from retro_mcore.data.index.shared import SharedIndex
 from retro_mcore.data.index.training import kind_of
 from retro_mcore.data.shards import Shard
 from retro_mcore.distributed import get_rank, get_world_size
-from retro_mcore.errors import ProjectError
+from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.config import ProjectSettings
-from retro_mcore.project.markers import digest_of, fingerprint_of, verify
+from retro_mcore.project.markers import digest_of, fingerprint_of, verify, verify_size
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import require_stage
 
@@ -66,6 +66,8 @@ class ProjectIndex:
         """
         for file in self.files:
             verify_present(file, self._mend)
+            # Else its digest is another, as if the index had been exchanged.
+            verify_size(file, f"{self._mend} again")
         if self._parts:
             parts = fingerprint_of([digest_of(file) for file in self.files])
             return {self._paths.relative(self._parts[0].path.parent): parts}
@@ -95,6 +97,13 @@ class ProjectIndex:
             for file in self.files if get_rank() == 0 or not share else []:
                 verify(file, f"{self._mend} again")
             index, wanted = load_index(self._added, *breadth, mapped=True), self._count
+        for part in getattr(index, "parts", [index]):
+            if settings.embedding_dimension not in (None, part.d):
+                raise CorruptFileError(
+                    self.files[-1],
+                    f"holds vectors of dimension {part.d}, not {settings.embedding_dimension}",
+                    f"{self._mend} again",
+                )
         if index.ntotal != wanted:
             raise ProjectError(
                 self._added,
