@@ -33,6 +33,9 @@ NUM_QUERY = 200
 #: A search that must go on for lack of neighbors asks for so many times more.
 _MORE = 4
 
+#: Query chunks that cannot all fall into empty lists of an index.
+_MANY = 16
+
 #: What is searched (vectors f32 [n, dimension], k), and what was found (distances, ids [n, k]).
 Request = tuple[np.ndarray, int]
 Found = tuple[np.ndarray, np.ndarray]
@@ -179,14 +182,17 @@ def require_found(distances: np.ndarray, ids: np.ndarray, database: ChunkDatabas
         database: Whose chunks they should be.
 
     Raises:
-        CorruptFileError: ids beyond the database, or distances that are NaN.
+        CorruptFileError: ids beyond the database, distances that are NaN or infinite, or nothing
+            for many vectors, which are the marks of an index of NaN or infinite ones.
     """
     there = ids != NO_NEIGHBOR
     if not ((ids[there] >= 0) & (ids[there] < len(database))).all():
         foreign = ids[there & ((ids < 0) | (ids >= len(database)))][0]
         found = f"the index holds chunk {foreign}, which the database of {len(database)} has not"
-    elif np.isnan(distances[there]).any():
-        found = "the index gives NaN for distances"
+    elif not np.isfinite(distances[there]).all():
+        found = "the index gives distances that are NaN or infinite"
+    elif len(ids) >= _MANY and not there.any():
+        found = f"the index finds nothing for {len(ids)} query chunks"
     else:
         return
     raise CorruptFileError(database.path, found, "Build the index of this database anew")

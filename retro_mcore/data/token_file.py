@@ -86,9 +86,8 @@ class TokenFile:
             wrong = np.flatnonzero((lengths < 0) | (begins != ends - lengths * itemsize))
             if len(wrong):
                 row = int(wrong[0])
-                found = (
-                    f"places sequence {first + row}, of {lengths[row]} tokens, at byte {begins[row]}"
-                )
+                where = f"of {lengths[row]} tokens, at byte {begins[row]}"
+                found = f"places sequence {first + row}, {where}"
                 break
             position = int(ends[-1])
         if not found and (

@@ -127,7 +127,9 @@ def _compare(
     for name in sorted({*inputs, *recorded_inputs}):
         if inputs.get(name) != recorded_inputs.get(name):
             raise ProjectError(
-                name, f"is not what {stage} of {paths.root} was run on", "Use another --project-dir"
+                name,
+                f"is not what {stage} of {paths.root} was run on",
+                "Restore it, or use another --project-dir",
             )
 
 

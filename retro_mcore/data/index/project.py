@@ -14,7 +14,13 @@ from retro_mcore.data.shards import Shard
 from retro_mcore.distributed import get_rank, get_world_size
 from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.config import ProjectSettings
-from retro_mcore.project.markers import digest_of, fingerprint_of, verify, verify_size
+from retro_mcore.project.markers import (
+    digest_of,
+    fingerprint_of,
+    marker_path,
+    verify,
+    verify_size,
+)
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import require_stage
 
@@ -68,6 +74,8 @@ class ProjectIndex:
             verify_present(file, self._mend)
             # Else its digest is another, as if the index had been exchanged.
             verify_size(file, f"{self._mend} again")
+        if not self._parts and not marker_path(self._added).is_file():
+            load_index(self._added, mapped=True)  # nothing else tells that it is damaged
         if self._parts:
             parts = fingerprint_of([digest_of(file) for file in self.files])
             return {self._paths.relative(self._parts[0].path.parent): parts}
