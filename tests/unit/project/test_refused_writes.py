@@ -43,12 +43,16 @@ def refuse(path: Path, error: Exception) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("number", REFUSALS)
-@pytest.mark.parametrize("in_words", [False, True])
+@pytest.mark.parametrize(
+    ("number", "in_words"),
+    [
+        *((number, False) for number in REFUSALS),
+        # Not those of a missing permission, which stand for much else.
+        *((number, True) for number in list(REFUSALS)[:4]),
+    ],
+)
 def test_each_refusal_is_told_as_what_it_is(tmp_path, number, in_words):
     """Faiss and HDF5 tell the system's words in exceptions without a number."""
-    if in_words and number in (errno.EACCES, errno.EPERM):
-        pytest.skip("these words stand for much else")
     path = tmp_path / "file"
     path.write_text("old")
     told = f"Error in write: {os.strerror(number)} (3 of 9)"
@@ -56,14 +60,10 @@ def test_each_refusal_is_told_as_what_it_is(tmp_path, number, in_words):
     found = refuse(path, error)
     assert found.startswith(f"{path}: {REFUSALS[number]}")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
-    with (
-        pytest.raises(
-            ProjectError, match=REFUSALS[number].partition(" after")[0].partition(" 3")[0]
-        ),
-        stage_lock(ProjectPaths(tmp_path), "build_db"),
-    ):
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ProjectError) as caught, stage_lock(ProjectPaths(tmp_path), "build_db"):
         raise error
+    assert REFUSALS[number].split(" 3 ")[0].split(" after")[0][:18] in str(caught.value)
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
@@ -145,9 +145,11 @@ def test_a_limit_of_the_file_size_is_told(tmp_path, write):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
-        with pytest.raises(ProjectError, match="files may not exceed"):
-            with atomic_write(tmp_path / "file") as temporary:
-                write(temporary)
+        with (
+            pytest.raises(ProjectError, match="files may not exceed"),
+            atomic_write(tmp_path / "file") as temporary,
+        ):
+            write(temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
