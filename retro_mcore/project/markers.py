@@ -149,7 +149,7 @@ def verify_size(path: Path, mend: str) -> None:
     Raises:
         CorruptFileError: with `mend` as the way out.
     """
-    marker, size = _read_marker(path), path.stat().st_size
+    marker, size = read_marker(path), path.stat().st_size
     if marker is not None and marker.get("bytes") != size:
         raise CorruptFileError(
             path, f"is damaged: {size} bytes, {marker.get('bytes')} were written", mend
