@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
     ends of lines that `splitlines` knows, such as U+2028 and U+0085, may stand inside a string.
     """
     for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
+        if line.removeprefix(codecs.BOM_UTF8).strip():
             yield number, line
 
 

@@ -43,7 +43,7 @@ from retro_mcore.distributed import (
     raise_together,
 )
 from retro_mcore.errors import ConfigurationError, RetroError, TokenizerError, raise_problems
-from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.config import SPLITS, ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import (
     FileState,
@@ -506,11 +506,23 @@ def _make_config(
         retro_bert_vocab_file=names["bert"],
         retro_neighbor_dirs={"train": None, "valid": None, "test": None},
     )
+    _check_numbers(config, options)
     if paths.config.is_file():  # query_neighbors and update_db have filled these in
         before = ProjectConfig.load(paths.root)
         config.retro_neighbor_dirs = before.retro_neighbor_dirs
         config.retro_database = before.retro_database
     return config
+
+
+def _check_numbers(config: ProjectConfig, options: PreprocessCorpusOptions) -> None:
+    for split in SPLITS:
+        if config.num_samples(split) * config.chunks_per_sample > np.iinfo(np.int64).max:
+            flags = "--train-samples" if options.train_samples else "--train-epochs"
+            raise ConfigurationError(
+                flags if split == "train" else f"{flags} and --eval-iters",
+                f"more {split} samples than can be numbered",
+                "Give fewer",
+            )
 
 
 def _samples_of_epochs(options: PreprocessCorpusOptions, datasets: Sequence[TokenFile]) -> int:

@@ -194,7 +194,7 @@ def _read_lines(
             position += len(file.readline()) - 1
         while (part.end is None or position < part.end) and (line := file.readline()):
             begin, position = position, position + len(line)
-            if not line.strip():
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             try:
                 record = _record_of_line(line, counts)
@@ -221,7 +221,8 @@ def _record_of_line(line: bytes, counts: Counter[str]) -> dict[str, Any]:
         record = parse_json(text, allow_nan=True)
     except JsonError as error:
         found = "NUL bytes, which no JSON holds" if "\0" in text else error.in_line
-        raise CorpusError("", f"invalid JSON ({found})", "Mend or remove the line") from error
+        mend = "Mend or remove the line; a document is one line of JSON"
+        raise CorpusError("", f"invalid JSON ({found})", mend) from error
     if not isinstance(record, dict):
         found = f"not a JSON object but {type(record).__name__}"
         raise CorpusError("", found, 'Write a line like {"text": "…"} for each document')

@@ -239,6 +239,20 @@ def test_numbers_that_cannot_work_are_refused_first(tmp_path, inputs, changes, f
     assert not (tmp_path / "project").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"train_epochs": 1e300, "train_samples": None}, "--train-epochs"),
+        ({"train_samples": 1 << 63}, "--train-samples"),
+        ({"eval_iters": 1 << 62}, "--train-samples and --eval-iters"),
+    ],
+)
+def test_more_samples_than_can_be_numbered(tmp_path, inputs, changes, flag):
+    with pytest.raises(RetroError, match=f"{flag}: more"):
+        preprocess_corpus(options_for(tmp_path, inputs[:1], **changes))
+    assert not (tmp_path / "project" / "config.json").exists()
+
+
 def test_all_problems_are_told_at_once(tmp_path, inputs):
     changes = {"split": "nan,5,5", "input_weights": [math.nan], "train_epochs": -1.0}
     with pytest.raises(RetroError) as told:

@@ -185,6 +185,12 @@ def test_what_is_dropped_and_replaced_is_counted(tmp_path):
     }
 
 
+@pytest.mark.parametrize("data", [b"", b"\n", b"\r\n \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
+def test_a_file_of_blank_lines_holds_nothing(tmp_path, data):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    assert count(tmp_path / "a.jsonl")[0] == []
+
+
 def test_cleaned_documents_are_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "plain"}\n{"text": "&lt;b&gt;"}\n')
