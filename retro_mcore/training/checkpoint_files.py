@@ -154,14 +154,26 @@ def publish(directory: str | Path, iteration: int, retention: Retention) -> None
         raise CheckpointError(temporary, "was not written to its end", "Save again")
     _flush(temporary)
     if final.exists():  # of a branch that was resumed before it
+        _name_another(directory, iteration)
         _remove(final)
     temporary.replace(final)
     _flush(Path(directory))
-    with atomic_write(Path(directory) / TRACKER) as tracker:
-        tracker.write_text(str(iteration), encoding="utf-8")
+    _name(directory, iteration)
     earlier = [i for i in complete_iterations(directory) if i <= iteration]
     for old in retention.superseded(earlier):
         _remove(checkpoint_path(directory, old))
+
+
+def _name(directory: str | Path, iteration: int) -> None:
+    with atomic_write(Path(directory) / TRACKER) as tracker:
+        tracker.write_text(str(iteration), encoding="utf-8")
+
+
+def _name_another(directory: str | Path, iteration: int) -> None:
+    """Let the tracker file name the one before, so that a crash never leaves it without its own."""
+    earlier = [i for i in complete_iterations(directory) if i < iteration]
+    if earlier and read_tracker(directory) == iteration:
+        _name(directory, earlier[-1])
 
 
 def _remove(checkpoint: Path) -> None:
