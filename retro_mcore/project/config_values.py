@@ -146,9 +146,15 @@ def _database_problem(database: Mapping[str, Any] | None) -> str | None:
     return _neighbor_dirs_problem(database["neighbor_dirs"])
 
 
+def _bert_problem(name: str | None) -> str | None:
+    known = ("BertWordPieceLowerCase", "BertWordPieceCase")
+    return None if name is None or name in known else f"not {' or '.join(known)}"
+
+
 #: What the values' types leave open; each tells what is wrong.
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(_PATHS, _path_problem),
+    "retro_bert_tokenizer_type": _bert_problem,
     "retro_gpt_split": lambda split: None if shares_of(split) else "not percentages as 98,2,0",
     "retro_neighbor_dirs": _neighbor_dirs_problem,
     "retro_database": _database_problem,

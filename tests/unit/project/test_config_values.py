@@ -86,6 +86,7 @@ OTHERS = [
     {"retro_database": {"project_dir": "x", "neighbor_dirs": {"train": ".."}}},
     *({"retro_gpt_vocab_file": value} for value in (1, [], "", "../x", "a\0", "\ud800")),
     *({"retro_gpt_tokenizer_type": value} for value in (None, 1, [])),
+    *({"retro_bert_tokenizer_type": value} for value in (1, "", "BertWordPieceUpperCase")),
 ]
 
 
