@@ -63,7 +63,14 @@ def unsigned(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+#: The others take the same ways, and a minute.
+OFTEN = ("zeros", "half")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(d, marks=() if d in OFTEN else pytest.mark.slow) for d in DAMAGES],
+)
 @pytest.mark.parametrize(
     ("file", "commands"),
     [
