@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -44,6 +45,12 @@ class _Member:
     text: GeneratedText
     generator: torch.Generator
     new_text: GrowingText | None
+    endings: dict[int, FinishReason]
+
+    @cached_property
+    def ending_tokens(self) -> torch.Tensor:
+        """The tokens that end the text; made once, since there may be many."""
+        return torch.tensor(list(self.endings))
 
 
 #: A new token and its log-probabilities, as the sampling rank sends them.
@@ -108,7 +115,9 @@ class TextBatch:
         if request.stopping.stop_strings:
             new_text = GrowingText(self._tokenizer, request.tokens)  # type: ignore[arg-type]
         (generator,) = request.sampling.generators(1)
-        member = _Member(request, text, generator, new_text)
+        endings: dict[int, FinishReason] = dict.fromkeys(request.stopping.stop_tokens, "stop")
+        endings.setdefault(self._tokenizer.eod, "eod")
+        member = _Member(request, text, generator, new_text, endings)
         self._members.append(member)
         self._expect([member])
         return text
@@ -289,9 +298,9 @@ class TextBatch:
         require_numbers(logits_V)
         allowed_V = request.adjustments.apply(logits_V, member.text.new_tokens)
         if len(member.text.new_tokens) < request.stopping.min_new_tokens:
-            endings = {self._tokenizer.eod, *request.stopping.stop_tokens}
             allowed_V = allowed_V.clone()
-            allowed_V[[token for token in endings if token < self._num_tokens]] = -torch.inf
+            endings = member.ending_tokens.to(allowed_V.device)
+            allowed_V[endings[endings < self._num_tokens]] = -torch.inf
         (token,) = sample(allowed_V[None], request.sampling, [member.generator])
         if request.top_logprobs is None:
             return token, None
@@ -301,10 +310,8 @@ class TextBatch:
         """Add a token to its text; False if it ended the text instead."""
         token, logprobs = choice
         text, stopping = member.text, member.request.stopping
-        ending: dict[int, FinishReason] = dict.fromkeys(stopping.stop_tokens, "stop")
-        ending.setdefault(self._tokenizer.eod, "eod")
-        if token in ending:
-            text.finish_reason = ending[token]
+        if token in member.endings:
+            text.finish_reason = member.endings[token]
             text.end_logprob = None if logprobs is None else logprobs.logprob
             return False
         text.tokens.append(token)

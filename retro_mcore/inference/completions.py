@@ -34,6 +34,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
 _FINISH_REASONS = {"eod": "stop", "stop": "stop", "length": "length", "dropped": "stop"}
 _TOKEN_ID = re.compile(r"[0-9]{1,19}")
 
+#: Texts to stop at are searched for in whatever is written, for all clients in one thread.
+_MOST_STOPS, _LONGEST_STOP = 64, 1000
+
+_Stop = Annotated[str, Strict(), Field(max_length=_LONGEST_STOP)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 
 
@@ -79,7 +83,8 @@ class CompletionRequest(BaseModel):
     """Texts to generate for each prompt; the n with the highest mean log-probability are answered.
     Default: n."""
     seed: StrictInt | None = Field(None, ge=0, lt=2**63)
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: _Stop | list[_Stop] | None = None
+    """At most 64 texts, which are looked for after each token."""
     stop_token_ids: list[StrictInt] = []
     logprobs: StrictInt | None = Field(None, ge=0, le=20)
     echo: StrictBool = False
@@ -114,6 +119,8 @@ class CompletionRequest(BaseModel):
             raise ValueError("prompt is empty")
         if self.min_tokens > self.max_tokens:
             raise ValueError("min_tokens is more than max_tokens")
+        if len(self.stop_strings) > _MOST_STOPS:
+            raise ValueError(f"stop has {len(self.stop_strings)} texts, at most {_MOST_STOPS}")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream")
         if self.num_texts < self.n:

@@ -32,7 +32,7 @@ _FIELD_OF_FLAG = {
 #: Fields of several types, of which the first mistake would name the first type alone.
 _EXPECTED = {
     "prompt": "expected a text, a list of texts, a list of token ids, or a list of such lists",
-    "stop": "expected a text or a list of texts",
+    "stop": "expected a text or a list of texts, each of at most 1000 characters",
     "neighbors": "expected a list of texts, or one such list for each prompt",
 }
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -78,16 +79,26 @@ class LogitAdjustments:
 
     def apply(self, logits_V: torch.Tensor, new_tokens: Sequence[int]) -> torch.Tensor:
         """The adjusted logits, fp64 on the CPU; the given ones themselves if nothing changes."""
-        changes = dict(self.logit_bias)
-        if self.frequency_penalty or self.presence_penalty:
-            for token, count in Counter(new_tokens).items():
-                penalty = count * self.frequency_penalty + self.presence_penalty
-                changes[token] = changes.get(token, 0.0) - penalty
-        if not changes:
+        penalized = self.frequency_penalty or self.presence_penalty
+        counts = Counter(new_tokens) if penalized else {}
+        if not self.logit_bias and not counts:
             return logits_V
         adjusted_V = logits_V.detach().to("cpu", torch.float64, copy=True)
-        adjusted_V[list(changes)] += torch.tensor(list(changes.values()), dtype=torch.float64)
+        if self.logit_bias:
+            tokens, values = self._bias
+            adjusted_V[tokens] += values
+        if counts:
+            penalties = [
+                count * self.frequency_penalty + self.presence_penalty for count in counts.values()
+            ]
+            adjusted_V[list(counts)] -= torch.tensor(penalties, dtype=torch.float64)
         return adjusted_V
+
+    @cached_property
+    def _bias(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and what is added to their logits; made once, since there may be many."""
+        values = torch.tensor(list(self.logit_bias.values()), dtype=torch.float64)
+        return torch.tensor(list(self.logit_bias)), values
 
 
 def next_token_probabilities(logits_BV: torch.Tensor, options: SamplingOptions) -> torch.Tensor:

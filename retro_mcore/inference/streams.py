@@ -107,7 +107,12 @@ async def stream(
             assert found is not None
             index, event = found
             assert event.text is not None
-            for piece in choices[index].pieces(event.text, event):
+            choice = choices[index]
+            if choice.scores_prompt:  # much to name, away from the event loop
+                pieces = await asyncio.to_thread(choice.pieces, event.text, event)
+            else:
+                pieces = choice.pieces(event.text, event)
+            for piece in pieces:
                 yield _event(piece)
             if event.token is None:
                 texts[index] = event.text
@@ -132,7 +137,7 @@ class _StreamedChoice:
         self._index, self._asked, self._answer = index, asked, answer
         self._growing = answer.choice_text(index // asked.n, job.request.tokens)
         self._num_neighbors = 0
-        self._scores_prompt = asked.echo and asked.logprobs is not None
+        self.scores_prompt = asked.echo and asked.logprobs is not None
 
     def pieces(self, text: GeneratedText, event: TokenEvent) -> list[dict[str, Any]]:
         """What to send for an event: a token, or the end.
@@ -155,8 +160,8 @@ class _StreamedChoice:
     def _logprobs(self, text: GeneratedText, ended: bool) -> dict[str, Any] | None:
         if self._asked.logprobs is None:
             return None
-        if self._scores_prompt and self._growing.begun:
+        if self.scores_prompt and self._growing.begun:
             self._growing.score_prompt(text.prompt_logprobs)
-            self._scores_prompt = False
+            self.scores_prompt = False
         placed = [*self._growing.take_prompt_tokens(), *self._growing.take_tokens(ended)]
         return self._growing.logprobs(placed) if placed else None

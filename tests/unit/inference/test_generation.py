@@ -233,6 +233,11 @@ def test_a_text_does_not_end_before_its_least_length(model):
     assert short.new_tokens == []
     assert len(text.new_tokens) >= 3
     assert eod not in text.new_tokens
+    # Endings that cannot be drawn, in padding rows, are no obstacle.
+    (endless,) = generate(
+        model, prompts(5), max_new_tokens=6, min_new_tokens=6, stop_tokens=[90, 95]
+    )
+    assert endless.new_tokens == free.new_tokens
 
 
 def test_log_probabilities_are_those_of_one_pass(model):
