@@ -157,6 +157,16 @@ def _check_prompts(
         except RetroError as error:
             problems.append(prompt.problem(error))
     raise_problems(problems)
+    _tell_cut_neighbors(loaded, prompts)
+
+
+def _tell_cut_neighbors(loaded: GenerationModel, prompts: Sequence[Prompt]) -> None:
+    texts = [text for prompt in prompts for text in prompt.neighbors or ()]
+    longest = loaded.retrieved_length
+    cut = sum(len(ids) > longest for ids in loaded.tokenizer.tokenize_batch(texts))
+    if cut and get_rank() == 0:
+        message = f"{cut} of {len(texts)} given neighbors are cut to the {longest} tokens that the"
+        print(f"{message} model reads of each", file=sys.stderr)
 
 
 def _generate(

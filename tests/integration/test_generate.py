@@ -218,3 +218,8 @@ def test_all_prompts_that_cannot_be_continued_are_told_before_any_is(options, tm
     assert "model's window of 64" in first
     assert "a.jsonl:3: neighbors: 3 texts" in second
     assert "fine" not in capsys.readouterr().out
+
+
+def test_given_neighbors_that_the_model_does_not_read_whole_are_told(options, capsys):
+    generate(options(neighbors=["word " * 100, "short"], max_new_tokens=1))
+    assert "1 of 2 given neighbors are cut to the 32 tokens" in capsys.readouterr().err
