@@ -206,10 +206,11 @@ class TrainingReporter:
         )
 
     def samples(self, iteration: int) -> None:
-        """Record how often each split's documents are read."""
+        """Record how often the documents of a split are read that repeats them."""
         for split in self._plan.passes:
-            where = {"kind": "data", "iteration": iteration, "split": split.name}
-            self._write({**where, **split.report})
+            if split.warning:
+                where = {"kind": "data", "iteration": iteration, "split": split.name}
+                self._write({**where, **split.report})
 
     def message(self, text: str) -> None:
         """Show a line."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from retro_mcore.errors import MissingDependencyError
+from retro_mcore.errors import ConfigurationError, MissingDependencyError
 from retro_mcore.training.metrics import Record
 from retro_mcore.training.plan import TrainingPlan
 
@@ -31,6 +31,7 @@ def open_sinks(plan: TrainingPlan, iteration: int) -> list[Sink]:
 
     Raises:
         MissingDependencyError: a library is not installed.
+        ConfigurationError: a directory cannot be written.
     """
     sinks: list[Sink] = []
     if plan.options.tensorboard_dir:
@@ -62,7 +63,14 @@ class TensorBoard:
 
     def __init__(self, directory: str, iteration: int) -> None:
         purge = iteration + 1 if iteration else None
-        self._writer = _summary_writer()(directory, purge_step=purge)
+        try:
+            self._writer = _summary_writer()(directory, purge_step=purge)
+        except OSError as error:
+            raise ConfigurationError(
+                f"--tensorboard-dir {directory}",
+                f"cannot be written ({error.strerror or error})",
+                "Name a directory that can be, or free space",
+            ) from error
 
     def write(self, record: Record) -> None:
         """Take a record."""

@@ -12,7 +12,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from retro_mcore.errors import MissingDependencyError
+from retro_mcore.errors import ConfigurationError, MissingDependencyError
 from retro_mcore.training.metrics import MetricsFile, read_metrics
 from tests.unit.training.small import NO_DROPOUT, SEQUENCE_LENGTH, small_trainer, train
 
@@ -145,3 +145,9 @@ def test_what_is_no_record_in_metrics_is_left_out(tmp_path):
     odd = [b"\xff\xfe", b"[1]", b'{"iteration": "x", "kind": "train"}', b'{"iteration": 3}', b"{"]
     (tmp_path / "m").write_bytes(b"\n".join([*odd, json.dumps(record).encode()]))
     assert read_metrics(tmp_path / "m") == [record]
+
+
+def test_a_tensorboard_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"--tensorboard-dir .*file: cannot be written"):
+        train(tensorboard_dir=str(tmp_path / "file"))
