@@ -27,8 +27,9 @@ class JsonError(ValueError):
     def in_line(self) -> str:
         """The same of a single line, whose number the reader knows: `Expecting value, column 7`."""
         cause = self.__cause__
-        is_syntax = isinstance(cause, json.JSONDecodeError)
-        return f"{cause.msg}, column {cause.colno}" if is_syntax else str(self)
+        if isinstance(cause, json.JSONDecodeError):
+            return f"{cause.msg}, column {cause.colno}"
+        return str(self)
 
 
 def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -240,7 +240,9 @@ def _required(record: Mapping[str, Any], key: str, source: str) -> list[Any]:
 def _turns(record: Mapping[str, Any], source: str) -> tuple[Turn, ...]:
     turns: list[Turn] = []
     for message in _required(record, "messages", source):
-        role, content = (_object(message).get(key) for key in ("role", "content"))
+        said: Mapping[str, Any] = _object(message)
+        role: Any = said.get("role")
+        content = said.get("content")
         if role not in get_args(Role) or not isinstance(content, str):
             raise CorpusError(
                 source,
@@ -248,9 +250,9 @@ def _turns(record: Mapping[str, Any], source: str) -> tuple[Turn, ...]:
                 f"Expected a `role` of {', '.join(get_args(Role))} and a `content`",
             )
         turns.append(Turn(role, content))
-    said = [turn.role for turn in turns if turn.role != "system"]
-    expected = ["user", "assistant"] * (len(said) // 2 + 1)
-    if not said or said != expected[: len(said)] or "system" in [t.role for t in turns[1:]]:
+    roles = [turn.role for turn in turns if turn.role != "system"]
+    expected = ["user", "assistant"] * (len(roles) // 2 + 1)
+    if not roles or roles != expected[: len(roles)] or "system" in [t.role for t in turns[1:]]:
         raise CorpusError(
             source,
             f"roles {reprlib.repr([turn.role for turn in turns])}",
