@@ -90,7 +90,8 @@ def _marked(marker: Path) -> Path:
 def _verify_run(directory: Path) -> tuple[list[str], list[str]]:
     if not directory.is_dir():
         raise CheckpointError(f"--load {directory}", "no such directory", "Name a run's --save")
-    checked, unchecked = [], []
+    checked: list[str] = []
+    unchecked: list[str] = []
     for name in existing_checkpoints(directory):
         has_checksums = (directory / name / CHECKSUMS_FILE).is_file()
         (checked if has_checksums else unchecked).append(name)
