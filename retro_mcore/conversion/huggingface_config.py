@@ -213,12 +213,13 @@ class Config:
     def _check_keys(self, family: Family) -> None:
         problems = []
         for key, value in self._values.items():
+            found = f"{_shown(key)[1:-1]} {_shown(value)}"
             if key in family.fixed:
                 computed = family.fixed[key]
                 if not any(value is one or value == one for one in computed):
-                    problems.append(f"{key} {_shown(value)} (it computes {_shown(computed[0])})")
+                    problems.append(f"{found} (it computes {_shown(computed[0])})")
             elif not (key in family.defaults or key in _WINDOWS or _is_neutral(key, value)):
-                problems.append(f"{key} {_shown(value)}")
+                problems.append(found)
         if problems:
             raise self.refusal(
                 f"settings that our decoder does not have: {', '.join(problems[:8])}",

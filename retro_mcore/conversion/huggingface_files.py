@@ -13,6 +13,7 @@ Other files beside them (adapter_model.*, consolidated.*, a stale index) are lef
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -86,8 +87,9 @@ class TensorFiles:
         self._directory = directory
         self._stored: dict[str, _Stored] = {}
         for file in _files(directory, config):
-            if not file.is_file():
-                raise refuse(directory, f"no {file.name}", "every file that its index names")
+            if not _is_file(file):
+                name = _listed([file.name])
+                raise refuse(directory, f"no {name}", "every file that its index names")
             read = _read_safetensors if file.suffix == ".safetensors" else _read_bin
             names = set()
             for stored in read(file):
@@ -181,9 +183,9 @@ def _files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
         if not isinstance(explicit, str) or not explicit.endswith((".safetensors", ".json")):
             raise refuse(directory, f"transformers_weights {explicit!r}", "a *.safetensors file")
         path = _inside(directory, explicit)
-        found = path if path.is_file() else None
+        found = path if _is_file(path) else None
     else:
-        found = next((path for n in _CANDIDATES if (path := directory / n).is_file()), None)
+        found = next((directory / n for n in _CANDIDATES if _is_file(directory / n)), None)
     if found is None:
         raise _no_weights(directory)
     if found.suffix != ".json":
@@ -205,6 +207,13 @@ def _inside(directory: Path, name: str) -> Path:
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise refuse(directory, f"a file of weights {name!r}, outside of it", "files inside")
     return directory / path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _no_weights(directory: Path) -> CheckpointError:
@@ -243,6 +252,13 @@ def _open(file: Path) -> Any:
 
 
 def _read_bin(file: Path) -> Iterator[_Stored]:
+    with file.open("rb") as stream:
+        if stream.read(2) not in (b"PK", b"\x80\x02"):  # zip archives, and pickles before torch 1.6
+            raise CheckpointError(
+                file,
+                "is no file of PyTorch's",
+                "Download it again (with Git LFS, if it came by Git)",
+            )
     state = load_torch_file(file, file, mapped=True)
     if not isinstance(state, Mapping):
         raise CheckpointError(file, f"holds a {type(state).__name__}", "Expected named tensors")
@@ -284,7 +300,8 @@ def _base_name(name: str) -> str:
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    # On one line, whatever a stranger calls his tensors.
+    return ", ".join(json.dumps(name)[1:-1][:120] for name in names[:_SHOWN]) + more
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

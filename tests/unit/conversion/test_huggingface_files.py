@@ -250,6 +250,11 @@ def a_pickle_with_code(path):
     torch.save({"x": print}, path / "pytorch_model.bin")
 
 
+def a_git_lfs_pointer(path):
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1")
+
+
 def another_size(path):
     tensors = weights_of(path)
     narrow = {name: t[..., : t.shape[-1] // 2].contiguous() for name, t in tensors.items()}
@@ -282,6 +287,9 @@ def many_layers(path):
         (text_as_index, INDEX),
         (gguf, r"only model\.Q4_K_M\.gguf"),
         (a_pickle_with_code, r"print, which could run code"),
+        (a_git_lfs_pointer, "is no file of PyTorch's"),
+        (index_of({EMBEDDING: "x" * 5000 + ".safetensors"}), "no xxxx"),
+        (index_of({EMBEDDING: "\ud83d.safetensors"}), r"no \\ud83d"),
         (another_size, r"embed_tokens\.weight is 101 x 16, not 101 x 32.* and \d+ more"),
         (no_config, "config.json"),
         (many_layers, r"no tensor layers\.3\."),
