@@ -65,7 +65,10 @@ class IndexCache:
     def _all_whole(self, paths: Sequence[Path]) -> bool:
         # What rank 0 finds damaged it writes again before the others look, if it can.
         thoroughly = get_rank() == 0 or not os.access(self._directory, os.W_OK)
-        states = [state_of(path) if thoroughly else _quick_state_of(path) for path in paths]
+        try:
+            states = [state_of(path) if thoroughly else _quick_state_of(path) for path in paths]
+        except OSError:  # no right to read them, or no directory
+            return False
         if FileState.DAMAGED in states and get_rank() == 0:
             self._note(f"damaged sample indexes in {self._directory} are built again")
         return all(state is FileState.COMPLETE for state in states)
