@@ -34,6 +34,7 @@ test-slow: env ## run the tests that take longer: every parallel layout, the qui
 test-versions: env .megatron-$(MEGATRON)/.up-to-date ## run what stands on megatron-core on MEGATRON=0.19.2 as well
 	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(BIN)/python -m pytest -m "not slow and not parity and not gpu" \
 		tests/distributed tests/unit/platform tests/unit/training tests/unit/model
+	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(BIN)/python -m pytest tests/distributed/test_megatron_lm.py
 
 .megatron-%/.up-to-date: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --ignore-requires-python --no-deps --upgrade \
