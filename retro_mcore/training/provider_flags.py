@@ -68,7 +68,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "transformer_impl": ((None, "local", "transformer_engine"), "Use one of these"),
     "context_parallel_size": ((None, 1), "Use tensor parallelism: nothing here divides samples"),
     "expert_model_parallel_size": ((None, 1), _OTHER_MODEL),
-    "expert_tensor_parallel_size": (None, _OTHER_MODEL),  # filled in by Megatron-LM
     **dict.fromkeys(
         (
             *("data_path", "train_data_path", "valid_data_path", "test_data_path", "fim_data"),
@@ -264,7 +263,7 @@ def _contradictions(args: argparse.Namespace) -> Iterator[RetroError]:
 def _refusals(args: argparse.Namespace) -> Iterator[RetroError]:
     for name, (neutral, mend) in _REFUSED.items():
         value = getattr(args, name, None)
-        if neutral is not None and value not in neutral:
+        if value not in neutral:
             found = "given" if value is True else str(value)
             yield ConfigurationError(_given.get(name, (flag_of(name), None))[0], found, mend)
 
