@@ -35,7 +35,8 @@ def load_array(path: Path, shape: Sequence[int] | None, kind: str, mend: str) ->
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
         raise CorruptFileError(path, f"unreadable ({reason})", mend) from error
+    wanted = "one axis" if shape is None else str(list(shape))
     fits = len(array.shape) == 1 if shape is None else array.shape == tuple(shape)
     if not fits or array.dtype.kind not in kind:
-        raise CorruptFileError(path, f"{found}, not {list(shape or ['any'])}", mend)
+        raise CorruptFileError(path, f"{found}, not {wanted}", mend)
     return np.array(array)
