@@ -8,7 +8,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-slow test-versions test-parity style format lock clean
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# Slower kernels than the processor's own, which every x86-64 processor has.
+OTHER_KERNELS := ATEN_CPU_CAPABILITY=default FAISS_SIMD_LEVEL=NONE FAISS_OPT_LEVEL=generic \
+	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2
+
+.PHONY: help env quickstart test test-slow test-kernels test-versions test-parity style format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -24,15 +30,20 @@ $(STAMP): requirements/cpu.txt setup.py
 quickstart: env ## real text to a trained Retro on CPU (NPROC=2: tensor parallel; INPUT=my.jsonl or a folder)
 	$(BIN)/python examples/quickstart/run.py --nproc $(NPROC) $(if $(INPUT),--input "$(INPUT)")
 
-test: env ## run the tests
-	$(BIN)/python -m pytest -m "not slow and not parity and not gpu"
+test: env ## run the tests (JOBS=2 at a time)
+	$(PYTEST) -m "not slow and not parity and not gpu"
 
 test-slow: env ## run the tests that take longer: every parallel layout, the quickstart's chain
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/lm_eval.txt
-	$(BIN)/python -m pytest -m "slow and not parity and not gpu"
+	$(PYTEST) -m "slow and not parity and not gpu"
+
+test-kernels: env ## run what computes once more, with other kernels than this processor's own
+	$(OTHER_KERNELS) $(PYTEST) -m "not slow and not parity and not gpu" \
+		tests/unit/model tests/unit/platform tests/unit/conversion tests/unit/data tests/unit/inference \
+		tests/unit/evaluation tests/distributed/test_tensor_parallel.py tests/distributed/test_evaluation.py
 
 test-versions: env .megatron-$(MEGATRON)/.up-to-date ## run what stands on megatron-core on MEGATRON=0.19.2 as well
-	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(BIN)/python -m pytest -m "not slow and not parity and not gpu" \
+	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(PYTEST) -m "not slow and not parity and not gpu" \
 		tests/distributed tests/unit/platform tests/unit/training tests/unit/model
 	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(BIN)/python -m pytest tests/distributed/test_megatron_lm.py
 
