@@ -81,8 +81,9 @@ class EvaluatePerplexityOptions:
     seed: int = 1234
     """Seed of the shuffling and of the draws."""
     output: str | None = None
-    """JSON file of the samples' measurements; others lie beside it. Default: perplexity.json in
-    --load."""
+    """JSON file of the samples' measurements. Default: perplexity.json in --load. Others lie beside
+    it: bits_per_byte.json, leakage.json and leakage.png, or NAME.bits_per_byte.json, … for
+    --output NAME.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: CUDA where there is one, else the CPU."""
     tensor_model_parallel_size: int = 1
@@ -120,7 +121,7 @@ class EvaluatePerplexityResult:
         perplexities: One per split and kind of neighbors, over samples.
         bits_per_byte: One per split and kind of neighbors, over documents.
         leakage: The curve of each split.
-        output: The JSON file of `perplexities`; the others lie beside it.
+        output: The JSON file of `perplexities`; `file_beside` names the others.
     """
 
     perplexities: list[Perplexity]
@@ -176,7 +177,8 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
         check_shape(arguments, project, options.project_dir)
         kinds = _neighbor_kinds(options, arguments)
         if get_rank() == 0:
-            require_writable(output)
+            for path in _files(options, output):
+                require_writable(path)
     evaluation = _Evaluation(options, project, model, arguments, kinds, device, vocab_size)
     rows = _measure_samples(evaluation) if options.protocol != "documents" else []
     bits: list[BitsPerByte] = []
@@ -337,20 +339,39 @@ def _measure_documents(
     return rows, documents.leakage_curve(options.leakage_neighbors, alphas)
 
 
+def file_beside(output: Path, name: str) -> Path:
+    """Where another file of the same command lies, so that two outputs in a folder share none.
+
+    Args:
+        output: The samples' measurements.
+        name: What the file is called beside the default output.
+    """
+    if output.name == PERPLEXITY_FILE:
+        return output.with_name(name)
+    return output.with_name(f"{output.name.removesuffix('.json')}.{name}")
+
+
+def _files(options: EvaluatePerplexityOptions, output: Path) -> list[Path]:
+    names = [BITS_PER_BYTE_FILE] if options.protocol != "samples" else []
+    names += [LEAKAGE_FILE, LEAKAGE_PLOT] if options.leakage else []
+    return [output, *(file_beside(output, name) for name in names)]
+
+
 def _write(result: EvaluatePerplexityResult) -> None:
-    folder = result.output.parent
+    output = result.output
     if result.perplexities:
-        write_results(result.output, [_as_json(row) for row in result.perplexities])
+        write_results(output, [_as_json(row) for row in result.perplexities])
     if result.bits_per_byte:
-        write_results(folder / BITS_PER_BYTE_FILE, [asdict(row) for row in result.bits_per_byte])
+        rows = [asdict(row) for row in result.bits_per_byte]
+        write_results(file_beside(output, BITS_PER_BYTE_FILE), rows)
     if result.leakage:
         from retro_mcore.evaluation.leakage import plot_leakage
 
         curves = {
             split: [point.as_json() for point in points] for split, points in result.leakage.items()
         }
-        write_results(folder / LEAKAGE_FILE, curves)
-        plot_leakage(result.leakage, folder / LEAKAGE_PLOT)
+        write_results(file_beside(output, LEAKAGE_FILE), curves)
+        plot_leakage(result.leakage, file_beside(output, LEAKAGE_PLOT))
 
 
 def _as_json(row: Perplexity) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from retro_mcore.cli.evaluate_perplexity import (
     EvaluatePerplexityOptions,
     evaluate_perplexity,
+    file_beside,
     main,
 )
 from retro_mcore.errors import ConfigurationError
@@ -209,6 +210,27 @@ def test_the_tables_show_what_was_measured(options, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "documents: windows of 64 tokens, 32 apart" in output
     assert "100.0%" in output
-    measured = json.loads((tmp_path / "bits_per_byte.json").read_text())
+    measured = json.loads((tmp_path / "p.bits_per_byte.json").read_text())
     for row in measured:
         assert f"{row['bits_per_byte']:.4f}" in output
+
+
+BESIDE = ("bits_per_byte.json", "leakage.json", "leakage.png")
+
+
+def test_two_outputs_in_one_folder_share_no_file(options, tmp_path):
+    """Who compares two models in one folder would read one's bits per byte as the other's."""
+    outputs = [tmp_path / n for n in ("perplexity.json", "a.json", "b.json", "a.b.json", "c")]
+    names = [file_beside(output, name).name for output in outputs for name in BESIDE]
+    assert names[:3] == list(BESIDE)
+    assert len({*names, *(output.name for output in outputs)}) == len(names) + len(outputs)
+    for name in ("perplexity.json", *BESIDE):
+        (tmp_path / name).write_text("another model's")
+    given = {"protocol": "both", "eval_documents": 2, "eval_iters": 1, "leakage": True}
+    evaluate_perplexity(options(output=str(outputs[1]), retro_eval_neighbors=["real"], **given))
+    for name in ("perplexity.json", *BESIDE):
+        assert (tmp_path / name).read_text() == "another model's"
+        assert name == "perplexity.json" or file_beside(outputs[1], name).stat().st_size
+    (tmp_path / "b.leakage.png").mkdir()
+    with pytest.raises(ConfigurationError, match=r"--output .*b\.leakage\.png: a directory"):
+        evaluate_perplexity(options(output=str(outputs[2]), **given))
