@@ -99,11 +99,14 @@ class Continuation:
         prompt: The prompt as given.
         text: What the model added.
         generated: Tokens, neighbors, log-probabilities and why it stopped.
+        neighbors_cut: Of the neighbors that were given with the prompt, those that the model reads
+            the beginning of; None if none were given.
     """
 
     prompt: str
     text: str
     generated: GeneratedText
+    neighbors_cut: int | None = None
 
 
 def generate(options: GenerateOptions) -> list[Continuation]:
@@ -125,7 +128,8 @@ def generate(options: GenerateOptions) -> list[Continuation]:
         for prompt, text in zip(
             batch, _generate(loaded, batch, shifted, options, printer), strict=True
         ):
-            results.append(Continuation(prompt.text, new_text(loaded.tokenizer, text), text))
+            cut = None if prompt.neighbors is None else loaded.given(prompt.neighbors).num_cut
+            results.append(Continuation(prompt.text, new_text(loaded.tokenizer, text), text, cut))
             if get_rank() == 0:
                 _print_result(results[-1], loaded, options, printer)
     if options.output is not None and get_rank() == 0:
@@ -161,12 +165,12 @@ def _check_prompts(
 
 
 def _tell_cut_neighbors(loaded: GenerationModel, prompts: Sequence[Prompt]) -> None:
-    texts = [text for prompt in prompts for text in prompt.neighbors or ()]
-    longest = loaded.retrieved_length
-    cut = sum(len(ids) > longest for ids in loaded.tokenizer.tokenize_batch(texts))
+    given = [prompt.neighbors for prompt in prompts if prompt.neighbors is not None]
+    cut = sum(loaded.given(texts).num_cut for texts in given)
     if cut and get_rank() == 0:
-        message = f"{cut} of {len(texts)} given neighbors are cut to the {longest} tokens that the"
-        print(f"{message} model reads of each", file=sys.stderr)
+        message = f"{cut} of {sum(map(len, given))} given neighbors are cut to the"
+        message = f"{message} {loaded.retrieved_length} tokens that the model reads of each"
+        print(message, file=sys.stderr)
 
 
 def _generate(
@@ -324,6 +328,8 @@ def _record(result: Continuation, loaded: GenerationModel) -> dict[str, Any]:
     }
     if text.logprobs:
         record["logprobs"] = [entry._asdict() for entry in text.logprobs]
+    if result.neighbors_cut is not None:
+        record["neighbors_cut"] = result.neighbors_cut
     if loaded.retriever is not None and all(found.ids is not None for found in text.neighbors):
         record["neighbors"] = [
             [vars(one) for one in loaded.retriever.describe(found)[0]] for found in text.neighbors

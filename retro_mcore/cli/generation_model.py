@@ -12,7 +12,7 @@ from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import initialize, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.background import BackgroundRetrieval
-from retro_mcore.inference.neighbors import SameNeighbors, neighbors_from_texts
+from retro_mcore.inference.neighbors import SameNeighbors, neighbors_from_texts, num_longer
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project import ProjectPaths
@@ -95,7 +95,8 @@ class GenerationModel:
 
         require_reading(self.arguments, "neighbors", "Leave them out")
         sizes = (self.arguments.retro_num_neighbors, self.retrieved_length)
-        return SameNeighbors(neighbors_from_texts(texts, self.tokenizer, *sizes))
+        neighbors = neighbors_from_texts(texts, self.tokenizer, *sizes)
+        return SameNeighbors(neighbors, num_longer(texts, self.tokenizer, self.retrieved_length))
 
     @property
     def window(self) -> int:

@@ -204,6 +204,8 @@ class Answer:
         retriever: Describes neighbors by source and text; None without live retrieval.
         chunk_length: The model's.
         num_start_tokens: For each prompt, the tokens that the server put before it.
+        neighbors_cut: For each prompt, how many of its given neighbors the model reads only the
+            beginning of; None where none were given.
     """
 
     def __init__(
@@ -214,9 +216,11 @@ class Answer:
         retriever: Any,
         chunk_length: int,
         num_start_tokens: Sequence[int],
+        neighbors_cut: Sequence[int | None],
     ) -> None:
         self._request, self._tokenizer, self._retriever = request, tokenizer, retriever
         self._chunk_length, self._num_start_tokens = chunk_length, num_start_tokens
+        self._neighbors_cut = neighbors_cut
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -264,6 +268,9 @@ class Answer:
         choice = {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": reason}
         if neighbors:
             choice["neighbors"] = neighbors
+        cut = self._neighbors_cut[index // self._request.n]
+        if text is not None and cut is not None:
+            choice["neighbors_cut"] = cut
         return {**self._head, "choices": [choice]}
 
     def last(self, texts: Sequence[GeneratedText]) -> dict[str, Any]:

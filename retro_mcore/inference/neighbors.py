@@ -153,14 +153,21 @@ class SameNeighbors:
 
     Args:
         neighbors: Of one chunk (N = 1).
+        num_cut: How many of them are the beginnings of longer texts.
     """
 
-    def __init__(self, neighbors: RetrievedNeighbors) -> None:
+    def __init__(self, neighbors: RetrievedNeighbors, num_cut: int = 0) -> None:
         self._neighbors = neighbors.chunk(0)
+        self.num_cut = num_cut
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
         """These neighbors, once for each chunk."""
         return RetrievedNeighbors.join([self._neighbors] * len(chunks))
+
+
+def num_longer(texts: Sequence[str], tokenizer: TextTokenizer, retrieved_length: int) -> int:
+    """How many texts `neighbors_from_texts` cuts to R tokens."""
+    return sum(len(tokenizer.tokenize(text)) > retrieved_length for text in texts)
 
 
 def neighbors_from_texts(

@@ -20,7 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from retro_mcore.errors import RetroError
 from retro_mcore.inference.completions import Answer, CompletionRequest, error_body
 from retro_mcore.inference.http_requests import check_key, parse_request, read_json, refused
-from retro_mcore.inference.neighbors import NeighborSource
+from retro_mcore.inference.neighbors import NeighborSource, SameNeighbors
 from retro_mcore.inference.service import (
     BusyError,
     ClosedError,
@@ -54,7 +54,7 @@ class ServerParts:
     chunk_length: int
     search: NeighborSource | None = None
     retriever: Any = None
-    given: Callable[[Sequence[str]], NeighborSource] | None = None
+    given: Callable[[Sequence[str]], SameNeighbors] | None = None
     two_chunks: bool = False
 
 
@@ -189,7 +189,8 @@ def _prepare(
     _check_limits(asked, limits)
     try:
         prompts, num_start_tokens = _prompt_tokens(asked.prompts, parts)
-        jobs = _jobs(asked, prompts, parts, events)
+        sources = [_source(asked, parts, number) for number in range(len(prompts))]
+        jobs = _jobs(asked, prompts, sources, parts, events)
     except RetroError as error:
         raise refused(error) from None
     answer = Answer(
@@ -199,6 +200,7 @@ def _prepare(
         parts.retriever,
         parts.chunk_length,
         num_start_tokens,
+        [source.num_cut if isinstance(source, SameNeighbors) else None for source in sources],
     )
     return asked, jobs, answer
 
@@ -253,12 +255,15 @@ def _prompt_tokens(
 
 
 def _jobs(
-    asked: CompletionRequest, prompts: Sequence[list[int]], parts: ServerParts, events: Events
+    asked: CompletionRequest,
+    prompts: Sequence[list[int]],
+    sources: Sequence[NeighborSource | None],
+    parts: ServerParts,
+    events: Events,
 ) -> list[Job]:
     two_chunks = parts.two_chunks if asked.two_chunks is None else asked.two_chunks
     jobs: list[Job] = []
-    for number, ids in enumerate(prompts):
-        source = _source(asked, parts, number)
+    for number, (ids, source) in enumerate(zip(prompts, sources, strict=True)):
         for request in asked.generation_requests(ids):
             request = replace(request, neighbors=source, two_chunks=two_chunks, number=number)
             jobs.append(Job(request, events.listener(len(jobs))))

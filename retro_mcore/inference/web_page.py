@@ -80,7 +80,8 @@ function take(line, output) {
   for (const choice of message.choices) {
     output.append(choice.text);
     for (const chunk of choice.neighbors || []) showChunk(chunk);
-    if (choice.finish_reason) status(`done (${choice.finish_reason})`);
+    const cut = choice.neighbors_cut ? `; ${choice.neighbors_cut} given neighbors are cut` : "";
+    if (choice.finish_reason) status(`done (${choice.finish_reason}${cut})`);
   }
 }
 

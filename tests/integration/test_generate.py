@@ -220,6 +220,11 @@ def test_all_prompts_that_cannot_be_continued_are_told_before_any_is(options, tm
     assert "fine" not in capsys.readouterr().out
 
 
-def test_given_neighbors_that_the_model_does_not_read_whole_are_told(options, capsys):
-    generate(options(neighbors=["word " * 100, "short"], max_new_tokens=1))
+def test_given_neighbors_that_the_model_does_not_read_whole_are_told(options, tmp_path, capsys):
+    output = tmp_path / "texts.jsonl"
+    given = {"neighbors": ["word " * 100, "short"], "output": str(output)}
+    generate(options(**given, max_new_tokens=1))
     assert "1 of 2 given neighbors are cut to the 32 tokens" in capsys.readouterr().err
+    assert json.loads(output.read_text())["neighbors_cut"] == 1
+    generate(options(output=str(output), max_new_tokens=1))
+    assert "neighbors_cut" not in json.loads(output.read_text())

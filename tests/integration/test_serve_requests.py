@@ -101,6 +101,7 @@ class App:
             whole = choices.setdefault(piece["index"], {"text": "", "tokens": 0, "logprobs": {}})
             whole["text"] += piece["text"]
             whole["finish_reason"] = piece["finish_reason"]
+            whole["neighbors_cut"] = piece.get("neighbors_cut")
             for name, values in (piece["logprobs"] or {}).items():
                 whole["logprobs"].setdefault(name, []).extend(values)
             told = "".join(whole["logprobs"].get("tokens", []))
@@ -309,6 +310,35 @@ def test_a_body_that_does_not_come_is_not_waited_for(app, monkeypatch):
     monkeypatch.setattr(app, "app", impatient)
     status, content = app.send(*POST, b'{"prompt": ', more_body=True, content_length="100")
     assert (status, json.loads(content)["error"]["type"]) == (408, "invalid_request_error")
+
+
+LONG = "A river is a stream of water. " * 40
+
+
+@pytest.mark.parametrize(
+    ("body", "cut"),
+    [
+        ({}, [None]),
+        ({"retrieve": False}, [None]),
+        ({"neighbors": []}, [0]),
+        ({"neighbors": ["short", LONG]}, [1]),
+        ({"neighbors": [LONG, LONG], "n": 2}, [2, 2]),
+        ({"prompt": [PROMPT, PROMPT], "n": 2, "neighbors": [["a"], [LONG]]}, [0, 0, 1, 1]),
+        ({"neighbors": [LONG], "two_chunks": True}, [1]),
+        ({"neighbors": [LONG], "max_tokens": 0, "echo": True}, [1]),
+    ],
+)
+def test_given_neighbors_that_are_cut_are_counted(app, body, cut):
+    """Who sends whole articles as neighbors would think that the model had read them."""
+    choices = app.complete(**body)
+    assert [choice.get("neighbors_cut") for choice in choices] == cut
+    assert all(("neighbors_cut" in choice) == (cut[0] is not None) for choice in choices)
+    assert [choice["neighbors_cut"] for choice in app.stream(**body)] == cut
+
+
+def test_of_the_best_texts_too_it_is_told_which_prompts_neighbors_are_cut(app):
+    body = {"prompt": [PROMPT, PROMPT], "best_of": 2, "neighbors": [["a"], [LONG]]}
+    assert [choice["neighbors_cut"] for choice in app.complete(**body)] == [0, 1]
 
 
 def test_models_and_the_description_of_the_interface(app):
