@@ -112,10 +112,15 @@ def on_first_rank(compute: Callable[[], Value]) -> Value:
 
 def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether `flag` is set on any rank of `group`."""
-    flags = [flag] * get_world_size(group)
-    if len(flags) > 1:
-        dist.all_gather_object(flags, flag, group=group)
-    return any(flags)
+    return any(gather(flag, group))
+
+
+def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """The value of every rank of `group`, on each of them."""
+    values = [value] * get_world_size(group)
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
 class PeerError(RuntimeError):

@@ -40,7 +40,11 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
     from retro_mcore.training.data_contents import contents_of_blend
-    from retro_mcore.training.finetune import build_instruction_datasets, make_finetune_plan
+    from retro_mcore.training.finetune import (
+        build_instruction_datasets,
+        count_all_cuts,
+        make_finetune_plan,
+    )
     from retro_mcore.training.trainer import Trainer, finished_run
 
     with distributed.raise_together():
@@ -57,6 +61,7 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
         with save_lock("finetune_retro", options.save) as alone:
             with distributed.raise_together():
                 train, valid = build_instruction_datasets(plan, tokenizer)
+            plan = replace(plan, passes=count_all_cuts(plan, (train, valid), tokenizer))
             result = Trainer(plan, train, valid, device, alone).train()
     summarize("finetune_retro", plan, result)
     return result

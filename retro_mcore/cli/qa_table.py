@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
+from retro_mcore.datasets.instruction_cuts import PROMPT_CUTS
 from retro_mcore.evaluation.bootstrap import Estimate
 from retro_mcore.evaluation.qa_legacy import LegacyScores
 
@@ -19,9 +20,7 @@ _NAMES = {
     "accuracy": "accuracy",
 }
 _REPORTED = {
-    "prompts_cut": "prompts cut to fit the window",
-    "questions_cut": "questions cut themselves",
-    "encoder_passages_cut": "with passages cut for the encoder",
+    **PROMPT_CUTS,
     "answers_cut": "answers ended by --max-new-tokens",
     "answers_empty": "answers empty",
     "options_not_named": "answers name no option",

@@ -80,10 +80,19 @@ def read_examples(
     for file in map(Path, files):
         for number, record in enumerate(read_records(file)):
             source = f"{file}, record {number}"
-            if longform_answer and "messages" not in record and "longform_answer" not in record:
+            if longform_answer and _lacks_longform(record):
                 continue
             examples.append(_example(record, dataset, source, passages, longform_answer))
     return examples
+
+
+def num_without_longform(files: Sequence[Path | str]) -> int:
+    """Records that `read_examples` leaves out with `longform_answer`."""
+    return sum(_lacks_longform(record) for file in files for record in read_records(Path(file)))
+
+
+def _lacks_longform(record: Mapping[str, Any]) -> bool:
+    return "messages" not in record and "longform_answer" not in record
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,20 @@ class BlendPart:
     valid_files: tuple[Path, ...] = ()
 
 
+def labels_of(parts: Sequence[BlendPart]) -> list[str]:
+    """What to call each part: its name, or its first file where others have the same name."""
+    names = [part.name for part in parts]
+    labels = [
+        name if names.count(name) == 1 else str(part.train_files[0])
+        for name, part in zip(names, parts, strict=True)
+    ]
+    # A file may stand in a blend twice.
+    return [
+        label if labels.count(label) == 1 else f"{label} ({place + 1})"
+        for place, label in enumerate(labels)
+    ]
+
+
 def parse_blend(entries: Sequence[str], folder: Path | str = ".") -> list[BlendPart]:
     """The parts of a blend.
 

@@ -5,7 +5,7 @@ Shapes: S sequence, L chunks per sample, K neighbors, R retrieved length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -94,7 +94,9 @@ def encode_example(
     Raises:
         CorpusError: the example has no answer to learn.
     """
-    tokens, trained = _encode_text(example, how, tokenizer)
+    fitted = fit_example(example, how, tokenizer)
+    parts = [([*how.beginning, *fitted.prompt_tokens], False), *fitted.parts]
+    tokens, trained = _join(parts, how.sequence_length, tokenizer.eod)
     if how.loss_on == "everything":
         trained = np.ones_like(trained)
     if not how.num_encoder_passages:
@@ -122,30 +124,67 @@ def encode_passages(
     return tokens_KR, mask_KR
 
 
+@dataclass(frozen=True)
+class FittedExample:
+    """An example's words and tokens, cut to fit S.
+
+    Attributes:
+        example: Without the oldest turns that do not fit.
+        prompt: As it would be written whole.
+        prompt_tokens: As much of it as fits, without what every example begins with.
+        context_length: Tokens of the prompt's passages that stand in it.
+        parts: What follows the prompt, and whether it is learned; `_join` cuts it at the end.
+    """
+
+    example: InstructionExample
+    prompt: Prompt
+    prompt_tokens: list[int]
+    context_length: int
+    parts: list[tuple[list[int], bool]]
+
+
 def fit_prompt(prompt: Prompt, limit: int, tokenizer: TextEncoder) -> list[int]:
     """The prompt in at most `limit` tokens, cut as `encode_example` says."""
+    return _fit_prompt(prompt, limit, tokenizer)[0]
+
+
+def _fit_prompt(prompt: Prompt, limit: int, tokenizer: TextEncoder) -> tuple[list[int], int]:
+    """The prompt, and how many tokens of the passages stand in it."""
     fixed = len(tokenizer.tokenize(prompt.before)) + len(tokenizer.tokenize(prompt.question))
     context = tokenizer.tokenize(prompt.context) if prompt.passages else []
-    room = limit - fixed
+    room = min(limit - fixed, len(context))
     while True:
         # Cut by tokens, joined as text: the words around the cut may become other tokens.
-        kept = tokenizer.detokenize(context[:room]) if room > 0 and context else ""
+        kept = tokenizer.detokenize(context[:room]) if room > 0 else ""
         ids = tokenizer.tokenize(prompt.before + kept + prompt.question)
         if len(ids) <= limit or not kept:
-            return ids[-limit:] if limit > 0 else []
-        room = min(room, len(context)) - (len(ids) - limit)
+            return ids[-limit:] if limit > 0 else [], max(room, 0)
+        room -= len(ids) - limit
 
 
-def _encode_text(
+def fit_example(
     example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
-) -> tuple[np.ndarray, np.ndarray]:
+) -> FittedExample:
+    """An example's words, cut as `encode_example` says.
+
+    Raises:
+        CorpusError: the example has no answer to learn.
+    """
     if example.turns and how.loss_on == "answers":
-        return _encode_every_answer(example, how, tokenizer)
+        fitted = _fit_every_answer(example, how, tokenizer)
+        if fitted is not None:
+            return fitted
     answer = tokenizer.tokenize(f" {_answer(example)}")
     room = how.sequence_length - len(how.beginning)
     limit = room - min(len(answer), how.sequence_length // 2)
-    prompt = [*how.beginning, *_fit_example(example, how, tokenizer, limit)]
-    return _join([(prompt, False), (answer, True)], how.sequence_length, tokenizer.eod)
+    while True:
+        prompt = write_prompt(example, how.prompt_format, how.num_context_passages, how.template_id)
+        shorter = _without_oldest_turns(example)
+        fixed = tokenizer.tokenize(prompt.before + prompt.question)
+        if len(fixed) <= limit or shorter is None:
+            fit = _fit_prompt(prompt, limit, tokenizer)
+            return FittedExample(example, prompt, *fit, [(answer, True)])
+        example = shorter
 
 
 def _answer(example: InstructionExample) -> str:
@@ -158,18 +197,6 @@ def _answer(example: InstructionExample) -> str:
     return example.answers[0]
 
 
-def _fit_example(
-    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder, limit: int
-) -> list[int]:
-    while True:
-        prompt = write_prompt(example, how.prompt_format, how.num_context_passages, how.template_id)
-        shorter = _without_oldest_turns(example)
-        fixed = tokenizer.tokenize(prompt.before + prompt.question)
-        if len(fixed) <= limit or shorter is None:
-            return fit_prompt(prompt, limit, tokenizer)
-        example = shorter
-
-
 def _without_oldest_turns(example: InstructionExample) -> InstructionExample | None:
     """Without the first question and its reply; None if only the last question is left."""
     system = tuple(turn for turn in example.turns if turn.role == "system")
@@ -177,24 +204,27 @@ def _without_oldest_turns(example: InstructionExample) -> InstructionExample | N
     return replace(example, turns=system + said[2:]) if len(said) > 2 else None
 
 
-def _encode_every_answer(
+def _fit_every_answer(
     example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
-) -> tuple[np.ndarray, np.ndarray]:
-    """A chat in which each reply is learned and ends with the end of document."""
+) -> FittedExample | None:
+    """A chat in which each reply is learned and ends with the end of document.
+
+    None if not even its last question and reply fit.
+    """
     _answer(example)
     shorter: InstructionExample | None = example
     while shorter is not None:
-        parts = _chat_parts(shorter, how, tokenizer)
-        if parts is not None:
-            return _join(parts, how.sequence_length, tokenizer.eod)
+        fitted = _fit_whole_chat(shorter, how, tokenizer)
+        if fitted is not None:
+            return fitted
         shorter = _without_oldest_turns(shorter)
-    return _encode_text(example, replace(how, loss_on="last-answer"), tokenizer)
+    return None
 
 
-def _chat_parts(
+def _fit_whole_chat(
     example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
-) -> list[tuple[list[int], bool]] | None:
-    """The chat's turns and whether they are learned; None if it does not fit."""
+) -> FittedExample | None:
+    """All of the chat's turns; None if they do not fit."""
     num_system = sum(turn.role == "system" for turn in example.turns)
     replies = [
         (tokenizer.tokenize(_continued(turn)), turn.role == "assistant")
@@ -206,7 +236,7 @@ def _chat_parts(
     limit = room - sum(len(ids) + learned for ids, learned in replies)
     if len(tokenizer.tokenize(prompt.before + prompt.question)) > limit:
         return None
-    return [([*how.beginning, *fit_prompt(prompt, limit, tokenizer)], False), *replies]
+    return FittedExample(example, prompt, *_fit_prompt(prompt, limit, tokenizer), replies)
 
 
 def _continued(turn: Turn) -> str:
@@ -291,6 +321,17 @@ class InstructionDataset(Dataset):
         return _lay_out(
             self._encoded(index), self._how, self._tokenizer.eod, self._step, self._packed
         )
+
+    def examples_read(self, dataset: int) -> Iterator[InstructionExample]:
+        """The examples of a dataset that stand in any row, each once."""
+        num_read = np.count_nonzero(self._blend[0][: self._rows[-1]] == dataset)
+        for number in range(min(int(num_read), len(self._datasets[dataset]))):
+            yield self._example(dataset, number)
+
+    @property
+    def how(self) -> InstructionFormat:
+        """How an example becomes tokens."""
+        return self._how
 
     def _encoded(self, row: int) -> list[EncodedExample]:
         return [self._encode(place) for place in range(self._rows[row], self._rows[row + 1])]

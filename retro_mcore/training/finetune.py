@@ -10,10 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from retro_mcore.data.instruction import InstructionExample, read_examples
-from retro_mcore.data.instruction_blend import BlendPart, parse_blend
+from retro_mcore import distributed
+from retro_mcore.data.instruction import (
+    InstructionExample,
+    num_without_longform,
+    read_examples,
+)
+from retro_mcore.data.instruction_blend import BlendPart, labels_of, parse_blend
 from retro_mcore.data.tokenizers import Tokenizer
 from retro_mcore.datasets.instruction import InstructionDataset, InstructionFormat
+from retro_mcore.datasets.instruction_cuts import InstructionCuts, count_cuts
 from retro_mcore.errors import ConfigurationError, CorpusError
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.checkpoint_args import model_options_of_checkpoint
@@ -134,16 +140,46 @@ def build_instruction_datasets(
         CorpusError: a file is missing or malformed, or an example has no answer.
         ConfigurationError: --data-path is no blend.
     """
-    command = plan.command
-    parts = parse_blend(command.data_path, command.data_folder)
-    train = _blend(plan, parts, plan.train_samples, tokenizer)
-    wanted = command.eval_iters * plan.global_batch_size
-    if command.valid_data_path is not None:
-        parts = parse_blend(command.valid_data_path, command.data_folder)
-    else:
-        parts = [replace(part, train_files=part.valid_files) for part in parts if part.valid_files]
-    valid = _blend(plan, parts, wanted, tokenizer) if parts else None
+    parts = _parts(plan.command)
+    train = _blend(plan, parts["train"], plan.train_samples, tokenizer)
+    wanted = plan.command.eval_iters * plan.global_batch_size
+    valid = _blend(plan, parts["valid"], wanted, tokenizer) if parts["valid"] else None
     return train, valid
+
+
+def _parts(command: FinetuneOptions) -> dict[str, list[BlendPart]]:
+    """The blend of each split; that of validation may be empty."""
+    train = parse_blend(command.data_path, command.data_folder)
+    if command.valid_data_path is not None:
+        return {"train": train, "valid": parse_blend(command.valid_data_path, command.data_folder)}
+    valid = [replace(part, train_files=part.valid_files) for part in train if part.valid_files]
+    return {"train": train, "valid": valid}
+
+
+def count_all_cuts(
+    plan: FinetunePlan,
+    datasets: Sequence[InstructionDataset | None],
+    tokenizer: Tokenizer,
+) -> tuple[InstructionCuts, ...]:
+    """What is cut in the examples that a run reads, by split; every rank counts a part of them.
+
+    Args:
+        plan: The run.
+        datasets: As `build_instruction_datasets` gives them.
+        tokenizer: The model's.
+    """
+    found = []
+    for (split, parts), dataset in zip(_parts(plan.command).items(), datasets, strict=True):
+        if dataset is None:
+            continue
+        with distributed.raise_together():
+            rank, ranks = distributed.get_rank(), distributed.get_world_size()
+            mine = count_cuts(dataset, tokenizer, len(parts), rank, ranks)
+            if plan.command.longform_answer and rank == 0:
+                for counts, part in zip(mine, parts, strict=True):
+                    counts["records_left_out"] = num_without_longform(part.train_files)
+        found.append(InstructionCuts.of_ranks(split, labels_of(parts), distributed.gather(mine)))
+    return tuple(found)
 
 
 def _blend(

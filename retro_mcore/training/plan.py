@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
-from retro_mcore.datasets.passes import SplitPasses
 from retro_mcore.errors import CheckpointError, ConfigurationError, check_all, raise_problems
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
@@ -50,6 +49,25 @@ _FREE = {
 }
 
 
+class SplitReport(Protocol):
+    """What there is to say of a split's samples."""
+
+    @property
+    def name(self) -> str:
+        """The split."""
+        ...
+
+    @property
+    def warning(self) -> str:
+        """A line for whoever trains on them; empty: nothing to say."""
+        ...
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The numbers, for JSON."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """Flags and project, resolved.
@@ -64,7 +82,7 @@ class TrainingPlan:
         schedule: Lengths of the schedules, in samples.
         used_vocab_size: Of the tokenizer's ids, those that can occur; see `Tokenizer`.
         contents: What the samples are made from; None where nothing is trained on.
-        passes: How often each split's documents are read.
+        passes: How often each split's documents are read, or what is cut in its examples.
     """
 
     options: TrainingOptions
@@ -76,7 +94,7 @@ class TrainingPlan:
     schedule: ScheduleLengths
     used_vocab_size: int
     contents: DataContents | None = field(default=None, kw_only=True)
-    passes: tuple[SplitPasses, ...] = field(default=(), kw_only=True)
+    passes: tuple[SplitReport, ...] = field(default=(), kw_only=True)
 
     @property
     def global_batch_size(self) -> int:
@@ -100,7 +118,7 @@ class TrainingPlan:
 
     @property
     def repetitions(self) -> dict[str, str]:
-        """What is repeated in the samples, by split; nothing of splits where nothing is."""
+        """What is repeated or cut in the samples, by split; nothing of splits where nothing is."""
         return {each.name: each.warning for each in self.passes if each.warning}
 
     def configuration(self) -> dict[str, Any]:

@@ -206,7 +206,7 @@ class TrainingReporter:
         )
 
     def samples(self, iteration: int) -> None:
-        """Record how often the documents of a split are read that repeats them."""
+        """Record what there is to say of a split's samples, such as how often they repeat."""
         for split in self._plan.passes:
             if split.warning:
                 where = {"kind": "data", "iteration": iteration, "split": split.name}

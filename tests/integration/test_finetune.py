@@ -301,6 +301,54 @@ def test_a_resumed_run_reads_the_same_examples_wherever_they_lie(options, data, 
         finetune_retro(options(**changes, data_path=[str(moved)]))
 
 
+def test_what_is_cut_to_fit_is_told_for_each_dataset_and_split(options, data, tmp_path, capsys):
+    """Who tunes on long articles would learn to answer from passages that are not there."""
+    for folder, answer in (("a", "because " * 99), ("b", "no")):
+        (tmp_path / folder).mkdir()
+        record = {
+            "question": "Why?",
+            "longform_answer": answer,
+            "ctxs": [{"title": "", "text": "x "}],
+        }
+        records = [
+            record,
+            {**record, "longform_answer": "so"},
+            {"question": "Left out?", "ctxs": []},
+        ]
+        (tmp_path / folder / "mine.json").write_text(json.dumps(records))
+    given = {
+        "data_path": [
+            "1",
+            str(tmp_path / "a" / "mine.json"),
+            "1",
+            str(tmp_path / "b" / "mine.json"),
+        ],
+        "valid_data_path": [str(data / "chats.jsonl")],
+        "longform_answer": True,
+        "prompt_format": "reformat_prompt_retro",
+        "save": str(tmp_path / "run"),
+        "train_iters": 1,
+        "eval_iters": 1,
+    }
+    finetune_retro(options(**given))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["kind"] == "data"]
+    train, valid = records
+    assert [train["split"], valid["split"]] == ["train", "valid"]
+    first, second = train["by_dataset"].values()
+    assert [str(tmp_path / name / "mine.json") for name in "ab"] == list(train["by_dataset"])
+    assert (first["examples"], second["examples"], train["examples"]) == (2, 2, 4)
+    assert (first["answers_cut"], second["answers_cut"], train["answers_cut"]) == (1, 0, 1)
+    assert first["records_left_out"] == second["records_left_out"] == 1
+    assert train["prompts_cut"] == train["questions_cut"] == 4
+    assert (valid["examples"], valid["questions_cut"]) == (1, 1)
+    output = "".join(capsys.readouterr())
+    words = "answers cut, which do not teach to stop"
+    assert output.count(f"of 2 examples of {tmp_path / 'a' / 'mine.json'}: ") == 2  # start and end
+    assert output.count(words) == 2
+    assert output.count("of 1 examples of chats: 1 prompts cut to fit the window") == 2
+
+
 def test_the_pretrained_checkpoint_needs_finetune(options):
     with pytest.raises(CheckpointError, match="was trained with"):
         finetune_retro(options(finetune=False))
