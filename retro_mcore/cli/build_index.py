@@ -36,7 +36,7 @@ from retro_mcore.data.index.build import IndexBuild, read_recall
 from retro_mcore.data.index.embeddings import count_embedded
 from retro_mcore.data.index.gpu import num_gpus
 from retro_mcore.data.lexical import count_texts, weights_of
-from retro_mcore.data.shards import ShardReport, Share, cut
+from retro_mcore.data.shards import Shard, ShardReport, Share, cut
 from retro_mcore.data.text import DocumentEnds, chunk_texts
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
 from retro_mcore.data.vectors import EmbeddingCounts
@@ -53,7 +53,13 @@ from retro_mcore.inference.megatron_bert import register as register_megatron_be
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
-from retro_mcore.project.markers import FileState, fingerprint_of, signed_write, state_of
+from retro_mcore.project.markers import (
+    FileState,
+    fingerprint_of,
+    read_marker,
+    signed_write,
+    state_of,
+)
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.stages import check_stage, finish_stage, input_digests
 
@@ -191,13 +197,13 @@ class _Run:
         self.inputs = input_digests(self.paths, files)
         embed_options = self._embed_options()
         self.stage_options = {**embed_options, **self._index_options()}
-        self.embed_fingerprint = fingerprint_of([embed_options, self.inputs])
         shards = cut(
             self.paths.embeddings,
             len(self.database),
             self.config.retro_block_size,
             self.settings.growth,
         )
+        self._choose_document_ends(shards, [embed_options, self.inputs])
         growth = Growth.of(self.paths, self.settings)
         if growth and not growth.embedded_with(embed_options):
             growth = None
@@ -228,11 +234,18 @@ class _Run:
             growth.take_over_training if growth else None,
         )
 
-    @property
-    def _document_ends(self) -> DocumentEnds:
-        """Megatron's way, but for a project that was indexed before there were two."""
-        old = self.settings.embedder is not None
-        return self.settings.document_ends if old else "detokenized"
+    def _choose_document_ends(self, shards: Sequence[Shard], made_from: list[Any]) -> None:
+        """Megatron's way, but for a project that was indexed, or begun, before there were two."""
+        before = fingerprint_of(made_from)
+        self._document_ends: DocumentEnds = "detokenized"
+        if self.settings.embedder is not None:
+            self._document_ends = self.settings.document_ends
+        elif any((read_marker(shard.path) or {}).get("fingerprint") == before for shard in shards):
+            self._document_ends = "line break"
+        ends = self._document_ends
+        # The line break of earlier versions is not named, so that their files are as they were.
+        named = [] if ends == "line break" else [ends]
+        self.embed_fingerprint = fingerprint_of([*made_from, *named])
 
     def _embed_options(self) -> dict[str, Any]:
         options = self.options

@@ -16,7 +16,7 @@ from retro_mcore.errors import CorruptFileError, ProjectError
 
 #: A file of rows [start, end); others are not ours to read, such as a copy under another name.
 _ROWS = re.compile(r"(\d+)-(\d+)")
-#: Rows of a file whose ids are looked at when it is opened; all of them are when they are read.
+#: Rows whose ids are looked at when neighbors are opened; all of them are when they are read.
 _LOOKED_AT = 1 << 16
 _MEND = "Run query_neighbors again"
 
@@ -44,6 +44,8 @@ class SavedNeighbors:
             raise ProjectError(self.directory, "holds no neighbors", "Run query_neighbors first")
         self._paths = [path for _, _, path in bounds]
         self._files: list[np.ndarray] = []
+        # Of each file as many: every process opens all files, of which there may be thousands.
+        self._looked_at = max(_LOOKED_AT // len(bounds), 1)
         expected = 0
         for start, end, path in bounds:
             self._files.append(self._open(path, start, end, expected))
@@ -60,7 +62,7 @@ class SavedNeighbors:
             raise CorruptFileError(path, f"holds {len(rows)} rows from {start}", _MEND)
         if not rows.shape[1] or (self._files and rows.shape[1] != self.num_saved):
             raise CorruptFileError(path, f"holds {rows.shape[1]} neighbors per row", _MEND)
-        self._check(path, rows[:_LOOKED_AT])
+        self._check(path, rows[: self._looked_at])
         return rows
 
     def _check(self, path: Path, rows: np.ndarray) -> None:

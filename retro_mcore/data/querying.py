@@ -129,7 +129,7 @@ class NeighborSearch:
                 break
             k = min(_MORE * k, len(self.database))
             more, wider = yield vectors[short], k
-            require_found(more, wider, self.database)
+            require_found(more, wider, self.database, may_be_empty=True)
             neighbors[short], kept[short] = self.select(
                 [chunks[row] for row in short], wider, more, rows_of(owners, short)
             )
@@ -173,13 +173,16 @@ def count_queried(shards: Sequence[Shard]) -> QueryCounts:
     return counts
 
 
-def require_found(distances: np.ndarray, ids: np.ndarray, database: ChunkDatabase) -> None:
+def require_found(
+    distances: np.ndarray, ids: np.ndarray, database: ChunkDatabase, may_be_empty: bool = False
+) -> None:
     """Refuse what an index found that cannot be.
 
     Args:
         distances: f32 [n, k].
         ids: i64 [n, k].
         database: Whose chunks they should be.
+        may_be_empty: Whether all of these may find nothing, as those that found nothing before.
 
     Raises:
         CorruptFileError: ids beyond the database, distances that are NaN or infinite, or nothing
@@ -191,7 +194,7 @@ def require_found(distances: np.ndarray, ids: np.ndarray, database: ChunkDatabas
         found = f"the index holds chunk {foreign}, which the database of {len(database)} has not"
     elif not np.isfinite(distances[there]).all():
         found = "the index gives distances that are NaN or infinite"
-    elif len(ids) >= _MANY and not there.any():
+    elif len(ids) >= _MANY and not there.any() and not may_be_empty:
         found = f"the index finds nothing for {len(ids)} query chunks"
     else:
         return

@@ -24,7 +24,7 @@ def chunk_texts(
     eod = tokenizer.eod
     rows = [chunk.tolist() for chunk in chunks]
     if tokenizer.adds_bos:
-        rows = [_without_bos(row, tokenizer) for row in rows]
+        rows = [_without_bos(row, tokenizer) if tokenizer.bos in row else row for row in rows]
     if document_ends == "detokenized":
         return tokenizer.detokenize_batch(rows)
     pieces: list[list[int]] = []

@@ -40,10 +40,9 @@ def distinct_text(samples: Any, num_samples: int) -> DistinctText:
 
 def _pieces(blended: Any, index: int) -> Iterator[Piece]:
     """The pieces of documents that a sample predicts: all of it but its first token."""
-    corpus = int(blended[index]["dataset_id"])  # reading it opens the indexes
+    corpus = int(blended.dataset_index[index])
     dataset = blended.datasets[corpus]
     number = int(blended.dataset_sample_index[index])
-    dataset[number]
     place = int(dataset.shuffle_index[number])
     (first, start), (last, stop) = dataset.sample_index[place], dataset.sample_index[place + 1]
     for entry in range(int(first), int(last) + 1):

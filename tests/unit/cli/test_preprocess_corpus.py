@@ -171,6 +171,21 @@ def test_losses_are_shown_and_recorded(tmp_path, inputs, capsys, monkeypatch):
     assert "empty_documents" not in each["part_text_document"]
 
 
+def test_of_a_large_corpus_a_share_is_compared_with_its_tokens(tmp_path, capsys, monkeypatch):
+    """Turning all tokens back into text would cost a third of the time."""
+    monkeypatch.setattr("retro_mcore.datasets.tokenizing._ALL_COMPARED", 10)
+    monkeypatch.setattr("retro_mcore.datasets.tokenizing._COMPARED_EVERY", 8)
+    monkeypatch.setattr("retro_mcore.datasets.tokenizing._BATCH", 7)
+    monkeypatch.setattr(
+        GPTSentencePieceTokenizer, "count_losses", lambda self, texts, ids: {"seen": len(texts)}
+    )
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(f'{{"text": "document {number}"}}\n' for number in range(40)))
+    report = preprocess_corpus(options_for(tmp_path, [path])).report
+    assert (report["seen"], report["texts_not_compared_with_tokens"]) == (13, 27)  # 10; 16, 24, 32
+    assert "texts not compared with tokens" in capsys.readouterr().out
+
+
 def test_documents_without_ids_are_no_loss(tmp_path, capsys):
     path = tmp_path / "plain.jsonl"
     path.write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS[:10]))

@@ -309,3 +309,29 @@ def test_ends_of_documents_are_embedded_as_megatron_does(project):
     for command, more in ((build_index, []), (query_neighbors, ["--num-neighbors-save", "5"])):
         assert command.main(["--project-dir", str(project), *more]) == 0
     assert Retriever(project)._settings.document_ends == "line break"
+
+
+def test_embeddings_that_an_older_version_began_are_gone_on_with(project):
+    """build_index was interrupted, and retro-mcore updated meanwhile: days of embedding stay, and
+    one index does not mix two ways."""
+    paths = ProjectPaths(without_index(project))
+    paths.settings.write_text('{"embedder": "minilm"}')  # whose ends of documents are line breaks
+    assert build_index.main(["--project-dir", str(project), "--stage", "embed"]) == 0
+    (first, *others) = sorted(paths.embeddings.glob("*.hdf5"))
+    before = first.read_bytes()
+    for path in others:
+        path.unlink()
+    paths.settings.write_text("{}")  # it is written when the index is there
+    result = build_index.build_index(build_index.BuildIndexOptions(str(project)))
+    assert result.embeddings.reused == 1
+    assert first.read_bytes() == before
+    assert json.loads(paths.settings.read_text())["document_ends"] == "line break"
+
+
+def test_a_wider_search_may_find_nothing_either():
+    """Repeated chunks may all fall into an empty list of an index, which is no foreign one then."""
+    database = type("Database", (), {"path": "train.hdf5", "__len__": lambda self: 9})()
+    nothing = np.full((16, 2), np.inf), np.full((16, 2), NO_NEIGHBOR)
+    require_found(*nothing, database, may_be_empty=True)
+    with pytest.raises(CorruptFileError, match="finds nothing for 16 query chunks"):
+        require_found(*nothing, database)

@@ -27,6 +27,7 @@ class Blended:
         offsets = starts - (ends - self.sequence_lengths[self.document_index])[entries]
         self.sample_index = np.stack([entries, offsets], 1)
         self.shuffle_index = self.generator.permutation(num_samples)
+        self.dataset_index = np.zeros(num_samples, np.int16)
         self.dataset_sample_index = self.generator.permutation(num_samples)
         self.blended = self
         self.sequence_length = sequence_length
