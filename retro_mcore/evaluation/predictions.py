@@ -101,7 +101,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             raise ConfigurationError(
-                name,
+                "--micro-batch-size" if name == "batch_size" else name,
                 f"{path} was made with {before.get(name)!r}, asked for {now.get(name)!r}",
                 "Repeat the command as it was run before, or use another --output",
             )
