@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import sys
+import zlib
 
 # Small models: one thread a process is fastest, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 
 
@@ -25,3 +29,26 @@ def megatron() -> None:
     from tests.processes import join_megatron
 
     join_megatron()
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:
+    """Random weights and draws of a fixture depend on its name, not on what ran before it."""
+    _seed(f"{fixturedef.baseid}::{fixturedef.argname}::{getattr(request, 'param_index', 0)}")
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """So do those of a test."""
+    _seed(item.nodeid)
+
+
+def _seed(name: str) -> None:
+    seed = zlib.crc32(name.encode()) or 1
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (libraries below us draw from the global generator)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(seed)
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None and parallel_state.model_parallel_is_initialized():
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed)

@@ -203,16 +203,16 @@ def _read_lines(
                 where = f"{path}:{_line_number(path, begin)}"
                 raise CorpusError(where, error.found, error.mend) from error
             given = _id_of_record(record, id_key)
-            counts["documents_without_id"] += not given and bool(text.strip())
-            yield Document(text, given or f"{path}:{begin}")
+            counts["documents_without_id"] += given is None and bool(text.strip())
+            yield Document(text, f"{path}:{begin}" if given is None else given)
         counts["empty_files"] += not part.start and not position
 
 
-def _id_of_record(record: dict[str, Any], id_key: str) -> str:
-    """A text or a whole number as text; empty where there is none."""
+def _id_of_record(record: dict[str, Any], id_key: str) -> str | None:
+    """A text or a whole number as text; None where there is none."""
     given = record.get(id_key)
     named = isinstance(given, str | int) and not isinstance(given, bool)
-    return replace_surrogates(str(given))[0] if named else ""
+    return replace_surrogates(str(given))[0] if named else None
 
 
 def _record_of_line(line: bytes, counts: Counter[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from retro_mcore.datasets.neighbor_noise import from_documents
 from retro_mcore.datasets.samples import GPTSamples
 from retro_mcore.datasets.splits import parse_split
 from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, raise_problems
-from retro_mcore.project.config import ProjectConfig, Split, read_json_object
+from retro_mcore.project.config import SPLITS, ProjectConfig, Split, read_json_object
 from retro_mcore.project.markers import checksum, digest_of, marker_path
 from retro_mcore.project.paths import ProjectPaths
 
@@ -53,10 +53,27 @@ _NUMBER = (
 )
 
 
+def check_neighbor_settings(paths: ProjectPaths, config: ProjectConfig) -> None:
+    """Refuse neighbors that our search found for other settings or tokens.
+
+    Nothing else of the project need be open: what was changed after the search is told first, not
+    what follows from it.
+
+    Raises:
+        ProjectError: naming the setting or file of the samples that was another one.
+        SeveralErrors: more than one was.
+    """
+    for split in SPLITS:
+        if directory := config.neighbor_dir(split):
+            record = _record(paths, directory)
+            if record is not None:
+                raise_problems(list(_differences_from_record(paths, config, split, record)))
+
+
 def open_neighbors(
     paths: ProjectPaths, config: ProjectConfig, split: Split, num_chunks: int | None = None
 ) -> SavedNeighbors:
-    """The neighbors that config.json names for a split, if they are those of its settings.
+    """The neighbors that config.json names for a split, as many as its samples have chunks.
 
     Args:
         paths: The project.
@@ -65,14 +82,9 @@ def open_neighbors(
         num_chunks: Chunks of the database that they were found in; None: not looked at.
 
     Raises:
-        ProjectError: naming the setting or file of the samples that was another one.
-        SeveralErrors: more than one was.
         CorruptFileError: neighbors of some samples are missing.
     """
     neighbors = SavedNeighbors(paths.query / str(config.neighbor_dir(split)), num_chunks)
-    record = _record(paths, neighbors)
-    if record is not None:
-        raise_problems(list(_differences_from_record(paths, config, split, record)))
     needed = config.num_samples(split) * config.chunks_per_sample
     if len(neighbors) != needed:
         raise CorruptFileError(
@@ -104,7 +116,7 @@ def check_neighbors(
         SeveralErrors: more than one does.
     """
     name = _NAME.fullmatch(neighbors.directory.name)
-    if _record(paths, neighbors) is not None:
+    if _record(paths, neighbors.directory.name) is not None:
         return
     if name is None or name["hash"] == samples.description_hash:
         return
@@ -115,9 +127,9 @@ def check_neighbors(
         _check_own_documents(paths, samples, neighbors, database)
 
 
-def _record(paths: ProjectPaths, neighbors: SavedNeighbors) -> dict[str, Any] | None:
+def _record(paths: ProjectPaths, directory: str) -> dict[str, Any] | None:
     """What our search was run with, if it was ours."""
-    name = _NAME.fullmatch(neighbors.directory.name)
+    name = _NAME.fullmatch(directory)
     record = paths.stage_record(f"query_neighbors{(name and name['tag']) or ''}")
     return read_json_object(record) if record.is_file() else None
 

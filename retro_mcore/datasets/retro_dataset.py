@@ -12,7 +12,11 @@ from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.neighbors import SavedNeighbors
 from retro_mcore.data.tokenizers import load_project_tokenizer
-from retro_mcore.datasets.neighbor_check import check_neighbors, open_neighbors
+from retro_mcore.datasets.neighbor_check import (
+    check_neighbor_settings,
+    check_neighbors,
+    open_neighbors,
+)
 from retro_mcore.datasets.neighbor_noise import NeighborNoise
 from retro_mcore.datasets.samples import GPTSamples, build_all_gpt_samples
 from retro_mcore.distributed import raise_together
@@ -139,6 +143,7 @@ def build_retro_datasets(
     paths = ProjectPaths(project_dir)
     with raise_together():
         config = ProjectConfig.load(paths.root)
+        check_neighbor_settings(paths, config)
         database = ChunkDatabase.open(paths.root)
         tokenizer = load_project_tokenizer(config, paths)
         for split in SPLITS:

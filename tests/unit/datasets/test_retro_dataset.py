@@ -258,6 +258,8 @@ def test_other_tokens_of_the_same_name_do_not_take_over_the_sample_indexes(proje
     write_indexed_dataset(
         prefix.with_suffix(".bin"), prefix.with_suffix(".idx"), documents, np.uint16
     )
+    for marker in paths.data.glob("*.done"):  # as another writer leaves them
+        marker.unlink()
     samples = build_all_gpt_samples(ProjectConfig.load(paths.root), paths)["train"]
     for index in range(len(samples)):
         tokens, _, numbers = samples.read(index)
