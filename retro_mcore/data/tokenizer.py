@@ -97,11 +97,15 @@ class Tokenizer(ABC):
         return [self._speller.spell(row) for row in rows]
 
     def detokenize_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Text of each sequence of ids. BOS at the beginning is no text."""
+        """Text of each sequence of ids. BOS at the beginning is no text.
+
+        A token that is EOD as well is BOS only where documents begin with it; else it ends the
+        document before, and is written as it is elsewhere in the sequence.
+        """
         if not len(ids):
             return []
         rows = _plain(ids)
-        if self.bos is not None:
+        if self.adds_bos or self.bos not in (None, self.eod):
             rows = [row[1:] if row and row[0] == self.bos else row for row in rows]
         return self._decode(rows)
 

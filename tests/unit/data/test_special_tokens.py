@@ -122,6 +122,21 @@ def test_projects_of_earlier_versions_keep_their_end_of_document(tmp_path):
     assert not tokenizer.adds_bos
 
 
+@pytest.mark.parametrize(("add_bos", "text"), [(False, "<|endoftext|>a"), (True, "a")])
+def test_a_token_that_ends_documents_too_is_written_where_none_begins_with_it(
+    tmp_path, add_bos, text
+):
+    """GPT-NeoX and Pythia declare one token for both: a chunk that begins with the end of a
+    document is embedded with it, as one that holds it elsewhere."""
+    name = "<|endoftext|>"
+    files = {"tokenizer_config": {"bos_token": name, "eos_token": name}}
+    tokenizer = load(save(tmp_path, byte_level([name]), **files), add_bos=add_bos)
+    assert tokenizer.bos == tokenizer.eod
+    letter = tokenizer.tokenize("a")
+    assert tokenizer.detokenize([tokenizer.eod, *letter]) == text
+    assert tokenizer.detokenize([*letter, tokenizer.eod, *letter]) == f"a{name}a"
+
+
 def test_ids_that_nothing_writes_are_not_counted_as_used(tmp_path):
     """Gemma 3: one image token more than its checkpoint has rows."""
     tokenizer = load(save(tmp_path, byte_level(["<|endoftext|>", "<image>"])))
