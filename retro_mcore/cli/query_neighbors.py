@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from retro_mcore.cli.build_index import told_losses
 from retro_mcore.cli.command import print_summary, run_command
@@ -212,7 +212,7 @@ def _query(options: QueryNeighborsOptions, other: Path | None = None) -> Queried
             result.counts[split] = count_queried(shards)
     with raise_together():
         if get_rank() == 0:
-            counted = {
+            counted: dict[str, Any] = {
                 split: asdict(counts) for split, counts in result.counts.items() if counts.chunks
             }
             finish_stage(paths, f"{STAGE}{tag}", stage_options, inputs, counted or None)

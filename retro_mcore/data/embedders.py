@@ -260,7 +260,7 @@ class HalfPrecision(Embedder):
         if len(wrong) and hasattr(self._embedder, "full"):
             self._embedder.full()
             try:
-                vectors[wrong] = self._embedder.embed([texts[row] for row in wrong])
+                vectors[wrong] = self._embedder.embed([texts[int(row)] for row in wrong])
             finally:
                 self._embedder.half()
             self.in_full += len(wrong)
