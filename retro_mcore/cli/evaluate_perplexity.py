@@ -175,6 +175,10 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
     model, arguments = loaded.model, loaded.arguments
     with distributed.raise_together():
         check_shape(arguments, project, options.project_dir)
+        if get_rank() == 0 and project.retro_gpt_seq_length > arguments.seq_length:
+            found = f"Samples have {project.retro_gpt_seq_length} tokens, but the checkpoint was"
+            found = f"{found} trained on {arguments.seq_length}: at later positions it is guessing"
+            print(found, file=sys.stderr)
         kinds = _neighbor_kinds(options, arguments)
         if get_rank() == 0:
             for path in _files(options, output):
@@ -287,6 +291,8 @@ def _measure_samples(evaluation: _Evaluation) -> list[Perplexity]:
         batch = evaluation.project.retro_gpt_global_batch_size
         limit = (options.eval_iters or len(dataset)) * batch
         num_samples = min(len(dataset), limit)
+        if options.eval_iters and num_samples < limit:
+            _tell(f"--eval-iters {options.eval_iters} asks for {limit} samples", split, num_samples)
         with distributed.raise_together():
             distinct = distinct_text(dataset.samples, num_samples)
         rows += [
@@ -308,6 +314,13 @@ def _measure_samples(evaluation: _Evaluation) -> list[Perplexity]:
     return rows
 
 
+def _tell(asked: str, split: str, found: object) -> None:
+    """Say that a split holds less than was asked for."""
+    if get_rank() == 0:
+        message = f"{asked}, but {split} has {found}: no more are read"
+        print(message, file=sys.stderr)
+
+
 def _measure_documents(
     evaluation: _Evaluation, split: Literal["valid", "test"]
 ) -> tuple[list[BitsPerByte], list[LeakagePoint]]:
@@ -323,6 +336,11 @@ def _measure_documents(
         stride=options.overlapping_eval,
         limit=options.eval_documents,
     )
+    if options.eval_documents is not None:
+        found = documents.documents.num_in_split
+        if min(found) < options.eval_documents:
+            asked = f"--eval-documents {options.eval_documents} of each corpus"
+            _tell(asked, split, " and ".join(map(str, found)))
     needed = max(
         arguments.retro_num_neighbors if evaluation.kinds != ["none"] else 0,
         options.leakage_neighbors if options.leakage else 0,

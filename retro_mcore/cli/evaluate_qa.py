@@ -199,7 +199,11 @@ def _read_test_file(options: EvaluateQaOptions) -> list[InstructionExample]:
     path = Path(options.sample_input_file)
     task = options.task or path.absolute().parent.name
     kind = options.passages if _needs_passages(options) else "annotated"
-    examples = read_examples([path], task, kind)[: options.num_gen]
+    found = read_examples([path], task, kind)
+    examples = found[: options.num_gen]
+    if options.num_gen is not None and len(found) < options.num_gen and get_rank() == 0:
+        asked = f"--num-gen {options.num_gen}, but {path} has {len(found)} questions"
+        print(f"{asked}: all are taken", file=sys.stderr)
     if not examples:
         raise CorpusError(path, "holds no questions", "Name a test file with questions")
     for example in examples:

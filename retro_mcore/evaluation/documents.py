@@ -53,6 +53,7 @@ class HeldOutDocuments:
         chunk_length: M.
         eod: The token that ends a document.
         num_too_short: Documents that are left out, since they have fewer than two tokens.
+        num_in_split: Documents of each corpus, those included that a limit leaves out.
     """
 
     split: Split
@@ -64,6 +65,7 @@ class HeldOutDocuments:
     chunk_length: int
     eod: int
     num_too_short: int = 0
+    num_in_split: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -107,8 +109,10 @@ class HeldOutDocuments:
         config, paths = ProjectConfig.load(project_dir), ProjectPaths(project_dir)
         sources = open_token_files(config, paths)
         corpora, numbers, lengths, num_too_short = [], [], [], 0
+        num_in_split = []
         for corpus, source in enumerate(sources):
             start, end = document_ranges(config.retro_gpt_split, len(source))[split]
+            num_in_split.append(end - start)
             for number in range(start, end if limit is None else min(end, start + limit)):
                 tokens = source.sequence(number)
                 length = len(tokens) - int(len(tokens) > 0 and tokens[-1] == eod)
@@ -135,6 +139,7 @@ class HeldOutDocuments:
             config.retro_gpt_chunk_length,
             eod,
             num_too_short,
+            tuple(num_in_split),
         )
 
 
@@ -183,7 +188,8 @@ def search_document_neighbors(
         CorruptFileError: a file is damaged.
     """
     paths, config = ProjectPaths(project_dir), ProjectConfig.load(project_dir)
-    rerank = ProjectSettings.load(project_dir).rerank
+    own = ProjectSettings.load(project_dir)
+    rerank = own.rerank
     source = config.database_paths(project_dir)
     settings = ProjectSettings.load(source.root)
     block_size = ProjectConfig.load(source.root).retro_block_size
@@ -193,6 +199,9 @@ def search_document_neighbors(
             project_index = ProjectIndex(source, settings, len(database), block_size)
             prefixes = [paths.data / prefix for prefix in config.blend[1]]
             files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
+            usual = min(NUM_QUERY, len(database))
+            breadth = own.num_neighbors_query or usual
+            num_query = min(max(breadth, num_save), len(database))
             fingerprint = fingerprint_of(
                 {
                     "inputs": input_digests(paths, files)
@@ -203,10 +212,10 @@ def search_document_neighbors(
                     "num_save": num_save,
                     "search": [settings.embedder, settings.nprobe, settings.ef_search]
                     + ([rerank] if rerank else []),
+                    **({} if breadth == usual else {"num_query": num_query}),
                 }
             )
             register_megatron_bert()
-            num_query = min(max(NUM_QUERY, num_save), len(database))
             neighbor_search = NeighborSearch(
                 database,
                 tokenizer,

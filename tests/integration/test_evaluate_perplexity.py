@@ -234,3 +234,67 @@ def test_two_outputs_in_one_folder_share_no_file(options, tmp_path):
     (tmp_path / "b.leakage.png").mkdir()
     with pytest.raises(ConfigurationError, match=r"--output .*b\.leakage\.png: a directory"):
         evaluate_perplexity(options(output=str(outputs[2]), **given))
+
+
+def test_more_than_a_split_holds_is_told(options, capsys):
+    """Who asks for 1,000 documents to be sure would report a number over three."""
+    asked = {"eval_iters": 999, "eval_documents": 999, "protocol": "both"}
+    result = evaluate_perplexity(options(**asked, retro_eval_neighbors=["none"]))
+    said = capsys.readouterr().err
+    assert "--eval-iters 999 asks for" in said
+    assert f"--eval-documents 999 of each corpus, but valid has {_documents(result)}" in said
+    evaluate_perplexity(options(eval_iters=1, retro_eval_neighbors=["none"]))
+    assert "asks for" not in capsys.readouterr().err
+
+
+def _documents(result):
+    (row,) = result.bits_per_byte
+    return row.num_documents + row.num_documents_too_short
+
+
+@pytest.mark.parametrize(("recorded", "searched"), [(None, "all"), (3, 5), (7, 7), (10**6, "all")])
+def test_documents_are_searched_as_broadly_as_the_project_s_samples(
+    monkeypatch, recorded, searched
+):
+    """Who searched 20,000 candidates for a reranker would get neighbors of another search."""
+    from dataclasses import replace
+
+    from retro_mcore.data.database import ChunkDatabase
+    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.evaluation import documents
+    from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
+
+    project = built_project()
+    tokenizer = load_project_tokenizer(ProjectConfig.load(project), ProjectPaths(project))
+    settings = replace(ProjectSettings.load(project), num_neighbors_query=recorded)
+    monkeypatch.setattr(documents.ProjectSettings, "load", lambda folder: settings)
+
+    def search(database, tokenizer, embedder, chunk_length, num_query, num_save, rerank):
+        raise InterruptedError(num_query)
+
+    monkeypatch.setattr(documents, "NeighborSearch", search)
+    held_out = documents.HeldOutDocuments.open(project, "valid", tokenizer.eod)
+    with pytest.raises(InterruptedError) as caught:
+        documents.search_document_neighbors(project, held_out, tokenizer, 5, "cpu")
+    expected = len(ChunkDatabase.open(project)) if searched == "all" else searched
+    assert caught.value.args == (expected,)
+
+
+def test_samples_longer_than_those_of_the_training_are_told(options, monkeypatch, capsys):
+    """Rotary positions have no end, but a model knows those alone that it was trained on."""
+    from dataclasses import replace
+
+    from retro_mcore.evaluation import loaded_model
+
+    load = loaded_model.load_project_model
+
+    def trained_on_half(*args):
+        loaded = load(*args)
+        shorter = {"seq_length": 32, "position_embedding_type": "rope"}
+        return replace(loaded, arguments=replace(loaded.arguments, **shorter))
+
+    evaluate_perplexity(options(eval_iters=1, retro_eval_neighbors=["none"]))
+    assert "trained on" not in capsys.readouterr().err
+    monkeypatch.setattr(loaded_model, "load_project_model", trained_on_half)
+    evaluate_perplexity(options(eval_iters=1, retro_eval_neighbors=["none"]))
+    assert "Samples have 64 tokens, but the checkpoint was trained on 32" in capsys.readouterr().err

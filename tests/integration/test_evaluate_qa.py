@@ -164,6 +164,15 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(options, tmp_path, 
     evaluate_qa(options(temperature=0.8, num_resamples=10))
 
 
+def test_more_questions_than_there_are_are_not_taken_silently(options, tmp_path, capsys):
+    path = tmp_path / "answers.txt"
+    path.write_text("an answer\n" * 7)
+    evaluate_qa(options(predictions=str(path), num_gen=9))
+    assert "--num-gen 9, but " in capsys.readouterr().err
+    evaluate_qa(options(predictions=str(path), num_gen=7))
+    assert "--num-gen" not in capsys.readouterr().err
+
+
 def test_predictions_of_other_settings_are_not_mixed(ablation, tmp_path):
     folder, _ = ablation
     with pytest.raises(ConfigurationError, match=r"--max-new-tokens: .* with 12, asked for 5"):
