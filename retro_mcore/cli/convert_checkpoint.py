@@ -85,6 +85,7 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
         megatron_arguments,
         write_checkpoint,
     )
+    from retro_mcore.training.retrofit import bos_notes
 
     _check(options)
     checkpoint = open_checkpoint(options.load)
@@ -110,7 +111,10 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
         Path(options.save), options.target, args, flags, checkpoint.weights, size, iteration
     )
     number = sum(weight.numel for weight in checkpoint.weights.values())
-    result = Conversion(checkpoint.source, path, number, flags, tuple(checkpoint.notes))
+    notes = [*checkpoint.notes]
+    if options.project_dir is not None:
+        notes += bos_notes(options.load, options.project_dir)
+    result = Conversion(checkpoint.source, path, number, flags, tuple(notes))
     _summarize(options, result)
     return result
 
@@ -150,15 +154,17 @@ def _within_window(flags: dict[str, Any]) -> dict[str, Any]:
 def _project_flags(directory: str) -> dict[str, Any]:
     from retro_mcore.data.tokenizers import load_project_tokenizer
     from retro_mcore.project.paths import ProjectPaths
-    from retro_mcore.training.data import tokenizer_fingerprint
+    from retro_mcore.training.data import DOCUMENT_TOKENS, document_tokens, tokenizer_fingerprint
 
     project = ProjectConfig.load(directory)
+    tokenizer = load_project_tokenizer(project, ProjectPaths(directory))
     return {
         "seq_length": project.retro_gpt_seq_length,
         "retro_chunk_length": project.retro_gpt_chunk_length,
         "tokenizer_type": project.retro_gpt_tokenizer_type,
         "tokenizer_fingerprint": tokenizer_fingerprint(project, directory),
-        "vocab_size": load_project_tokenizer(project, ProjectPaths(directory)).vocab_size,
+        "vocab_size": tokenizer.vocab_size,
+        DOCUMENT_TOKENS: document_tokens(tokenizer),
     }
 
 
@@ -260,8 +266,12 @@ def _as_trained(arguments: ModelArguments) -> ModelArguments:
 
 def _our_arguments(flags: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """As our trainer saves them."""
+    from retro_mcore.training.data import DOCUMENT_TOKENS
+
+    told = {DOCUMENT_TOKENS: flags[DOCUMENT_TOKENS]} if DOCUMENT_TOKENS in flags else {}
     return {
         **arguments,
+        **told,
         "seed": flags.get("seed", 1234),
         "bf16": flags["bf16"],
         "fp16": flags["fp16"],

@@ -138,7 +138,7 @@ def _vocabulary_of_gpt(options: TrainingOptions) -> int | None:
 
     if options.load_gpt is None or not Path(options.load_gpt).exists():
         return None
-    flags = open_checkpoint(options.load_gpt).flags
+    flags = open_checkpoint(options.load_gpt, compare=False).flags
     return flags.get("vocab_size") or flags["padded_vocab_size"]
 
 

@@ -39,6 +39,7 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
+    from retro_mcore.training.data import document_tokens
     from retro_mcore.training.data_contents import contents_of_blend
     from retro_mcore.training.finetune import (
         build_instruction_datasets,
@@ -55,7 +56,7 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
         parts = parse_blend(options.data_path, options.data_folder)
     contents = distributed.on_first_rank(lambda: contents_of_blend(parts))
     with distributed.raise_together():
-        plan = replace(plan, contents=contents)
+        plan = replace(plan, contents=contents, document_tokens=document_tokens(tokenizer))
         result = finished_run(plan)
     if result is None:
         with save_lock("finetune_retro", options.save) as alone:

@@ -61,6 +61,7 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
     from retro_mcore.datasets.passes import count_passes
+    from retro_mcore.training.data import document_tokens
     from retro_mcore.training.data_contents import contents_of_project
     from retro_mcore.training.plan import make_plan
     from retro_mcore.training.trainer import finished_run
@@ -74,7 +75,12 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
     contents = distributed.on_first_rank(lambda: contents_of_project(project, paths))
     with distributed.raise_together():
         passes = count_passes(project, open_token_files(project, paths))
-        plan = replace(plan, contents=contents, passes=tuple(passes))
+        plan = replace(
+            plan,
+            contents=contents,
+            passes=tuple(passes),
+            document_tokens=document_tokens(tokenizer),
+        )
         result = None if options.skip_train else finished_run(plan)
     if result is None:
         with save_lock("pretrain_retro", options.save) as alone:

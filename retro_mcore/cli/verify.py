@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.platform.checksums import CHECKSUMS_FILE, verify_checkpoint
 from retro_mcore.platform.tracker import existing_checkpoints
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
-from retro_mcore.project.integrity import verify_project, verifying
+from retro_mcore.project.integrity import COMMANDS, verify_project, verifying
 from retro_mcore.project.paths import ProjectPaths
 
 _MARKER = ".done"
@@ -76,15 +77,41 @@ def _verify_project(directory: str) -> int:
     paths = ProjectPaths(directory)
     ProjectConfig.load(paths.root)
     ProjectSettings.load(paths.root)
-    # What a killed stage left: a marker is written just before its file takes its name.
-    markers = sorted(paths.root.rglob(f"*{_MARKER}"))
-    files = [path for marker in markers if (path := _marked(marker)).is_file()]
+    files = [path for path in _marked_files(paths.root) if path.is_file() or _is_lost(path)]
     verify_project(paths, files)
     return len(files)
 
 
-def _marked(marker: Path) -> Path:
-    return marker.with_name(marker.name.removesuffix(_MARKER))
+def _marked_files(root: Path) -> Iterator[Path]:
+    """What has a completion marker, there or not; folders that are linked are part of it."""
+    seen = set()
+    for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            inner.clear()
+        else:
+            seen.add(real)
+            ends = (name.removesuffix(_MARKER) for name in names if name.endswith(_MARKER))
+            yield from (Path(folder, name) for name in ends)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _is_lost(path: Path) -> bool:
+    """Whether a file that is not there was made by a stage that finished.
+
+    A killed one leaves markers alone, too: they are written just before their files take their
+    names. Sample indexes are made again.
+    """
+    for root in path.parents:
+        paths = ProjectPaths(root)
+        if paths.stages.is_dir():
+            command = COMMANDS.get(path.relative_to(root).parts[0], "")
+            finished = paths.stage_record(command).is_file()
+            return finished and not path.is_relative_to(paths.data_cache)
+    return False
 
 
 def _verify_run(directory: Path) -> tuple[list[str], list[str]]:

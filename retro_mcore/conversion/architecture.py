@@ -15,13 +15,14 @@ from retro_mcore.errors import CheckpointError
 __all__ = ["DECODER_FLAGS", "MODEL_FIELDS", "OURS_ALONE", "Flags"]
 
 
-# Attributes of Megatron's arguments that are called the same here: the model's, and three of
-# training.
+# Attributes of Megatron's arguments that are called the same here: the model's, and some of
+# training and its data.
 _SAME = (
     *(name for name, field in MODEL_FIELDS.items() if field.megatron is not None),
     "seed",
     "bf16",
     "fp16",
+    "document_tokens",
 )
 _RENAMED = {
     "layernorm_epsilon": "norm_epsilon",

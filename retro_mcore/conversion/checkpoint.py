@@ -62,7 +62,7 @@ class Checkpoint:
         return not self.flags["no_retrieval"]
 
 
-def open_checkpoint(directory: str | Path) -> Checkpoint:
+def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
     """Look at a checkpoint; its weights are read when they are wanted.
 
     All ranks call it, inside `raise_together`: each compares a share of the files with their
@@ -70,6 +70,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 
     Args:
         directory: With a tracker file, its latest checkpoint is taken; else itself.
+        compare: Whether to; not where the weights are left alone.
 
     Raises:
         CheckpointError: there is none, it is damaged, of an unknown format, or holds more than
@@ -92,7 +93,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             "Name a directory of a Megatron checkpoint (torch_dist, or mp_rank_* files) or of a "
             "Hugging Face model (config.json and *.safetensors)",
         )
-    verify_checkpoint(path)
+    if compare:
+        verify_checkpoint(path)
     args = common.get("args") or Namespace()
     ours = is_ours(args)
     # Our model, whoever trained it: Megatron-LM does, with our providers.

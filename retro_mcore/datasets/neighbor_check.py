@@ -25,9 +25,10 @@ from retro_mcore.data.token_file import bin_path, idx_path
 from retro_mcore.datasets.neighbor_noise import from_documents
 from retro_mcore.datasets.samples import GPTSamples
 from retro_mcore.datasets.splits import parse_split
+from retro_mcore.distributed import get_rank
 from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, raise_problems
 from retro_mcore.project.config import SPLITS, ProjectConfig, Split, read_json_object
-from retro_mcore.project.markers import checksum, digest_of, marker_path
+from retro_mcore.project.markers import checksum, read_marker
 from retro_mcore.project.paths import ProjectPaths
 
 #: `train_<md5>`, and behind it the digest of another database.
@@ -148,7 +149,8 @@ def _differences_from_record(
             f"{', '.join(_NUMBER)} ask for {config.num_samples(split)} {split} samples",
             f"{then.num_samples(split)}",
         )
-    for prefix in config.blend[1]:
+    # One rank reads them; the others hear of it.
+    for prefix in config.blend[1] if get_rank() == 0 else ():
         files = [path(paths.data / prefix) for path in (bin_path, idx_path)]
         changed = [file for file in files if _is_another(file, inputs.get(paths.relative(file)))]
         if changed:
@@ -158,10 +160,11 @@ def _differences_from_record(
 def _is_another(file: Path, searched: object) -> bool:
     if searched is None or not file.is_file():
         return False
-    if file.suffix == ".idx":
-        return checksum(file) != searched
-    # Tokens are not read for this, and another writer leaves no checksums of them.
-    return marker_path(file).exists() and digest_of(file) != searched
+    marker = read_marker(file)
+    if marker is not None:  # whether it is right is seen when the file is opened
+        return "sha256" in marker and marker["sha256"] != searched
+    # Another writer leaves no checksums of tokens, and they are not read for this.
+    return file.suffix == ".idx" and checksum(file) != searched
 
 
 def _mapping(value: object) -> dict[str, Any]:

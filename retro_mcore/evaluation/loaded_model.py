@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,13 +11,15 @@ from typing import Literal
 from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
-from retro_mcore.distributed import raise_together
+from retro_mcore.distributed import get_rank, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.perplexity import check_shape, check_tokenizer
 from retro_mcore.inference.retriever import Retriever
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.training.checkpointing import load_model_from_checkpoint
+from retro_mcore.training.checkpoint_files import find_checkpoint
+from retro_mcore.training.checkpointing import load_model_from_checkpoint, read_arguments
+from retro_mcore.training.data import check_document_tokens, document_tokens
 from retro_mcore.training.options import ParallelOptions
 from retro_mcore.training.provider import ModelArguments
 
@@ -61,6 +64,11 @@ def load_project_model(
     model, arguments = load_model_from_checkpoint(checkpoints, layout)
     with raise_together():
         check_tokenizer(arguments, project, str(project_dir))
+        tokenizer = load_project_tokenizer(project, ProjectPaths(project_dir))
+        saved = read_arguments(find_checkpoint(checkpoints))
+        note = check_document_tokens(saved, document_tokens(tokenizer), project_dir)
+        if note is not None and get_rank() == 0:
+            print(note, file=sys.stderr, flush=True)
         if retro_attention_gate is not None:
             if arguments.no_retrieval:
                 raise ConfigurationError(

@@ -25,7 +25,8 @@ QUICK_BYTES = 8 << 30
 _everything: ContextVar[bool] = ContextVar("everything", default=False)
 _told: set[str] = set()
 
-_COMMANDS = {
+#: The command that writes what is in a project's folder.
+COMMANDS = {
     "data": "preprocess_corpus",
     "tokenizer": "preprocess_corpus",
     "db": "build_db",
@@ -96,7 +97,7 @@ def verify_project(paths: ProjectPaths, files: Iterable[Path], everything: bool 
 
     def mend(path: Path) -> str:
         folder = path.relative_to(paths.root).parts[0] if path.is_relative_to(paths.root) else ""
-        command = _COMMANDS.get(folder, "the stage that made it")
+        command = COMMANDS.get(folder, "the stage that made it")
         return f"Run {command} --project-dir {paths.root} again, or restore the file"
 
     verify_files(signed, mend, everything=everything)
@@ -149,7 +150,7 @@ def _tell(unread: Sequence[SignedFile]) -> None:
     names = ", ".join(file.path.name for file in unread[:3]) + (", …" if len(unread) > 3 else "")
     text = (
         f"note: {len(unread)} large files ({size}: {names}) in {unread[0].path.parent} and below "
-        "were compared by their sizes alone; --verify reads them whole"
+        "were compared by their sizes alone; the command verify reads them whole"
     )
     if text not in _told:
         _told.add(text)

@@ -57,7 +57,7 @@ def model_options_of_gpt(
     """
     if load is not None and existing_checkpoint(load, ckpt_step) is not None:
         return model_options_of_checkpoint(load, ckpt_step)
-    flags = open_checkpoint(load_gpt).flags
+    flags = open_checkpoint(load_gpt, compare=False).flags
     learned = flags.get("position_embedding_type") == "learned_absolute"
     unused = () if learned else ("max_position_embeddings",)
     names = [name for name in (*DECODER_FLAGS, *_RATES) if name not in unused]

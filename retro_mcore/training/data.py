@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.data.tokenizer import Tokenizer
+from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.batch import RetroBatch, collate
 from retro_mcore.training.batch_sizes import BatchSizes
@@ -197,3 +198,52 @@ def tokenizer_fingerprint(config: ProjectConfig, project_dir: str | Path) -> str
             if file.is_file():
                 digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+#: Of a checkpoint's arguments: what began and ended the documents that it was trained on.
+DOCUMENT_TOKENS = "document_tokens"
+
+
+def document_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """What ends a project's documents (`eod`) and what begins them (`bos`, None for nothing).
+
+    The tokenizer's files, which the fingerprint is of, leave a choice.
+    """
+    return {"eod": tokenizer.eod, "bos": next(iter(tokenizer.beginning), None)}
+
+
+def check_document_tokens(
+    saved: Mapping[str, Any], here: Mapping[str, int | None] | None, project_dir: str | Path
+) -> str | None:
+    """Refuse a project whose documents end otherwise than those that a model was trained on.
+
+    Args:
+        saved: The arguments of the model's checkpoint; older ones do not say.
+        here: `document_tokens` of the project.
+        project_dir: The project.
+
+    Returns:
+        A warning where its documents begin otherwise.
+
+    Raises:
+        TokenizerError: naming both tokens.
+    """
+    before = saved.get(DOCUMENT_TOKENS)
+    if not isinstance(before, Mapping) or here is None or before == here:
+        return None
+    if before.get("eod") != here["eod"]:
+        raise TokenizerError(
+            f"tokenizer of {project_dir}",
+            f"documents end with token {here['eod']}, and those that the model was trained on with "
+            f"token {before.get('eod')}",
+            f"Use a project that was preprocessed with --eod-token {before.get('eod')}",
+        )
+    began, begin = (_beginning(each.get("bos")) for each in (before, here))
+    return (
+        f"warning: documents and prompts of {project_dir} begin {begin}, those that the model was "
+        f"trained on began {began}: see preprocess_corpus --add-bos-token"
+    )
+
+
+def _beginning(bos: int | None) -> str:
+    return "without BOS" if bos is None else f"with BOS ({bos})"

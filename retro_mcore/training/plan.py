@@ -17,7 +17,9 @@ from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.batch_sizes import BatchSizes
 from retro_mcore.training.data import (
+    DOCUMENT_TOKENS,
     check_data_options,
+    check_document_tokens,
     number_of_iterations,
     project_flags,
     tokenizer_fingerprint,
@@ -83,6 +85,7 @@ class TrainingPlan:
         used_vocab_size: Of the tokenizer's ids, those that can occur; see `Tokenizer`.
         contents: What the samples are made from; None where nothing is trained on.
         passes: How often each split's documents are read, or what is cut in its examples.
+        document_tokens: What begins and ends the project's documents; None: not looked at.
     """
 
     options: TrainingOptions
@@ -95,6 +98,7 @@ class TrainingPlan:
     used_vocab_size: int
     contents: DataContents | None = field(default=None, kw_only=True)
     passes: tuple[SplitReport, ...] = field(default=(), kw_only=True)
+    document_tokens: Mapping[str, int | None] | None = field(default=None, kw_only=True)
 
     @property
     def global_batch_size(self) -> int:
@@ -158,6 +162,7 @@ class TrainingPlan:
             virtual_pipeline_model_parallel_size=self.options.num_virtual_stages_per_pipeline_rank,
             sequence_parallel=self.options.sequence_parallel,
             **({"data_contents": self.contents.record()} if self.contents else {}),
+            **({DOCUMENT_TOKENS: dict(self.document_tokens)} if self.document_tokens else {}),
         )
 
     def check_resumes(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
@@ -167,6 +172,7 @@ class TrainingPlan:
             CheckpointError: naming the first flag that differs, and both values; or the file or
                 weight of the data.
             SeveralErrors: more than one file or weight differs.
+            TokenizerError: the project's documents end with another token.
         """
         agreeing = self._must_agree()
         differences: list[CheckpointError] = []
@@ -185,6 +191,7 @@ class TrainingPlan:
                 f"Give --{name.replace('_', '-')} as it was, or choose another --load and --save",
             )
         raise_problems(differences)
+        check_document_tokens(saved, self.document_tokens, self.options.project_dir)
 
     def _must_agree(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run, by what is taken from it."""

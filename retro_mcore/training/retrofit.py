@@ -17,6 +17,7 @@ from retro_mcore.distributed import raise_together
 from retro_mcore.errors import TokenizerError
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.training.checkpoint_files import existing_checkpoint
+from retro_mcore.training.data import check_document_tokens
 from retro_mcore.training.options import TrainingOptions
 from retro_mcore.training.provider import (
     ModelArguments,
@@ -34,16 +35,21 @@ def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecode
 
     Raises:
         CheckpointError: see `retro_mcore.conversion.gpt.load_gpt`.
+        TokenizerError: the project's documents end with another token than the GPT's.
     """
     directory = plan.options.load_gpt
     if directory is None:
         return None
     loaded = load_gpt(models, directory, resolved_flags(plan.arguments), plan.used_vocab_size)
-    return replace(loaded, notes=(*loaded.notes, *_bos_notes(directory, plan.options.project_dir)))
+    project_dir, flags = plan.options.project_dir, loaded.checkpoint.flags
+    with raise_together():
+        note = check_document_tokens(flags, plan.document_tokens, project_dir)
+    notes = (*loaded.notes, *bos_notes(directory, project_dir), *([note] if note else []))
+    return replace(loaded, notes=notes)
 
 
-def _bos_notes(directory: str, project_dir: str) -> list[str]:
-    """Whether the project's documents begin as the GPT's did."""
+def bos_notes(directory: str, project_dir: str) -> list[str]:
+    """Whether a project's documents begin as those of a Hugging Face model did; all ranks."""
     with raise_together():
         habit = None
         with suppress(TokenizerError):  # it is the project's tokenizer that is used
@@ -90,7 +96,7 @@ def _gpt_to_load(options: TrainingOptions) -> Checkpoint | None:
         return None
     if getattr(options, "dry_run", False) and not Path(options.load_gpt).exists():
         return None
-    return open_checkpoint(options.load_gpt)
+    return open_checkpoint(options.load_gpt, compare=False)
 
 
 def resolved_flags(arguments: ModelArguments) -> dict[str, Any]:

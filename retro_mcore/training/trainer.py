@@ -20,7 +20,13 @@ from retro_mcore.training.checkpoint_files import Retention
 from retro_mcore.training.checkpoint_saver import CheckpointSaver
 from retro_mcore.training.checkpoint_state import TrainingParts, TrainingProgress
 from retro_mcore.training.checkpointing import load_checkpoint, read_arguments
-from retro_mcore.training.data import MicroBatchSampler, NumberedSamples, Samples, read_batches
+from retro_mcore.training.data import (
+    MicroBatchSampler,
+    NumberedSamples,
+    Samples,
+    check_document_tokens,
+    read_batches,
+)
 from retro_mcore.training.freezing import freeze_decoder, freeze_retrieval
 from retro_mcore.training.initialize import (
     initialize_parallel,
@@ -128,6 +134,7 @@ class Trainer:
         )
         self._result = TrainingResult(0, 0, checkpoint=checkpoint)
         self._has_other_neighbors = _has_other_neighbors(saved, plan)
+        self._other_bos = check_document_tokens(saved, plan.document_tokens, options.project_dir)
         self._spikes = SpikeDetector() if options.check_for_spiky_loss else None
 
     @property
@@ -148,6 +155,8 @@ class Trainer:
                 reporter.message(f"loaded {result.checkpoint}, at iteration {progress.iteration}")
             if self._has_other_neighbors:
                 reporter.message("the samples have other neighbors than before: from now on, these")
+            if self._other_bos is not None:
+                reporter.message(self._other_bos)
             for split, text in self.plan.repetitions.items():
                 reporter.message(f"{split} samples: {text}")
             if not self._alone:

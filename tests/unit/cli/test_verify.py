@@ -31,6 +31,29 @@ def errors(capsys) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
 
 
+def test_linked_folders_are_part_of_the_project(capsys, project):
+    """Whose disk is small keeps the index on another one, behind a link."""
+    elsewhere = shutil.move(project / "index", project.parent / "elsewhere")
+    (project / "index").symlink_to(elsewhere)
+    (project / "index" / "again").symlink_to(project)  # a cycle
+    damaged = next(project.parent.glob("elsewhere/*/*/added*.faissindex"))
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    assert verify.main(["--project-dir", str(project)]) == 2
+    (line,) = errors(capsys)
+    assert damaged.name in line
+
+
+def test_files_that_a_copy_left_out_are_missing(capsys, project):
+    lost = next((project / "query").glob("train_*/*.hdf5"))
+    lost.unlink()
+    assert verify.main(["--project-dir", str(project)]) == 2
+    (line,) = errors(capsys)
+    assert f"{lost}: is missing" in line
+    # The stage that would have made it did not finish.
+    (project / "stages" / "query_neighbors.json").unlink()
+    assert verify.main(["--project-dir", str(project)]) == 0
+
+
 def test_what_is_whole_is_counted(capsys, project, run):
     result = verify.verify(verify.VerifyOptions(str(project), str(run)))
     assert result.num_files == len(list(project.rglob("*.done")))

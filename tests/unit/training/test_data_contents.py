@@ -13,11 +13,15 @@ import shutil
 import numpy as np
 import pytest
 
+from retro_mcore.cli import convert_checkpoint
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.datasets.indexed import write_indexed_dataset
-from retro_mcore.errors import ProjectError, RetroError
+from retro_mcore.errors import ProjectError, RetroError, TokenizerError
 from retro_mcore.project.lock import directory_lock
+from retro_mcore.training.checkpoint_args import read_arguments
+from retro_mcore.training.checkpoint_files import find_checkpoint
+from retro_mcore.training.data import check_document_tokens
 from retro_mcore.training.data_contents import DataContents, DatasetContents, quick_digest
 from tests.unit.data.projects import blended_project
 
@@ -74,6 +78,8 @@ def test_a_moved_project_is_trained_on(resume, project):
 def test_another_corpus_of_the_same_name_is_refused(resume, project):
     documents = [np.full(60, number) for number in range(12)]
     prefix = project / "data" / "b_text_document"
+    for marker in prefix.parent.glob("b_*.done"):
+        marker.unlink()  # with them, the files would be damaged ones
     write_indexed_dataset(
         prefix.with_suffix(".bin"), prefix.with_suffix(".idx"), documents, np.uint16
     )
@@ -170,3 +176,55 @@ def test_a_split_that_repeats_its_documents_is_told(tmp_path, capsys, begun):
     records = [json.loads(line) for line in lines]
     passes = {r["split"]: r["passes_per_evaluation"] for r in records if r["kind"] == "data"}
     assert passes["valid"] > 1
+
+
+def with_settings(project, **changes):
+    """The project as another choice of special tokens would have made it, but for its tokens."""
+    values = json.loads((project / "retro_mcore.json").read_text())
+    (project / "retro_mcore.json").write_text(json.dumps({**values, **changes}))
+
+
+def uses_of_a_model(project, begun, tmp_path):
+    """What takes a trained model to a project of the same tokenizer: evaluation, and training."""
+    from retro_mcore.evaluation.loaded_model import load_project_model
+    from retro_mcore.training.options import ParallelOptions
+
+    save = str(tmp_path / "other")
+    yield lambda: load_project_model(project, begun, ParallelOptions())
+    yield lambda: train(project, save, load=str(begun), finetune=True, train_iters=1)
+
+
+def test_a_project_of_another_eod_is_refused(begun, project, tmp_path):
+    """The tokenizer's files are the same: nothing else tells a text's end from a stranger."""
+    with_settings(project, eod_id=300)
+    for use in uses_of_a_model(project, begun, tmp_path):
+        with pytest.raises(TokenizerError, match=r"end with token 300, .* --eod-token \d+"):
+            use()
+
+
+def test_a_project_of_another_habit_of_bos_is_told(begun, project, tmp_path, capsys):
+    with_settings(project, bos_id=301, add_bos=True)
+    for use in uses_of_a_model(project, begun, tmp_path):
+        use()
+        told = capsys.readouterr()
+        assert "begin with BOS (301), those that the model was trained on began without" in (
+            told.out + told.err
+        )
+
+
+def test_an_older_checkpoint_does_not_say_how_documents_end():
+    here = {"eod": 0, "bos": None}
+    for saved in ({}, {"document_tokens": None}, {"document_tokens": here}):
+        assert check_document_tokens(saved, here, "project") is None
+
+
+def test_a_converted_model_keeps_how_documents_begin_and_end(begun, project, tmp_path, capsys):
+    """There and back, and from a project where the checkpoint does not say."""
+    expected = read_arguments(find_checkpoint(begun))["document_tokens"]
+    convert = ["--load", str(begun), "--retro-origin", "mcore-0.15"]
+    steps = [[*convert, "--target", "megatron", "--save", str(tmp_path / "1")]]
+    steps += [["--load", str(tmp_path / "1"), "--project-dir", str(project), "--save"]]
+    steps[-1] += [str(tmp_path / "2")]
+    for step in steps:
+        assert convert_checkpoint.main(step) == 0, capsys.readouterr().err
+    assert read_arguments(find_checkpoint(tmp_path / "2"))["document_tokens"] == expected

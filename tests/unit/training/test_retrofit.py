@@ -13,6 +13,7 @@ import torch
 from retro_mcore.cli.command import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main
 from retro_mcore.errors import CheckpointError
+from retro_mcore.training.checkpoint_args import model_options_of_gpt
 from retro_mcore.training.options import ModelOptions
 from tests.unit.conversion.test_huggingface import LLAMA_CONFIG, flags_of, logits
 from tests.unit.data.projects import built_project
@@ -113,17 +114,29 @@ def test_our_own_gpt_and_our_own_retro(megatron, tmp_path):
 def test_another_habit_of_bos_is_told(tmp_path, habit, adds_bos):
     """A GPT that was trained with BOS, and a project without, or the other way round."""
     from retro_mcore.project.config import ProjectSettings
-    from retro_mcore.training.retrofit import _bos_notes
+    from retro_mcore.training.retrofit import bos_notes
     from tests.unit.data.tokenizer_shapes import byte_level, save
 
     tokenizer = byte_level(["<s>", "</s>"])
     save(tmp_path / "gpt", tokenizer, tokenizer_config={"add_bos_token": habit})
     (tmp_path / "project").mkdir()
     ProjectSettings(add_bos=adds_bos).save(tmp_path / "project")
-    notes = _bos_notes(str(tmp_path / "gpt"), str(tmp_path / "project"))
+    notes = bos_notes(str(tmp_path / "gpt"), str(tmp_path / "project"))
     assert ["--add-bos-token" in note for note in notes] == [True] * (habit != adds_bos)
     (tmp_path / "gpt" / "tokenizer_config.json").write_text("{")
-    assert _bos_notes(str(tmp_path / "gpt"), str(tmp_path / "project")) == []
+    assert bos_notes(str(tmp_path / "gpt"), str(tmp_path / "project")) == []
+
+
+def test_what_a_gpt_is_needs_none_of_its_weights(megatron, tmp_path):
+    """Every rank reads its flags, before there are ranks: none compares all files for that."""
+    gpt = tmp_path / "gpt"
+    small_trainer(no_retrieval=True, save=str(gpt), train_iters=1, **NO_DROPOUT).train()
+    weights = next(gpt.glob("iter_*/__0_0.distcp"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    assert model_options_of_gpt(str(gpt))["num_layers"] > 0
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
+        small_trainer(load_gpt=str(gpt), train_iters=1, **NO_DROPOUT)
 
 
 ROOT = Path(__file__).parents[3]
