@@ -158,7 +158,7 @@ def _fit_prompt(prompt: Prompt, limit: int, tokenizer: TextEncoder) -> tuple[lis
         kept = tokenizer.detokenize(context[:room]) if room > 0 else ""
         ids = tokenizer.tokenize(prompt.before + kept + prompt.question)
         if len(ids) <= limit or not kept:
-            return ids[-limit:] if limit > 0 else [], max(room, 0)
+            return ids[-limit:] if limit > 0 else [], room if kept else 0
         room -= len(ids) - limit
 
 

@@ -104,7 +104,8 @@ def cuts_of(
     fitted = fit_example(example, how, tokenizer)
     prompt = fitted.prompt
     whole = tokenizer.tokenize(prompt.before + prompt.question)
-    question_cut = len(fitted.prompt_tokens) < len(whole)
+    # With a passage between them the question's first tokens may be others, and fewer.
+    question_cut = not fitted.context_length and len(fitted.prompt_tokens) < len(whole)
     turns_dropped = len(example.turns) - len(fitted.example.turns)
     context_cut = fitted.context_length < len(tokenizer.tokenize(prompt.context))
     cut, dropped = _passages_cut(fitted, tokenizer) if context_cut else (0, 0)

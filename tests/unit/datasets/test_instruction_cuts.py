@@ -50,7 +50,8 @@ def chats(draw):
         Turn("user" if i % 2 == 0 else "assistant", chr(TURN + i) * n)
         for i, n in enumerate(lengths)
     ]
-    return InstructionExample("chat", "record 0", turns=(*system, *turns))
+    passages = [chr(PASSAGE + i) * n for i, n in enumerate(draw(st.lists(LENGTHS, max_size=3)))]
+    return InstructionExample("chat", "record 0", passages=tuple(passages), turns=(*system, *turns))
 
 
 def formats():
