@@ -77,7 +77,9 @@ class ChunkDatabase:
             dataset, document, start, end, _ = self.chunks[first : first + _ROWS].T.astype(np.int64)
             wrong = (dataset < 0) | (dataset >= len(counts)) | (document < 0)
             wrong |= (start < 0) | (end <= start) | (end > start + chunk_length)
-            for index, source in enumerate(self.token_sources):
+            # Chunks of a dataset stand together, so a batch has few of perhaps hundreds.
+            for index in np.flatnonzero(np.bincount(dataset[~wrong])).tolist():
+                source = self.token_sources[index]
                 mine = ~wrong & (dataset == index)
                 wrong[mine] = document[mine] >= counts[index]
                 mine &= ~wrong

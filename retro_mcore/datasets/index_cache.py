@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,9 @@ class IndexCache:
             return False
         if FileState.DAMAGED in states and get_rank() == 0:
             self._note(f"damaged sample indexes in {self._directory} are built again")
+            for path in paths:
+                with suppress(OSError):  # without markers nobody takes them, written again or not
+                    marker_path(path).unlink(missing_ok=True)
         return all(state is FileState.COMPLETE for state in states)
 
     def _note(self, text: str) -> None:

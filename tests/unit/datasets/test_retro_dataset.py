@@ -1,6 +1,7 @@
 """Samples as upstream's, and the tokens retrieved for them."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.token_file import TokenFile
+from retro_mcore.datasets import index_cache
+from retro_mcore.datasets.index_cache import IndexCache
 from retro_mcore.datasets.indexed import token_dtype, write_indexed_dataset
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.datasets.samples import build_all_gpt_samples, remove_truncated_cache
@@ -282,3 +285,19 @@ def test_more_samples_than_memory_holds_are_refused_at_once(project):
     config = dataclasses.replace(ProjectConfig.load(project.root), retro_gpt_train_samples=10**12)
     with pytest.raises(ConfigurationError, match=r"retro_gpt_train_samples: .* TiB"):
         build_all_gpt_samples(config, project)
+
+
+def test_damaged_sample_indexes_on_a_full_disk_are_taken_by_no_rank(tmp_path, monkeypatch):
+    """Else the ranks would train on different samples without a word."""
+    built = (np.arange(9),)
+    IndexCache(tmp_path, {}).arrays("name", ["part"], lambda: built)
+    (path,) = tmp_path.glob("*.npy")
+    path.write_bytes(bytes(path.stat().st_size))
+
+    def refused(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(index_cache, "signed_write", refused)
+    for rank in (0, 1):
+        monkeypatch.setattr(index_cache, "get_rank", lambda rank=rank: rank)
+        assert IndexCache(tmp_path, {}).arrays("name", ["part"], lambda: built) is built
