@@ -60,6 +60,9 @@ class IndexCache:
             self._note(
                 f"sample indexes are not kept in {self._directory} ({reason}), but in memory"
             )
+            for path in paths:  # a damaged one would be read by the other ranks
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
             return built
         return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
 
