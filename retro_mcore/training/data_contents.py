@@ -18,7 +18,7 @@ from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.markers import fingerprint_of, marker_path
 from retro_mcore.project.paths import ProjectPaths
 
-_BLOCK, _BLOCKS = 1 << 16, 1024
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,12 @@ def _datasets(
     )
 
 
-def quick_digest(path: Path) -> str:
-    """A digest of a file's size and bytes; of more than 64 MiB, of 1,024 evenly spaced blocks.
+def quick_digest(path: Path, blocks: int = 1024) -> str:
+    """A digest of a file's size and bytes; of a large file, of evenly spaced blocks.
+
+    Args:
+        path: The file.
+        blocks: Of 64 KiB each: of a file that has more, so many are read.
 
     Raises:
         ProjectError: there is no such file.
@@ -148,16 +152,16 @@ def quick_digest(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        for start in _block_starts(size):
+        for start in _block_starts(size, blocks):
             file.seek(start)
             digest.update(file.read(_BLOCK))
     return digest.hexdigest()
 
 
-def _block_starts(size: int) -> Iterable[int]:
-    if size <= _BLOCK * _BLOCKS:
+def _block_starts(size: int, blocks: int) -> Iterable[int]:
+    if size <= _BLOCK * blocks:
         return range(0, size, _BLOCK)
-    return ((size - _BLOCK) * block // (_BLOCKS - 1) for block in range(_BLOCKS))
+    return ((size - _BLOCK) * block // (blocks - 1) for block in range(blocks))
 
 
 def _files_digest(directory: Path) -> str:

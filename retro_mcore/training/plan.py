@@ -25,6 +25,7 @@ from retro_mcore.training.data import (
     tokenizer_fingerprint,
 )
 from retro_mcore.training.data_contents import DataContents
+from retro_mcore.training.gpt_contents import check_same_gpt
 from retro_mcore.training.noise_options import NeighborNoiseOptions
 from retro_mcore.training.options import ModelOptions, OptimizerOptions, TrainingOptions
 from retro_mcore.training.provider import ModelArguments, number_of_positions, padded_vocab_size
@@ -170,10 +171,11 @@ class TrainingPlan:
 
         Raises:
             CheckpointError: naming the first flag that differs, and both values; or the file or
-                weight of the data.
+                weight of the data; or --load-gpt, which names another GPT.
             SeveralErrors: more than one file or weight differs.
             TokenizerError: the project's documents end with another token.
         """
+        check_same_gpt(self.options.load_gpt, saved.get("gpt_contents"), checkpoint)
         agreeing = self._must_agree()
         differences: list[CheckpointError] = []
         contents = saved.get("data_contents")

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from retro_mcore.distributed import get_rank, raise_together
+from retro_mcore.distributed import get_rank, on_first_rank, raise_together
 from retro_mcore.model.pipeline import EmbeddingGroups
 from retro_mcore.training.batch import RetroBatch
 from retro_mcore.training.checkpoint_files import Retention
@@ -28,6 +28,7 @@ from retro_mcore.training.data import (
     read_batches,
 )
 from retro_mcore.training.freezing import freeze_decoder, freeze_retrieval
+from retro_mcore.training.gpt_contents import contents_of_gpt
 from retro_mcore.training.initialize import (
     initialize_parallel,
     set_batch_sizes,
@@ -132,6 +133,10 @@ class Trainer:
             Retention(options.keep_last_n, options.save_retain_interval),
             alone,
         )
+        self._gpt_contents = saved.get("gpt_contents")
+        if self._decoder is not None:
+            gpt = self._decoder.checkpoint.path
+            self._gpt_contents = on_first_rank(lambda: contents_of_gpt(gpt))
         self._result = TrainingResult(0, 0, checkpoint=checkpoint)
         self._has_other_neighbors = _has_other_neighbors(saved, plan)
         self._other_bos = check_document_tokens(saved, plan.document_tokens, options.project_dir)
@@ -309,6 +314,8 @@ class Trainer:
             return
         args = self.plan.checkpoint_args()
         vars(args).update(order_of(self._train_samples, self._progress.consumed_samples))
+        if self._gpt_contents is not None:
+            args.gpt_contents = self._gpt_contents
         self._report_saved(self._saver.finish(), reporter)
         with gathered_weights(self._parts.chunks):
             self._report_saved(self._saver.save(self._parts, self._progress, args), reporter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -64,6 +65,63 @@ def test_a_run_starts_from_the_gpt_and_resumes_from_itself(megatron, tmp_path, c
     assert torch.equal(logits(model_of(second).eval()), trained)
     second.train()
     assert "weights taken" not in capsys.readouterr().out
+
+
+def _move(llama):
+    llama.rename(llama.with_name("elsewhere"))
+    return llama.with_name("elsewhere")
+
+
+def _other_weights(llama):
+    import safetensors.torch
+
+    file = llama / "model.safetensors"
+    weights = {name: value + 1 for name, value in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    return llama
+
+
+def _other_settings(llama):
+    text = (llama / "config.json").read_text(encoding="utf-8")
+    (llama / "config.json").write_text(text.replace("5000.0", "500000.0"), encoding="utf-8")
+    return llama
+
+
+def _delete(llama):
+    shutil.rmtree(llama)
+    return llama
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [(_move, True), (_delete, True), (_other_weights, False), (_other_settings, False)],
+)
+def test_a_run_is_not_resumed_in_the_name_of_another_gpt(megatron, tmp_path, change, same):
+    """Somebody tries several GPTs, and leaves --save of the last one in the command."""
+    make_llama(tmp_path / "llama")
+    saved = {"save": str(tmp_path / "run"), "load": str(tmp_path / "run")}
+    trainer(tmp_path / "llama", **saved, exit_interval=1).train()
+    now = change(tmp_path / "llama")
+    for iterations in (2, 3):  # the record is passed on
+        if same:
+            trainer(now, **saved, train_iters=iterations, no_load_optim=True).train()
+            continue
+        with pytest.raises(CheckpointError, match="began from another GPT \\(llama\\)"):
+            trainer(now, **saved, train_iters=iterations, no_load_optim=True)
+
+
+def test_a_gpt_whose_own_training_went_on_is_still_the_same(megatron, tmp_path):
+    """The tracker file of --load-gpt names a later checkpoint when the run is resumed."""
+    gpt, saved = str(tmp_path / "gpt"), {name: str(tmp_path / "run") for name in ("save", "load")}
+    twin = {"save": gpt, "load": gpt, "no_retrieval": True, **NO_DROPOUT}
+    small_trainer(**twin, exit_interval=1).train()
+    run = {"load_gpt": gpt, **saved, **NO_DROPOUT}
+    small_trainer(**run, exit_interval=1).train()
+    small_trainer(**twin).train()
+    assert small_trainer(**run).has_loaded
+    shutil.rmtree(next((tmp_path / "gpt").glob("iter_0*1")))
+    with pytest.raises(CheckpointError, match="began from another GPT"):
+        small_trainer(**run)
 
 
 def test_a_frozen_decoder_stays_the_gpt_while_retrieval_learns(megatron, tmp_path):
