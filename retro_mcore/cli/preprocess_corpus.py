@@ -544,7 +544,9 @@ def _save(
 ) -> None:
     """Write both configurations; the special tokens of `tokenizer` unless it is None."""
     config.save(paths.root)
-    settings = ProjectSettings.load(paths.root)
+    # One that is lost is made again.
+    known = paths.settings.is_file()
+    settings = ProjectSettings.load(paths.root) if known else ProjectSettings()
     settings.json_keys = options.json_keys
     settings.id_key, settings.clean_text = options.id_key, options.clean_text
     if tokenizer is not None:

@@ -160,6 +160,18 @@ class ProjectConfig:
         }[split]
 
 
+def _check_made_by_others(paths: ProjectPaths) -> None:
+    """Our stages write retro_mcore.json before their record: where it is missing, it was lost, and
+    with it BOS, EOD and the embedder."""
+    if any(paths.stage_record(stage).is_file() for stage in ("preprocess_corpus", "update_db")):
+        raise CorruptFileError(
+            paths.settings,
+            "no such file, and the project was made with one",
+            "Restore the file, or run preprocess_corpus, build_index and query_neighbors again, "
+            "with the options that they were run with",
+        )
+
+
 @dataclass
 class ProjectSettings:
     """retro_mcore.json: what the pipeline needs to know and config.json has no key for.
@@ -217,11 +229,13 @@ class ProjectSettings:
 
         Raises:
             CorruptFileError: the file is not a JSON object, holds an unknown key, or a value that
-                cannot be.
+                cannot be; or it is missing in a directory that we made.
             SeveralErrors: several of these; all of them are told.
         """
-        path = ProjectPaths(project_dir).settings
+        paths = ProjectPaths(project_dir)
+        path = paths.settings
         if not path.is_file():
+            _check_made_by_others(paths)
             return cls()
         values = read_json_object(path)
         found: list[CorruptFileError] = []

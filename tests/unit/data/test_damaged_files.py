@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from retro_mcore.cli import build_db, build_index, inspect_neighbors, query_neighbors
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.data.bert_tokens import BertTokenCounter, default_bert_vocab
 from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.data.hdf5 import map_dataset
@@ -25,7 +26,13 @@ from retro_mcore.data.token_file import TokenFile
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, TokenizerError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
-from tests.unit.data.projects import built_project, forget_neighbors
+from tests.unit.data.projects import (
+    built_project,
+    documents,
+    forget_neighbors,
+    preprocess_options,
+    write_corpus,
+)
 
 
 @pytest.fixture
@@ -385,6 +392,21 @@ def test_another_programs_finished_project_needs_no_search(capsys, project):
     assert "This project is complete: go on with pretrain_retro" in line
     shutil.rmtree(project / "query")
     assert "Run build_index" in error_of(capsys, query_neighbors, project)
+
+
+def test_lost_settings_are_told_and_made_again(capsys, tmp_path):
+    """Somebody copied a project without its retro_mcore.json: it was read as another program's,
+    whose documents have no BOS, and the next stage wrote that down."""
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents())
+    options = preprocess_options(tmp_path / "project", corpus, add_bos_token=True)
+    preprocess_corpus(options)
+    settings = ProjectPaths(tmp_path / "project").settings
+    before = settings.read_bytes()
+    settings.unlink()
+    line = error_of(capsys, build_db, tmp_path / "project")
+    assert "retro_mcore.json: no such file, and the project was made with one" in line
+    preprocess_corpus(options)
+    assert settings.read_bytes() == before
 
 
 ARRAYS = {
