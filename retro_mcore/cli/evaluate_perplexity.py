@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from retro_mcore import distributed
@@ -17,6 +18,7 @@ from retro_mcore.data.tokenizers import load_project_tokenizer
 from retro_mcore.datasets.splits import parse_split
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.evaluation.neighbor_sources import NeighborKind, possible_kinds
 from retro_mcore.evaluation.results import require_writable, write_results
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project.config import SPLITS, ProjectConfig
@@ -26,7 +28,6 @@ from retro_mcore.training.options import ParallelOptions
 if TYPE_CHECKING:
     from retro_mcore.evaluation.bits_per_byte import BitsPerByte
     from retro_mcore.evaluation.leakage import LeakagePoint
-    from retro_mcore.evaluation.neighbor_sources import NeighborKind
     from retro_mcore.evaluation.perplexity import Perplexity
     from retro_mcore.training.provider import ModelArguments
 
@@ -57,7 +58,8 @@ class EvaluatePerplexityOptions:
     retro_eval_neighbors: list[Literal["real", "shuffled", "random", "none"]] = field(
         default_factory=list
     )
-    """Which neighbors to give. Default: real, shuffled and none, as far as the model reads any."""
+    """Which neighbors to give. Default: real, shuffled and none, as far as the model reads any;
+    without shuffled where one text holds more than half of the chunks."""
     retro_attention_gate: float | None = None
     """Scale of what the model reads in its neighbors. Default: the checkpoint's; a model that was
     tuned with 0 needs 1 here to read any."""
@@ -295,6 +297,8 @@ def _measure_samples(evaluation: _Evaluation) -> list[Perplexity]:
             _tell(f"--eval-iters {options.eval_iters} asks for {limit} samples", split, num_samples)
         with distributed.raise_together():
             distinct = distinct_text(dataset.samples, num_samples)
+            owners = np.repeat(np.arange(len(dataset)), dataset.chunks_per_sample)
+            kinds = possible_kinds(evaluation.kinds, owners, bool(options.retro_eval_neighbors))
         rows += [
             measure_perplexity(
                 evaluation.model,
@@ -309,7 +313,7 @@ def _measure_samples(evaluation: _Evaluation) -> list[Perplexity]:
                 vocab_size=evaluation.vocab_size,
                 distinct=distinct,
             )
-            for kind in evaluation.kinds
+            for kind in kinds
         ]
     return rows
 
@@ -341,15 +345,18 @@ def _measure_documents(
         if min(found) < options.eval_documents:
             asked = f"--eval-documents {options.eval_documents} of each corpus"
             _tell(asked, split, " and ".join(map(str, found)))
+    with distributed.raise_together():
+        asked = bool(options.retro_eval_neighbors)
+        kinds = possible_kinds(evaluation.kinds, documents.documents.owners, asked)
     needed = max(
-        arguments.retro_num_neighbors if evaluation.kinds != ["none"] else 0,
+        arguments.retro_num_neighbors if kinds != ["none"] else 0,
         options.leakage_neighbors if options.leakage else 0,
     )
     if needed:
         documents.search_neighbors(needed, str(evaluation.device))
     rows = [
         documents.measure(evaluation.model, kind, options.micro_batch_size, options.seed)
-        for kind in evaluation.kinds
+        for kind in kinds
     ]
     if not options.leakage:
         return rows, []

@@ -5,12 +5,15 @@ Each is a function of the saved neighbors, the database and a seed, so every ran
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -125,6 +128,51 @@ def with_neighbors(dataset: RetroDataset, kind: NeighborKind, seed: int) -> Retr
     return replace(dataset, neighbors=changed)
 
 
+def check_can_shuffle(owners: NDArray[np.int64]) -> None:
+    """Refuse chunks that cannot all get those of another sample (or document).
+
+    Args:
+        owners: As for `shuffled_rows`.
+
+    Raises:
+        ConfigurationError: there is only one sample, or one holds more than half of the chunks.
+    """
+    largest = int(np.bincount(owners).max()) if len(owners) else 0
+    if 2 * largest > len(owners) or not largest:
+        raise ConfigurationError(
+            "--retro-eval-neighbors",
+            f"shuffled, but one text holds {largest} of the {len(owners)} chunks to evaluate",
+            "Evaluate more samples or documents, or leave shuffled out",
+        )
+
+
+def possible_kinds(
+    kinds: Sequence[NeighborKind], owners: NDArray[np.int64], asked: bool
+) -> list[NeighborKind]:
+    """The kinds that the chunks can be given, before any is measured.
+
+    Args:
+        kinds: Those wanted.
+        owners: As for `shuffled_rows`.
+        asked: Whether somebody asked for them; else "shuffled" is left out where it is impossible,
+            and said so.
+
+    Raises:
+        ConfigurationError: "shuffled" was asked for, and is impossible.
+    """
+    if "shuffled" not in kinds:
+        return [*kinds]
+    try:
+        check_can_shuffle(owners)
+    except ConfigurationError as error:
+        if asked:
+            raise
+        if get_rank() == 0:
+            print(f"Measured without shuffled neighbors: {error.found}", file=sys.stderr)
+        return [kind for kind in kinds if kind != "shuffled"]
+    return [*kinds]
+
+
 def shuffled_rows(owners: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """A permutation of all chunks that gives none a chunk of its own sample (or document).
 
@@ -138,13 +186,7 @@ def shuffled_rows(owners: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     Raises:
         ConfigurationError: there is only one sample, or one holds more than half of the chunks.
     """
-    largest = int(np.bincount(owners).max()) if len(owners) else 0
-    if 2 * largest > len(owners) or not largest:
-        raise ConfigurationError(
-            "--retro-eval-neighbors",
-            f"shuffled, but one text holds {largest} of the {len(owners)} chunks to evaluate",
-            "Evaluate more samples or documents, or leave shuffled out",
-        )
+    check_can_shuffle(owners)
     generator = np.random.default_rng(seed)
     donors = generator.permutation(len(owners))
     for row in np.flatnonzero(owners[donors] == owners):

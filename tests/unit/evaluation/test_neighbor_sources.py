@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.evaluation.neighbor_sources import change_neighbors, shuffled_rows
+from retro_mcore.evaluation.neighbor_sources import change_neighbors, possible_kinds, shuffled_rows
 from tests.unit.evaluation.texts import RandomRows
 
 
@@ -31,6 +31,20 @@ def test_shuffling_spreads_a_sample_over_many():
 def test_a_text_that_holds_most_chunks_cannot_be_shuffled(sizes):
     with pytest.raises(ConfigurationError, match="shuffled, but one text holds"):
         shuffled_rows(np.repeat(np.arange(len(sizes)), sizes), seed=1)
+
+
+def test_a_default_that_is_impossible_is_left_out_and_told(capsys):
+    """Somebody's first corpus has two held-out documents, one of them long: after minutes of
+    measuring, nothing was written, for a kind of neighbors that nobody had asked for."""
+    default = ["real", "shuffled", "none"]
+    long, even = np.repeat([0, 1], [3, 1]), np.repeat([0, 1], [2, 2])
+    assert possible_kinds(default, even, asked=False) == default
+    assert possible_kinds(["real", "none"], long, asked=True) == ["real", "none"]
+    assert capsys.readouterr().err == ""
+    assert possible_kinds(default, long, asked=False) == ["real", "none"]
+    assert "without shuffled neighbors: shuffled, but one text holds 3" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match="--retro-eval-neighbors: shuffled"):
+        possible_kinds(default, long, asked=True)
 
 
 def test_kinds_of_neighbors():
