@@ -346,8 +346,8 @@ def _measure_documents(
             asked = f"--eval-documents {options.eval_documents} of each corpus"
             _tell(asked, split, " and ".join(map(str, found)))
     with distributed.raise_together():
-        asked = bool(options.retro_eval_neighbors)
-        kinds = possible_kinds(evaluation.kinds, documents.documents.owners, asked)
+        given = bool(options.retro_eval_neighbors)
+        kinds = possible_kinds(evaluation.kinds, documents.documents.owners, given)
     needed = max(
         arguments.retro_num_neighbors if kinds != ["none"] else 0,
         options.leakage_neighbors if options.leakage else 0,
