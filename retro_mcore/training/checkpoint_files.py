@@ -62,11 +62,12 @@ def latest_iteration(directory: str | Path) -> int | None:
     """The iteration that the tracker file names; None where there is no checkpoint.
 
     Raises:
-        CheckpointError: the tracker file is malformed, or its checkpoint is missing.
+        CheckpointError: the tracker file is malformed, or its checkpoint is missing; or the file is
+            missing, and checkpoints are there.
     """
     iteration = read_tracker(directory)
     if iteration is None:
-        return None
+        return _untracked_iteration(Path(directory))
     tracker = Path(directory) / TRACKER
     there = ", ".join(map(str, complete_iterations(directory))) or "none"
     if isinstance(iteration, str):
@@ -84,6 +85,19 @@ def latest_iteration(directory: str | Path) -> int | None:
             f"iterations: {there}",
         )
     return iteration
+
+
+def _untracked_iteration(directory: Path) -> int | None:
+    """The only checkpoint there is: a run that is killed leaves its first one before the tracker
+    file. Of several, the file has been lost; to start again would overwrite them."""
+    there = complete_iterations(directory) if directory.is_dir() else []
+    if len(there) > 1:
+        raise CheckpointError(
+            directory / TRACKER,
+            "no such file, and there are checkpoints",
+            f"Write into it which iteration to load, of {', '.join(map(str, there))}",
+        )
+    return there[0] if there else None
 
 
 def existing_checkpoint(directory: str | Path, ckpt_step: int | None = None) -> Path | None:

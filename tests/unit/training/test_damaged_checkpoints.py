@@ -167,3 +167,23 @@ def test_a_converted_checkpoint_has_checksums(checkpoint, tmp_path):
         flip(file)
         with pytest.raises(CheckpointError, match=file.name):
             convert(result.path / "x")
+
+
+def test_a_lost_tracker_file_starts_nothing_again(tmp_path):
+    """Somebody copied a run without its tracker file: training began again, over its checkpoints.
+    Killed before it is first written, a run has one checkpoint, and goes on from that."""
+    from retro_mcore.platform.safe_loading import CONFIG_FILE
+    from retro_mcore.platform.tracker import TRACKER
+    from retro_mcore.training.checkpoint_files import checkpoint_path, existing_checkpoint
+
+    assert existing_checkpoint(tmp_path) is None
+    for iteration in (2, 4):
+        path = checkpoint_path(tmp_path, iteration)
+        path.mkdir()
+        (path / CONFIG_FILE).write_text("{}")
+        if iteration == 2:
+            assert existing_checkpoint(tmp_path) == path
+    with pytest.raises(CheckpointError, match="iteration to load, of 2, 4"):
+        existing_checkpoint(tmp_path)
+    (tmp_path / TRACKER).write_text("2")
+    assert existing_checkpoint(tmp_path) == checkpoint_path(tmp_path, 2)
