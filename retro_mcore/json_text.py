@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,12 +44,17 @@ def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def parse_json(text: str | bytes, allow_nan: bool = False) -> Any:
+def parse_json(text: str | bytes, allow_nan: bool = False, unique_keys: bool = False) -> Any:
     """The value of a JSON text.
 
     Bytes are UTF-8, with or without a byte order mark. NaN and infinities are refused, which
     `json.loads` would accept, unless they are allowed: Python's own `json.dumps` writes them, and
     where they stand under keys that nobody reads they do no harm.
+
+    Args:
+        text: The JSON text.
+        allow_nan: Whether NaN and infinities are read.
+        unique_keys: Whether a key that an object has twice is refused; else the last one counts.
 
     Raises:
         JsonError: not JSON, not UTF-8, nested too deeply, or a number of thousands of digits.
@@ -56,7 +62,11 @@ def parse_json(text: str | bytes, allow_nan: bool = False) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        return json.loads(text, parse_constant=None if allow_nan else _refuse_constant)
+        return json.loads(
+            text,
+            parse_constant=None if allow_nan else _refuse_constant,
+            object_pairs_hook=_unique if unique_keys else None,
+        )
     except UnicodeDecodeError as error:
         raise JsonError(f"not UTF-8 (byte {error.start})") from error
     except RecursionError as error:
@@ -71,6 +81,13 @@ def parse_json(text: str | bytes, allow_nan: bool = False) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise JsonError(f"not JSON ({name} is no number)")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(key for key, _ in pairs)
+    if repeated := [ascii(key)[1:-1] for key, count in counts.items() if count > 1]:
+        raise JsonError(f"has the key {', '.join(repeated)} more than once")
+    return dict(pairs)
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:

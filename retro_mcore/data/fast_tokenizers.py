@@ -16,6 +16,7 @@ from retro_mcore.data.special_tokens import (
 from retro_mcore.data.spelling import Speller
 from retro_mcore.data.tokenizer import Tokenizer
 from retro_mcore.errors import TokenizerError
+from retro_mcore.json_text import JsonError, parse_json
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _MARK = "\N{REPLACEMENT CHARACTER}"
@@ -159,14 +160,29 @@ def load_tokenizer_json(file: Path) -> Any:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise TokenizerError(
-            file, f"not a tokenizer.json ({error})", "Name a tokenizer.json or its directory"
-        ) from error
+        raise _not_a_tokenizer(file, error) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if not tokenizer.get_vocab():
         raise TokenizerError(file, "holds no tokens", "Name a trained tokenizer")
     return tokenizer
+
+
+def _not_a_tokenizer(file: Path, error: Exception) -> TokenizerError:
+    """Why the library could not load a file, in our words where they say more than its own."""
+    beside = file.with_name("tokenizer.json")
+    mend = "Name a tokenizer.json or its directory"
+    if file.name != beside.name and beside.is_file():
+        mend = f"Name {beside}"
+    try:
+        values = parse_json(file.read_bytes(), allow_nan=True)
+        holds = values.get("model") if isinstance(values, dict) else None
+        found = str(error) if isinstance(holds, dict) else "no vocabulary under the key model"
+    except JsonError as reason:
+        found = str(reason)
+    except OSError as reason:
+        found = reason.strerror or str(reason)
+    return TokenizerError(file, f"not a tokenizer.json ({' '.join(found.split())})", mend)
 
 
 def tokenizer_json(path: Path) -> Path:

@@ -99,6 +99,7 @@ def load_project_tokenizer(
             )
         return path
 
+    _check_configuration(config, paths)
     return build_tokenizer(
         config.retro_gpt_tokenizer_type,
         resolve(config.retro_gpt_tokenizer_model),
@@ -106,6 +107,21 @@ def load_project_tokenizer(
         resolve(config.retro_gpt_merge_file),
         choice or recorded_choice(paths),
     )
+
+
+def _check_configuration(config: ProjectConfig, paths: ProjectPaths) -> None:
+    """What `build_tokenizer` would call by its flags is told by config.json's keys."""
+    kind = config.retro_gpt_tokenizer_type
+    if kind not in TOKENIZER_TYPES:
+        found = f"retro_gpt_tokenizer_type is {kind!r}"
+        raise TokenizerError(paths.written_config, found, f"Known are {', '.join(TOKENIZER_TYPES)}")
+    needed = ("vocab_file", "merge_file") if kind == GPT2BPETokenizer.name else ("tokenizer_model",)
+    keys = [f"retro_gpt_{name}" for name in needed]
+    if missing := [key for key in keys if getattr(config, key) is None]:
+        found = f"{' and '.join(missing)} missing or null"
+        raise TokenizerError(
+            paths.written_config, found, f"{kind} needs {' and '.join(keys)}: restore the file"
+        )
 
 
 def recorded_choice(paths: ProjectPaths) -> SpecialTokenChoice:

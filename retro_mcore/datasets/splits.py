@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import SPLITS, Split
+from retro_mcore.project.fields import percentages_of
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
@@ -12,19 +13,14 @@ def parse_split(split: str) -> tuple[float, float, float]:
     Raises:
         ConfigurationError: not three numbers that sum to 100 with a training part.
     """
-    try:
-        parts = [float(part) for part in split.split(",")]
-    except ValueError:
-        parts = []
-    # Each bound is written so that NaN does not meet it.
-    usable = len(parts) == 3 and all(0 <= part <= 100 for part in parts)
-    if not (usable and abs(sum(parts) - 100) <= 1e-6 and parts[0] >= 0.1):
+    percentages = percentages_of(split)
+    if percentages is None:
         raise ConfigurationError(
             "--split",
             repr(split),
             "Give three percentages that sum to 100, the first above 0, such as 90,5,5",
         )
-    return parts[0], parts[1], parts[2]
+    return percentages
 
 
 def document_ranges(split: str, num_documents: int) -> dict[Split, tuple[int, int]]:

@@ -77,7 +77,7 @@ class ProjectConfig:
             SeveralErrors: several of these; all of them are told.
         """
         paths = ProjectPaths(project_dir)
-        path = paths.config if paths.config.is_file() else paths.legacy_config
+        path = paths.written_config
         if not path.is_file():
             raise ProjectError(
                 paths.config,
@@ -281,7 +281,7 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(path.read_bytes(), unique_keys=True)
     except FileNotFoundError as error:
         raise CorruptFileError(path, "no such file", _MEND) from error
     except ValueError as error:

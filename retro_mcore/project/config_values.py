@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
 
-from retro_mcore.project.fields import is_text, problems_of, shares_of, show
+from retro_mcore.project.fields import is_text, percentages_of, problems_of, show
 
 _OPTIONAL = {
     "retro_gpt_data_cache_path",
@@ -151,11 +151,12 @@ def _bert_problem(name: str | None) -> str | None:
     return None if name is None or name in known else f"not {' or '.join(known)}"
 
 
+_NO_SPLIT = "not three percentages that sum to 100, the first above 0, such as 98,2,0"
 #: What the values' types leave open; each tells what is wrong.
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(_PATHS, _path_problem),
     "retro_bert_tokenizer_type": _bert_problem,
-    "retro_gpt_split": lambda split: None if shares_of(split) else "not percentages as 98,2,0",
+    "retro_gpt_split": lambda split: None if percentages_of(split) else _NO_SPLIT,
     "retro_neighbor_dirs": _neighbor_dirs_problem,
     "retro_database": _database_problem,
 }

@@ -45,14 +45,18 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and not re.search("[\ud800-\udfff\0]", value)
 
 
-def shares_of(split: object) -> list[float]:
-    """The numbers of a split such as "98,2,0"; empty if it is none."""
+def percentages_of(split: object) -> tuple[float, float, float] | None:
+    """Percentages of training, validation and test documents, such as "98,2,0"; None if the text is
+    not three numbers that sum to 100, of which the first is at least 0.1."""
     try:
         parts = [float(part) for part in str(split).split(",")]
     except ValueError:
-        return []
-    sound = len(parts) <= 3 and all(math.isfinite(part) and part >= 0 for part in parts)
-    return parts if sound and 0 < sum(parts) < math.inf else []
+        return None
+    # Each bound is written so that NaN does not meet it.
+    usable = len(parts) == 3 and all(0 <= part <= 100 for part in parts)
+    if not (usable and abs(sum(parts) - 100) <= 1e-6 and parts[0] >= 0.1):
+        return None
+    return parts[0], parts[1], parts[2]
 
 
 def _mismatch(value: Any, hint: Any) -> str | None:

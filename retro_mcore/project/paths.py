@@ -34,6 +34,11 @@ class ProjectPaths:
         return self.root / "args.json"
 
     @property
+    def written_config(self) -> Path:
+        """The one of both that is there, the first by preference."""
+        return self.config if self.config.is_file() else self.legacy_config
+
+    @property
     def settings(self) -> Path:
         """Our own settings: embedder, index, search."""
         return self.root / "retro_mcore.json"

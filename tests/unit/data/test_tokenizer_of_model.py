@@ -49,3 +49,26 @@ def test_a_directory_without_it_says_which_type_to_use(tmp_path, files, mend):
         (tmp_path / name).write_text("{}")
     with pytest.raises(TokenizerError, match=mend):
         build_tokenizer("HuggingFaceTokenizer", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('{"eos_token": "</s>"}', "no vocabulary under the key model"),
+        ("[1]", "no vocabulary under the key model"),
+        ("{", "not JSON"),
+        ('{"model": {"type": "BPE"}}', "not a tokenizer.json"),
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_another_file_of_the_directory_is_told_by_what_it_lacks(tmp_path, content, found, beside):
+    """Met by who names tokenizer_config.json, which lies beside tokenizer.json."""
+    if beside:
+        save_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    right = tmp_path / "tokenizer.json" if beside else "a tokenizer.json or its directory"
+    with pytest.raises(TokenizerError) as caught:
+        build_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer_config.json")
+    assert caught.value.subject == str(tmp_path / "tokenizer_config.json")
+    assert found in str(caught.value)
+    assert caught.value.mend == f"Name {right}"

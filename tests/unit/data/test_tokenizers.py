@@ -153,3 +153,26 @@ def test_ends_of_documents_become_line_breaks(sentencepiece_model):
     tokenizer = build_tokenizer("GPTSentencePieceTokenizer", sentencepiece_model)
     chunk = np.array([*tokenizer.tokenize("one"), tokenizer.eod, *tokenizer.tokenize("two")])
     assert chunk_texts(tokenizer, [chunk, chunk[:0], chunk[-2:]])[:2] == ["one\ntwo", ""]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"type": "NullTokenizer"}, "retro_gpt_tokenizer_type is 'NullTokenizer'"),
+        ({"type": "SentencePiece"}, "retro_gpt_tokenizer_type is 'SentencePiece'"),
+        ({"model": None}, "retro_gpt_tokenizer_model missing or null"),
+        ({"type": "GPT2BPETokenizer"}, "merge_file missing or null"),
+    ],
+    ids=str,
+)
+def test_a_projects_configuration_is_told_by_its_keys(changes, found):
+    """Met by who edits config.json, or copies one of another writer: no flag would help."""
+    config, paths = ProjectConfig.load(built_project()), ProjectPaths(built_project())
+    for name, value in changes.items():
+        key = "retro_gpt_tokenizer_type" if name == "type" else f"retro_gpt_tokenizer_{name}"
+        setattr(config, key, value)
+    with pytest.raises(TokenizerError) as caught:
+        load_project_tokenizer(config, paths)
+    assert caught.value.subject == str(paths.config)
+    assert found in str(caught.value)
+    assert "--" not in str(caught.value)

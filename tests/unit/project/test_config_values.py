@@ -68,7 +68,7 @@ OTHERS = [
     {"retro_gpt_seed": 2**32},
     *(
         {"retro_gpt_split": value}
-        for value in (None, "", "x", 98, "1,2,3,4", "-1,2", "nan,1", "0,0")
+        for value in (None, "", "x", 98, "1,2,3,4", "-1,2", "nan,1", "0,0", "90,5", "969,30,1")
     ),
     *(
         {"retro_gpt_data_path": value}
@@ -136,6 +136,21 @@ def test_a_file_that_is_no_json_object(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     loader = ProjectSettings if name == "retro_mcore.json" else ProjectConfig
     with pytest.raises(CorruptFileError, match=name.replace(".", r"\.")):
+        loader.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "args.json", "retro_mcore.json"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_key_that_stands_twice_is_named(tmp_path, name, inside):
+    """Met by who edits the file by hand, and changes the first of both."""
+    content = SETTINGS if name == "retro_mcore.json" else CONFIG
+    key = "train" if inside else next(iter(content))
+    twice = f'"{key}": null, "{key}": 1'
+    (tmp_path / name).write_text(json.dumps(content)[:-1] + f', "unheard_of": {{{twice}}}}}')
+    if not inside:
+        (tmp_path / name).write_text(f"{{{twice}, {json.dumps(content)[1:]}")
+    loader = ProjectSettings if name == "retro_mcore.json" else ProjectConfig
+    with pytest.raises(CorruptFileError, match=f"{name}: has the key {key} more than once"):
         loader.load(tmp_path)
 
 
