@@ -163,6 +163,8 @@ _NEUTRAL = {
     "num_experts": 0,
     "num_local_experts": 0,
 }
+# Switches of what every one of our layers does: here false, and null, change the model.
+_ON = re.compile(r"(is|use)_causal(_mask|_attention)?|causal|use_(rope|rotary)(_.*)?")
 _QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
@@ -275,6 +277,8 @@ def _shown(value: Any) -> str:
 
 
 def _is_neutral(key: str, value: Any) -> bool:
+    if _ON.fullmatch(key):
+        return value is True
     if value is None or value is False or value in ("", [], {}):
         return True
     if key in _NEUTRAL and value == _NEUTRAL[key]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, raise_problems
+from retro_mcore.training.megatron_flags import flag_of
 
 
 @dataclass(kw_only=True)
@@ -46,12 +47,16 @@ class CheckpointOptions:
 
         Raises:
             ConfigurationError: naming the flag.
+            SeveralErrors: naming all of them.
         """
-        for needed, names in _NEEDS.items():
-            for name in names:
-                if getattr(self, name) and getattr(self, needed) is None:
-                    flag = "--" + name.replace("_", "-")
-                    raise ConfigurationError(flag, f"given without --{needed}", f"Add --{needed}")
+        raise_problems(
+            [
+                ConfigurationError(flag_of(name), f"given without --{needed}", f"Add --{needed}")
+                for needed, names in _NEEDS.items()
+                for name in names
+                if getattr(self, name) and getattr(self, needed) is None
+            ]
+        )
 
     @property
     def needs_checkpoint(self) -> str | None:

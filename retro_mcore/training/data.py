@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from retro_mcore.data.tokenizer import Tokenizer
-from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError
+from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError, raise_problems
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.batch import RetroBatch, collate
 from retro_mcore.training.batch_sizes import BatchSizes
@@ -126,15 +126,20 @@ def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
 
     Raises:
         ConfigurationError: naming the flag, its value and the project's.
+        SeveralErrors: naming all of them.
     """
-    for name, of_project in project_flags(config).items():
-        asked = getattr(options, name)
-        if asked is not None and asked != of_project:
-            raise ConfigurationError(
+    asked = {name: getattr(options, name) for name in project_flags(config)}
+    raise_problems(
+        [
+            ConfigurationError(
                 "--" + name.replace("_", "-"),
-                f"{asked}, but config.json of {options.project_dir} says {of_project}",
+                f"{asked[name]}, but config.json of {options.project_dir} says {of_project}",
                 "Leave the flag out, or preprocess another project with this value",
             )
+            for name, of_project in project_flags(config).items()
+            if asked[name] is not None and asked[name] != of_project
+        ]
+    )
 
 
 def number_of_iterations(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.training.megatron_flags import flag_of
 
 
@@ -22,12 +22,19 @@ class NeighborNoiseOptions:
     """Share of retrieved tokens that become another token of the sample's neighbors."""
 
     def check_neighbor_noise(self, no_retrieval: bool) -> None:
-        """Refuse what is no probability, and noise without neighbors."""
+        """Refuse what is no probability, and noise without neighbors.
+
+        Raises:
+            ConfigurationError: naming the flag.
+            SeveralErrors: naming all of them.
+        """
+        problems: list[RetroError] = []
         for field in fields(NeighborNoiseOptions):
-            value = getattr(self, field.name)
+            flag, value = flag_of(field.name), getattr(self, field.name)
             if not 0.0 <= value <= 1.0:
-                raise ConfigurationError(flag_of(field.name), f"{value}", "Choose from 0 to 1")
-            if value and no_retrieval:
-                raise ConfigurationError(
-                    flag_of(field.name), "given with --no-retrieval", "Leave one of them out"
+                problems.append(ConfigurationError(flag, f"{value}", "Choose from 0 to 1"))
+            elif value and no_retrieval:
+                problems.append(
+                    ConfigurationError(flag, "given with --no-retrieval", "Leave one of them out")
                 )
+        raise_problems(problems)

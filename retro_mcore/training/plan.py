@@ -26,6 +26,7 @@ from retro_mcore.training.data import (
 )
 from retro_mcore.training.data_contents import DataContents
 from retro_mcore.training.gpt_contents import check_same_gpt
+from retro_mcore.training.megatron_flags import flag_of
 from retro_mcore.training.noise_options import NeighborNoiseOptions
 from retro_mcore.training.options import ModelOptions, OptimizerOptions, TrainingOptions
 from retro_mcore.training.provider import ModelArguments, number_of_positions, padded_vocab_size
@@ -170,30 +171,43 @@ class TrainingPlan:
         """Refuse a checkpoint of another configuration, or of other data.
 
         Raises:
-            CheckpointError: naming the first flag that differs, and both values; or the file or
+            CheckpointError: naming every flag that differs, and both values; or the file or
                 weight of the data; or --load-gpt, which names another GPT.
-            SeveralErrors: more than one file or weight differs.
             TokenizerError: the project's documents end with another token.
+            SeveralErrors: more than one of these.
         """
-        check_same_gpt(self.options.load_gpt, saved.get("gpt_contents"), checkpoint)
-        agreeing = self._must_agree()
-        differences: list[CheckpointError] = []
-        contents = saved.get("data_contents")
-        if contents is not None and self.contents is not None and "data_path" in agreeing:
-            del agreeing["data_path"]  # the files decide, wherever they lie
-            differences = list(self.contents.differences(contents, checkpoint))
+        check_all(
+            partial(check_same_gpt, self.options.load_gpt, saved.get("gpt_contents"), checkpoint),
+            partial(self._check_same_flags, saved, checkpoint),
+            partial(self._check_same_data, saved, checkpoint),
+            partial(check_document_tokens, saved, self.document_tokens, self.options.project_dir),
+        )
+
+    def _check_same_flags(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
         # A checkpoint written before an option existed has its default.
-        defaults = {field.name: field.default for field in fields(TrainingOptions)}
-        for name, mine in agreeing.items():
-            if name in _PADDING or saved.get(name, defaults.get(name)) == mine:
-                continue
-            raise CheckpointError(
-                str(checkpoint),
-                f"was trained with {name} {saved.get(name)}, and now it is {mine}",
-                f"Give --{name.replace('_', '-')} as it was, or choose another --load and --save",
-            )
-        raise_problems(differences)
-        check_document_tokens(saved, self.document_tokens, self.options.project_dir)
+        before = {field.name: field.default for field in fields(TrainingOptions)} | dict(saved)
+        now = {name: mine for name, mine in self._must_agree().items() if name not in _PADDING}
+        if self._compares_contents(saved):
+            now.pop("data_path", None)  # the files decide, wherever they lie
+        differing = [name for name, mine in now.items() if before.get(name) != mine]
+        if not differing:
+            return
+        changes = [f"{name} {before.get(name)}, and now it is {now[name]}" for name in differing]
+        flags = [flag_of(name) for name in differing if hasattr(self.options, name)]
+        of_project = ["--project-dir"] if len(flags) < len(differing) else []
+        raise CheckpointError(
+            str(checkpoint),
+            f"was trained with {'; with '.join(changes)}",
+            f"Give {', '.join(flags + of_project)} as before, or choose another --load and --save",
+        )
+
+    def _check_same_data(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        if self.contents is not None and self._compares_contents(saved):
+            raise_problems([*self.contents.differences(saved["data_contents"], checkpoint)])
+
+    def _compares_contents(self, saved: Mapping[str, Any]) -> bool:
+        known = saved.get("data_contents") is not None and self.contents is not None
+        return known and "data_path" in self._must_agree()
 
     def _must_agree(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run, by what is taken from it."""

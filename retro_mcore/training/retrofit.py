@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from retro_mcore.conversion.checkpoint import Checkpoint, open_checkpoint
 from retro_mcore.conversion.gpt import LoadedDecoder, check_gpt, load_gpt
 from retro_mcore.data.tokenizers import bos_habit
 from retro_mcore.distributed import raise_together
-from retro_mcore.errors import TokenizerError
+from retro_mcore.errors import ConfigurationError, TokenizerError, check_all
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.training.checkpoint_files import existing_checkpoint
 from retro_mcore.training.data import check_document_tokens
@@ -81,7 +82,14 @@ def gpt_arguments(
         return arguments
     window = checkpoint.flags.get("sliding_window")
     taken = replace(arguments, sliding_window=arguments.sliding_window or window)
-    check_gpt(checkpoint, resolved_flags(arguments), used_vocab_size, options.load_gpt)
+    positions = arguments.max_position_embeddings or arguments.seq_length
+    with suppress(ConfigurationError):  # told below, with all else
+        positions = number_of_positions(arguments)
+    wanted = _resolved_flags(arguments, positions)
+    check_all(
+        partial(number_of_positions, arguments),
+        partial(check_gpt, checkpoint, wanted, used_vocab_size, options.load_gpt),
+    )
     rows = padded_vocab_size(
         checkpoint.flags["padded_vocab_size"],
         options.make_vocab_size_divisible_by,
@@ -101,13 +109,17 @@ def _gpt_to_load(options: TrainingOptions) -> Checkpoint | None:
 
 def resolved_flags(arguments: ModelArguments) -> dict[str, Any]:
     """The model's flags, defaults worked out, as checkpoints state them."""
+    return _resolved_flags(arguments, number_of_positions(arguments))
+
+
+def _resolved_flags(arguments: ModelArguments, positions: int) -> dict[str, Any]:
     heads = arguments.num_attention_heads
     return {
         **asdict(arguments),
         "num_query_groups": arguments.num_query_groups or heads,
         "kv_channels": arguments.kv_channels or arguments.hidden_size // heads,
         "ffn_hidden_size": default_ffn_hidden_size(arguments),
-        "max_position_embeddings": number_of_positions(arguments),
+        "max_position_embeddings": positions,
         # Without biases in the other layers; with them, they are there anyway.
         "add_qkv_bias": arguments.add_qkv_bias and arguments.disable_bias_linear,
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.errors import CheckpointError, ConfigurationError, SeveralErrors
 from tests.unit.conversion.test_upstream import load_case, run_case
 from tests.unit.training.small import CHUNK_LENGTH, VOCABULARY, small_trainer
 
@@ -390,6 +390,12 @@ def test_a_window_guards_what_is_trained_from_it(megatron, tmp_path):
         for load in ("theirs", "ours"):
             wanted = {**flags, "load_gpt": str(folder / load)}
             if not fits:
+                # As the command takes it from the checkpoint: told with what else is wrong.
+                both = {**wanted, "sliding_window": window, "num_layers": 4}
+                with pytest.raises(SeveralErrors) as caught:
+                    small_plan(**both)
+                assert f"last {window} tokens only" in str(caught.value)
+                assert "--num-layers is 4, expected 3" in str(caught.value)
                 with pytest.raises(CheckpointError, match=f"last {window} tokens only"):
                     small_plan(**wanted)
                 continue

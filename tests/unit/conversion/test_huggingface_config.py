@@ -94,6 +94,9 @@ def test_absent_keys_compute_as_transformers_does(megatron, family, tmp_path):
         ("llama", {"clip_qkv": 8.0}),
         ("llama", {"no_rope_layers": [1, 1, 0]}),
         ("llama", {"qk_norm": True}),
+        ("llama", {"is_causal": False}),
+        ("qwen2", {"is_causal": None}),
+        ("mistral", {"use_rope": False}),
         ("llama", {"attention_type": "local"}),
         ("llama", {"num_local_experts": 8}),
         ("llama", {"layer_types": ["linear_attention"] * 32}),
@@ -139,7 +142,7 @@ def test_a_setting_that_changes_numbers_is_refused_by_name(family, setting):
         ("llama", {"unsloth_version": "2026.1", "_name_or_path": "x", "pretraining_tp": 2}),
         ("llama", {"bos_token_id": 1, "eos_token_id": [2, 3], "temperature": 0.6, "comment": "x"}),
         ("llama", {"rope_scaling": None, "quantization_config": None, "torch_dtype": "bfloat16"}),
-        ("llama", {"hidden_act": "swish", "initializer_range": 0.01}),
+        ("llama", {"hidden_act": "swish", "initializer_range": 0.01, "is_causal": True}),
         ("gpt2", {"n_ctx": 1024, "summary_type": "cls_index", "reorder_and_upcast_attn": True}),
     ],
 )

@@ -96,6 +96,15 @@ def test_other_weights_are_refused(resume, project):
         resume(project)
 
 
+def test_all_that_differs_is_told_at_once(begun, tmp_path):
+    """Whoever restarts a run from memory would otherwise mend one flag per start."""
+    save = shutil.copytree(begun, tmp_path / "save")
+    with pytest.raises(RetroError) as caught:
+        train(blended_project(), save, load=str(save), hidden_size=64, lr=1e-4, load_gpt=None)
+    assert "hidden_size 32, and now it is 64; with lr 0.001, and now it is" in str(caught.value)
+    assert "Give --hidden-size, --lr as before" in str(caught.value)
+
+
 def test_another_number_of_samples_that_reorders_them_is_refused(resume, project):
     configure(project, retro_gpt_train_samples=160)
     shutil.rmtree(project / "query")
