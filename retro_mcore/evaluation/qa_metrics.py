@@ -18,6 +18,7 @@ from retro_mcore.errors import CorpusError, MissingDependencyError
 from retro_mcore.evaluation.answer_text import (
     answer_words,
     join_words,
+    normal_form,
     rouge_words,
     words_with_articles,
 )
@@ -100,21 +101,38 @@ class _StemmedWords:
 def chosen_option(text: str, choices: Sequence[str]) -> int | None:
     """The option that a text names; None if it names none, or more than one.
 
-    By its words, by its letter, or as the only one that it holds. An option whose words are part of
+    As it is written, by its words, by its letter, or as the only one that it holds. Options of the
+    same words ("C" and "C++", "1" and "-1") are told apart by how they are written alone. An option whose words are part of
     another's ("red" of "dark red") is not held where the other stands.
     """
     said = _option_words(text)
-    options = [_option_words(choice) for choice in choices]
     if not said:
         return None
-    if said in options:
-        return options.index(said)
+    if (written := _written_option(text, said, choices)) is not None:
+        return written
     for match in _LETTER.finditer(unicodedata.normalize("NFKC", text)):
         number = ord(match[1] or match[2]) - ord("A")
         if number < len(choices):
             return number
     held = _held(answer_words(text), [answer_words(choice) for choice in choices])
     return held[0] if len(held) == 1 else None
+
+
+def _written_option(text: str, said: list[str], choices: Sequence[str]) -> int | None:
+    """The option that is all of a text."""
+    written = _as_written(text)
+    alike = [number for number, one in enumerate(choices) if _option_words(one) == said]
+    same = [number for number in alike if _as_written(choices[number]) == written]
+    if same:
+        return same[0]
+    differ = len({_as_written(choices[number]) for number in alike}) > 1
+    return None if differ or not alike else alike[0]
+
+
+def _as_written(text: str) -> str:
+    """On its normal form, without the mark that ends a sentence."""
+    text = normal_form(text).strip()
+    return text.rstrip(".!?\u3002") or text
 
 
 def _option_words(text: str) -> list[str]:

@@ -82,7 +82,7 @@ class CompletionRequest(BaseModel):
     best_of: StrictInt | None = Field(None, ge=1, le=128)
     """Texts to generate for each prompt; the n with the highest mean log-probability are answered.
     Default: n."""
-    seed: StrictInt | None = Field(None, ge=0, lt=2**63)
+    seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
     stop: _Stop | list[_Stop] | None = None
     """At most 64 texts, which are looked for after each token."""
     stop_token_ids: list[StrictInt] = []
@@ -179,7 +179,7 @@ class CompletionRequest(BaseModel):
             GenerationRequest(
                 tokens=tokens,
                 sampling=SamplingOptions(
-                    self.temperature, max(self.top_k, 0), self.top_p, seed + number
+                    self.temperature, max(self.top_k, 0), self.top_p, (seed + number) % 2**64
                 ),
                 adjustments=adjustments,
                 stopping=stopping,

@@ -39,6 +39,9 @@ OPTIONS_FILE = "config.yaml"
 # May differ when a run is resumed: the checkpoint's padding is kept.
 _PADDING = {"padded_vocab_size", "make_vocab_size_divisible_by"}
 
+# No flags of their own.
+_OF_TOKENIZER = {"vocab_size", "tokenizer_fingerprint"}
+
 # The position in the data has a meaning for these alone.
 _DATA = ("global_batch_size", "rampup_batch_size", "seed", "split", "data_path")
 
@@ -193,7 +196,7 @@ class TrainingPlan:
         if not differing:
             return
         changes = [f"{name} {before.get(name)}, and now it is {now[name]}" for name in differing]
-        flags = [flag_of(name) for name in differing if hasattr(self.options, name)]
+        flags = [flag_of(name) for name in differing if name not in _OF_TOKENIZER]
         of_project = ["--project-dir"] if len(flags) < len(differing) else []
         raise CheckpointError(
             str(checkpoint),

@@ -147,6 +147,16 @@ def test_small_and_zero_values_are_greedy(app, setting, value):
     assert app.text(**{"temperature": 1, "seed": 3, setting: value}) == app.text()
 
 
+def test_seeds_are_openais(app):
+    """Any number of 64 bits, negative ones too."""
+    asked = {"temperature": 1, "max_tokens": 12, "logprobs": 0}
+    texts = [app.complete(seed=seed, **asked) for seed in (-1, -1, 1, -(2**63))]
+    assert texts[0] == texts[1]
+    assert texts[0] not in texts[2:]
+    pair = app.complete(seed=-1, n=2, **asked)
+    assert pair[1]["text"] == app.text(seed=0, **asked)  # the next seed, whatever the sign
+
+
 @pytest.mark.parametrize("top_k", [0, -1, 10**6, 10**30])
 def test_top_k_of_all_tokens(app, top_k):
     asked = {"temperature": 1, "seed": 3}
@@ -242,6 +252,8 @@ def test_a_prompt_may_be_echoed_alone(app):
         ({"temperature": True}, "temperature"),
         ({"temperature": 10**400}, "temperature"),
         ({"top_k": -2}, "top_k"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
         ({"prompt": [500]}, "prompt"),
         ({"prompt": [10**40]}, "prompt"),
         ({"prompt": [1.0]}, "prompt"),
