@@ -102,8 +102,9 @@ def chosen_option(text: str, choices: Sequence[str]) -> int | None:
     """The option that a text names; None if it names none, or more than one.
 
     As it is written, by its words, by its letter, or as the only one that it holds. Options of the
-    same words ("C" and "C++", "1" and "-1") are told apart by how they are written alone. An option whose words are part of
-    another's ("red" of "dark red") is not held where the other stands.
+    same words ("C" and "C++", "1" and "-1") are told apart by how they are written alone. An
+    option whose words are part of another's ("red" of "dark red") is not held where the other
+    stands.
     """
     said = _option_words(text)
     if not said:
