@@ -14,12 +14,13 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from retro_mcore.data.tokenizers import load_project_tokenizer
-from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.errors import ConfigurationError, RetroError, check_all, raise_problems
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
@@ -242,9 +243,12 @@ def check_arguments(args: argparse.Namespace) -> None:
                 "Use tensor parallelism, or tools/pretrain_retro.py, which runs Retro in pipelines",
             )
         )
-    raise_problems(problems)
     noise = {f.name: getattr(args, f.name, 0.0) for f in dataclasses.fields(NeighborNoiseOptions)}
-    NeighborNoiseOptions(**noise).check_neighbor_noise(not args.retro_add_retriever)
+    options = NeighborNoiseOptions(**noise)
+    check_all(
+        partial(raise_problems, problems),
+        partial(options.check_neighbor_noise, not args.retro_add_retriever),
+    )
 
 
 def _contradictions(args: argparse.Namespace) -> Iterator[RetroError]:

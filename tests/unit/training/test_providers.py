@@ -127,9 +127,11 @@ def test_the_gpt_twin_refuses_what_its_layers_do_not_have(megatron, name):
 
 
 def test_all_that_is_refused_is_told_at_once(megatron):
+    noise = ("--retro-drop-chunks", "1.5", "--retro-replace-tokens", "-1")
     with pytest.raises(ConfigurationError) as caught:
-        pretrain("--seq-length", "128", num_experts=2, mock_data=True)
-    for flag in ("--seq-length: 128", "--num-experts: 2", "--mock-data: given"):
+        pretrain("--seq-length", "128", *noise, num_experts=2, mock_data=True)
+    told = ["--seq-length: 128", "--num-experts: 2", "--mock-data: given"]
+    for flag in (*told, "--retro-drop-chunks: 1.5", "--retro-replace-tokens: -1.0"):
         assert flag in str(caught.value)
 
 
