@@ -25,6 +25,8 @@ class ModelField:
         is_neutral: Of ours alone: whether the model computes the same without it. None: it is no
             matter of numbers, or `targets.check_target` looks at it by itself.
         instructretro: Whether InstructRetro's code has it; if not, `default` is what it computes.
+        megatron_core: The same of Megatron-core's Retro: there may be an argument that only the
+            older code reads.
     """
 
     megatron: str | None
@@ -32,6 +34,7 @@ class ModelField:
     default: Any = None
     is_neutral: Callable[[Any, Flags], bool] | None = None
     instructretro: bool = True
+    megatron_core: bool = True
 
 
 def _same(name: str, decoder: bool = False, **more: Any) -> tuple[str, ModelField]:
@@ -104,7 +107,7 @@ MODEL_FIELDS: Mapping[str, ModelField] = dict(
         _same("make_vocab_size_divisible_by"),
         _ours("retro_origin", None),
         ("no_retrieval", ModelField("retro_add_retriever")),
-        _same("retro_attention_gate"),
+        _same("retro_attention_gate", default=1.0, megatron_core=False),
         _same("retro_num_neighbors"),
         _same("retro_num_retrieved_chunks"),
         ("retro_encoder_num_layers", ModelField("retro_encoder_layers")),

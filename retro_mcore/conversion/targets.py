@@ -76,7 +76,8 @@ def _lacked(target: Target, flags: Flags) -> Iterator[str]:
         if used and field.is_neutral is not None and not field.is_neutral(value, flags):
             yield name
         # (A window is refused by itself.)
-        lacks = target == "instructretro" and not field.instructretro and name != "sliding_window"
+        has = field.instructretro if target == "instructretro" else field.megatron_core
+        lacks = used and not has and name != "sliding_window"
         if lacks and value is not None and value != field.default:
             yield name
 

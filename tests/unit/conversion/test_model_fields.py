@@ -94,6 +94,20 @@ def test_what_instructretro_lacks_is_refused_there_alone(option):
         check_origin("instructretro", {**FLAGS, "retro_origin": "legacy", **option})
 
 
+@pytest.mark.parametrize("gate", [0.0, 0.5])
+def test_a_gate_goes_to_the_code_that_has_one(gate):
+    """Who hands on a model that was tuned without neighbors: its decoder would read them."""
+    from retro_mcore.conversion.targets import check_origin
+
+    gated = {**FLAGS, "retro_attention_gate": gate}
+    for target in ("megatron", "megatron-torch"):
+        with pytest.raises(ConfigurationError, match="retro_attention_gate"):
+            check_origin(target, gated)
+        check_origin(target, {**gated, "no_retrieval": True})
+        check_origin(target, {**gated, "retro_attention_gate": 1})
+    check_origin("instructretro", {**gated, "retro_origin": "legacy"})
+
+
 @pytest.mark.parametrize(
     "option",
     [
