@@ -32,7 +32,7 @@ from retro_mcore.project.markers import checksum, read_marker
 from retro_mcore.project.paths import ProjectPaths
 
 #: `train_<md5>`, and behind it the digest of another database.
-_NAME = re.compile(r"(?:train|valid|test)_(?P<hash>[0-9a-f]{32})(?P<tag>_[0-9a-f]{8})?")
+_NAME = re.compile(r"(?P<split>train|valid|test)_(?P<hash>[0-9a-f]{32})(?P<tag>_[0-9a-f]{8})?")
 
 #: Samples whose documents are compared with those of their neighbors.
 _SAMPLES_TO_COMPARE = 256
@@ -55,7 +55,8 @@ _NUMBER = (
 
 
 def check_neighbor_settings(paths: ProjectPaths, config: ProjectConfig) -> None:
-    """Refuse neighbors that our search found for other settings or tokens.
+    """Refuse neighbors of another split, and those that our search found for other settings or
+    tokens.
 
     Nothing else of the project need be open: what was changed after the search is told first, not
     what follows from it.
@@ -64,11 +65,28 @@ def check_neighbor_settings(paths: ProjectPaths, config: ProjectConfig) -> None:
         ProjectError: naming the setting or file of the samples that was another one.
         SeveralErrors: more than one was.
     """
+    raise_problems(list(_of_other_splits(paths, config)))
     for split in SPLITS:
         if directory := config.neighbor_dir(split):
             record = _record(paths, directory)
             if record is not None:
                 raise_problems(list(_differences_from_record(paths, config, split, record)))
+
+
+def _of_other_splits(paths: ProjectPaths, config: ProjectConfig) -> Iterator[RetroError]:
+    """Two splits may have samples of one number, and a directory's name says whose it is."""
+    seen: dict[str, Split] = {}
+    for split in SPLITS:
+        if not (directory := config.neighbor_dir(split)):
+            continue
+        name = _NAME.fullmatch(Path(directory).name)
+        owner = name["split"] if name else seen.setdefault(str(Path(directory)), split)
+        if owner != split:
+            yield CorruptFileError(
+                paths.config,
+                f"names query/{directory} for the {split} samples, the neighbors of {owner}",
+                "Restore the file, or run query_neighbors again",
+            )
 
 
 def open_neighbors(
@@ -119,9 +137,9 @@ def check_neighbors(
     name = _NAME.fullmatch(neighbors.directory.name)
     if _record(paths, neighbors.directory.name) is not None:
         return
-    if name is None or name["hash"] == samples.description_hash:
+    if name is not None and name["hash"] == samples.description_hash:
         return
-    description = _description(paths, name["hash"])
+    description = _description(paths, name["hash"]) if name is not None else None
     if description is not None:
         raise_problems(list(_differences_from_description(paths, samples, description)))
     elif config.retro_database is None:

@@ -93,3 +93,37 @@ def test_megatrons_own_description_tells_which_samples_were_searched_for(blended
     (project / "config.json").write_text(json.dumps({**values, "retro_gpt_seed": 77}))
     with pytest.raises(RetroError, match="random_seed is"):
         build_retro_datasets(project)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("place", ["", "mine/"])
+@pytest.mark.parametrize("named", [{"valid": "test"}, {"valid": "test", "test": "valid"}])
+def test_neighbors_of_another_split_are_refused(blended, tmp_path, recorded, place, named):
+    """Validation and test have as many samples, so the number of rows tells nothing."""
+    dirs = ProjectConfig.load(blended).retro_neighbor_dirs
+    given = {**dirs, **{split: place + dirs[other] for split, other in named.items()}}
+    project = changed(blended, tmp_path, retro_neighbor_dirs=given)
+    if place:
+        shutil.copytree(project / "query", project / "query" / "mine")
+    if not recorded:
+        without_records(project)
+    with pytest.raises(RetroError, match=r"config\.json: .* for the valid samples, .* of test"):
+        build_retro_datasets(project)
+
+
+@pytest.mark.parametrize("seed", [1234, 4321])
+def test_a_renamed_directory_is_compared_by_its_documents(blended, tmp_path, seed):
+    """Of another writer, whose name holds no hash."""
+    dirs = dict.fromkeys(("train", "valid", "test"))
+    for split, name in ProjectConfig.load(blended).retro_neighbor_dirs.items():
+        dirs[split] = f"of {split}"
+        assert name
+    project = changed(blended, tmp_path, retro_neighbor_dirs=dirs, retro_gpt_seed=seed)
+    for split, name in ProjectConfig.load(blended).retro_neighbor_dirs.items():
+        (project / "query" / name).rename(project / "query" / f"of {split}")
+    without_records(project)
+    if seed == 1234:
+        assert build_retro_datasets(project)["train"] is not None
+        return
+    with pytest.raises(ProjectError, match="has neighbors of its own documents"):
+        build_retro_datasets(project)
