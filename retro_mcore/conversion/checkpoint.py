@@ -23,6 +23,7 @@ from retro_mcore.conversion.architecture import (
     is_ours,
 )
 from retro_mcore.conversion.huggingface import is_huggingface, read_huggingface
+from retro_mcore.conversion.model_fields import MODEL_FIELDS
 from retro_mcore.conversion.names import from_upstream_name, local_name
 from retro_mcore.conversion.torch_dist import is_torch_dist, read_torch_dist
 from retro_mcore.conversion.torch_format import is_torch_format, read_torch_format
@@ -107,7 +108,24 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
     if not ours and not flags["no_retrieval"]:
         theirs = _origin(source, weights)
         flags["retro_origin"] = getattr(args, "retro_origin", None) if our_model else theirs
-    return Checkpoint(path, source, flags, weights, common)
+    notes: list[str] = []
+    if source == "megatron" and not our_model and not flags["no_retrieval"]:
+        notes = _drop_unread(flags)
+    return Checkpoint(path, source, flags, weights, common, notes=notes)
+
+
+def _drop_unread(flags: Flags) -> list[str]:
+    """Give what Megatron-core's Retro takes as an argument, but does not read, the value that it
+    computes with; returns what there is to say of it."""
+    notes = []
+    for name, option in MODEL_FIELDS.items():
+        if not option.megatron_core and flags.get(name, option.default) != option.default:
+            notes.append(
+                f"its {name} {flags[name]} is left out: Megatron-core's Retro computes with "
+                f"{option.default:g}"
+            )
+            flags[name] = option.default
+    return notes
 
 
 def latest_directory(directory: Path) -> Path:

@@ -94,6 +94,18 @@ def test_upstream_to_ours_computes_the_same(megatron, tmp_path):
     torch.testing.assert_close(logits, case["outputs"]["logits"], atol=1e-5, rtol=0)
 
 
+def test_a_gate_that_megatron_core_did_not_read_is_left_out(tmp_path):
+    """Its arguments have one, which only the older code applies."""
+    from retro_mcore.conversion.checkpoint import open_checkpoint
+
+    for gate, notes in ((1, 0), (0.0, 1)):
+        save_torch_format(tmp_path / str(gate), load_case("l6_k1"), retro_attention_gate=gate)
+        checkpoint = open_checkpoint(tmp_path / str(gate))
+        assert checkpoint.flags["retro_attention_gate"] == 1
+        assert len(checkpoint.notes) == notes
+        assert all("retro_attention_gate 0.0 is left out" in note for note in checkpoint.notes)
+
+
 @pytest.mark.parametrize("target", ["megatron", "megatron-torch", "instructretro"])
 @pytest.mark.parametrize("name", ["l6_k1", "ragged"])
 def test_there_and_back_is_lossless(megatron, tmp_path, target, name):
