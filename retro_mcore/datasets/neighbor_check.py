@@ -28,7 +28,7 @@ from retro_mcore.datasets.splits import parse_split
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, raise_problems
 from retro_mcore.project.config import SPLITS, ProjectConfig, Split, read_json_object
-from retro_mcore.project.markers import checksum, read_marker
+from retro_mcore.project.markers import checksum, fingerprint_of, read_marker
 from retro_mcore.project.paths import ProjectPaths
 
 #: `train_<md5>`, and behind it the digest of another database.
@@ -148,9 +148,29 @@ def check_neighbors(
 
 def _record(paths: ProjectPaths, directory: str) -> dict[str, Any] | None:
     """What our search was run with, if it was ours."""
-    name = _NAME.fullmatch(directory)
-    record = paths.stage_record(f"query_neighbors{(name and name['tag']) or ''}")
+    record = paths.stage_record(_stage(directory))
     return read_json_object(record) if record.is_file() else None
+
+
+def _stage(directory: str) -> str:
+    name = _NAME.fullmatch(directory)
+    return f"query_neighbors{(name and name['tag']) or ''}"
+
+
+def _of_another_search(
+    paths: ProjectPaths, directory: str, record: Mapping[str, Any]
+) -> Iterator[RetroError]:
+    """Files that were copied from another project, with their markers, look whole."""
+    what = {"stage": _stage(directory), **{key: record.get(key) for key in ("options", "inputs")}}
+    for file in sorted((paths.query / directory).glob("*.hdf5")):
+        marker = read_marker(file)
+        if marker and marker.get("fingerprint") != fingerprint_of(what):
+            yield CorruptFileError(
+                file,
+                f"was written by another search than stages/{_stage(directory)}.json tells of",
+                "Run query_neighbors again, or restore the directory",
+            )
+            return
 
 
 def _differences_from_record(
@@ -168,6 +188,8 @@ def _differences_from_record(
             f"{then.num_samples(split)}",
         )
     # One rank reads them; the others hear of it.
+    if get_rank() == 0:
+        yield from _of_another_search(paths, str(config.neighbor_dir(split)), record)
     for prefix in config.blend[1] if get_rank() == 0 else ():
         files = [path(paths.data / prefix) for path in (bin_path, idx_path)]
         changed = [file for file in files if _is_another(file, inputs.get(paths.relative(file)))]

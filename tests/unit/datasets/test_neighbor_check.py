@@ -13,7 +13,7 @@ import pytest
 
 from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.datasets.samples import build_all_gpt_samples
-from retro_mcore.errors import ProjectError, RetroError
+from retro_mcore.errors import CorruptFileError, ProjectError, RetroError
 from retro_mcore.project import ProjectConfig, ProjectPaths
 from tests.unit.data.projects import blended_project
 
@@ -108,6 +108,17 @@ def test_neighbors_of_another_split_are_refused(blended, tmp_path, recorded, pla
     if not recorded:
         without_records(project)
     with pytest.raises(RetroError, match=r"config\.json: .* for the valid samples, .* of test"):
+        build_retro_datasets(project)
+
+
+def test_files_of_another_projects_search_are_refused(blended, tmp_path):
+    """Met by who copies a directory of neighbors with its markers, as rsync does."""
+    project = changed(blended, tmp_path)
+    folder = project / "query" / str(ProjectConfig.load(blended).retro_neighbor_dirs["valid"])
+    for marker in folder.glob("*.hdf5.done"):
+        values = json.loads(marker.read_text())
+        marker.write_text(json.dumps({**values, "fingerprint": "0" * 32}))
+    with pytest.raises(CorruptFileError, match="was written by another search"):
         build_retro_datasets(project)
 
 
