@@ -176,15 +176,14 @@ class TrainingPlan:
         Raises:
             CheckpointError: naming every flag that differs, and both values; or the file or
                 weight of the data; or --load-gpt, which names another GPT.
+            SeveralErrors: more than one file or weight differs.
             TokenizerError: the project's documents end with another token.
-            SeveralErrors: more than one of these.
         """
-        check_all(
-            partial(check_same_gpt, self.options.load_gpt, saved.get("gpt_contents"), checkpoint),
-            partial(self._check_same_flags, saved, checkpoint),
-            partial(self._check_same_data, saved, checkpoint),
-            partial(check_document_tokens, saved, self.document_tokens, self.options.project_dir),
-        )
+        check_same_gpt(self.options.load_gpt, saved.get("gpt_contents"), checkpoint)
+        # Of another command's run, the flags say it; its data would differ in any case.
+        self._check_same_flags(saved, checkpoint)
+        self._check_same_data(saved, checkpoint)
+        check_document_tokens(saved, self.document_tokens, self.options.project_dir)
 
     def _check_same_flags(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
         # A checkpoint written before an option existed has its default.
