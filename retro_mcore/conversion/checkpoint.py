@@ -108,10 +108,9 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
     if not ours and not flags["no_retrieval"]:
         theirs = _origin(source, weights)
         flags["retro_origin"] = getattr(args, "retro_origin", None) if our_model else theirs
-    notes: list[str] = []
-    if source == "megatron" and not our_model and not flags["no_retrieval"]:
-        notes = _drop_unread(flags)
-    return Checkpoint(path, source, flags, weights, common, notes=notes)
+    unread = source == "megatron" and not our_model and not flags["no_retrieval"]
+    told = _drop_unread(flags) if unread else []
+    return Checkpoint(path, source, flags, weights, common, notes=told)
 
 
 def _drop_unread(flags: Flags) -> list[str]:
