@@ -27,5 +27,5 @@ def test_both_benchmarks_run(tmp_path, capsys):
         (3, 0, 3),
     ]
     assert sum(statuses.values()) == 60
-    assert all(400 <= status < 500 for status in statuses)
+    assert all(200 <= status < 500 for status in statuses)  # none fails the server
     assert "a good one then: 200" in capsys.readouterr().out
