@@ -15,7 +15,7 @@ from retro_mcore.errors import ConfigurationError
 from tests.unit.evaluation.loaded import BOS, EOD, loaded_model
 from tests.unit.inference.small import small_model
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="lm_eval, an optional package, is not installed")
 pytestmark = pytest.mark.usefixtures("megatron")
 
 WINDOW = 64

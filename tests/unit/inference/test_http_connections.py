@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-uvicorn = pytest.importorskip("uvicorn")
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn, an optional package, is not installed")
 
 MOST = 4
 
