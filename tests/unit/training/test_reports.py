@@ -57,7 +57,8 @@ def test_on_cpu_nobody_knows_the_peak(capsys):
 
 def test_tensorboard_holds_each_iteration_once_after_an_interruption(tmp_path):
     accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="TensorBoard, an optional package, is not installed",
     ).EventAccumulator
     flags = {"tensorboard_dir": str(tmp_path / "board"), "save": str(tmp_path / "model")}
     train(exit_interval=4, **flags)
