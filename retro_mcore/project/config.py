@@ -160,9 +160,11 @@ class ProjectConfig:
         }[split]
 
 
-def _check_made_by_others(paths: ProjectPaths) -> None:
-    """Our stages write retro_mcore.json before their record: where it is missing, it was lost, and
-    with it BOS, EOD and the embedder."""
+def _refuse_lost_settings(paths: ProjectPaths) -> None:
+    """Refuse a project of ours without its retro_mcore.json, and so without its BOS, EOD and embedder.
+
+    Our stages write that file before their record; another writer leaves neither.
+    """
     if any(paths.stage_record(stage).is_file() for stage in ("preprocess_corpus", "update_db")):
         raise CorruptFileError(
             paths.settings,
@@ -235,7 +237,7 @@ class ProjectSettings:
         paths = ProjectPaths(project_dir)
         path = paths.settings
         if not path.is_file():
-            _check_made_by_others(paths)
+            _refuse_lost_settings(paths)
             return cls()
         values = read_json_object(path)
         found: list[CorruptFileError] = []
