@@ -161,7 +161,7 @@ class ProjectConfig:
 
 
 def _refuse_lost_settings(paths: ProjectPaths) -> None:
-    """Refuse a project of ours without its retro_mcore.json, and so without its BOS, EOD and embedder.
+    """Refuse a project of ours that lost retro_mcore.json, and with it BOS, EOD and the embedder.
 
     Our stages write that file before their record; another writer leaves neither.
     """
