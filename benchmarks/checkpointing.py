@@ -37,9 +37,9 @@ def measure(parts: Any, folder: Path, rounds: int) -> dict[str, Any]:
     Returns:
         Lists of seconds by name, and the size in bytes.
     """
-    from retro_mcore.training.checkpoint_saver import CheckpointSaver
-    from retro_mcore.training.checkpoint_state import TrainingProgress
-    from retro_mcore.training.checkpointing import load_checkpoint
+    from retro_mcore.checkpoint.loading import load_checkpoint
+    from retro_mcore.checkpoint.saving import CheckpointSaver
+    from retro_mcore.checkpoint.state import TrainingProgress
 
     figures: dict[str, Any] = {"load": []}
     for how in ("sync", "async"):
@@ -78,15 +78,15 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def _build(arguments: argparse.Namespace) -> Any:
-    from retro_mcore.training.checkpoint_state import TrainingParts
-    from retro_mcore.training.initialize import initialize_parallel, set_seeds
-    from retro_mcore.training.optimizer import (
+    from retro_mcore.checkpoint.state import TrainingParts
+    from retro_mcore.training.loop.optimizer import (
         build_optimizer,
         build_scheduler,
         share_embeddings,
         wrap_model,
     )
-    from retro_mcore.training.provider import build_model_chunks
+    from retro_mcore.training.setup.build import build_model_chunks
+    from retro_mcore.training.setup.initialize import initialize_parallel, set_seeds
 
     initialize_parallel()
     set_seeds(1234)
@@ -100,8 +100,8 @@ def _build(arguments: argparse.Namespace) -> Any:
 
 def _plan(arguments: argparse.Namespace) -> Any:
     from retro_mcore.project.config import ProjectConfig
-    from retro_mcore.training.options import TrainingOptions
-    from retro_mcore.training.plan import make_plan
+    from retro_mcore.training.options.pretrain import TrainingOptions
+    from retro_mcore.training.setup.plan import make_plan
 
     project = ProjectConfig(
         retro_block_size=100,

@@ -28,9 +28,9 @@ from rich.table import Table
 
 from benchmarks.small_project import build_project
 from retro_mcore.cli.command import run_command
-from retro_mcore.inference.background import BackgroundRetrieval
-from retro_mcore.inference.neighbors import CompletedChunk, RetrievedNeighbors
-from retro_mcore.inference.retriever import Retriever
+from retro_mcore.retrieval.background import BackgroundRetrieval
+from retro_mcore.retrieval.neighbors import CompletedChunk, RetrievedNeighbors
+from retro_mcore.retrieval.retriever import Retriever
 
 
 @dataclass
@@ -132,7 +132,7 @@ def measure(options: Options) -> Figures:
 def build_model(options: Options, longest: int, vocab_size: int | None = None) -> Any:
     """A model with random weights."""
     from retro_mcore import RetroConfig, RetroModel, get_retro_decoder_block_spec
-    from retro_mcore.training.initialize import initialize_parallel, set_seeds
+    from retro_mcore.training.setup.initialize import initialize_parallel, set_seeds
 
     initialize_parallel()
     set_seeds(1)

@@ -174,7 +174,7 @@ def _build_ours(
     from megatron.core.models.gpt import GPTModel
 
     from retro_mcore import RetroConfig, RetroModel, get_retro_decoder_block_spec
-    from retro_mcore.conversion import upstream
+    from retro_mcore.checkpoint.conversion import upstream
     from retro_mcore.model.specs import get_gpt_decoder_block_spec
 
     config = RetroConfig.from_upstream("mcore-0.15", **fields)

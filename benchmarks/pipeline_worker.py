@@ -17,21 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.cli.build_db import BuildDbOptions, build_db
-from retro_mcore.cli.build_index import STEPS, BuildIndexOptions, Step, build_index
-from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
-from retro_mcore.data.bert_tokens import BertTokenCounter
-from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.data.embedders import Embedder, build_embedder
-from retro_mcore.data.index.library import faiss_library
-from retro_mcore.data.neighbors import SavedNeighbors
-from retro_mcore.data.text import chunk_texts
-from retro_mcore.data.tokenizers import load_project_tokenizer
-from retro_mcore.datasets.retro_dataset import RetroDataset
-from retro_mcore.datasets.samples import build_all_gpt_samples
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import get_rank, initialize
 from retro_mcore.platform import setup_device
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
+from retro_mcore.retrieval.bert_tokens import BertTokenCounter
+from retro_mcore.retrieval.chunk_text import chunk_texts
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.base import Embedder, build_embedder
+from retro_mcore.retrieval.index.library import faiss_library
+from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
+from retro_mcore.samples.project_samples import build_all_gpt_samples
+from retro_mcore.samples.retro_dataset import RetroDataset
+from retro_mcore.stages.build_db import BuildDbOptions, build_db
+from retro_mcore.stages.build_index import STEPS, BuildIndexOptions, Step, build_index
+from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
 
 CANDIDATES, SAVED, NEIGHBORS = 200, 20, 2
 _BATCH = 4096
@@ -178,7 +178,7 @@ def _index(project: Path, string: str) -> dict[str, Any]:
 
 
 def _count_embedded() -> list[int]:
-    from retro_mcore.data.lexical import LexicalEmbedder
+    from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder
 
     counted, run = [0], LexicalEmbedder.embed
 
@@ -206,8 +206,8 @@ def _samples(project: Path) -> tuple[Any, Any, int]:
 
 def fill(project: Path) -> dict[str, Any]:
     """Neighbors of the training samples without embedding and search: text, filter, saving."""
-    from retro_mcore.data import querying
-    from retro_mcore.data.shards import cut
+    from retro_mcore.project.shards import cut
+    from retro_mcore.retrieval import querying
 
     samples, tokenizer, length = _samples(project)
     paths, config = ProjectPaths(project), ProjectConfig.load(project)

@@ -124,7 +124,7 @@ def main() -> None:
         if exit_code(lambda: make_project(folder)):
             sys.exit("the project could not be made")
         use_cpu()
-        importlib.import_module("retro_mcore.training.trainer")  # once, not in each process
+        importlib.import_module("retro_mcore.training.loop.trainer")  # once, not in each process
         kinds["training"] = lambda: training(folder / "project")
     for kind in options.kinds:
         codes = Counter(exit_code(kinds[kind]) for _ in range(options.runs))

@@ -28,9 +28,9 @@ from benchmarks.pipeline_worker import (
     Stopwatch,
     quiet,
 )
-from retro_mcore.data.lexical import LexicalEmbedder, count_texts, weights_of
-from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.project import ProjectConfig, ProjectPaths
+from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
 from tests.parity.upstream_pipeline import BertTokens, DiskEmbedder, MemoryEmbedder, gpt_datasets
 from tests.processes import join_megatron
 
@@ -150,7 +150,7 @@ class Retired:
         )
 
     def _token_file(self) -> Any:
-        from retro_mcore.data.token_file import open_token_files
+        from retro_mcore.data.tokens.token_file import open_token_files
 
         return open_token_files(self.file, self.paths)[0]
 
@@ -225,7 +225,7 @@ def dataset(project: Path) -> dict[str, Any]:
 
 def embed(project: Path) -> dict[str, Any]:
     """MiniLM as its Hugging Face embedder ran a model: in order, 128 texts a batch, row by row."""
-    from retro_mcore.data.embedders import PooledEncoder
+    from retro_mcore.retrieval.embedders.base import PooledEncoder
 
     texts = json.loads((project / "embedded_texts.json").read_text())
     source = PooledEncoder("minilm", "mean", device="cpu")

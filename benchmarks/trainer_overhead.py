@@ -56,12 +56,12 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Any:
 
     device = setup_device(options.device)
     from retro_mcore.project.config import ProjectConfig
-    from retro_mcore.training.options import TrainingOptions
-    from retro_mcore.training.plan import make_plan
-    from retro_mcore.training.trainer import Trainer
+    from retro_mcore.training.loop.trainer import Trainer
+    from retro_mcore.training.options.pretrain import TrainingOptions
+    from retro_mcore.training.setup.plan import make_plan
 
     if options.project_dir:
-        from retro_mcore.datasets.retro_dataset import build_retro_datasets
+        from retro_mcore.samples.retro_dataset import build_retro_datasets
 
         project = ProjectConfig.load(options.project_dir)
         samples = build_retro_datasets(options.project_dir, 2, 2)["train"]
@@ -108,7 +108,7 @@ def random_project(options: argparse.Namespace) -> Any:
 
 def sides(trainer: Any) -> dict[str, Callable[[], None]]:
     """A step of the bare loop, and one of the entry point's."""
-    from retro_mcore.training.loss import forward_backward
+    from retro_mcore.training.loop.loss import forward_backward
 
     parts, plan = trainer._parts, trainer.plan
     ready = list(itertools.islice(trainer._train_batches(), 16))

@@ -149,8 +149,8 @@ def _torchrun(arguments: list[str]) -> int:
 
 def write_prompt(source: Path, layout: Layout, num_tokens: int) -> None:
     """The first tokens of the corpus's last document, as text."""
-    from retro_mcore.data.corpus import read_documents
-    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.data.corpus.documents import read_documents
+    from retro_mcore.data.tokenizers.loading import load_project_tokenizer
     from retro_mcore.project import ProjectConfig, ProjectPaths
 
     config = ProjectConfig.load(layout.project)

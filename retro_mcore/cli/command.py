@@ -191,7 +191,9 @@ def model_options(options_type: type, options: Mapping[str, object]) -> dict[str
     of_load = bool(options.get("use_checkpoint_args"))
     if not of_load and not (load_gpt and known.issuperset(("load_gpt", "num_layers"))):
         return {}
-    from retro_mcore.training import checkpoint_args  # only now: it takes a while
+    from retro_mcore.training.options import (
+        from_checkpoint as checkpoint_args,  # only now: it takes a while
+    )
 
     if of_load:
         return checkpoint_args.model_options_of_checkpoint(load, step)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig
 
 if TYPE_CHECKING:
-    from retro_mcore.training.provider import ModelArguments
+    from retro_mcore.training.setup.build import ModelArguments
 
 
 @dataclass(kw_only=True)
@@ -78,14 +78,14 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
     """
     setup_device("cpu")
     distributed.initialize()
-    from retro_mcore.conversion.checkpoint import open_checkpoint
-    from retro_mcore.conversion.targets import (
+    from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+    from retro_mcore.checkpoint.conversion.targets import (
         check_origin,
         check_window,
         megatron_arguments,
         write_checkpoint,
     )
-    from retro_mcore.training.retrofit import bos_notes
+    from retro_mcore.training.setup.retrofit import bos_notes
 
     _check(options)
     checkpoint = open_checkpoint(options.load)
@@ -152,9 +152,13 @@ def _within_window(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _project_flags(directory: str) -> dict[str, Any]:
-    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.data.tokenizers.loading import load_project_tokenizer
     from retro_mcore.project.paths import ProjectPaths
-    from retro_mcore.training.data import DOCUMENT_TOKENS, document_tokens, tokenizer_fingerprint
+    from retro_mcore.training.loop.sample_reader import (
+        DOCUMENT_TOKENS,
+        document_tokens,
+        tokenizer_fingerprint,
+    )
 
     project = ProjectConfig.load(directory)
     tokenizer = load_project_tokenizer(project, ProjectPaths(directory))
@@ -169,7 +173,7 @@ def _project_flags(directory: str) -> dict[str, Any]:
 
 
 def _file_flags(path: Path) -> dict[str, Any]:
-    from retro_mcore.training.provider import ModelArguments
+    from retro_mcore.training.setup.build import ModelArguments
 
     values = read_yaml("--model-config", path)
     unknown = values.keys() - {field.name for field in fields(ModelArguments)}
@@ -219,7 +223,7 @@ _NEEDED_BY_RETRO = ("retro_chunk_length", "retro_num_neighbors", "retro_num_retr
 def _model_arguments(flags: dict[str, Any], load: str) -> dict[str, Any]:
     """All arguments of the model; defaults only for what does not change what it computes."""
     from retro_mcore.errors import CheckpointError
-    from retro_mcore.training.provider import ModelArguments
+    from retro_mcore.training.setup.build import ModelArguments
 
     needed = list(_NEEDED)
     needed += _NEEDED_BY_ROTARY if flags["position_embedding_type"] == "rope" else ()
@@ -249,7 +253,7 @@ def _model_arguments(flags: dict[str, Any], load: str) -> dict[str, Any]:
 
 def _as_trained(arguments: ModelArguments) -> ModelArguments:
     """Sizes that are the defaults as defaults: so a run with the usual flags takes the model up."""
-    from retro_mcore.training.provider import default_ffn_hidden_size, number_of_positions
+    from retro_mcore.training.setup.build import default_ffn_hidden_size, number_of_positions
 
     heads = arguments.num_attention_heads
     usual = {
@@ -266,7 +270,7 @@ def _as_trained(arguments: ModelArguments) -> ModelArguments:
 
 def _our_arguments(flags: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """As our trainer saves them."""
-    from retro_mcore.training.data import DOCUMENT_TOKENS
+    from retro_mcore.training.loop.sample_reader import DOCUMENT_TOKENS
 
     told = {DOCUMENT_TOKENS: flags[DOCUMENT_TOKENS]} if DOCUMENT_TOKENS in flags else {}
     return {

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retro_mcore.cli.command import print_summary
-from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import get_world_size
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.training.options import TrainingOptions
+from retro_mcore.training.options.pretrain import TrainingOptions
 
 if TYPE_CHECKING:
-    from retro_mcore.training.estimate import Memory, Parameters
-    from retro_mcore.training.plan import TrainingPlan
+    from retro_mcore.training.setup.estimate import Memory, Parameters
+    from retro_mcore.training.setup.plan import TrainingPlan
 
 _GIB = 2**30
 
@@ -55,10 +55,10 @@ def dry_run(options: TrainingOptions, world_size: int | None, vocab_size: int | 
     Raises:
         ConfigurationError: a flag cannot work, contradicts the project, or is missing.
     """
-    from retro_mcore.training.estimate import count_parameters, estimate_memory
-    from retro_mcore.training.flops import training_flops_per_sample
-    from retro_mcore.training.plan import make_plan
-    from retro_mcore.training.provider import build_config
+    from retro_mcore.training.reporting.flops import training_flops_per_sample
+    from retro_mcore.training.setup.build import build_config
+    from retro_mcore.training.setup.estimate import count_parameters, estimate_memory
+    from retro_mcore.training.setup.plan import make_plan
 
     project, vocabulary, used = _project(options, vocab_size)
     plan = make_plan(options, project, vocabulary, used)
@@ -134,7 +134,7 @@ def _project(options: TrainingOptions, vocab_size: int | None) -> tuple[ProjectC
 
 def _vocabulary_of_gpt(options: TrainingOptions) -> int | None:
     """Of the GPT that --load-gpt names, if it is there."""
-    from retro_mcore.conversion.checkpoint import open_checkpoint
+    from retro_mcore.checkpoint.conversion.formats import open_checkpoint
 
     if options.load_gpt is None or not Path(options.load_gpt).exists():
         return None

@@ -14,8 +14,8 @@ import torch
 from retro_mcore import distributed
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.perplexity_tables import print_tables
-from retro_mcore.data.tokenizers import load_project_tokenizer
-from retro_mcore.datasets.splits import parse_split
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+from retro_mcore.data.tokens.splits import parse_split
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.neighbor_sources import NeighborKind, possible_kinds
@@ -23,13 +23,13 @@ from retro_mcore.evaluation.results import require_writable, write_results
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project.config import SPLITS, ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.training.options import ParallelOptions
+from retro_mcore.training.options.pretrain import ParallelOptions
 
 if TYPE_CHECKING:
     from retro_mcore.evaluation.bits_per_byte import BitsPerByte
     from retro_mcore.evaluation.leakage import LeakagePoint
     from retro_mcore.evaluation.perplexity import Perplexity
-    from retro_mcore.training.provider import ModelArguments
+    from retro_mcore.training.setup.build import ModelArguments
 
 PERPLEXITY_FILE = "perplexity.json"
 BITS_PER_BYTE_FILE = "bits_per_byte.json"
@@ -162,8 +162,8 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
-    from retro_mcore.evaluation.loaded_model import load_project_model
     from retro_mcore.evaluation.perplexity import check_shape
+    from retro_mcore.session import load_project_model
 
     with distributed.raise_together():
         _check(options)
@@ -261,7 +261,7 @@ def _check_splits(options: EvaluatePerplexityOptions, project: ProjectConfig) ->
 def _neighbor_kinds(
     options: EvaluatePerplexityOptions, arguments: ModelArguments
 ) -> list[NeighborKind]:
-    from retro_mcore.evaluation.loaded_model import require_reading
+    from retro_mcore.session import require_reading
 
     asked: list[NeighborKind] = list(dict.fromkeys(options.retro_eval_neighbors))
     if not asked:
@@ -275,10 +275,10 @@ def _neighbor_kinds(
 
 
 def _measure_samples(evaluation: _Evaluation) -> list[Perplexity]:
-    from retro_mcore.datasets.retro_dataset import build_retro_datasets
     from retro_mcore.evaluation.perplexity import measure_perplexity
     from retro_mcore.evaluation.repeats import distinct_text
-    from retro_mcore.training.data import require_split
+    from retro_mcore.samples.retro_dataset import build_retro_datasets
+    from retro_mcore.training.loop.sample_reader import require_split
 
     options, arguments = evaluation.options, evaluation.arguments
     datasets = build_retro_datasets(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.qa_table import print_qa_table
-from retro_mcore.data.instruction import InstructionExample, PassageKind, read_examples
-from retro_mcore.data.prompts import PromptFormat
+from retro_mcore.data.instruction.examples import InstructionExample, PassageKind, read_examples
+from retro_mcore.data.instruction.prompts import PromptFormat
 from retro_mcore.distributed import broadcast_object, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, CorpusError
 from retro_mcore.evaluation.bootstrap import Estimate, estimate_mean
@@ -235,10 +235,10 @@ def _generate(
     options: EvaluateQaOptions, examples: Sequence[InstructionExample]
 ) -> dict[str, list[dict[str, Any]]]:
     """Predictions by what the encoder reads."""
-    from retro_mcore.evaluation.loaded_model import LoadedModel
+    from retro_mcore.checkpoint.loading import find_checkpoint
     from retro_mcore.evaluation.predictions import predict
     from retro_mcore.evaluation.question_answering import QAOptions, QuestionAnswerer
-    from retro_mcore.training.checkpointing import find_checkpoint
+    from retro_mcore.session import LoadedModel
 
     with raise_together():
         sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)

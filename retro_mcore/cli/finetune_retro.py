@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from retro_mcore import distributed
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.pretrain_retro import save_lock, summarize
-from retro_mcore.data.instruction_blend import parse_blend
-from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.data.instruction.blend import parse_blend
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.training.finetune_options import FinetuneOptions
+from retro_mcore.training.options.finetune import FinetuneOptions
 
 if TYPE_CHECKING:
-    from retro_mcore.training.trainer import TrainingResult
+    from retro_mcore.training.loop.trainer import TrainingResult
 
 
 @dataclass(kw_only=True)
@@ -39,14 +39,14 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
-    from retro_mcore.training.data import document_tokens
-    from retro_mcore.training.data_contents import contents_of_blend
-    from retro_mcore.training.finetune import (
+    from retro_mcore.training.loop.sample_reader import document_tokens
+    from retro_mcore.training.loop.trainer import Trainer, finished_run
+    from retro_mcore.training.setup.data_contents import contents_of_blend
+    from retro_mcore.training.setup.finetune_plan import (
         build_instruction_datasets,
         count_all_cuts,
         make_finetune_plan,
     )
-    from retro_mcore.training.trainer import Trainer, finished_run
 
     with distributed.raise_together():
         project = ProjectConfig.load(options.project_dir)

@@ -15,14 +15,14 @@ from retro_mcore.cli.generation_model import (
     GenerationModelOptions,
     load_generation_model,
 )
-from retro_mcore.data.tokenizers import Tokenizer
+from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.inference.growing_text import SafeStream, new_text
-from retro_mcore.inference.retriever import Retriever
 from retro_mcore.inference.sampling import SamplingOptions
 from retro_mcore.json_text import JsonError, has_surrogates, json_lines, parse_json
 from retro_mcore.project.atomic import atomic_write
+from retro_mcore.retrieval.retriever import Retriever
 
 if TYPE_CHECKING:
     from retro_mcore.inference.generation import GeneratedText

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import initialize, raise_together
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.inference.background import BackgroundRetrieval
-from retro_mcore.inference.neighbors import SameNeighbors, neighbors_from_texts, num_longer
-from retro_mcore.inference.retriever import Retriever
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project import ProjectPaths
+from retro_mcore.retrieval.background import BackgroundRetrieval
+from retro_mcore.retrieval.neighbors import SameNeighbors, neighbors_from_texts, num_longer
+from retro_mcore.retrieval.retriever import Retriever
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel
-    from retro_mcore.training.provider import ModelArguments
+    from retro_mcore.training.setup.build import ModelArguments
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,7 @@ class GenerationModel:
         Raises:
             ConfigurationError: more than the model reads, or the model reads none.
         """
-        from retro_mcore.evaluation.loaded_model import require_reading
+        from retro_mcore.session import require_reading
 
         require_reading(self.arguments, "neighbors", "Leave them out")
         sizes = (self.arguments.retro_num_neighbors, self.retrieved_length)
@@ -117,8 +117,8 @@ def load_generation_model(options: GenerationModelOptions) -> GenerationModel:
     """
     device = setup_device(options.device)
     # Only now: megatron is imported after the device is chosen.
-    from retro_mcore.evaluation.loaded_model import load_project_model
-    from retro_mcore.training.options import ParallelOptions
+    from retro_mcore.session import load_project_model
+    from retro_mcore.training.options.pretrain import ParallelOptions
 
     initialize(distributed_backend())
     parallel = ParallelOptions(
@@ -145,7 +145,7 @@ def load_generation_model(options: GenerationModelOptions) -> GenerationModel:
 def _retriever(
     options: GenerationModelOptions, arguments: ModelArguments, device: torch.device
 ) -> Retriever:
-    from retro_mcore.evaluation.loaded_model import require_reading
+    from retro_mcore.session import require_reading
 
     require_reading(arguments, "--retro-neighbors live", "Use --retro-neighbors none")
     return Retriever(

@@ -20,11 +20,8 @@ from retro_mcore.cli.neighbor_page import (
     SampleView,
     render,
 )
-from retro_mcore.data.document_ids import DocumentNames
-from retro_mcore.data.neighbors import SavedDistances
-from retro_mcore.data.overlap import longest_common_runs, shared_positions
-from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
-from retro_mcore.datasets.retro_dataset import RetroDataset, build_retro_datasets
+from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
+from retro_mcore.data.tokens.document_ids import DocumentNames
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.platform import setup_device
@@ -32,6 +29,9 @@ from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.neighbor_tables import SavedDistances
+from retro_mcore.retrieval.overlap import longest_common_runs, shared_positions
+from retro_mcore.samples.retro_dataset import RetroDataset, build_retro_datasets
 
 
 @dataclass

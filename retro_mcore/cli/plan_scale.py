@@ -11,19 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from retro_mcore.cli.command import print_summary, run_command
-from retro_mcore.data import scale
-from retro_mcore.data.bert_tokens import BertTokenCounter
-from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.data.embedders import build_embedder
-from retro_mcore.data.scale import Node, Rates, ScalePlan, Workload
-from retro_mcore.data.text import chunk_texts
-from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import get_rank, initialize
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.retrieval import scale
+from retro_mcore.retrieval.bert_tokens import BertTokenCounter
+from retro_mcore.retrieval.chunk_text import chunk_texts
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.base import build_embedder
+from retro_mcore.retrieval.embedders.megatron_bert import register as register_megatron_bert
+from retro_mcore.retrieval.scale import Node, Rates, ScalePlan, Workload
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _MEASURED_CHUNKS = 512

@@ -14,18 +14,18 @@ import torch
 from retro_mcore import distributed
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.cli.dry_run import DryRun, dry_run
-from retro_mcore.data.token_file import open_token_files
-from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+from retro_mcore.data.tokens.token_file import open_token_files
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.lock import directory_lock
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.training.options import TrainingOptions
+from retro_mcore.training.options.pretrain import TrainingOptions
 
 if TYPE_CHECKING:
-    from retro_mcore.training.plan import TrainingPlan
-    from retro_mcore.training.trainer import TrainingResult
+    from retro_mcore.training.loop.trainer import TrainingResult
+    from retro_mcore.training.setup.plan import TrainingPlan
 
 
 @dataclass(kw_only=True)
@@ -60,11 +60,11 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
-    from retro_mcore.datasets.passes import count_passes
-    from retro_mcore.training.data import document_tokens
-    from retro_mcore.training.data_contents import contents_of_project
-    from retro_mcore.training.plan import make_plan
-    from retro_mcore.training.trainer import finished_run
+    from retro_mcore.samples.passes import count_passes
+    from retro_mcore.training.loop.sample_reader import document_tokens
+    from retro_mcore.training.loop.trainer import finished_run
+    from retro_mcore.training.setup.data_contents import contents_of_project
+    from retro_mcore.training.setup.plan import make_plan
 
     paths = ProjectPaths(options.project_dir)
     with distributed.raise_together():
@@ -113,10 +113,10 @@ def save_lock(command: str, save: str | None) -> AbstractContextManager[bool]:
 
 
 def _run(plan: TrainingPlan, device: torch.device, skip_train: bool, alone: bool) -> TrainingResult:
-    from retro_mcore.datasets.neighbor_noise import NeighborNoise
-    from retro_mcore.datasets.retro_dataset import build_retro_datasets
-    from retro_mcore.training.data import require_split
-    from retro_mcore.training.trainer import Trainer
+    from retro_mcore.samples.neighbor_noise import NeighborNoise
+    from retro_mcore.samples.retro_dataset import build_retro_datasets
+    from retro_mcore.training.loop.sample_reader import require_split
+    from retro_mcore.training.loop.trainer import Trainer
 
     options = plan.options
     noise = NeighborNoise(

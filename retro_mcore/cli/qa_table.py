@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from retro_mcore.datasets.instruction_cuts import PROMPT_CUTS
+from retro_mcore.data.instruction.cuts import PROMPT_CUTS
 from retro_mcore.evaluation.bootstrap import Estimate
 from retro_mcore.evaluation.qa_legacy import LegacyScores
 

@@ -17,11 +17,11 @@ from retro_mcore.cli.generation_model import (
     GenerationModelOptions,
     load_generation_model,
 )
-from retro_mcore.data.tokenizers import Tokenizer
+from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.errors import ConfigurationError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from retro_mcore.inference.service import GenerationService
+    from retro_mcore.server.service import GenerationService
 
 _KEY_VARIABLE = "RETRO_MCORE_API_KEY"
 
@@ -68,7 +68,7 @@ def serve(options: ServeOptions) -> None:
     """
     _check(options)
     loaded = load_generation_model(options)
-    from retro_mcore.inference.service import GenerationService, is_first_rank
+    from retro_mcore.server.service import GenerationService, is_first_rank
 
     if options.max_length is not None and options.max_length > loaded.model.max_sequence_length:
         raise ConfigurationError(
@@ -96,7 +96,7 @@ def build_server_app(
     options: ServeOptions, loaded: GenerationModel, service: GenerationService
 ) -> Any:
     """The application that answers."""
-    from retro_mcore.inference.server import ServerLimits, ServerParts, build_app
+    from retro_mcore.server.http import ServerLimits, ServerParts, build_app
 
     parts = ServerParts(
         service=service,
@@ -131,7 +131,7 @@ def _most_chars(tokenizer: Tokenizer, max_length: int) -> int:
 def _listen(options: ServeOptions, app: Any) -> None:
     import uvicorn
 
-    from retro_mcore.inference.http_connections import timed_protocol
+    from retro_mcore.server.http_connections import timed_protocol
 
     max_connections = 4 * (options.max_batch_size + options.max_waiting)
     config = uvicorn.Config(

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from retro_mcore.checkpoint.checksums import CHECKSUMS_FILE, verify_checkpoint
+from retro_mcore.checkpoint.tracker import existing_checkpoints
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.distributed import initialize, raise_together
 from retro_mcore.errors import CheckpointError, ConfigurationError
-from retro_mcore.platform.checksums import CHECKSUMS_FILE, verify_checkpoint
-from retro_mcore.platform.tracker import existing_checkpoints
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.integrity import COMMANDS, verify_project, verifying
 from retro_mcore.project.paths import ProjectPaths

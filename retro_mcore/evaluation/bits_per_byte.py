@@ -19,8 +19,7 @@ import torch
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 
-from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import raise_together
 from retro_mcore.evaluation.chunk_losses import ChunkLosses, measure_chunk_losses
 from retro_mcore.evaluation.documents import (
@@ -34,6 +33,7 @@ from retro_mcore.evaluation.results import perplexity_of
 from retro_mcore.evaluation.windows import WindowReader, check_stride, plan_windows
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.database import ChunkDatabase
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from retro_mcore.distributed import broadcast_object, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.evaluation.loaded_model import LoadedModel
 from retro_mcore.evaluation.scoring import sum_over_model_ranks
-from retro_mcore.inference.neighbors import RetrievedNeighbors
 from retro_mcore.model.vocabulary import whole_vocabulary
-from retro_mcore.training.batch import position_ids
+from retro_mcore.retrieval.neighbors import RetrievedNeighbors
+from retro_mcore.session import LoadedModel
+from retro_mcore.training.loop.batch import position_ids
 
 #: Chunks whose neighbors are remembered: the options of a question share its chunks.
 _REMEMBERED = 10_000

@@ -14,26 +14,26 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.data.embedders import load_project_embedder
-from retro_mcore.data.index.project import ProjectIndex
-from retro_mcore.data.neighbors import SavedNeighbors
-from retro_mcore.data.querying import NUM_QUERY, NeighborSearch, query_split
-from retro_mcore.data.rerank import load_reranker
-from retro_mcore.data.shards import cut
-from retro_mcore.data.token_file import TokenSource, bin_path, idx_path, open_token_files
-from retro_mcore.data.tokenizers import Tokenizer
-from retro_mcore.datasets.samples import RenumberedSamples, numbers_in_database
-from retro_mcore.datasets.splits import document_ranges
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.data.tokens.splits import document_ranges
+from retro_mcore.data.tokens.token_file import TokenSource, bin_path, idx_path, open_token_files
 from retro_mcore.distributed import get_rank, get_world_size, raise_together
 from retro_mcore.errors import ProjectError
 from retro_mcore.evaluation.scoring import sum_over_world
-from retro_mcore.inference.megatron_bert import register as register_megatron_bert
 from retro_mcore.project.config import ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.stages import input_digests
+from retro_mcore.project.records import input_digests
+from retro_mcore.project.shards import cut
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.base import load_project_embedder
+from retro_mcore.retrieval.embedders.megatron_bert import register as register_megatron_bert
+from retro_mcore.retrieval.index.project import ProjectIndex
+from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
+from retro_mcore.retrieval.querying import NUM_QUERY, NeighborSearch, query_split
+from retro_mcore.retrieval.rerank import load_reranker
+from retro_mcore.samples.project_samples import RenumberedSamples, numbers_in_database
 
 #: Tokens before a chunk that its text is decoded with: some tokenizers drop a text's first space.
 _DECODING_CONTEXT = 8

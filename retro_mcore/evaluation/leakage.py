@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.data.overlap import longest_common_runs
 from retro_mcore.distributed import get_rank, get_world_size
 from retro_mcore.evaluation.chunk_losses import ChunkLosses
 from retro_mcore.evaluation.documents import HeldOutDocuments
 from retro_mcore.evaluation.neighbor_sources import NeighborRows
 from retro_mcore.evaluation.scoring import sum_over_world
 from retro_mcore.project.atomic import atomic_write
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.overlap import longest_common_runs
 
 #: The paper's range, from 8 of 64 tokens to all chunks.
 DEFAULT_ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)

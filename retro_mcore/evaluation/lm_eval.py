@@ -88,7 +88,7 @@ class RetroLM(TemplateLM):
         initialize(distributed_backend())
         # Megatron is imported only after the device is set up.
         from retro_mcore.evaluation.continuations import ContinuationScorer
-        from retro_mcore.evaluation.loaded_model import LoadedModel
+        from retro_mcore.session import LoadedModel
 
         self._loaded = LoadedModel.load(
             project_dir,

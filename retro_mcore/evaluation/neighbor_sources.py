@@ -17,7 +17,7 @@ from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from retro_mcore.datasets.retro_dataset import RetroDataset
+    from retro_mcore.samples.retro_dataset import RetroDataset
 
 NeighborKind = Literal["real", "shuffled", "random", "none"]
 NEIGHBOR_KINDS: tuple[NeighborKind, ...] = ("real", "shuffled", "random", "none")

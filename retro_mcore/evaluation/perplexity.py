@@ -24,17 +24,17 @@ from retro_mcore.evaluation.repeats import DistinctText
 from retro_mcore.evaluation.results import perplexity_of
 from retro_mcore.evaluation.scoring import sum_over_model_ranks, token_losses
 from retro_mcore.project.config import ProjectConfig
-from retro_mcore.training.batch import RetroBatch
-from retro_mcore.training.data import (
+from retro_mcore.training.loop.batch import RetroBatch
+from retro_mcore.training.loop.sample_reader import (
     MicroBatchSampler,
     NumberedSamples,
     read_batches,
     tokenizer_fingerprint,
 )
-from retro_mcore.training.provider import ModelArguments
+from retro_mcore.training.setup.build import ModelArguments
 
 if TYPE_CHECKING:
-    from retro_mcore.datasets.retro_dataset import RetroDataset
+    from retro_mcore.samples.retro_dataset import RetroDataset
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.data.instruction import read_records
+from retro_mcore.data.instruction.examples import read_records
 from retro_mcore.errors import CorpusError
 from retro_mcore.json_text import JsonError, json_lines, parse_json
 

@@ -24,7 +24,7 @@ from retro_mcore.evaluation.answer_text import (
 )
 
 if TYPE_CHECKING:
-    from retro_mcore.data.instruction import InstructionExample
+    from retro_mcore.data.instruction.examples import InstructionExample
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 

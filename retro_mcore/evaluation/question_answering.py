@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from retro_mcore.data.instruction import InstructionExample
-from retro_mcore.data.prompts import Prompt, PromptFormat, write_prompt
-from retro_mcore.datasets.instruction import (
+from retro_mcore.data.instruction.examples import InstructionExample
+from retro_mcore.data.instruction.prompts import Prompt, PromptFormat, write_prompt
+from retro_mcore.data.instruction.samples import (
     InstructionFormat,
     encode_passages,
     encoder_passages,
@@ -16,12 +16,12 @@ from retro_mcore.datasets.instruction import (
 )
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.bootstrap import Estimate, estimate_mean
-from retro_mcore.evaluation.loaded_model import LoadedModel, require_reading
 from retro_mcore.evaluation.qa_metrics import chosen_option, score
 from retro_mcore.inference.generation import generate
 from retro_mcore.inference.growing_text import new_text
-from retro_mcore.inference.neighbors import NeighborSource, RetrievedNeighbors, SameNeighbors
 from retro_mcore.inference.sampling import SamplingOptions
+from retro_mcore.retrieval.neighbors import NeighborSource, RetrievedNeighbors, SameNeighbors
+from retro_mcore.session import LoadedModel, require_reading
 
 #: Where the encoder's neighbors come from while a question is answered: the project's index, the
 #: test file's passages, or nowhere.

@@ -24,7 +24,7 @@ from retro_mcore.distributed import get_world_size
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.pipeline import schedule_kwargs
 from retro_mcore.model.vocabulary import losses_of_logits
-from retro_mcore.training.batch import RetroBatch
+from retro_mcore.training.loop.batch import RetroBatch
 
 
 @torch.no_grad()

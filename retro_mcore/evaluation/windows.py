@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from retro_mcore.chunking import NO_NEIGHBOR
-from retro_mcore.data.database import ChunkDatabase
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.documents import HeldOutDocuments
 from retro_mcore.evaluation.neighbor_sources import NeighborRows
-from retro_mcore.training.batch import RetroBatch, position_ids
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.training.loop.batch import RetroBatch, position_ids
 
 
 class Window(NamedTuple):

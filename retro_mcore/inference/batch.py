@@ -20,15 +20,15 @@ from retro_mcore.distributed import PeerError, broadcast_object, get_rank, get_w
 from retro_mcore.errors import ConfigurationError, RetroError
 from retro_mcore.inference.decoders import CachedDecoder, Decoder
 from retro_mcore.inference.growing_text import GrowingText, find_stop
-from retro_mcore.inference.neighbors import (
+from retro_mcore.inference.requests import GenerationRequest, Vocabulary, num_tokens
+from retro_mcore.inference.sampling import require_numbers, sample, token_logprobs
+from retro_mcore.inference.texts import FinishReason, GeneratedText, TokenLogprobs
+from retro_mcore.retrieval.neighbors import (
     CompletedChunk,
     NeighborSource,
     Prefetching,
     RetrievedNeighbors,
 )
-from retro_mcore.inference.requests import GenerationRequest, Vocabulary, num_tokens
-from retro_mcore.inference.sampling import require_numbers, sample, token_logprobs
-from retro_mcore.inference.texts import FinishReason, GeneratedText, TokenLogprobs
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel

@@ -17,11 +17,11 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.inference.neighbors import RetrievedNeighbors
 from retro_mcore.inference.texts import GeneratedText
 from retro_mcore.model.cached_attention import check_cacheable
 from retro_mcore.model.inference_context import InferenceContext, NewChunk
 from retro_mcore.model.pipeline import carries_neighbors, is_interleaved, stage_layer_numbers
+from retro_mcore.retrieval.neighbors import RetrievedNeighbors
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from retro_mcore.errors import ConfigurationError, RetroError
 from retro_mcore.inference.batch import TextBatch
 from retro_mcore.inference.decoders import CachedDecoder, Decoder, FullRecomputation
-from retro_mcore.inference.neighbors import NeighborSource
 from retro_mcore.inference.requests import (
     GenerationRequest,
     StoppingOptions,
@@ -27,6 +26,7 @@ from retro_mcore.inference.requests import (
 )
 from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
 from retro_mcore.inference.texts import GeneratedText, TokenLogprobs
+from retro_mcore.retrieval.neighbors import NeighborSource
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel

@@ -8,8 +8,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Protocol
 
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.inference.neighbors import NeighborSource, Prefetching
 from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
+from retro_mcore.retrieval.neighbors import NeighborSource, Prefetching
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from retro_mcore.inference.neighbors import RetrievedNeighbors
+from retro_mcore.retrieval.neighbors import RetrievedNeighbors
 
 FinishReason = Literal["eod", "stop", "length", "dropped", "failed"]
 

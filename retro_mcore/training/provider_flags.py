@@ -19,15 +19,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from retro_mcore.data.tokenizers import load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, RetroError, check_all, raise_problems
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.training.megatron_flags import flag_of
-from retro_mcore.training.model_sizes import padded_vocab_size
-from retro_mcore.training.noise_options import NeighborNoiseOptions
-from retro_mcore.training.options import ModelOptions
+from retro_mcore.training.options.megatron import flag_of
+from retro_mcore.training.options.model_sizes import padded_vocab_size
+from retro_mcore.training.options.noise import NeighborNoiseOptions
+from retro_mcore.training.options.pretrain import ModelOptions
 
 #: Megatron-LM's arguments that the project fixes, and its keys.
 FIXED = {

@@ -37,16 +37,16 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from retro_mcore.datasets.neighbor_noise import NeighborNoise
-from retro_mcore.datasets.retro_dataset import build_retro_datasets
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform.compatibility import results_through_a_file
 from retro_mcore.project.config import SPLITS
-from retro_mcore.training.batch import RetroBatch, position_ids
-from retro_mcore.training.loss import NonFiniteLossError, masked_loss
+from retro_mcore.samples.neighbor_noise import NeighborNoise
+from retro_mcore.samples.retro_dataset import build_retro_datasets
+from retro_mcore.training.loop.batch import RetroBatch, position_ids
+from retro_mcore.training.loop.loss import NonFiniteLossError, masked_loss
 from retro_mcore.training.provider_flags import (
     add_flags,
     check_arguments,

@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_told_on_every_rank(ranks):
 
 
 def test_deterministic_mode_uses_deterministic_kernels(megatron):
-    from retro_mcore.training.initialize import use_deterministic_algorithms
+    from retro_mcore.training.setup.initialize import use_deterministic_algorithms
 
     try:
         use_deterministic_algorithms()
@@ -114,7 +114,7 @@ def test_deterministic_mode_uses_deterministic_kernels(megatron):
 
 
 def test_deterministic_mode_asks_for_the_environment_on_cuda(monkeypatch):
-    from retro_mcore.training import initialize
+    from retro_mcore.training.setup import initialize
 
     monkeypatch.setattr(initialize, "is_cpu_in_use", lambda: False)
     monkeypatch.setenv("NCCL_ALGO", "Ring")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.processes import run_ranks
-from tests.unit.conversion.test_huggingface import VOCABULARY, arguments, load, logits
+from tests.unit.checkpoint.test_huggingface import VOCABULARY, arguments, load, logits
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -83,11 +83,11 @@ def save_and_load(folder: str) -> list[str]:
 
 def build(sizes, weights=None, **flags):
     """This rank's chunks, with whole weights if given (which another test slices otherwise)."""
-    from retro_mcore.conversion.model_weights import put_weights
-    from retro_mcore.conversion.weights import Weight
-    from retro_mcore.training.initialize import initialize_parallel, set_seeds
-    from retro_mcore.training.options import ParallelOptions
-    from retro_mcore.training.provider import build_model_chunks
+    from retro_mcore.checkpoint.conversion.model_weights import put_weights
+    from retro_mcore.checkpoint.conversion.weights import Weight
+    from retro_mcore.training.options.pretrain import ParallelOptions
+    from retro_mcore.training.setup.build import build_model_chunks
+    from retro_mcore.training.setup.initialize import initialize_parallel, set_seeds
 
     layout = ParallelOptions(device="cpu", **sizes)
     initialize_parallel(
@@ -104,10 +104,10 @@ def build(sizes, weights=None, **flags):
 
 def serial_weights(path: Path, flags) -> dict[str, torch.Tensor]:
     """Random weights of the whole GPT, which rank 0 also writes."""
-    from retro_mcore.conversion.targets import megatron_arguments, write_checkpoint
-    from retro_mcore.conversion.weights import Weight
+    from retro_mcore.checkpoint.conversion.targets import megatron_arguments, write_checkpoint
+    from retro_mcore.checkpoint.conversion.weights import Weight
     from retro_mcore.platform import leave_model_parallel, setup_device
-    from retro_mcore.training.retrofit import resolved_flags
+    from retro_mcore.training.setup.retrofit import resolved_flags
 
     setup_device("cpu")
     leave_model_parallel()
@@ -130,8 +130,8 @@ def save(path: Path, chunks, model_arguments, sizes) -> None:
     """As Megatron-LM does, in both of its formats."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    from retro_mcore.conversion.targets import megatron_arguments
-    from retro_mcore.training.retrofit import resolved_flags
+    from retro_mcore.checkpoint.conversion.targets import megatron_arguments
+    from retro_mcore.training.setup.retrofit import resolved_flags
 
     resolved = {**resolved_flags(model_arguments), "no_retrieval": True}
     args = megatron_arguments(resolved, sizes.get("tensor_model_parallel_size", 1))
@@ -156,9 +156,9 @@ def save(path: Path, chunks, model_arguments, sizes) -> None:
 
 def differences(path: Path, sizes, weights, flags) -> list[str]:
     """Parameters of a Retro that loaded the checkpoint, other than those of the whole weights."""
-    from retro_mcore.conversion.gpt import load_gpt
-    from retro_mcore.conversion.model_weights import gather_weights
-    from retro_mcore.training.retrofit import resolved_flags
+    from retro_mcore.checkpoint.conversion.gpt import load_gpt
+    from retro_mcore.checkpoint.conversion.model_weights import gather_weights
+    from retro_mcore.training.setup.retrofit import resolved_flags
 
     chunks = build(sizes, **flags)
     before = gather_weights(chunks)

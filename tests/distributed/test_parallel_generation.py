@@ -108,7 +108,7 @@ def serve(model):
     """The texts that a service writes, to clients one after another; None if it follows."""
     from retro_mcore.inference.generation import GenerationRequest, StoppingOptions
     from retro_mcore.inference.sampling import SamplingOptions
-    from retro_mcore.inference.service import GenerationService, Job, is_first_rank
+    from retro_mcore.server.service import GenerationService, Job, is_first_rank
 
     service = GenerationService(model, Vocabulary(eod=90), max_batch_size=2)
     if not is_first_rank(model):

@@ -65,7 +65,7 @@ def test_no_request_stops_the_ranks_or_its_companions(megatron, parallel):
 def serve_bad_and_good(layout, weights):
     from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
     from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
-    from retro_mcore.inference.service import GenerationService, Job, is_first_rank
+    from retro_mcore.server.service import GenerationService, Job, is_first_rank
 
     join_layout(layout)
     (model,) = build_chunks(layout)
@@ -137,7 +137,7 @@ def lose_a_rank(rank, folder, layout, weights):
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     join_layout(layout)
-    from retro_mcore.inference.service import GenerationService, is_first_rank
+    from retro_mcore.server.service import GenerationService, is_first_rank
 
     (model,) = build_chunks(layout)
     load_part(model, weights)

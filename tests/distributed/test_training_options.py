@@ -77,7 +77,7 @@ def poisoned(**layout):
         if name.endswith("word_embeddings.weight"):
             with torch.no_grad():
                 parameter[VOCABULARY] = math.nan
-    from retro_mcore.training.loss import NonFiniteLossError
+    from retro_mcore.training.loop.loss import NonFiniteLossError
 
     try:
         trainer.train()

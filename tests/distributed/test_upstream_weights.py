@@ -63,7 +63,7 @@ def every_layout():
 
 def serial_model(fields):
     """A whole model's weights under upstream's names, and under its own."""
-    from retro_mcore.conversion import upstream
+    from retro_mcore.checkpoint.conversion import upstream
 
     fields = {**Layout(fields=fields).model_fields()}
     weights = serial_weights(fields)
@@ -75,7 +75,7 @@ def serial_model(fields):
 def problems_of(layout, serial, weights):
     """Parameters that differ, after loading from those that another slicing gives (load_part), and
     after exporting from what was loaded."""
-    from retro_mcore.conversion import upstream
+    from retro_mcore.checkpoint.conversion import upstream
 
     expected, models = build_chunks(layout), build_chunks(layout)
     upstream.load_state_dict(models, serial)

@@ -70,7 +70,7 @@ def test_both_protocols_measure_every_kind_of_neighbors_on_the_same_text(documen
 
 
 def test_bits_per_byte_is_the_loss_over_the_documents_text(documents_result):
-    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.data.tokenizers.loading import load_project_tokenizer
     from retro_mcore.evaluation.documents import HeldOutDocuments
     from retro_mcore.project import ProjectConfig, ProjectPaths
 
@@ -107,9 +107,9 @@ def test_the_leakage_curve_ends_at_the_whole_text(documents_result):
 
 
 def test_no_neighbor_comes_from_the_chunks_own_document(documents_result):
-    from retro_mcore.data.database import ChunkDatabase
-    from retro_mcore.data.neighbors import SavedNeighbors
     from retro_mcore.evaluation.documents import HeldOutDocuments
+    from retro_mcore.retrieval.database import ChunkDatabase
+    from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
 
     documents = HeldOutDocuments.open(built_project(), "valid", 1)
     saved = SavedNeighbors(built_project() / "query" / "valid_documents")
@@ -259,10 +259,10 @@ def test_documents_are_searched_as_broadly_as_the_project_s_samples(
     """Who searched 20,000 candidates for a reranker would get neighbors of another search."""
     from dataclasses import replace
 
-    from retro_mcore.data.database import ChunkDatabase
-    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.data.tokenizers.loading import load_project_tokenizer
     from retro_mcore.evaluation import documents
     from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
+    from retro_mcore.retrieval.database import ChunkDatabase
 
     project = built_project()
     tokenizer = load_project_tokenizer(ProjectConfig.load(project), ProjectPaths(project))
@@ -284,7 +284,7 @@ def test_samples_longer_than_those_of_the_training_are_told(options, monkeypatch
     """Rotary positions have no end, but a model knows those alone that it was trained on."""
     from dataclasses import replace
 
-    from retro_mcore.evaluation import loaded_model
+    from retro_mcore import session as loaded_model
 
     load = loaded_model.load_project_model
 

@@ -111,9 +111,9 @@ def test_scores_are_those_of_the_predictions(ablation):
 
 
 def test_the_answer_is_what_generate_adds_to_the_prompt(ablation):
-    from retro_mcore.evaluation.loaded_model import LoadedModel
     from retro_mcore.inference.generation import generate
     from retro_mcore.inference.sampling import SamplingOptions
+    from retro_mcore.session import LoadedModel
 
     loaded = LoadedModel.load(built_project(), small_checkpoint(), False, device="cpu")
     record = records()[2]

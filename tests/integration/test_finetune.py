@@ -93,7 +93,7 @@ def options(pretrained, data):
 
 
 def weights(folder):
-    from retro_mcore.training.checkpointing import load_model_from_checkpoint
+    from retro_mcore.checkpoint.loading import load_model_from_checkpoint
 
     model, arguments = load_model_from_checkpoint(folder)
     return model.state_dict(), arguments
@@ -151,7 +151,7 @@ def tuned_with_gate_0(options, tmp_path_factory):
 
 
 def test_the_encoder_of_a_model_tuned_with_gate_0_can_be_switched_on(tuned_with_gate_0):
-    from retro_mcore.evaluation.loaded_model import LoadedModel
+    from retro_mcore.session import LoadedModel
 
     tokens = torch.arange(64).unsqueeze(0)
     neighbors = torch.arange(4 * 2 * 32).view(8, 32)

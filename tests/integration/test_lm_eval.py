@@ -124,7 +124,7 @@ def harness(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(harness):
-    from retro_mcore.evaluation.loaded_model import LoadedModel
+    from retro_mcore.session import LoadedModel
 
     return LoadedModel.load(built_project(), small_checkpoint(), True, device="cpu")
 

@@ -26,7 +26,7 @@ class App:
     def __init__(self) -> None:
         from retro_mcore.cli.generation_model import load_generation_model
         from retro_mcore.cli.serve import ServeOptions, build_server_app
-        from retro_mcore.inference.service import GenerationService
+        from retro_mcore.server.service import GenerationService
 
         options = ServeOptions(
             project_dir=str(built_project()),
@@ -294,7 +294,7 @@ def test_headers(app, headers, status):
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_the_scheme_of_the_key_is_written_in_any_case(app, scheme, monkeypatch):
-    from retro_mcore.inference.server import build_app
+    from retro_mcore.server.http import build_app
 
     app_with_key = build_app(_parts(app), api_key=KEY, allowed_hosts=["localhost"])
     monkeypatch.setattr(app, "app", app_with_key)
@@ -304,7 +304,7 @@ def test_the_scheme_of_the_key_is_written_in_any_case(app, scheme, monkeypatch):
 
 
 def _parts(app: App) -> Any:
-    from retro_mcore.inference.server import ServerParts
+    from retro_mcore.server.http import ServerParts
 
     return ServerParts(
         service=app.service,
@@ -316,7 +316,7 @@ def _parts(app: App) -> Any:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(app, monkeypatch):
-    from retro_mcore.inference.server import ServerLimits, build_app
+    from retro_mcore.server.http import ServerLimits, build_app
 
     impatient = build_app(_parts(app), ServerLimits(receive_seconds=0.1))
     monkeypatch.setattr(app, "app", impatient)
@@ -404,7 +404,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 
 
 def fields() -> list[str]:
-    from retro_mcore.inference.completions import FIELDS
+    from retro_mcore.server.completions import FIELDS
 
     return sorted(FIELDS)
 
@@ -459,7 +459,7 @@ class Failing:
 def test_a_text_that_fails_is_answered_alone(app, monkeypatch):
     from dataclasses import replace
 
-    from retro_mcore.inference.server import build_app
+    from retro_mcore.server.http import build_app
 
     bad, good = app.tokenizer.tokenize("An" * 40)[:30], app.tokenizer.tokenize(PROMPT)
     assert bad[0] != good[0]
@@ -487,8 +487,8 @@ def test_a_text_that_fails_is_answered_alone(app, monkeypatch):
 def test_health_says_when_generation_has_stopped(app, monkeypatch):
     from dataclasses import replace
 
-    from retro_mcore.inference.server import build_app
-    from retro_mcore.inference.service import GenerationService
+    from retro_mcore.server.http import build_app
+    from retro_mcore.server.service import GenerationService
 
     service = GenerationService(app.loaded.model, app.tokenizer, 2, 2)
     monkeypatch.setattr(service, "_next_commands", lambda: 1 / 0)

@@ -10,7 +10,7 @@ import torch
 
 from tests.parity import environment
 from tests.parity.upstream_checkpoints import FORMS, NAMES, chosen_cases, logits
-from tests.unit.conversion.test_convert_checkpoint import convert
+from tests.unit.checkpoint.test_convert_checkpoint import convert
 
 pytestmark = pytest.mark.parity
 
@@ -28,7 +28,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def our_logits(directory: Path, name: str) -> torch.Tensor:
-    from retro_mcore.training.checkpointing import load_model_from_checkpoint
+    from retro_mcore.checkpoint.loading import load_model_from_checkpoint
 
     model, arguments = load_model_from_checkpoint(directory)
     assert arguments.retro_origin == "mcore-0.15"

@@ -36,7 +36,7 @@ def answer(case: Case, megatron: None, retired: dict[str, dict[str, Any]]) -> di
 
 def build_ours(case: Case, state_dict: dict[str, Tensor]) -> Any:
     from retro_mcore import RetroConfig, RetroModel, get_retro_decoder_block_spec
-    from retro_mcore.conversion import upstream
+    from retro_mcore.checkpoint.conversion import upstream
 
     config = RetroConfig.from_upstream(
         case.origin,
@@ -67,7 +67,7 @@ def assert_same_gradients(
     model: Any, ours: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float
 ) -> None:
     """Every parameter of either side has a gradient, equal to `tolerance` relative in norm."""
-    from retro_mcore.conversion.upstream import to_upstream_name
+    from retro_mcore.checkpoint.conversion.upstream import to_upstream_name
 
     first = model.config.retro_layer_numbers[0]
     ours = {to_upstream_name(name, first): gradient for name, gradient in ours.items()}
@@ -99,7 +99,7 @@ def test_losses_and_gradients_in_fp32(case: Case, answer: dict[str, Any]) -> Non
 
 @every_case
 def test_export_is_lossless(case: Case, answer: dict[str, Any]) -> None:
-    from retro_mcore.conversion import upstream
+    from retro_mcore.checkpoint.conversion import upstream
 
     weights = weights_for_ours(case, answer)
     exported = upstream.export_state_dict(build_ours(case, weights))
@@ -121,7 +121,7 @@ def test_neighbors_show_in_the_logits(case: Case, answer: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dropout], ids=lambda c: c.name)
 def test_every_dropout_has_its_rate(case: Case, answer: dict[str, Any]) -> None:
-    from retro_mcore.conversion.upstream import to_upstream_name
+    from retro_mcore.checkpoint.conversion.upstream import to_upstream_name
 
     model = build_ours(case, answer["state_dict"])
     first = model.config.retro_layer_numbers[0]

@@ -19,10 +19,10 @@ import h5py
 import numpy as np
 import torch
 
-from retro_mcore.data.bert_tokens import BertTokenCounter
-from retro_mcore.data.lexical import LexicalEmbedder, count_texts, weights_of
-from retro_mcore.data.tokenizers import Tokenizer, load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.project import SPLITS, ProjectConfig, ProjectPaths
+from retro_mcore.retrieval.bert_tokens import BertTokenCounter
+from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
 
 #: The release trains no index without lists, and none whose lists are found without a graph.
 INDEX_STRING = "IVF4_HNSW4,Flat"

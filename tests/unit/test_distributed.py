@@ -49,7 +49,7 @@ _PARALLEL = """
 import os
 from retro_mcore.platform import use_cpu
 use_cpu()
-from retro_mcore.training.initialize import initialize_parallel
+from retro_mcore.training.setup.initialize import initialize_parallel
 from retro_mcore.distributed import leave
 
 def threads():

@@ -19,10 +19,10 @@ from retro_mcore.cli.neighbor_page import (
     SampleView,
     render,
 )
-from retro_mcore.data.neighbors import SavedDistances
-from retro_mcore.data.tokenizers import GPTSentencePieceTokenizer, load_project_tokenizer
-from retro_mcore.datasets.retro_dataset import build_retro_datasets
+from retro_mcore.data.tokenizers.loading import GPTSentencePieceTokenizer, load_project_tokenizer
 from retro_mcore.project import ProjectConfig, ProjectPaths
+from retro_mcore.retrieval.neighbor_tables import SavedDistances
+from retro_mcore.samples.retro_dataset import build_retro_datasets
 from tests.integration.browser import NAMES as BROWSERS
 from tests.unit.data.projects import built_project
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from retro_mcore.data.tokenizers import build_tokenizer, train_sentencepiece
+from retro_mcore.data.tokenizers.loading import build_tokenizer, train_sentencepiece
 from tests.unit.data.tokenizer_shapes import byte_level, save
 
 ASCII = {"LC_ALL": "C", "LANG": "", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
+from retro_mcore.checkpoint.checksums import checksums_of_share, write_checksums
 from retro_mcore.cli import verify
-from retro_mcore.platform.checksums import checksums_of_share, write_checksums
 from tests.unit.data.projects import built_project
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retro_mcore.data.corpus import list_parts, read_documents, read_part, text_cleaner
+from retro_mcore.data.corpus.documents import list_parts, read_documents, read_part, text_cleaner
 from retro_mcore.errors import CorpusError, MissingDependencyError
 from tests.unit.data import any_json
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from retro_mcore.data.corpus import read_documents
-from retro_mcore.data.corpus_files import find_corpus_files
+from retro_mcore.data.corpus.documents import read_documents
+from retro_mcore.data.corpus.files import find_corpus_files
 from retro_mcore.errors import CorpusError
 
 

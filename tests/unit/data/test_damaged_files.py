@@ -13,19 +13,20 @@ import h5py
 import numpy as np
 import pytest
 
-from retro_mcore.cli import build_db, build_index, inspect_neighbors, query_neighbors
-from retro_mcore.cli.preprocess_corpus import preprocess_corpus
-from retro_mcore.data.bert_tokens import BertTokenCounter, default_bert_vocab
-from retro_mcore.data.database import ChunkDatabase
-from retro_mcore.data.hdf5 import map_dataset
-from retro_mcore.data.index.project import ProjectIndex
-from retro_mcore.data.lexical import LexicalEmbedder
-from retro_mcore.data.neighbors import SavedDistances, SavedNeighbors
-from retro_mcore.data.rerank import load_reranker
-from retro_mcore.data.token_file import TokenFile
-from retro_mcore.datasets.retro_dataset import build_retro_datasets
+from retro_mcore.cli import inspect_neighbors
+from retro_mcore.data.tokens.token_file import TokenFile
 from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, TokenizerError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
+from retro_mcore.project.hdf5 import map_dataset
+from retro_mcore.retrieval.bert_tokens import BertTokenCounter, default_bert_vocab
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder
+from retro_mcore.retrieval.index.project import ProjectIndex
+from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors
+from retro_mcore.retrieval.rerank import load_reranker
+from retro_mcore.samples.retro_dataset import build_retro_datasets
+from retro_mcore.stages import build_db, build_index, query_neighbors
+from retro_mcore.stages.preprocess_corpus import preprocess_corpus
 from tests.unit.data.projects import (
     built_project,
     documents,
@@ -175,7 +176,7 @@ def test_neighbors_of_another_writer(capsys, monkeypatch, tmp_path, project, cha
 
 
 def test_ids_that_were_not_looked_at_are_when_they_are_read(monkeypatch, project):
-    from retro_mcore.data import neighbors
+    from retro_mcore.retrieval import neighbor_tables as neighbors
 
     (path, *others) = sorted(project.glob("query/train_*/*.hdf5"))
     # Few of each file, of which a large corpus has thousands.

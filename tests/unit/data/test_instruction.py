@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retro_mcore.data.instruction import InstructionExample, Turn, read_examples
-from retro_mcore.data.instruction_blend import parse_blend
-from retro_mcore.data.prompts import SYSTEM_CONTEXT, SYSTEM_RETRO, write_prompt
+from retro_mcore.data.instruction.blend import parse_blend
+from retro_mcore.data.instruction.examples import InstructionExample, Turn, read_examples
+from retro_mcore.data.instruction.prompts import SYSTEM_CONTEXT, SYSTEM_RETRO, write_prompt
 from retro_mcore.errors import ConfigurationError, CorpusError
 from tests.unit.data import any_json
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_mcore.data.tokenizers import (
+from retro_mcore.data.tokenizers.loading import (
     SpecialTokenChoice,
     bos_habit,
     build_tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from retro_mcore.data.tokenizers import build_tokenizer
+from retro_mcore.data.tokenizers.loading import build_tokenizer
 from retro_mcore.errors import TokenizerError
 
 TEXTS = ["The quick brown fox.", "for i in range(3):\n    print(i)", "Ünïcode, too: 漢字"]

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from retro_mcore.data.bert_tokens import BertTokenCounter, default_bert_vocab
-from retro_mcore.data.text import chunk_texts
-from retro_mcore.data.tokenizers import (
+from retro_mcore.data.tokenizers.loading import (
     build_tokenizer,
     load_project_tokenizer,
     train_sentencepiece,
 )
 from retro_mcore.errors import TokenizerError
 from retro_mcore.project import ProjectConfig, ProjectPaths
+from retro_mcore.retrieval.bert_tokens import BertTokenCounter, default_bert_vocab
+from retro_mcore.retrieval.chunk_text import chunk_texts
 from tests.unit.data.projects import built_project, documents
 
 TEXT = "def f(x):\n    return  x\t# ü 漢 🙂 <|endoftext|> </s>\n"
@@ -128,7 +128,7 @@ def test_bert_counts_are_those_of_the_whole_text(monkeypatch):
     """Words are counted one by one; control characters, special tokens and all spaces included."""
     from tokenizers import BertWordPieceTokenizer
 
-    from retro_mcore.data import bert_tokens
+    from retro_mcore.retrieval import bert_tokens
 
     vocab = default_bert_vocab()
     whole = BertWordPieceTokenizer(str(vocab))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from retro_mcore.inference.neighbors import CompletedChunk, RetrievedNeighbors
+from retro_mcore.retrieval.neighbors import CompletedChunk, RetrievedNeighbors
 from tests.unit.inference.small import CHUNK_LENGTH, ChunkFunction, small_model
 
 #: Tokens that mean something; the model's other rows are padding.
@@ -45,7 +45,7 @@ def poison_padding(model: Any, by: float = 9.0) -> None:
 
 def loaded_model(retrieval: bool, model: Any = None) -> Any:
     """What `LoadedModel.load` gives."""
-    from retro_mcore.evaluation.loaded_model import LoadedModel
+    from retro_mcore.session import LoadedModel
 
     model = model or small_model()
     arguments: Any = SimpleNamespace(

@@ -130,7 +130,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("chunk_length", [2, 3, 8])
 def test_bytes_are_those_of_the_text_after_the_first_token(tmp_path, chunk_length):
-    from retro_mcore.data.tokenizers import GPTSentencePieceTokenizer, train_sentencepiece
+    from retro_mcore.data.tokenizers.loading import GPTSentencePieceTokenizer, train_sentencepiece
     from retro_mcore.evaluation.documents import _bytes_of_chunks
 
     path = tmp_path / "tokenizer.model"

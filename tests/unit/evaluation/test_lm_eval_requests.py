@@ -26,7 +26,7 @@ CLOSE = {"rel": 1e-5}
 @pytest.fixture
 def harness_model(monkeypatch, caplog):
     from retro_mcore.evaluation.lm_eval import RetroLM
-    from retro_mcore.evaluation.loaded_model import LoadedModel
+    from retro_mcore.session import LoadedModel
 
     caplog.set_level(logging.WARNING)
     weights = small_model()

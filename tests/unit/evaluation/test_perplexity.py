@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("neighbors", ["real", "none"])
 def test_the_loss_is_the_mean_over_all_tokens_whatever_the_batches(neighbors):
     from retro_mcore.evaluation.perplexity import measure_perplexity
-    from retro_mcore.training.batch import collate
+    from retro_mcore.training.loop.batch import collate
 
     model = small_trainer(**NO_DROPOUT)._parts.chunks[0].module
     samples = RandomSamples(5)
@@ -44,7 +44,7 @@ def test_the_loss_is_the_mean_over_all_tokens_whatever_the_batches(neighbors):
 
 def test_another_tokenizer_is_refused(tmp_path):
     from retro_mcore.evaluation.perplexity import check_tokenizer
-    from retro_mcore.training.plan import make_plan
+    from retro_mcore.training.setup.plan import make_plan
     from tests.unit.training.small import small_options
 
     (tmp_path / "a.model").write_bytes(b"one")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro_mcore.data.instruction import InstructionExample
+from retro_mcore.data.instruction.examples import InstructionExample
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.sampling import SamplingOptions
 from tests.unit.evaluation.loaded import loaded_model

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_mcore.data.instruction import InstructionExample
+from retro_mcore.data.instruction.examples import InstructionExample
 from retro_mcore.errors import CorpusError
 from retro_mcore.evaluation.bootstrap import estimate_mean
 from retro_mcore.evaluation.qa_metrics import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.inference.neighbors import CompletedChunk, RetrievedNeighbors
+from retro_mcore.retrieval.neighbors import CompletedChunk, RetrievedNeighbors
 from tests.unit.model.builders import SMALL, VOCABULARY, build_model
 
 CHUNK_LENGTH = SMALL["retro_chunk_length"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.inference.neighbors import CompletedChunk, GivenNeighbors
+from retro_mcore.retrieval.neighbors import CompletedChunk, GivenNeighbors
 from tests.unit.inference.small import CHUNK_LENGTH as M
 from tests.unit.inference.small import ChunkFunction, prompts, small_model
 

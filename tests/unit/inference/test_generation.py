@@ -106,7 +106,7 @@ def test_neighbors_matter_and_without_them_the_model_is_its_gpt_decoder(model):
 
 
 def test_given_neighbors_are_used_for_their_chunk_alone(model):
-    from retro_mcore.inference.neighbors import GivenNeighbors, RetrievedNeighbors
+    from retro_mcore.retrieval.neighbors import GivenNeighbors, RetrievedNeighbors
 
     tokens = np.random.default_rng(1).integers(1, 90, (1, NUM_NEIGHBORS, RETRIEVED_LENGTH))
     given = RetrievedNeighbors(tokens, np.zeros(tokens.shape, bool))

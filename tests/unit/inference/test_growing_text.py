@@ -55,7 +55,7 @@ def test_a_prompt_that_ends_inside_a_character_leaves_it_to_the_answer(text):
 
 @pytest.fixture(scope="module", params=["byte level", "byte fallback", "SentencePiece"])
 def real_tokenizer(request, tmp_path_factory):
-    from retro_mcore.data.tokenizers import build_tokenizer, train_sentencepiece
+    from retro_mcore.data.tokenizers.loading import build_tokenizer, train_sentencepiece
     from tests.unit.data.tokenizer_shapes import TEXTS, begins_with, byte_fallback, byte_level, save
 
     folder = tmp_path_factory.mktemp("tokenizer")

@@ -48,8 +48,8 @@ OPTIMIZERS = pytest.mark.parametrize("distributed", [False, True], ids=["plain",
 
 @OPTIMIZERS
 def test_a_checkpoint_is_saved_and_loaded_before_the_first_step(megatron, tmp_path, distributed):
-    from retro_mcore.training.checkpoint_saver import save_checkpoint
-    from retro_mcore.training.checkpointing import load_checkpoint
+    from retro_mcore.checkpoint.loading import load_checkpoint
+    from retro_mcore.checkpoint.saving import save_checkpoint
 
     trainer = small_trainer(use_distributed_optimizer=distributed)
     args = trainer.plan.checkpoint_args()
@@ -77,7 +77,7 @@ def adam_steps(trainer):
 @pytest.fixture
 def parts_with_padded_buckets(megatron, monkeypatch):
     """A distributed optimizer after a step, whose first bucket ends with padding."""
-    from retro_mcore.training import trainer as trainer_module
+    from retro_mcore.training.loop import trainer as trainer_module
 
     wrap_model = trainer_module.wrap_model
 
@@ -97,8 +97,8 @@ def parts_with_padded_buckets(megatron, monkeypatch):
 
 
 def test_saved_moments_are_the_parameters_own(parts_with_padded_buckets):
-    from retro_mcore.training.checkpoint_state import METADATA
-    from retro_mcore.training.optimizer import unwrap_model
+    from retro_mcore.checkpoint.state import METADATA
+    from retro_mcore.training.loop.optimizer import unwrap_model
 
     parts = parts_with_padded_buckets
     inner = parts.optimizer.chained_optimizers[0]

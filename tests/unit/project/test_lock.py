@@ -11,12 +11,12 @@ import h5py
 import numpy as np
 import pytest
 
-from retro_mcore.data.shards import cut, run_shards
 from retro_mcore.errors import ProjectError
 from retro_mcore.project import ProjectPaths
 from retro_mcore.project.atomic import atomic_write, write_json
 from retro_mcore.project.lock import directory_lock, stage_lock
 from retro_mcore.project.markers import signed_write
+from retro_mcore.project.shards import cut, run_shards
 from retro_mcore.project.space import free_bytes, require_space, show_bytes
 
 # Writes half of a file inside a stage, says so, and sleeps.

@@ -8,7 +8,7 @@ from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.markers import FileState, signed_write, state_of, verify
-from retro_mcore.project.stages import check_stage, finish_stage
+from retro_mcore.project.records import check_stage, finish_stage
 
 UPSTREAM = {
     "retro_block_size": 100000,

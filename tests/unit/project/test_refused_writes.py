@@ -13,9 +13,9 @@ import h5py
 import numpy as np
 import pytest
 
-from retro_mcore.data.arrays import load_array, save_array
 from retro_mcore.errors import ProjectError
 from retro_mcore.project import ProjectPaths, space
+from retro_mcore.project.arrays import load_array, save_array
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.space import require_space

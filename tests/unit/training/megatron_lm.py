@@ -168,7 +168,7 @@ class MegatronLM:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.process_groups_config import ProcessGroupCollection
 
-        from retro_mcore.training.initialize import set_seeds
+        from retro_mcore.training.setup.initialize import set_seeds
 
         args = self.args
         set_seeds(args.seed)

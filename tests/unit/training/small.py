@@ -55,7 +55,7 @@ def small_project(**changes: Any) -> Any:
 
 
 def small_options(**changes: Any) -> Any:
-    from retro_mcore.training.options import TrainingOptions
+    from retro_mcore.training.options.pretrain import TrainingOptions
 
     values: dict[str, Any] = {
         "project_dir": "project",
@@ -87,7 +87,7 @@ def small_plan(**changes: Any) -> Any:
     from retro_mcore.platform import setup_device
 
     setup_device("cpu")  # before megatron is imported
-    from retro_mcore.training.plan import make_plan
+    from retro_mcore.training.setup.plan import make_plan
 
     return make_plan(small_options(**changes), small_project(), VOCABULARY)
 
@@ -96,7 +96,7 @@ def small_trainer(**changes: Any) -> Any:
     from retro_mcore.platform import setup_device
 
     device = setup_device("cpu")  # before megatron is imported
-    from retro_mcore.training.trainer import Trainer
+    from retro_mcore.training.loop.trainer import Trainer
 
     return Trainer(small_plan(**changes), RandomSamples(TRAIN_SAMPLES), RandomSamples(8), device)
 

@@ -13,16 +13,16 @@ import shutil
 import numpy as np
 import pytest
 
+from retro_mcore.checkpoint.files import find_checkpoint
 from retro_mcore.cli import convert_checkpoint
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
-from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
-from retro_mcore.datasets.indexed import write_indexed_dataset
+from retro_mcore.data.tokens.indexed_dataset import write_indexed_dataset
 from retro_mcore.errors import ProjectError, RetroError, TokenizerError
 from retro_mcore.project.lock import directory_lock
-from retro_mcore.training.checkpoint_args import read_arguments
-from retro_mcore.training.checkpoint_files import find_checkpoint
-from retro_mcore.training.data import check_document_tokens
-from retro_mcore.training.data_contents import DataContents, DatasetContents, quick_digest
+from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.training.loop.sample_reader import check_document_tokens
+from retro_mcore.training.options.from_checkpoint import read_arguments
+from retro_mcore.training.setup.data_contents import DataContents, DatasetContents, quick_digest
 from tests.unit.data.projects import blended_project
 
 
@@ -195,8 +195,8 @@ def with_settings(project, **changes):
 
 def uses_of_a_model(project, begun, tmp_path):
     """What takes a trained model to a project of the same tokenizer: evaluation, and training."""
-    from retro_mcore.evaluation.loaded_model import load_project_model
-    from retro_mcore.training.options import ParallelOptions
+    from retro_mcore.session import load_project_model
+    from retro_mcore.training.options.pretrain import ParallelOptions
 
     save = str(tmp_path / "other")
     yield lambda: load_project_model(project, begun, ParallelOptions())

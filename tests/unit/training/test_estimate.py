@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.processes import run_ranks
-from tests.unit.conversion.test_huggingface import arguments, tokens_of_test
+from tests.unit.checkpoint.test_huggingface import arguments, tokens_of_test
 
 BASE = {
     "num_layers": 6,
@@ -43,9 +43,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("model", MODELS)
 def test_parameters_of_a_built_model(megatron, model):
-    from retro_mcore.training.estimate import count_parameters
-    from retro_mcore.training.options import ParallelOptions
-    from retro_mcore.training.provider import build_model
+    from retro_mcore.training.options.pretrain import ParallelOptions
+    from retro_mcore.training.setup.build import build_model
+    from retro_mcore.training.setup.estimate import count_parameters
 
     model_arguments = arguments(**{**BASE, **MODELS[model]})
     built = build_model(model_arguments, ParallelOptions(device="cpu"))
@@ -68,7 +68,7 @@ def test_weights_of_every_rank(megatron):
 
 def weights_of_layouts():
     """Bytes of this rank's weights, and the estimate of the largest rank's, by model and layout."""
-    from retro_mcore.training.estimate import estimate_memory
+    from retro_mcore.training.setup.estimate import estimate_memory
     from tests.distributed.test_load_gpt import build
 
     found = {}
@@ -88,9 +88,9 @@ def weights_of_layouts():
 @pytest.mark.parametrize("model", ["plain", "llama", "GPT"])
 def test_activations_are_of_the_right_size(megatron, model):
     """Within a factor of two of what a forward pass keeps, without dropout, in fp32."""
-    from retro_mcore.training.estimate import estimate_memory
-    from retro_mcore.training.options import ParallelOptions
-    from retro_mcore.training.provider import build_model
+    from retro_mcore.training.options.pretrain import ParallelOptions
+    from retro_mcore.training.setup.build import build_model
+    from retro_mcore.training.setup.estimate import estimate_memory
 
     flags = {**BASE, "hidden_size": 64, **MODELS[model]}
     model_arguments = replace(arguments(**flags), padded_vocab_size=128)

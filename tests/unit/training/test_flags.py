@@ -10,8 +10,8 @@ import yaml
 from retro_mcore.cli.command import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.training import megatron_flags
-from retro_mcore.training.options import TrainingOptions
+from retro_mcore.training.options import megatron as megatron_flags
+from retro_mcore.training.options.pretrain import TrainingOptions
 from tests.unit.training.small import small_plan, small_trainer
 
 REQUIRED = (
@@ -105,7 +105,7 @@ def test_what_cannot_work_is_refused_by_name(flags, message):
 
 @pytest.mark.usefixtures("megatron")
 def test_fp8_without_transformer_engine_is_refused_by_name():
-    from retro_mcore.training.provider import build_config
+    from retro_mcore.training.setup.build import build_config
 
     plan = small_plan(fp8_format="hybrid", bf16=True)
     with pytest.raises(ConfigurationError, match="--fp8-format: hybrid without Transformer Engine"):
@@ -114,7 +114,7 @@ def test_fp8_without_transformer_engine_is_refused_by_name():
 
 @pytest.mark.usefixtures("megatron")
 def test_what_megatron_refuses_is_told_as_a_mistake_of_the_flags():
-    from retro_mcore.training.provider import build_config
+    from retro_mcore.training.setup.build import build_config
 
     plan = small_plan(recompute_granularity="selective", recompute_modules=["everything"])
     with pytest.raises(ConfigurationError, match=r"the flags: megatron-core refuses them: .*every"):
@@ -127,7 +127,7 @@ def test_what_megatron_refuses_is_told_as_a_mistake_of_the_flags():
 def test_flags_reach_megatrons_configurations():
     from megatron.core.activations import squared_relu
 
-    from retro_mcore.training.provider import build_config
+    from retro_mcore.training.setup.build import build_config
 
     plan = small_plan(
         squared_relu=True,

@@ -44,7 +44,7 @@ def test_relative_positions_change_the_losses():
 
 
 def test_cross_attention_has_a_dropout_of_its_own():
-    from retro_mcore.training.provider import build_config
+    from retro_mcore.training.setup.build import build_config
 
     def rate(**flags):
         plan = small_plan(retro_encoder_attention_dropout=0.2, **flags)

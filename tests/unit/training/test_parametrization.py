@@ -55,7 +55,7 @@ def test_the_norm_after_cross_attention_trains_with_a_frozen_decoder():
 
 
 def test_they_are_refused_without_retrieval():
-    from retro_mcore.training.provider import build_config
+    from retro_mcore.training.setup.build import build_config
 
     plan = small_plan(no_retrieval=True, retro_deepnorm=True)
     with pytest.raises(ConfigurationError, match="--retro-deepnorm: True, together with"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from retro_mcore.errors import ConfigurationError, ProjectError
-from retro_mcore.training.batch import collate
-from retro_mcore.training.data import MicroBatchSampler, require_split
-from retro_mcore.training.metrics import MetricsFile, read_metrics
+from retro_mcore.training.loop.batch import collate
+from retro_mcore.training.loop.sample_reader import MicroBatchSampler, require_split
+from retro_mcore.training.reporting.metrics import MetricsFile, read_metrics
 from tests.unit.training.small import (
     BATCH,
     CHUNK_LENGTH,
@@ -58,7 +58,7 @@ def test_flags_that_cannot_work_are_refused_by_name(flags, message):
 )
 @pytest.mark.usefixtures("megatron")
 def test_sizes_that_do_not_divide_are_refused_by_name(flags, message):
-    from retro_mcore.training.provider import build_config
+    from retro_mcore.training.setup.build import build_config
 
     plan = small_plan(**flags)
     with pytest.raises(ConfigurationError, match=message):

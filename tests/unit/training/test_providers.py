@@ -187,8 +187,8 @@ def test_a_flag_of_the_model_that_nobody_here_knows_is_refused(megatron, flags, 
 def test_every_option_of_our_model_and_of_noise_has_its_flag(megatron):
     from dataclasses import fields
 
-    from retro_mcore.training.noise_options import NeighborNoiseOptions
-    from retro_mcore.training.options import ModelOptions
+    from retro_mcore.training.options.noise import NeighborNoiseOptions
+    from retro_mcore.training.options.pretrain import ModelOptions
 
     args = parse()
     for options in (ModelOptions, NeighborNoiseOptions):
@@ -212,7 +212,7 @@ def test_the_encoders_sizes_reach_the_model(megatron):
 
 def test_the_vocabulary_is_the_projects_without_a_tokenizer_of_megatrons(megatron):
     """GPT-2's vocabulary is looked up on a hub by Megatron-LM; clusters have none."""
-    from retro_mcore.data.tokenizers import load_project_tokenizer
+    from retro_mcore.data.tokenizers.loading import load_project_tokenizer
     from retro_mcore.project import ProjectConfig, ProjectPaths
 
     project = ProjectConfig.load(built_project())
@@ -251,7 +251,7 @@ def test_an_error_of_ours_survives_how_megatron_raises_it_again():
 
 def test_a_loss_that_is_not_finite_is_told(megatron):
     from retro_mcore.training import providers
-    from retro_mcore.training.loss import NonFiniteLossError
+    from retro_mcore.training.loop.loss import NonFiniteLossError
 
     there = MegatronLM(command_line())
     there.args = SimpleNamespace(check_for_nan_in_loss_and_grad=True)

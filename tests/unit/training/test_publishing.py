@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from retro_mcore.platform.tracker import TRACKER
-from retro_mcore.training.checkpoint_files import (
+from retro_mcore.checkpoint.files import (
     Retention,
     complete_iterations,
     latest_iteration,
     publish,
 )
+from retro_mcore.checkpoint.tracker import TRACKER
 
 
 class Killed(BaseException):

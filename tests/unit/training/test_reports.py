@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from retro_mcore.errors import ConfigurationError, MissingDependencyError
-from retro_mcore.training.metrics import MetricsFile, read_metrics
+from retro_mcore.training.reporting.metrics import MetricsFile, read_metrics
 from tests.unit.training.small import NO_DROPOUT, SEQUENCE_LENGTH, small_trainer, train
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -28,7 +28,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_operations_are_those_that_pytorch_counts(shape):
-    from retro_mcore.training.flops import forward_flops_per_sample
+    from retro_mcore.training.reporting.flops import forward_flops_per_sample
 
     trainer = small_trainer(**NO_DROPOUT, **SHAPES[shape])
     (chunk,) = trainer._parts.chunks

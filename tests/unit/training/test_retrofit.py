@@ -14,9 +14,9 @@ import torch
 from retro_mcore.cli.command import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main
 from retro_mcore.errors import CheckpointError
-from retro_mcore.training.checkpoint_args import model_options_of_gpt
-from retro_mcore.training.options import ModelOptions
-from tests.unit.conversion.test_huggingface import LLAMA_CONFIG, flags_of, logits
+from retro_mcore.training.options.from_checkpoint import model_options_of_gpt
+from retro_mcore.training.options.pretrain import ModelOptions
+from tests.unit.checkpoint.test_huggingface import LLAMA_CONFIG, flags_of, logits
 from tests.unit.data.projects import built_project
 from tests.unit.training.small import NO_DROPOUT, VOCABULARY, small_trainer
 
@@ -44,7 +44,7 @@ def model_of(trainer):
 
 
 def test_a_run_starts_from_the_gpt_and_resumes_from_itself(megatron, tmp_path, capsys):
-    from tests.unit.conversion.test_huggingface import tokens_of_test
+    from tests.unit.checkpoint.test_huggingface import tokens_of_test
 
     theirs = make_llama(tmp_path / "llama")
     saved = str(tmp_path / "run")
@@ -172,7 +172,7 @@ def test_our_own_gpt_and_our_own_retro(megatron, tmp_path):
 def test_another_habit_of_bos_is_told(tmp_path, habit, adds_bos):
     """A GPT that was trained with BOS, and a project without, or the other way round."""
     from retro_mcore.project.config import ProjectSettings
-    from retro_mcore.training.retrofit import bos_notes
+    from retro_mcore.training.setup.retrofit import bos_notes
     from tests.unit.data.tokenizer_shapes import byte_level, save
 
     tokenizer = byte_level(["<s>", "</s>"])
@@ -321,7 +321,7 @@ def test_dropout_alone_may_differ(megatron, folder):
 
 def make_plan_of(options):
     from retro_mcore.project.config import ProjectConfig
-    from retro_mcore.training.plan import make_plan
+    from retro_mcore.training.setup.plan import make_plan
 
     return make_plan(options, ProjectConfig.load(options.project_dir), 500)
 

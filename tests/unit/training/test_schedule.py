@@ -17,7 +17,7 @@ HIGHEST, LOWEST = 1e-2, 1e-3
 
 def schedule(**flags):
     """(learning rate, weight decay) of each iteration."""
-    from retro_mcore.training.optimizer import build_scheduler
+    from retro_mcore.training.loop.optimizer import build_scheduler
 
     groups = SimpleNamespace(param_groups=[{"max_lr": HIGHEST, "min_lr": LOWEST}])
     scheduler = build_scheduler(groups, small_plan(min_lr=LOWEST, **flags))
@@ -84,7 +84,7 @@ def test_weight_decay_grows(style):
 def test_batches_ramp_up_as_megatrons_calculator_says(rampup):
     from megatron.core import num_microbatches_calculator as calculator
 
-    from retro_mcore.training.batch_sizes import BatchSizes
+    from retro_mcore.training.loop.batch_sizes import BatchSizes
 
     if not hasattr(calculator, "RampupBatchsizeNumMicroBatchesCalculator"):
         pytest.skip("this release of megatron-core has no ramp")

@@ -44,8 +44,8 @@ def run(counts: list[int], **changes):
     from retro_mcore.platform import setup_device
 
     device = setup_device("cpu")
-    from retro_mcore.training.plan import make_plan
-    from retro_mcore.training.trainer import Trainer
+    from retro_mcore.training.loop.trainer import Trainer
+    from retro_mcore.training.setup.plan import make_plan
 
     project = small_project(
         retro_gpt_global_batch_size=GLOBAL_BATCH,

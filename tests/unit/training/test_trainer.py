@@ -75,7 +75,7 @@ def test_metrics_of_an_interrupted_run_have_no_gap_and_no_repetition(tmp_path):
 
 
 def test_a_finished_run_is_reused(uninterrupted):
-    from retro_mcore.training.trainer import finished_run
+    from retro_mcore.training.loop.trainer import finished_run
 
     result, _, directory = uninterrupted
     again = finished_run(small_plan(save=str(directory), load=str(directory)))
@@ -119,7 +119,7 @@ class OnePoisonedSample(RandomSamples):
 
 
 def test_a_nan_loss_names_iteration_and_samples():
-    from retro_mcore.training.loss import NonFiniteLossError
+    from retro_mcore.training.loop.loss import NonFiniteLossError
 
     trainer = small_trainer(untie_embeddings_and_output_weights=True)
     trainer._train_samples = OnePoisonedSample(TRAIN_SAMPLES)

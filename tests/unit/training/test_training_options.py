@@ -99,7 +99,7 @@ def test_an_fp16_run_that_takes_no_step_leaves_the_weights(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step():
-    from retro_mcore.training.loss import NonFiniteLossError
+    from retro_mcore.training.loop.loss import NonFiniteLossError
 
     trainer = small_trainer()
     (weight, *_) = trainer._parts.chunks[0].module.decoder.parameters()
@@ -158,8 +158,8 @@ class SuddenlyRandomSamples(RandomSamples):
 
 
 def test_a_loss_spike_is_reported_with_its_samples(tmp_path, capsys):
-    from retro_mcore.training.plan import make_plan
-    from retro_mcore.training.spikes import SpikeDetector
+    from retro_mcore.training.loop.spikes import SpikeDetector
+    from retro_mcore.training.setup.plan import make_plan
 
     project = small_project(retro_gpt_train_samples=104, retro_gpt_eval_interval=100)
     trainer = small_trainer(save=str(tmp_path))
@@ -175,7 +175,7 @@ def test_a_loss_spike_is_reported_with_its_samples(tmp_path, capsys):
 
 
 def test_a_lasting_rise_of_the_loss_is_no_series_of_spikes():
-    from retro_mcore.training.spikes import SpikeDetector
+    from retro_mcore.training.loop.spikes import SpikeDetector
 
     detector = SpikeDetector(window=20)
     losses = [2 + 0.01 * (i % 3) for i in range(30)] + [3 + 0.01 * (i % 3) for i in range(30)]

@@ -1,0 +1,231 @@
+"""What a checkpoint says that its model is, in the names of our flags; and what contradicts it."""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from retro_mcore.checkpoint.conversion.model_fields import (
+    DECODER_FLAGS,
+    MODEL_FIELDS,
+    OURS_ALONE,
+    Flags,
+)
+from retro_mcore.checkpoint.conversion.weights import Weights
+from retro_mcore.errors import CheckpointError
+
+__all__ = ["DECODER_FLAGS", "MODEL_FIELDS", "OURS_ALONE", "Flags"]
+
+
+# Attributes of Megatron's arguments that are called the same here: the model's, and some of
+# training and its data.
+_SAME = (
+    *(name for name, field in MODEL_FIELDS.items() if field.megatron is not None),
+    "seed",
+    "bf16",
+    "fp16",
+    "document_tokens",
+)
+_RENAMED = {
+    "layernorm_epsilon": "norm_epsilon",
+    **{
+        field.megatron: name
+        for name, field in MODEL_FIELDS.items()
+        if field.megatron not in (None, name)
+    },
+}
+# These mean the opposite, or are of another form.
+for _name in ("add_bias_linear", "retro_add_retriever", "window_size"):
+    del _RENAMED[_name]
+# Megatron's arguments that change what a model computes and that ours lacks, with the values with
+# which they do not.
+_LACKED: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("learned_absolute", "rope"),
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "num_experts": (),
+    "num_moe_experts": (),
+    "multi_latent_attention": (),
+    "mtp_num_layers": (0,),
+    "apply_residual_connection_post_layernorm": (),
+    "softmax_scale": (),
+    "softmax_type": ("vanilla",),
+    "window_attn_skip_freq": (),
+    "no_rope_freq": (),
+    "attention_output_gate": (),
+    "quick_geglu": (),
+    "swiglu_limit": (),
+    "activation_func_clamp_value": (),
+    "glu_linear_offset": (0.0,),
+    "experimental_attention_variant": (),
+    "linear_attention_freq": (),
+    "heterogeneous_layers_config_path": (),
+    "heterogeneous_layers_config_encoded_json": (),
+    "hybrid_override_pattern": (),
+    "hybrid_layer_pattern": (),
+    "is_hybrid_model": (),
+    "use_mup": (),
+    "mrope_section": (),
+}
+_ROTARY = tuple(name for name in DECODER_FLAGS if name.startswith(("rotary_", "rope_", "use_rope")))
+_LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.")
+
+
+def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Flags:
+    """Flags from the arguments that Megatron (or we) saved in a checkpoint.
+
+    Args:
+        args: As they were saved.
+        source: The checkpoint, for the error.
+
+    Raises:
+        CheckpointError: they say that the model computes something that ours does not.
+    """
+    values = vars(args)
+    if is_ours(args):
+        flags = {name: value for name, value in values.items() if value is not None}
+        heads = values.get("num_query_groups") or values.get("num_attention_heads")
+        return {**flags, "num_query_groups": heads} if heads else flags
+    _refuse_lacked(values, source)
+    flags = {_RENAMED.get(name, name): value for name, value in values.items()}
+    flags = {name: flags[name] for name in (*_SAME, *OURS_ALONE) if flags.get(name) is not None}
+    if values.get("use_rotary_position_embeddings"):  # the flag before --position-embedding-type
+        flags["position_embedding_type"] = "rope"
+    if "num_attention_heads" in flags:
+        groups = values.get("num_query_groups") if values.get("group_query_attention") else None
+        flags["num_query_groups"] = groups or flags["num_attention_heads"]
+    if "add_bias_linear" in values:
+        flags["disable_bias_linear"] = not values["add_bias_linear"]
+    # Megatron's fused GELU, which it takes unless told otherwise, is the approximation.
+    if values.get("bias_gelu_fusion") and not values.get("swiglu"):
+        flags["openai_gelu"] = True
+    return {**flags, **_window_flags(values, source)}
+
+
+def _window_flags(values: Mapping[str, Any], source: object) -> Flags:
+    """Megatron's window counts the tokens before a position, ours the position too."""
+    window = values.get("window_size")
+    if window is None:
+        return {}
+    plain = isinstance(window, (tuple, list)) and len(window) == 2
+    if not plain or not all(isinstance(size, int) for size in window):
+        raise CheckpointError(source, f"has window_size {window!r}", "Expected (tokens, 0)")
+    return {"sliding_window": None if window[0] < 0 else window[0] + 1}
+
+
+def _refuse_lacked(values: Mapping[str, Any], source: object) -> None:
+    found = [
+        f"{name} {values[name]!r}"
+        for name, neutral in _LACKED.items()
+        if values.get(name) not in (None, False, *neutral)
+    ]
+    if found:
+        raise CheckpointError(
+            source,
+            f"is of a model that computes otherwise than ours: {', '.join(found)}",
+            "Only dense GPT and Retro models convert",
+        )
+
+
+def is_ours(args: Namespace) -> bool:
+    """Whether our own trainer saved them."""
+    return "no_retrieval" in vars(args)
+
+
+def flags_of_weights(weights: Weights) -> Flags:
+    """Flags that the weights' names and shapes show.
+
+    Raises:
+        CheckpointError: it has no decoder layers.
+    """
+    layer = "decoder.layers.0."
+    shapes = {name.removeprefix(layer): w.shape for name, w in weights.items() if layer in name}
+    if "mlp.linear_fc2.weight" not in shapes or "embedding.word_embeddings.weight" not in weights:
+        raise CheckpointError(
+            "the checkpoint",
+            f"has no dense decoder layers (found {', '.join(sorted(weights)[:4])}, ...)",
+            "Name a GPT or Retro checkpoint",
+        )
+    ffn = shapes["mlp.linear_fc2.weight"][1]
+    vocabulary, hidden = weights["embedding.word_embeddings.weight"].shape
+    flags: Flags = {
+        "num_layers": _count(weights, "decoder"),
+        "hidden_size": hidden,
+        "padded_vocab_size": vocabulary,
+        "ffn_hidden_size": ffn,
+        "swiglu": shapes["mlp.linear_fc1.weight"][0] == 2 * ffn,
+        "normalization": "LayerNorm" if "input_layernorm.bias" in shapes else "RMSNorm",
+        "disable_bias_linear": "mlp.linear_fc2.bias" not in shapes,
+        "qk_layernorm": "self_attention.q_layernorm.weight" in shapes,
+        "untie_embeddings_and_output_weights": "output_layer.weight" in weights,
+    }
+    flags["add_qkv_bias"] = (
+        "self_attention.linear_qkv.bias" in shapes and flags["disable_bias_linear"]
+    )
+    positions = weights.get("embedding.position_embeddings.weight")
+    flags["position_embedding_type"] = "rope" if positions is None else "learned_absolute"
+    if positions is not None:
+        flags["max_position_embeddings"] = positions.shape[0]
+    return {**flags, **_retro_flags(weights, flags["num_layers"])}
+
+
+def _retro_flags(weights: Weights, num_layers: int) -> Flags:
+    numbers = {
+        int(match[2]) + 1
+        for name in weights
+        if "cross_attention." in name and (match := _LAYER.match(name)) and match[1] == "decoder"
+    }
+    if not numbers:
+        return {"no_retrieval": True}
+    usual = set(range(6 if num_layers <= 15 else 9, num_layers + 1, 3))
+    return {
+        "no_retrieval": False,
+        "retro_decoder_layers": None if numbers == usual else sorted(numbers),
+        "retro_encoder_num_layers": _count(weights, "neighbor_encoder"),
+    }
+
+
+def _count(weights: Weights, block: str) -> int:
+    numbers = [int(m[2]) for name in weights if (m := _LAYER.match(name)) and m[1] == block]
+    return max(numbers, default=-1) + 1
+
+
+def check_decoder(found: Mapping[str, Any], wanted: Mapping[str, Any], source: object) -> None:
+    """Refuse a model whose decoder is another than the checkpoint's.
+
+    Args:
+        found: The checkpoint's flags; what it does not say is not compared.
+        wanted: The model's flags, all of `DECODER_FLAGS`, resolved.
+        source: The checkpoint, for the error.
+
+    Raises:
+        CheckpointError: naming every flag that contradicts it, and both values.
+    """
+    problems = []
+    rotary = wanted["position_embedding_type"] == "rope"
+    for name in DECODER_FLAGS:
+        if name not in found or _same(found[name], wanted[name]):
+            continue
+        if (name in _ROTARY and not rotary) or (name == "max_position_embeddings" and rotary):
+            continue
+        if name == "rope_scaling_factor" and not found.get("use_rope_scaling"):
+            continue
+        if name == "sliding_window" and wanted[name] is None:  # then it is the checkpoint's
+            continue
+        if name == "apply_layernorm_1p" and wanted["normalization"] == "RMSNorm":
+            continue
+        problems.append(f"--{name.replace('_', '-')} is {wanted[name]}, expected {found[name]}")
+    if problems:
+        raise CheckpointError(
+            f"--load-gpt {source}",
+            "the model's flags contradict the checkpoint: " + "; ".join(problems),
+            "Give the flags as the checkpoint has them",
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if None not in (one, other) and float in (type(one), type(other)):
+        return math.isclose(float(one), float(other), rel_tol=1e-6)
+    return one == other

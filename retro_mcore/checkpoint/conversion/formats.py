@@ -1,0 +1,151 @@
+"""Checkpoints on disk, of any format that is read here: what they are, and their weights.
+
+retro-mcore     ours, in Megatron's torch_dist format
+megatron        Megatron-Core's names: torch_dist, or one file per rank
+instructretro   the names before Megatron-Core: one file per rank
+huggingface     a GPT-2 or Llama-family directory
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from retro_mcore.checkpoint.checksums import verify_checkpoint
+from retro_mcore.checkpoint.conversion.architecture import (
+    OURS_ALONE,
+    Flags,
+    flags_of_arguments,
+    flags_of_weights,
+    is_ours,
+)
+from retro_mcore.checkpoint.conversion.huggingface import is_huggingface, read_huggingface
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS
+from retro_mcore.checkpoint.conversion.names import from_upstream_name, local_name
+from retro_mcore.checkpoint.conversion.weights import Weight
+from retro_mcore.checkpoint.torch_dist import is_torch_dist, read_torch_dist
+from retro_mcore.checkpoint.torch_format import is_torch_format, read_torch_format
+from retro_mcore.checkpoint.tracker import tracked_checkpoint
+from retro_mcore.errors import CheckpointError
+
+Source = Literal["retro-mcore", "megatron", "instructretro", "huggingface"]
+
+_UPSTREAM_ENCODER = re.compile(r"^decoder\.layers\.(\d+)\.cross_attention\.encoder\.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, its weights still unread.
+
+    Attributes:
+        path: The directory that holds its files.
+        source: Whose format and names it has.
+        flags: What is known of its model, by the names of our flags.
+        weights: By our names, as an unsharded model with local layers has them.
+        common: Arguments and counters, as they were saved.
+        notes: What its owner may want to know of it.
+    """
+
+    path: Path
+    source: Source
+    flags: Flags
+    weights: dict[str, Weight]
+    common: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def has_retrieval(self) -> bool:
+        """Whether it is a Retro model."""
+        return not self.flags["no_retrieval"]
+
+
+def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
+    """Look at a checkpoint; its weights are read when they are wanted.
+
+    All ranks call it, inside `raise_together`: each compares a share of the files with their
+    checksums.
+
+    Args:
+        directory: With a tracker file, its latest checkpoint is taken; else itself.
+        compare: Whether to; not where the weights are left alone.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, of an unknown format, or holds more than
+            plain data.
+    """
+    path = latest_directory(Path(directory))
+    if is_torch_dist(path):
+        common, weights = read_torch_dist(path)
+        older = False
+    elif is_torch_format(path):
+        common, weights, older = read_torch_format(path)
+    elif is_huggingface(path):
+        flags, weights, notes = read_huggingface(path)
+        flags = {**OURS_ALONE, **flags_of_weights(weights), **flags}
+        return Checkpoint(path, "huggingface", flags, weights, notes=notes)
+    else:
+        raise CheckpointError(
+            directory,
+            "is no checkpoint that is known here",
+            "Name a directory of a Megatron checkpoint (torch_dist, or mp_rank_* files) or of a "
+            "Hugging Face model (config.json and *.safetensors)",
+        )
+    if compare:
+        verify_checkpoint(path)
+    args = common.get("args") or Namespace()
+    ours = is_ours(args)
+    # Our model, whoever trained it: Megatron-LM does, with our providers.
+    our_model = not older and any(name.startswith("neighbor_encoder.") for name in weights)
+    if not older:
+        weights = _our_names(weights)
+    of_arguments = flags_of_arguments(args, path)
+    flags = {**OURS_ALONE, "sliding_window": None, **of_arguments, **flags_of_weights(weights)}
+    source: Source = "retro-mcore" if ours else "instructretro" if older else "megatron"
+    if not ours and not flags["no_retrieval"]:
+        theirs = _origin(source, weights)
+        flags["retro_origin"] = getattr(args, "retro_origin", None) if our_model else theirs
+    unread = source == "megatron" and not our_model and not flags["no_retrieval"]
+    told = _drop_unread(flags) if unread else []
+    return Checkpoint(path, source, flags, weights, common, notes=told)
+
+
+def _drop_unread(flags: Flags) -> list[str]:
+    """Give what Megatron-core's Retro takes as an argument, but does not read, the value that it
+    computes with; returns what there is to say of it."""
+    notes = []
+    for name, option in MODEL_FIELDS.items():
+        if not option.megatron_core and flags.get(name, option.default) != option.default:
+            notes.append(
+                f"its {name} {flags[name]} is left out: Megatron-core's Retro computes with "
+                f"{option.default:g}"
+            )
+            flags[name] = option.default
+    return notes
+
+
+def latest_directory(directory: Path) -> Path:
+    """The checkpoint that a tracker file names, or the directory itself where there is none.
+
+    Raises:
+        CheckpointError: the directory does not exist, or the tracker file is malformed.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(directory, "no such directory", "Name a checkpoint's directory")
+    return tracked_checkpoint(directory) or directory
+
+
+def _our_names(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    found = (match for name in weights if (match := _UPSTREAM_ENCODER.match(name)))
+    match = next(found, None)
+    first = int(match[1]) + 1 if match else 0
+    return {local_name(from_upstream_name(name, first)): w for name, w in weights.items()}
+
+
+def _origin(source: Source, weights: Mapping[str, Weight]) -> str:
+    if source == "instructretro":
+        return "legacy"
+    return "mcore-0.5" if "decoder.final_layernorm.weight" in weights else "mcore-0.15"

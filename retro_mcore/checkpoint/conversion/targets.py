@@ -1,0 +1,221 @@
+"""Writing checkpoints in the formats that they convert to."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, Flags
+from retro_mcore.checkpoint.conversion.names import fused_name, to_legacy_name, to_upstream_name
+from retro_mcore.checkpoint.conversion.weights import Weight, Weights, fit_vocabulary, is_vocabulary
+from retro_mcore.checkpoint.torch_dist import write_torch_dist
+from retro_mcore.checkpoint.torch_format import write_torch_format
+from retro_mcore.checkpoint.tracker import TRACKER
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.project.atomic import atomic_write
+
+Target = Literal["retro-mcore", "megatron", "megatron-torch", "instructretro"]
+
+_ORIGINS = {
+    "megatron": ("mcore-0.15", "mcore-0.5"),
+    "megatron-torch": ("mcore-0.15", "mcore-0.5"),
+    "instructretro": ("legacy",),
+}
+_LAYER = re.compile(r"^((?:decoder|neighbor_encoder)\.layers\.\d+)\.cross_attention\.")
+
+
+def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
+    """Refuse to write a model for an implementation that would compute something else with it.
+
+    Args:
+        target: The implementation's format.
+        flags: Of the model.
+        forced: Whether the user named the origin, and so knows.
+
+    Raises:
+        ConfigurationError: naming --retro-origin.
+    """
+    if target == "retro-mcore":
+        return
+    lacked = [f"{name} {flags[name]}" for name in _lacked(target, flags)]
+    if lacked:
+        raise ConfigurationError(
+            f"--target {target}",
+            f"cannot say {', '.join(lacked)}, without which the model computes something else",
+            "Keep it in retro-mcore's format",
+        )
+    check_window(target, flags)
+    if flags["no_retrieval"]:
+        return
+    if flags.get("retro_decoder_layers") is not None and not forced:
+        raise ConfigurationError(
+            f"--target {target}",
+            "has cross-attention in every third layer from 6 (9 above 15), and this model in "
+            f"{flags['retro_decoder_layers']}",
+            f"Keep it in retro-mcore's format, or give --retro-origin {_ORIGINS[target][0]}",
+        )
+    origin = flags.get("retro_origin")
+    if origin not in _ORIGINS[target]:
+        raise ConfigurationError(
+            f"--target {target}",
+            f"computes as {' or '.join(_ORIGINS[target])} does, and this model was trained as "
+            f"{origin or 'the paper describes'}",
+            "Choose another target; or, to write the weights all the same, give --retro-origin "
+            + _ORIGINS[target][0],
+        )
+
+
+def _lacked(target: Target, flags: Flags) -> Iterator[str]:
+    """Options that change what the model computes, and that the target's code does not have."""
+    for name, field in MODEL_FIELDS.items():
+        value = flags.get(name, field.default)
+        used = field.decoder or not flags["no_retrieval"]
+        if used and field.is_neutral is not None and not field.is_neutral(value, flags):
+            yield name
+        # (A window is refused by itself.)
+        has = field.instructretro if target == "instructretro" else field.megatron_core
+        lacks = used and not has and name != "sliding_window"
+        if lacks and value is not None and value != field.default:
+            yield name
+
+
+def check_window(target: Target, flags: Flags) -> None:
+    """Refuse to write a model with a sliding window for code that attends to all tokens.
+
+    (Megatron has windows, but takes none from a checkpoint.)
+
+    Raises:
+        ConfigurationError: texts may be longer than the window.
+    """
+    window, length = flags.get("sliding_window"), flags.get("seq_length") or 0
+    if target != "retro-mcore" and window is not None and length > window:
+        raise ConfigurationError(
+            f"--target {target}",
+            f"computes full attention, and this model attends to the last {window} tokens of "
+            f"{length}",
+            "Keep it in retro-mcore's format; or, for texts that fit, convert it with the "
+            f"--project-dir of shorter samples, or with seq_length: {window} in --model-config",
+        )
+
+
+def write_checkpoint(
+    directory: Path,
+    target: Target,
+    args: Namespace,
+    flags: Flags,
+    weights: Weights,
+    tensor_parallel_size: int = 1,
+    iteration: int = 0,
+) -> Path:
+    """Write a checkpoint and the tracker file that names it.
+
+    Args:
+        directory: As for --save and --load; the checkpoint is made below.
+        target: Format and names.
+        args: What the checkpoint says of its model: see `megatron_arguments`.
+        flags: Of the model.
+        weights: By our names.
+        tensor_parallel_size: Files to cut it into, with the targets that have one for each rank.
+        iteration: Its number; 0 writes "release" where Megatron reads that.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        CheckpointError: there is a checkpoint already.
+    """
+    ours = target == "retro-mcore"
+    name = f"iter_{iteration:07d}" if iteration or ours or target == "megatron" else "release"
+    path = directory / name
+    if path.exists() or (directory / TRACKER).exists():
+        raise CheckpointError(f"--save {directory}", "holds a checkpoint", "Choose another")
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
+    weights = _fit(weights, flags, tensor_parallel_size)
+    if ours:
+        common["consumed_samples"] = 0
+    stored = _stored_name(target, weights)
+    named = {stored(key): weight for key, weight in weights.items()}
+    if target in ("retro-mcore", "megatron"):
+        write_torch_dist(path, common, named)
+    else:
+        write_torch_format(path, common, named, tensor_parallel_size, flags["swiglu"])
+    with atomic_write(directory / TRACKER) as tracker:
+        tracker.write_text(name if name == "release" else str(iteration), encoding="utf-8")
+    return path
+
+
+def _stored_name(target: Target, weights: Weights) -> Callable[[str], str]:
+    crossing = {match[1] for name in weights if (match := _LAYER.match(name))}
+    numbers = [int(p.split(".")[2]) + 1 for p in crossing if p.startswith("decoder.")]
+    first = min(numbers, default=1)
+    if target == "retro-mcore":
+        return fused_name
+    if target == "megatron":
+        return lambda name: to_upstream_name(fused_name(name), first)
+    if target == "megatron-torch":
+        return lambda name: to_upstream_name(name, first)
+    return lambda name: to_legacy_name(name, first, crossing)
+
+
+def padded_vocabulary(flags: Flags, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: as they are where they divide, else padded by Megatron's rule."""
+    rows: int = flags["padded_vocab_size"]
+    vocab_size: int = flags.get("vocab_size") or rows
+    if rows % tensor_parallel_size == 0:
+        return rows
+    multiple = flags.get("make_vocab_size_divisible_by", 128) * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def _fit(weights: Weights, flags: Flags, size: int) -> dict[str, Weight]:
+    rows, vocab_size = padded_vocabulary(flags, size), flags.get("vocab_size")
+    fitted = dict(weights)
+    for name, weight in weights.items():
+        if is_vocabulary(name) and rows != weight.shape[0]:
+            whole = fit_vocabulary(weight.load(), rows, vocab_size or weight.shape[0])
+            fitted[name] = Weight.of(whole)
+    return fitted
+
+
+def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
+    """What Megatron-LM's checkpoints say of a model, for its own checks and --use-checkpoint-args.
+
+    Args:
+        flags: By our names, resolved.
+        tensor_parallel_size: Of the checkpoint.
+    """
+    heads = flags["num_attention_heads"]
+    groups = flags.get("num_query_groups") or heads
+    rotary = flags["position_embedding_type"] == "rope"
+    rows = padded_vocabulary(flags, tensor_parallel_size)
+    window = flags.get("sliding_window")
+    # Theirs, and what is no option of the model (of training, of the checkpoint).
+    values: dict[str, Any] = {
+        name: value
+        for name, value in flags.items()
+        if name not in MODEL_FIELDS or MODEL_FIELDS[name].megatron == name
+    }
+    values |= {
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups if groups != heads else 1,
+        "kv_channels": flags.get("kv_channels") or flags["hidden_size"] // heads,
+        "max_position_embeddings": flags.get("max_position_embeddings") or flags["seq_length"],
+        "layernorm_epsilon": flags["norm_epsilon"],
+        "use_rotary_position_embeddings": rotary,
+        "add_position_embedding": not rotary,
+        "add_bias_linear": not flags["disable_bias_linear"],
+        "bias_gelu_fusion": False,
+        "padded_vocab_size": rows,
+        "tensor_model_parallel_size": tensor_parallel_size,
+        "pipeline_model_parallel_size": 1,
+        "data_parallel_random_init": False,
+        "retro_add_retriever": not flags["no_retrieval"],
+        "window_size": None if window is None else (window - 1, 0),
+    }
+    if not flags["no_retrieval"]:
+        for name in ("retro_encoder_num_layers", "retro_chunk_length"):
+            values |= {name: flags[name], str(MODEL_FIELDS[name].megatron): flags[name]}
+    return Namespace(**values)

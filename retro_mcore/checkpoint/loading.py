@@ -1,0 +1,235 @@
+"""Loading checkpoints in megatron's torch_dist format, whatever layout they were saved under."""
+
+from __future__ import annotations
+
+import warnings
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.metadata import Metadata
+
+from retro_mcore import distributed
+from retro_mcore.checkpoint.checksums import verify_checkpoint
+from retro_mcore.checkpoint.files import find_checkpoint
+from retro_mcore.checkpoint.random_state import set_random_state
+from retro_mcore.checkpoint.safe_loading import (
+    check_files,
+    read_common,
+    read_metadata,
+    weights_only,
+)
+from retro_mcore.checkpoint.state import (
+    FAILURES,
+    METADATA,
+    TrainingParts,
+    TrainingProgress,
+    model_key,
+    reason_of,
+    state_dict,
+)
+from retro_mcore.errors import CheckpointError
+from retro_mcore.platform.compatibility import (
+    keeping_adam_steps,
+    supply_adam_step,
+    unshare_adam_steps,
+)
+from retro_mcore.training.loop.optimizer import unwrap_model
+from retro_mcore.training.options.from_checkpoint import read_arguments
+from retro_mcore.training.options.pretrain import ParallelOptions
+from retro_mcore.training.setup.build import ModelArguments, arguments_from, build_model
+from retro_mcore.training.setup.initialize import initialize_parallel, parallel_sizes, set_seeds
+
+
+@dataclass(frozen=True)
+class LoadScope:
+    """What is taken from a checkpoint beside the weights.
+
+    Attributes:
+        optimizer: The optimizer's state and the schedule.
+        random_state: The random states (only into the layout that they were saved under).
+        progress: Iteration and position in the data.
+    """
+
+    optimizer: bool = True
+    random_state: bool = True
+    progress: bool = True
+
+
+def load_checkpoint(
+    checkpoint: Path, parts: TrainingParts, scope: LoadScope | None = None
+) -> TrainingProgress:
+    """Put a checkpoint's state into the parts of a run, whatever layout it was saved under.
+
+    Random states are those of the checkpoint if the model is laid out alike; else the run goes on
+    with those of its seed.
+
+    Args:
+        checkpoint: An iter_* directory.
+        parts: Filled in place.
+        scope: What to take; default: all.
+
+    Raises:
+        CheckpointError: it cannot be read, or its model is another; on every rank.
+    """
+    scope = scope or LoadScope()
+    with distributed.raise_together():
+        common = read_common(checkpoint)
+        verify_checkpoint(checkpoint)
+        _check_holds_run(common, scope, checkpoint)
+    takes_random_state = scope.random_state and _same_layout(common["args"])
+    request = state_dict(parts, True, scope.optimizer, takes_random_state)
+    state = _load(request, checkpoint)
+    for index, chunk in enumerate(parts.chunks):
+        unwrap_model(chunk).load_state_dict(state[model_key(index, parts.chunks)])
+    if scope.optimizer:
+        _load_optimizer(parts, state["optimizer"], common["opt_param_scheduler"], checkpoint)
+    else:
+        parts.optimizer.reload_model_params()
+    if takes_random_state:
+        set_random_state(state["rng_state"][0])
+    if not scope.progress:
+        return TrainingProgress()
+    return TrainingProgress(common["iteration"], common["consumed_samples"])
+
+
+def load_model_from_checkpoint(
+    directory: str | Path, parallel: ParallelOptions | None = None, ckpt_step: int | None = None
+) -> tuple[GPTModel, ModelArguments]:
+    """Rebuild a model from a checkpoint in `directory`, alone.
+
+    It may have been saved under any layout. Call `retro_mcore.platform.setup_device` first;
+    process groups are made here.
+
+    Args:
+        directory: What pretrain_retro.py was given as --save.
+        parallel: The layout to load into; default: one process. The precision is the checkpoint's.
+        ckpt_step: The iteration; default: the latest.
+
+    Returns:
+        The model on its device, in evaluation mode, and its arguments.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+        ConfigurationError: the layout does not fit the model.
+    """
+    parallel = parallel or ParallelOptions()
+    initialize_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    with distributed.raise_together():
+        checkpoint = find_checkpoint(directory, ckpt_step)
+        saved = read_arguments(checkpoint)
+        verify_checkpoint(checkpoint)
+        _require(checkpoint, saved, ("seed", "bf16", "fp16"))
+        arguments = arguments_from(saved)
+    set_seeds(saved["seed"])
+    precision = {"bf16": saved["bf16"], "fp16": saved["fp16"]}
+    layout = ParallelOptions(**{**vars(parallel), **precision})
+    with distributed.raise_together():
+        model = build_model(arguments, layout)
+    state = _load({"model": model.sharded_state_dict(metadata=METADATA)}, checkpoint)
+    model.load_state_dict(state["model"])
+    return model.eval(), arguments
+
+
+def _check_holds_run(common: Mapping[str, Any], scope: LoadScope, checkpoint: Path) -> None:
+    needed = ["args"]
+    needed += ["opt_param_scheduler"] if scope.optimizer else []
+    needed += ["iteration", "consumed_samples"] if scope.progress else []
+    _require(checkpoint, common, needed)
+
+
+def _require(checkpoint: Path, saved: Mapping[str, Any], names: Iterable[str]) -> None:
+    counters = ("iteration", "consumed_samples")
+    missing = [
+        name
+        for name in names
+        if name not in saved or (name in counters and not isinstance(saved[name], int))
+    ]
+    if missing:
+        raise CheckpointError(
+            checkpoint,
+            f"does not say {', '.join(missing)}",
+            "Name a checkpoint that pretrain_retro.py wrote",
+        )
+
+
+def _same_layout(args: Namespace) -> bool:
+    return parallel_sizes() == (
+        getattr(args, "tensor_model_parallel_size", None),
+        getattr(args, "pipeline_model_parallel_size", None),
+        getattr(args, "virtual_pipeline_model_parallel_size", None),
+    )
+
+
+def _load_optimizer(
+    parts: TrainingParts, state: dict[str, Any], schedule: dict[str, Any], checkpoint: Path
+) -> None:
+    supply_adam_step(parts.optimizer, state)
+    with keeping_adam_steps(parts.optimizer):
+        parts.optimizer.load_state_dict(state)
+    unshare_adam_steps(parts.optimizer)
+    try:
+        parts.scheduler.load_state_dict(schedule)
+    except AssertionError as error:
+        raise CheckpointError(
+            checkpoint,
+            f"was trained with another schedule ({error})",
+            "Give the flags of the schedule as they were, or add --no-load-optim",
+        ) from error
+
+
+def _load(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    with distributed.raise_together():  # before megatron's collectives, in which others would wait
+        metadata = read_metadata(checkpoint)
+        check_files(checkpoint, metadata)
+        _check_holds(request, metadata, checkpoint)
+    with distributed.raise_together():
+        try:
+            with warnings.catch_warnings(), weights_only():
+                warnings.simplefilter("ignore", FutureWarning)  # megatron's use of torch
+                return dist_checkpointing.load(request, str(checkpoint), strict="raise_unexpected")
+        except FAILURES as error:
+            raise CheckpointError(
+                checkpoint,
+                f"cannot be loaded ({reason_of(error)})",
+                "Load an earlier checkpoint (--ckpt-step) if this one is damaged",
+            ) from error
+    raise AssertionError("unreachable: raise_together does not swallow errors")
+
+
+def _check_holds(request: dict[str, Any], metadata: Metadata, checkpoint: Path) -> None:
+    """Refuse a checkpoint that lacks what this rank asks for, or has it in other sizes."""
+    for entry in _entries(request):
+        key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
+        stored = metadata.state_dict_metadata.get(key)
+        size = getattr(stored, "size", None)
+        if stored is not None and not isinstance(entry, ShardedTensor):
+            continue
+        if stored is not None and (entry.allow_shape_mismatch or size == entry.global_shape):
+            continue
+        wanted = f" of {tuple(entry.global_shape)}" if isinstance(entry, ShardedTensor) else ""
+        found = "holds none" if stored is None else f"holds one of {tuple(size or ())}"
+        raise CheckpointError(
+            checkpoint,
+            f"is of another model or optimizer: {key}{wanted} is asked for, and it {found}",
+            "Use a checkpoint of this model",
+        )
+
+
+def _entries(request: dict[str, Any]) -> Iterator[Any]:
+    for value in nested_values(request):
+        if isinstance(value, ShardedTensorFactory):
+            yield from nested_values(value.build())
+        elif isinstance(value, ShardedBase):
+            yield value

@@ -1,0 +1,278 @@
+"""Reading a corpus: JSON lines (also compressed), text files and folders of them.
+
+A corpus is cut into parts (ranges of a JSONL file, groups of text files), so that any number of
+ranks can share it and the order of the documents never depends on how many they are. A compressed
+file is one part, since it can only be read from its beginning.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retro_mcore.data.corpus.compressed import COMPRESSED, open_binary
+from retro_mcore.data.corpus.files import find_corpus_files, is_json
+from retro_mcore.errors import CorpusError, MissingDependencyError
+from retro_mcore.json_text import JsonError, parse_json, replace_surrogates
+
+#: Size that a part aims at, in bytes of text.
+PART_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document.
+
+    Attributes:
+        text: Its text, never empty.
+        source_id: Where it came from: the JSON line's own id, else `file:byte` (decompressed); the
+            file for text.
+    """
+
+    text: str
+    source_id: str
+
+
+@dataclass(frozen=True)
+class CorpusPart:
+    """A piece of work: bytes [start, end) of one JSONL file, or whole text files."""
+
+    files: tuple[Path, ...]
+    start: int = 0
+    end: int | None = None
+
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether the files hold JSON lines."""
+        return is_json(self.files[0])
+
+
+def text_cleaner() -> Callable[[str], str]:
+    """ftfy's `fix_text`: mends mojibake, stray control characters and HTML entities.
+
+    Raises:
+        MissingDependencyError: ftfy is not installed.
+    """
+    try:
+        import ftfy
+    except ImportError as error:
+        raise MissingDependencyError(
+            "ftfy", "not installed, and --clean-text needs it", "Install retro-mcore[corpus]"
+        ) from error
+    return ftfy.fix_text
+
+
+def read_documents(
+    source: Path | str,
+    json_keys: Sequence[str] = ("text",),
+    clean: Callable[[str], str] | None = None,
+    id_key: str = "id",
+) -> Iterator[Document]:
+    """All documents of a JSONL file, a text file, or a folder (sorted by path, recursive).
+
+    Documents that are empty or only white space are left out, and lone surrogates become U+FFFD;
+    `read_part` counts both.
+
+    Args:
+        source: The file or folder.
+        json_keys: Keys of a JSON line that hold the text; several are joined by an empty line.
+        clean: Applied to every text, such as `text_cleaner()`.
+        id_key: Key of a JSON line that holds its id; lines without it are named by their place.
+
+    Raises:
+        CorpusError: nothing to read, or a malformed line or file; names file and line.
+    """
+    for part in list_parts(source):
+        yield from read_part(part, json_keys, clean, id_key)
+
+
+def list_parts(source: Path | str, part_bytes: int = PART_BYTES) -> list[CorpusPart]:
+    """Cut `source` into parts of about `part_bytes`, the same for any number of ranks."""
+    parts: list[CorpusPart] = []
+    texts: list[Path] = []
+    size = 0
+    for file in find_corpus_files(source).files:
+        file_bytes = file.stat().st_size
+        if is_json(file):
+            parts.extend([CorpusPart(tuple(texts))] if texts else [])
+            texts, size = [], 0
+            if file.suffix.lower() in COMPRESSED:
+                parts.append(CorpusPart((file,)))
+                continue
+            starts = range(0, max(file_bytes, 1), part_bytes)
+            parts.extend(
+                CorpusPart((file,), start, min(start + part_bytes, file_bytes)) for start in starts
+            )
+            continue
+        texts.append(file)
+        size += file_bytes
+        if size >= part_bytes:
+            parts.append(CorpusPart(tuple(texts)))
+            texts, size = [], 0
+    return [*parts, CorpusPart(tuple(texts))] if texts else parts
+
+
+def read_part(
+    part: CorpusPart,
+    json_keys: Sequence[str] = ("text",),
+    clean: Callable[[str], str] | None = None,
+    id_key: str = "id",
+    counts: Counter[str] | None = None,
+) -> Iterator[Document]:
+    """The documents of one part; see `read_documents`.
+
+    Args:
+        part: Which.
+        json_keys: See `read_documents`.
+        clean: See `read_documents`.
+        id_key: See `read_documents`.
+        counts: What is left out and replaced is added to it, by name: `empty_documents`,
+            `empty_files`, `replaced_characters` (lone surrogates, by U+FFFD),
+            `byte_order_marks_removed`, `cleaned_documents`, `documents_without_id`.
+    """
+    counts = Counter() if counts is None else counts
+    for document in _read_raw(part, json_keys, id_key, counts):
+        text, replaced = replace_surrogates(document.text)
+        cleaned = clean(text) if clean else text
+        counts["replaced_characters"] += replaced
+        counts["cleaned_documents"] += cleaned != text
+        if cleaned.strip():
+            yield Document(cleaned, document.source_id)
+        else:
+            counts["empty_documents"] += 1
+
+
+def _read_raw(
+    part: CorpusPart, json_keys: Sequence[str], id_key: str, counts: Counter[str]
+) -> Iterator[Document]:
+    if part.is_jsonl:
+        yield from _read_lines(part, json_keys, id_key, counts)
+        return
+    for file in part.files:
+        yield Document(_read_text(file, counts), str(file))
+
+
+def _read_text(file: Path, counts: Counter[str]) -> str:
+    with open_binary(file) as stream:
+        data = stream.read()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise CorpusError(file, "is UTF-16 text", "Convert it to UTF-8")
+    place = data.find(b"\0")
+    if place >= 0 or data.startswith(b"%PDF-"):
+        found = f"a NUL byte at offset {place}" if place >= 0 else "a PDF file"
+        raise CorpusError(file, f"is no text ({found})", "Remove it, or convert it to UTF-8 text")
+    counts["empty_files"] += not data
+    return _decode(file, data, "Convert it to UTF-8", counts)
+
+
+def _decode(where: object, data: bytes, mend: str, counts: Counter[str]) -> str:
+    """UTF-8 without the byte order mark, which is no part of the text."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(where, _not_utf8(error), mend) from error
+    counts["byte_order_marks_removed"] += text.startswith("\ufeff")
+    return text.removeprefix("\ufeff")
+
+
+def _read_lines(
+    part: CorpusPart, json_keys: Sequence[str], id_key: str, counts: Counter[str]
+) -> Iterator[Document]:
+    """Lines that begin inside the part's bytes; the last one may run past its end.
+
+    Only a line feed ends a line.
+    """
+    (path,) = part.files
+    with open_binary(path) as file:
+        position = part.start
+        if part.start:
+            file.seek(part.start - 1)
+            position += len(file.readline()) - 1
+        while (part.end is None or position < part.end) and (line := file.readline()):
+            begin, position = position, position + len(line)
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
+                continue
+            try:
+                record = _record_of_line(line, counts)
+                text = _text_of_record(record, json_keys)
+            except CorpusError as error:
+                where = f"{path}:{_line_number(path, begin)}"
+                raise CorpusError(where, error.found, error.mend) from error
+            given = _id_of_record(record, id_key)
+            counts["documents_without_id"] += given is None and bool(text.strip())
+            yield Document(text, f"{path}:{begin}" if given is None else given)
+        counts["empty_files"] += not part.start and not position
+
+
+def _id_of_record(record: dict[str, Any], id_key: str) -> str | None:
+    """A text or a whole number as text; None where there is none."""
+    given = record.get(id_key)
+    named = isinstance(given, str | int) and not isinstance(given, bool)
+    return replace_surrogates(str(given))[0] if named else None
+
+
+def _record_of_line(line: bytes, counts: Counter[str]) -> dict[str, Any]:
+    text = _decode("", line, "Convert the file to UTF-8", counts)
+    try:
+        record = parse_json(text, allow_nan=True)
+    except JsonError as error:
+        found = "NUL bytes, which no JSON holds" if "\0" in text else error.in_line
+        mend = "Mend or remove the line; a document is one line of JSON"
+        raise CorpusError("", f"invalid JSON ({found})", mend) from error
+    if not isinstance(record, dict):
+        found = f"not a JSON object but {type(record).__name__}"
+        raise CorpusError("", found, 'Write a line like {"text": "…"} for each document')
+    return record
+
+
+def _text_of_record(record: dict[str, Any], json_keys: Sequence[str]) -> str:
+    texts = []
+    for key in json_keys:
+        if key not in record:
+            raise CorpusError(
+                "", f"no key {key!r} among {_some(record)}", "Name the text's key with --json-keys"
+            )
+        if not isinstance(record[key], str):
+            raise CorpusError(
+                "",
+                f"{key!r} is {type(record[key]).__name__}, not a string",
+                "Mend the line, or name another key with --json-keys",
+            )
+        texts.append(record[key])
+    return "\n\n".join(texts)
+
+
+def _some(record: dict[str, Any]) -> str:
+    """The names of a record's keys, not thousands of them."""
+    names = sorted(key[:50] for key in record)
+    return repr(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _line_number(path: Path, position: int) -> int:
+    """1-based number of the line that begins at byte `position`."""
+    lines, left = 1, position
+    with open_binary(path) as file:
+        while left and (block := file.read(min(left, 1 << 20))):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return lines
+
+
+#: How files of other kinds begin.
+_MAGIC = {
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "gzip, to be named .gz",
+    b"\x28\xb5\x2f\xfd": "Zstandard, to be named .zst",
+}
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    kinds = [kind for magic, kind in _MAGIC.items() if error.object.startswith(magic)]
+    perhaps = f", perhaps {kinds[0]}" if kinds else ""
+    place = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    return f"not UTF-8 ({place}{perhaps})"

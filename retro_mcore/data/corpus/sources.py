@@ -1,0 +1,95 @@
+"""What a corpus is called in a project, and whether it is still the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from retro_mcore.data.corpus.files import find_corpus_files
+from retro_mcore.data.tokens.document_ids import ids_path
+from retro_mcore.data.tokens.token_file import bin_path, idx_path
+from retro_mcore.data.tokens.token_input import find_token_input
+from retro_mcore.errors import CorpusError
+from retro_mcore.project.markers import checksum, fingerprint_of
+
+
+def digest_of_source(source: Path, before_ids: bool = False) -> str:
+    """A digest of a corpus's files: their names below it and their bytes.
+
+    Args:
+        source: The corpus.
+        before_ids: Of a .bin and .idx, as it was once: without the ids of their documents.
+
+    Raises:
+        CorpusError: there is no such corpus, or it cannot be read.
+    """
+    try:
+        if (prefix := find_token_input(source)) is None:
+            return _digest_of_text(source)
+        pair = [checksum(bin_path(prefix)), checksum(idx_path(prefix))]
+        if before_ids:
+            return fingerprint_of(pair)
+        ids = ids_path(prefix)
+        return fingerprint_of([*pair, checksum(ids) if ids.is_file() else None])
+    except OSError as error:
+        raise CorpusError(
+            error.filename or source,
+            f"cannot be read ({error.strerror})",
+            "Check the file and its permissions",
+        ) from error
+
+
+def _digest_of_text(source: Path) -> str:
+    root = source if source.is_dir() else source.parent
+    files = find_corpus_files(source).files
+    return fingerprint_of([[str(file.relative_to(root)), checksum(file)] for file in files])
+
+
+def digest_inputs(sources: Sequence[Path], recorded: Mapping[str, str]) -> dict[str, str]:
+    """The digest of each corpus, by the flag that names it.
+
+    Corpora of one name (of different folders) are told apart by a number, in their order.
+
+    Args:
+        sources: The corpora.
+        recorded: Digests of an earlier run. One made without the ids of a .bin and .idx, which
+            were not looked at once, is made that way again.
+
+    Raises:
+        CorpusError: there is no such corpus, or it cannot be read.
+    """
+    digests: dict[str, str] = {}
+    for source in sources:
+        base = name = f"--input {source.name}"
+        number = 2
+        while name in digests:
+            name, number = f"{base} ({number})", number + 1
+        digests[name] = digest_of_source(source)
+        if name in recorded and recorded[name] != digests[name] and find_token_input(source):
+            earlier = digest_of_source(source, before_ids=True)
+            digests[name] = earlier if earlier == recorded[name] else digests[name]
+    return digests
+
+
+def name_datasets(
+    sources: Sequence[Path], json_keys: Sequence[str], taken: Sequence[str] = ()
+) -> list[str]:
+    """`<name>_<keys>_document` as Megatron names its datasets, told apart by a number.
+
+    Tokens that were made elsewhere keep their name.
+
+    Args:
+        sources: Corpora.
+        json_keys: Keys of a JSON line that hold the text.
+        taken: Names that others have already.
+    """
+    prefixes: list[str] = []
+    for source in sources:
+        given = find_token_input(source)
+        name = source.stem.removesuffix(".jsonl").removesuffix(".json")
+        prefix = base = given.name if given else f"{name}_{'_'.join(json_keys)}_document"
+        number = 2
+        while prefix in (*taken, *prefixes):
+            prefix, number = f"{base}_{number}", number + 1
+        prefixes.append(prefix)
+    return prefixes

@@ -1,0 +1,153 @@
+"""What instruction tuning leaves out of its examples to fit the sequence length, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retro_mcore.data.instruction.examples import InstructionExample
+from retro_mcore.data.instruction.samples import (
+    FittedExample,
+    InstructionDataset,
+    InstructionFormat,
+    TextEncoder,
+    encoder_passages,
+    fit_example,
+)
+
+#: What is cut of a prompt, in tuning and in `evaluate_qa`: examples (or questions).
+PROMPT_CUTS = {
+    "prompts_cut": "prompts cut to fit the window",
+    "questions_cut": "questions cut themselves",
+    "encoder_passages_cut": "with passages cut for the encoder",
+}
+#: What is counted, and how it is told.
+CUTS = {
+    **PROMPT_CUTS,
+    "passages_cut": "passages of prompts cut",
+    "passages_dropped": "passages of prompts dropped",
+    "turns_dropped": "early turns dropped",
+    "answers_cut": "answers cut, which do not teach to stop",
+    "answers_not_learned": "earlier answers not learned",
+    "records_left_out": "records without longform_answer left out",
+}
+_COUNTED = ("examples", *CUTS)
+
+
+@dataclass(frozen=True)
+class InstructionCuts:
+    """What is cut in the examples of one split.
+
+    Attributes:
+        name: The split.
+        by_dataset: By the dataset's name: `examples` that are read, each counted once, and `CUTS`.
+    """
+
+    name: str
+    by_dataset: Mapping[str, Mapping[str, int]]
+
+    @classmethod
+    def of_ranks(
+        cls, name: str, datasets: Sequence[str], counts: Sequence[Sequence[Mapping[str, int]]]
+    ) -> InstructionCuts:
+        """What the ranks counted together: a count for each dataset of each rank."""
+        by_dataset = {
+            dataset: {key: sum(mine[place].get(key, 0) for mine in counts) for key in _COUNTED}
+            for place, dataset in enumerate(datasets)
+        }
+        return cls(name, by_dataset)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """For `metrics.jsonl`: of all datasets together, and of each."""
+        counts = self.by_dataset.values()
+        total = {name: sum(count[name] for count in counts) for name in _COUNTED}
+        return {**total, "by_dataset": {name: dict(c) for name, c in self.by_dataset.items()}}
+
+    @property
+    def warning(self) -> str:
+        """What is cut, by dataset; else empty."""
+        parts = []
+        for name, counts in self.by_dataset.items():
+            found = [f"{counts[key]} {words}" for key, words in CUTS.items() if counts[key]]
+            if found:
+                parts.append(f"of {counts['examples']} examples of {name}: {', '.join(found)}")
+        return "; ".join(parts)
+
+
+def count_cuts(
+    dataset: InstructionDataset,
+    tokenizer: TextEncoder,
+    num_datasets: int,
+    first: int = 0,
+    step: int = 1,
+) -> list[Counter[str]]:
+    """What is cut in every `step`-th example that is read, from the `first` on, by dataset."""
+    counts: list[Counter[str]] = [Counter() for _ in range(num_datasets)]
+    for number in range(num_datasets):
+        for place, example in enumerate(dataset.examples_read(number)):
+            if place % step == first:
+                counts[number] += cuts_of(example, dataset.how, tokenizer)
+    return counts
+
+
+def cuts_of(
+    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+) -> Counter[str]:
+    """What `encode_example` leaves out of one example.
+
+    Raises:
+        CorpusError: the example has no answer to learn.
+    """
+    fitted = fit_example(example, how, tokenizer)
+    prompt = fitted.prompt
+    whole = tokenizer.tokenize(prompt.before + prompt.question)
+    # With a passage between them the question's first tokens may be others, and fewer.
+    question_cut = not fitted.context_length and len(fitted.prompt_tokens) < len(whole)
+    turns_dropped = len(example.turns) - len(fitted.example.turns)
+    context_cut = fitted.context_length < len(tokenizer.tokenize(prompt.context))
+    cut, dropped = _passages_cut(fitted, tokenizer) if context_cut else (0, 0)
+    for_encoder = encoder_passages(example, how) if how.num_encoder_passages else ()
+    longer = any(len(tokenizer.tokenize(text)) > how.retrieved_length for text in for_encoder)
+    return Counter(
+        examples=1,
+        prompts_cut=int(question_cut or context_cut or turns_dropped > 0),
+        questions_cut=int(question_cut),
+        encoder_passages_cut=int(longer),
+        passages_cut=cut,
+        passages_dropped=dropped,
+        turns_dropped=turns_dropped,
+        answers_cut=int(_length(fitted, how) > how.sequence_length + 1),
+        answers_not_learned=_answers_not_learned(fitted, how),
+    )
+
+
+def _passages_cut(fitted: FittedExample, tokenizer: TextEncoder) -> tuple[int, int]:
+    """Passages of the prompt that are cut, and that are missing."""
+    kept, passages = fitted.context_length, fitted.prompt.passages
+    ends = [len(tokenizer.tokenize(text)) for text in _beginnings(passages)]
+    whole = sum(end <= kept for end in ends)
+    before = "\n\n".join(passages[:whole]) + "\n\n" if whole else ""
+    is_cut = whole < len(passages) and kept > len(tokenizer.tokenize(before))
+    return int(is_cut), len(passages) - whole - int(is_cut)
+
+
+def _beginnings(passages: Sequence[str]) -> list[str]:
+    """The first passage, the first two, and so on, as a prompt holds them."""
+    return ["\n\n".join(passages[: count + 1]) for count in range(len(passages))]
+
+
+def _length(fitted: FittedExample, how: InstructionFormat) -> int:
+    """Tokens of the example, its answers whole."""
+    answers = sum(len(ids) + learned for ids, learned in fitted.parts)
+    return len(how.beginning) + len(fitted.prompt_tokens) + answers
+
+
+def _answers_not_learned(fitted: FittedExample, how: InstructionFormat) -> int:
+    """Of a chat whose answers are all to be learned, those that only stand in the prompt."""
+    if how.loss_on != "answers" or not fitted.example.turns:
+        return 0
+    answers = sum(turn.role == "assistant" for turn in fitted.example.turns)
+    return answers - sum(learned for _, learned in fitted.parts)

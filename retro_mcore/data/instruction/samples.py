@@ -1,0 +1,433 @@
+"""Instruction tuning's samples: a prompt, its answer, and passages in the decoder or the encoder.
+
+Shapes: S sequence, L chunks per sample, K neighbors, R retrieved length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from retro_mcore.data.instruction.examples import InstructionExample, Turn
+from retro_mcore.data.instruction.prompts import Prompt, PromptFormat, write_prompt, write_turns
+from retro_mcore.errors import ConfigurationError, CorpusError
+
+
+class TextEncoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    @property
+    def eod(self) -> int: ...
+    def tokenize(self, text: str) -> list[int]: ...
+    def detokenize(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class InstructionFormat:
+    """How an example becomes tokens.
+
+    Attributes:
+        sequence_length: S.
+        prompt_format: The prompt's words; see `data.prompts`.
+        template_id: See `data.prompts.write_prompt`.
+        num_context_passages: Passages in the decoder's context (`--ft-neighbours`).
+        num_encoder_passages: Passages for the neighbor encoder, K; 0 leaves the encoder out.
+        reuse_top: Give the encoder the best passages too, not only those that follow the
+            decoder's (RETRO++: Wang et al. 2023, section 5.2, splits them).
+        chunk_length: M.
+        retrieved_length: R.
+        loss_on: The last answer, every answer of a chat, or everything.
+        beginning: What every example begins with: the tokenizer's BOS, or nothing.
+    """
+
+    sequence_length: int
+    prompt_format: PromptFormat = "reformat_prompt_retro"
+    template_id: int = 0
+    num_context_passages: int = 1
+    num_encoder_passages: int = 0
+    reuse_top: bool = False
+    chunk_length: int = 64
+    retrieved_length: int = 128
+    loss_on: Literal["last-answer", "answers", "everything"] = "last-answer"
+    beginning: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_encoder_passages and self.sequence_length % self.chunk_length:
+            raise ConfigurationError(
+                "--seq-length",
+                f"{self.sequence_length} is no multiple of the chunk length {self.chunk_length}",
+                "Choose a multiple of it",
+            )
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example as tokens.
+
+    Attributes:
+        tokens: i64 [n], at most S + 1: prompt, answer, end of document.
+        trained: bool [n], True for the tokens that the model learns to write.
+        passages: i64 [K, R] for the encoder, padded with the end of document; None without.
+        passage_mask: bool [K, R], True = padding or missing.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    passages: np.ndarray | None = None
+    passage_mask: np.ndarray | None = None
+
+
+def encode_example(
+    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+) -> EncodedExample:
+    """Write an example out as tokens.
+
+    What does not fit S is taken from the passages first, then from a chat's oldest turns, then from
+    the beginning of the prompt; the question keeps at least half of S. An answer that is still too
+    long is cut, and then the model does not learn to stop where it was cut.
+
+    Raises:
+        CorpusError: the example has no answer to learn.
+    """
+    fitted = fit_example(example, how, tokenizer)
+    parts = [([*how.beginning, *fitted.prompt_tokens], False), *fitted.parts]
+    tokens, trained = _join(parts, how.sequence_length, tokenizer.eod)
+    if how.loss_on == "everything":
+        trained = np.ones_like(trained)
+    if not how.num_encoder_passages:
+        return EncodedExample(tokens, trained)
+    passages, mask = encode_passages(encoder_passages(example, how), how, tokenizer)
+    return EncodedExample(tokens, trained, passages, mask)
+
+
+def encoder_passages(example: InstructionExample, how: InstructionFormat) -> tuple[str, ...]:
+    """The passages that the neighbor encoder reads, K at most."""
+    first = 0 if how.reuse_top else how.num_context_passages
+    return example.passages[first : first + how.num_encoder_passages]
+
+
+def encode_passages(
+    passages: Sequence[str], how: InstructionFormat, tokenizer: TextEncoder
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens i64 [K, R] of at most K passages, each cut to R, and their mask (True = padding)."""
+    shape_KR = (how.num_encoder_passages, how.retrieved_length)
+    tokens_KR = np.full(shape_KR, tokenizer.eod, np.int64)
+    mask_KR = np.ones(shape_KR, bool)
+    for row, passage in enumerate(passages):
+        ids = tokenizer.tokenize(passage)[: how.retrieved_length]
+        tokens_KR[row, : len(ids)], mask_KR[row, : len(ids)] = ids, False
+    return tokens_KR, mask_KR
+
+
+@dataclass(frozen=True)
+class FittedExample:
+    """An example's words and tokens, cut to fit S.
+
+    Attributes:
+        example: Without the oldest turns that do not fit.
+        prompt: As it would be written whole.
+        prompt_tokens: As much of it as fits, without what every example begins with.
+        context_length: Tokens of the prompt's passages that stand in it.
+        parts: What follows the prompt, and whether it is learned; `_join` cuts it at the end.
+    """
+
+    example: InstructionExample
+    prompt: Prompt
+    prompt_tokens: list[int]
+    context_length: int
+    parts: list[tuple[list[int], bool]]
+
+
+def fit_prompt(prompt: Prompt, limit: int, tokenizer: TextEncoder) -> list[int]:
+    """The prompt in at most `limit` tokens, cut as `encode_example` says."""
+    return _fit_prompt(prompt, limit, tokenizer)[0]
+
+
+def _fit_prompt(prompt: Prompt, limit: int, tokenizer: TextEncoder) -> tuple[list[int], int]:
+    """The prompt, and how many tokens of the passages stand in it."""
+    fixed = len(tokenizer.tokenize(prompt.before)) + len(tokenizer.tokenize(prompt.question))
+    context = tokenizer.tokenize(prompt.context) if prompt.passages else []
+    room = min(limit - fixed, len(context))
+    while True:
+        # Cut by tokens, joined as text: the words around the cut may become other tokens.
+        kept = tokenizer.detokenize(context[:room]) if room > 0 else ""
+        ids = tokenizer.tokenize(prompt.before + kept + prompt.question)
+        if len(ids) <= limit or not kept:
+            return ids[-limit:] if limit > 0 else [], room if kept else 0
+        room -= len(ids) - limit
+
+
+def fit_example(
+    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+) -> FittedExample:
+    """An example's words, cut as `encode_example` says.
+
+    Raises:
+        CorpusError: the example has no answer to learn.
+    """
+    if example.turns and how.loss_on == "answers":
+        fitted = _fit_every_answer(example, how, tokenizer)
+        if fitted is not None:
+            return fitted
+    answer = tokenizer.tokenize(f" {_answer(example)}")
+    room = how.sequence_length - len(how.beginning)
+    limit = room - min(len(answer), how.sequence_length // 2)
+    while True:
+        prompt = write_prompt(example, how.prompt_format, how.num_context_passages, how.template_id)
+        shorter = _without_oldest_turns(example)
+        fixed = tokenizer.tokenize(prompt.before + prompt.question)
+        if len(fixed) <= limit or shorter is None:
+            fit = _fit_prompt(prompt, limit, tokenizer)
+            return FittedExample(example, prompt, *fit, [(answer, True)])
+        example = shorter
+
+
+def _answer(example: InstructionExample) -> str:
+    if example.turns and example.turns[-1].role == "assistant":
+        return example.turns[-1].content
+    if example.turns or not example.answers:
+        raise CorpusError(
+            example.source, "has no answer to learn", "End a chat with the assistant's reply"
+        )
+    return example.answers[0]
+
+
+def _without_oldest_turns(example: InstructionExample) -> InstructionExample | None:
+    """Without the first question and its reply; None if only the last question is left."""
+    system = tuple(turn for turn in example.turns if turn.role == "system")
+    said = example.turns[len(system) :]
+    return replace(example, turns=system + said[2:]) if len(said) > 2 else None
+
+
+def _fit_every_answer(
+    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+) -> FittedExample | None:
+    """A chat in which each reply is learned and ends with the end of document.
+
+    None if not even its last question and reply fit.
+    """
+    _answer(example)
+    shorter: InstructionExample | None = example
+    while shorter is not None:
+        fitted = _fit_whole_chat(shorter, how, tokenizer)
+        if fitted is not None:
+            return fitted
+        shorter = _without_oldest_turns(shorter)
+    return None
+
+
+def _fit_whole_chat(
+    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+) -> FittedExample | None:
+    """All of the chat's turns; None if they do not fit."""
+    num_system = sum(turn.role == "system" for turn in example.turns)
+    replies = [
+        (tokenizer.tokenize(_continued(turn)), turn.role == "assistant")
+        for turn in example.turns[num_system + 1 :]
+    ]
+    first = replace(example, turns=example.turns[: num_system + 1])
+    prompt = write_prompt(first, how.prompt_format, how.num_context_passages, how.template_id)
+    room = how.sequence_length + 1 - len(how.beginning)
+    limit = room - sum(len(ids) + learned for ids, learned in replies)
+    if len(tokenizer.tokenize(prompt.before + prompt.question)) > limit:
+        return None
+    return FittedExample(example, prompt, *_fit_prompt(prompt, limit, tokenizer), replies)
+
+
+def _continued(turn: Turn) -> str:
+    return f" {turn.content}" if turn.role == "assistant" else f"\n\n{write_turns((turn,))}"
+
+
+def _join(
+    parts: Sequence[tuple[list[int], bool]], sequence_length: int, eod: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, with the end of document after each answer, and which of them are learned."""
+    tokens: list[int] = []
+    trained: list[bool] = []
+    for ids, is_answer in parts:
+        whole = [*ids, eod] if is_answer else ids
+        tokens += whole
+        trained += [is_answer] * len(whole)
+    length = sequence_length + 1
+    return np.array(tokens[:length], np.int64), np.array(trained[:length])
+
+
+class InstructionDataset(Dataset):
+    """A blend of datasets, one example a row, or several packed into one.
+
+    Which examples make up row i depends on the arguments alone, so that a position in the data is a
+    number, for any number of workers and ranks. Each dataset is read in an order of its own for
+    every epoch; the blend follows the weights as Megatron's blended datasets do.
+
+    Args:
+        datasets: Examples of each dataset.
+        weights: How often each is read, relative to the others.
+        num_samples: Rows.
+        how: Words, lengths, passages.
+        tokenizer: The model's.
+        seed: Of the orders.
+        pack: Put as many examples into a row as fit; none of them sees another.
+
+    Raises:
+        CorpusError: a dataset is empty, or an example has no answer.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Sequence[InstructionExample]],
+        weights: Sequence[float],
+        num_samples: int,
+        how: InstructionFormat,
+        tokenizer: TextEncoder,
+        seed: int = 1234,
+        pack: bool = False,
+    ) -> None:
+        for place, examples in enumerate(datasets):
+            if not examples:
+                raise CorpusError(f"dataset {place}", "has no examples", "Check the files")
+            for example in examples:
+                _answer(example)
+        self._datasets, self._how, self._tokenizer = datasets, how, tokenizer
+        self._seed, self._num_samples, self._packed = seed, num_samples, pack
+        # A packed row holds whole chunks of an example if the encoder is to read its passages.
+        self._step = how.chunk_length if how.num_encoder_passages else 1
+        self._weights = weights
+        self._blend = blended_order(weights, num_samples)
+        self._rows = self._pack() if pack else np.arange(num_samples + 1)
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row.
+
+        Returns:
+            text: i64 [S+1]; the end of document fills the rest.
+            loss_mask: f32 [S], 1 where the label is learned.
+            segments: i64 [S], the example that a token belongs to; only where rows are packed.
+            neighbor_tokens: i64 [L, K, R] and neighbor_mask: bool [L, K, R]; only with passages
+                for the encoder. Every chunk of an example has the example's passages.
+
+        Raises:
+            IndexError: no such row.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return _lay_out(
+            self._encoded(index), self._how, self._tokenizer.eod, self._step, self._packed
+        )
+
+    def examples_read(self, dataset: int) -> Iterator[InstructionExample]:
+        """The examples of a dataset that stand in any row, each once."""
+        num_read = np.count_nonzero(self._blend[0][: self._rows[-1]] == dataset)
+        for number in range(min(int(num_read), len(self._datasets[dataset]))):
+            yield self._example(dataset, number)
+
+    @property
+    def how(self) -> InstructionFormat:
+        """How an example becomes tokens."""
+        return self._how
+
+    def _encoded(self, row: int) -> list[EncodedExample]:
+        return [self._encode(place) for place in range(self._rows[row], self._rows[row + 1])]
+
+    def _encode(self, place: int) -> EncodedExample:
+        dataset, number = (int(order[place]) for order in self._blend)
+        return encode_example(self._example(dataset, number), self._how, self._tokenizer)
+
+    def _example(self, dataset: int, number: int) -> InstructionExample:
+        examples = self._datasets[dataset]
+        epoch, place = divmod(number, len(examples))
+        return examples[int(_permutation(self._seed, dataset, epoch, len(examples))[place])]
+
+    def _pack(self) -> np.ndarray:
+        """Where each row begins in the blend, i64 [rows + 1]: next fit, in the blend's order."""
+        starts, used, place = [0], 0, 0
+        while len(starts) <= self._num_samples:
+            if place == len(self._blend[0]):
+                self._blend = blended_order(self._weights, 2 * place)
+            size = len(self._encode(place).tokens)
+            if used + size > self._how.sequence_length + 1:
+                starts.append(place)
+                used = 0
+            used += _in_steps(size, self._step)
+            place += 1
+        return np.array(starts)
+
+
+def _in_steps(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+@lru_cache(maxsize=64)
+def _permutation(seed: int, dataset: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, dataset, epoch)).permutation(size)
+
+
+def blended_order(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each place of a blend its dataset i16 [n] and which of its samples i64 [n].
+
+    Raises:
+        ConfigurationError: a weight is not positive.
+    """
+    if not weights or min(weights) <= 0:
+        raise ConfigurationError("--data-path", f"weights {list(weights)}", "Give positive weights")
+    from megatron.core.datasets import helpers
+
+    shares = np.array(weights, np.float64) / sum(weights)
+    datasets = np.zeros(num_samples, np.int16)
+    samples = np.zeros(num_samples, np.int64)
+    helpers.build_blending_indices(datasets, samples, shares, len(weights), num_samples, False)
+    return datasets, samples
+
+
+def _lay_out(
+    encoded: Sequence[EncodedExample],
+    how: InstructionFormat,
+    eod: int,
+    step: int = 1,
+    packed: bool = False,
+) -> dict[str, Any]:
+    """Examples side by side in a row, each from a multiple of `step` tokens on."""
+    length = how.sequence_length
+    text = np.full(length + 1, eod, np.int64)
+    trained = np.zeros(length + 1, bool)
+    segments = np.full(length, -1, np.int64)
+    start = 0
+    for number, example in enumerate(encoded):
+        end = start + len(example.tokens)
+        text[start:end], trained[start:end] = example.tokens, example.trained
+        trained[start] = False  # the example before has nothing to say of it
+        segments[start:end] = number
+        start += _in_steps(len(example.tokens), step)
+    row: dict[str, Any] = {"text": text, "loss_mask": trained[1:].astype(np.float32)}
+    if packed:
+        row["segments"] = segments
+    if how.num_encoder_passages:
+        row |= _passages_by_chunk(encoded, segments, how, eod)
+    return row
+
+
+def _passages_by_chunk(
+    encoded: Sequence[EncodedExample], segments: np.ndarray, how: InstructionFormat, eod: int
+) -> dict[str, np.ndarray]:
+    shape_LKR = (
+        how.sequence_length // how.chunk_length,
+        how.num_encoder_passages,
+        how.retrieved_length,
+    )
+    tokens_LKR = np.full(shape_LKR, eod, np.int64)
+    mask_LKR = np.ones(shape_LKR, bool)
+    for chunk in range(shape_LKR[0]):
+        # A chunk's neighbors are read from its last token to the next chunk's last but one.
+        readers = segments[(chunk + 1) * how.chunk_length - 1 :][: how.chunk_length]
+        owner = segments[chunk * how.chunk_length]
+        if owner >= 0 and set(readers) <= {owner, -1}:
+            tokens_LKR[chunk] = encoded[owner].passages
+            mask_LKR[chunk] = encoded[owner].passage_mask
+    return {"neighbor_tokens": tokens_LKR, "neighbor_mask": mask_LKR}

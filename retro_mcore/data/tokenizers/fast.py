@@ -1,0 +1,264 @@
+"""Hugging Face's tokenizers, which work in Rust: a tokenizer.json, or GPT-2's two files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from retro_mcore.data.tokenizers.base import Tokenizer
+from retro_mcore.data.tokenizers.special_tokens import (
+    END_OF_TEXT,
+    DeclaredTokens,
+    SpecialTokenChoice,
+    Vocabulary,
+)
+from retro_mcore.data.tokenizers.spelling import Speller
+from retro_mcore.errors import TokenizerError
+from retro_mcore.json_text import JsonError, parse_json
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_MARK = "\N{REPLACEMENT CHARACTER}"
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+
+
+class FastTokenizer(Tokenizer):
+    """A tokenizer of Hugging Face's library."""
+
+    def _use(
+        self, tokenizer: Any, file: Path, choice: SpecialTokenChoice | None, own_eod: int | None
+    ) -> None:
+        """Take over a loaded tokenizer.
+
+        Args:
+            tokenizer: Of the library.
+            file: Where it was loaded from.
+            choice: Which tokens begin and end documents, where they were asked for.
+            own_eod: The token that ends a document by the kind of the file.
+        """
+        self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # encode them as the text that they are
+        self._vocabulary = tokenizer.get_vocab()
+        # Ids may have gaps, so the number of tokens says too little.
+        self._vocab_size = max(self._vocabulary.values()) + 1
+        declared = DeclaredTokens.read(file.parent)
+        special = self._special_tokens(declared)
+        vocabulary = Vocabulary(file, self._vocabulary.get, self._vocab_size, special, own_eod)
+        self._choose(choice, declared, vocabulary, *_ends_of(tokenizer))
+        self.pad = self._pad(declared, special)
+        unknown = _unknown(tokenizer)
+        forbidden = {each: text for each, text in special.items() if each != unknown}
+        forbidden |= {each: self.token_name(each) for each in self._ends()}
+        self._used = 1 + max(set(self._vocabulary.values()) - forbidden.keys() | self._ends())
+        decoder = _state(tokenizer.decoder)
+        self._speller = Speller(forbidden, self._vocabulary.get, "ByteLevel" in decoder, unknown)
+        self._bytes: dict[int, int] = {}
+        if "ByteFallback" in decoder:
+            self._bytes = _byte_tokens(self._vocabulary)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def used_vocab_size(self) -> int:
+        return self._used
+
+    def token_name(self, token: int) -> str:
+        return str(self._tokenizer.id_to_token(token))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        # "Fast" leaves out offsets in the text, which nobody reads.
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        texts = self._tokenizer.decode_batch(rows, skip_special_tokens=False)
+        if self._bytes:
+            for place, text in enumerate(texts):
+                if _MARK in text:
+                    texts[place] = self._decode_bytes(rows[place])
+        return texts
+
+    def _decode_bytes(self, row: list[int]) -> str:
+        """The text where some bytes are no whole character: the library marks all bytes that follow
+        each other then, the whole characters among them too."""
+        tokens: list[str] = []
+        waiting = bytearray()
+        for each in row:
+            if each in self._bytes:
+                waiting.append(self._bytes[each])
+                continue
+            tokens += _whole_characters(waiting)
+            waiting.clear()
+            if (token := self._tokenizer.id_to_token(each)) is not None:
+                tokens.append(token)
+        return self._tokenizer.decoder.decode([*tokens, *_whole_characters(waiting)])
+
+    def _special_tokens(self, declared: DeclaredTokens) -> dict[int, str]:
+        """Id to text of the added tokens that are marked special, or are declared to be."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        found = {each: token.content for each, token in added.items() if token.special}
+        for text in declared.special:
+            if (each := self._vocabulary.get(text)) is not None:
+                found[each] = text
+        return found
+
+    def _pad(self, declared: DeclaredTokens, special: dict[int, str]) -> int | None:
+        """A token for padding alone; many models name their EOD."""
+        _, named = declared.tokens.get("pad_token", ("", None))
+        by_text = {text: each for each, text in special.items()}
+        names = _PAD_NAMES if named is None else (named,)
+        found = next((by_text[name] for name in names if name in by_text), None)
+        return None if found in self._ends() else found
+
+
+class GPT2BPETokenizer(FastTokenizer):
+    """GPT-2's byte-level BPE; <|endoftext|> ends a document and is never read from text."""
+
+    name = "GPT2BPETokenizer"
+
+    def __init__(
+        self,
+        vocab_file: Path | str,
+        merge_file: Path | str,
+        choice: SpecialTokenChoice | None = None,
+    ) -> None:
+        super().__init__(vocab_file, merge_file)
+        from tokenizers import ByteLevelBPETokenizer
+
+        try:
+            # Without the class around it, which lacks encode_batch_fast.
+            tokenizer = ByteLevelBPETokenizer(str(vocab_file), str(merge_file))._tokenizer
+        except Exception as error:  # tokenizers raises bare Exception for a malformed file
+            raise TokenizerError(
+                vocab_file, f"not GPT-2 vocab and merges ({error})", "Name vocab.json, merges.txt"
+            ) from error
+        self._use(tokenizer, Path(vocab_file), choice, tokenizer.token_to_id(END_OF_TEXT))
+
+
+class HuggingFaceTokenizer(FastTokenizer):
+    """A tokenizer.json, or a directory that holds one."""
+
+    name = "HuggingFaceTokenizer"
+
+    def __init__(self, path: Path | str, choice: SpecialTokenChoice | None = None) -> None:
+        super().__init__(path)
+        file = tokenizer_json(Path(path))
+        self._use(load_tokenizer_json(file), file, choice, None)
+
+
+def load_tokenizer_json(file: Path) -> Any:
+    """The library's tokenizer, which neither cuts nor pads.
+
+    Raises:
+        TokenizerError: it is something else.
+    """
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        raise _not_a_tokenizer(file, error) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if not tokenizer.get_vocab():
+        raise TokenizerError(file, "holds no tokens", "Name a trained tokenizer")
+    return tokenizer
+
+
+def _not_a_tokenizer(file: Path, error: Exception) -> TokenizerError:
+    """Why the library could not load a file, in our words where they say more than its own."""
+    beside = file.with_name("tokenizer.json")
+    mend = "Name a tokenizer.json or its directory"
+    if file.name != beside.name and beside.is_file():
+        mend = f"Name {beside}"
+    try:
+        values = parse_json(file.read_bytes(), allow_nan=True)
+        holds = values.get("model") if isinstance(values, dict) else None
+        found = str(error) if isinstance(holds, dict) else "no vocabulary under the key model"
+    except JsonError as reason:
+        found = str(reason)
+    except OSError as reason:
+        found = reason.strerror or str(reason)
+    return TokenizerError(file, f"not a tokenizer.json ({' '.join(found.split())})", mend)
+
+
+def tokenizer_json(path: Path) -> Path:
+    """The file, or the one in a model's directory.
+
+    Raises:
+        TokenizerError: the directory has none; says which type of tokenizer it holds.
+    """
+    file = path / "tokenizer.json"
+    if not path.is_dir() or file.is_file():
+        return file if path.is_dir() else path
+    mend = "Save the model's fast tokenizer there: save_pretrained makes a tokenizer.json"
+    if (path / "tokenizer.model").is_file():
+        mend = f"Use GPTSentencePieceTokenizer --tokenizer-model {path / 'tokenizer.model'}"
+    elif (path / "vocab.json").is_file():
+        files = f"--vocab-file {path / 'vocab.json'} --merge-file {path / 'merges.txt'}"
+        mend = f"Use GPT2BPETokenizer {files}"
+    raise TokenizerError(path, "has no tokenizer.json", mend)
+
+
+def bos_habit(directory: Path | str) -> bool | None:
+    """Whether the tokenizer in a model's directory begins texts with BOS.
+
+    As `add_bos_token` of its configuration says, else as its tokenizer.json does; None where it
+    says neither.
+
+    Raises:
+        TokenizerError: a file is malformed.
+    """
+    directory = Path(directory)
+    declared = DeclaredTokens.read(directory)
+    if declared.add_bos is not None or not (directory / "tokenizer.json").is_file():
+        return declared.add_bos
+    file = directory / "tokenizer.json"
+    try:
+        return HuggingFaceTokenizer(file).adds_bos
+    except TokenizerError:  # without an EOD; of a malformed file this says so again
+        prefix, suffix = _ends_of(load_tokenizer_json(file))
+        return len(prefix) == 1 and not suffix
+
+
+def _ends_of(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer's post-processor puts before and behind a text."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def _unknown(tokenizer: Any) -> int | None:
+    """The token that stands for what the vocabulary lacks."""
+    token = getattr(tokenizer.model, "unk_token", None)
+    if token:
+        return tokenizer.token_to_id(token)
+    if type(tokenizer.model).__name__ != "Unigram":
+        return None
+    # Only its whole state says so.
+    return json.loads(tokenizer.model.__getstate__()).get("unk_id")
+
+
+def _state(part: Any) -> str:
+    """A part of a tokenizer as JSON."""
+    return part.__getstate__().decode() if part is not None else ""
+
+
+def _byte_tokens(vocabulary: dict[str, int]) -> dict[int, int]:
+    """Id to byte."""
+    found = ((each, _BYTE.fullmatch(token)) for token, each in vocabulary.items())
+    return {each: int(match[1], 16) for each, match in found if match}
+
+
+def _whole_characters(data: bytes | bytearray) -> list[str]:
+    """Bytes as tokens again, with marks in the place of what is no character."""
+    tokens: list[str] = []
+    for letter in data.decode(errors="replace"):
+        tokens += [_MARK] if letter == _MARK else [f"<0x{byte:02X}>" for byte in letter.encode()]
+    return tokens

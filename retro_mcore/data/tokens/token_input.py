@@ -1,0 +1,139 @@
+"""Tokens that somebody has made already: Megatron .bin and .idx files as a corpus."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.data.tokens.document_ids import ids_path
+from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path
+from retro_mcore.errors import CorpusError, CorruptFileError, TokenizerError
+from retro_mcore.project.markers import signed_write
+from retro_mcore.project.space import require_space
+
+#: Tokens looked at in one call.
+_BATCH = 1 << 24
+
+
+def find_token_input(source: Path) -> Path | None:
+    """The prefix of the .bin and .idx pair that `source` names; None if it is something else.
+
+    Args:
+        source: Either file, or their common path without an ending.
+
+    Raises:
+        CorpusError: one file of the pair is missing.
+    """
+    if source.is_dir():
+        return None
+    named = source.suffix in (".bin", ".idx")
+    prefix = source.with_suffix("") if named else source
+    files = bin_path(prefix), idx_path(prefix)
+    if not named and (source.exists() or not any(file.is_file() for file in files)):
+        return None
+    for file in files:
+        if not file.is_file():
+            raise CorpusError(file, "no such file", "Give both files of an indexed dataset")
+    return prefix
+
+
+def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
+    """Refuse tokens that cannot be `tokenizer`'s, or that are not one sequence per document.
+
+    Raises:
+        TokenizerError: an id beyond the vocabulary, or documents without its end-of-document token.
+        CorpusError: documents of several sequences, or an empty one; the files are damaged.
+    """
+    try:
+        file = TokenFile(prefix)
+    except CorruptFileError as error:
+        raise CorpusError(error.subject, error.found, "Restore both files of the input") from error
+    if file.num_documents != len(file):
+        raise CorpusError(
+            idx_path(prefix),
+            f"{len(file)} sequences for {file.num_documents} documents",
+            "Make it without --split-sentences: a document must be one sequence",
+        )
+    if not len(file) or file.lengths.min() <= 0:
+        raise CorpusError(idx_path(prefix), "holds an empty document, or none", "Make it anew")
+    ends = file.starts + file.lengths
+    if file.starts.min() < 0 or ends.max() > len(file.tokens):
+        raise CorpusError(
+            idx_path(prefix),
+            f"places documents outside the {len(file.tokens)} tokens of {bin_path(prefix).name}",
+            "Restore both files",
+        )
+    batches = [file.tokens[i : i + _BATCH] for i in range(0, len(file.tokens), _BATCH)]
+    least = min(int(batch.min()) for batch in batches)
+    if least < 0:
+        raise CorpusError(bin_path(prefix), f"holds token id {least}", "Restore the file")
+    largest = max(int(batch.max()) for batch in batches)
+    if largest >= tokenizer.vocab_size:
+        raise TokenizerError(
+            bin_path(prefix),
+            f"holds token id {largest}, but the tokenizer given has {tokenizer.vocab_size}",
+            "Name the tokenizer that the tokens were made with",
+        )
+    open_ends = int(np.count_nonzero(file.tokens[ends - 1] != tokenizer.eod))
+    if open_ends:
+        raise TokenizerError(
+            bin_path(prefix),
+            f"{open_ends} of {len(file)} documents do not end with the tokenizer's end-of-document "
+            f"token ({tokenizer.eod})",
+            "Make them with --append-eod, or name the tokenizer that they were made with",
+        )
+    with_bos, number = count_bos(prefix, tokenizer)
+    if tokenizer.adds_bos and with_bos < number:
+        raise TokenizerError(
+            bin_path(prefix),
+            f"{number - with_bos} of {number} documents do not begin with BOS ({tokenizer.bos}), "
+            "with which those of the project begin",
+            "Make them with BOS, or the project without: --add-bos-token False",
+        )
+
+
+def count_bos(prefix: Path, tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many documents of a pair begin with the tokenizer's BOS, and how many hold any text."""
+    file = TokenFile(prefix)
+    firsts = file.tokens[file.starts[file.lengths > 1]]  # one token is the document's end
+    bos = -1 if tokenizer.bos is None else tokenizer.bos
+    return int(np.count_nonzero(firsts == bos)), len(firsts)
+
+
+def begin_with_bos(prefixes: Sequence[Path], tokenizer: Tokenizer) -> bool:
+    """Whether documents that somebody has tokenized begin with BOS.
+
+    Raises:
+        TokenizerError: some do, others do not.
+    """
+    counts = np.array([count_bos(prefix, tokenizer) for prefix in prefixes])
+    with_bos, number = counts.sum(0).tolist()
+    if with_bos not in (0, number):
+        place = int(np.argmax(counts[:, 0] < counts[:, 1]))
+        raise TokenizerError(
+            bin_path(prefixes[place]),
+            f"{counts[place, 1] - counts[place, 0]} of {counts[place, 1]} documents do not begin "
+            f"with BOS ({tokenizer.bos}), and {with_bos} of all documents given do",
+            "Give tokens that were all made alike",
+        )
+    return with_bos > 0
+
+
+def take_token_input(prefix: Path, target: Path, fingerprint: str) -> None:
+    """Put the pair at `target` (a prefix): hard links on the same file system, else copies.
+
+    Ids of its documents come along where it has them.
+    """
+    given = (*([ids_path] if ids_path(prefix).is_file() else []), bin_path, idx_path)
+    for path in given:
+        with signed_write(path(target), fingerprint) as temporary:
+            try:
+                os.link(path(prefix).resolve(), temporary)
+            except OSError:
+                require_space(target.parent, path(prefix).stat().st_size, path(prefix).name)
+                shutil.copyfile(path(prefix), temporary)

@@ -1,0 +1,256 @@
+"""A corpus as a Megatron indexed dataset: text is tokenized by all ranks, tokens are taken over."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from retro_mcore.data.corpus.counts import counts_path, write_counts
+from retro_mcore.data.corpus.documents import Document, list_parts, read_part
+from retro_mcore.data.corpus.files import CorpusFiles, find_corpus_files, readable_names
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.data.tokens.document_ids import ids_path, pack_ids, write_ids
+from retro_mcore.data.tokens.indexed_dataset import token_dtype, write_indexed_dataset
+from retro_mcore.data.tokens.token_file import bin_path, idx_path
+from retro_mcore.data.tokens.token_input import (
+    check_token_input,
+    find_token_input,
+    take_token_input,
+)
+from retro_mcore.distributed import barrier, broadcast_object, get_rank, raise_together
+from retro_mcore.errors import CorpusError
+from retro_mcore.platform import setup_device
+from retro_mcore.project.markers import FileState, fingerprint_of, signed_write, state_of
+from retro_mcore.project.shards import Shard, ShardReport, run_shards
+
+#: Texts tokenized in one call.
+_BATCH = 256
+#: Tokens read in one call.
+_BLOCK = 1 << 20
+#: Version of a part's file: those of an interrupted run of an older version are made anew.
+_PART_FORMAT = 2
+#: Texts at the beginning of a part that are all compared with what their tokens give back, and
+#: which share is behind them (every 16th): comparing costs a third of tokenizing.
+_ALL_COMPARED, _COMPARED_EVERY = 1024, 16
+
+
+@dataclass(frozen=True)
+class CorpusReader:
+    """How documents are read from JSON lines and text files.
+
+    Attributes:
+        json_keys: Keys of a JSON line that hold the text.
+        id_key: Key of a JSON line that holds its id.
+        cleaner: Applied to every text.
+    """
+
+    json_keys: Sequence[str] = ("text",)
+    id_key: str = "id"
+    cleaner: Callable[[str], str] | None = None
+
+
+def make_dataset(
+    source: Path, target: Path, tokenizer: Tokenizer, reader: CorpusReader, fingerprint: str
+) -> ShardReport | None:
+    """Write the indexed dataset of one corpus, its documents' ids and its counts; on all ranks.
+
+    Args:
+        source: Text, a folder, or a .bin and .idx pair.
+        target: Path of the dataset, without .bin and .idx.
+        tokenizer: Makes the tokens; of a pair: that made them.
+        reader: How text is read.
+        fingerprint: What the dataset is made from.
+
+    Returns:
+        What was tokenized; None if the dataset was there already.
+
+    Raises:
+        CorpusError: it is missing, empty or malformed.
+        TokenizerError: the tokens of a pair are not of `tokenizer`.
+    """
+    if _is_done(target, fingerprint):
+        return None
+    given = find_token_input(source)
+    if given is not None:
+        return _take_tokens(given, target, tokenizer, fingerprint)
+    return _tokenize(source, target, tokenizer, reader, fingerprint)
+
+
+def empty_corpus(source: Path) -> CorpusError:
+    """The error of a corpus without text."""
+    return CorpusError(source, "holds no text", "Give documents that are not empty")
+
+
+def _is_done(target: Path, fingerprint: str) -> bool:
+    """Whether the .bin and .idx at `target` are complete; the same answer on every rank."""
+    done = False
+    with raise_together():
+        if get_rank() == 0:
+            files = (bin_path(target), idx_path(target))
+            done = all(state_of(file, fingerprint) is FileState.COMPLETE for file in files)
+    return bool(broadcast_object(done))
+
+
+def _take_tokens(
+    source: Path, target: Path, tokenizer: Tokenizer, fingerprint: str
+) -> ShardReport | None:
+    """Check and link or copy a .bin and .idx."""
+    with raise_together():
+        if get_rank() == 0:
+            check_token_input(source, tokenizer)
+            take_token_input(source, target, fingerprint)
+            counts_path(target).unlink(missing_ok=True)
+    barrier()
+    return ShardReport(1, 0, ())
+
+
+def _tokenize(
+    source: Path, target: Path, tokenizer: Tokenizer, reader: CorpusReader, fingerprint: str
+) -> ShardReport:
+    found = find_corpus_files(source)
+    parts = list_parts(source)
+    parts_dir = target.with_name(f"{target.name}.parts")
+    shards = [Shard(i, i + 1, parts_dir / f"{i}.zip") for i in range(len(parts))]
+    # Of files in a folder, what follows the folder's path; of a file, its name.
+    root = f"{source if source.is_dir() else source.parent}/"
+
+    def build(shard: Shard, path: Path) -> None:
+        part, counts = parts[shard.start], Counter[str]()
+        documents = read_part(part, reader.json_keys, reader.cleaner, reader.id_key, counts)
+        _tokenize_part(documents, root, tokenizer, path, counts)
+
+    made_from = fingerprint_of([fingerprint, _PART_FORMAT])
+    report = run_shards(shards, build, made_from, f"tokenize {source.name}")
+    with raise_together():
+        if get_rank() == 0:
+            _join(source, shards, target, token_dtype_of(tokenizer), fingerprint, found)
+            shutil.rmtree(parts_dir)
+    barrier()
+    return report
+
+
+def token_dtype_of(tokenizer: Tokenizer) -> type[np.number]:
+    """The type that Megatron stores a tokenizer's tokens in."""
+    setup_device()  # before megatron is imported, so that it gives no advice on GPUs
+    return token_dtype(tokenizer.vocab_size)
+
+
+def _join(
+    source: Path,
+    shards: Sequence[Shard],
+    target: Path,
+    dtype: type[np.number],
+    fingerprint: str,
+    found: CorpusFiles,
+) -> None:
+    """The dataset and its side files from its parts."""
+    with (
+        signed_write(bin_path(target), fingerprint) as binary,
+        signed_write(idx_path(target), fingerprint) as index,
+        # The innermost takes its name first: a dataset is never without its ids.
+        signed_write(ids_path(target), fingerprint) as ids,
+    ):
+        number = write_indexed_dataset(binary, index, _documents(shards), dtype)
+        if not number:
+            raise empty_corpus(source)
+        lengths = np.concatenate([_read(shard, "id_lengths") for shard in shards])
+        write_ids(ids, lengths, (_read(shard, "ids") for shard in shards))
+        counts = sum((_counts(shard) for shard in shards), found.counts)
+        counts["documents"] = number
+        counts["repeated_ids"] = number - _num_distinct_ids(shards)
+        root = source if source.is_dir() else source.parent
+        names = {
+            name: list(readable_names([path.relative_to(root) for path in paths]))
+            for name, paths in (
+                ("files_left_out", found.left_out),
+                ("broken_links", found.broken_links),
+                ("repeated_links", found.repeated_links),
+            )
+        }
+        write_counts(target, counts, names)
+
+
+def _tokenize_part(
+    documents: Iterable[Document],
+    root: str,
+    tokenizer: Tokenizer,
+    path: Path,
+    counts: Counter[str],
+) -> None:
+    """Tokens, lengths, ids and counts of a part's documents; a batch in memory at a time."""
+    waiting = iter(documents)
+    ids: list[str] = []
+    lengths: list[int] = []
+    # Not HDF5, which cannot grow a contiguous dataset, and crashes where a disk is full.
+    with zipfile.ZipFile(path, "w") as file:
+        with file.open("tokens", "w", force_zip64=True) as tokens:
+            while batch := list(itertools.islice(waiting, _BATCH)):
+                texts = [document.text for document in batch]
+                rows = tokenizer.tokenize_batch(texts)
+                compared = _compared(len(lengths), len(texts))
+                some = [texts[place] for place in compared]
+                counts.update(tokenizer.count_losses(some, [rows[place] for place in compared]))
+                counts["texts_not_compared_with_tokens"] += len(texts) - len(compared)
+                begin, end = tokenizer.beginning, tokenizer.eod
+                flat = [token for row in rows for token in (*begin, *row, end)]
+                tokens.write(np.array(flat, np.int32).tobytes())
+                lengths += [len(begin) + len(row) + 1 for row in rows]
+                ids += [document.source_id.removeprefix(root) for document in batch]
+        arrays = {"lengths": np.array(lengths, dtype=np.int64)}
+        arrays["ids"], arrays["id_lengths"] = pack_ids(ids)
+        arrays["id_hashes"] = np.array([_hash(value) for value in ids], np.uint64)
+        for name, array in arrays.items():
+            with file.open(name, "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array)
+        file.writestr(zipfile.ZipInfo("counts.json"), json.dumps(counts, sort_keys=True))
+
+
+def _compared(first: int, number: int) -> list[int]:
+    """Which of some texts are compared with their tokens; `first` others stand before them."""
+    return [
+        place
+        for place in range(number)
+        if first + place < _ALL_COMPARED or not (first + place) % _COMPARED_EVERY
+    ]
+
+
+def _hash(value: str) -> int:
+    encoded = value.encode("utf-8", "replace")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+
+
+def _counts(shard: Shard) -> Counter[str]:
+    with zipfile.ZipFile(shard.path) as file:
+        return Counter(json.loads(file.read("counts.json")))
+
+
+def _num_distinct_ids(shards: Sequence[Shard]) -> int:
+    return len(np.unique(np.concatenate([_read(shard, "id_hashes") for shard in shards])))
+
+
+def _read(shard: Shard, name: str) -> np.ndarray:
+    with zipfile.ZipFile(shard.path) as file, file.open(name) as stream:
+        return np.lib.format.read_array(stream)
+
+
+def _documents(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
+    for shard in shards:
+        ends = np.cumsum(_read(shard, "lengths"))
+        first = start = 0
+        with zipfile.ZipFile(shard.path) as file, file.open("tokens") as stream:
+            while first < len(ends):
+                # Whole documents, about a block of tokens at a time, but one at least.
+                last = max(int(np.searchsorted(ends, start + _BLOCK, side="right")), first + 1)
+                stop = int(ends[last - 1])
+                tokens = np.frombuffer(stream.read(4 * (stop - start)), np.int32)
+                yield from np.split(tokens, ends[first : last - 1] - start)
+                first, start = last, stop

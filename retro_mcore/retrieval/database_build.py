@@ -1,0 +1,337 @@
+"""Building the chunk database: documents are cut into chunks of M tokens, in upstream's files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.data.tokens.token_file import TokenFile, TokenSource
+from retro_mcore.distributed import barrier, get_rank, raise_together
+from retro_mcore.errors import ConfigurationError, CorruptFileError, TokenizerError
+from retro_mcore.project.atomic import write_json
+from retro_mcore.project.config import ProjectConfig, read_json_list
+from retro_mcore.project.markers import FileState, signed_write, state_of
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.shards import Shard, ShardReport, choose_shard_length, cut, run_shards
+from retro_mcore.project.space import require_space
+from retro_mcore.retrieval.bert_tokens import BertTokenCounter
+
+#: Documents per file that upstream takes; fewer for a small corpus, so that ranks can share it.
+LONGEST_DOCUMENT_BLOCK = 100_000
+MERGED = ("sampled", "train", "valid")
+#: Chunks whose texts are made and counted in one call.
+_BATCH = 4096
+
+
+@dataclass
+class DatasetInfo:
+    """One entry of db/indexed_dataset_infos.json."""
+
+    ratio: float
+    prefix: str
+    n_docs: int
+    n_docs_train: int
+    n_chunks: int = 0
+    n_chunks_train: int = 0
+    n_chunks_invalid: int = 0
+    n_chunks_sampled: int = 0
+
+
+def read_dataset_infos(paths: ProjectPaths) -> list[DatasetInfo]:
+    """What db/indexed_dataset_infos.json says of each dataset.
+
+    Raises:
+        CorruptFileError: it is missing, or says something that cannot be.
+    """
+    path, mend = paths.dataset_infos, f"Run build_db --project-dir {paths.root} again"
+    if not path.is_file():
+        raise CorruptFileError(path, "no such file", mend)
+    try:
+        infos = [DatasetInfo(**values) for values in read_json_list(path)]
+    except (TypeError, CorruptFileError) as error:
+        found = getattr(error, "found", "lacks a key, or has an unknown one")
+        raise CorruptFileError(path, found, mend) from error
+    for info in infos:
+        counts = [value for name, value in vars(info).items() if name.startswith("n_")]
+        whole = all(type(count) is int and count >= 0 for count in counts)
+        if not whole or not info.n_chunks_sampled <= info.n_chunks_train <= info.n_chunks:
+            raise CorruptFileError(path, f"the counts of {info.prefix!r} cannot be", mend)
+    return infos
+
+
+@dataclass(frozen=True)
+class DatabaseReport:
+    """What `build_database` made or found."""
+
+    infos: list[DatasetInfo]
+    shards: list[ShardReport]
+    merged_reused: bool
+
+    @property
+    def num_train_chunks(self) -> int:
+        """Chunks of the retrieval database."""
+        return sum(info.n_chunks_train for info in self.infos)
+
+
+def build_database(
+    config: ProjectConfig,
+    paths: ProjectPaths,
+    datasets: Sequence[TokenFile],
+    tokenizer: Tokenizer,
+    counter: BertTokenCounter,
+    num_sampled: int | None,
+    document_block_size: int | None,
+    fingerprint: str,
+    chunk_fingerprints: Sequence[str],
+    whole_datasets: Sequence[str] = (),
+) -> DatabaseReport:
+    """Cut every document into chunks (all ranks), then merge them (rank 0).
+
+    Args:
+        config: The project's configuration.
+        paths: The project.
+        datasets: Its datasets, in the order of its data path.
+        tokenizer: Its tokenizer.
+        counter: Counts BERT tokens; a chunk without any is invalid.
+        num_sampled: Chunks to train the index on; None: all training chunks.
+        document_block_size: Documents per file; None: chosen from their number.
+        fingerprint: What the database is built from.
+        chunk_fingerprints: What the chunks of each dataset are made from.
+        whole_datasets: Datasets whose documents are all retrieved from.
+
+    Raises:
+        TokenizerError: the tokens are not of `tokenizer`.
+        ConfigurationError: the split leaves no training chunks, or too few to sample.
+    """
+    weights, prefixes = config.blend
+    infos, reports, all_shards = [], [], []
+    train_share = float(config.retro_gpt_split.split(",")[0]) / 100
+    for ratio, prefix, dataset, made_from in zip(
+        weights, prefixes, datasets, chunk_fingerprints, strict=True
+    ):
+        num_docs = len(dataset)
+        num_train = num_docs if prefix in whole_datasets else int(train_share * num_docs)
+        infos.append(DatasetInfo(ratio, prefix, num_docs, num_train))
+        length = document_block_size or choose_shard_length(num_docs, LONGEST_DOCUMENT_BLOCK, 64, 8)
+        shards = cut(paths.individual_db(prefix), num_docs, length)
+        all_shards.append(shards)
+
+        def build(shard: Shard, path: Path, dataset: TokenFile = dataset) -> None:
+            _build_shard(shard, path, dataset, tokenizer, counter, config.retro_gpt_chunk_length)
+
+        num_chunks = (-(-dataset.lengths // config.retro_gpt_chunk_length)).sum(dtype=np.int64)
+        row_bytes = 16 * float(num_chunks) / max(num_docs, 1)
+        # The longest first, so that no rank is left with one while the others wait.
+        starts = np.array([shard.start for shard in shards], np.int64)
+        tokens = np.add.reduceat(dataset.lengths, starts, dtype=np.int64)
+        by_length = [shards[i] for i in np.argsort(-tokens, kind="stable")]
+        reports.append(run_shards(by_length, build, made_from, f"chunks of {prefix}", row_bytes))
+    merged_reused = True
+    with raise_together():
+        _count_chunks(infos, all_shards, num_sampled, whole_datasets)
+        if get_rank() == 0:
+            merged_reused = _merge_all(infos, all_shards, paths, fingerprint)
+    barrier()
+    return DatabaseReport(infos, reports, merged_reused)
+
+
+def chunk_bounds(lengths: np.ndarray, chunk_length: int) -> tuple[np.ndarray, ...]:
+    """Cut sequences into chunks of at most `chunk_length`.
+
+    Args:
+        lengths: Tokens of each sequence.
+        chunk_length: M.
+
+    Returns:
+        Index of the sequence, start and end of each chunk, all i64.
+    """
+    lengths = lengths.astype(np.int64)
+    counts = -(-lengths // chunk_length)
+    sequence = np.repeat(np.arange(len(lengths)), counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    start = (np.arange(len(sequence)) - first) * chunk_length
+    return sequence, start, np.minimum(start + chunk_length, lengths[sequence])
+
+
+def _build_shard(
+    shard: Shard,
+    path: Path,
+    dataset: TokenFile,
+    tokenizer: Tokenizer,
+    counter: BertTokenCounter,
+    chunk_length: int,
+) -> None:
+    """Chunks of documents [start, end) of one dataset."""
+    first_token, lengths = _texts_of(dataset, shard, tokenizer)
+    document, start, end = chunk_bounds(lengths, chunk_length)
+    start, end = start + first_token[document], end + first_token[document]
+    counts = np.empty(len(document), np.uint32)
+    for first in range(0, len(document), _BATCH):
+        last = min(first + _BATCH, len(document))
+        counts[first:last] = _count_batch(
+            dataset, tokenizer, counter, document[first:last] + shard.start,
+            start[first:last], end[first:last],
+        )  # fmt: skip
+    chunks = np.stack([document + shard.start, start, end, counts], axis=1).astype(np.uint32)
+    valid = counts > 0
+    per_document = np.bincount(document[valid], minlength=len(lengths))
+    with h5py.File(path, "w") as file:
+        for name, rows in (("chunks_valid", chunks[valid]), ("chunks_invalid", chunks[~valid])):
+            file[name] = rows if len(rows) else np.empty(0, np.uint32)  # upstream's empty shape
+        file["doc_offsets"] = np.stack(
+            [np.arange(shard.start, shard.end), np.cumsum(per_document)], axis=1
+        ).astype(np.uint64)
+
+
+def _texts_of(
+    dataset: TokenSource, shard: Shard, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the text of each of the shard's sequences begins, and its length, both i64.
+
+    An end-of-document token at its end is no text, nor is BOS where the project's documents begin
+    with it.
+    """
+    lengths = dataset.lengths[shard.start : shard.end].astype(np.int64)
+    starts = dataset.starts[shard.start : shard.end]
+    last = np.maximum(starts + lengths - 1, 0)
+    lengths = lengths - ((lengths > 0) & (dataset.tokens[last] == tokenizer.eod))
+    if not tokenizer.adds_bos:
+        return np.zeros_like(lengths), lengths
+    # Of an empty document at the end of the file nothing is there to look at.
+    first = np.minimum(starts, max(len(dataset.tokens) - 1, 0))
+    begun = ((lengths > 0) & (dataset.tokens[first] == tokenizer.bos)).astype(np.int64)
+    return begun, lengths - begun
+
+
+def _count_batch(
+    dataset: TokenFile,
+    tokenizer: Tokenizer,
+    counter: BertTokenCounter,
+    document: np.ndarray,
+    start: np.ndarray,
+    end: np.ndarray,
+) -> np.ndarray:
+    """WordPiece tokens of each chunk; the chunks follow each other in the file."""
+    offset = dataset.starts[document]
+    first = int(offset[0] + start[0])
+    tokens = dataset.tokens[first : int(offset[-1] + end[-1])]
+    if int(tokens.max()) >= tokenizer.vocab_size:
+        raise TokenizerError(
+            f"{dataset.prefix}.bin",
+            f"holds token id {tokens.max()}, but the project's tokenizer has "
+            f"{tokenizer.vocab_size}",
+            "Restore the tokenizer that the tokens were made with",
+        )
+    flat = tokens.tolist()
+    bounds = zip((offset + start - first).tolist(), (offset + end - first).tolist(), strict=True)
+    return counter.count(tokenizer.detokenize_batch([flat[a:b] for a, b in bounds]))
+
+
+def _count_chunks(
+    infos: Sequence[DatasetInfo],
+    all_shards: Sequence[Sequence[Shard]],
+    num_sampled: int | None,
+    whole_datasets: Sequence[str],
+) -> None:
+    for info, shards in zip(infos, all_shards, strict=True):
+        for shard in shards:
+            with h5py.File(shard.path, "r") as file:
+                documents = _valid_chunks(file)[:, 0]
+                info.n_chunks += len(documents)
+                info.n_chunks_train += int((documents < info.n_docs_train).sum())
+                info.n_chunks_invalid += len(file["chunks_invalid"])
+    if not sum(info.n_chunks_train for info in infos):
+        raise ConfigurationError(
+            "--split", "leaves no training chunks", "Give more documents or a larger first part"
+        )
+    # The index is not trained anew for datasets that were appended.
+    sampled = [info for info in infos if info.prefix not in whole_datasets]
+    total_ratio = sum(info.ratio for info in sampled)
+    for info in sampled:
+        info.n_chunks_sampled = info.n_chunks_train
+        if num_sampled is not None:
+            info.n_chunks_sampled = int(num_sampled * info.ratio / total_ratio)
+        if info.n_chunks_sampled > info.n_chunks_train:
+            raise ConfigurationError(
+                "--retro-index-ntrain",
+                f"{num_sampled} takes {info.n_chunks_sampled} of the {info.n_chunks_train} training"
+                f" chunks of {info.prefix}",
+                "Give a smaller number",
+            )
+
+
+def _valid_chunks(file: h5py.File) -> np.ndarray:
+    """u32 [n, 4]: document, first token, end token, BERT tokens."""
+    return file["chunks_valid"][:].reshape(-1, 4)
+
+
+def _merge_all(
+    infos: Sequence[DatasetInfo],
+    all_shards: Sequence[Sequence[Shard]],
+    paths: ProjectPaths,
+    fingerprint: str,
+) -> bool:
+    """Write the merged databases that are not there yet; whether all of them were."""
+    write_json(paths.dataset_infos, [vars(info) for info in infos])
+    reused = True
+    for name in MERGED:
+        path = paths.merged_db(name)
+        if state_of(path, fingerprint) is FileState.COMPLETE:
+            continue
+        reused = False
+        with signed_write(path, fingerprint) as temporary:
+            _merge(name, infos, all_shards, temporary)
+    return reused
+
+
+def _merge(
+    name: str,
+    infos: Sequence[DatasetInfo],
+    all_shards: Sequence[Sequence[Shard]],
+    path: Path,
+) -> None:
+    bounds = [
+        {
+            "train": (0, info.n_chunks_train),
+            "valid": (info.n_chunks_train, info.n_chunks),
+            "sampled": (0, info.n_chunks_sampled),
+        }[name]
+        for info in infos
+    ]
+    total = sum(end - start for start, end in bounds)
+    num_docs = sum(info.n_docs_train for info in infos)
+    require_space(path.parent, 20 * total, f"the {total} chunks of {name}.hdf5")
+    with h5py.File(path, "w") as file:
+        merged = file.create_dataset("chunks", (total, 5), dtype=np.uint32)
+        file["n_written"] = np.array([total], np.uint64)
+        offsets = (
+            file.create_dataset("doc_offsets", (num_docs, 3), dtype=np.uint64)
+            if name == "train"
+            else None
+        )
+        row = doc_row = chunks_before = 0
+        for index, (info, shards, (start, end)) in enumerate(
+            zip(infos, all_shards, bounds, strict=True)
+        ):
+            seen = 0
+            for shard in shards:
+                with h5py.File(shard.path, "r") as source:
+                    chunks, doc_offsets = _valid_chunks(source), source["doc_offsets"][:]
+                part = chunks[max(start - seen, 0) : max(end - seen, 0)]
+                merged[row : row + len(part), 0] = index
+                merged[row : row + len(part), 1:] = part
+                row += len(part)
+                if offsets is not None:
+                    doc_offsets = doc_offsets[: max(info.n_docs_train - shard.start, 0)]
+                    rows = slice(doc_row, doc_row + len(doc_offsets))
+                    offsets[rows, 0] = index
+                    offsets[rows, 1] = doc_offsets[:, 0]
+                    offsets[rows, 2] = doc_offsets[:, 1] + np.uint64(chunks_before + seen)
+                    doc_row += len(doc_offsets)
+                seen += len(chunks)
+            chunks_before += info.n_chunks_train

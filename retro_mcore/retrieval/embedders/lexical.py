@@ -1,0 +1,100 @@
+"""An embedder that needs no model: hashed TF-IDF through a random projection.
+
+Words and pairs of neighboring words are hashed into buckets, weighted by how rare their bucket is
+in the database, and projected by random signs to a fixed dimension, which keeps inner products up
+to noise (Johnson-Lindenstrauss; Achlioptas 2003, "Database-friendly random projections"). All
+arithmetic up to the last normalization is on integers, so that vectors are the same bytes in every
+process and on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+
+from retro_mcore.errors import ProjectError
+from retro_mcore.project.arrays import load_array
+from retro_mcore.project.markers import verify
+from retro_mcore.retrieval.embedders.base import LEXICAL_EMBEDDER, Embedder
+
+_BUCKETS = 1 << 17
+_DIMENSION = 256
+_SEED = b"retro-mcore lexical embedder, version 1"
+#: Steps per unit of a bucket's weight.
+_SCALE = 16
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def buckets_of(text: str) -> np.ndarray:
+    """Bucket of every word and of every pair of neighboring words, i64 [n], with repetitions."""
+    words = [word.encode() for word in _WORD.findall(text.lower())]
+    pairs = [b"%b %b" % pair for pair in itertools.pairwise(words)]
+    return np.array([crc32(feature) % _BUCKETS for feature in words + pairs], np.int64)
+
+
+def count_texts(texts: Iterable[str]) -> np.ndarray:
+    """Texts that each bucket occurs in, and all texts in one more place, i64 [buckets + 1].
+
+    Counts of parts of the texts add up to that of all.
+    """
+    counts = np.zeros(_BUCKETS + 1, np.int64)
+    for text in texts:
+        counts[np.unique(buckets_of(text))] += 1
+        counts[-1] += 1
+    return counts
+
+
+def weights_of(counts: np.ndarray) -> np.ndarray:
+    """Inverse document frequencies in fixed point, u16 [buckets], from `count_texts`."""
+    total = int(counts[-1])
+    # Few distinct counts: a logarithm each, rounded far above the last bit of any machine's.
+    seen, where = np.unique(counts[:-1], return_inverse=True)
+    weights = [round(_SCALE * (1 + math.log((1 + total) / (1 + int(n))))) for n in seen]
+    return np.array(weights, np.uint16)[where]
+
+
+class LexicalEmbedder(Embedder):
+    """Texts that share rare words and phrases are near; L2-normalized, zero for an empty text.
+
+    Args:
+        weights: Of the buckets, from `weights_of`.
+    """
+
+    name = LEXICAL_EMBEDDER
+    dimension = _DIMENSION
+
+    def __init__(self, weights: np.ndarray) -> None:
+        self._weights = weights.astype(np.int64)
+        bits = hashlib.shake_256(_SEED).digest(_BUCKETS * _DIMENSION // 8)
+        signs = np.unpackbits(np.frombuffer(bits, np.uint8)).astype(np.int8) * np.int8(2) - 1
+        self._signs = signs.reshape(_BUCKETS, _DIMENSION).astype(np.int8)
+
+    @classmethod
+    def load(cls, path: Path) -> LexicalEmbedder:
+        """Read the weights that `build_index` saved.
+
+        Raises:
+            ProjectError: there are none.
+            CorruptFileError: the file holds something else.
+        """
+        if not path.is_file():
+            raise ProjectError(path, "no such file", "Run build_index --embedder lexical first")
+        mend = "Run build_index --embedder lexical again"
+        verify(path, mend)
+        return cls(load_array(path, (_BUCKETS,), "u", mend))
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = np.zeros((len(texts), _DIMENSION), np.float32)
+        for row, text in enumerate(texts):
+            buckets, counts = np.unique(buckets_of(text), return_counts=True)
+            vector = ((self._weights[buckets] * counts)[:, None] * self._signs[buckets]).sum(0)
+            if vector.any():
+                vectors[row] = vector / math.sqrt(int((vector**2).sum()))
+        return vectors

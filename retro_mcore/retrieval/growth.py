@@ -1,0 +1,76 @@
+"""The work of an index that a grown database takes over: embeddings and training.
+
+A grown database begins with the rows of the one that it was grown from (`stages/grown_project.py`), so
+their embeddings hold, and the index that was trained on them is filled, not trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.errors import ProjectError
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.markers import adopt
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.records import recorded_options
+from retro_mcore.project.shards import Shard, cut
+from retro_mcore.retrieval.database import ChunkDatabase
+
+#: Rows compared in one call.
+_BATCH = 1 << 22
+
+
+class Growth:
+    """What a project has from the one whose database it was grown from.
+
+    Args:
+        paths: The grown project.
+        settings: Its settings; `grown_from` names the other.
+
+    Raises:
+        ProjectError: the database does not begin with the other's rows.
+    """
+
+    def __init__(self, paths: ProjectPaths, settings: ProjectSettings) -> None:
+        self._paths, self._growth = paths, settings.growth
+        self._base = ProjectPaths((paths.root / str(settings.grown_from)).resolve())
+        rows = ChunkDatabase.open(paths.root, own=True).chunks
+        old = ChunkDatabase.open(self._base.root, own=True).chunks
+        same = len(old) == self._growth[-1] <= len(rows) and all(
+            np.array_equal(old[start : start + _BATCH], rows[start : start + _BATCH][: len(old)])
+            for start in range(0, len(old), _BATCH)
+        )
+        if not same:
+            raise ProjectError(
+                paths.merged_db("train"),
+                f"does not begin with the rows of {self._base.root}, which it was grown from",
+                "Restore that project, or build the database from all documents",
+            )
+
+    @classmethod
+    def of(cls, paths: ProjectPaths, settings: ProjectSettings) -> Growth | None:
+        """What a project has from another; None if its database is all its own."""
+        return cls(paths, settings) if settings.grown_from else None
+
+    def embedded_with(self, options: Mapping[str, Any]) -> bool:
+        """Whether the other project's embeddings were made with the same options."""
+        used = recorded_options(self._base, "build_index")
+        return bool(used) and all(used.get(name) == value for name, value in options.items())
+
+    def take_over_embeddings(self, shards: Sequence[Shard], fingerprint: str) -> None:
+        """Link the shards of the old rows, and the lexical weights; what is damaged is left out."""
+        length = ProjectConfig.load(self._base.root).retro_block_size
+        old = cut(self._base.embeddings, self._growth[-1], length, self._growth[:-1])
+        for theirs, ours in zip(old, shards, strict=False):
+            if (theirs.start, theirs.end) == (ours.start, ours.end):
+                adopt(theirs.path, ours.path, fingerprint)
+        adopt(self._base.lexical_weights, self._paths.lexical_weights, fingerprint)
+
+    def take_over_training(self, index_string: str, fingerprint: str) -> bool:
+        """Link the trained index; whether there was one of that name."""
+        empty: Path = self._paths.empty_index(index_string)
+        return adopt(self._base.empty_index(index_string), empty, fingerprint)

@@ -1,0 +1,285 @@
+"""Choosing an index: what fits the memory, and reaches the recall on a sample of the vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.project.config import read_json_object
+from retro_mcore.project.space import show_bytes
+from retro_mcore.retrieval.index.embeddings import Embeddings
+from retro_mcore.retrieval.index.library import faiss_library, faiss_threads
+from retro_mcore.retrieval.index.recall import (
+    DECISIVE,
+    recall_at,
+    rounding_of,
+    squared_distances,
+    without,
+)
+from retro_mcore.retrieval.index.searching import search, set_search_breadth
+from retro_mcore.retrieval.index.training import make_index
+
+AUTO = "auto"
+#: Up to this many vectors an exact search costs less than lists would lose.
+_LARGEST_WITHOUT_LISTS = 50_000
+#: Comparing with all vectors at once, as matrix products, costs about an eighth per vector of what
+#: scanning lists does: lists are worth it where less than this share of them is scanned.
+_WORTHWHILE_SHARE = 1 / 8
+#: From this many lists on a graph finds the nearest ones faster than comparing all.
+_FEWEST_LISTS_FOR_GRAPH = 8192
+#: Faiss wants this many training vectors per list to place it well.
+_VECTORS_PER_LIST = 39
+_GRAPH_NEIGHBORS = 32
+#: From this many vectors on, codes are worth the training of a rotation.
+_FEWEST_ROTATED = 20_000_000
+_SAMPLE = 32_768
+_SAMPLE_QUERIES = 400
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class IndexChoice:
+    """A Faiss factory string and why it was chosen.
+
+    Attributes:
+        string: For `faiss.index_factory`.
+        reason: In words.
+        num_bytes: What its vectors, lists and centroids take; None where nothing was asked.
+        on_disk: Whether its lists lie in a file of their own and are searched there.
+    """
+
+    string: str
+    reason: str
+    num_bytes: int | None = None
+    on_disk: bool = False
+
+    @classmethod
+    def load(cls, path: Path) -> IndexChoice:
+        """Read a choice.json.
+
+        Raises:
+            CorruptFileError: it holds something else.
+        """
+        try:
+            return cls(**read_json_object(path))
+        except TypeError as error:
+            mend = f"Remove {path.name} and run build_index again"
+            raise CorruptFileError(path, "is no choice of an index", mend) from error
+
+
+@dataclass(frozen=True)
+class _Code:
+    """How a vector is stored: the factory string's last part, bytes, and a rotation before it."""
+
+    string: str
+    num_bytes: int
+    rotation: str = ""
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """ "24G" to bytes; K, M, G and T are powers of 1024.
+
+    Raises:
+        ConfigurationError: not a number with one of these units.
+    """
+    number, unit = text.strip().upper().removesuffix("B").removesuffix("I"), ""
+    if number and number[-1] in _UNITS:
+        number, unit = number[:-1], number[-1]
+    try:
+        value = float(number) * _UNITS[unit]
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise ConfigurationError(flag, repr(text), "Give bytes such as 512M, 24G or 1.5T")
+    return int(value)
+
+
+def usable_memory() -> int:
+    """Three quarters of this machine's memory, in bytes."""
+    return int(psutil.virtual_memory().total * 0.75)
+
+
+def num_lists_for(num_vectors: int) -> int:
+    """About 4·sqrt(n) lists, a power of two, each with enough vectors to train it on.
+
+    Faiss's guidelines for choosing an index; 0: no lists.
+    """
+    return 0 if num_vectors <= _LARGEST_WITHOUT_LISTS else _well_trained_lists(num_vectors)
+
+
+def _well_trained_lists(num_vectors: int) -> int:
+    lists = 2 ** round(math.log2(4 * math.sqrt(num_vectors)))
+    while lists * _VECTORS_PER_LIST > num_vectors:
+        lists //= 2
+    return lists
+
+
+def index_bytes(num_vectors: int, dimension: int, code_bytes: int) -> int:
+    """Bytes that the automatic index with such codes takes in memory."""
+    lists = num_lists_for(num_vectors)
+    graph = lists * 8 * _GRAPH_NEIGHBORS if lists >= _FEWEST_LISTS_FOR_GRAPH else 0
+    ids = 8 * num_vectors if lists else 0
+    return num_vectors * code_bytes + ids + lists * 4 * dimension + graph
+
+
+def choose_index(
+    embeddings: Embeddings, memory: int, recall: float, on_disk: bool = False
+) -> IndexChoice:
+    """The most exact index that fits the memory, if it reaches the recall.
+
+    Codes that lose something are tried on evenly spaced vectors, with exhaustive search, so what
+    they lose is theirs; lists are made up for by searching more of them, and left out where that
+    would cost more than an exhaustive search. Recall falls as vectors get denser: it is measured at
+    a quarter of the sample too, and the fall carried on to the number of vectors.
+
+    Args:
+        embeddings: The database's vectors.
+        memory: Bytes that the index may take.
+        recall: Recall@2 wanted, against exact search.
+        on_disk: Its lists lie on the disk, so that vectors need no memory.
+
+    Raises:
+        ConfigurationError: nothing that fits reaches the recall; names the most that this memory
+            reaches, and the least memory that would do. Or there is nothing to put on the disk.
+    """
+    count, dimension = len(embeddings), embeddings.dimension
+    codes = list(_codes(count, dimension))
+    if on_disk and not num_lists_for(count):
+        raise ConfigurationError(
+            "--on-disk",
+            f"{count} vectors need no lists",
+            "Leave it out, or name an --index with lists, such as IVF64,Flat",
+        )
+    if on_disk:
+        reason = "uncompressed, since its lists lie on the disk"
+        return _choice(codes[0], count, dimension, reason, True)
+    trial = _Trial(embeddings)
+    fitting = [code for code in codes if index_bytes(count, dimension, code.num_bytes) <= memory]
+    if fitting and fitting[0] == codes[0]:
+        if num_lists_for(count) and not trial.lists_pay_off(recall):
+            size = 4 * dimension * count
+            why = (
+                f"recall@{DECISIVE} {recall} would take scanning more than "
+                f"{_WORTHWHILE_SHARE:.1%} of any lists"
+            )
+            reason = f"{count} vectors searched one by one, {show_bytes(size)}: {why}"
+            return IndexChoice("Flat", reason, size)
+        return _choice(codes[0], count, dimension, "uncompressed, which fits the memory")
+    expected = trial.expected_recall(fitting[0]) if fitting else 0.0
+    if fitting and expected >= recall:
+        reason = (
+            f"the most exact that fits the memory; recall@{DECISIVE} of its codes "
+            f"{expected:.3f}, from a sample"
+        )
+        return _choice(fitting[0], count, dimension, reason)
+    raise _nothing_fits(trial, codes, fitting, memory, recall)
+
+
+def _choice(
+    code: _Code, count: int, dimension: int, why: str, on_disk: bool = False
+) -> IndexChoice:
+    lists = num_lists_for(count)
+    graph = f"_HNSW{_GRAPH_NEIGHBORS}" if lists >= _FEWEST_LISTS_FOR_GRAPH else ""
+    parts = [code.rotation, f"IVF{lists}{graph}" if lists else "", code.string]
+    string = ",".join(part for part in parts if part)
+    size = index_bytes(count, dimension, code.num_bytes)
+    where = f"{count} vectors" + (f" in {lists} lists" if lists else " searched one by one")
+    return IndexChoice(string, f"{where}, {show_bytes(size)}: {why}", size, on_disk)
+
+
+def _codes(count: int, dimension: int) -> Iterator[_Code]:
+    """From the most exact to the smallest."""
+    yield _Code("Flat", 4 * dimension)
+    yield _Code("SQfp16", 2 * dimension)
+    yield _Code("SQ8", dimension)
+    yield _Code("SQ6", -(-dimension * 6 // 8))
+    yield _Code("SQ4", -(-dimension // 2))
+    for size in (128, 96, 64, 48, 32, 24, 16, 12, 8, 4):
+        if dimension % size == 0 and size < dimension // 2:
+            rotation = f"OPQ{size}" if count >= _FEWEST_ROTATED else ""
+            # np: without the long training for Hamming distances, which is not used.
+            yield _Code(f"PQ{size}np", size, rotation)
+
+
+class _Trial:
+    """Recall of codes on a sample; each is measured once."""
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        self.count, self.dimension = len(embeddings), embeddings.dimension
+        rows = np.linspace(0, self.count - 1, min(_SAMPLE, self.count)).astype(np.int64)
+        self._vectors = embeddings.rows(rows)
+        self._known: dict[_Code, float] = {}
+
+    def expected_recall(self, code: _Code) -> float:
+        """Recall@2 to be expected among all vectors."""
+        if code not in self._known:
+            self._known[code] = self._extrapolate(code) if code.string != "Flat" else 1.0
+        return self._known[code]
+
+    def lists_pay_off(self, recall: float) -> bool:
+        """Whether scanning a worthwhile share of lists of the sample reaches the recall.
+
+        The share hardly falls with the number of vectors: it shows whether they form clusters.
+        """
+        lists = _well_trained_lists(len(self._vectors))
+        index = make_index(f"IVF{lists},Flat", self.dimension)
+        with faiss_threads(1):
+            index.train(self._vectors)
+        set_search_breadth(index, max(1, int(lists * _WORTHWHILE_SHARE)), None)
+        return _recall_among(index, self._vectors) >= recall
+
+    def _extrapolate(self, code: _Code) -> float:
+        index = make_index(code.string, self.dimension)
+        with faiss_threads(1):  # so that the choice does not depend on the machine
+            index.train(self._vectors)
+            recall = _recall_among(index, self._vectors)
+            if len(self._vectors) == self.count:
+                return recall
+            quarter = _recall_among(index, self._vectors[::4])
+        fall = max(0.0, quarter - recall)
+        return max(0.0, recall - fall * math.log(self.count / len(self._vectors), 4))
+
+
+def _recall_among(index: object, vectors: np.ndarray) -> float:
+    """Recall@2 of a trained index among `vectors`; the queries are some of them."""
+    faiss = faiss_library()
+    queries = np.linspace(0, len(vectors) - 1, min(_SAMPLE_QUERIES, len(vectors))).astype(np.int64)
+    flat, coded = faiss.IndexFlatL2(vectors.shape[1]), faiss.clone_index(index)
+    flat.add(vectors)
+    coded.add(vectors)
+    k = min(DECISIVE + 1, len(vectors))
+    ids = [without(search(each, vectors[queries], k)[1], queries) for each in (coded, flat)]
+    found, exact = (squared_distances(vectors[queries], vectors[each], each) for each in ids)
+    nearest = vectors[ids[1][:, 0]] if k > 1 else vectors[queries]
+    return recall_at(DECISIVE, found, exact, rounding_of(vectors[queries], nearest))
+
+
+def _nothing_fits(
+    trial: _Trial, codes: list[_Code], fitting: list[_Code], memory: int, recall: float
+) -> ConfigurationError:
+    count, dimension = trial.count, trial.dimension
+
+    def size(code: _Code) -> str:
+        return show_bytes(index_bytes(count, dimension, code.num_bytes))
+
+    reaching = takewhile(lambda code: trial.expected_recall(code) >= recall, codes)
+    enough = list(reaching)[-1]
+    if fitting:
+        reached = trial.expected_recall(fitting[0])
+        found = f"{show_bytes(memory)} hold {fitting[0].string}, recall@{DECISIVE} {reached:.3f}"
+        way = f"ask for --index-recall {math.floor(reached * 100) / 100:.2f}, or "
+    else:
+        found = f"{show_bytes(memory)} hold no index; the smallest takes {size(codes[-1])}"
+        way = ""
+    return ConfigurationError(
+        f"--index-memory with --index-recall {recall}",
+        f"{found} of {count} vectors",
+        f"The nearest possible: {way}give {size(enough)} ({enough.string}), or --on-disk",
+    )

@@ -1,0 +1,183 @@
+"""Embeddings of the retrieval database, and those of the queries that recall is measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.errors import CorruptFileError
+from retro_mcore.project.hdf5 import map_dataset, read_counts
+from retro_mcore.project.markers import FileState, signed_write, state_of
+from retro_mcore.project.shards import Shard, ShardReport, run_shards
+from retro_mcore.retrieval.chunk_text import DocumentEnds, chunk_texts
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
+from retro_mcore.retrieval.vectors import EmbeddingCounts, list_rows, unusable
+
+#: Queries that recall is measured with.
+NUM_HELD_OUT = 500
+
+
+def embed_database(
+    database: ChunkDatabase,
+    tokenizer: Tokenizer,
+    embedder: Embedder,
+    shards: Sequence[Shard],
+    fingerprint: str,
+    document_ends: DocumentEnds = "line break",
+) -> ShardReport:
+    """Embed every chunk of the database once, on all ranks: f32 [rows, dimension] per file.
+
+    Raises:
+        ConfigurationError: the embedder gives vectors that cannot be searched.
+    """
+
+    def build(shard: Shard, path: Path) -> None:
+        counts, ids = EmbeddingCounts(), range(shard.start, shard.end)
+        texts = chunk_texts(tokenizer, database.tokens(ids), document_ends)
+        with h5py.File(path, "w") as file:
+            file["data"] = embed_unique(embedder, texts, counts, shard.start)
+            file["counts"] = counts.to_array()
+
+    row_bytes = 4 * embedder.dimension
+    return run_shards(shards, build, fingerprint, "embed database", row_bytes)
+
+
+def count_embedded(shards: Sequence[Shard]) -> EmbeddingCounts:
+    """What happened to all chunks, as far as their files say (older ones do not)."""
+    counts = EmbeddingCounts()
+    for shard in shards:
+        counts.add(read_counts(shard.path))
+    return counts
+
+
+class Embeddings:
+    """The embeddings of a database, memory-mapped across their files.
+
+    Args:
+        shards: All files, in order.
+
+    Raises:
+        CorruptFileError: a file that is read is damaged, or holds NaN or infinite vectors.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = shards
+        self._starts = np.array([shard.start for shard in shards])
+        self._files: list[np.ndarray | None] = [None] * len(shards)
+
+    def _file(self, index: int) -> np.ndarray:
+        file = self._files[index]
+        if file is None:
+            shard = self.shards[index]
+            rows = map_dataset(shard.path, "data", "f", 2)
+            if len(rows) != shard.end - shard.start:
+                raise CorruptFileError(shard.path, f"holds {len(rows)} vectors", _mend(shard))
+            if index and rows.shape[1] != self.dimension:
+                raise CorruptFileError(
+                    shard.path, f"holds vectors of dimension {rows.shape[1]}", _mend(shard)
+                )
+            file = self._files[index] = rows
+        return file
+
+    def __len__(self) -> int:
+        return self.shards[-1].end
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        return int(self._file(0).shape[1])
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """f32 [n, dimension] of rows in any order."""
+        result = np.empty((len(ids), self.dimension), np.float32)
+        where = np.searchsorted(self._starts, ids, side="right") - 1
+        for file in np.unique(where):
+            mine = where == file
+            result[mine] = self._file(file)[ids[mine] - self._starts[file]]
+            self._require_usable(file, ids[mine], result[mine])
+        return result
+
+    def _require_usable(self, file: int, ids: np.ndarray, vectors: np.ndarray) -> None:
+        """Older versions kept whatever the embedder gave, and other programs may."""
+        wrong = ids[unusable(vectors)]
+        if len(wrong):
+            shard = self.shards[file]
+            raise CorruptFileError(
+                shard.path,
+                f"{len(wrong)} vectors are NaN, infinite or too large, those of {list_rows(wrong)}",
+                _mend(shard),
+            )
+
+    def range(self, start: int, end: int) -> np.ndarray:
+        """f32 [end - start, dimension] of consecutive rows."""
+        return self.rows(np.arange(start, end))
+
+    def shards_of(self, start: int, end: int) -> list[Shard]:
+        """The files that hold rows [start, end)."""
+        return [shard for shard in self.shards if shard.start < end and start < shard.end]
+
+
+def _mend(shard: Shard) -> str:
+    return f"Remove {shard.path.name} and run build_index again"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Queries to measure recall with.
+
+    Attributes:
+        vectors: f32 [n, dimension].
+        rows: The database row of each query, which is not its own neighbor; NO_NEIGHBOR where it
+            is a chunk of a held-out document.
+    """
+
+    vectors: np.ndarray
+    rows: np.ndarray
+
+
+def embed_held_out(
+    database: ChunkDatabase,
+    held_out: ChunkDatabase | None,
+    tokenizer: Tokenizer,
+    embedder: Embedder,
+    path: Path,
+    fingerprint: str,
+    document_ends: DocumentEnds = "line break",
+) -> None:
+    """Embed evenly spaced chunks of held-out documents; of the database where they are too few.
+
+    Raises:
+        ConfigurationError: the embedder gives vectors that cannot be searched.
+    """
+    if state_of(path, fingerprint) is FileState.COMPLETE:
+        return
+    outside = _evenly_spaced(len(held_out) if held_out else 0, NUM_HELD_OUT)
+    inside = _evenly_spaced(len(database), NUM_HELD_OUT - len(outside))
+    chunks = [*(held_out.tokens(outside) if held_out else []), *database.tokens(inside)]
+    with signed_write(path, fingerprint) as temporary, h5py.File(temporary, "w") as file:
+        texts = chunk_texts(tokenizer, chunks, document_ends)
+        file["data"] = embed_unique(embedder, texts, what="held-out query")
+        file["rows"] = np.concatenate([np.full(len(outside), NO_NEIGHBOR), inside])
+
+
+def read_held_out(path: Path) -> HeldOut:
+    """What `embed_held_out` wrote.
+
+    Raises:
+        CorruptFileError: it is damaged.
+    """
+    vectors, rows = map_dataset(path, "data", "f", 2), map_dataset(path, "rows", "i", 1)
+    if len(vectors) != len(rows) or unusable(vectors).any():
+        raise CorruptFileError(path, "holds no queries", f"Remove {path.name}, then build_index")
+    return HeldOut(np.array(vectors, np.float32), np.array(rows))
+
+
+def _evenly_spaced(total: int, count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))

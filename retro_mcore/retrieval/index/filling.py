@@ -1,0 +1,182 @@
+"""Filling a trained index: parts by many processes, and one index from the parts."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from retro_mcore.project.markers import signed_write
+from retro_mcore.project.shards import Shard, choose_shard_length, cut
+from retro_mcore.retrieval.index.embeddings import Embeddings
+from retro_mcore.retrieval.index.files import (
+    lists_path,
+    load_index,
+    read_lists,
+    replace_lists,
+    save_index,
+    set_total,
+    write_lists,
+)
+from retro_mcore.retrieval.index.library import faiss_library, faiss_threads, worker_threads
+from retro_mcore.retrieval.index.training import IndexKind, has_graph, innermost, kind_of
+
+#: Faiss multiplies flat vectors in blocks of so many; whole blocks per part keep their rounding.
+_FLAT_BLOCK = 1024
+_SHORTEST_PART = 8 * _FLAT_BLOCK
+_LONGEST_PART = 16384 * _FLAT_BLOCK
+#: Vectors that one thread encodes in one call.
+_ENCODED = 4096
+_ADD_BATCH = 65_536
+
+
+def cut_parts(directory: Path, count: int, kind: IndexKind, block_size: int) -> list[Shard]:
+    """The parts that an index is filled in, a file each, whatever the number of ranks or jobs.
+
+    Args:
+        directory: Where they lie.
+        count: Vectors.
+        kind: An index that cannot be merged is one part.
+        block_size: The project's rows per file; parts are not shorter, but for a large one.
+    """
+    shortest = min(_SHORTEST_PART, block_size)
+    length = choose_shard_length(count, _LONGEST_PART, shards=64, shortest=shortest)
+    if length > _FLAT_BLOCK:
+        length = math.ceil(length / _FLAT_BLOCK) * _FLAT_BLOCK
+    suffix = ".invlists" if kind is IndexKind.LISTS else ".faissindex"
+    return [
+        Shard(part.start, part.end, part.path.with_suffix(suffix))
+        for part in cut(directory, count, count if kind is IndexKind.WHOLE else length)
+    ]
+
+
+def add_part(
+    trained: Any, embeddings: Embeddings, part: Shard, path: Path, gpu: bool = False
+) -> None:
+    """Write the vectors of one part, with their database rows as ids where there are lists.
+
+    Args:
+        trained: The trained index; its vectors are replaced.
+        embeddings: The database's vectors.
+        part: Which rows.
+        path: The file to write.
+        gpu: Place and encode on the GPUs, where they can hold such an index.
+    """
+    trained.reset()
+    if gpu:
+        from retro_mcore.retrieval.index.gpu import add_on_gpu
+
+        trained = add_on_gpu(trained, _batches(embeddings, part))
+    else:
+        for rows, vectors in _batches(embeddings, part):
+            add_rows(trained, vectors, rows)
+    if kind_of(trained) is IndexKind.LISTS:
+        write_lists(trained, path)
+    else:
+        save_index(trained, path)
+    trained.reset()
+
+
+def _batches(embeddings: Embeddings, part: Shard) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(part.start, part.end, _ADD_BATCH):
+        rows = np.arange(start, min(start + _ADD_BATCH, part.end))
+        yield rows, embeddings.rows(rows)
+
+
+def add_rows(index: Any, vectors: np.ndarray, rows: np.ndarray) -> None:
+    """Add vectors under the ids `rows`; the same bytes on any number of threads."""
+    kind = kind_of(index)
+    if kind is IndexKind.WHOLE:
+        with faiss_threads(1 if has_graph(index) else faiss_library().omp_get_max_threads()):
+            index.add(vectors)  # threads would race in building a graph
+        return
+    pieces = [vectors[start : start + _ENCODED] for start in range(0, len(vectors), _ENCODED)]
+    codes = np.concatenate(list(worker_threads().map(_encode, repeat(index), pieces)))
+    inner = innermost(index)
+    inner.add_sa_codes(codes, rows if kind is IndexKind.LISTS else None)
+    set_total(index, inner.ntotal)
+
+
+def _encode(index: Any, vectors: np.ndarray) -> np.ndarray:
+    return index.sa_encode(vectors)
+
+
+def add_to_index(index: Any, embeddings: Embeddings, first: int = 0) -> None:
+    """Add all rows from `first` on, in order, in this process: a vector's id is its row."""
+    everything = Shard(first, len(embeddings), Path())
+    total = math.ceil((len(embeddings) - first) / _ADD_BATCH)
+    for rows, vectors in tqdm(_batches(embeddings, everything), desc="add to index", total=total):
+        add_rows(index, vectors, rows)
+
+
+def stored_bytes(index: Any, count: int) -> int:
+    """Bytes that `count` vectors take in an index's file, codes and ids; 0 if Faiss can't say."""
+    inner = innermost(index)
+    if kind_of(index) is IndexKind.LISTS:
+        return count * (int(inner.code_size) + 8)
+    try:
+        return count * int(inner.sa_code_size())
+    except RuntimeError:  # not every index has codes of one size
+        return 0
+
+
+def merge_parts(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: str) -> None:
+    """One index of all parts, in this process's memory.
+
+    Args:
+        empty: The trained index.
+        parts: All parts, in order.
+        path: The file to write.
+        fingerprint: What it is made from.
+    """
+    index = load_index(empty)
+    kind = kind_of(index)
+    with signed_write(path, fingerprint) as temporary:
+        if kind is IndexKind.WHOLE:
+            shutil.copyfile(parts[0].path, temporary)
+            return
+        for part in tqdm(parts, desc="merge index"):
+            if kind is IndexKind.LISTS:
+                inner = innermost(index)
+                inner.invlists.merge_from(read_lists(part.path, mapped=False), 0)
+                inner.ntotal = inner.invlists.compute_ntotal()
+            else:
+                source = load_index(part.path)  # kept alive beside its innermost index
+                innermost(index).merge_from(innermost(source))
+        set_total(index, innermost(index).ntotal)
+        save_index(index, temporary)
+
+
+def merge_on_disk(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: str) -> None:
+    """One index of all parts whose lists lie in a file of their own, searched where it lies.
+
+    Both the parts and the result are mapped, so memory holds no more of them than it has room for.
+    The index names its lists without a folder: a reader looks beside it.
+
+    Args:
+        empty: The trained index, which has lists.
+        parts: All parts, in order.
+        path: The file to write; the lists go to `lists_path` of it.
+        fingerprint: What it is made from.
+    """
+    faiss = faiss_library()
+    index = load_index(empty)
+    inner = innermost(index)
+    sources = [read_lists(part.path, mapped=True) for part in parts]
+    pointers = faiss.InvertedListsPtrVector()
+    for lists in sources:
+        pointers.push_back(lists)
+    data = lists_path(path)
+    with signed_write(data, fingerprint) as temporary:
+        merged = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(temporary))
+        merged.merge_from_multiple(pointers.data(), pointers.size(), False, False)
+    merged.filename = data.name
+    replace_lists(index, merged)
+    with signed_write(path, fingerprint) as temporary:
+        save_index(index, temporary)

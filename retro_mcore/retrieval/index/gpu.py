@@ -1,0 +1,62 @@
+"""Faiss on GPUs, where its GPU build is installed and a GPU is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.retrieval.index.library import faiss_library
+from retro_mcore.retrieval.index.training import IndexKind, kind_of
+
+#: Most lists and neighbors that Faiss searches on a GPU.
+_MOST_LISTS = _MOST_NEIGHBORS = 2048
+
+
+def num_gpus() -> int:
+    """GPUs that Faiss can use; 0 in its CPU build."""
+    return int(getattr(faiss_library(), "get_num_gpus", lambda: 0)())
+
+
+def to_gpu(index: Any) -> Any | None:
+    """A copy on this rank's GPU; None where it does not fit, or Faiss has no such index there.
+
+    Graphs (also over lists) stay on the CPU.
+    """
+    faiss = faiss_library()
+    device = int(os.environ.get("LOCAL_RANK", "0")) % num_gpus()
+    resources = faiss.StandardGpuResources()
+    try:
+        copy = faiss.index_cpu_to_gpu(resources, device, index)
+    except RuntimeError:
+        return None
+    copy.referenced_objects = [resources]
+    return copy
+
+
+def to_gpu_for_search(index: Any, k: int, nprobe: int | None) -> Any:
+    """`index` on this rank's GPU where it can search there as asked, else as it is."""
+    if k > _MOST_NEIGHBORS or (nprobe or 0) > _MOST_LISTS:
+        return index
+    return to_gpu(index) or index
+
+
+def add_on_gpu(trained: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Any:
+    """Fill an empty index on this rank's GPU, or on the CPU where it cannot be there.
+
+    Returns:
+        The filled index, on the CPU.
+    """
+    from retro_mcore.retrieval.index.filling import add_rows
+
+    copy = to_gpu(trained)
+    for rows, vectors in batches:
+        if copy is None:
+            add_rows(trained, vectors, rows)
+        elif kind_of(trained) is IndexKind.LISTS:
+            copy.add_with_ids(vectors, rows)
+        else:
+            copy.add(vectors)
+    return trained if copy is None else faiss_library().index_gpu_to_cpu(copy)

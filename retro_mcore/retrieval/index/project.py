@@ -1,0 +1,137 @@
+"""A project's finished index, as its settings name it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from retro_mcore.distributed import get_rank, get_world_size
+from retro_mcore.errors import CorruptFileError, ProjectError
+from retro_mcore.project.config import ProjectSettings
+from retro_mcore.project.markers import (
+    digest_of,
+    fingerprint_of,
+    marker_path,
+    verify,
+    verify_size,
+)
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.records import require_stage
+from retro_mcore.project.shards import Shard
+from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts
+from retro_mcore.retrieval.index.filling import cut_parts
+from retro_mcore.retrieval.index.gpu import num_gpus, to_gpu_for_search
+from retro_mcore.retrieval.index.shared import SharedIndex
+from retro_mcore.retrieval.index.training import kind_of
+
+
+class ProjectIndex:
+    """Where a project's index lies, and how it is opened.
+
+    Args:
+        paths: The project.
+        settings: Its settings.
+        num_vectors: Chunks of its database.
+        block_size: Its rows per file.
+
+    Raises:
+        ProjectError: build_index has not finished.
+    """
+
+    def __init__(
+        self, paths: ProjectPaths, settings: ProjectSettings, num_vectors: int, block_size: int
+    ) -> None:
+        self._mend = f"Run build_index --project-dir {paths.root}"
+        if settings.index_string is None or settings.embedder is None:
+            raise ProjectError(paths.settings, "names no index", f"{self._mend} first")
+        self._paths, self._settings, self._count = paths, settings, num_vectors
+        self._empty = paths.empty_index(settings.index_string)
+        self._added = paths.added_index(settings.index_string)
+        self._parts: list[Shard] = []
+        if settings.index_split:
+            require_stage(paths, self._empty, "build_index")
+            folder = paths.index_parts(settings.index_string)
+            kind = kind_of(load_index(self._empty))
+            self._parts = cut_parts(folder, num_vectors, kind, block_size)
+        else:
+            require_stage(paths, self._added, "build_index")
+
+    @property
+    def files(self) -> list[Path]:
+        """What holds it."""
+        if self._parts:
+            return [self._empty, *(part.path for part in self._parts)]
+        lists = lists_path(self._added)
+        return [self._added, lists] if lists.is_file() else [self._added]
+
+    def digests(self) -> dict[str, str]:
+        """What it is, for a stage's inputs.
+
+        Raises:
+            CorruptFileError: a file is missing.
+        """
+        for file in self.files:
+            verify_present(file, self._mend)
+            # Else its digest is another, as if the index had been exchanged.
+            verify_size(file, f"{self._mend} again")
+        if not self._parts and not marker_path(self._added).is_file():
+            load_index(self._added, mapped=True)  # nothing else tells that it is damaged
+        if self._parts:
+            parts = fingerprint_of([digest_of(file) for file in self.files])
+            return {self._paths.relative(self._parts[0].path.parent): parts}
+        return {self._paths.relative(file): digest_of(file) for file in self.files}
+
+    def open(self, share: bool = False, k: int = 0, gpu: bool = False) -> Any:
+        """The index, mapped into memory, with the breadth of search that was measured.
+
+        Args:
+            share: Where it is in parts, this rank takes some, and all search together.
+            k: Neighbors that are searched, which a GPU may not be able to.
+            gpu: Search on this rank's GPU where Faiss has one and the index fits.
+
+        Raises:
+            ProjectError: it does not hold the database's chunks.
+            CorruptFileError: a file is damaged; where all ranks open all of it, rank 0 tells.
+        """
+        settings, together = self._settings, share and get_world_size() > 1
+        breadth = settings.nprobe, settings.ef_search
+        if self._parts:
+            mine = self._parts[get_rank() :: get_world_size()] if together else self._parts
+            for file in [self._empty, *(part.path for part in mine)]:
+                verify(file, f"{self._mend} again")
+            index = load_parts(self._empty, mine, *breadth)
+            wanted = sum(part.end - part.start for part in mine)
+        else:
+            for file in self.files if get_rank() == 0 or not share else []:
+                verify(file, f"{self._mend} again")
+            index, wanted = load_index(self._added, *breadth, mapped=True), self._count
+        for part in getattr(index, "parts", [index]):
+            if settings.embedding_dimension not in (None, part.d):
+                raise CorruptFileError(
+                    self.files[-1],
+                    f"holds vectors of dimension {part.d}, not {settings.embedding_dimension}",
+                    f"{self._mend} again",
+                )
+        if index.ntotal != wanted:
+            raise ProjectError(
+                self._added,
+                f"holds {index.ntotal} chunks, but the database {wanted}",
+                f"{self._mend} again",
+            )
+        if gpu and num_gpus() and not self._parts:
+            index = to_gpu_for_search(index, k, settings.nprobe)
+        if together and self._parts:
+            dimension = settings.embedding_dimension
+            assert dimension is not None
+            return SharedIndex(index, self._count, dimension)
+        return index
+
+
+def verify_present(path: Path, mend: str) -> None:
+    """Refuse a missing file.
+
+    Raises:
+        ProjectError: with `mend` as the way out.
+    """
+    if not path.is_file():
+        raise ProjectError(path, "no such file", f"{mend} again")

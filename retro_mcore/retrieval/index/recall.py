@@ -1,0 +1,260 @@
+"""How many of the exact nearest neighbors an index finds, and how broadly it must search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from retro_mcore.project.hdf5 import map_dataset
+from retro_mcore.project.markers import signed_write
+from retro_mcore.project.shards import Shard
+from retro_mcore.retrieval.index.embeddings import Embeddings, HeldOut
+from retro_mcore.retrieval.index.library import faiss_library
+from retro_mcore.retrieval.index.searching import nearest, search, set_search_breadth
+from retro_mcore.retrieval.index.training import has_graph, num_lists
+
+RECALL_AT = (1, 2, 10)
+#: The K whose recall decides: the neighbors that the paper's models read.
+DECISIVE = 2
+_BATCH = 65_536
+#: Rounding of a squared distance in single precision, per root of the dimension and per unit of the
+#: squared lengths that it is the difference of: a few last bits.
+_ROUNDING = 4 * float(np.finfo(np.float32).eps)
+_BROADEST_GRAPH = 4096
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Share of the exact nearest neighbors that the index finds.
+
+    A neighbor counts as found if another at the same distance is (see `recall_at`).
+
+    Attributes:
+        at: K to recall@K.
+        num_queries: Queries, the held-out ones among them not in the database.
+        num_held_out: How many are chunks of held-out documents; the others are database rows,
+            themselves left out.
+        nprobe: Lists searched, None without lists.
+        ef_search: Breadth of the graph search, None without a graph.
+    """
+
+    at: dict[int, float]
+    num_queries: int
+    num_held_out: int
+    nprobe: int | None
+    ef_search: int | None
+
+    @property
+    def decisive(self) -> float:
+        """recall@2, or @1 in a database of fewer."""
+        return self.at.get(DECISIVE, self.at[min(self.at)])
+
+
+def exact_neighbors(
+    embeddings: Embeddings, queries: HeldOut, part: Shard
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest rows of one part by exhaustive search, a batch of rows in memory at a time.
+
+    Returns:
+        Distances f32 and rows i64 [queries, max(RECALL_AT)], a query's own row left out.
+    """
+    width = max(RECALL_AT)
+    distances = np.full((len(queries.vectors), width), np.inf, np.float32)
+    ids = np.full(distances.shape, -1, np.int64)
+    faiss = faiss_library()
+    for start in range(part.start, part.end, _BATCH):
+        end = min(start + _BATCH, part.end)
+        flat = faiss.IndexFlatL2(embeddings.dimension)
+        flat.add(embeddings.range(start, end))
+        found, rows = search(flat, queries.vectors, min(width + 1, end - start))
+        rows = np.where(rows == queries.rows[:, None] - start, -1, rows + start)
+        distances, ids = nearest(np.hstack([distances, found]), np.hstack([ids, rows]), width)
+    return distances, ids
+
+
+def write_exact(
+    embeddings: Embeddings, queries: HeldOut, part: Shard, path: Path, fingerprint: str
+) -> None:
+    """Save `exact_neighbors` of a part, signed."""
+    distances, ids = exact_neighbors(embeddings, queries, part)
+    with signed_write(path, fingerprint) as temporary, h5py.File(temporary, "w") as file:
+        file["distances"], file["neighbors"] = distances, ids
+
+
+def read_exact(paths: Sequence[Path]) -> np.ndarray:
+    """The nearest rows over all parts, i64 [queries, max(RECALL_AT)]; -1 in a tiny database."""
+    distances = np.hstack([map_dataset(path, "distances") for path in paths])
+    ids = np.hstack([map_dataset(path, "neighbors") for path in paths])
+    return nearest(distances, ids, max(RECALL_AT))[1]
+
+
+class RecallMeasure:
+    """Measures an index by the exact neighbors of held-out queries.
+
+    Args:
+        index: Anything that `search` takes.
+        queries: What is searched for.
+        exact: Their exact neighbors, from `read_exact`.
+        embeddings: The database's vectors, which what is found is compared by.
+    """
+
+    def __init__(
+        self, index: Any, queries: HeldOut, exact: np.ndarray, embeddings: Embeddings
+    ) -> None:
+        self._index, self._queries, self._embeddings = index, queries, embeddings
+        width = int((exact >= 0).all(axis=0).sum())
+        self._ks = [k for k in RECALL_AT if k <= width] or [max(width, 1)]
+        self._exact = self._distances(exact)
+        self._rounding = rounding_of(queries.vectors, self._neighbors(exact[:, :1])[:, 0])
+
+    def __call__(self, nprobe: int | None, ef_search: int | None) -> Recall:
+        """Recall with this breadth of search."""
+        set_search_breadth(self._index, nprobe, ef_search)
+        wanted = max(self._ks)
+        _, found = search(self._index, self._queries.vectors, wanted + 1)
+        found = self._distances(without(found, self._queries.rows))
+        at = {k: recall_at(k, found, self._exact, self._rounding) for k in self._ks}
+        held_out = int((self._queries.rows < 0).sum())
+        return Recall(at, len(found), held_out, nprobe, ef_search)
+
+    def _neighbors(self, ids: np.ndarray) -> np.ndarray:
+        """Vectors of rows [n, k], f32 [n, k, dimension]; any where an id is missing."""
+        rows = self._embeddings.rows(np.maximum(ids, 0).ravel())
+        return rows.reshape(*ids.shape, -1)
+
+    def _distances(self, ids: np.ndarray) -> np.ndarray:
+        """True distances of the queries to rows [n, k]."""
+        return squared_distances(self._queries.vectors, self._neighbors(ids), ids)
+
+
+def tune(
+    measure: RecallMeasure,
+    lists: int | None,
+    graph: bool,
+    target: float,
+    nprobe: int | None = None,
+    ef_search: int | None = None,
+) -> Recall:
+    """The narrowest search that reaches `target`, or the broadest where none does.
+
+    nprobe doubles until recall@2 is reached, and is then halved into the last step; after it
+    efSearch, as far as the recall stays. What is given is not changed.
+
+    Args:
+        measure: Of the index.
+        lists: Its lists, if it has any.
+        graph: Whether it has a graph.
+        target: Recall@2 wanted.
+        nprobe: Lists to search.
+        ef_search: Breadth of the graph search.
+    """
+    if lists is None:
+        return _narrow_graph(measure, None, target, ef_search) if graph else measure(None, None)
+
+    def breadth(probes: int) -> int | None:
+        return (ef_search or max(256, 2 * probes)) if graph else None
+
+    if nprobe is None:
+        result = measure(1, breadth(1))
+        low = 0
+        while result.decisive < target and result.nprobe < lists:  # type: ignore[operator]
+            low = result.nprobe  # type: ignore[assignment]
+            result = measure(min(2 * low, lists), breadth(min(2 * low, lists)))
+        high: int = result.nprobe  # type: ignore[assignment]
+        while result.decisive >= target and high - low > max(1, low // 4):
+            middle = (low + high) // 2
+            narrower = measure(middle, breadth(middle))
+            if narrower.decisive >= target:
+                result, high = narrower, middle
+            else:
+                low = middle
+        nprobe = result.nprobe
+    if graph and ef_search is None:
+        return _narrow_graph(measure, nprobe, target, None)
+    return measure(nprobe, breadth(nprobe))  # type: ignore[arg-type]
+
+
+def _narrow_graph(
+    measure: RecallMeasure, nprobe: int | None, target: float, ef_search: int | None
+) -> Recall:
+    """The smallest efSearch, a power of two, that reaches the target; the index's best else."""
+    if ef_search is not None:
+        return measure(nprobe, ef_search)
+    ef_search, best = 16, None
+    most = max(_BROADEST_GRAPH, 2 * (nprobe or 0))
+    while True:
+        result = measure(nprobe, ef_search)
+        if best is None or result.decisive > best.decisive:
+            best = result
+        if result.decisive >= target or 2 * ef_search > most:
+            return result if result.decisive >= target else best
+        ef_search *= 2
+
+
+def measure_recall(
+    index: Any,
+    embeddings: Embeddings,
+    queries: HeldOut,
+    nprobe: int | None = None,
+    ef_search: int | None = None,
+    target: float = 0.95,
+) -> Recall:
+    """Compare with exact search in this process, and choose what breadth is not given."""
+    _, exact = exact_neighbors(embeddings, queries, Shard(0, len(embeddings), Path()))
+    measure = RecallMeasure(index, queries, exact, embeddings)
+    return tune(measure, num_lists(index), has_graph(index), target, nprobe, ef_search)
+
+
+def without(ids: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Drop each query's own row, or the last candidate where it is not among them."""
+    keep = ids != own[:, None]
+    keep[own < 0] = True
+    keep[keep.all(axis=1), -1] = False
+    return ids[keep].reshape(len(ids), -1)
+
+
+def squared_distances(queries: np.ndarray, neighbors: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """True squared distances f64 [n, k] of queries [n, d] to neighbors [n, k, d].
+
+    Infinite where an id [n, k] is missing (negative).
+    """
+    difference = neighbors.astype(np.float64) - queries[:, None].astype(np.float64)
+    return np.where(ids < 0, np.inf, np.square(difference).sum(-1))
+
+
+def rounding_of(queries: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+    """By how much a search in single precision may misjudge squared distances, f64 [n].
+
+    Args:
+        queries: Vectors [n, d].
+        neighbors: One near vector [n, d] of each.
+    """
+    lengths = [np.square(rows.astype(np.float64)).sum(-1) for rows in (queries, neighbors)]
+    return _ROUNDING * queries.shape[1] ** 0.5 * (lengths[0] + lengths[1])
+
+
+def recall_at(
+    k: int, found: np.ndarray, exact: np.ndarray, rounding: np.ndarray | float = 0.0
+) -> float:
+    """Share of the k nearest neighbors that were found.
+
+    By distance, as ann-benchmarks measures: what is found counts if it is no farther than the k-th
+    exact neighbor. Of several rows at one distance, exact search returns any, too; and which row is
+    the nearer within rounding depends on the processor.
+
+    Args:
+        k: How many.
+        found: True distances of what was found [n, at least k], in any order, infinite where
+            nothing was.
+        exact: True distances of the exact neighbors [n, at least k], likewise.
+        rounding: Differences that do not count, per query.
+    """
+    there = np.isfinite(exact[:, :k]).sum(axis=1)
+    farthest = np.where(np.isfinite(exact[:, :k]), exact[:, :k], -np.inf).max(axis=1, initial=0.0)
+    hits = (found[:, :k] <= (farthest + rounding)[:, None]).sum(axis=1)
+    return float(np.minimum(hits, there).sum() / there.sum()) if there.any() else 1.0

@@ -1,0 +1,100 @@
+"""Search in a Faiss index, with the same bytes on any number of threads and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.retrieval.index.library import faiss_library, worker_threads
+
+#: Queries per call of Faiss.
+_QUERIES = 128
+
+
+def search(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest vectors of each query.
+
+    Args:
+        index: A Faiss index, or anything whose `search(vectors, k)` answers as Faiss's.
+        vectors: f32 [n, dimension].
+        k: Neighbors wanted.
+
+    Returns:
+        Distances f32 [n, k] and ids i64 [n, k], nearest first, equal distances in the order of
+        ids; NO_NEIGHBOR (trailing) where the index found fewer.
+    """
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    if hasattr(index, "search_together"):
+        return index.search_together(vectors, k)
+    if len(vectors) == 0:
+        return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+    on_cpu = isinstance(index, (faiss_library().Index, PartedIndex))
+    if not on_cpu or "Gpu" in type(index).__name__:
+        return by_distance_then_id(*index.search(vectors, k))
+    parts = [vectors[start : start + _QUERIES] for start in range(0, len(vectors), _QUERIES)]
+    found = list(worker_threads().map(_search_few, repeat(index), parts, repeat(k)))
+    distances, ids = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return by_distance_then_id(distances, ids)
+
+
+def _search_few(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    return index.search(vectors, k)
+
+
+def by_distance_then_id(distances: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Put ids [n, k] of equal distance in order; rows must be sorted by distance."""
+    rows = np.flatnonzero((distances[:, 1:] == distances[:, :-1]).any(axis=1))
+    before, after = ids[rows, :-1], ids[rows, 1:]
+    tied = distances[rows, 1:] == distances[rows, :-1]
+    rows = rows[(tied & (after < before) & (after != NO_NEIGHBOR)).any(axis=1)]
+    if len(rows):
+        distances[rows], ids[rows] = nearest(distances[rows], ids[rows], ids.shape[1])
+    return distances, ids
+
+
+def nearest(distances: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of candidates [n, any] by distance, then id; missing ones last."""
+    distances = np.where(ids == NO_NEIGHBOR, np.float32(np.inf), distances)
+    order = np.lexsort((np.where(ids == NO_NEIGHBOR, np.iinfo(np.int64).max, ids), distances))
+    order = order[:, :k]
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+
+
+class PartedIndex:
+    """Indexes over parts of the vectors, searched as one.
+
+    Args:
+        parts: Faiss indexes; ids of each count from its offset.
+        offsets: Id of each part's first vector.
+    """
+
+    def __init__(self, parts: Sequence[Any], offsets: Sequence[int]) -> None:
+        self.parts, self.offsets = parts, offsets
+
+    @property
+    def ntotal(self) -> int:
+        """Vectors, as Faiss names it."""
+        return sum(part.ntotal for part in self.parts)
+
+    def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, one call."""
+        found = [part.search(vectors, k) for part in self.parts]
+        ids = [
+            np.where(part == NO_NEIGHBOR, part, part + offset)
+            for (_, part), offset in zip(found, self.offsets, strict=True)
+        ]
+        return nearest(np.hstack([distances for distances, _ in found]), np.hstack(ids), k)
+
+
+def set_search_breadth(index: Any, nprobe: int | None, ef_search: int | None) -> None:
+    """Set nprobe and efSearch where they are given."""
+    parameters = faiss_library().ParameterSpace()
+    if nprobe is not None:
+        parameters.set_index_parameter(index, "nprobe", nprobe)
+    if ef_search is not None:
+        name = "quantizer_efSearch" if nprobe is not None else "efSearch"
+        parameters.set_index_parameter(index, name, ef_search)

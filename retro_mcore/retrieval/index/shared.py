@@ -1,0 +1,63 @@
+"""An index whose parts are spread over ranks, searched by all of them together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from retro_mcore.distributed import get_rank, get_world_size
+from retro_mcore.retrieval.index.searching import nearest, search
+
+
+class SharedIndex:
+    """Each rank holds some of the vectors; a search is a collective of all ranks of `group`.
+
+    Args:
+        local: This rank's part.
+        ntotal: Vectors on all ranks.
+        dimension: Of a vector.
+        group: Default: the world.
+    """
+
+    def __init__(
+        self, local: Any, ntotal: int, dimension: int, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.local, self.ntotal, self.d, self._group = local, ntotal, dimension, group
+
+    def search_together(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest on all ranks of this rank's queries, as many as each has (also none).
+
+        Each rank searches the queries of all in its part and sends every rank what it found.
+
+        Args:
+            vectors: f32 [n, dimension].
+            k: Neighbors wanted by this rank.
+        """
+        world, rank = get_world_size(self._group), get_rank(self._group)
+        asked: list[tuple[int, int]] = [(0, 0)] * world
+        dist.all_gather_object(asked, (len(vectors), k), group=self._group)
+        result = np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+        for owner, (count, wanted) in enumerate(asked):
+            if not count:
+                continue
+            queries = (
+                torch.from_numpy(vectors.copy()) if owner == rank else torch.empty(count, self.d)
+            )
+            source = owner if self._group is None else dist.get_global_rank(self._group, owner)
+            dist.broadcast(queries, source, group=self._group)
+            found = search(self.local, queries.numpy(), wanted)
+            distances, ids = (self._gather(torch.from_numpy(part), source) for part in found)
+            if owner == rank:
+                result = nearest(distances, ids, wanted)
+        return result
+
+    def _gather(self, part: torch.Tensor, destination: int) -> np.ndarray:
+        """Every rank's columns side by side, on the rank `destination` of the world."""
+        parts = None
+        if dist.get_rank() == destination:
+            parts = [torch.empty_like(part) for _ in range(get_world_size(self._group))]
+        dist.gather(part.contiguous(), parts, dst=destination, group=self._group)
+        return np.hstack([each.numpy() for each in parts or [part]])

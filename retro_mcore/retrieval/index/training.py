@@ -1,0 +1,181 @@
+"""Training an index: coarse lists, transforms and codes, from a sample of the vectors."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.retrieval.index.embeddings import Embeddings
+from retro_mcore.retrieval.index.library import faiss_library, faiss_threads, message_of
+
+#: Vectors per list that Faiss makes use of in k-means, and without lists, in training codes.
+_VECTORS_PER_LIST = 256
+_VECTORS_FOR_CODES = 65_536
+#: Up to so many, threads would wait for one another more than they'd work.
+_FEW_VECTORS = 10_000
+
+
+class IndexKind(Enum):
+    """How an index can be filled by many and put together."""
+
+    #: Inverted lists: parts are merged list by list.
+    LISTS = "lists"
+    #: A row of codes, searched exhaustively: parts are joined end to end.
+    CODES = "codes"
+    #: Graphs and whatever else cannot be merged: filled by one process.
+    WHOLE = "whole"
+
+
+_LISTS = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer")
+_CODES = ("IndexFlat", "IndexFlatL2", "IndexPQ", "IndexScalarQuantizer")
+#: Coarse quantizers that hold their centroids and nothing else to train.
+_QUANTIZERS = ("IndexFlat", "IndexFlatL2", "IndexHNSWFlat")
+
+
+def innermost(index: Any) -> Any:
+    """The index below transforms such as OPQ, as its own class."""
+    faiss = faiss_library()
+    index = faiss.downcast_index(index)
+    while isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    return index
+
+
+def kind_of(index: Any) -> IndexKind:
+    """How `index` can be filled."""
+    name = type(innermost(index)).__name__
+    if name in _LISTS:
+        return IndexKind.LISTS
+    return IndexKind.CODES if name in _CODES else IndexKind.WHOLE
+
+
+def make_index(index_string: str, dimension: int) -> Any:
+    """An untrained Faiss index.
+
+    Raises:
+        ConfigurationError: Faiss does not know the string, or it does not fit the dimension.
+    """
+    try:
+        return faiss_library().index_factory(dimension, index_string)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            "--index",
+            f"{index_string!r} for dimension {dimension} ({message_of(error)})",
+            "Give auto, or a Faiss factory string such as Flat or IVF1024,Flat",
+        ) from error
+
+
+def train_index(
+    index_string: str,
+    embeddings: Embeddings,
+    sample: np.ndarray,
+    memory: int | None = None,
+    gpu: bool = False,
+) -> Any:
+    """A Faiss index trained on rows of the database; no vectors are added.
+
+    Rounding in training depends on the number of threads, so it takes all of the machine's cores
+    (one for few vectors), however many ranks share them.
+
+    Args:
+        index_string: Faiss factory string.
+        embeddings: The database's vectors.
+        sample: Rows to train on; evenly spaced ones of them where Faiss would not use all.
+        memory: Bytes that the training vectors may take.
+        gpu: Cluster on the GPUs.
+
+    Raises:
+        ConfigurationError: Faiss refuses the string, or cannot train it on so few vectors.
+    """
+    index = make_index(index_string, embeddings.dimension)
+    if index.is_trained:
+        return index
+    rows = training_rows(index, sample, embeddings.dimension, memory)
+    try:
+        with faiss_threads((os.cpu_count() or 1) if len(rows) > _FEW_VECTORS else 1):
+            _train(index, embeddings.rows(rows), gpu)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            "--index",
+            f"{index_string!r} cannot be trained on {len(rows)} vectors ({message_of(error)})",
+            "Choose fewer lists or codes, or auto",
+        ) from error
+    return index
+
+
+def training_rows(
+    index: Any, sample: np.ndarray, dimension: int, memory: int | None = None
+) -> np.ndarray:
+    """The rows of `sample` that training uses, evenly spaced."""
+    lists = num_lists(index)
+    most = max(_VECTORS_FOR_CODES, _VECTORS_PER_LIST * (lists or 0))
+    if memory is not None:
+        most = min(most, max(memory // (4 * dimension), 1))
+    if len(sample) <= most:
+        return sample
+    return sample[np.linspace(0, len(sample) - 1, most).astype(np.int64)]
+
+
+def _train(index: Any, vectors: np.ndarray, gpu: bool) -> None:
+    """Transforms, then lists, then codes: Faiss's own order."""
+    faiss = faiss_library()
+    inner = innermost(index)
+    if kind_of(index) is not IndexKind.LISTS:
+        with faiss_threads(1 if has_graph(index) else faiss.omp_get_max_threads()):
+            index.train(vectors)  # threads would race in building a graph
+        return
+    outer = faiss.downcast_index(index)
+    while isinstance(outer, faiss.IndexPreTransform):
+        for position in range(outer.chain.size()):
+            transform = faiss.downcast_VectorTransform(outer.chain.at(position))
+            if not transform.is_trained:
+                transform.train(vectors)
+            vectors = transform.apply(vectors)
+        outer = faiss.downcast_index(outer.index)
+    if type(faiss.downcast_index(inner.quantizer)).__name__ in _QUANTIZERS:
+        _train_lists(inner, vectors, gpu)
+    with faiss_threads(1 if has_graph(index) else faiss.omp_get_max_threads()):
+        inner.train(vectors)
+    _mark_trained(index)
+
+
+def _train_lists(ivf: Any, vectors: np.ndarray, gpu: bool) -> None:
+    """k-means, and the centroids into the quantizer, which may be a graph."""
+    faiss = faiss_library()
+    clustering = faiss.Clustering(ivf.d, ivf.nlist, ivf.cp)
+    flat = faiss.IndexFlatL2(ivf.d)
+    clustering.train(vectors, faiss.index_cpu_to_all_gpus(flat) if gpu else flat)
+    centroids = faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
+    ivf.quantizer.reset()
+    with faiss_threads(1):  # threads would race in building a graph
+        ivf.quantizer.train(centroids)
+        ivf.quantizer.add(centroids)
+
+
+def _mark_trained(index: Any) -> None:
+    faiss = faiss_library()
+    outer = faiss.downcast_index(index)
+    while isinstance(outer, faiss.IndexPreTransform):
+        outer.is_trained = True
+        outer = faiss.downcast_index(outer.index)
+
+
+def num_lists(index: Any) -> int | None:
+    """Lists of an index that has them."""
+    try:
+        return int(faiss_library().extract_index_ivf(index).nlist)
+    except RuntimeError:
+        return None
+
+
+def has_graph(index: Any) -> bool:
+    """Whether a search walks a graph, over the vectors or over the lists."""
+    faiss = faiss_library()
+    graph = innermost(index)
+    if num_lists(index) is not None:
+        graph = faiss.downcast_index(faiss.extract_index_ivf(index).quantizer)
+    return "HNSW" in type(graph).__name__ or "NSG" in type(graph).__name__

@@ -1,0 +1,139 @@
+"""The saved neighbors of every sample's chunks, in upstream's files.
+
+Row `sample · L + chunk` of a split holds chunk ids of the retrieval database, best first.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.errors import CorruptFileError, ProjectError
+from retro_mcore.project.hdf5 import map_dataset
+
+#: A file of rows [start, end); others are not ours to read, such as a copy under another name.
+_ROWS = re.compile(r"(\d+)-(\d+)")
+#: Rows whose ids are looked at when neighbors are opened; all of them are when they are read.
+_LOOKED_AT = 1 << 16
+_MEND = "Run query_neighbors again"
+
+
+class SavedNeighbors:
+    """The neighbors of a split, memory-mapped. Picklable.
+
+    Args:
+        directory: A directory under `query/`.
+        num_chunks: Chunks of the database that they are of, beyond which no id may be; None: any.
+
+    Raises:
+        ProjectError: it is missing or empty.
+        CorruptFileError: a file is unreadable or of another type, rows are missing, or an id is not
+            in the database.
+    """
+
+    _dataset, _kind = "neighbors", "i"
+
+    def __init__(self, directory: Path | str, num_chunks: int | None = None) -> None:
+        self.directory, self._num_chunks = Path(directory), num_chunks
+        found = [(path, _ROWS.fullmatch(path.stem)) for path in self.directory.glob("*.hdf5")]
+        bounds = sorted((int(m[1]), int(m[2]), path) for path, m in found if m)
+        if not bounds:
+            raise ProjectError(self.directory, "holds no neighbors", "Run query_neighbors first")
+        self._paths = [path for _, _, path in bounds]
+        self._files: list[np.ndarray] = []
+        # Of each file as many: every process opens all files, of which there may be thousands.
+        self._looked_at = max(_LOOKED_AT // len(bounds), 1)
+        expected = 0
+        for start, end, path in bounds:
+            self._files.append(self._open(path, start, end, expected))
+            expected = end
+        self._ends = np.array([end for _, end, _ in bounds])
+
+    def _open(self, path: Path, start: int, end: int, expected: int) -> np.ndarray:
+        rows = map_dataset(path, self._dataset, self._kind, 2)
+        if start != expected:
+            raise CorruptFileError(
+                path, f"begins with row {start}, the files before it end with {expected}", _MEND
+            )
+        if len(rows) != end - start:
+            raise CorruptFileError(path, f"holds {len(rows)} rows from {start}", _MEND)
+        if not rows.shape[1] or (self._files and rows.shape[1] != self.num_saved):
+            raise CorruptFileError(path, f"holds {rows.shape[1]} neighbors per row", _MEND)
+        self._check(path, rows[: self._looked_at])
+        return rows
+
+    def _check(self, path: Path, rows: np.ndarray) -> None:
+        if self._num_chunks is None:
+            return
+        wrong = (rows < NO_NEIGHBOR) | (rows >= self._num_chunks)
+        if wrong.any():
+            raise CorruptFileError(
+                path,
+                f"names chunk {rows[wrong][0]}, the database has {self._num_chunks}",
+                f"{_MEND}, or restore the database",
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.directory, self._num_chunks)
+
+    @property
+    def num_saved(self) -> int:
+        """Neighbors saved per row."""
+        return int(self._files[0].shape[1])
+
+    def rows(self, start: int, end: int) -> np.ndarray:
+        """i64 [end - start, num_saved] (distances: f32)."""
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        parts = []
+        while start < end:
+            offset = int(self._ends[first - 1]) if first else 0
+            stop = min(end, int(self._ends[first]))
+            rows = self._files[first][start - offset : stop - offset]
+            self._check(self._paths[first], rows)
+            parts.append(rows)
+            start, first = stop, first + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class SavedDistances(SavedNeighbors):
+    """The distances of a split's neighbors as the index gave them, NaN where there is none.
+
+    Squared for an L2 index, and approximate for one that compresses. Directories of other writers
+    have none.
+
+    Args:
+        directory: The directory of the neighbors, under `query/`.
+
+    Raises:
+        ProjectError: no distances were saved.
+        CorruptFileError: a file is unreadable, or rows are missing.
+    """
+
+    _dataset, _kind = "distances", "f"
+
+    def __init__(self, directory: Path | str) -> None:
+        super().__init__(Path(directory) / "distances")
+
+    def of(self, neighbors: SavedNeighbors) -> SavedDistances:
+        """These, if they are the distances of `neighbors`.
+
+        Raises:
+            CorruptFileError: they are of other rows.
+        """
+        sizes = [(len(saved), saved.num_saved) for saved in (self, neighbors)]
+        if sizes[0] != sizes[1]:
+            raise CorruptFileError(
+                self.directory,
+                f"holds {sizes[0]} rows and columns, its neighbors {sizes[1]}",
+                "Run query_neighbors again, or remove it",
+            )
+        return self
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.directory.parent,)

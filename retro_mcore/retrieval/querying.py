@@ -1,0 +1,313 @@
+"""Searching the neighbors of every sample's chunks, and saving them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import numpy as np
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.distributed import any_rank, get_rank, get_world_size, raise_together
+from retro_mcore.errors import CorruptFileError
+from retro_mcore.project.hdf5 import read_counts
+from retro_mcore.project.markers import signed_write
+from retro_mcore.project.shards import Shard, ShardReport, missing_shards, run_shards
+from retro_mcore.retrieval.chunk_text import DocumentEnds, chunk_texts
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
+from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
+from retro_mcore.retrieval.index.searching import search
+from retro_mcore.retrieval.index.shared import SharedIndex
+from retro_mcore.retrieval.rerank import BM25
+from retro_mcore.retrieval.vectors import EmbeddingCounts
+
+#: Chunks that are embedded, searched and filtered at a time; bounds the memory.
+BATCH = 4096
+#: Candidates per chunk if nothing else is asked for, before those of its own documents are dropped.
+NUM_QUERY = 200
+#: A search that must go on for lack of neighbors asks for so many times more.
+_MORE = 4
+
+#: Query chunks that cannot all fall into empty lists of an index.
+_MANY = 16
+
+#: What is searched (vectors f32 [n, dimension], k), and what was found (distances, ids [n, k]).
+Request = tuple[np.ndarray, int]
+Found = tuple[np.ndarray, np.ndarray]
+
+
+class Samples(Protocol):
+    """What querying needs of a split's samples."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """Tokens i64 [S+1], dataset number and document ids of a sample."""
+
+
+@dataclass
+class NeighborSearch:
+    """How the neighbors of a split are searched.
+
+    Attributes:
+        database: The retrieval database.
+        tokenizer: The project's tokenizer.
+        embedder: What the index was built with.
+        chunk_length: M.
+        num_query: Candidates searched per chunk; more where too few of them are of other documents.
+        num_save: Neighbors saved per chunk, after those of the sample's own documents are dropped.
+        rerank: Orders the candidates that are left; None: by distance.
+        document_ends: What the embedder reads for an end of document inside a chunk.
+    """
+
+    database: ChunkDatabase
+    tokenizer: Tokenizer
+    embedder: Embedder
+    chunk_length: int
+    num_query: int
+    num_save: int
+    rerank: BM25 | None = None
+    document_ends: DocumentEnds = "line break"
+
+    def __post_init__(self) -> None:
+        self.filter = DocumentFilter(self.database)
+
+    def shard(self, samples: Samples, shard: Shard, path: Path, fingerprint: str) -> Steps:
+        """Write the neighbors of one shard to `path`, and their distances; a batch at a time.
+
+        Yields:
+            What is to be searched; wants what was found sent in.
+        """
+        rows = shard.end - shard.start
+        # First, so that no neighbors are ever without their distances.
+        with (
+            signed_write(distances_path(shard), fingerprint) as temporary,
+            h5py.File(temporary, "w") as distances_file,
+            h5py.File(path, "w") as file,
+        ):
+            neighbors = file.create_dataset("neighbors", (rows, self.num_save), np.int64)
+            distances = distances_file.create_dataset(
+                "distances", (rows, self.num_save), np.float32
+            )
+            counts = QueryCounts()
+            for start in range(shard.start, shard.end, BATCH):
+                end = min(start + BATCH, shard.end)
+                found = yield from self.batch(samples, start, end, counts)
+                here = slice(start - shard.start, end - shard.start)
+                neighbors[here], distances[here] = found
+                counts.chunks_short += int((found[0][:, -1] == NO_NEIGHBOR).sum())
+                counts.chunks_without += int((found[0][:, 0] == NO_NEIGHBOR).sum())
+            distances_file["counts"] = counts.to_array()
+
+    def batch(
+        self, samples: Samples, start: int, end: int, counts: EmbeddingCounts | None = None
+    ) -> Generator[Request, Found, tuple[np.ndarray, np.ndarray]]:
+        """Neighbors i64 and distances f32 [end - start, num_save] of rows [start, end).
+
+        Raises:
+            ConfigurationError: the embedder gives vectors that cannot be searched.
+            CorruptFileError: the index gives what is not in the database.
+        """
+        chunks, owners = read_chunks(samples, start, end, self.chunk_length)
+        texts = chunk_texts(self.tokenizer, chunks, self.document_ends)
+        vectors = embed_unique(self.embedder, texts, counts, start, "query chunk")
+        distances, candidates = yield vectors, self.num_query
+        require_found(distances, candidates, self.database)
+        neighbors, kept = self.select(chunks, candidates, distances, owners)
+        k = self.num_query
+        while k < len(self.database):
+            # Too few, though the index found as many as it was asked for: long own documents.
+            short = np.flatnonzero(
+                (neighbors[:, -1] == NO_NEIGHBOR) & (candidates[:, -1] != NO_NEIGHBOR)
+            )
+            if not len(short):
+                break
+            k = min(_MORE * k, len(self.database))
+            more, wider = yield vectors[short], k
+            require_found(more, wider, self.database, may_be_empty=True)
+            neighbors[short], kept[short] = self.select(
+                [chunks[row] for row in short], wider, more, rows_of(owners, short)
+            )
+            candidates[short, -1] = wider[:, -1]
+        return neighbors, kept
+
+    def select(
+        self,
+        chunks: Sequence[np.ndarray],
+        candidates: np.ndarray,
+        distances: np.ndarray,
+        owners: Sequence[SampleRows],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Filter, order and cut candidates [n, k] to `num_save`."""
+        if self.rerank is None:
+            return self.filter.select(candidates, distances, owners, self.num_save)
+        allowed = ~self.filter.own(candidates, owners)
+        candidates, distances = keep_first(candidates, distances, allowed, candidates.shape[1])
+        candidates, distances = self.rerank.reorder(chunks, candidates, distances)
+        return keep_first(candidates, distances, candidates >= 0, self.num_save)
+
+
+@dataclass
+class QueryCounts(EmbeddingCounts):
+    """What happened to the chunks that neighbors were searched for.
+
+    Attributes:
+        chunks_short: Chunks with fewer neighbors than are saved.
+        chunks_without: Chunks without any.
+    """
+
+    chunks_short: int = 0
+    chunks_without: int = 0
+
+
+def count_queried(shards: Sequence[Shard]) -> QueryCounts:
+    """What happened to all chunks of a split, as far as its files say (older ones do not)."""
+    counts = QueryCounts()
+    for shard in shards:
+        counts.add(read_counts(distances_path(shard)))
+    return counts
+
+
+def require_found(
+    distances: np.ndarray, ids: np.ndarray, database: ChunkDatabase, may_be_empty: bool = False
+) -> None:
+    """Refuse what an index found that cannot be.
+
+    Args:
+        distances: f32 [n, k].
+        ids: i64 [n, k].
+        database: Whose chunks they should be.
+        may_be_empty: Whether all of these may find nothing, as those that found nothing before.
+
+    Raises:
+        CorruptFileError: ids beyond the database, distances that are NaN or infinite, or nothing
+            for many vectors, which are the marks of an index of NaN or infinite ones.
+    """
+    there = ids != NO_NEIGHBOR
+    if not ((ids[there] >= 0) & (ids[there] < len(database))).all():
+        foreign = ids[there & ((ids < 0) | (ids >= len(database)))][0]
+        found = f"the index holds chunk {foreign}, which the database of {len(database)} has not"
+    elif not np.isfinite(distances[there]).all():
+        found = "the index gives distances that are NaN or infinite"
+    elif len(ids) >= _MANY and not there.any() and not may_be_empty:
+        found = f"the index finds nothing for {len(ids)} query chunks"
+    else:
+        return
+    raise CorruptFileError(database.path, found, "Build the index of this database anew")
+
+
+#: One shard's searches.
+Steps = Generator[Request, Found, None]
+
+
+def query_split(
+    neighbor_search: NeighborSearch,
+    samples: Samples,
+    index: Any,
+    shards: Sequence[Shard],
+    fingerprint: str,
+    description: str,
+) -> ShardReport:
+    """Search and save the neighbors of every chunk of a split, on all ranks.
+
+    Args:
+        neighbor_search: How.
+        samples: The split.
+        index: The database's index; a SharedIndex if ranks share it.
+        shards: Ranges of rows (chunks).
+        fingerprint: What the neighbors are made from.
+        description: Label of the progress bar.
+    """
+
+    row_bytes = (8 + 4) * neighbor_search.num_save
+    if isinstance(index, SharedIndex):
+        missing, report = missing_shards(
+            shards, fingerprint, description, row_bytes, distances_path
+        )
+        _query_together(neighbor_search, samples, index, missing, fingerprint)
+        return report
+
+    def build(shard: Shard, path: Path) -> None:
+        answer(neighbor_search.shard(samples, shard, path, fingerprint), index)
+
+    return run_shards(shards, build, fingerprint, description, row_bytes, distances_path)
+
+
+def _query_together(
+    neighbor_search: NeighborSearch,
+    samples: Samples,
+    index: SharedIndex,
+    shards: Sequence[Shard],
+    fingerprint: str,
+) -> None:
+    """Build shards, each on one rank, while all ranks search for one another in step."""
+
+    def mine() -> Steps:
+        for shard in shards[get_rank() :: get_world_size()]:
+            with signed_write(shard.path, fingerprint) as temporary:
+                yield from neighbor_search.shard(samples, shard, temporary, fingerprint)
+
+    steps, found = mine(), None
+    nothing = np.empty((0, index.d), np.float32), 0
+    while True:
+        request: Request | None = None
+        with raise_together():
+            try:
+                request = next(steps) if found is None else steps.send(found)
+            except StopIteration:
+                steps, found = _no_steps(), None
+        if not any_rank(request is not None):
+            return
+        reply = index.search_together(*(request or nothing))
+        found = reply if request is not None else None
+
+
+def _no_steps() -> Steps:
+    yield from ()
+
+
+def answer(steps: Generator[Request, Found, Any], index: Any) -> Any:
+    """Search whatever `steps` asks for; what it returns in the end."""
+    try:
+        request = next(steps)
+        while True:
+            request = steps.send(search(index, *request))
+    except StopIteration as end:
+        return end.value
+
+
+def distances_path(shard: Shard) -> Path:
+    """Where the distances of a file of neighbors lie."""
+    # In a folder of its own: other readers take every .hdf5 file beside the neighbors for theirs.
+    return shard.path.parent / "distances" / shard.path.name
+
+
+def read_chunks(
+    samples: Samples, start: int, end: int, chunk_length: int
+) -> tuple[list[np.ndarray], list[SampleRows]]:
+    """Tokens of rows [start, end), and whose they are; a sample is read once for its chunks."""
+    chunks: list[np.ndarray] = []
+    owners: list[SampleRows] = []
+    for sample, first, last in _cut_by_sample(samples, start, end, chunk_length):
+        tokens, dataset, documents = samples.read(sample)
+        rows = tokens[first * chunk_length : last * chunk_length].reshape(-1, chunk_length)
+        owners.append(SampleRows(len(chunks), len(chunks) + len(rows), dataset, documents))
+        chunks.extend(rows)
+    return chunks, owners
+
+
+def _cut_by_sample(
+    samples: Samples, start: int, end: int, chunk_length: int
+) -> Iterator[tuple[int, int, int]]:
+    """Each sample of rows [start, end), with its first and last chunk (exclusive)."""
+    per_sample = (len(samples.read(0)[0]) - 1) // chunk_length
+    while start < end:
+        sample, first = divmod(start, per_sample)
+        last = min(per_sample, first + end - start)
+        yield sample, first, last
+        start += last - first

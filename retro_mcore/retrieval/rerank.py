@@ -1,0 +1,135 @@
+"""Reordering candidates by BM25 over their tokens.
+
+Doostmohammadi et al. 2023, "Surface-based retrieval reduces perplexity of retrieval-augmented
+language models": a cheap reranking of Retro's dense candidates by BM25 gives part of what a search
+by BM25 would. Libraries of BM25 index a corpus to search all of it; here a few candidates of each
+query are scored straight from the token file, and no index is built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.errors import CorruptFileError
+from retro_mcore.project.arrays import load_array
+from retro_mcore.project.markers import verify
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.database import ChunkDatabase
+
+#: Robertson and Zaragoza 2009: how fast repetitions saturate, how much length counts.
+K1, B = 1.2, 0.75
+#: Chunks that document frequencies are counted in.
+_COUNTED = 1_000_000
+_COUNT_BATCH = 8192
+
+
+def count_tokens(database: ChunkDatabase, vocab_size: int) -> np.ndarray:
+    """In how many of the database's chunks each token occurs, f64 [vocab_size + 2].
+
+    Evenly spaced chunks of a large database are counted. The last two entries are the number of
+    chunks and their mean length.
+    """
+    count = min(len(database), _COUNTED)
+    rows = np.linspace(0, len(database) - 1, count).astype(np.int64)
+    frequencies, total = np.zeros(vocab_size, np.int64), 0
+    for batch in np.array_split(rows, math.ceil(count / _COUNT_BATCH)):
+        chunks = database.tokens(batch)
+        lengths = [len(chunk) for chunk in chunks]
+        chunk_of = np.repeat(np.arange(len(chunks)), lengths)
+        pairs = np.unique(chunk_of * vocab_size + np.concatenate(chunks).astype(np.int64))
+        frequencies += np.bincount(pairs % vocab_size, minlength=vocab_size)
+        total += sum(lengths)
+    return np.concatenate([frequencies, [count, total / count]]).astype(np.float64)
+
+
+class BM25:
+    """Scores chunks of a database against a query chunk, over token ids.
+
+    Args:
+        database: The retrieval database.
+        counts: From `count_tokens`.
+        chunk_length: M.
+    """
+
+    def __init__(self, database: ChunkDatabase, counts: np.ndarray, chunk_length: int) -> None:
+        self._database, self._chunk_length = database, chunk_length
+        frequencies, total, self._mean_length = counts[:-2], counts[-2], counts[-1]
+        self._idf = np.log1p((total - frequencies + 0.5) / (frequencies + 0.5))
+        self._term = np.full(len(frequencies) + 1, -1, np.int64)
+
+    def scores(self, query: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """BM25 of candidate chunks, f64 [n].
+
+        Args:
+            query: Tokens of a chunk; each occurrence counts.
+            candidates: Chunk ids [n].
+        """
+        tokens, padded = self._database.padded_tokens(candidates, self._chunk_length, 0)
+        terms, occurrences = np.unique(query, return_counts=True)
+        self._term[terms] = np.arange(len(terms))
+        term = np.where(padded, -1, self._term[tokens])
+        self._term[terms] = -1
+        rows, columns = np.nonzero(term >= 0)
+        shape = (len(candidates), len(terms))
+        frequency = np.bincount(
+            rows * len(terms) + term[rows, columns], minlength=shape[0] * shape[1]
+        ).reshape(shape)
+        lengths = (~padded).sum(axis=1)
+        norm = K1 * (1 - B + B * lengths / self._mean_length)
+        weights = occurrences * self._idf[terms] * (K1 + 1)
+        return (frequency / (frequency + norm[:, None])) @ weights
+
+    def order(self, queries: Sequence[np.ndarray], candidates: np.ndarray) -> np.ndarray:
+        """The order [rows, n] that puts each row's candidates [rows, n] by falling score.
+
+        Equal scores keep their order, and NO_NEIGHBOR (trailing) stays last.
+        """
+        order = np.tile(np.arange(candidates.shape[1]), (len(candidates), 1))
+        for row, (query, ids) in enumerate(zip(queries, candidates, strict=True)):
+            present = ids[ids != NO_NEIGHBOR]
+            order[row, : len(present)] = np.argsort(-self.scores(query, present), kind="stable")
+        return order
+
+    def reorder(
+        self, queries: Sequence[np.ndarray], candidates: np.ndarray, distances: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates and their distances, both [rows, n], in `order`."""
+        order = self.order(queries, candidates)
+        return (
+            np.take_along_axis(candidates, order, axis=1),
+            np.take_along_axis(distances, order, axis=1),
+        )
+
+
+def load_reranker(
+    rerank: str | None,
+    paths: ProjectPaths,
+    database: ChunkDatabase,
+    chunk_length: int,
+    vocab_size: int | None = None,
+) -> BM25 | None:
+    """What candidates are ordered by; None: their distance.
+
+    Args:
+        rerank: `ProjectSettings.rerank` of the project whose chunks are searched for.
+        paths: The project whose database is searched.
+        database: That database.
+        chunk_length: M.
+        vocab_size: Of the project's tokenizer, if it is known.
+
+    Raises:
+        CorruptFileError: the tokens' counts that query_neighbors saved are damaged.
+    """
+    if rerank is None:
+        return None
+    mend = f"Remove it, and run query_neighbors --project-dir {paths.root} again"
+    verify(paths.token_counts, mend)
+    shape = None if vocab_size is None else (vocab_size + 2,)
+    counts = load_array(paths.token_counts, shape, "f", mend)
+    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts[-2:].all()):
+        raise CorruptFileError(paths.token_counts, "holds what are no counts", mend)
+    return BM25(database, counts, chunk_length)

@@ -1,0 +1,284 @@
+"""Whether saved neighbors are those of the samples: searched for the same settings and tokens.
+
+Row i of the neighbors belongs to chunk i of the samples, in their order. Another seed, split, blend
+or corpus orders other samples, whose number may be the same. What the neighbors were searched for
+is known from the record of query_neighbors, or from the description that Megatron keeps with its
+sample indexes; where there is neither (another writer's directory, moved without its cache), from
+the name of the directory, and from the rule that no sample's neighbor is of its own documents.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.tokens.splits import parse_split
+from retro_mcore.data.tokens.token_file import bin_path, idx_path
+from retro_mcore.distributed import get_rank
+from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, raise_problems
+from retro_mcore.project.config import SPLITS, ProjectConfig, Split, read_json_object
+from retro_mcore.project.markers import checksum, fingerprint_of, read_marker
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
+from retro_mcore.samples.neighbor_noise import from_documents
+from retro_mcore.samples.project_samples import GPTSamples
+
+#: `train_<md5>`, and behind it the digest of another database.
+_NAME = re.compile(r"(?P<split>train|valid|test)_(?P<hash>[0-9a-f]{32})(?P<tag>_[0-9a-f]{8})?")
+
+#: Samples whose documents are compared with those of their neighbors.
+_SAMPLES_TO_COMPARE = 256
+
+# The settings that decide which samples there are and in which order, and those that decide how
+# many.
+_ORDER = (
+    "retro_gpt_seed",
+    "retro_gpt_split",
+    "retro_gpt_data_path",
+    "retro_gpt_seq_length",
+    "retro_gpt_chunk_length",
+)
+_NUMBER = (
+    "retro_gpt_train_samples",
+    "retro_gpt_global_batch_size",
+    "retro_gpt_eval_interval",
+    "retro_gpt_eval_iters",
+)
+
+
+def check_neighbor_settings(paths: ProjectPaths, config: ProjectConfig) -> None:
+    """Refuse neighbors of another split, and those that our search found for other settings or
+    tokens.
+
+    Nothing else of the project need be open: what was changed after the search is told first, not
+    what follows from it.
+
+    Raises:
+        ProjectError: naming the setting or file of the samples that was another one.
+        SeveralErrors: more than one was.
+    """
+    raise_problems(list(_of_other_splits(paths, config)))
+    for split in SPLITS:
+        if directory := config.neighbor_dir(split):
+            record = _record(paths, directory)
+            if record is not None:
+                raise_problems(list(_differences_from_record(paths, config, split, record)))
+
+
+def _of_other_splits(paths: ProjectPaths, config: ProjectConfig) -> Iterator[RetroError]:
+    """Two splits may have samples of one number, and a directory's name says whose it is."""
+    seen: dict[str, Split] = {}
+    for split in SPLITS:
+        if not (directory := config.neighbor_dir(split)):
+            continue
+        name = _NAME.fullmatch(Path(directory).name)
+        owner = name["split"] if name else seen.setdefault(str(Path(directory)), split)
+        if owner != split:
+            yield CorruptFileError(
+                paths.config,
+                f"names query/{directory} for the {split} samples, the neighbors of {owner}",
+                "Restore the file, or run query_neighbors again",
+            )
+
+
+def open_neighbors(
+    paths: ProjectPaths, config: ProjectConfig, split: Split, num_chunks: int | None = None
+) -> SavedNeighbors:
+    """The neighbors that config.json names for a split, as many as its samples have chunks.
+
+    Args:
+        paths: The project.
+        config: Its configuration.
+        split: One with neighbors.
+        num_chunks: Chunks of the database that they were found in; None: not looked at.
+
+    Raises:
+        CorruptFileError: neighbors of some samples are missing.
+    """
+    neighbors = SavedNeighbors(paths.query / str(config.neighbor_dir(split)), num_chunks)
+    needed = config.num_samples(split) * config.chunks_per_sample
+    if len(neighbors) != needed:
+        raise CorruptFileError(
+            neighbors.directory,
+            f"holds neighbors of {len(neighbors)} chunks, the samples have {needed}",
+            "Run query_neighbors again",
+        )
+    return neighbors
+
+
+def check_neighbors(
+    paths: ProjectPaths,
+    config: ProjectConfig,
+    samples: GPTSamples,
+    neighbors: SavedNeighbors,
+    database: ChunkDatabase,
+) -> None:
+    """Refuse another writer's neighbors that were searched for other samples.
+
+    Args:
+        paths: The project.
+        config: Its configuration, by which the samples were built.
+        samples: A split's samples.
+        neighbors: From `open_neighbors`.
+        database: Where they were found.
+
+    Raises:
+        ProjectError: naming what differs.
+        SeveralErrors: more than one does.
+    """
+    name = _NAME.fullmatch(neighbors.directory.name)
+    if _record(paths, neighbors.directory.name) is not None:
+        return
+    if name is not None and name["hash"] == samples.description_hash:
+        return
+    description = _description(paths, name["hash"]) if name is not None else None
+    if description is not None:
+        raise_problems(list(_differences_from_description(paths, samples, description)))
+    elif config.retro_database is None:
+        _check_own_documents(paths, samples, neighbors, database)
+
+
+def _record(paths: ProjectPaths, directory: str) -> dict[str, Any] | None:
+    """What our search was run with, if it was ours."""
+    record = paths.stage_record(_stage(directory))
+    return read_json_object(record) if record.is_file() else None
+
+
+def _stage(directory: str) -> str:
+    name = _NAME.fullmatch(directory)
+    return f"query_neighbors{(name and name['tag']) or ''}"
+
+
+def _of_another_search(
+    paths: ProjectPaths, directory: str, record: Mapping[str, Any]
+) -> Iterator[RetroError]:
+    """Files that were copied from another project, with their markers, look whole."""
+    what = {"stage": _stage(directory), **{key: record.get(key) for key in ("options", "inputs")}}
+    for file in sorted((paths.query / directory).glob("*.hdf5")):
+        marker = read_marker(file)
+        if marker and marker.get("fingerprint") != fingerprint_of(what):
+            yield CorruptFileError(
+                file,
+                f"was written by another search than stages/{_stage(directory)}.json tells of",
+                "Run query_neighbors again, or restore the directory",
+            )
+            return
+
+
+def _differences_from_record(
+    paths: ProjectPaths, config: ProjectConfig, split: Split, record: Mapping[str, Any]
+) -> Iterator[RetroError]:
+    options, inputs = (_mapping(record.get(name)) for name in ("options", "inputs"))
+    for key in _ORDER:
+        if key in options and _meaning(key, options[key]) != _meaning(key, getattr(config, key)):
+            yield _other_samples(paths.config, f"{key} is {getattr(config, key)}", options[key])
+    then = replace(config, **{key: options[key] for key in _NUMBER if key in options})
+    if then.num_samples(split) != config.num_samples(split):
+        yield _other_samples(
+            paths.config,
+            f"{', '.join(_NUMBER)} ask for {config.num_samples(split)} {split} samples",
+            f"{then.num_samples(split)}",
+        )
+    # One rank reads them; the others hear of it.
+    if get_rank() == 0:
+        yield from _of_another_search(paths, str(config.neighbor_dir(split)), record)
+    for prefix in config.blend[1] if get_rank() == 0 else ():
+        files = [path(paths.data / prefix) for path in (bin_path, idx_path)]
+        changed = [file for file in files if _is_another(file, inputs.get(paths.relative(file)))]
+        if changed:
+            yield _other_samples(changed[0], "holds other tokens", "those that it held then")
+
+
+def _is_another(file: Path, searched: object) -> bool:
+    if searched is None or not file.is_file():
+        return False
+    marker = read_marker(file)
+    if marker is not None:  # whether it is right is seen when the file is opened
+        return "sha256" in marker and marker["sha256"] != searched
+    # Another writer leaves no checksums of tokens, and they are not read for this.
+    return file.suffix == ".idx" and checksum(file) != searched
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _differences_from_description(
+    paths: ProjectPaths, samples: GPTSamples, then: Mapping[str, Any]
+) -> Iterator[RetroError]:
+    mine, theirs = _outline(json.loads(samples.description)), _outline(then)
+    for key in mine:
+        if mine[key] != theirs[key]:
+            yield _other_samples(paths.config, f"{key} is {mine[key]}", theirs[key])
+
+
+def _outline(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What the samples follow from, without where the project lay and how things are written."""
+    datasets = [_mapping(dataset) for dataset in description.get("datasets", ())]
+    keys = ("num_samples", "random_seed", "sequence_length", "split_matrix")
+    return {
+        "dataset": [Path(str(dataset.get("dataset_path"))).name for dataset in datasets],
+        "weights": description.get("weights"),
+        **{key: [dataset.get(key) for dataset in datasets] for key in keys},
+    }
+
+
+def _other_samples(subject: Path, now: str, then: object) -> ProjectError:
+    return ProjectError(
+        subject,
+        f"{now}, but the neighbors are those of other samples: they were searched with {then}",
+        "Put back what was changed, or build a project of its own for it",
+    )
+
+
+def _meaning(key: str, value: Any) -> object:
+    """A setting's value, however it is written."""
+    try:
+        if key == "retro_gpt_split":
+            return parse_split(str(value))
+        if key == "retro_gpt_data_path":
+            entries = [str(entry) for entry in value]
+            pairs = entries if len(entries) > 1 else ["1", *entries]
+            weights = np.array([float(weight) for weight in pairs[::2]])
+            return [*np.round(weights / weights.sum(), 12)], pairs[1::2]
+    except (RetroError, TypeError, ValueError):
+        return value
+    return value
+
+
+def _description(paths: ProjectPaths, digest: str) -> dict[str, Any] | None:
+    """What Megatron wrote of the samples whose hash is `digest`, if it is still there."""
+    for file in sorted(paths.data.rglob(f"{digest}-BlendedDataset-*description.txt")):
+        try:
+            description = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(description, dict):
+            return description
+    return None
+
+
+def _check_own_documents(
+    paths: ProjectPaths, samples: GPTSamples, neighbors: SavedNeighbors, database: ChunkDatabase
+) -> None:
+    per_sample = len(neighbors) // max(len(samples), 1)
+    count = min(len(samples), _SAMPLES_TO_COMPARE)
+    for index in np.linspace(0, len(samples) - 1, count).astype(int).tolist():
+        _, dataset, documents = samples.read(index)
+        ids = np.asarray(neighbors.rows(index * per_sample, (index + 1) * per_sample), np.int64)
+        ids = ids[(ids != NO_NEIGHBOR) & (ids < len(database))]
+        if from_documents(database, ids, dataset, documents).any():
+            raise ProjectError(
+                neighbors.directory,
+                f"sample {index} has neighbors of its own documents here, which no search gives: "
+                "they were searched for other samples",
+                f"Put {paths.config.name} and the tokens back as they were for the search",
+            )

@@ -1,0 +1,294 @@
+"""The samples that a model trains on, whose chunks the neighbors are searched for.
+
+They are those of Megatron's GPT datasets: megatron-core's own classes build them, under the class
+name and with the attributes that the retired Retro used, so order, content and the hash that names
+the neighbor directories are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
+from retro_mcore.data.tokens.splits import document_ranges, parse_split
+from retro_mcore.data.tokens.token_file import bin_path, idx_path, open_token_files
+from retro_mcore.distributed import initialize, on_first_rank, raise_together
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.project.config import SPLITS, ProjectConfig, Split
+from retro_mcore.project.markers import checksum, digest_of
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.space import show_bytes
+from retro_mcore.retrieval.querying import Samples
+from retro_mcore.samples.index_cache import IndexCache
+
+
+@dataclass
+class GPTSamples:
+    """The samples of one split. Picklable.
+
+    Attributes:
+        split: Which split.
+        blended: Megatron's blended dataset; it may hold a few more samples than are used.
+        num_samples: How many are used.
+    """
+
+    split: Split
+    blended: Any
+    num_samples: int
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """One sample.
+
+        Returns:
+            Tokens i64 [S+1] (those of the sample and the label of the last one), the number of its
+            dataset, and the documents that it is cut from, i64 [n].
+        """
+        sample = self.blended[index]
+        return sample["text"], int(sample["dataset_id"]), sample["document_ids"]
+
+    def tokens(self, index: int) -> np.ndarray:
+        """i64 [S+1]: the sample's tokens and the label of the last one."""
+        return self.read(index)[0]
+
+    def document_ids(self, index: int) -> np.ndarray:
+        """The documents that the sample is cut from, i64 [n]."""
+        return self.read(index)[2]
+
+    @property
+    def description_hash(self) -> str:
+        """The md5 in the name of the neighbor directory."""
+        return str(self.blended.unique_description_hash)
+
+    @property
+    def description(self) -> str:
+        """What is hashed: Megatron's description of the blend, JSON."""
+        return str(self.blended.unique_description)
+
+    def order_digest(self, count: int) -> str:
+        """A digest of which samples the first `count` are, and in which order.
+
+        Of their places in the tokens, at up to 65,536 of them: whatever reorders samples moves
+        nearly all of them.
+        """
+        rows = np.unique(np.linspace(0, max(count - 1, 0), 65_536).astype(np.int64))[:count]
+        of_dataset = np.asarray(self.blended.dataset_index)[rows]
+        in_dataset = np.asarray(self.blended.dataset_sample_index)[rows]
+        places = np.zeros((len(rows), 3), np.int64)
+        for number, dataset in enumerate(self.blended.datasets):
+            mine = of_dataset == number
+            starts = dataset.sample_index[dataset.shuffle_index[in_dataset[mine]]]
+            documents = dataset.document_index[starts[:, 0]]
+            places[mine] = np.stack([np.full(len(starts), number), documents, starts[:, 1]], axis=1)
+        return hashlib.sha256(places.tobytes()).hexdigest()[:32]
+
+
+@dataclass
+class RenumberedSamples:
+    """Samples whose datasets have other numbers in the database that is searched.
+
+    Attributes:
+        samples: The split's samples.
+        numbers: The number in the database of each dataset; one that the database does not have
+            where it holds no such dataset.
+    """
+
+    samples: Samples
+    numbers: list[int]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
+        """See `GPTSamples.read`."""
+        tokens, dataset, documents = self.samples.read(index)
+        return tokens, self.numbers[dataset], documents
+
+
+def numbers_in_database(
+    paths: ProjectPaths, config: ProjectConfig, source: ProjectPaths
+) -> list[int]:
+    """The number in a database of each of a project's datasets, found by their tokens.
+
+    A dataset that the database does not hold gets a number that it does not have either.
+
+    Args:
+        paths: The project.
+        config: Its configuration.
+        source: The project whose database it is.
+    """
+    prefixes = config.blend[1]
+    if source.root == paths.root:
+        return list(range(len(prefixes)))
+    held = ProjectConfig.load(source.root).blend[1]
+    digests = [digest_of(bin_path(source.data / prefix)) for prefix in held]
+    wanted = [digest_of(bin_path(paths.data / prefix)) for prefix in prefixes]
+    return [
+        digests.index(digest) if digest in digests else len(held) + i
+        for i, digest in enumerate(wanted)
+    ]
+
+
+def build_gpt_samples(
+    config: ProjectConfig,
+    paths: ProjectPaths,
+    split: Split,
+    tokenizer: Tokenizer | None = None,
+) -> GPTSamples | None:
+    """The samples of one split; None if the split has no documents or no samples.
+
+    All ranks must call it: rank 0 writes the sample indexes to data/cache, if it can.
+
+    Args:
+        config: The project's configuration.
+        paths: The project.
+        split: Which split.
+        tokenizer: The project's tokenizer, if it is loaded already.
+    """
+    return build_all_gpt_samples(config, paths, tokenizer)[split]
+
+
+def build_all_gpt_samples(
+    config: ProjectConfig, paths: ProjectPaths, tokenizer: Tokenizer | None = None
+) -> dict[Split, GPTSamples | None]:
+    """The samples of every split; see `build_gpt_samples`.
+
+    Raises:
+        ConfigurationError: a split of more than 0 percent has no documents.
+        ConfigurationError: the indexes of so many samples do not fit this machine's memory.
+        TokenizerError: the tokenizer is not the project's.
+    """
+    initialize()
+    with raise_together():
+        tokenizer = tokenizer or load_project_tokenizer(config, paths)
+        _check_splits(config, paths)
+        _check_memory(config)
+    digests = on_first_rank(lambda: _index_digests(config, paths))
+    cache = IndexCache(paths.data_cache, digests)
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+
+    from retro_mcore.samples.multi_split import MultiSplitGPTDataset, MultiSplitGPTDatasetConfig
+
+    weights, prefixes = config.blend
+    data_config = MultiSplitGPTDatasetConfig(
+        random_seed=config.retro_gpt_seed,
+        sequence_length=config.retro_gpt_seq_length,
+        blend=([str(paths.data / prefix) for prefix in prefixes], weights),
+        split=config.retro_gpt_split,
+        split_preprocessing=config.retro_gpt_split,
+        index_cache=cache,
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes = [config.num_samples(split) for split in SPLITS]
+    builder = BlendedMegatronDatasetBuilder(MultiSplitGPTDataset, sizes, lambda: True, data_config)
+    with _without_advice():
+        datasets = builder.build()
+    for note in cache.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return {
+        split: GPTSamples(split, dataset, size) if dataset is not None and size else None
+        for split, dataset, size in zip(SPLITS, datasets, sizes, strict=True)
+    }
+
+
+def _index_digests(config: ProjectConfig, paths: ProjectPaths) -> dict[str, str]:
+    prefixes = [paths.data / prefix for prefix in config.blend[1]]
+    # Of the bytes, not of the marker: files of as many documents are of one size.
+    return {str(prefix): checksum(idx_path(prefix)) for prefix in prefixes}
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep megatron from warning of what is meant so.
+
+    A blend may be of one dataset: the neighbor directories' hashes are those of a blended dataset,
+    of one corpus too. And the indexes are kept by `IndexCache`.
+    """
+    unwanted = ("Building a BlendedDataset", "Cannot save the", "Unable to save")
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(unwanted)
+
+    names = ("blended_dataset", "gpt_dataset")
+    loggers = [logging.getLogger(f"megatron.core.datasets.{name}") for name in names]
+    for logger in loggers:
+        logger.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_wanted)
+
+
+def remove_truncated_cache(paths: ProjectPaths) -> list[Path]:
+    """Remove sample indexes that a killed run left half-written; returns their paths.
+
+    Megatron writes them in place and reuses whatever is there. The stage that writes them calls
+    this first, on rank 0, while no other run works on the project.
+    """
+    truncated = [path for path in sorted(paths.data_cache.glob("*.npy")) if not _is_whole(path)]
+    for path in truncated:
+        path.unlink()
+    return truncated
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError):
+        return False
+    # Zeros after the header of a sparse file would pass, but megatron writes from front to back.
+    return path.stat().st_size == array.offset + array.nbytes
+
+
+#: Bytes of all indexes, per sample: where it starts (8), its place in the order (8), its dataset
+#: (2) and its number there (8).
+_BYTES_PER_SAMPLE = 26
+
+
+def _check_memory(config: ProjectConfig) -> None:
+    # Megatron builds the indexes in memory; a number of samples that was mistyped would fill it.
+    sizes = {split: config.num_samples(split) for split in SPLITS}
+    needed = _BYTES_PER_SAMPLE * sum(sizes.values())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        told = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+        raise ConfigurationError(
+            "retro_gpt_train_samples",
+            f"{config.retro_gpt_train_samples:,}, that is {told} samples, whose indexes alone take "
+            f"{show_bytes(needed)}; this machine has {show_bytes(memory)} of memory",
+            "Give fewer samples (the validation samples follow from retro_gpt_eval_interval and "
+            "retro_gpt_eval_iters)",
+        )
+
+
+def _check_splits(config: ProjectConfig, paths: ProjectPaths) -> None:
+    # Megatron would count epochs of nothing without end.
+    parts = parse_split(config.retro_gpt_split)
+    for dataset, prefix in zip(open_token_files(config, paths), config.blend[1], strict=True):
+        ranges = document_ranges(config.retro_gpt_split, len(dataset))
+        for name, part in zip(SPLITS, parts, strict=True):
+            if part and ranges[name][0] == ranges[name][1]:
+                raise ConfigurationError(
+                    f"retro_gpt_split {config.retro_gpt_split!r}",
+                    f"leaves no {name} documents of the {len(dataset)} in {prefix}",
+                    "Give more documents, or another --split",
+                )

@@ -1,0 +1,182 @@
+"""Samples with the tokens that were retrieved for their chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from retro_mcore.chunking import chunks_per_sample
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+from retro_mcore.distributed import raise_together
+from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
+from retro_mcore.project.config import SPLITS, ProjectConfig, Split
+from retro_mcore.project.integrity import verify_project
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
+from retro_mcore.samples.neighbor_check import (
+    check_neighbor_settings,
+    check_neighbors,
+    open_neighbors,
+)
+from retro_mcore.samples.neighbor_noise import NeighborNoise
+from retro_mcore.samples.project_samples import GPTSamples, build_all_gpt_samples
+
+
+@dataclass
+class RetroDataset(Dataset):
+    """A split's samples, each with its chunks' retrieved tokens. Memory-mapped, picklable.
+
+    Attributes:
+        samples: The split's GPT samples.
+        neighbors: Saved neighbors, a row per chunk of every sample.
+        database: The retrieval database.
+        num_neighbors: K, at most what was saved.
+        num_retrieved_chunks: Chunks per neighbor: itself and those that follow it.
+        chunk_length: M.
+        eod: Id that pads short chunks and stands for missing ones (which are masked).
+        noise: Random changes to the neighbors, for training.
+
+    Raises:
+        ConfigurationError: more neighbors are asked for than were saved.
+        CorruptFileError: neighbors of some samples are missing.
+    """
+
+    samples: GPTSamples
+    neighbors: SavedNeighbors
+    database: ChunkDatabase
+    num_neighbors: int
+    num_retrieved_chunks: int
+    chunk_length: int
+    eod: int
+    noise: NeighborNoise | None = None
+
+    def __post_init__(self) -> None:
+        for field, value in (
+            ("num_neighbors", self.num_neighbors),
+            ("num_retrieved_chunks", self.num_retrieved_chunks),
+        ):
+            if value < 1:
+                raise ConfigurationError(field, str(value), "Give at least 1")
+        if self.num_neighbors > self.neighbors.num_saved:
+            raise ConfigurationError(
+                "num_neighbors",
+                f"{self.num_neighbors}, but {self.neighbors.num_saved} were saved",
+                "Ask for fewer, or run query_neighbors with a larger --num-neighbors-save",
+            )
+        sequence_length = len(self.samples.tokens(0)) - 1
+        self.chunks_per_sample = chunks_per_sample(sequence_length, self.chunk_length)
+        needed = len(self.samples) * self.chunks_per_sample
+        if len(self.neighbors) != needed:
+            raise CorruptFileError(
+                self.neighbors.directory,
+                f"holds neighbors of {len(self.neighbors)} chunks, the samples have {needed}",
+                "Run query_neighbors again",
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def order_digest(self, count: int) -> str:
+        """See `GPTSamples.order_digest`."""
+        return self.samples.order_digest(count)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One sample.
+
+        Returns:
+            text: i64 [S+1].
+            neighbor_chunks: i64 [L, K, num_retrieved_chunks], NO_NEIGHBOR where there is none.
+            neighbor_tokens: i64 [L, K, R].
+            neighbor_mask: bool [L, K, R], True where padded or missing.
+
+        Raises:
+            IndexError: no such sample.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        first = index * self.chunks_per_sample
+        rows = self.neighbors.rows(first, first + self.chunks_per_sample)
+        ids = np.asarray(rows[:, : self.num_neighbors], np.int64)
+        text, dataset, documents = self.samples.read(index)
+        if self.noise is not None:
+            ids = self.noise.disturb_neighbors(index, ids, self.database, dataset, documents)
+        chunks = self.database.retrieved_ids(ids, self.num_retrieved_chunks)
+        tokens, mask = self.database.padded_tokens(chunks, self.chunk_length, self.eod)
+        if self.noise is not None:
+            tokens = self.noise.disturb_tokens(index, tokens, mask)
+        shape = (*ids.shape, self.num_retrieved_chunks * self.chunk_length)
+        return {
+            "text": text,
+            "neighbor_chunks": chunks,
+            "neighbor_tokens": tokens.reshape(shape),
+            "neighbor_mask": mask.reshape(shape),
+        }
+
+
+def build_retro_datasets(
+    project_dir: Path | str,
+    num_neighbors: int = 2,
+    num_retrieved_chunks: int = 2,
+    train_noise: NeighborNoise | None = None,
+) -> dict[Split, RetroDataset | None]:
+    """The datasets of a project's splits; None for a split without samples.
+
+    The neighbor directories are those that config.json names, so a project that was moved works.
+    All ranks must call it.
+
+    Args:
+        project_dir: A project directory, after query_neighbors.
+        num_neighbors: K.
+        num_retrieved_chunks: Chunks per neighbor, itself included.
+        train_noise: Random changes to the neighbors of the training samples alone.
+
+    Raises:
+        ProjectError: a stage has not run; names the command.
+        CorruptFileError: a file is damaged.
+        ConfigurationError: more neighbors are asked for than were saved.
+        ProjectError: neighbors were searched for other samples.
+    """
+    paths = ProjectPaths(project_dir)
+    with raise_together():
+        config = ProjectConfig.load(paths.root)
+        check_neighbor_settings(paths, config)
+        database = ChunkDatabase.open(paths.root)
+        tokenizer = load_project_tokenizer(config, paths)
+        for split in SPLITS:
+            if directory := config.neighbor_dir(split):
+                verify_project(paths, sorted((paths.query / directory).glob("*.hdf5")))
+        # Before samples are built, which takes time: how many there are is a setting, too.
+        neighbors = {
+            split: open_neighbors(paths, config, split, len(database))
+            for split in SPLITS
+            if config.neighbor_dir(split) is not None
+        }
+    all_samples = build_all_gpt_samples(config, paths, tokenizer)
+    datasets: dict[Split, RetroDataset | None] = dict.fromkeys(SPLITS)
+    with raise_together():
+        for split in SPLITS:
+            samples = all_samples[split]
+            if samples is None:
+                continue
+            if split not in neighbors:
+                raise ProjectError(
+                    paths.config,
+                    f"names no neighbors of the {split} samples",
+                    f"Run query_neighbors --project-dir {paths.root} first",
+                )
+            check_neighbors(paths, config, samples, neighbors[split], database)
+            datasets[split] = RetroDataset(
+                samples,
+                neighbors[split],
+                database,
+                num_neighbors,
+                num_retrieved_chunks,
+                config.retro_gpt_chunk_length,
+                tokenizer.eod,
+                train_noise if split == "train" and train_noise else None,
+            )
+    return datasets

@@ -1,0 +1,347 @@
+"""OpenAI's completions in our terms: what a client may ask, and what it is answered.
+
+Fields beyond OpenAI's: top_k, min_tokens, stop_token_ids, neighbors, retrieve, two_chunks. A field
+that is not supported is refused by its name, unless its value asks for nothing; null stands for a
+field's default.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+
+from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
+from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
+from retro_mcore.inference.texts import GeneratedText
+from retro_mcore.server.choices import ChoiceText
+
+#: OpenAI's fields that we do not have, with the values that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
+_FINISH_REASONS = {"eod": "stop", "stop": "stop", "length": "length", "dropped": "stop"}
+_TOKEN_ID = re.compile(r"[0-9]{1,19}")
+
+#: Texts to stop at are searched for in whatever is written, for all clients in one thread.
+_MOST_STOPS, _LONGEST_STOP = 64, 1000
+
+_Stop = Annotated[str, Strict(), Field(max_length=_LONGEST_STOP)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+
+
+def _without_nulls(values: Any) -> Any:
+    """The fields that are given: null stands for the default."""
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if value is not None}
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides the text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
+    """Of no effect: pieces are not padded to hide their lengths."""
+
+    _given = model_validator(mode="before")(_without_nulls)
+
+
+class CompletionRequest(BaseModel):
+    """The body of a request for completions."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: StrictStr | None = None
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] = ""
+    """A text, or tokens, or a list of either; the empty text begins at the start token."""
+    max_tokens: StrictInt = Field(16, ge=0, lt=2**31)
+    min_tokens: StrictInt = Field(0, ge=0, lt=2**31)
+    temperature: Number = Field(1.0, ge=0)
+    top_p: Number = Field(1.0, ge=0, le=1)
+    top_k: StrictInt = Field(0, ge=-1)
+    """0 and -1 draw from all tokens."""
+    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
+    presence_penalty: Number = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[StrictStr, Annotated[Number, Field(ge=-100, le=100)]] = {}
+    """By token id: what is added to its logit."""
+    n: StrictInt = Field(1, ge=1, le=128)
+    best_of: StrictInt | None = Field(None, ge=1, le=128)
+    """Texts to generate for each prompt; the n with the highest mean log-probability are answered.
+    Default: n."""
+    seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: _Stop | list[_Stop] | None = None
+    """At most 64 texts, which are looked for after each token."""
+    stop_token_ids: list[StrictInt] = []
+    logprobs: StrictInt | None = Field(None, ge=0, le=20)
+    echo: StrictBool = False
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    user: StrictStr | None = None
+    """Names the client's user; it changes nothing, as at OpenAI."""
+    neighbors: list[StrictStr] | list[list[StrictStr]] | None = None
+    """Texts to read as neighbors instead of retrieved ones: for all prompts, or a list for each."""
+    retrieve: StrictBool = True
+    """False: no neighbors, but for those given."""
+    two_chunks: StrictBool | None = None
+    """The prompt is the first chunk, the answer the second; None: as the server was started."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for field, harmless in _UNSUPPORTED.items():
+            if field in values and values[field] not in harmless:
+                raise ValueError(f"{field} is not supported")
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in _UNSUPPORTED and (value is not None or key not in cls.model_fields)
+        }
+
+    @model_validator(mode="after")
+    def _check(self) -> CompletionRequest:
+        if self.prompt == []:
+            raise ValueError("prompt is empty")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError("min_tokens is more than max_tokens")
+        if len(self.stop_strings) > _MOST_STOPS:
+            raise ValueError(f"stop has {len(self.stop_strings)} texts, at most {_MOST_STOPS}")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream")
+        if self.num_texts < self.n:
+            raise ValueError("best_of is less than n")
+        if self.stream and self.num_texts > self.n:
+            raise ValueError("best_of beyond n cannot be streamed")
+        for token in self.logit_bias:
+            if not _TOKEN_ID.fullmatch(token):
+                raise ValueError(f"logit_bias has {token[:40]!r}, which is not a token id")
+        lists = self.neighbors if self._for_each_prompt else None
+        if lists is not None and len(lists) != len(self.prompts):
+            raise ValueError(f"neighbors has {len(lists)} lists for {len(self.prompts)} prompts")
+        return self
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that are generated for each prompt."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry per prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings that end a text."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def _for_each_prompt(self) -> bool:
+        return bool(self.neighbors) and isinstance(self.neighbors[0], list)  # type: ignore[index]
+
+    def neighbors_of(self, prompt: int) -> Sequence[str] | None:
+        """The neighbors given for a prompt."""
+        if self.neighbors is None:
+            return None
+        return self.neighbors[prompt] if self._for_each_prompt else self.neighbors  # type: ignore
+
+    def generation_requests(self, tokens: Sequence[int]) -> list[GenerationRequest]:
+        """What to generate for one prompt: `num_texts` texts, without neighbors yet."""
+        seed = secrets.randbits(62) if self.seed is None else self.seed
+        stopping = StoppingOptions(
+            self.max_tokens, self.min_tokens, tuple(self.stop_token_ids), self.stop_strings
+        )
+        biases = {int(token): value for token, value in self.logit_bias.items()}
+        adjustments = LogitAdjustments(self.frequency_penalty, self.presence_penalty, biases)
+        chosen_by_logprobs = self.num_texts > self.n
+        return [
+            GenerationRequest(
+                tokens=tokens,
+                sampling=SamplingOptions(
+                    self.temperature, max(self.top_k, 0), self.top_p, (seed + number) % 2**64
+                ),
+                adjustments=adjustments,
+                stopping=stopping,
+                top_logprobs=self.logprobs or (0 if chosen_by_logprobs else self.logprobs),
+                prompt_logprobs=self.echo and self.logprobs is not None,
+            )
+            for number in range(self.num_texts)
+        ]
+
+
+#: What a message about a mistake may begin with.
+FIELDS = {*CompletionRequest.model_fields, *_UNSUPPORTED}
+
+
+class Answer:
+    """Builds the objects of one answer, whole or as a stream's chunks.
+
+    Args:
+        request: What was asked.
+        model_name: The name of the model that is served.
+        tokenizer: Its tokenizer.
+        retriever: Describes neighbors by source and text; None without live retrieval.
+        chunk_length: The model's.
+        num_start_tokens: For each prompt, the tokens that the server put before it.
+        neighbors_cut: For each prompt, how many of its given neighbors the model reads only the
+            beginning of; None where none were given.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        model_name: str,
+        tokenizer: Any,
+        retriever: Any,
+        chunk_length: int,
+        num_start_tokens: Sequence[int],
+        neighbors_cut: Sequence[int | None],
+    ) -> None:
+        self._request, self._tokenizer, self._retriever = request, tokenizer, retriever
+        self._chunk_length, self._num_start_tokens = chunk_length, num_start_tokens
+        self._neighbors_cut = neighbors_cut
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model_name,
+        }
+
+    def whole(self, texts: Sequence[GeneratedText]) -> dict[str, Any]:
+        """The answer to a request without `stream`; `num_texts` texts of each prompt are given."""
+        size = self._request.num_texts
+        choices: list[dict[str, Any]] = []
+        for prompt, start in enumerate(range(0, len(texts), size)):
+            for text in self._best(texts[start : start + size]):
+                choices.append(self._choice(len(choices), prompt, text))
+        return {**self._head, "choices": choices, "usage": self.usage(texts)}
+
+    def _best(self, texts: Sequence[GeneratedText]) -> Sequence[GeneratedText]:
+        if len(texts) == self._request.n:
+            return texts
+        best = sorted(texts, key=lambda text: text.mean_logprob, reverse=True)
+        return best[: self._request.n]
+
+    def choice_text(self, prompt: int, tokens: Sequence[int]) -> ChoiceText:
+        """The text of a choice, before its first new token."""
+        asked = self._request
+        return ChoiceText(
+            self._tokenizer,
+            tokens,
+            self._num_start_tokens[prompt],
+            asked.echo,
+            asked.stop_strings,
+            asked.min_tokens,
+        )
+
+    def piece(
+        self,
+        index: int,
+        piece: str,
+        text: GeneratedText | None = None,
+        logprobs: dict[str, Any] | None = None,
+        neighbors: list[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """A chunk of a stream; with `text` the last one of its choice."""
+        reason = None if text is None else _FINISH_REASONS[text.finish_reason or "length"]
+        choice = {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": reason}
+        if neighbors:
+            choice["neighbors"] = neighbors
+        cut = self._neighbors_cut[index // self._request.n]
+        if text is not None and cut is not None:
+            choice["neighbors_cut"] = cut
+        return {**self._head, "choices": [choice]}
+
+    def last(self, texts: Sequence[GeneratedText]) -> dict[str, Any]:
+        """The chunk of a stream that tells the usage."""
+        return {**self._head, "choices": [], "usage": self.usage(texts)}
+
+    def usage(self, texts: Sequence[GeneratedText]) -> dict[str, int]:
+        """Tokens read and written, those of texts that were not the best included."""
+        read = sum(text.prompt_length for text in texts[:: self._request.num_texts])
+        written = sum(len(text.new_tokens) for text in texts)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        }
+
+    def _choice(self, index: int, prompt: int, text: GeneratedText) -> dict[str, Any]:
+        growing = self.choice_text(prompt, text.tokens[: text.prompt_length])
+        scored = self._request.logprobs is not None
+        scores = text.logprobs if scored else [None] * len(text.new_tokens)
+        for token, score in zip(text.new_tokens, scores, strict=True):
+            growing.add(token, score)
+        growing.finish()
+        logprobs = None
+        if scored:
+            if self._request.echo:
+                growing.score_prompt(text.prompt_logprobs)
+            logprobs = growing.logprobs([*growing.take_prompt_tokens(), *growing.take_tokens(True)])
+        choice = self.piece(index, growing.text, text, logprobs)["choices"][0]
+        choice["neighbors"] = self.neighbors(text)
+        return choice
+
+    def neighbors(
+        self, text: GeneratedText, first: int = 0, end: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The chunks with neighbors from number `first` on: the query, and what was read with it.
+
+        Neighbors that were searched have a source, a distance and a continuation.
+        """
+        places = text.chunks(self._chunk_length)
+        return [
+            {
+                "chunk": number,
+                "text": self._tokenizer.detokenize(
+                    text.tokens[places[number].start : places[number].stop]
+                ),
+                "neighbors": self._described(text, number),
+            }
+            for number in range(first, len(text.neighbors) if end is None else end)
+        ]
+
+    def _described(self, text: GeneratedText, number: int) -> list[dict[str, Any]]:
+        found = text.neighbors[number]
+        if found.ids is not None and self._retriever is not None:
+            return [
+                {**vars(one), "source": one.source} for one in self._retriever.describe(found)[0]
+            ]
+        rows = zip(found.tokens[0], found.mask[0], strict=True)
+        return [
+            {"text": self._tokenizer.detokenize(tokens[~mask].tolist()), "source": "given"}
+            for tokens, mask in rows
+            if not mask.all()
+        ]
+
+
+def error_body(
+    message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+#: The event that ends a stream.
+DONE: Literal["[DONE]"] = "[DONE]"

@@ -1,0 +1,292 @@
+"""An HTTP server for completions: OpenAI's interface, retrieved sources, a page to try it.
+
+`build_app` makes the application; it needs the `serve` extra (FastAPI, uvicorn).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from retro_mcore.errors import RetroError
+from retro_mcore.retrieval.neighbors import NeighborSource, SameNeighbors
+from retro_mcore.server.completions import Answer, CompletionRequest, error_body
+from retro_mcore.server.http_requests import check_key, parse_request, read_json, refused
+from retro_mcore.server.service import (
+    BusyError,
+    ClosedError,
+    GenerationService,
+    Job,
+)
+from retro_mcore.server.streams import INVALID, SERVER, Events, RequestError, finish, stream
+from retro_mcore.server.web_page import PAGE, PAGE_POLICY
+
+
+@dataclass(frozen=True)
+class ServerParts:
+    """What the server works with.
+
+    Attributes:
+        service: Generates.
+        tokenize: Prompts to tokens, with BOS if that is asked for.
+        tokenizer: The project's.
+        model_name: What clients know the model by.
+        chunk_length: The model's.
+        search: Live retrieval, or None.
+        retriever: What describes its neighbors, or None.
+        given: Texts by the number of a prompt, to a source of neighbors; None: the model has none.
+        two_chunks: Unless a request says otherwise.
+    """
+
+    service: GenerationService
+    tokenize: Callable[[Sequence[str]], list[list[int]]]
+    tokenizer: Any
+    model_name: str
+    chunk_length: int
+    search: NeighborSource | None = None
+    retriever: Any = None
+    given: Callable[[Sequence[str]], SameNeighbors] | None = None
+    two_chunks: bool = False
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What clients may ask for.
+
+    Attributes:
+        max_body_bytes: Size of a request.
+        max_texts: Prompts times `n` of a request.
+        max_tokens: New tokens of a text.
+        max_prompt_chars: Characters of a prompt, which is refused unread beyond; None: no limit.
+        receive_seconds: Within which a request must have arrived.
+    """
+
+    max_body_bytes: int = 1 << 20
+    max_texts: int = 32
+    max_tokens: int = 2048
+    max_prompt_chars: int | None = None
+    receive_seconds: float = 30.0
+
+
+def build_app(
+    parts: ServerParts,
+    limits: ServerLimits | None = None,
+    api_key: str | None = None,
+    allowed_hosts: Sequence[str] = ("*",),
+) -> FastAPI:
+    """The application.
+
+    Args:
+        parts: What it works with; the service is started and closed with the application.
+        limits: What clients may ask for.
+        api_key: The bearer token that clients must send, if any.
+        allowed_hosts: Names by which clients may call the server; on a loopback address its own
+            alone, so that no page from elsewhere reaches it through a name of its own.
+    """
+    limits = limits or ServerLimits()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        parts.service.start()
+        yield
+        await asyncio.to_thread(parts.service.close, 10.0)
+
+    app = FastAPI(title="retro-mcore", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
+    _handle_errors(app)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        service = parts.service
+        running, waiting = service.load
+        status = "ok" if service.is_alive else "failed" if service.has_failed else "closed"
+        body = {"status": status, "running": running, "waiting": waiting}
+        return JSONResponse(body, 200 if service.is_alive else 503)
+
+    entry = {
+        "id": parts.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "retro-mcore",
+    }
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        check_key(request, api_key)
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str, request: Request) -> dict[str, Any]:
+        check_key(request, api_key)
+        _check_model(model, parts.model_name)
+        return entry
+
+    @app.post("/v1/completions", openapi_extra=_request_body())
+    async def completions(request: Request) -> Response:
+        check_key(request, api_key)
+        value = await read_json(request, limits.max_body_bytes, limits.receive_seconds)
+        events = Events(parts.service)
+        # Away from the event loop: a large request is much to check and to tokenize.
+        asked, jobs, answer = await asyncio.to_thread(_prepare, value, parts, limits, events)
+        _submit(parts.service, jobs)
+        if asked.stream:
+            lines = stream(asked, answer, events, jobs)
+            return StreamingResponse(lines, media_type="text/event-stream")
+        texts = await finish(request, events, jobs)
+        return JSONResponse(await asyncio.to_thread(answer.whole, texts))
+
+    return app
+
+
+def _request_body() -> dict[str, Any]:
+    """What OpenAPI says of a request for completions."""
+    schema = CompletionRequest.model_json_schema()
+    # Definitions stand in the schema itself, where a document's readers do not look for them.
+    definitions = schema.pop("$defs")
+    stream_options = schema["properties"]["stream_options"]
+    stream_options["anyOf"] = [definitions["StreamOptions"], {"type": "null"}]
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(error_body(message, INVALID), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_body("the server failed; its log says why", SERVER), 500)
+
+
+def _prepare(
+    value: Any, parts: ServerParts, limits: ServerLimits, events: Events
+) -> tuple[CompletionRequest, list[Job], Answer]:
+    """What is asked, a job for each text in the order of the choices, and who answers.
+
+    Raises:
+        RequestError: it cannot be generated.
+    """
+    asked = parse_request(value)
+    _check_model(asked.model, parts.model_name)
+    _check_limits(asked, limits)
+    try:
+        prompts, num_start_tokens = _prompt_tokens(asked.prompts, parts)
+        sources = [_source(asked, parts, number) for number in range(len(prompts))]
+        jobs = _jobs(asked, prompts, sources, parts, events)
+    except RetroError as error:
+        raise refused(error) from None
+    answer = Answer(
+        asked,
+        parts.model_name,
+        parts.tokenizer,
+        parts.retriever,
+        parts.chunk_length,
+        num_start_tokens,
+        [source.num_cut if isinstance(source, SameNeighbors) else None for source in sources],
+    )
+    return asked, jobs, answer
+
+
+def _check_model(asked: str | None, served: str) -> None:
+    if asked not in (None, served):
+        raise RequestError(
+            404,
+            f"there is no model {str(asked)[:200]!r}; this server has {served!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _check_limits(asked: CompletionRequest, limits: ServerLimits) -> None:
+    if asked.max_tokens > limits.max_tokens:
+        message = f"max_tokens: {asked.max_tokens}, at most {limits.max_tokens}"
+        raise RequestError(400, message, param="max_tokens")
+    if len(asked.prompts) * asked.num_texts > limits.max_texts:
+        name = "n" if asked.best_of is None else "best_of"
+        raise RequestError(
+            400,
+            f"{len(asked.prompts)} prompts with {name} {asked.num_texts}, at most "
+            f"{limits.max_texts} texts",
+            param=name,
+        )
+    longest = max((len(one) for one in asked.prompts if isinstance(one, str)), default=0)
+    if limits.max_prompt_chars is not None and longest > limits.max_prompt_chars:
+        raise RequestError(
+            400,
+            f"prompt: {longest} characters are more than the model's window can hold, at most "
+            f"{limits.max_prompt_chars}",
+            param="prompt",
+        )
+
+
+def _prompt_tokens(
+    prompts: Sequence[str] | Sequence[list[int]], parts: ServerParts
+) -> tuple[list[list[int]], list[int]]:
+    """Each prompt's tokens, and how many of them were put before the client's text.
+
+    A text without tokens begins with the start token alone.
+    """
+    if not isinstance(prompts[0], str):
+        return list(prompts), [0] * len(prompts)  # type: ignore[arg-type]
+    added = parts.tokenize([""])[0]
+    bos = getattr(parts.tokenizer, "bos", None)
+    start = added or [parts.tokenizer.eod if bos is None else bos]
+    tokens = parts.tokenize(prompts)  # type: ignore[arg-type]
+    counts = [len(added) if ids else len(start) for ids in tokens]
+    return [ids or list(start) for ids in tokens], counts
+
+
+def _jobs(
+    asked: CompletionRequest,
+    prompts: Sequence[list[int]],
+    sources: Sequence[NeighborSource | None],
+    parts: ServerParts,
+    events: Events,
+) -> list[Job]:
+    two_chunks = parts.two_chunks if asked.two_chunks is None else asked.two_chunks
+    jobs: list[Job] = []
+    for number, (ids, source) in enumerate(zip(prompts, sources, strict=True)):
+        for request in asked.generation_requests(ids):
+            request = replace(request, neighbors=source, two_chunks=two_chunks, number=number)
+            jobs.append(Job(request, events.listener(len(jobs))))
+    return jobs
+
+
+def _source(asked: CompletionRequest, parts: ServerParts, prompt: int) -> NeighborSource | None:
+    texts = asked.neighbors_of(prompt)
+    if texts is None:
+        return parts.search if asked.retrieve else None
+    if parts.given is None:
+        raise RequestError(400, "neighbors: this model reads none", param="neighbors")
+    return parts.given(texts)
+
+
+def _submit(service: GenerationService, jobs: list[Job]) -> None:
+    try:
+        service.submit(jobs)
+    except RetroError as error:
+        raise refused(error) from None
+    except BusyError as error:
+        raise RequestError(
+            429, str(error), "rate_limit_error", code="rate_limit_exceeded"
+        ) from None
+    except ClosedError as error:
+        raise RequestError(503, str(error), SERVER) from None

@@ -1,0 +1,135 @@
+"""A project whose database is another's and more: new documents behind the old ones.
+
+It is a project directory of its own, so every stage runs on it as on any other, can be interrupted,
+and goes on. Tokens, tokenizer, chunks, embeddings and the trained index of the old documents are
+taken over as hard links; nothing of the old project changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer, recorded_choice
+from retro_mcore.data.tokenizers.special_tokens import DECLARING_FILES
+from retro_mcore.data.tokens.document_ids import ids_path
+from retro_mcore.data.tokens.token_file import bin_path, idx_path
+from retro_mcore.data.tokens.tokenizing import CorpusReader, make_dataset
+from retro_mcore.distributed import barrier, get_rank, raise_together
+from retro_mcore.errors import ProjectError
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.markers import FileState, adopt, marker_path, signed_write, state_of
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.database import ChunkDatabase
+
+
+def make_grown_project(
+    base: ProjectPaths,
+    grown: ProjectPaths,
+    sources: Sequence[Path],
+    prefixes: Sequence[str],
+    reader: CorpusReader,
+    fingerprint: str,
+) -> None:
+    """Everything of the grown project that its build_db needs, on all ranks.
+
+    Args:
+        base: The project whose database is grown, after build_index.
+        grown: The project to make, or to go on with.
+        sources: New corpora, as preprocess_corpus takes them.
+        prefixes: Names of their datasets.
+        reader: How text is read.
+        fingerprint: What the new datasets are made from.
+
+    Raises:
+        CorpusError: a source is missing, empty or malformed.
+        ProjectError: a file of the old project is missing or damaged.
+    """
+    with raise_together():
+        config = ProjectConfig.load(base.root)
+        if get_rank() == 0:
+            _take_over_inputs(base, grown, config)
+    barrier()
+    with raise_together():
+        tokenizer = load_project_tokenizer(config, grown, recorded_choice(base))
+    for source, prefix in zip(sources, prefixes, strict=True):
+        make_dataset(source, grown.data / prefix, tokenizer, reader, fingerprint)
+    with raise_together():
+        if get_rank() == 0:
+            _take_over_chunks(base, grown, config)
+            _write_settings(base, grown, config, prefixes)
+    barrier()
+
+
+def _take_over_inputs(base: ProjectPaths, grown: ProjectPaths, config: ProjectConfig) -> None:
+    files = [
+        path(base.data / prefix) for prefix in config.blend[1] for path in (bin_path, idx_path)
+    ]
+    ids = [ids_path(base.data / prefix) for prefix in config.blend[1]]
+    files += [file for file in ids if file.is_file()]
+    names = (
+        config.retro_gpt_tokenizer_model,
+        config.retro_gpt_vocab_file,
+        config.retro_gpt_merge_file,
+        config.retro_bert_vocab_file,
+    )
+    files += [base.root / name for name in names if name is not None]
+    declaring = [base.tokenizer / name for name in DECLARING_FILES]
+    files += [file for file in declaring if file.is_file() and file not in files]
+    for file in files:
+        _take_over(file, grown.root / base.relative(file))
+
+
+def _take_over(source: Path, target: Path) -> None:
+    """A file that other stages have checked; one of another writer gets its marker here."""
+    if state_of(target) is FileState.COMPLETE:
+        return
+    if adopt(source, target, ""):
+        return
+    if marker_path(source).exists() or not source.is_file():
+        raise ProjectError(source, "missing, or not what its marker says", "Restore the file")
+    with signed_write(target, "") as temporary:
+        temporary.hardlink_to(source.resolve())
+
+
+def _take_over_chunks(base: ProjectPaths, grown: ProjectPaths, config: ProjectConfig) -> None:
+    """Chunks of the old datasets; build_db takes them where they are made from the same."""
+    for prefix in config.blend[1]:
+        for file in sorted(base.individual_db(prefix).glob("*.hdf5")):
+            target = grown.individual_db(prefix) / file.name
+            if not target.exists() and marker_path(file).exists():
+                fingerprint = read_fingerprint(file)
+                adopt(file, target, fingerprint)
+
+
+def read_fingerprint(path: Path) -> str:
+    """What a file of ours was built from."""
+    from retro_mcore.project.config import read_json_object
+
+    return str(read_json_object(marker_path(path)).get("fingerprint", ""))
+
+
+def _write_settings(
+    base: ProjectPaths, grown: ProjectPaths, config: ProjectConfig, prefixes: Sequence[str]
+) -> None:
+    weights, old = config.blend
+    path = [item for pair in zip(map(str, weights), old, strict=True) for item in pair]
+    path += [item for prefix in prefixes for item in ("1.0", prefix)]
+    settings = ProjectSettings.load(base.root)
+    database = ChunkDatabase.open(base.root, own=True)
+    grown_settings = dataclasses.replace(
+        settings,
+        whole_datasets=[*settings.whole_datasets, *prefixes],
+        grown_from=os.path.relpath(base.root, grown.root),
+        growth=[*settings.growth, len(database)],
+    )
+    if not grown.settings.is_file():
+        grown_settings.save(grown.root)
+    dataclasses.replace(
+        config,
+        retro_gpt_data_path=path,
+        retro_neighbor_dirs={"train": None, "valid": None, "test": None},
+        retro_database=None,
+    ).save(grown.root)

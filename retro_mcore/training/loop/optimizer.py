@@ -1,0 +1,224 @@
+"""Megatron's data parallel wrapper, optimizer and learning rate schedule for a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.transformer.module import Float16Module
+
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.initialization import SCALED_LEARNING_RATE, learning_rate_scale
+from retro_mcore.model.pipeline import (
+    EmbeddingGroups,
+    create_embedding_groups,
+    finalize_model_grads_with,
+    synchronize_embedding_copies,
+)
+from retro_mcore.training.options.megatron import (
+    DATA_PARALLEL_FLAGS,
+    OPTIMIZER_FLAGS,
+    naming_refusals,
+    values_of,
+)
+from retro_mcore.training.setup.plan import TrainingPlan
+
+
+def share_embeddings(models: Sequence[GPTModel]) -> EmbeddingGroups:
+    """Give the copies of the embedding that a pipeline holds the same values.
+
+    Returns:
+        Who holds them, for `build_optimizer`.
+    """
+    config = models[0].config
+    if not isinstance(config, RetroConfig):
+        return EmbeddingGroups()
+    groups = create_embedding_groups(
+        config,
+        parallel_state.get_pipeline_model_parallel_group(),
+        models[0].share_embeddings_and_output_weights,
+    )
+    synchronize_embedding_copies(models, groups)
+    return groups
+
+
+def wrap_model(
+    model: GPTModel, plan: TrainingPlan, disable_bucketing: bool = False
+) -> DistributedDataParallel:
+    """The model in its precision, with gradients averaged over data parallel ranks."""
+    config = model.config
+    options = plan.options
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        # As Megatron: gradients are summed in fp32 when the model computes in bf16.
+        grad_reduce_in_fp32=options.bf16 or options.accumulate_allreduce_grads_in_fp32,
+        **values_of(options, DATA_PARALLEL_FLAGS),
+    )
+    module = Float16Module(config, model) if options.bf16 or options.fp16 else model
+    return DistributedDataParallel(config, ddp_config, module, disable_bucketing=disable_bucketing)
+
+
+def unwrap_model(model: torch.nn.Module) -> GPTModel:
+    """The model inside megatron's wrappers."""
+    while isinstance(model, DistributedDataParallel | Float16Module):
+        model = model.module
+    return model
+
+
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel], groups: EmbeddingGroups, plan: TrainingPlan
+) -> MegatronOptimizer:
+    """AdamW in megatron's wrapper for the precision and for the distributed optimizer.
+
+    Also tells the chunks' configurations how to scale and to finish gradients.
+    """
+    with naming_refusals():
+        config = _optimizer_config(plan, chunks[0].config.params_dtype)
+    overrides = _learning_rate_overrides(config, learning_rate_scale(chunks[0].config))
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    for chunk in chunks:
+        chunk.config.grad_scale_func = optimizer.scale_loss
+        chunk.config.finalize_model_grads_func = finalize_model_grads_with(groups)
+    _overlap(chunks, plan)
+    return optimizer
+
+
+def _optimizer_config(plan: TrainingPlan, params_dtype: torch.dtype) -> OptimizerConfig:
+    options = plan.options
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=options.bf16,
+        fp16=options.fp16,
+        params_dtype=params_dtype,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
+        log_num_zeros_in_grad=options.log_num_zeros_in_grad,
+        **values_of(options, OPTIMIZER_FLAGS),
+    )
+
+
+def _overlap(chunks: Sequence[DistributedDataParallel], plan: TrainingPlan) -> None:
+    """Tell the schedule when gradients may travel: in a pipeline on all stages together."""
+    overlap_in_pipeline = (
+        plan.options.overlap_grad_reduce and plan.options.pipeline_model_parallel_size > 1
+    )
+    no_sync = [chunk.no_sync for chunk in chunks]
+    grad_sync = [chunk.start_grad_sync for chunk in chunks]
+    for chunk in chunks:
+        chunk.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        if overlap_in_pipeline:
+            chunk.config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+
+
+@contextmanager
+def gathered_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """While the body runs, every rank's weights are those after the last step.
+
+    With --overlap-param-gather they arrive during the next forward pass only.
+    """
+    overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapping:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapping:
+            chunk.enable_forward_pre_hook()
+
+
+def _learning_rate_overrides(config: OptimizerConfig, scale: float) -> dict[Any, Any] | None:
+    """Under muP, the hidden weights' own learning rate; None: megatron's standard groups."""
+    if scale == 1.0:
+        return None
+    rates: Any = {
+        "max_lr": config.lr * scale,
+        "min_lr": config.min_lr * scale,
+        "lr_mult": scale,  # by which checkpoints tell the groups apart
+    }
+    return {
+        **get_standard_config_overrides(config),
+        ParamKey(attr=SCALED_LEARNING_RATE): ParamGroupOverride(**rates),
+    }
+
+
+def build_scheduler(optimizer: MegatronOptimizer, plan: TrainingPlan) -> OptimizerParamScheduler:
+    """Megatron's schedule of learning rate and weight decay; its steps are samples."""
+    options, lengths = plan.options, plan.schedule
+    decays = options.weight_decay_incr_style != "constant"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=options.lr_warmup_init,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=lengths.lr_warmup_samples,
+        lr_decay_steps=lengths.lr_decay_samples,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.start_weight_decay if decays else options.weight_decay,
+        end_wd=options.end_weight_decay if decays else options.weight_decay,
+        wd_incr_steps=lengths.wd_incr_samples,
+        wd_incr_style=options.weight_decay_incr_style,
+        wsd_decay_steps=lengths.lr_wsd_decay_samples,
+        lr_wsd_decay_style=options.lr_wsd_decay_style,
+        use_checkpoint_opt_param_scheduler=False,
+    )
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The learning rate of the next step (not of embeddings with --decoupled-lr)."""
+    groups = [group for group in optimizer.param_groups if group.get("default_config", True)]
+    return float(groups[0]["lr"]) if groups else 0.0
+
+
+def loss_scale(optimizer: MegatronOptimizer) -> float:
+    """What the loss is multiplied with; 1 but in fp16."""
+    return float(optimizer.get_loss_scale())
+
+
+def take_step(
+    optimizer: MegatronOptimizer, refuse: Callable[[float], None]
+) -> tuple[bool, float, int | None]:
+    """The optimizer's step.
+
+    Args:
+        optimizer: With this iteration's gradients.
+        refuse: Called with a gradient norm that is NaN or infinite, before the weights change.
+
+    Returns:
+        Whether the weights were updated (in fp16 not after an overflow), the gradient norm, and the
+        number of zeros in the gradient, if it is counted.
+    """
+    measure = optimizer.get_grad_norm
+
+    def checked() -> float:
+        norm = measure()
+        if not math.isfinite(norm):
+            refuse(float(norm))
+        return norm
+
+    optimizer.get_grad_norm = checked
+    try:
+        updated, norm, zeros = optimizer.step()
+    finally:
+        del optimizer.get_grad_norm
+    return updated, float(norm or 0.0), None if zeros is None else int(zeros)

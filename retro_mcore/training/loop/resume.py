@@ -1,0 +1,179 @@
+"""What a run can resume, what it came to, and whether it is finished already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from retro_mcore.checkpoint.files import (
+    existing_checkpoint,
+    iteration_of,
+    latest_iteration,
+)
+from retro_mcore.checkpoint.loading import LoadScope, read_arguments
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.training.loop.sample_reader import Samples
+from retro_mcore.training.options.pretrain import TrainingOptions
+from retro_mcore.training.reporting.metrics import (
+    LOSS_CURVE_FILE,
+    METRICS_FILE,
+    losses,
+    read_metrics,
+)
+from retro_mcore.training.setup.plan import TrainingPlan
+
+
+@dataclass
+class TrainingResult:
+    """What came of a run.
+
+    Attributes:
+        iteration: The last iteration.
+        consumed_samples: Training samples seen.
+        train_losses: Mean loss of each iteration that this process ran (not of those before it
+            resumed), in nats per token.
+        valid_losses: (iteration, loss) of each validation.
+        checkpoint: The last checkpoint, if any was saved.
+        loss_curve: The PNG, if one was drawn (on rank 0).
+        seconds: Wall time of this run.
+        reused: Whether the run was already finished, and nothing was trained.
+        num_parameters: Of the whole model, over all ranks.
+        stopped_by: What ended the run early: "SIGTERM" or a flag; None if it ended as planned.
+        test_loss: Of the test samples, with --skip-train.
+    """
+
+    iteration: int
+    consumed_samples: int
+    train_losses: list[float] = field(default_factory=list)
+    valid_losses: list[tuple[int, float]] = field(default_factory=list)
+    checkpoint: Path | None = None
+    loss_curve: Path | None = None
+    seconds: float = 0.0
+    reused: bool = False
+    num_parameters: int = 0
+    stopped_by: str | None = None
+    test_loss: float | None = None
+
+
+def checkpoint_to_resume(plan: TrainingPlan) -> Path | None:
+    """The checkpoint to start from: that of --ckpt-step, else the latest; None if there is none.
+
+    Raises:
+        CheckpointError: it is of another configuration, or a flag needs one and there is none.
+        ConfigurationError: --save holds a checkpoint that the run would overwrite.
+    """
+    options = plan.options
+    checkpoint = None
+    if options.load is not None:
+        checkpoint = existing_checkpoint(options.load, options.ckpt_step)
+    if checkpoint is not None:
+        plan.check_resumes(read_arguments(checkpoint), checkpoint)
+    elif options.needs_checkpoint is not None:
+        raise CheckpointError(
+            f"--load {options.load}",
+            f"holds no checkpoint, and {options.needs_checkpoint} was given",
+            "Name the --save of a run that has saved one",
+        )
+    if checkpoint is None or options.finetune:
+        _check_overwrites_nothing(options)
+    return checkpoint
+
+
+def _check_overwrites_nothing(options: TrainingOptions) -> None:
+    saved = None if options.save is None else latest_iteration(options.save)
+    if saved is not None:
+        raise ConfigurationError(
+            f"--save {options.save}",
+            f"holds a checkpoint of iteration {saved}, which training from the start would "
+            "overwrite",
+            f"Resume it with --load {options.save}, or save to another directory",
+        )
+
+
+def load_scope(plan: TrainingPlan) -> LoadScope:
+    """What the run takes from the checkpoint."""
+    options = plan.options
+    return LoadScope(
+        optimizer=not (options.finetune or options.no_load_optim),
+        random_state=not (options.finetune or options.no_load_rng),
+        progress=not options.finetune,
+    )
+
+
+def finished_run(plan: TrainingPlan) -> TrainingResult | None:
+    """The result of a run that has already reached its last iteration; None if there is work left.
+
+    Raises:
+        CheckpointError: the checkpoint in --load is of another configuration.
+        ConfigurationError: --save holds a checkpoint that the run would overwrite.
+    """
+    checkpoint = checkpoint_to_resume(plan)
+    if checkpoint is None or plan.options.finetune or iteration_of(checkpoint) < plan.train_iters:
+        return None
+    iteration = iteration_of(checkpoint)
+    curve = checkpoint.parent / LOSS_CURVE_FILE
+    return TrainingResult(
+        iteration=iteration,
+        consumed_samples=plan.batch_sizes.consumed_after(iteration),
+        valid_losses=losses(read_metrics(checkpoint.parent / METRICS_FILE), "valid"),
+        checkpoint=checkpoint,
+        loss_curve=curve if curve.is_file() else None,
+        reused=True,
+    )
+
+
+def check_order(saved: Mapping[str, Any], samples: Samples, checkpoint: Path) -> None:
+    """Refuse to go on with samples of which those that were trained on are no longer the first.
+
+    Args:
+        saved: The checkpoint's arguments.
+        samples: The training samples.
+        checkpoint: Its directory.
+
+    Raises:
+        CheckpointError: their order is another.
+    """
+    before, digest = saved.get("sample_order"), getattr(samples, "order_digest", None)
+    if before is None or digest is None or before["samples"] > len(samples):
+        return
+    if digest(before["samples"]) != before["digest"]:
+        raise CheckpointError(
+            checkpoint,
+            f"was trained on {before['samples']} samples, which are others in the order that the "
+            "project has now (retro_gpt_train_samples is "
+            f"{saved.get('project_train_samples')} there, {len(samples)} here)",
+            "Preprocess the project with --train-samples as it was, or train with another --save "
+            "(--finetune takes the weights over)",
+        )
+
+
+def order_of(samples: Samples, consumed: int) -> dict[str, Any]:
+    """What `check_order` needs to know of the samples that were trained on, for a checkpoint."""
+    digest = getattr(samples, "order_digest", None)
+    if digest is None:
+        return {}
+    order = {"samples": consumed, "digest": digest(consumed)}
+    return {"sample_order": order, "project_train_samples": len(samples)}
+
+
+def num_parameters(chunks: Sequence[torch.nn.Module]) -> int:
+    """Parameters of the whole model, over tensor and pipeline parallel ranks."""
+    sharded = replicated = 0
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if getattr(parameter, "shared", False):  # a copy of another stage's
+                continue
+            if getattr(parameter, "tensor_model_parallel", False):
+                sharded += parameter.numel()
+            else:
+                replicated += parameter.numel()
+    own = sharded * parallel_state.get_tensor_model_parallel_world_size() + replicated
+    total = torch.tensor(own, device=torch.cuda.current_device())
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return int(total)

@@ -1,0 +1,254 @@
+"""Reading a project's samples in their order, from any point on, divided over data parallel ranks.
+
+The order of the samples is the project's (its neighbors were queried in it), so a position in the
+data is one number: the samples consumed so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from retro_mcore.data.tokenizers.base import Tokenizer
+from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError, raise_problems
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.training.loop.batch import RetroBatch, collate
+from retro_mcore.training.loop.batch_sizes import BatchSizes
+from retro_mcore.training.loop.stopping import ignore_stop_signals
+from retro_mcore.training.options.pretrain import DataOptions
+
+
+class Samples(Protocol):
+    """A split of a project: `samples[i]` as `collate` takes it, but for the sample's id."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class NumberedSamples(Dataset):
+    """Samples that also say which they are; without retrieval, only their text."""
+
+    def __init__(self, samples: Samples, retrieval: bool = True) -> None:
+        self.samples = samples
+        self.retrieval = retrieval
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tokens_alone = None if self.retrieval else getattr(self.samples, "samples", None)
+        if tokens_alone is None:
+            return {**self.samples[index], "sample_id": index}
+        text = tokens_alone.tokens(index)
+        return {"text": text, "sample_id": index}
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Indices of this rank's micro batches: consecutive samples, dealt to the ranks in turn.
+
+    Args:
+        start: First sample.
+        stop: Sample after the last. A rest too small for a micro batch on every rank is left out
+            unless `keep_rest`.
+        micro_batch_size: B.
+        rank: This data parallel rank.
+        world_size: Number of data parallel ranks.
+        keep_rest: Also yield the rest; ranks may then get fewer or smaller batches than others.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        keep_rest: bool = False,
+    ) -> None:
+        self.start, self.stop, self.micro_batch_size = start, stop, micro_batch_size
+        self.rank, self.world_size, self.keep_rest = rank, world_size, keep_rest
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stride = self.micro_batch_size * self.world_size
+        for first in range(self.start, self.stop, stride):
+            if first + stride > self.stop and not self.keep_rest:
+                return
+            mine = first + self.rank * self.micro_batch_size
+            batch = list(range(mine, min(mine + self.micro_batch_size, self.stop)))
+            if batch:
+                yield batch
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def read_batches(
+    dataset: Dataset, sampler: MicroBatchSampler, num_workers: int, device: torch.device
+) -> Iterator[RetroBatch]:
+    """Micro batches on `device`, read ahead by `num_workers` processes."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=device.type == "cuda",
+        # A generator of its own: the loader draws from it, and the global one drives dropout,
+        # which must not depend on where a run was interrupted.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        yield batch.to(device)
+
+
+def project_flags(config: ProjectConfig) -> dict[str, Any]:
+    """The flags that a project fixes, and their values."""
+    return {
+        "seq_length": config.retro_gpt_seq_length,
+        "retro_chunk_length": config.retro_gpt_chunk_length,
+        "global_batch_size": config.retro_gpt_global_batch_size,
+        "eval_interval": config.retro_gpt_eval_interval,
+        "eval_iters": config.retro_gpt_eval_iters,
+        "seed": config.retro_gpt_seed,
+        "split": config.retro_gpt_split,
+        "tokenizer_type": config.retro_gpt_tokenizer_type,
+    }
+
+
+def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
+    """Refuse flags that contradict the project.
+
+    Raises:
+        ConfigurationError: naming the flag, its value and the project's.
+        SeveralErrors: naming all of them.
+    """
+    asked = {name: getattr(options, name) for name in project_flags(config)}
+    raise_problems(
+        [
+            ConfigurationError(
+                "--" + name.replace("_", "-"),
+                f"{asked[name]}, but config.json of {options.project_dir} says {of_project}",
+                "Leave the flag out, or preprocess another project with this value",
+            )
+            for name, of_project in project_flags(config).items()
+            if asked[name] is not None and asked[name] != of_project
+        ]
+    )
+
+
+def number_of_iterations(
+    options: DataOptions, config: ProjectConfig, sizes: BatchSizes
+) -> tuple[int, int]:
+    """(iterations, samples) that the options ask for, as far as the project's samples suffice.
+
+    Raises:
+        ConfigurationError: more samples are asked for than the project has neighbors for.
+    """
+    available, batch = config.retro_gpt_train_samples, config.retro_gpt_global_batch_size
+    asked = options.train_iters * batch if options.train_iters else options.train_samples
+    if asked is not None and asked > available:
+        raise ConfigurationError(
+            "--train-iters" if options.train_iters else "--train-samples",
+            f"needs {asked} samples, but config.json of {options.project_dir} has {available}",
+            f"Train on at most {available // batch} iterations of {batch} samples, or preprocess "
+            "a project with a larger --train-samples",
+        )
+    iterations, samples = sizes.iterations(available if asked is None else asked)
+    if iterations == 0:
+        smallest = sizes.sizes[0]
+        raise ConfigurationError(
+            "--train-samples",
+            f"{asked or available}, less than one batch",
+            f"At least {smallest}",
+        )
+    return iterations, samples
+
+
+def require_split(datasets: Mapping[Any, Any], split: str, project_dir: str) -> Any:
+    """The dataset of `split`.
+
+    Raises:
+        ProjectError: the project has no neighbors (or no documents) for that split.
+    """
+    dataset = datasets.get(split)
+    if dataset is None or len(dataset) == 0:
+        raise ProjectError(
+            project_dir,
+            f"has no samples with neighbors in its {split} split",
+            "Run query_neighbors.py on it, with a --split that gives this part some documents",
+        )
+    return dataset
+
+
+def tokenizer_fingerprint(config: ProjectConfig, project_dir: str | Path) -> str:
+    """SHA-256 over the tokenizer's type and files, the same wherever the project lies."""
+    digest = hashlib.sha256(str(config.retro_gpt_tokenizer_type).encode())
+    names: Sequence[str | None] = (
+        config.retro_gpt_tokenizer_model,
+        config.retro_gpt_vocab_file,
+        config.retro_gpt_merge_file,
+    )
+    for name in names:
+        if name is None:
+            continue
+        path = Path(project_dir) / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+#: Of a checkpoint's arguments: what began and ended the documents that it was trained on.
+DOCUMENT_TOKENS = "document_tokens"
+
+
+def document_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """What ends a project's documents (`eod`) and what begins them (`bos`, None for nothing).
+
+    The tokenizer's files, which the fingerprint is of, leave a choice.
+    """
+    return {"eod": tokenizer.eod, "bos": next(iter(tokenizer.beginning), None)}
+
+
+def check_document_tokens(
+    saved: Mapping[str, Any], here: Mapping[str, int | None] | None, project_dir: str | Path
+) -> str | None:
+    """Refuse a project whose documents end otherwise than those that a model was trained on.
+
+    Args:
+        saved: The arguments of the model's checkpoint; older ones do not say.
+        here: `document_tokens` of the project.
+        project_dir: The project.
+
+    Returns:
+        A warning where its documents begin otherwise.
+
+    Raises:
+        TokenizerError: naming both tokens.
+    """
+    before = saved.get(DOCUMENT_TOKENS)
+    if not isinstance(before, Mapping) or here is None or before == here:
+        return None
+    if before.get("eod") != here["eod"]:
+        raise TokenizerError(
+            f"tokenizer of {project_dir}",
+            f"documents end with token {here['eod']}, and those that the model was trained on with "
+            f"token {before.get('eod')}",
+            f"Use a project that was preprocessed with --eod-token {before.get('eod')}",
+        )
+    began, begin = (_beginning(each.get("bos")) for each in (before, here))
+    return (
+        f"warning: documents and prompts of {project_dir} begin {begin}, those that the model was "
+        f"trained on began {began}: see preprocess_corpus --add-bos-token"
+    )
+
+
+def _beginning(bos: int | None) -> str:
+    return "without BOS" if bos is None else f"with BOS ({bos})"

@@ -1,0 +1,370 @@
+"""Pretraining: the loop around megatron's forward-backward function, optimizer and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from retro_mcore.checkpoint.files import Retention
+from retro_mcore.checkpoint.loading import load_checkpoint, read_arguments
+from retro_mcore.checkpoint.saving import CheckpointSaver
+from retro_mcore.checkpoint.state import TrainingParts, TrainingProgress
+from retro_mcore.distributed import get_rank, on_first_rank, raise_together
+from retro_mcore.model.pipeline import EmbeddingGroups
+from retro_mcore.training.loop.batch import RetroBatch
+from retro_mcore.training.loop.loss import (
+    LossReport,
+    check_finite,
+    forward_backward,
+    non_finite,
+    reduce_losses,
+    samples_of,
+    samples_of_all_ranks,
+    total_loss,
+)
+from retro_mcore.training.loop.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    gathered_weights,
+    learning_rate,
+    loss_scale,
+    share_embeddings,
+    take_step,
+    wrap_model,
+)
+from retro_mcore.training.loop.resume import (
+    TrainingResult,
+    check_order,
+    checkpoint_to_resume,
+    finished_run,
+    load_scope,
+    num_parameters,
+    order_of,
+)
+from retro_mcore.training.loop.sample_reader import (
+    MicroBatchSampler,
+    NumberedSamples,
+    Samples,
+    check_document_tokens,
+    read_batches,
+)
+from retro_mcore.training.loop.spikes import SpikeDetector
+from retro_mcore.training.loop.stopping import StopConditions
+from retro_mcore.training.reporting.progress import StepReport, TrainingReporter
+from retro_mcore.training.reporting.sinks import check_sinks
+from retro_mcore.training.setup.build import build_model_chunks
+from retro_mcore.training.setup.freezing import freeze_decoder, freeze_retrieval
+from retro_mcore.training.setup.gpt_contents import contents_of_gpt
+from retro_mcore.training.setup.initialize import (
+    initialize_parallel,
+    set_batch_sizes,
+    set_seeds,
+    use_deterministic_algorithms,
+)
+from retro_mcore.training.setup.plan import TrainingPlan
+from retro_mcore.training.setup.retrofit import load_decoder
+
+__all__ = ["Trainer", "TrainingResult", "checkpoint_to_resume", "finished_run", "num_parameters"]
+
+
+class Trainer:
+    """One run of training.
+
+    Args:
+        plan: What to do.
+        train_samples: The training split; samples are used in order, once.
+        valid_samples: The validation split, or None for no validation. The same first
+            eval_iters batches are used each time (docs/decisions/0011-training-entry-point.md).
+        device: Of this process.
+        alone: Whether no other run saves into --save; what runs before left there is removed.
+
+    Raises:
+        ConfigurationError: flags, project and number of processes do not fit together.
+        CheckpointError: the checkpoint to resume from belongs to another configuration.
+    """
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        train_samples: Samples,
+        valid_samples: Samples | None,
+        device: torch.device,
+        alone: bool = True,
+    ) -> None:
+        options = plan.options
+        initialize_parallel(
+            options.tensor_model_parallel_size,
+            options.pipeline_model_parallel_size,
+            options.num_virtual_stages_per_pipeline_rank,
+        )
+        with raise_together():
+            if options.deterministic_mode:
+                use_deterministic_algorithms()
+            checkpoint = checkpoint_to_resume(plan)
+            saved = {} if checkpoint is None else read_arguments(checkpoint)
+            if checkpoint is not None:
+                plan = plan.with_vocabulary_of(saved)
+                if load_scope(plan).progress:
+                    check_order(saved, train_samples, checkpoint)
+            self._num_microbatches = set_batch_sizes(plan.batch_sizes, options.micro_batch_size)
+            set_seeds(plan.project.retro_gpt_seed)
+            models = build_model_chunks(plan.arguments, options, options)
+            check_sinks(options.tensorboard_dir, options.wandb_project)
+            if get_rank() == 0:
+                plan.save_options()
+        self._decoder = load_decoder(models, plan) if checkpoint is None else None
+        self.plan, self._device, self._alone = plan, device, alone
+        self._train_samples, self._valid_samples = train_samples, valid_samples
+        self._parts = _training_parts(models, plan)
+        self._progress = TrainingProgress()
+        if checkpoint is not None:
+            self._progress = load_checkpoint(checkpoint, self._parts, load_scope(plan))
+        self._saver = CheckpointSaver(
+            options.save or "",
+            options.async_save,
+            Retention(options.keep_last_n, options.save_retain_interval),
+            alone,
+        )
+        self._gpt_contents = saved.get("gpt_contents")
+        if self._decoder is not None:
+            gpt = self._decoder.checkpoint.path
+            self._gpt_contents = on_first_rank(lambda: contents_of_gpt(gpt))
+        self._result = TrainingResult(0, 0, checkpoint=checkpoint)
+        self._has_other_neighbors = _has_other_neighbors(saved, plan)
+        self._other_bos = check_document_tokens(saved, plan.document_tokens, options.project_dir)
+        self._spikes = SpikeDetector() if options.check_for_spiky_loss else None
+
+    @property
+    def has_loaded(self) -> bool:
+        """Whether the weights come from a checkpoint or from a GPT."""
+        return self._result.checkpoint is not None or self._decoder is not None
+
+    def train(self) -> TrainingResult:
+        """Train until the last iteration, or until something ends the run early.
+
+        Raises:
+            NonFiniteLossError: loss or gradient became NaN or infinite.
+        """
+        progress, result = self._progress, self._result
+        started = time.perf_counter()
+        with StopConditions(self.plan.options) as stop, self._reporter() as reporter, self._saver:
+            if result.checkpoint is not None:
+                reporter.message(f"loaded {result.checkpoint}, at iteration {progress.iteration}")
+            if self._has_other_neighbors:
+                reporter.message("the samples have other neighbors than before: from now on, these")
+            if self._other_bos is not None:
+                reporter.message(self._other_bos)
+            for split, text in self.plan.repetitions.items():
+                reporter.message(f"{split} samples: {text}")
+            if not self._alone:
+                reporter.message("--save cannot be locked here: see that no other run uses it")
+            if self._decoder is not None:
+                reporter.message(str(self._decoder))
+            reporter.samples(self._progress.iteration)
+            self._loop(stop, reporter)
+            self._report_saved(self._saver.finish(), reporter)
+            if result.stopped_by is None:  # else every second counts
+                with raise_together():
+                    result.loss_curve = reporter.draw()
+        result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
+        result.seconds = time.perf_counter() - started
+        result.num_parameters = num_parameters(self._parts.chunks)
+        return result
+
+    def evaluate(self, test_samples: Samples | None) -> TrainingResult:
+        """Validation and test loss of the weights as they were loaded; nothing is trained or saved.
+
+        Args:
+            test_samples: The test split, or None.
+        """
+        progress, result = self._progress, self._result
+        started = time.perf_counter()
+        if self._valid_samples is not None:
+            result.valid_losses.append((progress.iteration, self._loss_of(self._valid_samples)))
+        if test_samples is not None:
+            result.test_loss = self._loss_of(test_samples)
+        result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
+        result.seconds = time.perf_counter() - started
+        result.num_parameters = num_parameters(self._parts.chunks)
+        return result
+
+    def _loop(self, stop: StopConditions, reporter: TrainingReporter) -> None:
+        batches = self._train_batches()
+        for chunk in self._parts.chunks:
+            chunk.train()
+        while self._progress.iteration < self.plan.train_iters:
+            told_to_stop = self._train_step(batches, reporter, stop.wanted)
+            self._report_saved(self._saver.finish(wait=False), reporter)
+            iteration = self._progress.iteration
+            ends = told_to_stop or stop.at_interval(iteration)
+            is_last = iteration == self.plan.train_iters
+            reporter.pause()
+            if self._at(self.plan.project.retro_gpt_eval_interval) or is_last:
+                self._validate(reporter)
+            if self._at(self.plan.options.save_interval) or is_last or ends:
+                self._save(reporter)
+            reporter.resume()
+            if told_to_stop and not is_last:
+                self._result.stopped_by = stop.reason()
+                reporter.message(f"stopped by {stop.reason()}, to be resumed")
+            if ends:
+                return
+
+    def _at(self, interval: int | None) -> bool:
+        return bool(interval and self._progress.iteration % interval == 0)
+
+    def _train_step(
+        self, batches: Iterator[RetroBatch], reporter: TrainingReporter, stop: bool
+    ) -> bool:
+        """One iteration; returns whether any rank wants to stop after it."""
+        parts, progress, plan = self._parts, self._progress, self.plan
+        samples = plan.batch_sizes.after(progress.consumed_samples)
+        for chunk in parts.chunks:
+            chunk.zero_grad_buffer()
+        parts.optimizer.zero_grad()
+        reports = forward_backward(
+            parts.chunks,
+            batches,
+            self._num_microbatches * samples // plan.global_batch_size,
+            plan.sequence_length,
+            plan.options.micro_batch_size,
+            plan.with_retrieval,
+        )
+        reduced = reduce_losses(reports, stop)
+        step = self._update(reports, reduced.loss, samples)
+        self._result.train_losses.append(step.loss)
+        self._report_spike(step, reports, reporter)
+        reporter.step(step)
+        return reduced.stop > 0
+
+    def _update(self, reports: Sequence[LossReport], loss: float, samples: int) -> StepReport:
+        """Take the optimizer's step, unless loss or gradients forbid it."""
+        parts, progress, options = self._parts, self._progress, self.plan.options
+        iteration = progress.iteration + 1
+        if options.check_for_nan_in_loss_and_grad and not self._may_overflow():
+            check_finite(reports, loss, iteration)
+        lr, scale = learning_rate(parts.optimizer), loss_scale(parts.optimizer)
+        refuse = partial(self._refuse_gradients, reports, iteration)
+        updated, grad_norm, zeros = take_step(parts.optimizer, refuse)
+        if updated:  # not after an overflow in fp16
+            parts.scheduler.step(samples)
+        progress.iteration = iteration
+        progress.consumed_samples += samples
+        return StepReport(
+            iteration=iteration,
+            consumed_samples=progress.consumed_samples,
+            samples=samples,
+            loss=loss,
+            learning_rate=lr,
+            grad_norm=grad_norm,
+            skipped=not updated,
+            loss_scale=scale if options.fp16 else None,
+            num_zeros=zeros,
+        )
+
+    def _may_overflow(self) -> bool:
+        """Whether an infinite loss may be float16's range, which a lower loss scale mends."""
+        options = self.plan.options
+        lowest = options.loss_scale or options.min_loss_scale
+        return options.fp16 and loss_scale(self._parts.optimizer) > lowest
+
+    def _refuse_gradients(
+        self, reports: Sequence[LossReport], iteration: int, grad_norm: float
+    ) -> None:
+        if self.plan.options.check_for_nan_in_loss_and_grad:
+            raise non_finite("gradient norm", grad_norm, samples_of(reports), iteration)
+
+    def _report_spike(
+        self, step: StepReport, reports: Sequence[LossReport], reporter: TrainingReporter
+    ) -> None:
+        if self._spikes is None or step.skipped or not self._spikes.add(step.loss):
+            return
+        reporter.spike(step, self._spikes.usual, samples_of_all_ranks(samples_of(reports)))
+
+    def _validate(self, reporter: TrainingReporter) -> None:
+        if self._valid_samples is None:
+            return
+        iteration, loss = self._progress.iteration, self._loss_of(self._valid_samples)
+        self._result.valid_losses.append((iteration, loss))
+        reporter.validation(iteration, loss, math.exp(min(loss, 80.0)))
+
+    def _loss_of(self, samples: Samples) -> float:
+        """Mean loss of a split's first eval_iters batches."""
+        stop = self.plan.project.retro_gpt_eval_iters * self.plan.global_batch_size
+        batches = read_batches(self._numbered(samples), self._sampler(0, stop), 0, self._device)
+        with gathered_weights(self._parts.chunks):
+            loss_sum, num_tokens = total_loss(
+                self._parts.chunks,
+                batches,
+                self._num_microbatches,
+                self.plan.arguments.vocab_size,
+            )
+        return loss_sum / num_tokens if num_tokens else math.nan
+
+    def _save(self, reporter: TrainingReporter) -> None:
+        if self.plan.options.save is None:
+            return
+        args = self.plan.checkpoint_args()
+        vars(args).update(order_of(self._train_samples, self._progress.consumed_samples))
+        if self._gpt_contents is not None:
+            args.gpt_contents = self._gpt_contents
+        self._report_saved(self._saver.finish(), reporter)
+        with gathered_weights(self._parts.chunks):
+            self._report_saved(self._saver.save(self._parts, self._progress, args), reporter)
+
+    def _report_saved(self, checkpoint: Path | None, reporter: TrainingReporter) -> None:
+        if checkpoint is not None:
+            self._result.checkpoint = checkpoint
+            reporter.message(f"saved {checkpoint}")
+
+    def _train_batches(self) -> Iterator[RetroBatch]:
+        sampler = self._sampler(self._progress.consumed_samples, self.plan.train_samples)
+        workers = self.plan.options.num_workers
+        return read_batches(self._numbered(self._train_samples), sampler, workers, self._device)
+
+    def _sampler(self, start: int, stop: int) -> MicroBatchSampler:
+        return MicroBatchSampler(
+            start,
+            stop,
+            self.plan.options.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+
+    def _numbered(self, samples: Samples) -> NumberedSamples:
+        return NumberedSamples(samples, retrieval=self.plan.with_retrieval)
+
+    def _reporter(self) -> TrainingReporter:
+        config = self._parts.chunks[0].config
+        with raise_together():
+            return TrainingReporter(self.plan, config, self._progress.iteration, self._device)
+        raise AssertionError("unreachable: raise_together does not swallow errors")
+
+
+def _has_other_neighbors(saved: Mapping[str, Any], plan: TrainingPlan) -> bool:
+    """Whether the run to resume read neighbors of another search, as after update_db."""
+    before = (saved.get("data_contents") or {}).get("neighbors")
+    now = plan.contents and plan.contents.neighbors
+    resumes = plan.with_retrieval and not plan.options.finetune
+    return resumes and None not in (before, now) and before != now
+
+
+def _training_parts(models: Sequence[GPTModel], plan: TrainingPlan) -> TrainingParts:
+    groups = share_embeddings(models)
+    if plan.options.freeze_decoder:
+        freeze_decoder(models, plan)
+        groups = EmbeddingGroups()  # copies that are not trained have no gradients to sum
+    if plan.freeze_retrieval:
+        freeze_retrieval(models)
+    # As Megatron: gradients of the first chunk alone are worth sending early.
+    chunks = [wrap_model(model, plan, index > 0) for index, model in enumerate(models)]
+    optimizer = build_optimizer(chunks, groups, plan)
+    return TrainingParts(chunks, optimizer, build_scheduler(optimizer, plan))

@@ -1,0 +1,87 @@
+"""What a checkpoint was saved with, and what `--use-checkpoint-args`, `--load-gpt` take from it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+from retro_mcore.checkpoint.conversion.model_fields import DECODER_FLAGS
+from retro_mcore.checkpoint.files import existing_checkpoint, find_checkpoint
+from retro_mcore.checkpoint.safe_loading import read_common
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.training.options.pretrain import ModelOptions
+
+
+def model_options_of_checkpoint(load: str | None, ckpt_step: int | None = None) -> dict[str, Any]:
+    """The options that define the model which a checkpoint holds, by name.
+
+    Those given beside --use-checkpoint-args must not differ; `TrainingPlan.check_resumes` sees to
+    that.
+
+    Args:
+        load: As --load.
+        ckpt_step: As --ckpt-step.
+
+    Raises:
+        ConfigurationError: --load is not given.
+        CheckpointError: there is no checkpoint, or it cannot be read.
+    """
+    if load is None:
+        raise ConfigurationError("--use-checkpoint-args", "given without --load", "Add --load")
+    saved = read_arguments(find_checkpoint(load, ckpt_step))
+    names = [field.name for field in fields(ModelOptions)]
+    return {name: saved[name] for name in names if name in saved}
+
+
+# Beside what a decoder computes: rates that training goes on with, unless flags say others.
+_RATES = ("hidden_dropout", "attention_dropout")
+
+
+def model_options_of_gpt(
+    load_gpt: str, load: str | None = None, ckpt_step: int | None = None
+) -> dict[str, Any]:
+    """The options of the GPT that --load-gpt names, by name; of a run to resume, its own.
+
+    Those given beside --load-gpt must not differ, but for dropout;
+    `retro_mcore.training.setup.retrofit.gpt_arguments` sees to that.
+
+    Args:
+        load_gpt: As --load-gpt.
+        load: As --load: where it holds a checkpoint, that is resumed and the GPT not needed.
+        ckpt_step: As --ckpt-step.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+    """
+    if load is not None and existing_checkpoint(load, ckpt_step) is not None:
+        return model_options_of_checkpoint(load, ckpt_step)
+    flags = open_checkpoint(load_gpt, compare=False).flags
+    learned = flags.get("position_embedding_type") == "learned_absolute"
+    unused = () if learned else ("max_position_embeddings",)
+    names = [name for name in (*DECODER_FLAGS, *_RATES) if name not in unused]
+    return {name: flags[name] for name in names if flags.get(name) is not None}
+
+
+def read_arguments(checkpoint: Path) -> dict[str, Any]:
+    """The arguments that a checkpoint was saved with.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    common = read_common(checkpoint)
+    if "args" not in common or "iteration" not in common:
+        raise CheckpointError(
+            checkpoint,
+            "holds no arguments of a training run",
+            "Name a checkpoint that pretrain_retro.py wrote",
+        )
+    if "no_retrieval" not in vars(common["args"]):
+        raise CheckpointError(
+            checkpoint,
+            "was written by Megatron-LM, whose arguments say less than is needed here",
+            f"Convert it: tools/convert_checkpoint.py --load {checkpoint} --save OTHER "
+            "--project-dir PROJECT, and name OTHER",
+        )
+    return vars(common["args"])

@@ -1,0 +1,106 @@
+"""Sizes that follow from the model's flags, and whether they divide over the processes."""
+
+from __future__ import annotations
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.training.options.pretrain import ModelOptions, ParallelOptions
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """The vocabulary rounded up so that every tensor parallel rank gets the same, aligned part.
+
+    >>> padded_vocab_size(50257, 128, 8)
+    51200
+    """
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def default_ffn_hidden_size(options: ModelOptions) -> int:
+    """Megatron's rule: 4 hidden sizes; with a gated MLP two thirds of it, in multiples of 64."""
+    if options.ffn_hidden_size is not None:
+        return options.ffn_hidden_size
+    if options.swiglu:
+        return int(4 * options.hidden_size * 2 / 3 / 64) * 64
+    return 4 * options.hidden_size
+
+
+def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
+    """Refuse sizes that do not divide by the heads or the tensor parallel size.
+
+    Raises:
+        ConfigurationError: naming the flag.
+    """
+    heads = arguments.num_attention_heads
+    groups = arguments.num_query_groups or heads
+    parts = parallel.tensor_model_parallel_size
+    if arguments.kv_channels is None and arguments.hidden_size % heads:
+        raise ConfigurationError(
+            "--num-attention-heads",
+            f"{heads} does not divide the hidden size {arguments.hidden_size}",
+            "Choose a divisor, or give --kv-channels",
+        )
+    if heads % groups:
+        raise ConfigurationError(
+            "--num-query-groups",
+            f"{groups} does not divide the {heads} attention heads",
+            "Choose a divisor",
+        )
+    for flag, value in (
+        ("--num-attention-heads", heads),
+        ("--num-query-groups", groups),
+        ("--ffn-hidden-size", default_ffn_hidden_size(arguments)),
+    ):
+        if value % parts:
+            raise ConfigurationError(
+                "--tensor-model-parallel-size",
+                f"{parts} does not divide {flag} {value}",
+                f"Choose a tensor parallel size that divides {value}",
+            )
+    _check_pipeline(arguments, parallel)
+    if parallel.sequence_parallel and parts == 1:
+        raise ConfigurationError(
+            "--sequence-parallel",
+            "given with --tensor-model-parallel-size 1",
+            "Leave it out, or use more tensor parallel processes",
+        )
+
+
+def _check_pipeline(arguments: ModelOptions, parallel: ParallelOptions) -> None:
+    stages = parallel.pipeline_model_parallel_size
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    first_last = {
+        "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
+        "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
+    }
+    uneven = {flag: number for flag, number in first_last.items() if number is not None}
+    layout = parallel.pipeline_model_parallel_layout
+    if stages == 1:
+        given = {
+            **uneven,
+            "--num-virtual-stages-per-pipeline-rank": virtual,
+            "--pipeline-model-parallel-layout": layout,
+        }
+        for flag, value in given.items():
+            if value is not None:
+                raise ConfigurationError(
+                    flag, f"{value}, without a pipeline", "Add --pipeline-model-parallel-size"
+                )
+        return
+    if layout is not None:
+        if uneven:
+            raise ConfigurationError(
+                next(iter(uneven)), "given with --pipeline-model-parallel-layout", "Choose one"
+            )
+        return
+    layers = arguments.num_layers - sum(uneven.values())
+    layers += parallel.account_for_embedding_in_pipeline_split
+    layers += parallel.account_for_loss_in_pipeline_split
+    parts = (stages - len(uneven)) * (virtual or 1)
+    if layers < parts or (parts and layers % parts) or (not parts and layers):
+        raise ConfigurationError(
+            "--pipeline-model-parallel-size",
+            f"{stages} stages of {virtual or 1} do not divide {arguments.num_layers} layers"
+            + "".join(f", {flag} {number}" for flag, number in uneven.items()),
+            "Choose stages that divide the layers, or --pipeline-model-parallel-layout",
+        )

@@ -1,0 +1,40 @@
+"""Flags of the noise on neighbors; see `samples/neighbor_noise.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.training.options.megatron import flag_of
+
+
+@dataclass(kw_only=True)
+class NeighborNoiseOptions:
+    """Neighbors left out or changed at random, in training only, against leaning on retrieval."""
+
+    retro_drop_chunks: float = 0.0
+    """Share of chunks that lose all of their neighbors."""
+    retro_drop_neighbors: float = 0.0
+    """Share of neighbors that are left out."""
+    retro_replace_neighbors: float = 0.0
+    """Share of neighbors that become a random chunk of the database."""
+    retro_replace_tokens: float = 0.0
+    """Share of retrieved tokens that become another token of the sample's neighbors."""
+
+    def check_neighbor_noise(self, no_retrieval: bool) -> None:
+        """Refuse what is no probability, and noise without neighbors.
+
+        Raises:
+            ConfigurationError: naming the flag.
+            SeveralErrors: naming all of them.
+        """
+        problems: list[RetroError] = []
+        for field in fields(NeighborNoiseOptions):
+            flag, value = flag_of(field.name), getattr(self, field.name)
+            if not 0.0 <= value <= 1.0:
+                problems.append(ConfigurationError(flag, f"{value}", "Choose from 0 to 1"))
+            elif value and no_retrieval:
+                problems.append(
+                    ConfigurationError(flag, "given with --no-retrieval", "Leave one of them out")
+                )
+        raise_problems(problems)

@@ -1,0 +1,312 @@
+"""What a run shows while it trains: a bar, log lines, metrics. Only rank 0 shows and writes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from tqdm import tqdm
+
+from retro_mcore.distributed import get_rank, get_world_size
+from retro_mcore.training.reporting.flops import peak_flops, training_flops_per_sample
+from retro_mcore.training.reporting.metrics import (
+    LOSS_CURVE_FILE,
+    METRICS_FILE,
+    MetricsFile,
+    Record,
+    draw_loss_curve,
+    read_metrics,
+)
+from retro_mcore.training.reporting.sinks import Sink, open_sinks
+from retro_mcore.training.setup.plan import TrainingPlan
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an iteration came to.
+
+    Attributes:
+        iteration: Its number, from 1.
+        consumed_samples: After it.
+        samples: Of it.
+        loss: Mean per token, in nats.
+        learning_rate: That it was made with.
+        grad_norm: Before clipping; 0 if it was skipped.
+        skipped: Whether the weights were left as they were, after an overflow in fp16.
+        loss_scale: In fp16.
+        num_zeros: In the gradient, with --log-num-zeros-in-grad.
+    """
+
+    iteration: int
+    consumed_samples: int
+    samples: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    skipped: bool = False
+    loss_scale: float | None = None
+    num_zeros: int | None = None
+
+    def record(self) -> Record:
+        """What metrics say of it; what does not apply is left out."""
+        record: Record = {
+            "kind": "train",
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "batch_size": self.samples,
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+        }
+        optional = {"loss_scale": self.loss_scale, "num_zeros": self.num_zeros}
+        return record | {name: value for name, value in optional.items() if value is not None}
+
+
+class _Interval:
+    """The iterations since the last log line."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+        self.iterations = self.samples = self.skipped = 0
+        self._loss = 0.0
+
+    def add(self, step: StepReport) -> None:
+        """Count an iteration; the loss of a skipped one is left out of the mean."""
+        self.iterations += 1
+        self.samples += step.samples
+        if step.skipped:
+            self.skipped += 1
+        else:
+            self._loss += step.loss
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss, if any iteration was not skipped."""
+        counted = self.iterations - self.skipped
+        return self._loss / counted if counted else None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far."""
+        return max(time.perf_counter() - self.since, 1e-9)
+
+
+class TrainingReporter:
+    """Bar, log lines and metrics of a run; used as a context manager around its loop.
+
+    Args:
+        plan: The run.
+        config: The model's, for its operations.
+        iteration: Iterations done before.
+        device: For model FLOPs utilisation.
+    """
+
+    def __init__(
+        self, plan: TrainingPlan, config: TransformerConfig, iteration: int, device: torch.device
+    ) -> None:
+        self._plan, options = plan, plan.options
+        self._active = get_rank() == 0
+        directory = options.save
+        self._directory = Path(directory) if directory is not None and self._active else None
+        self._metrics: MetricsFile | None = None
+        self._lost = 0
+        if self._directory is not None:
+            self._metrics = MetricsFile(self._directory / METRICS_FILE, iteration)
+        self._sinks: list[Sink] = open_sinks(plan, iteration) if self._active else []
+        self._flops_per_sample = training_flops_per_sample(
+            config, plan.sequence_length, plan.arguments.padded_vocab_size
+        )
+        peak = peak_flops(device, options.device_peak_tflops)
+        self._peak_flops = None if peak is None else peak * get_world_size()
+        self._bar = tqdm(
+            total=plan.train_iters,
+            initial=iteration,
+            desc="pretrain_retro",
+            unit="it",
+            disable=not self._active,
+        )
+        self._interval = _Interval()
+
+    def __enter__(self) -> TrainingReporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        for sink in self._sinks:
+            try:
+                sink.close(failed=error is not None)
+            except OSError as failure:
+                self._say(f"{type(sink).__name__} was not closed ({failure})")
+        if self._lost:
+            self._say(f"{METRICS_FILE} lacks {self._lost} records that could not be written")
+
+    def step(self, step: StepReport) -> None:
+        """Report an iteration."""
+        self._interval.add(step)
+        self._bar.update(1)
+        self._bar.set_postfix(
+            loss=f"{step.loss:.4f}",
+            lr=f"{step.learning_rate:.2e}",
+            grad_norm=f"{step.grad_norm:.2f}",
+            refresh=False,
+        )
+        if step.skipped:
+            self._say(
+                f"iteration {step.iteration}/{self._plan.train_iters} | skipped: the gradients "
+                f"overflowed fp16 at loss scale {step.loss_scale or 1:g}"
+            )
+        is_last = step.iteration == self._plan.train_iters
+        if step.iteration % self._plan.options.tensorboard_log_interval == 0 or is_last:
+            self._to_sinks(step.record())
+        if step.iteration % self._plan.options.log_interval == 0 or is_last:
+            self._log(step)
+
+    def pause(self) -> None:
+        """Time until `resume` (validation, saving) does not count as training time."""
+        self._paused = time.perf_counter()
+
+    def resume(self) -> None:
+        """End a `pause`."""
+        self._interval.since += time.perf_counter() - self._paused
+
+    def validation(self, iteration: int, loss: float, perplexity: float) -> None:
+        """Report a validation."""
+        self._say(
+            f"iteration {iteration}/{self._plan.train_iters} | validation loss {loss:.4f} | "
+            f"perplexity {perplexity:.2f}"
+        )
+        record = {"kind": "valid", "iteration": iteration, "loss": loss, "perplexity": perplexity}
+        self._write(record)
+        self._to_sinks(record)
+
+    def spike(self, step: StepReport, usual: float, samples: list[int]) -> None:
+        """Report a loss far above the usual, and the batch's samples."""
+        self._say(
+            f"iteration {step.iteration}/{self._plan.train_iters} | loss spike: {step.loss:.4f}, "
+            f"usually {usual:.4f} | grad norm {step.grad_norm:.3f} | samples {samples}"
+        )
+        self._write(
+            {
+                "kind": "spike",
+                "iteration": step.iteration,
+                "loss": step.loss,
+                "usual": usual,
+                "samples": samples,
+            }
+        )
+
+    def samples(self, iteration: int) -> None:
+        """Record what there is to say of a split's samples, such as how often they repeat."""
+        for split in self._plan.passes:
+            if split.warning:
+                where = {"kind": "data", "iteration": iteration, "split": split.name}
+                self._write({**where, **split.report})
+
+    def message(self, text: str) -> None:
+        """Show a line."""
+        self._say(text)
+
+    def draw(self) -> Path | None:
+        """Draw the loss curve of the whole run, interrupted parts included."""
+        if self._directory is None:
+            return None
+        records = read_metrics(self._directory / METRICS_FILE)
+        try:
+            return draw_loss_curve(records, self._directory / LOSS_CURVE_FILE)
+        except OSError as error:
+            self._say(f"the loss curve could not be written ({error})")
+            return None
+
+    def _log(self, step: StepReport) -> None:
+        interval, self._interval = self._interval, _Interval()
+        record = step.record() | self._speed(interval)
+        loss = interval.loss
+        if loss is None:
+            del record["loss"]
+        else:
+            record["loss"] = loss
+        if step.loss_scale is not None:
+            record["skipped_iterations"] = interval.skipped
+        self._say(self._line(step, record))
+        self._write(record)
+        self._to_sinks({key: value for key, value in record.items() if key in _SPEED}, step)
+
+    def _speed(self, interval: _Interval) -> Record:
+        samples_per_second = interval.samples / interval.seconds
+        flops = samples_per_second * self._flops_per_sample
+        speed: Record = {
+            "seconds_per_iteration": interval.seconds / interval.iterations,
+            "tokens_per_second": samples_per_second * self._plan.sequence_length,
+            "tflops_per_device": flops / get_world_size() / 1e12,
+        }
+        if self._peak_flops is not None:
+            speed["model_flops_utilisation"] = flops / self._peak_flops
+        return speed
+
+    def _line(self, step: StepReport, record: Record) -> str:
+        left = self._plan.train_samples - step.consumed_samples
+        seconds_left = left * self._plan.sequence_length / record["tokens_per_second"]
+        parts = [
+            f"iteration {step.iteration}/{self._plan.train_iters}",
+            f"consumed samples {step.consumed_samples}",
+            f"ms per iteration {1000 * record['seconds_per_iteration']:.1f}",
+            f"batch {step.samples}" if self._plan.options.rampup_batch_size else "",
+            f"learning rate {step.learning_rate:.6E}",
+            f"lm loss {record['loss']:.6E}" if "loss" in record else "lm loss skipped",
+            f"grad norm {step.grad_norm:.3f}",
+            f"loss scale {step.loss_scale:g}" if step.loss_scale is not None else "",
+            f"skipped {record['skipped_iterations']}" if "skipped_iterations" in record else "",
+            f"zeros {step.num_zeros}" if step.num_zeros is not None else "",
+            f"tokens/s {record['tokens_per_second']:.0f}",
+            f"TFLOP/s per device {record['tflops_per_device']:.3g}",
+            _utilisation(record.get("model_flops_utilisation")),
+            f"left {timedelta(seconds=round(seconds_left))}",
+        ]
+        return " | ".join(filter(None, parts))
+
+    def _say(self, text: str) -> None:
+        if self._active:
+            self._bar.write(text)
+
+    def _write(self, record: Record) -> None:
+        """Into metrics.jsonl. A full disk loses metrics; the checkpoints say when it stops us."""
+        if self._metrics is None:
+            return
+        try:
+            self._metrics.write(record)
+        except OSError as error:
+            if not self._lost:
+                self._say(f"{self._metrics.path} cannot be written ({error.strerror}): going on")
+            self._lost += 1
+
+    def _to_sinks(self, record: Record, step: StepReport | None = None) -> None:
+        if step is not None:
+            record = {"kind": "speed", "iteration": step.iteration, **record}
+        for sink in list(self._sinks):
+            try:
+                sink.write(record)
+            except OSError as error:
+                self._say(f"{type(sink).__name__} cannot be written ({error}): going on without")
+                self._sinks.remove(sink)
+
+
+_SPEED = (
+    "seconds_per_iteration",
+    "tokens_per_second",
+    "tflops_per_device",
+    "model_flops_utilisation",
+)
+
+
+def _utilisation(share: float | None) -> str:
+    return "" if share is None else f"MFU {100 * share:.1f}%"

@@ -1,0 +1,94 @@
+"""Building the model from its arguments: for training, and again from a checkpoint alone."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.model import RetroModel
+from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
+from retro_mcore.platform import is_cpu_in_use
+from retro_mcore.training.options.model_sizes import default_ffn_hidden_size, padded_vocab_size
+from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
+from retro_mcore.training.setup.model_config import (
+    ModelArguments,
+    build_config,
+    number_of_positions,
+    uses_transformer_engine,
+)
+
+__all__ = [
+    "ModelArguments",
+    "arguments_from",
+    "build_config",
+    "build_model",
+    "build_model_chunks",
+    "default_ffn_hidden_size",
+    "number_of_positions",
+    "padded_vocab_size",
+]
+
+
+def build_model_chunks(
+    arguments: ModelArguments,
+    parallel: ParallelOptions,
+    recompute: RecomputeOptions | None = None,
+) -> list[GPTModel]:
+    """This rank's stages of the model: one, or with the interleaved schedule several.
+
+    Raises:
+        ConfigurationError: naming the field or flag.
+    """
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    stages = [None] if virtual is None else list(range(virtual))
+    return [build_model(arguments, parallel, recompute, stage) for stage in stages]
+
+
+def build_model(
+    arguments: ModelArguments,
+    parallel: ParallelOptions,
+    recompute: RecomputeOptions | None = None,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """This rank's part of the model, on its device, with initial weights.
+
+    Megatron's groups and seeds must have been set up. With `no_retrieval` it is the same decoder
+    without encoder and cross-attention.
+
+    Raises:
+        ConfigurationError: naming the field or flag.
+    """
+    config = build_config(arguments, parallel, recompute or RecomputeOptions())
+    engine = uses_transformer_engine(parallel)
+    where = {"ignore_virtual": False, "vp_stage": vp_stage}
+    sizes: dict[str, Any] = {
+        "pre_process": parallel_state.is_pipeline_first_stage(**where),
+        "post_process": parallel_state.is_pipeline_last_stage(**where),
+        "vp_stage": vp_stage,
+        "vocab_size": arguments.padded_vocab_size,
+        "share_embeddings_and_output_weights": not arguments.untie_embeddings_and_output_weights,
+        "position_embedding_type": arguments.position_embedding_type,
+        "rotary_percent": arguments.rotary_percent,
+        "rotary_base": arguments.rotary_base,
+        "rope_scaling": arguments.use_rope_scaling,
+        "rope_scaling_factor": arguments.rope_scaling_factor,
+        "seq_len_interpolation_factor": arguments.rotary_seq_len_interpolation_factor,
+    }
+    sizes["max_sequence_length"] = number_of_positions(arguments)
+    model: GPTModel
+    if isinstance(config, RetroConfig):
+        model = RetroModel(config, get_retro_decoder_block_spec(config, engine, vp_stage), **sizes)
+    else:
+        model = GPTModel(config, get_gpt_decoder_block_spec(config, engine, vp_stage), **sizes)
+    return model if is_cpu_in_use() else model.cuda(torch.cuda.current_device())
+
+
+def arguments_from(values: dict[str, Any]) -> ModelArguments:
+    """Model arguments from a checkpoint's, whose other entries are left alone."""
+    names = {field.name for field in fields(ModelArguments)}
+    return ModelArguments(**{name: value for name, value in values.items() if name in names})

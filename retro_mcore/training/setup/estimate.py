@@ -1,0 +1,241 @@
+"""What a run takes, counted without building it: parameters, and memory per process.
+
+Parameters are exact. So are weights, gradients and optimizer state. Activations are an estimate in
+the manner of Korthikanti et al. 2022 (section 4): what each layer keeps for its backward pass, with
+an attention that keeps no probabilities (flash, or PyTorch's).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.pipeline import stage_layer_numbers
+from retro_mcore.training.setup.build import ModelArguments, number_of_positions
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters of a stage, or of a whole model.
+
+    Attributes:
+        embedding: Word and position embeddings, and untied output weights.
+        decoder: The GPT's layers and final norm.
+        retrieval: Neighbor encoder, cross-attentions and their norms.
+        copies: Tied copies of embeddings that other stages have.
+    """
+
+    embedding: int
+    decoder: int
+    retrieval: int
+    copies: int = 0
+
+    @property
+    def total(self) -> int:
+        """Of the model: copies do not count."""
+        return self.embedding + self.decoder + self.retrieval
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the process that needs most."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it; the allocator's own share and the communication library's come on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def count_parameters(config: TransformerConfig, arguments: ModelArguments) -> Parameters:
+    """Of the whole model."""
+    every = range(1, config.num_layers + 1)
+    return _stage(config, arguments, every, first=True, last=True, parts=1)
+
+
+def _stage(
+    config: TransformerConfig,
+    arguments: ModelArguments,
+    layers: range,
+    first: bool,
+    last: bool,
+    parts: int,
+) -> Parameters:
+    """Of one pipeline stage, on one of `parts` tensor parallel processes."""
+    retrieval, encodes = 0, False
+    if isinstance(config, RetroConfig):
+        crossing = [number for number in config.retro_layer_numbers if number in layers]
+        retrieval = len(crossing) * _cross(config, config.encoder_hidden_size, parts)
+        encodes = config.retro_layer_numbers[0] in layers
+        retrieval += _encoder(config, parts) if encodes else 0
+    decoder = len(layers) * _layer(config, parts)
+    decoder += _norm(config) if last and getattr(config, "retro_final_layernorm", True) else 0
+    words = arguments.padded_vocab_size // parts * config.hidden_size
+    positions = 0
+    if arguments.position_embedding_type == "learned_absolute":
+        positions = number_of_positions(arguments) * config.hidden_size
+    tied = not arguments.untie_embeddings_and_output_weights
+    embedding = (words + positions if first else 0) + (words if last and not tied else 0)
+    copies = words if last and tied and not first else 0
+    if encodes and not first:
+        copies += positions + (0 if last and tied else words)
+    return Parameters(embedding, decoder, retrieval, copies)
+
+
+def _layer(config: TransformerConfig, parts: int) -> int:
+    """Self-attention and MLP with their norms."""
+    wide, narrow = _widths(config, parts)
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size // parts
+    qkv = wide + 2 * narrow
+    first = ffn * (2 if config.gated_linear_unit else 1)
+    count = hidden * qkv + wide * hidden + hidden * first + ffn * hidden + 2 * _norm(config)
+    if config.add_bias_linear:
+        count += qkv + hidden + first + hidden
+    elif config.add_qkv_bias:
+        count += qkv
+    if config.qk_layernorm:
+        count += 2 * _norm(config, config.kv_channels)
+    return count
+
+
+def _cross(config: TransformerConfig, key_value_size: int, parts: int) -> int:
+    """Cross-attention and its norm."""
+    wide, narrow = _widths(config, parts)
+    hidden = config.hidden_size
+    count = hidden * wide + key_value_size * 2 * narrow + wide * hidden + _norm(config)
+    return count + (wide + 2 * narrow + hidden if config.add_bias_linear else 0)
+
+
+def _encoder(config: RetroConfig, parts: int) -> int:
+    encoder = config.encoder_config()
+    count = encoder.num_layers * _layer(encoder, parts)
+    count += _cross(encoder, config.hidden_size, parts)
+    if encoder.hidden_size != config.hidden_size:
+        count += config.hidden_size * encoder.hidden_size
+    return count
+
+
+def _widths(config: TransformerConfig, parts: int) -> tuple[int, int]:
+    """Widths of all queries and of all keys, on one process."""
+    channels = config.kv_channels
+    return (
+        config.num_attention_heads * channels // parts,
+        config.num_query_groups * channels // parts,
+    )
+
+
+def _norm(config: TransformerConfig, size: int | None = None) -> int:
+    return (size or config.hidden_size) * (2 if config.normalization == "LayerNorm" else 1)
+
+
+def estimate_memory(
+    config: TransformerConfig,
+    arguments: ModelArguments,
+    micro_batch_size: int,
+    num_microbatches: int,
+    data_parallel_size: int,
+    distributed_optimizer: bool,
+) -> Memory:
+    """Bytes on the process that needs most.
+
+    Args:
+        config: Of the model, with its layout.
+        arguments: Of the model.
+        micro_batch_size: B.
+        num_microbatches: Of each step; a pipeline keeps several at once.
+        data_parallel_size: Copies of the model.
+        distributed_optimizer: Whether they share the optimizer's state.
+    """
+    stages = [
+        _stage_memory(config, arguments, rank, micro_batch_size, num_microbatches,
+                      data_parallel_size if distributed_optimizer else 1)
+        for rank in range(config.pipeline_model_parallel_size)
+    ]  # fmt: skip
+    return max(stages, key=lambda memory: memory.total)
+
+
+def _stage_memory(
+    config: TransformerConfig,
+    arguments: ModelArguments,
+    rank: int,
+    micro_batch_size: int,
+    num_microbatches: int,
+    optimizer_shards: int,
+) -> Memory:
+    pipeline = config.pipeline_model_parallel_size
+    virtual = config.virtual_pipeline_model_parallel_size
+    chunks: list[int | None] = [None] if virtual is None else list(range(virtual))
+    parameters = activations = 0
+    for chunk in chunks:
+        layers = stage_layer_numbers(config, chunk, rank)
+        first = rank == 0 and not chunk
+        last = rank == pipeline - 1 and (chunk is None or chunk == len(chunks) - 1)
+        parts = config.tensor_model_parallel_size
+        stage = _stage(config, arguments, layers, first, last, parts)
+        parameters += stage.total + stage.copies
+        kept = min(num_microbatches, pipeline - rank)
+        activations += kept * micro_batch_size * _activations(config, arguments, layers, last)
+    low = config.bf16 or config.fp16
+    # Low precision: weights of 2 bytes, gradients and main weights of 4; Adam's moments of 4 each.
+    state = 12 if low else 8
+    gradient = 2 if config.fp16 else 4
+    return Memory(
+        weights=parameters * (2 if low else 4),
+        gradients=parameters * gradient,
+        optimizer=parameters * state // optimizer_shards,
+        activations=activations * (2 if low else 4),
+    )
+
+
+def _activations(
+    config: TransformerConfig, arguments: ModelArguments, layers: range, last: bool
+) -> int:
+    """Elements that one sample's forward pass keeps on a stage."""
+    tokens, parts = arguments.seq_length, config.tensor_model_parallel_size
+    full = config.recompute_granularity == "full"
+    kept = len(layers) * (_boundary(config, tokens) if full else _layer_kept(config, tokens))
+    kept += _layer_kept(config, tokens) if full else 0
+    if isinstance(config, RetroConfig):
+        kept += _retrieval_kept(config, tokens, layers, full)
+    if last:  # logits in 2 bytes, and in 4 for the loss
+        kept += 3 * tokens * arguments.padded_vocab_size // parts
+    return kept
+
+
+def _boundary(config: TransformerConfig, tokens: int) -> int:
+    """What crosses from layer to layer."""
+    return tokens * config.hidden_size // _sequence_parts(config)
+
+
+def _layer_kept(config: TransformerConfig, tokens: int) -> int:
+    """Inputs of norms, of linear layers, of attention and of the activation."""
+    wide, narrow = _widths(config, config.tensor_model_parallel_size)
+    ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
+    inner = 2 * wide + 2 * narrow + ffn * (3 if config.gated_linear_unit else 2)
+    return 4 * _boundary(config, tokens) + tokens * inner
+
+
+def _retrieval_kept(config: RetroConfig, tokens: int, layers: range, full: bool) -> int:
+    wide, narrow = _widths(config, config.tensor_model_parallel_size)
+    rows = config.chunk_grid(tokens).num_chunks * config.retro_num_neighbors
+    retrieved = rows * (config.retro_retrieved_length or 0)
+    encoder = config.encoder_config()
+    cross = 2 * _boundary(config, tokens) + tokens * 2 * wide + retrieved * 2 * narrow
+    count = len([number for number in config.retro_layer_numbers if number in layers])
+    kept = (1 if full and count else 0 if full else count) * cross
+    if config.retro_layer_numbers[0] in layers:
+        of_encoder = encoder.num_layers * _layer_kept(encoder, retrieved)
+        of_encoder += 2 * _boundary(encoder, retrieved) + retrieved * 2 * wide
+        kept += of_encoder  # recomputed with the layer that calls it: needed whole at once
+    return kept
+
+
+def _sequence_parts(config: Any) -> int:
+    return config.tensor_model_parallel_size if config.sequence_parallel else 1

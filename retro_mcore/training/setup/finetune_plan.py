@@ -1,0 +1,268 @@
+"""Instruction tuning: a pretrained model's plan for question and chat data.
+
+The loop is `training.trainer`'s; what differs is the data, and which of the model's options may
+differ from those that it was pretrained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from retro_mcore import distributed
+from retro_mcore.checkpoint.files import find_checkpoint, latest_iteration
+from retro_mcore.checkpoint.loading import read_arguments
+from retro_mcore.data.instruction.blend import BlendPart, labels_of, parse_blend
+from retro_mcore.data.instruction.cuts import InstructionCuts, count_cuts
+from retro_mcore.data.instruction.examples import (
+    InstructionExample,
+    num_without_longform,
+    read_examples,
+)
+from retro_mcore.data.instruction.samples import InstructionDataset, InstructionFormat
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.errors import ConfigurationError, CorpusError
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.training.options.finetune import FinetuneModelOptions, FinetuneOptions
+from retro_mcore.training.options.from_checkpoint import model_options_of_checkpoint
+from retro_mcore.training.options.pretrain import TrainingOptions
+from retro_mcore.training.setup.build import uses_transformer_engine
+from retro_mcore.training.setup.plan import TrainingPlan, make_plan
+
+# Options that decide what a sample is; a run to resume shares them.
+_FORMAT = (
+    *("prompt_format", "template_id", "passages", "longform_answer", "ft_neighbours"),
+    *("reuse_top", "loss_on", "pack_samples"),
+)
+
+# Options of the model that may differ from the pretrained one's.
+_MAY_CHANGE = {
+    *(field.name for field in fields(FinetuneModelOptions)),
+    *("seq_length", "max_position_embeddings"),
+}
+
+
+@dataclass(frozen=True)
+class FinetunePlan(TrainingPlan):
+    """A plan of instruction tuning.
+
+    Attributes:
+        command: The flags as they were given.
+        how: How an example becomes tokens.
+    """
+
+    command: FinetuneOptions
+    how: InstructionFormat
+
+    @property
+    def with_retrieval(self) -> bool:
+        """Whether the encoder reads passages."""
+        return self.how.num_encoder_passages > 0
+
+    @property
+    def freeze_retrieval(self) -> bool:
+        """Whether encoder and cross-attention stay as they are: nothing would train them."""
+        return not self.with_retrieval and not self.arguments.no_retrieval
+
+    def check_layers(self) -> None:
+        """Refuse packing where attention cannot keep the examples of a sample apart.
+
+        Raises:
+            ConfigurationError: --pack-samples with layers of Transformer Engine.
+        """
+        if self.command.pack_samples and uses_transformer_engine(self.options):
+            raise ConfigurationError(
+                "--pack-samples",
+                "given, but Transformer Engine's causal attention takes no mask of examples",
+                "Add --transformer-impl local, or leave it out",
+            )
+
+    def configuration(self) -> dict[str, Any]:
+        """Everything that a run must share with the run that it resumes, by flag name."""
+        formatted = {name: getattr(self.command, name) for name in _FORMAT}
+        return super().configuration() | formatted
+
+    def resolved_options(self) -> dict[str, Any]:
+        """The command's flags, with the sequence length that was found."""
+        model = {name: getattr(self.arguments, name) for name in _model_flags()}
+        if not self.with_retrieval:
+            model.pop("retro_num_neighbors")
+        return asdict(self.command) | model | {"seq_length": self.sequence_length}
+
+    def _must_agree(self) -> dict[str, Any]:
+        agreeing = super()._must_agree()
+        if not self.options.finetune:
+            return agreeing
+        return {name: value for name, value in agreeing.items() if name not in _MAY_CHANGE}
+
+
+def make_finetune_plan(
+    command: FinetuneOptions, project: ProjectConfig, vocab_size: int
+) -> FinetunePlan:
+    """Resolve the flags with the model's checkpoint.
+
+    Where --save holds a checkpoint of this run already, the run resumes it, whatever --load says:
+    a job that is started again needs no other flags.
+
+    Args:
+        command: The flags.
+        project: The project's configuration.
+        vocab_size: Of its tokenizer.
+
+    Raises:
+        ConfigurationError: a flag cannot work.
+        CheckpointError: --load holds no checkpoint, or one of another tokenizer.
+    """
+    command.check()
+    if command.save is not None and latest_iteration(command.save) is not None:
+        command = replace(command, load=command.save, finetune=False, ckpt_step=None)
+    assert command.load is not None
+    saved = read_arguments(find_checkpoint(command.load, command.ckpt_step))
+    length = command.seq_length or int(saved["seq_length"])
+    model = model_options_of_checkpoint(command.load, command.ckpt_step)
+    options = _training_options(command, model, saved, length)
+    plan = make_plan(options, _as_project(command, project, length), vocab_size)
+    how = _format(command, plan)
+    return FinetunePlan(
+        **{field.name: getattr(plan, field.name) for field in fields(TrainingPlan)},
+        command=command,
+        how=how,
+    )
+
+
+def build_instruction_datasets(
+    plan: FinetunePlan, tokenizer: Tokenizer
+) -> tuple[InstructionDataset, InstructionDataset | None]:
+    """The blend that is trained on, and the one for validation if there is any.
+
+    Raises:
+        CorpusError: a file is missing or malformed, or an example has no answer.
+        ConfigurationError: --data-path is no blend.
+    """
+    parts = _parts(plan.command)
+    train = _blend(plan, parts["train"], plan.train_samples, tokenizer)
+    wanted = plan.command.eval_iters * plan.global_batch_size
+    valid = _blend(plan, parts["valid"], wanted, tokenizer) if parts["valid"] else None
+    return train, valid
+
+
+def _parts(command: FinetuneOptions) -> dict[str, list[BlendPart]]:
+    """The blend of each split; that of validation may be empty."""
+    train = parse_blend(command.data_path, command.data_folder)
+    if command.valid_data_path is not None:
+        return {"train": train, "valid": parse_blend(command.valid_data_path, command.data_folder)}
+    valid = [replace(part, train_files=part.valid_files) for part in train if part.valid_files]
+    return {"train": train, "valid": valid}
+
+
+def count_all_cuts(
+    plan: FinetunePlan,
+    datasets: Sequence[InstructionDataset | None],
+    tokenizer: Tokenizer,
+) -> tuple[InstructionCuts, ...]:
+    """What is cut in the examples that a run reads, by split; every rank counts a part of them.
+
+    Args:
+        plan: The run.
+        datasets: As `build_instruction_datasets` gives them.
+        tokenizer: The model's.
+    """
+    found = []
+    for (split, parts), dataset in zip(_parts(plan.command).items(), datasets, strict=True):
+        if dataset is None:
+            continue
+        with distributed.raise_together():
+            rank, ranks = distributed.get_rank(), distributed.get_world_size()
+            mine = count_cuts(dataset, tokenizer, len(parts), rank, ranks)
+            if plan.command.longform_answer and rank == 0:
+                for counts, part in zip(mine, parts, strict=True):
+                    counts["records_left_out"] = num_without_longform(part.train_files)
+        found.append(InstructionCuts.of_ranks(split, labels_of(parts), distributed.gather(mine)))
+    return tuple(found)
+
+
+def _blend(
+    plan: FinetunePlan, parts: Sequence[BlendPart], num_samples: int, tokenizer: Tokenizer
+) -> InstructionDataset:
+    return InstructionDataset(
+        [_examples(plan, part) for part in parts],
+        [part.weight for part in parts],
+        num_samples,
+        replace(plan.how, beginning=tuple(tokenizer.beginning)),
+        tokenizer,
+        plan.command.seed,
+        plan.command.pack_samples,
+    )
+
+
+def _examples(plan: FinetunePlan, part: BlendPart) -> list[InstructionExample]:
+    command = plan.command
+    examples = read_examples(part.train_files, part.name, command.passages, command.longform_answer)
+    if not examples:
+        raise CorpusError(f"--data-path {part.name}", "holds no examples", "Check its files")
+    return examples
+
+
+def _training_options(
+    command: FinetuneOptions, model: Mapping[str, Any], saved: Mapping[str, Any], length: int
+) -> TrainingOptions:
+    shared = {field.name for field in fields(TrainingOptions)}
+    given = {field.name: getattr(command, field.name) for field in fields(command)}
+    changed = {name: given[name] for name in _model_flags() if given[name] is not None}
+    positions = saved["max_position_embeddings"]
+    if model.get("position_embedding_type") == "rope":
+        positions = max(positions or 0, length)
+    # What the project fixes in pretraining is this command's own here.
+    own = {"seq_length": None, "global_batch_size": None, "eval_interval": None}
+    own |= {"eval_iters": None, "seed": None}
+    return TrainingOptions(
+        **{
+            **{name: value for name, value in given.items() if name in shared},
+            **model,
+            **changed,
+            **own,
+            "max_position_embeddings": positions,
+            "use_checkpoint_args": False,
+        }
+    )
+
+
+def _model_flags() -> list[str]:
+    return [field.name for field in fields(FinetuneModelOptions)]
+
+
+def _as_project(command: FinetuneOptions, project: ProjectConfig, length: int) -> ProjectConfig:
+    """The project with this run's data in the place of its own."""
+    return replace(
+        project,
+        retro_gpt_seq_length=length,
+        retro_gpt_global_batch_size=command.global_batch_size,
+        retro_gpt_train_samples=command.global_batch_size * command.train_iters,
+        retro_gpt_eval_interval=command.eval_interval,
+        retro_gpt_eval_iters=command.eval_iters,
+        retro_gpt_seed=command.seed,
+        retro_gpt_data_path=[*command.data_path],
+    )
+
+
+def _format(command: FinetuneOptions, plan: TrainingPlan) -> InstructionFormat:
+    arguments = plan.arguments
+    reads_passages = command.retro_attention_gate != 0.0
+    if reads_passages and arguments.no_retrieval:
+        raise ConfigurationError(
+            "--retro-attention-gate",
+            f"{command.retro_attention_gate}, but the model of {command.load} has no retrieval",
+            "Leave it out",
+        )
+    return InstructionFormat(
+        sequence_length=plan.sequence_length,
+        prompt_format=command.prompt_format,
+        template_id=command.template_id,
+        num_context_passages=command.ft_neighbours,
+        num_encoder_passages=arguments.retro_num_neighbors if reads_passages else 0,
+        reuse_top=command.reuse_top,
+        chunk_length=arguments.retro_chunk_length,
+        retrieved_length=arguments.retro_chunk_length * arguments.retro_num_retrieved_chunks,
+        loss_on=command.loss_on,
+    )

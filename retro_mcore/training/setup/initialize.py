@@ -1,0 +1,141 @@
+"""Process groups, model parallel groups, random seeds and the batch calculator of a run."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import torch
+from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
+
+from retro_mcore import distributed
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform import distributed_backend, is_cpu_in_use, leave_model_parallel
+from retro_mcore.training.loop.batch_sizes import BatchSizes
+
+
+def initialize_parallel(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+) -> None:
+    """Join the process group and make megatron's groups; both are reused where they fit.
+
+    Raises:
+        ConfigurationError: the number of processes is not a multiple of what one model takes.
+    """
+    if not is_cpu_in_use():
+        # What Megatron needs to overlap tensor parallel communication with computation.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    distributed.initialize(distributed_backend())
+    world_size = distributed.get_world_size()
+    needed = tensor_model_parallel_size * pipeline_model_parallel_size
+    if world_size % needed:
+        flag, size = "--tensor-model-parallel-size", f"{tensor_model_parallel_size}"
+        if pipeline_model_parallel_size > 1:
+            flag += " x --pipeline-model-parallel-size"
+            size += f" x {pipeline_model_parallel_size}"
+        raise ConfigurationError(
+            flag,
+            f"{size}, but there are {world_size} processes",
+            "Start a multiple of it: torchrun --nproc-per-node N tools/…",
+        )
+    sizes = (
+        tensor_model_parallel_size,
+        pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size,
+    )
+    if parallel_state.model_parallel_is_initialized():
+        if sizes == parallel_sizes():
+            return
+        leave_model_parallel()
+    parallel_state.initialize_model_parallel(*sizes)
+
+
+def parallel_sizes() -> tuple[int, int, int | None]:
+    """Tensor, pipeline and virtual pipeline parallel sizes of megatron's groups."""
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+    )
+
+
+def set_seeds(seed: int) -> None:
+    """Seed every generator; tensor parallel ranks get dropout streams of their own.
+
+    Raises:
+        ConfigurationError: the seed is not positive (Megatron's own condition).
+    """
+    if seed <= 0:
+        raise ConfigurationError("--seed", str(seed), "Choose a positive seed")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (libraries below us draw from the global generator)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+# What Megatron's libraries must be told before they start; 0.19 lists the same.
+_DETERMINISTIC_ENVIRONMENT = {
+    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+}
+
+
+def use_deterministic_algorithms() -> None:
+    """Let torch use deterministic kernels alone, and raise where there is none.
+
+    Raises:
+        ConfigurationError: on CUDA, an environment variable leaves a library free to vary.
+    """
+    if not is_cpu_in_use():
+        for name, allowed in _DETERMINISTIC_ENVIRONMENT.items():
+            if os.environ.get(name) not in allowed:
+                raise ConfigurationError(
+                    f"--deterministic-mode with {name}={os.environ.get(name, '')}",
+                    "the results may vary",
+                    f"Set {name} to {' or '.join(allowed)}",
+                )
+    torch.use_deterministic_algorithms(True)
+
+
+def set_batch_sizes(sizes: BatchSizes, micro_batch_size: int) -> int:
+    """Tell megatron the batch sizes; returns micro batches per iteration after the ramp.
+
+    Raises:
+        ConfigurationError: a batch does not divide into micro batches on all ranks, or, in the
+            interleaved schedule, these not into groups of the pipeline's size.
+    """
+    data_parallel_size = parallel_state.get_data_parallel_world_size()
+    for size in sizes.sizes:
+        if size % (micro_batch_size * data_parallel_size):
+            raise ConfigurationError(
+                "--micro-batch-size",
+                f"{micro_batch_size} on {data_parallel_size} data parallel processes, for a "
+                f"global batch of {size}",
+                "The global batch (with --rampup-batch-size each of its sizes) must be a multiple "
+                "of their product",
+            )
+        _check_interleaved(size // (micro_batch_size * data_parallel_size))
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    num_microbatches_calculator.init_num_microbatches_calculator(
+        distributed.get_rank(),
+        None,  # the trainer asks BatchSizes
+        sizes.global_batch_size,
+        micro_batch_size,
+        data_parallel_size,
+    )
+    return sizes.global_batch_size // (micro_batch_size * data_parallel_size)
+
+
+def _check_interleaved(num_microbatches: int) -> None:
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    if virtual is not None and num_microbatches % stages:
+        raise ConfigurationError(
+            "--num-virtual-stages-per-pipeline-rank",
+            f"{virtual}, with {num_microbatches} micro batches per iteration on {stages} stages",
+            "Choose a smaller --micro-batch-size, so that their number is a multiple of the stages",
+        )

@@ -1,0 +1,293 @@
+"""The model's configuration from its flags, checked against the layout over processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.activations import squared_relu
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import openai_gelu
+
+from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.platform import is_cpu_in_use
+from retro_mcore.training.options.megatron import (
+    LAYER_FLAGS,
+    flag_of,
+    naming_refusals,
+    values_of,
+)
+from retro_mcore.training.options.model_sizes import (
+    check_divisible,
+    default_ffn_hidden_size,
+)
+from retro_mcore.training.options.pretrain import ModelOptions, ParallelOptions, RecomputeOptions
+
+# Left out where they are not given: an origin has values of its own.
+_OPTIONAL = (
+    "retro_encoder_cross_attention_dropout",
+    "retro_encoder_hidden_size",
+    "retro_encoder_num_attention_heads",
+    "retro_encoder_ffn_hidden_size",
+    "retro_cross_attention_positions",
+)
+
+
+@dataclass(kw_only=True)
+class ModelArguments(ModelOptions):
+    """The flags of the model and what the project adds: all that its checkpoints need to say."""
+
+    seq_length: int
+    """S; also the number of learned positions."""
+    retro_chunk_length: int
+    """M."""
+    vocab_size: int
+    """The tokenizer's vocabulary."""
+    padded_vocab_size: int
+    """Rows of the embedding."""
+    tokenizer_type: str
+    """The project's tokenizer."""
+    tokenizer_fingerprint: str
+    """Hash over the tokenizer's files."""
+
+
+def uses_transformer_engine(parallel: ParallelOptions) -> bool:
+    """Whether layers come from Transformer Engine.
+
+    Raises:
+        ConfigurationError: it was asked for where it cannot run.
+    """
+    available = not is_cpu_in_use() and importlib.util.find_spec("transformer_engine") is not None
+    if parallel.transformer_impl == "transformer_engine" and not available:
+        raise ConfigurationError(
+            "--transformer-impl",
+            "transformer_engine, which is not installed, or the device is the CPU",
+            "Use local or auto",
+        )
+    used = available and parallel.transformer_impl != "local"
+    if parallel.fp8_format is not None and not used:
+        raise ConfigurationError(
+            "--fp8-format",
+            f"{parallel.fp8_format} without Transformer Engine",
+            "Install the `gpu` extra and run on CUDA, without --transformer-impl local",
+        )
+    return used
+
+
+def build_config(
+    arguments: ModelArguments, parallel: ParallelOptions, recompute: RecomputeOptions
+) -> TransformerConfig:
+    """The model's configuration: a RetroConfig, or without retrieval a TransformerConfig.
+
+    Raises:
+        ConfigurationError: naming the field or flag.
+    """
+    check_divisible(arguments, parallel)
+    shared = {
+        **_decoder_fields(arguments),
+        **_layout_fields(parallel, recompute),
+        **_fusion_fields(arguments, parallel),
+    }
+    with naming_flags(), naming_refusals():
+        return _build(arguments, shared)
+
+
+@contextmanager
+def naming_flags() -> Iterator[None]:
+    """Name the fields of a refused configuration as the flags that they come from.
+
+    Raises:
+        ConfigurationError: as the body, with `--num-layers` for `num_layers`.
+    """
+    try:
+        yield
+    except ConfigurationError as error:
+        raise_problems([_with_flags(problem) for problem in getattr(error, "problems", (error,))])
+
+
+def _with_flags(error: RetroError) -> RetroError:
+    parts = (error.subject, error.found, error.mend)
+    return type(error)(*(_FIELDS.sub(lambda match: flag_of(match[0]), part) for part in parts))
+
+
+_FIELDS = re.compile(
+    r"(?<![\w-])(?:"
+    + "|".join(
+        field.name
+        for options in (ModelOptions, ParallelOptions, RecomputeOptions)
+        for field in fields(options)
+        if "_" in field.name
+    )
+    + r")(?!\w)"
+)
+
+
+def _build(arguments: ModelArguments, shared: dict[str, Any]) -> TransformerConfig:
+    if arguments.no_retrieval:
+        _refuse_without_retrieval(arguments)
+        return TransformerConfig(**shared)
+    build: Callable[..., RetroConfig] = RetroConfig
+    if arguments.retro_origin is not None:
+        build = partial(RetroConfig.from_upstream, arguments.retro_origin)
+    return build(
+        **shared,
+        retro_chunk_length=arguments.retro_chunk_length,
+        retro_num_neighbors=arguments.retro_num_neighbors,
+        retro_num_retrieved_chunks=arguments.retro_num_retrieved_chunks,
+        retro_encoder_num_layers=arguments.retro_encoder_num_layers,
+        retro_encoder_hidden_dropout=arguments.retro_encoder_hidden_dropout,
+        retro_encoder_attention_dropout=arguments.retro_encoder_attention_dropout,
+        retro_decoder_layers=arguments.retro_decoder_layers,
+        retro_attention_gate=arguments.retro_attention_gate,
+        retro_deepnorm=arguments.retro_deepnorm,
+        retro_mup_base_hidden_size=arguments.retro_mup_base_hidden_size,
+        retro_mup_base_kv_channels=arguments.retro_mup_base_kv_channels,
+        **{name: value for name in _OPTIONAL if (value := getattr(arguments, name)) is not None},
+    )
+
+
+def _refuse_without_retrieval(arguments: ModelArguments) -> None:
+    for name in ("retro_deepnorm", "retro_mup_base_hidden_size", "retro_mup_base_kv_channels"):
+        if getattr(arguments, name):
+            raise ConfigurationError(
+                "--" + name.replace("_", "-"),
+                f"{getattr(arguments, name)}, together with --no-retrieval",
+                "Leave one of them out: it is built for the model with retrieval",
+            )
+
+
+def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
+    return {
+        "num_layers": arguments.num_layers,
+        "hidden_size": arguments.hidden_size,
+        "num_attention_heads": arguments.num_attention_heads,
+        "num_query_groups": arguments.num_query_groups or arguments.num_attention_heads,
+        "ffn_hidden_size": default_ffn_hidden_size(arguments),
+        "kv_channels": arguments.kv_channels,
+        "normalization": arguments.normalization,
+        "layernorm_epsilon": arguments.norm_epsilon,
+        "layernorm_zero_centered_gamma": arguments.apply_layernorm_1p,
+        "add_bias_linear": not arguments.disable_bias_linear,
+        "add_qkv_bias": arguments.add_qkv_bias,
+        "qk_layernorm": arguments.qk_layernorm,
+        "rotary_interleaved": arguments.rotary_interleaved,
+        "hidden_dropout": arguments.hidden_dropout,
+        "attention_dropout": arguments.attention_dropout,
+        **_initialization_fields(arguments),
+        **_activation_fields(arguments),
+    }
+
+
+def _activation_fields(arguments: ModelArguments) -> dict[str, Any]:
+    if arguments.swiglu:
+        return {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    if arguments.squared_relu:
+        return {"activation_func": squared_relu}
+    return {"activation_func": openai_gelu} if arguments.openai_gelu else {}
+
+
+def _initialization_fields(arguments: ModelArguments) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "init_method_std": arguments.init_method_std,
+        "embedding_init_method_std": arguments.embedding_init_method_std,
+    }
+    if arguments.init_method_xavier_uniform:
+        uniform = torch.nn.init.xavier_uniform_
+        fields |= {"init_method": uniform, "output_layer_init_method": uniform}
+    return fields
+
+
+def _fusion_fields(arguments: ModelArguments, parallel: ParallelOptions) -> dict[str, bool]:
+    """Megatron's fusions, on as in Megatron where Transformer Engine is; else off."""
+    if not uses_transformer_engine(parallel):
+        return {}
+    off = parallel.no_bias_swiglu_fusion if arguments.swiglu else parallel.no_bias_gelu_fusion
+    has_bias = arguments.swiglu or not arguments.disable_bias_linear
+    other = arguments.squared_relu or arguments.openai_gelu  # no kernels for these
+    extension = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return {
+        "bias_activation_fusion": not (off or other) and has_bias,
+        "bias_dropout_fusion": not parallel.no_bias_dropout_fusion,
+        "apply_rope_fusion": not (parallel.no_rope_fusion or arguments.rotary_interleaved),
+        "gradient_accumulation_fusion": extension and not parallel.no_gradient_accumulation_fusion,
+    }
+
+
+def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> dict[str, Any]:
+    precision = torch.bfloat16 if parallel.bf16 else torch.float16 if parallel.fp16 else None
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        **_pipeline_fields(parallel, precision or torch.float32),
+        "use_cpu_initialization": parallel.use_cpu_initialization or is_cpu_in_use(),
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
+        "bf16": parallel.bf16,
+        "fp16": parallel.fp16,
+        "params_dtype": precision or torch.float32,
+        "recompute_granularity": recompute.recompute_granularity,
+        "recompute_method": recompute.recompute_method,
+        "recompute_num_layers": recompute.recompute_num_layers,
+        "recompute_modules": recompute.recompute_modules,
+        "attention_backend": AttnBackend[parallel.attention_backend],
+        **values_of(parallel, LAYER_FLAGS),
+    }
+
+
+def _pipeline_fields(parallel: ParallelOptions, dtype: torch.dtype) -> dict[str, Any]:
+    stages = parallel.pipeline_model_parallel_size
+    if stages == 1:
+        return {}
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    # gloo knows no message tags: batched transfers of the interleaved schedule would be mixed up.
+    overlap = not (parallel.no_overlap_p2p_communication or is_cpu_in_use())
+    transfers = {
+        "batch_p2p_comm": not (overlap or is_cpu_in_use()),
+        "overlap_p2p_comm": overlap,
+    }
+    return {
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
+        "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
+        "pipeline_dtype": dtype,
+        **(transfers if virtual is not None else {}),
+    }
+
+
+def number_of_positions(arguments: ModelArguments) -> int:
+    """Positions, enough for a sample and, where they are learned, for a neighbor's text.
+
+    Texts of that length are the longest that the model reads: within a window that it was trained
+    with.
+
+    Raises:
+        ConfigurationError: --max-position-embeddings or --sliding-window is less.
+    """
+    needed, window = arguments.seq_length, arguments.sliding_window
+    if window is not None and window < needed:
+        raise ConfigurationError(
+            f"--sliding-window {window}",
+            f"the model attends to the last {window} tokens only, and texts have {needed}",
+            "Build the project with samples that fit (--seq-length)",
+        )
+    if not arguments.no_retrieval:
+        retrieved = arguments.retro_num_retrieved_chunks * arguments.retro_chunk_length
+        needed = max(needed, retrieved)
+    positions = arguments.max_position_embeddings or needed
+    if positions < needed:
+        raise ConfigurationError(
+            "--max-position-embeddings",
+            f"{positions}, for texts of {needed} tokens",
+            "Raise it, or leave it out; a GPT with fewer positions needs a project with shorter "
+            "samples",
+        )
+    return positions if window is None else min(positions, window)

@@ -1,0 +1,313 @@
+"""What a training run will do: its flags, resolved with its project, and compared with a run to
+resume."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from retro_mcore.errors import CheckpointError, ConfigurationError, check_all, raise_problems
+from retro_mcore.project.atomic import atomic_write
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.training.loop.batch_sizes import BatchSizes
+from retro_mcore.training.loop.sample_reader import (
+    DOCUMENT_TOKENS,
+    check_data_options,
+    check_document_tokens,
+    number_of_iterations,
+    project_flags,
+    tokenizer_fingerprint,
+)
+from retro_mcore.training.loop.schedule import ScheduleLengths, schedule_lengths
+from retro_mcore.training.options.megatron import flag_of
+from retro_mcore.training.options.noise import NeighborNoiseOptions
+from retro_mcore.training.options.pretrain import ModelOptions, OptimizerOptions, TrainingOptions
+from retro_mcore.training.setup.build import ModelArguments, number_of_positions, padded_vocab_size
+from retro_mcore.training.setup.data_contents import DataContents
+from retro_mcore.training.setup.gpt_contents import check_same_gpt
+from retro_mcore.training.setup.retrofit import gpt_arguments
+
+#: The resolved flags, beside the checkpoints.
+OPTIONS_FILE = "config.yaml"
+
+# May differ when a run is resumed: the checkpoint's padding is kept.
+_PADDING = {"padded_vocab_size", "make_vocab_size_divisible_by"}
+
+# No flags of their own.
+_OF_TOKENIZER = {"vocab_size", "tokenizer_fingerprint"}
+
+# The position in the data has a meaning for these alone.
+_DATA = ("global_batch_size", "rampup_batch_size", "seed", "split", "data_path")
+
+# Options of the model that its weights do not depend on.
+_FREE = {
+    "hidden_dropout",
+    "attention_dropout",
+    "retro_encoder_hidden_dropout",
+    "retro_encoder_attention_dropout",
+    "retro_encoder_cross_attention_dropout",
+    "init_method_std",
+}
+
+
+class SplitReport(Protocol):
+    """What there is to say of a split's samples."""
+
+    @property
+    def name(self) -> str:
+        """The split."""
+        ...
+
+    @property
+    def warning(self) -> str:
+        """A line for whoever trains on them; empty: nothing to say."""
+        ...
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The numbers, for JSON."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Flags and project, resolved.
+
+    Attributes:
+        options: The flags.
+        project: config.json.
+        arguments: The model.
+        batch_sizes: Samples of each iteration.
+        train_iters: Iterations of the whole run.
+        train_samples: Samples they take.
+        schedule: Lengths of the schedules, in samples.
+        used_vocab_size: Of the tokenizer's ids, those that can occur; see `Tokenizer`.
+        contents: What the samples are made from; None where nothing is trained on.
+        passes: How often each split's documents are read, or what is cut in its examples.
+        document_tokens: What begins and ends the project's documents; None: not looked at.
+    """
+
+    options: TrainingOptions
+    project: ProjectConfig
+    arguments: ModelArguments
+    batch_sizes: BatchSizes
+    train_iters: int
+    train_samples: int
+    schedule: ScheduleLengths
+    used_vocab_size: int
+    contents: DataContents | None = field(default=None, kw_only=True)
+    passes: tuple[SplitReport, ...] = field(default=(), kw_only=True)
+    document_tokens: Mapping[str, int | None] | None = field(default=None, kw_only=True)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per iteration, after the ramp."""
+        return self.project.retro_gpt_global_batch_size
+
+    @property
+    def sequence_length(self) -> int:
+        """S."""
+        return self.project.retro_gpt_seq_length
+
+    @property
+    def with_retrieval(self) -> bool:
+        """Whether the samples have neighbors."""
+        return not self.arguments.no_retrieval
+
+    @property
+    def freeze_retrieval(self) -> bool:
+        """Whether encoder and cross-attention are not trained."""
+        return False
+
+    @property
+    def repetitions(self) -> dict[str, str]:
+        """What is repeated or cut in the samples, by split; nothing of splits where nothing is."""
+        return {each.name: each.warning for each in self.passes if each.warning}
+
+    def configuration(self) -> dict[str, Any]:
+        """Everything that a run must share with the run that it resumes, by flag name."""
+        trained = {
+            field.name: getattr(self.options, field.name)
+            for part in (OptimizerOptions, NeighborNoiseOptions)
+            for field in fields(part)
+        }
+        return {
+            **asdict(self.arguments),
+            **trained,
+            **self.schedule.flags(),
+            "rampup_batch_size": self.options.rampup_batch_size,
+            **self._weight_decay_length(),
+            "bf16": self.options.bf16,
+            "fp16": self.options.fp16,
+            "global_batch_size": self.global_batch_size,
+            "seed": self.project.retro_gpt_seed,
+            "split": self.project.retro_gpt_split,
+            "data_path": list(self.project.retro_gpt_data_path),
+        }
+
+    def _weight_decay_length(self) -> dict[str, Any]:
+        # The weight decay changes over the whole run, so a run to resume has the same length.
+        changes = self.options.weight_decay_incr_style != "constant"
+        return {"train_samples": self.train_samples} if changes else {}
+
+    def checkpoint_args(self) -> Namespace:
+        """What a checkpoint says of itself, under Megatron's names."""
+        return Namespace(
+            **self.configuration(),
+            train_iters=self.train_iters,
+            micro_batch_size=self.options.micro_batch_size,
+            tensor_model_parallel_size=self.options.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.options.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.options.num_virtual_stages_per_pipeline_rank,
+            sequence_parallel=self.options.sequence_parallel,
+            **({"data_contents": self.contents.record()} if self.contents else {}),
+            **({DOCUMENT_TOKENS: dict(self.document_tokens)} if self.document_tokens else {}),
+        )
+
+    def check_resumes(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        """Refuse a checkpoint of another configuration, or of other data.
+
+        Raises:
+            CheckpointError: naming every flag that differs, and both values; or the file or
+                weight of the data; or --load-gpt, which names another GPT.
+            SeveralErrors: more than one file or weight differs.
+            TokenizerError: the project's documents end with another token.
+        """
+        check_same_gpt(self.options.load_gpt, saved.get("gpt_contents"), checkpoint)
+        # Of another command's run, the flags say it; its data would differ in any case.
+        self._check_same_flags(saved, checkpoint)
+        self._check_same_data(saved, checkpoint)
+        check_document_tokens(saved, self.document_tokens, self.options.project_dir)
+
+    def _check_same_flags(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        # A checkpoint written before an option existed has its default.
+        before = {field.name: field.default for field in fields(TrainingOptions)} | dict(saved)
+        now = {name: mine for name, mine in self._must_agree().items() if name not in _PADDING}
+        if self._compares_contents(saved):
+            now.pop("data_path", None)  # the files decide, wherever they lie
+        differing = [name for name, mine in now.items() if before.get(name) != mine]
+        if not differing:
+            return
+        changes = [f"{name} {before.get(name)}, and now it is {now[name]}" for name in differing]
+        flags = [flag_of(name) for name in differing if name not in _OF_TOKENIZER]
+        of_project = ["--project-dir"] if len(flags) < len(differing) else []
+        raise CheckpointError(
+            str(checkpoint),
+            f"was trained with {'; with '.join(changes)}",
+            f"Give {', '.join(flags + of_project)} as before, or choose another --load and --save",
+        )
+
+    def _check_same_data(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        if self.contents is not None and self._compares_contents(saved):
+            raise_problems([*self.contents.differences(saved["data_contents"], checkpoint)])
+
+    def _compares_contents(self, saved: Mapping[str, Any]) -> bool:
+        known = saved.get("data_contents") is not None and self.contents is not None
+        return known and "data_path" in self._must_agree()
+
+    def _must_agree(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with this run, by what is taken from it."""
+        configuration = self.configuration()
+        model = asdict(self.arguments)
+        if self.options.finetune:
+            return {name: value for name, value in model.items() if name not in _FREE}
+        if self.options.no_load_optim:
+            return {name: configuration[name] for name in (*model, *_DATA) if name in configuration}
+        return configuration
+
+    def resolved_options(self) -> dict[str, Any]:
+        """Every flag with the value that the run uses, those of the project and defaults too."""
+        return {
+            **asdict(self.options),
+            **{name: value for name, value in asdict(self.arguments).items() if self._has(name)},
+            **project_flags(self.project),
+            **self.schedule.flags(),
+            "train_iters": None,
+            "train_samples": self.train_samples,
+        }
+
+    def _has(self, name: str) -> bool:
+        return hasattr(self.options, name)
+
+    def save_options(self) -> Path | None:
+        """Write the resolved options into --save, for --config; returns the file.
+
+        One that differs from an earlier run's there replaces it.
+        """
+        if self.options.save is None:
+            return None
+        path = Path(self.options.save) / OPTIONS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            text = yaml.safe_dump(self.resolved_options(), sort_keys=False)
+            temporary.write_text(text, encoding="utf-8")
+        return path
+
+    def with_vocabulary_of(self, saved: Mapping[str, Any]) -> TrainingPlan:
+        """This plan with a checkpoint's padded vocabulary, whatever layout padded it."""
+        padded = saved["padded_vocab_size"]
+        if padded % self.options.tensor_model_parallel_size:
+            raise ConfigurationError(
+                "--tensor-model-parallel-size",
+                f"{self.options.tensor_model_parallel_size} does not divide the checkpoint's "
+                f"padded vocabulary of {padded}",
+                "Choose a divisor",
+            )
+        return replace(self, arguments=replace(self.arguments, padded_vocab_size=padded))
+
+
+def make_plan(
+    options: TrainingOptions,
+    project: ProjectConfig,
+    vocab_size: int,
+    used_vocab_size: int | None = None,
+) -> TrainingPlan:
+    """Resolve the flags.
+
+    Args:
+        options: The flags.
+        project: config.json of `options.project_dir`.
+        vocab_size: Of the project's tokenizer.
+        used_vocab_size: Of these ids, those that can occur (default: all).
+
+    Raises:
+        ConfigurationError: a flag cannot work, or contradicts the project.
+    """
+    check_all(options.check, partial(check_data_options, options, project))
+    used = used_vocab_size or vocab_size
+    sizes = BatchSizes.of(project.retro_gpt_global_batch_size, options.rampup_batch_size)
+    train_iters, train_samples = number_of_iterations(options, project, sizes)
+    return TrainingPlan(
+        options=options,
+        project=project,
+        arguments=_model_arguments(options, project, vocab_size, used),
+        batch_sizes=sizes,
+        train_iters=train_iters,
+        train_samples=train_samples,
+        schedule=schedule_lengths(options, project.retro_gpt_global_batch_size, train_samples),
+        used_vocab_size=used,
+    )
+
+
+def _model_arguments(
+    options: TrainingOptions, project: ProjectConfig, vocab_size: int, used_vocab_size: int
+) -> ModelArguments:
+    arguments = ModelArguments(
+        **{field.name: getattr(options, field.name) for field in fields(ModelOptions)},
+        seq_length=project.retro_gpt_seq_length,
+        retro_chunk_length=project.retro_gpt_chunk_length,
+        vocab_size=vocab_size,
+        padded_vocab_size=padded_vocab_size(
+            vocab_size, options.make_vocab_size_divisible_by, options.tensor_model_parallel_size
+        ),
+        tokenizer_type=project.retro_gpt_tokenizer_type,
+        tokenizer_fingerprint=tokenizer_fingerprint(project, options.project_dir),
+    )
+    arguments = gpt_arguments(arguments, options, used_vocab_size)
+    return replace(arguments, max_position_embeddings=number_of_positions(arguments))

@@ -1,0 +1,125 @@
+"""`--load-gpt`: the trainer's decoder from a GPT checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.gpt import GPTModel
+
+from retro_mcore.checkpoint.conversion.formats import Checkpoint, open_checkpoint
+from retro_mcore.checkpoint.conversion.gpt import LoadedDecoder, check_gpt, load_gpt
+from retro_mcore.checkpoint.files import existing_checkpoint
+from retro_mcore.data.tokenizers.loading import bos_habit
+from retro_mcore.distributed import raise_together
+from retro_mcore.errors import ConfigurationError, TokenizerError, check_all
+from retro_mcore.project.config import ProjectSettings
+from retro_mcore.training.loop.sample_reader import check_document_tokens
+from retro_mcore.training.options.pretrain import TrainingOptions
+from retro_mcore.training.setup.build import (
+    ModelArguments,
+    default_ffn_hidden_size,
+    number_of_positions,
+    padded_vocab_size,
+)
+
+if TYPE_CHECKING:
+    from retro_mcore.training.setup.plan import TrainingPlan
+
+
+def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecoder | None:
+    """What --load-gpt names, into the model's decoder; None where it names nothing.
+
+    Raises:
+        CheckpointError: see `retro_mcore.checkpoint.conversion.gpt.load_gpt`.
+        TokenizerError: the project's documents end with another token than the GPT's.
+    """
+    directory = plan.options.load_gpt
+    if directory is None:
+        return None
+    loaded = load_gpt(models, directory, resolved_flags(plan.arguments), plan.used_vocab_size)
+    project_dir, flags = plan.options.project_dir, loaded.checkpoint.flags
+    with raise_together():
+        note = check_document_tokens(flags, plan.document_tokens, project_dir)
+    notes = (*loaded.notes, *bos_notes(directory, project_dir), *([note] if note else []))
+    return replace(loaded, notes=notes)
+
+
+def bos_notes(directory: str, project_dir: str) -> list[str]:
+    """Whether a project's documents begin as those of a Hugging Face model did; all ranks."""
+    with raise_together():
+        habit = None
+        with suppress(TokenizerError):  # it is the project's tokenizer that is used
+            habit = bos_habit(directory)
+        adds_bos = ProjectSettings.load(project_dir).add_bos
+    if habit is None or habit == adds_bos:
+        return []
+    begins = "begin with BOS" if adds_bos else "do not begin with BOS"
+    return [
+        f"warning: documents of {project_dir} {begins}, and the tokenizer of {directory} "
+        f"{'adds it' if habit else 'adds none'}: see preprocess_corpus --add-bos-token"
+    ]
+
+
+def gpt_arguments(
+    arguments: ModelArguments, options: TrainingOptions, used_vocab_size: int
+) -> ModelArguments:
+    """A model's arguments with what only the GPT of --load-gpt knows: all rows of its vocabulary,
+    and the window that it was trained with.
+
+    Unchanged where there is none, and where the run resumes from its own checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, is no GPT, or contradicts the arguments: all flags that
+            do are named.
+    """
+    checkpoint = _gpt_to_load(options)
+    if checkpoint is None:
+        return arguments
+    window = checkpoint.flags.get("sliding_window")
+    taken = replace(arguments, sliding_window=arguments.sliding_window or window)
+    positions = arguments.max_position_embeddings or arguments.seq_length
+    with suppress(ConfigurationError):  # told below, with all else
+        positions = number_of_positions(arguments)
+    wanted = _resolved_flags(arguments, positions)
+    check_all(
+        partial(number_of_positions, arguments),
+        partial(check_gpt, checkpoint, wanted, used_vocab_size, options.load_gpt),
+    )
+    rows = padded_vocab_size(
+        checkpoint.flags["padded_vocab_size"],
+        options.make_vocab_size_divisible_by,
+        options.tensor_model_parallel_size,
+    )
+    return replace(taken, padded_vocab_size=max(rows, arguments.padded_vocab_size))
+
+
+def _gpt_to_load(options: TrainingOptions) -> Checkpoint | None:
+    resumes = options.load is not None and existing_checkpoint(options.load, options.ckpt_step)
+    if options.load_gpt is None or resumes:
+        return None
+    if getattr(options, "dry_run", False) and not Path(options.load_gpt).exists():
+        return None
+    return open_checkpoint(options.load_gpt, compare=False)
+
+
+def resolved_flags(arguments: ModelArguments) -> dict[str, Any]:
+    """The model's flags, defaults worked out, as checkpoints state them."""
+    return _resolved_flags(arguments, number_of_positions(arguments))
+
+
+def _resolved_flags(arguments: ModelArguments, positions: int) -> dict[str, Any]:
+    heads = arguments.num_attention_heads
+    return {
+        **asdict(arguments),
+        "num_query_groups": arguments.num_query_groups or heads,
+        "kv_channels": arguments.kv_channels or arguments.hidden_size // heads,
+        "ffn_hidden_size": default_ffn_hidden_size(arguments),
+        "max_position_embeddings": positions,
+        # Without biases in the other layers; with them, they are there anyway.
+        "add_qkv_bias": arguments.add_qkv_bias and arguments.disable_bias_linear,
+    }

@@ -1,0 +1,182 @@
+"""Embedders: what they give, and that nothing around them changes it."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.project import ProjectPaths
+from retro_mcore.retrieval.bert_tokens import default_bert_vocab
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.base import build_embedder
+from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
+from retro_mcore.retrieval.retriever import Retriever
+from retro_mcore.samples.retro_dataset import build_retro_datasets
+from retro_mcore.stages.build_db import BuildDbOptions, build_db
+from retro_mcore.stages.build_index import BuildIndexOptions, build_index
+from retro_mcore.stages.preprocess_corpus import preprocess_corpus
+from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
+from tests.unit.data.projects import documents, preprocess_options, write_corpus
+
+# Embeddings before and after the CPU platform replaces torch's CUDA queries and factories.
+AROUND_USE_CPU = """
+import numpy as np
+from retro_mcore.retrieval.embedders.base import build_embedder
+texts = ["A dog chases a cat.", "Interest rates rose.", "", "x" * 400]
+before = build_embedder("minilm", device="cpu").embed(texts)
+from retro_mcore.platform import use_cpu
+use_cpu()
+after = build_embedder("minilm", device="cpu").embed(texts)
+assert before.shape == (4, 384) and np.isfinite(before).all()
+# Another place in memory may round the last bits of unit vectors otherwise.
+assert np.allclose(before, after, rtol=0, atol=1e-5), abs(before - after).max()
+"""
+
+
+def test_an_encoder_loaded_after_use_cpu_gives_the_same_embeddings():
+    command = [sys.executable, "-W", "ignore", "-c", AROUND_USE_CPU]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def lexical(tmp_path_factory):
+    texts = documents(40, 2000)
+    path = tmp_path_factory.mktemp("lexical") / "weights.npy"
+    np.save(path, weights_of(count_texts(texts)))
+    return LexicalEmbedder.load(path), texts, path
+
+
+def test_the_lexical_embedder_finds_near_duplicates(lexical):
+    embedder, texts, _ = lexical
+    assert len(set(texts)) == len(texts) == 40
+    vectors = embedder.embed(texts)
+    assert vectors.shape == (40, embedder.dimension) == (40, 256)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    # A text without every seventh word, and the second half of the same text.
+    for cut in (
+        lambda words: [w for i, w in enumerate(words) if i % 7],
+        lambda words: words[len(words) // 2 :],
+    ):
+        queries = [" ".join(cut(text.split())) for text in texts[:20]]
+        scores = embedder.embed(queries) @ vectors.T
+        twins = np.arange(20)  # the second half of `texts` repeats the first with one more word
+        best = np.sort(np.argsort(-scores, axis=1)[:, :2] % 20, axis=1)
+        assert (best == twins[:, None]).all(), best
+
+
+def test_lexical_weights_prefer_rare_words():
+    texts = [f"the common word{i}" for i in range(50)]
+    embedder = LexicalEmbedder(weights_of(count_texts(texts)))
+    query, same, other = embedder.embed(["a word7 here", texts[7], texts[8]])
+    assert query @ same > 0.3 > abs(query @ other)
+    assert not embedder.embed(["", " \n"]).any()
+    assert embedder.embed([]).shape == (0, 256)
+
+
+def test_lexical_vectors_are_the_same_bytes_everywhere(lexical):
+    """Against bytes that were recorded once, and in another process of another hash seed."""
+    embedder, texts, path = lexical
+    weights = weights_of(count_texts(["a b", "b c", "Grüße, Welt!"]))
+    vectors = LexicalEmbedder(weights).embed(["a b c", "Grüße", "b b"])
+    assert hashlib.sha256(vectors.tobytes()).hexdigest()[:16] == "e14df0db032e2b00"
+    parts = count_texts(["a b"]) + count_texts(["b c", "Grüße, Welt!"])
+    np.testing.assert_array_equal(weights_of(parts), weights)
+    script = (
+        "import sys, pathlib, hashlib\n"
+        "from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder\n"
+        "embedder = LexicalEmbedder.load(pathlib.Path(sys.argv[1]))\n"
+        "print(hashlib.sha256(embedder.embed([sys.argv[2]]).tobytes()).hexdigest())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script, str(path), texts[3]],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    assert told.stdout.strip() == hashlib.sha256(embedder.embed([texts[3]]).tobytes()).hexdigest()
+
+
+def test_pooling_of_a_hugging_face_encoder():
+    """Against the model's own hidden states, text by text; batches and padding change nothing."""
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["A dog chases a cat.", "Rates rose.", "", "word " * 700]
+    folder = str(default_bert_vocab().parent)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    model.eval()
+    mean = build_embedder("minilm", 3, "cpu", "mean")
+    cls = build_embedder(folder, 2, "cpu", "cls")
+    assert (mean.dimension, cls.name) == (384, folder)
+    with torch.inference_mode():
+        for row, text in enumerate(texts):
+            encoded = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
+            hidden = model(**encoded).last_hidden_state[0].numpy()
+            np.testing.assert_allclose(mean.embed(texts)[row], hidden.mean(0), atol=1e-5)
+            np.testing.assert_allclose(cls.embed(texts)[row], hidden[0], atol=1e-5)
+    ours = mean.embed(texts[:1])[0]
+    theirs = build_embedder("minilm", device="cpu").embed(texts[:1])[0]
+    np.testing.assert_allclose(ours / np.linalg.norm(ours), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"pooling": "max"}, "--embedder-pooling: max"),
+        ({"half": True}, "--embed-fp16: on the CPU"),
+        ({"name": "nowhere", "pooling": "cls"}, "--embedder: 'nowhere' cannot be loaded"),
+        ({"name": "lexical", "pooling": "cls"}, "--embedder-pooling: lexical has no model"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, found):
+    with pytest.raises(ConfigurationError) as caught:
+        build_embedder(**{"device": "cpu", **arguments})
+    assert str(caught.value).startswith(found)
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu():
+    texts = ["A dog chases a cat.", "Interest rates rose."]
+    for pooling in (None, "mean", "cls"):
+        full = build_embedder("minilm", 2, "cpu", pooling).embed(texts)
+        half = build_embedder("minilm", 2, "cuda", pooling, half=True).embed(texts)
+        assert half.dtype == np.float32
+        np.testing.assert_allclose(half, full, atol=2e-2)
+
+
+def test_a_project_with_the_lexical_embedder(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents())
+    project = tmp_path / "project"
+    preprocess_corpus(preprocess_options(project, corpus))
+    build_db(BuildDbOptions(str(project)))
+    index_options = BuildIndexOptions(str(project), embedder="lexical")
+    assert build_index(index_options).recall.at[2] == 1.0
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=3))
+    weights = ProjectPaths(project).lexical_weights
+    before = weights.stat().st_mtime_ns
+    assert build_index(index_options).reused
+    assert weights.stat().st_mtime_ns == before
+    with pytest.raises(ProjectError, match=r"--embedder: .*'lexical', asked for 'minilm'"):
+        build_index(BuildIndexOptions(str(project)))
+    # Both copies of a repeated text are in the database; the neighbors are of the other one.
+    database = ChunkDatabase.open(project)
+    dataset = build_retro_datasets(project, num_neighbors=1)["train"]
+    overlap = []
+    for sample in range(len(dataset)):
+        item = dataset[sample]
+        for chunk, first in enumerate(item["neighbor_chunks"][:, 0, 0]):
+            own = set(item["text"][chunk * 16 : chunk * 16 + 16].tolist())
+            overlap.append(len(own & set(database.tokens([first])[0].tolist())) / len(own))
+    assert np.mean(overlap) > 0.4
+    # Live retrieval finds a chunk by its own text, with the weights of the project.
+    retriever = Retriever(project)
+    texts = database.texts([3, 40], retriever.tokenizer)
+    found = retriever.search_texts(texts)
+    assert database.texts(found.ids[:, 0], retriever.tokenizer) == texts
+    np.testing.assert_allclose(found.distances[:, 0], 0, atol=1e-5)

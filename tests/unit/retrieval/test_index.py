@@ -1,0 +1,454 @@
+"""The index: any factory string, in parts, on the disk, chosen for a memory and a recall."""
+
+import re
+import shutil
+from functools import cache
+
+import numpy as np
+import pytest
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.project.shards import Shard
+from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
+from retro_mcore.retrieval.index import (
+    Embeddings,
+    HeldOut,
+    IndexKind,
+    RecallMeasure,
+    add_part,
+    add_to_index,
+    choice,
+    choose_index,
+    cut_parts,
+    kind_of,
+    lists_path,
+    load_index,
+    load_parts,
+    measure_recall,
+    merge_on_disk,
+    merge_parts,
+    parse_bytes,
+    read_exact,
+    save_index,
+    search,
+    searching,
+    train_index,
+    write_exact,
+)
+from retro_mcore.retrieval.index.recall import (
+    exact_neighbors,
+    recall_at,
+    without,
+)
+from tests.unit.data.projects import write_rows
+
+DIMENSION = 16
+STRINGS = {
+    "Flat": IndexKind.CODES,
+    "SQ8": IndexKind.CODES,
+    "PCA8,SQ8": IndexKind.CODES,
+    "IVF8,Flat": IndexKind.LISTS,
+    "IVF8_HNSW4,SQ8": IndexKind.LISTS,
+    "OPQ4_8,IVF8_HNSW4,PQ4x4": IndexKind.LISTS,
+    "HNSW8,Flat": IndexKind.WHOLE,
+    "IVF8,PQ4x4fs": IndexKind.WHOLE,
+    "IVF8,Flat,RFlat": IndexKind.WHOLE,
+}
+
+
+@cache
+def vectors(count: int = 2600) -> np.ndarray:
+    """Clusters, with some vectors several times."""
+    random = np.random.default_rng(0)
+    centers = random.normal(size=(40, DIMENSION))
+    rows = centers[random.integers(0, 40, count)] + 0.3 * random.normal(size=(count, DIMENSION))
+    rows[count // 2 : count // 2 + 60] = rows[7]
+    return rows.astype(np.float32)
+
+
+@cache
+def passages(count: int) -> np.ndarray:
+    """Lexical embeddings of real text: passages of Python's help topics and sources."""
+    import pydoc_data.topics
+
+    texts = [words for text in pydoc_data.topics.topics.values() for words in _cut(text)]
+    import asyncio
+    import email
+    import json
+    import typing
+    from pathlib import Path
+
+    for module in (typing, json, email, asyncio):
+        folder = Path(module.__file__).parent
+        for path in sorted(folder.glob("*.py")):
+            if len(texts) >= count:
+                break
+            texts += _cut(path.read_text(encoding="utf-8", errors="ignore"))
+    texts = texts[:count]
+    assert len(texts) == count
+    return LexicalEmbedder(weights_of(count_texts(texts))).embed(texts)
+
+
+def _cut(text: str) -> list[str]:
+    words = re.findall(r"\S+", text)
+    return [" ".join(words[start : start + 40]) for start in range(0, len(words), 40)]
+
+
+def held_out(rows: np.ndarray, count: int = 50) -> HeldOut:
+    """Every so many-th row, and as many new ones."""
+    own = np.linspace(0, len(rows) - 1, count).astype(np.int64)
+    new = (rows[own] + rows[own[::-1]]) / 2
+    return HeldOut(
+        np.concatenate([rows[own], new]), np.concatenate([own, np.full(count, NO_NEIGHBOR)])
+    )
+
+
+def fill(tmp_path, string: str, block_size: int = 1024) -> tuple:
+    """Trained, filled in parts from last to first, and by one process."""
+    embeddings = Embeddings(write_rows(vectors(), tmp_path / "embeddings", 700))
+    trained = train_index(string, embeddings, np.arange(len(embeddings)))
+    empty = tmp_path / "empty.faissindex"
+    save_index(trained, empty)
+    add_to_index(trained, embeddings)
+    index = load_index(empty)
+    parts = cut_parts(tmp_path / "parts", len(embeddings), kind_of(index), block_size)
+    for part in parts[::-1]:
+        part.path.parent.mkdir(exist_ok=True)
+        add_part(index, embeddings, part, part.path)
+    return trained, empty, parts
+
+
+#: Encoded without a matrix product (or by one process): the same bytes, whatever the rows per call.
+#: A product of another number of rows may round otherwise, which changes a code on a border.
+EXACT = ("Flat", "SQ8", *(name for name, kind in STRINGS.items() if kind is IndexKind.WHOLE))
+
+
+@pytest.mark.parametrize("string", STRINGS)
+def test_an_index_merged_from_parts_is_that_of_one_process(tmp_path, string):
+    serial, empty, parts = fill(tmp_path, string)
+    assert kind_of(serial) is STRINGS[string]
+    assert len(parts) == (1 if STRINGS[string] is IndexKind.WHOLE else 3)
+    save_index(serial, tmp_path / "serial.faissindex")
+    merge_parts(empty, parts, tmp_path / "merged.faissindex", "")
+    merged, alone = tmp_path / "merged.faissindex", tmp_path / "serial.faissindex"
+    if string in EXACT:
+        assert merged.read_bytes() == alone.read_bytes()
+        return
+    assert merged.stat().st_size == alone.stat().st_size
+    rows = [stored(load_index(path)) for path in (merged, alone)]
+    assert np.isclose(*rows, atol=1e-4).all(axis=1).mean() > 0.99
+
+
+def stored(index) -> np.ndarray:
+    """The vectors as an index holds them, by id."""
+    from retro_mcore.retrieval.index.library import faiss_library
+
+    if kind_of(index) is IndexKind.LISTS:
+        faiss_library().extract_index_ivf(index).make_direct_map()
+    return index.reconstruct_n(0, index.ntotal)
+
+
+def merged_in_memory(tmp_path, empty, parts, nprobe=None):
+    merge_parts(empty, parts, tmp_path / "merged.faissindex", "")
+    return load_index(tmp_path / "merged.faissindex", nprobe)
+
+
+def assert_same_neighbors(found, expected, atol=1e-4) -> None:
+    """Distances within rounding, and the ids too but where distances are within it."""
+    np.testing.assert_allclose(found[0], expected[0], atol=atol)
+    for (distances, ids), (_, wanted) in (
+        (rows, others)
+        for rows, others in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True)
+    ):
+        clear = distances < distances[-1] - 2 * atol
+        assert set(ids[clear].tolist()) <= set(wanted.tolist())
+        equal = np.flatnonzero(distances[1:] == distances[:-1])
+        assert ((ids[equal + 1] > ids[equal]) | (ids[equal + 1] < 0)).all()
+
+
+@pytest.mark.parametrize("string", ["IVF8,Flat", "IVF8_HNSW4,SQ8", "OPQ4_8,IVF8_HNSW4,PQ4x4"])
+def test_lists_on_the_disk_are_searched_where_they_lie(tmp_path, string):
+    serial, empty, parts = fill(tmp_path, string)
+    folder = tmp_path / "index"
+    merge_on_disk(empty, parts, folder / "added.faissindex", "")
+    shutil.move(folder, tmp_path / "elsewhere")  # a project may be moved
+    path = tmp_path / "elsewhere" / "added.faissindex"
+    assert lists_path(path).stat().st_size == sum(len(vectors()) * n for n in _sizes(serial))
+    assert path.stat().st_size < empty.stat().st_size + 500
+    in_memory = search(merged_in_memory(tmp_path, empty, parts, 4), vectors()[:300], 20)
+    for mapped in (True, False):
+        found = search(load_index(path, 4, mapped=mapped), vectors()[:300], 20)
+        assert_same_neighbors(found, in_memory)
+
+
+def _sizes(index) -> tuple[int, int]:
+    from retro_mcore.retrieval.index.training import innermost
+
+    return innermost(index).code_size, 8
+
+
+@pytest.mark.parametrize(
+    "string", ["Flat", "SQ8", "IVF8,Flat", "IVF8_HNSW4,SQ8", "OPQ4_8,IVF8_HNSW4,PQ4x4"]
+)
+@pytest.mark.parametrize("k", [3, 200])
+def test_parts_give_the_neighbors_of_the_whole(tmp_path, string, k):
+    _, empty, parts = fill(tmp_path, string)
+    probes = 4 if "IVF" in string else None
+    merged = merged_in_memory(tmp_path, empty, parts, probes)
+    expected = search(merged, vectors()[:200], k)
+    # All parts in one process, and some of them in each of two, as ranks hold them.
+    whole = search(load_parts(empty, parts, probes), vectors()[:200], k)
+    ranks = [search(load_parts(empty, parts[i::2], probes), vectors()[:200], k) for i in (0, 1)]
+    joined = [np.hstack(arrays) for arrays in zip(*ranks, strict=True)]
+    for found in (whole, searching.nearest(*joined, k)):
+        assert_same_neighbors(found, expected)
+    half = len(vectors()) // 2
+    _, ids = search(merged, vectors()[half + 5 : half + 6], 3)  # one of 61 equal vectors
+    assert set(ids[0].tolist()) <= {7, *range(half, half + 60)}
+
+
+def test_the_number_of_threads_does_not_matter(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from retro_mcore.retrieval.index import filling
+    from retro_mcore.retrieval.index.library import faiss_library
+
+    results = []
+    for threads in (1, 3):
+        pool = ThreadPoolExecutor(
+            threads, initializer=faiss_library().omp_set_num_threads, initargs=(1,)
+        )
+        for module in (searching, filling):
+            monkeypatch.setattr(module, "worker_threads", lambda pool=pool: pool)
+        serial, _, _ = fill(tmp_path / str(threads), "IVF8,SQ8")
+        distances, ids = search(serial, vectors()[:700], 50)
+        save_index(serial, tmp_path / "index")
+        results.append((distances.tobytes(), ids.tobytes(), (tmp_path / "index").read_bytes()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("string", ["Flat", "IVF8,Flat", "IVF4_HNSW4,Flat", "HNSW8,Flat"])
+def test_an_index_finds_its_vectors_and_its_recall_is_measured(tmp_path, string):
+    embeddings = Embeddings(write_rows(vectors(), tmp_path, 700))
+    index = train_index(string, embeddings, np.arange(len(embeddings)))
+    add_to_index(index, embeddings)
+    recall = measure_recall(index, embeddings, held_out(vectors()[:1000]))
+    assert recall.at[2] >= 0.95
+    assert (recall.num_queries, recall.num_held_out) == (100, 50)
+    assert (recall.nprobe is None) == ("IVF" not in string)
+    assert (recall.ef_search is None) == ("HNSW" not in string)
+
+
+def test_the_search_is_as_narrow_as_the_recall_allows(tmp_path):
+    embeddings = Embeddings(write_rows(passages(3000), tmp_path, 700))
+    index = train_index("IVF64,Flat", embeddings, np.arange(3000))
+    add_to_index(index, embeddings)
+    queries = held_out(passages(3000), 200)
+    recalls = [measure_recall(index, embeddings, queries, target=t) for t in (0.7, 0.95, 1.0)]
+    probes = [recall.nprobe for recall in recalls]
+    assert probes == sorted(probes)
+    assert probes[0] < probes[2] <= 64
+    assert recalls[0].decisive >= 0.7
+    assert recalls[1].decisive >= 0.95
+    assert recalls[2].decisive == 1.0
+    given = measure_recall(index, embeddings, queries, nprobe=3, target=1.0)
+    assert given.nprobe == 3
+    assert given.decisive <= recalls[2].decisive
+
+
+def test_exact_neighbors_of_parts_are_those_of_all(tmp_path):
+    rows = vectors()[:1200]  # none twice
+    embeddings = Embeddings(write_rows(rows, tmp_path, 700))
+    queries = held_out(rows)
+    paths = []
+    for part in (Shard(0, 500, tmp_path), Shard(500, 1200, tmp_path)):
+        paths.append(tmp_path / f"{part.start}.hdf5")
+        write_exact(embeddings, queries, part, paths[-1], "")
+    exact = read_exact(paths)
+    distances = ((rows[None] - queries.vectors[:, None]) ** 2).sum(-1)
+    own = queries.rows >= 0
+    distances[own, queries.rows[own]] = np.inf
+    found = np.take_along_axis(distances, exact, axis=1)
+    # Squared lengths are about 20, and a search in single precision orders within their rounding.
+    np.testing.assert_allclose(found, np.sort(distances, axis=1)[:, :10], atol=1e-4)
+    assert all(len(set(row)) == 10 for row in exact.tolist())
+
+
+def test_three_vectors_are_enough(tmp_path):
+    rows = np.eye(3, 4, dtype=np.float32)
+    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
+    chosen = choose_index(embeddings, 1 << 30, 0.95)
+    assert chosen.string == "Flat"
+    index = train_index(chosen.string, embeddings, np.arange(3))
+    add_to_index(index, embeddings)
+    queries = HeldOut(rows, np.arange(3))
+    assert measure_recall(index, embeddings, queries).at == {1: 1.0, 2: 1.0}
+    assert search(index, rows[:1], 5)[1].tolist()[0][3:] == [NO_NEIGHBOR] * 2
+
+
+@pytest.mark.parametrize("string", ["Flatt", "IVF64,Flat", "IVF4,PQ7"])
+def test_an_index_string_that_cannot_work_is_named(tmp_path, string):
+    rows = np.zeros((10, 8), np.float32)
+    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
+    with pytest.raises(ConfigurationError, match="--index: "):
+        train_index(string, embeddings, np.arange(10))
+
+
+def test_a_truncated_index_is_named(tmp_path):
+    (tmp_path / "index").write_bytes(b"IxF2")
+    with pytest.raises(CorruptFileError, match=r"index: unreadable.*build_index"):
+        load_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24G", 24 << 30), ("1.5t", 3 << 39), ("512MiB", 512 << 20), ("100", 100), ("2 KB", 2048)],
+)
+def test_bytes_are_read_with_their_unit(text, expected):
+    assert parse_bytes("--index-memory", text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "many", "0", "1X"])
+def test_bytes_that_are_none_are_named(text):
+    with pytest.raises(ConfigurationError, match="--index-memory"):
+        parse_bytes("--index-memory", text)
+
+
+class TestAutomaticIndex:
+    """On real text, with the border to lists moved so that a small corpus crosses it."""
+
+    count, recall = 4000, 0.95
+
+    @pytest.fixture(autouse=True)
+    def lists_from_a_thousand_on(self, monkeypatch):
+        monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 1000)
+        monkeypatch.setattr(choice, "_WORTHWHILE_SHARE", 1.0)
+
+    @pytest.fixture
+    def embeddings(self, tmp_path):
+        return Embeddings(write_rows(passages(self.count), tmp_path / "embeddings", 1500))
+
+    def measured(self, embeddings, memory: int):
+        """Chosen, built, and compared with exact search."""
+        chosen = choose_index(embeddings, memory, self.recall)
+        index = train_index(chosen.string, embeddings, np.arange(self.count))
+        add_to_index(index, embeddings)
+        queries = held_out(passages(self.count), 200)
+        return chosen, measure_recall(index, embeddings, queries, target=self.recall)
+
+    def test_it_reaches_the_recall_uncompressed(self, embeddings):
+        chosen, recall = self.measured(embeddings, 1 << 30)
+        assert re.fullmatch(r"IVF\d+,Flat", chosen.string)
+        assert "4000 vectors in" in chosen.reason
+        assert recall.at[2] >= 0.95
+        assert recall.nprobe < 256
+
+    def test_lists_that_save_nothing_are_left_out(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(choice, "_WORTHWHILE_SHARE", 1 / 8)
+        random = np.random.default_rng(0)
+        scattered = random.normal(size=(4000, 64)).astype(np.float32)
+        clustered = 9 * scattered[random.integers(0, 200, 4000)] + scattered
+        for vectors, string in ((scattered, r"Flat"), (clustered, r"IVF\d+,Flat")):
+            embeddings = Embeddings(write_rows(vectors, tmp_path / string, 1500))
+            chosen = choose_index(embeddings, 1 << 30, self.recall)
+            assert re.fullmatch(string, chosen.string)
+            assert ("would take scanning more" in chosen.reason) == (string == "Flat")
+
+    def test_with_little_memory_it_is_compressed(self, embeddings):
+        plain = choose_index(embeddings, 1 << 30, self.recall)
+        chosen, recall = self.measured(embeddings, plain.num_bytes // 2)
+        assert "SQ" in chosen.string
+        assert chosen.num_bytes <= plain.num_bytes // 2
+        assert recall.at[2] >= 0.95
+
+    def test_the_impossible_is_refused_with_the_nearest_possible(self, embeddings):
+        plain = choose_index(embeddings, 1 << 30, self.recall)
+        memory = plain.num_bytes // 8
+        with pytest.raises(ConfigurationError) as caught:
+            choose_index(embeddings, memory, self.recall)
+        told = str(caught.value)
+        assert "--index-memory with --index-recall 0.95" in told
+        lower = float(re.search(r"--index-recall ([\d.]+), or give", told)[1])
+        assert choose_index(embeddings, memory, lower).num_bytes <= memory
+        with pytest.raises(ConfigurationError, match="hold no index; the smallest takes"):
+            choose_index(embeddings, 1000, 0.1)
+
+    def test_on_the_disk_nothing_is_compressed(self, embeddings, monkeypatch):
+        chosen = choose_index(embeddings, 1000, self.recall, on_disk=True)
+        assert chosen.on_disk
+        assert chosen.string.endswith(",Flat")
+        monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 5000)
+        with pytest.raises(ConfigurationError, match="--on-disk"):
+            choose_index(embeddings, 1000, self.recall, on_disk=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "lists"), [(1, 0), (50_000, 0), (100_000, 1024), (5_000_000, 8192), (10**9, 131072)]
+)
+def test_the_number_of_lists_fits_the_number_of_vectors(count, lists):
+    assert choice.num_lists_for(count) == lists
+
+
+def test_a_graph_is_searched_as_narrowly_as_the_recall_allows(tmp_path):
+    embeddings = Embeddings(write_rows(passages(3000), tmp_path, 700))
+    index = train_index("IVF64_HNSW8,Flat", embeddings, np.arange(3000))
+    add_to_index(index, embeddings)
+    recall = measure_recall(index, embeddings, held_out(passages(3000), 200))
+    assert recall.decisive >= 0.95
+    assert recall.ef_search in (16, 32, 64, 128, 256)
+
+
+def test_recall_counts_only_neighbors_that_there_are(tmp_path):
+    rows = vectors()[:4]
+    embeddings = Embeddings(write_rows(rows, tmp_path, 64))
+    index = train_index("Flat", embeddings, np.arange(4))
+    add_to_index(index, embeddings)
+    queries = HeldOut(rows, np.arange(4))
+    write_exact(embeddings, queries, Shard(0, 4, tmp_path), tmp_path / "exact.hdf5", "")
+    exact = read_exact([tmp_path / "exact.hdf5"])
+    measure = RecallMeasure(index, queries, exact, embeddings)
+    assert measure(None, None).at == {1: 1.0, 2: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([1.0, 2.0], 1.0),
+        ([2.0, 1.0], 1.0),
+        ([2.0, 2.0], 1.0),  # both tied with the second
+        ([1.0, 2.0 + 1e-9], 1.0),
+        ([1.0, 2.1], 0.5),
+        ([3.0, np.inf], 0.0),
+    ],
+)
+def test_recall_is_of_distances_not_of_ids(found, expected):
+    """On a processor with AVX-512, another of two equally near rows came first: recall .9975."""
+    exact = np.array([[1.0, 2.0, 2.0]])
+    assert recall_at(2, np.array([found]), exact, 1e-8) == expected
+    assert recall_at(2, np.array([found]), np.full((1, 2), np.inf)) == 1.0
+    alone = np.array([[1.0, np.inf]])  # a database with one other row
+    assert recall_at(2, np.array([found]), alone) == float(min(found) <= 1)
+
+
+def test_a_search_that_finds_other_copies_has_full_recall(tmp_path):
+    """Every row stands three times: which copies are found is anybody's choice."""
+    rows = np.tile(vectors()[:400], (3, 1))
+    embeddings = Embeddings(write_rows(rows, tmp_path, 500))
+    index = train_index("Flat", embeddings, np.arange(len(rows)))
+    add_to_index(index, embeddings)
+
+    class LastCopies:
+        """The nearest rows; of equally near ones the last."""
+
+        def search(self, wanted, k):
+            distances, ids = search(index, wanted, 3 * k)
+            order = np.lexsort((-ids, np.round(distances, 3)))[:, :k]
+            return tuple(np.take_along_axis(each, order, 1) for each in (distances, ids))
+
+    queries = held_out(rows, 60)
+    _, exact = exact_neighbors(embeddings, queries, Shard(0, len(rows), tmp_path))
+    found = without(LastCopies().search(queries.vectors, 11)[1], queries.rows)
+    assert (found[:, :2] != exact[:, :2]).any()
+    recall = RecallMeasure(LastCopies(), queries, exact, embeddings)(None, None)
+    assert recall.at == {1: 1.0, 2: 1.0, 10: 1.0}
