@@ -39,12 +39,14 @@ test-slow: env ## run the tests that take longer: every parallel layout, the qui
 
 test-kernels: env ## run what computes once more, with other kernels than this processor's own
 	$(OTHER_KERNELS) $(PYTEST) -m "not slow and not parity and not gpu" \
-		tests/unit/model tests/unit/platform tests/unit/conversion tests/unit/data tests/unit/inference \
-		tests/unit/evaluation tests/distributed/test_tensor_parallel.py tests/distributed/test_evaluation.py
+		tests/unit/model tests/unit/platform tests/unit/retrieval tests/unit/inference tests/unit/evaluation \
+		tests/unit/checkpoint/test_upstream.py tests/unit/checkpoint/test_huggingface.py \
+		tests/distributed/test_tensor_parallel.py tests/distributed/test_evaluation.py
 
 test-versions: env .megatron-$(MEGATRON)/.up-to-date ## run what stands on megatron-core on MEGATRON=0.19.2 as well
 	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(PYTEST) -m "not slow and not parity and not gpu" \
-		tests/distributed tests/unit/platform tests/unit/training tests/unit/model
+		tests/distributed tests/unit/platform tests/unit/training tests/unit/model \
+		tests/unit/checkpoint/test_checkpoints.py
 	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(BIN)/python -m pytest tests/distributed/test_megatron_lm.py
 
 .megatron-%/.up-to-date: $(STAMP)

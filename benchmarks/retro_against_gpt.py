@@ -40,7 +40,7 @@ def perplexities(project: Path, folder: Path, kinds: list[str]) -> dict[str, flo
 
 def parameters(folder: Path) -> int:
     """Of the whole model in `folder`."""
-    from retro_mcore.checkpoint.loading import load_model_from_checkpoint
+    from retro_mcore.training.setup.load_model import load_model_from_checkpoint
 
     model, _ = load_model_from_checkpoint(folder)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -17,12 +17,10 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.metadata import Metadata
 
 from retro_mcore import distributed
 from retro_mcore.checkpoint.checksums import verify_checkpoint
-from retro_mcore.checkpoint.files import find_checkpoint
 from retro_mcore.checkpoint.random_state import set_random_state
 from retro_mcore.checkpoint.safe_loading import (
     check_files,
@@ -32,7 +30,6 @@ from retro_mcore.checkpoint.safe_loading import (
 )
 from retro_mcore.checkpoint.state import (
     FAILURES,
-    METADATA,
     TrainingParts,
     TrainingProgress,
     model_key,
@@ -45,11 +42,7 @@ from retro_mcore.platform.compatibility import (
     supply_adam_step,
     unshare_adam_steps,
 )
-from retro_mcore.training.loop.optimizer import unwrap_model
-from retro_mcore.training.options.from_checkpoint import read_arguments
-from retro_mcore.training.options.pretrain import ParallelOptions
-from retro_mcore.training.setup.build import ModelArguments, arguments_from, build_model
-from retro_mcore.training.setup.initialize import initialize_parallel, parallel_sizes, set_seeds
+from retro_mcore.platform.parallel import parallel_sizes, unwrap_model
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def load_checkpoint(
         _check_holds_run(common, scope, checkpoint)
     takes_random_state = scope.random_state and _same_layout(common["args"])
     request = state_dict(parts, True, scope.optimizer, takes_random_state)
-    state = _load(request, checkpoint)
+    state = load_state(request, checkpoint)
     for index, chunk in enumerate(parts.chunks):
         unwrap_model(chunk).load_state_dict(state[model_key(index, parts.chunks)])
     if scope.optimizer:
@@ -104,52 +97,14 @@ def load_checkpoint(
     return TrainingProgress(common["iteration"], common["consumed_samples"])
 
 
-def load_model_from_checkpoint(
-    directory: str | Path, parallel: ParallelOptions | None = None, ckpt_step: int | None = None
-) -> tuple[GPTModel, ModelArguments]:
-    """Rebuild a model from a checkpoint in `directory`, alone.
-
-    It may have been saved under any layout. Call `retro_mcore.platform.setup_device` first;
-    process groups are made here.
-
-    Args:
-        directory: What pretrain_retro.py was given as --save.
-        parallel: The layout to load into; default: one process. The precision is the checkpoint's.
-        ckpt_step: The iteration; default: the latest.
-
-    Returns:
-        The model on its device, in evaluation mode, and its arguments.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it cannot be read.
-        ConfigurationError: the layout does not fit the model.
-    """
-    parallel = parallel or ParallelOptions()
-    initialize_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    with distributed.raise_together():
-        checkpoint = find_checkpoint(directory, ckpt_step)
-        saved = read_arguments(checkpoint)
-        verify_checkpoint(checkpoint)
-        _require(checkpoint, saved, ("seed", "bf16", "fp16"))
-        arguments = arguments_from(saved)
-    set_seeds(saved["seed"])
-    precision = {"bf16": saved["bf16"], "fp16": saved["fp16"]}
-    layout = ParallelOptions(**{**vars(parallel), **precision})
-    with distributed.raise_together():
-        model = build_model(arguments, layout)
-    state = _load({"model": model.sharded_state_dict(metadata=METADATA)}, checkpoint)
-    model.load_state_dict(state["model"])
-    return model.eval(), arguments
-
-
 def _check_holds_run(common: Mapping[str, Any], scope: LoadScope, checkpoint: Path) -> None:
     needed = ["args"]
     needed += ["opt_param_scheduler"] if scope.optimizer else []
     needed += ["iteration", "consumed_samples"] if scope.progress else []
-    _require(checkpoint, common, needed)
+    require_entries(checkpoint, common, needed)
 
 
-def _require(checkpoint: Path, saved: Mapping[str, Any], names: Iterable[str]) -> None:
+def require_entries(checkpoint: Path, saved: Mapping[str, Any], names: Iterable[str]) -> None:
     counters = ("iteration", "consumed_samples")
     missing = [
         name
@@ -189,7 +144,7 @@ def _load_optimizer(
         ) from error
 
 
-def _load(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def load_state(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     with distributed.raise_together():  # before megatron's collectives, in which others would wait
         metadata = read_metadata(checkpoint)
         check_files(checkpoint, metadata)

@@ -162,8 +162,8 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
     device = setup_device(options.device)
     distributed.initialize(distributed_backend())
     # Megatron is imported only after the device is set up.
-    from retro_mcore.evaluation.perplexity import check_shape
     from retro_mcore.session import load_project_model
+    from retro_mcore.training.setup.fits_project import check_shape
 
     with distributed.raise_together():
         _check(options)

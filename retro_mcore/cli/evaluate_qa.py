@@ -235,7 +235,7 @@ def _generate(
     options: EvaluateQaOptions, examples: Sequence[InstructionExample]
 ) -> dict[str, list[dict[str, Any]]]:
     """Predictions by what the encoder reads."""
-    from retro_mcore.checkpoint.loading import find_checkpoint
+    from retro_mcore.checkpoint.files import find_checkpoint
     from retro_mcore.evaluation.predictions import predict
     from retro_mcore.evaluation.question_answering import QAOptions, QuestionAnswerer
     from retro_mcore.session import LoadedModel

@@ -18,20 +18,16 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from retro_mcore.distributed import get_rank
-from retro_mcore.errors import ConfigurationError, TokenizerError
 from retro_mcore.evaluation.neighbor_sources import NeighborKind, with_neighbors
 from retro_mcore.evaluation.repeats import DistinctText
 from retro_mcore.evaluation.results import perplexity_of
 from retro_mcore.evaluation.scoring import sum_over_model_ranks, token_losses
-from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.loop.batch import RetroBatch
 from retro_mcore.training.loop.sample_reader import (
     MicroBatchSampler,
     NumberedSamples,
     read_batches,
-    tokenizer_fingerprint,
 )
-from retro_mcore.training.setup.build import ModelArguments
 
 if TYPE_CHECKING:
     from retro_mcore.samples.retro_dataset import RetroDataset
@@ -170,52 +166,3 @@ def _per_corpus(
         for number, prefix in enumerate(corpora)
         if (of_sample == number).any()
     }
-
-
-def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
-    """Refuse a model that was trained with another tokenizer than the project's.
-
-    Raises:
-        TokenizerError: naming both.
-    """
-    theirs = tokenizer_fingerprint(project, project_dir)
-    if arguments.tokenizer_fingerprint != theirs:
-        raise TokenizerError(
-            f"tokenizer of {project_dir}",
-            f"{project.retro_gpt_tokenizer_type} with fingerprint {theirs[:12]}, but the "
-            f"checkpoint was trained with {arguments.tokenizer_type} (vocabulary "
-            f"{arguments.vocab_size}, fingerprint {arguments.tokenizer_fingerprint[:12]})",
-            "Evaluate on the project that the model was trained on, or on one with its tokenizer",
-        )
-
-
-def check_shape(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
-    """Refuse a project whose samples the model cannot read.
-
-    Raises:
-        ConfigurationError: the chunk length differs, or samples are longer than its positions or
-            its window.
-    """
-    if project.retro_gpt_chunk_length != arguments.retro_chunk_length:
-        raise ConfigurationError(
-            "retro_gpt_chunk_length",
-            f"{project.retro_gpt_chunk_length} in {project_dir}, but the checkpoint was trained "
-            f"with {arguments.retro_chunk_length}",
-            "Evaluate on a project with the model's chunk length",
-        )
-    longer = project.retro_gpt_seq_length > arguments.seq_length
-    if longer and arguments.position_embedding_type == "learned_absolute":
-        raise ConfigurationError(
-            "retro_gpt_seq_length",
-            f"{project.retro_gpt_seq_length} in {project_dir}, but the checkpoint has "
-            f"{arguments.seq_length} positions",
-            "Evaluate on a project with shorter samples",
-        )
-    window = arguments.sliding_window
-    if window is not None and project.retro_gpt_seq_length > window:
-        raise ConfigurationError(
-            "retro_gpt_seq_length",
-            f"{project.retro_gpt_seq_length} in {project_dir}, but the model attends to the last "
-            f"{window} tokens only",
-            "Evaluate on a project with shorter samples",
-        )

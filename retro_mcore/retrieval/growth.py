@@ -1,6 +1,6 @@
 """The work of an index that a grown database takes over: embeddings and training.
 
-A grown database begins with the rows of the one that it was grown from (`stages/grown_project.py`), so
+A grown database begins with the rows of the one that it was grown from (`grown_project`), so
 their embeddings hold, and the index that was trained on them is filled, not trained again.
 """
 

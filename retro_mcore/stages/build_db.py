@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import print_summary
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.splits import check_documents
 from retro_mcore.data.tokens.token_file import bin_path, idx_path, open_token_files
@@ -123,8 +122,3 @@ def _chunk_fingerprint(
     others = {name for name in inputs if name.startswith("data/")} - own
     used = {name: digest for name, digest in inputs.items() if name not in others}
     return fingerprint_of(["chunks", config.retro_gpt_chunk_length, used])
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_command(BuildDbOptions, build_db, argv)

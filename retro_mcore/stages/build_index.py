@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import print_summary
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import (
     barrier,
@@ -436,8 +436,3 @@ def _weigh_words(
         if get_rank() == 0:
             with signed_write(path, fingerprint) as temporary:
                 save_array(temporary, weights_of(counts.numpy()))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_command(BuildIndexOptions, build_index, argv)

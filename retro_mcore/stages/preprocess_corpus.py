@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from retro_mcore.chunking import chunks_per_sample
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import print_summary
 from retro_mcore.data.corpus.counts import loss_rows, read_counts, total
 from retro_mcore.data.corpus.documents import read_documents, text_cleaner
 from retro_mcore.data.corpus.sources import digest_inputs, name_datasets
@@ -609,8 +609,3 @@ def _summarize(
 
 def _named(tokenizer: Tokenizer, token: int | None) -> str:
     return "no BOS" if token is None else f"{tokenizer.token_name(token)} (token {token})"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_command(PreprocessCorpusOptions, preprocess_corpus, argv)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import print_summary
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.token_file import bin_path, idx_path
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
@@ -309,8 +308,3 @@ def _count_tokens(database: ChunkDatabase, vocab_size: int, paths: ProjectPaths)
         return
     with signed_write(paths.token_counts, fingerprint) as temporary:
         save_array(temporary, count_tokens(database, vocab_size))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_command(QueryNeighborsOptions, query_neighbors, argv)

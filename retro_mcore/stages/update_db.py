@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import print_summary
 from retro_mcore.data.corpus.counts import loss_rows, read_counts, total
 from retro_mcore.data.corpus.documents import text_cleaner
 from retro_mcore.data.corpus.sources import digest_of_source, name_datasets
@@ -270,8 +270,3 @@ def _return(paths: ProjectPaths, config: ProjectConfig) -> None:
             config.retro_database = None
             config.save(paths.root)
     barrier()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_command(UpdateDbOptions, update_db, argv)

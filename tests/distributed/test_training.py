@@ -102,7 +102,7 @@ def test_a_pipeline_and_one_process_continue_each_other(one_process, two_process
 
 
 def test_a_checkpoint_of_two_processes_is_rebuilt_on_one(two_processes, megatron):
-    from retro_mcore.checkpoint.loading import load_model_from_checkpoint
+    from retro_mcore.training.setup.load_model import load_model_from_checkpoint
 
     model, arguments = load_model_from_checkpoint(f"{two_processes[0]}/tensor parallel")
     assert arguments.retro_decoder_layers == [2, 3]

@@ -66,7 +66,7 @@ def test_it_is_trained_on_and_evaluated(instructretro):
 
 
 def test_a_hugging_face_model_becomes_a_gpt_of_ours(megatron, tmp_path):
-    from retro_mcore.checkpoint.loading import load_model_from_checkpoint
+    from retro_mcore.training.setup.load_model import load_model_from_checkpoint
 
     theirs = make_model("qwen2", tmp_path / "qwen2")
     convert_checkpoint(load=str(tmp_path / "qwen2"), save=str(tmp_path / "ours"))

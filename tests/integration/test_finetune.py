@@ -93,7 +93,7 @@ def options(pretrained, data):
 
 
 def weights(folder):
-    from retro_mcore.checkpoint.loading import load_model_from_checkpoint
+    from retro_mcore.training.setup.load_model import load_model_from_checkpoint
 
     model, arguments = load_model_from_checkpoint(folder)
     return model.state_dict(), arguments

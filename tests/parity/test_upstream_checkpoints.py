@@ -28,7 +28,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def our_logits(directory: Path, name: str) -> torch.Tensor:
-    from retro_mcore.checkpoint.loading import load_model_from_checkpoint
+    from retro_mcore.training.setup.load_model import load_model_from_checkpoint
 
     model, arguments = load_model_from_checkpoint(directory)
     assert arguments.retro_origin == "mcore-0.15"

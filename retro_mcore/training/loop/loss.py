@@ -22,8 +22,8 @@ from retro_mcore.errors import RetroError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.pipeline import schedule_kwargs
 from retro_mcore.model.vocabulary import losses_of_logits
+from retro_mcore.platform.parallel import unwrap_model
 from retro_mcore.training.loop.batch import RetroBatch
-from retro_mcore.training.loop.optimizer import unwrap_model
 
 #: What a micro batch reports: [sum of losses, number of tokens] (float32) and its samples.
 LossReport = dict[str, Any]

@@ -72,13 +72,6 @@ def wrap_model(
     return DistributedDataParallel(config, ddp_config, module, disable_bucketing=disable_bucketing)
 
 
-def unwrap_model(model: torch.nn.Module) -> GPTModel:
-    """The model inside megatron's wrappers."""
-    while isinstance(model, DistributedDataParallel | Float16Module):
-        model = model.module
-    return model
-
-
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], groups: EmbeddingGroups, plan: TrainingPlan
 ) -> MegatronOptimizer:

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.checkpoint.files import (
     existing_checkpoint,
     iteration_of,
     latest_iteration,
 )
-from retro_mcore.checkpoint.loading import LoadScope, read_arguments
+from retro_mcore.checkpoint.loading import LoadScope
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.training.loop.sample_reader import Samples
 from retro_mcore.training.options.pretrain import TrainingOptions

@@ -13,8 +13,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.checkpoint.files import Retention
-from retro_mcore.checkpoint.loading import load_checkpoint, read_arguments
+from retro_mcore.checkpoint.loading import load_checkpoint
 from retro_mcore.checkpoint.saving import CheckpointSaver
 from retro_mcore.checkpoint.state import TrainingParts, TrainingProgress
 from retro_mcore.distributed import get_rank, on_first_rank, raise_together

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
+from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.checkpoint.conversion.formats import open_checkpoint
 from retro_mcore.checkpoint.conversion.model_fields import DECODER_FLAGS
 from retro_mcore.checkpoint.files import existing_checkpoint, find_checkpoint
-from retro_mcore.checkpoint.safe_loading import read_common
-from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.training.options.pretrain import ModelOptions
 
 
@@ -62,26 +61,3 @@ def model_options_of_gpt(
     unused = () if learned else ("max_position_embeddings",)
     names = [name for name in (*DECODER_FLAGS, *_RATES) if name not in unused]
     return {name: flags[name] for name in names if flags.get(name) is not None}
-
-
-def read_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The arguments that a checkpoint was saved with.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    common = read_common(checkpoint)
-    if "args" not in common or "iteration" not in common:
-        raise CheckpointError(
-            checkpoint,
-            "holds no arguments of a training run",
-            "Name a checkpoint that pretrain_retro.py wrote",
-        )
-    if "no_retrieval" not in vars(common["args"]):
-        raise CheckpointError(
-            checkpoint,
-            "was written by Megatron-LM, whose arguments say less than is needed here",
-            f"Convert it: tools/convert_checkpoint.py --load {checkpoint} --save OTHER "
-            "--project-dir PROJECT, and name OTHER",
-        )
-    return vars(common["args"])

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from retro_mcore import distributed
+from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.checkpoint.files import find_checkpoint, latest_iteration
-from retro_mcore.checkpoint.loading import read_arguments
 from retro_mcore.data.instruction.blend import BlendPart, labels_of, parse_blend
 from retro_mcore.data.instruction.cuts import InstructionCuts, count_cuts
 from retro_mcore.data.instruction.examples import (

@@ -12,6 +12,7 @@ from megatron.core import num_microbatches_calculator, parallel_state, tensor_pa
 from retro_mcore import distributed
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import distributed_backend, is_cpu_in_use, leave_model_parallel
+from retro_mcore.platform.parallel import parallel_sizes
 from retro_mcore.training.loop.batch_sizes import BatchSizes
 
 
@@ -51,15 +52,6 @@ def initialize_parallel(
             return
         leave_model_parallel()
     parallel_state.initialize_model_parallel(*sizes)
-
-
-def parallel_sizes() -> tuple[int, int, int | None]:
-    """Tensor, pipeline and virtual pipeline parallel sizes of megatron's groups."""
-    return (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-    )
 
 
 def set_seeds(seed: int) -> None:

@@ -74,7 +74,7 @@ def save_torch_format(path: Path, case, name: str = "release", **changes):
 
 
 def built(directory):
-    from retro_mcore.checkpoint.loading import load_model_from_checkpoint
+    from retro_mcore.training.setup.load_model import load_model_from_checkpoint
 
     return load_model_from_checkpoint(directory)
 
@@ -390,7 +390,7 @@ def test_a_sliding_window_goes_with_the_model(megatron, tmp_path):
 
 def test_a_window_guards_what_is_trained_from_it(megatron, tmp_path):
     """--load-gpt from the model itself and from its conversions; and evaluation of the result."""
-    from retro_mcore.evaluation.perplexity import check_shape
+    from retro_mcore.training.setup.fits_project import check_shape
     from tests.unit.checkpoint.test_huggingface import flags_of
     from tests.unit.training.small import SEQUENCE_LENGTH, small_plan, small_project
 

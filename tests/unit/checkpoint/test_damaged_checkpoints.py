@@ -39,7 +39,7 @@ def resume(checkpoint: Path) -> None:
 
 
 def evaluate(checkpoint: Path) -> None:
-    from retro_mcore.checkpoint.loading import load_model_from_checkpoint
+    from retro_mcore.training.setup.load_model import load_model_from_checkpoint
 
     load_model_from_checkpoint(checkpoint.parent)
 

@@ -43,7 +43,7 @@ def test_the_loss_is_the_mean_over_all_tokens_whatever_the_batches(neighbors):
 
 
 def test_another_tokenizer_is_refused(tmp_path):
-    from retro_mcore.evaluation.perplexity import check_tokenizer
+    from retro_mcore.training.setup.fits_project import check_tokenizer
     from retro_mcore.training.setup.plan import make_plan
     from tests.unit.training.small import small_options
 

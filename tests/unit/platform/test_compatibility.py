@@ -98,7 +98,7 @@ def parts_with_padded_buckets(megatron, monkeypatch):
 
 def test_saved_moments_are_the_parameters_own(parts_with_padded_buckets):
     from retro_mcore.checkpoint.state import METADATA
-    from retro_mcore.training.loop.optimizer import unwrap_model
+    from retro_mcore.platform.parallel import unwrap_model
 
     parts = parts_with_padded_buckets
     inner = parts.optimizer.chained_optimizers[0]

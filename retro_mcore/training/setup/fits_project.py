@@ -1,0 +1,57 @@
+"""Whether a model and a project belong together."""
+
+from __future__ import annotations
+
+from retro_mcore.errors import ConfigurationError, TokenizerError
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.training.loop.sample_reader import tokenizer_fingerprint
+from retro_mcore.training.setup.build import ModelArguments
+
+
+def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
+    """Refuse a model that was trained with another tokenizer than the project's.
+
+    Raises:
+        TokenizerError: naming both.
+    """
+    theirs = tokenizer_fingerprint(project, project_dir)
+    if arguments.tokenizer_fingerprint != theirs:
+        raise TokenizerError(
+            f"tokenizer of {project_dir}",
+            f"{project.retro_gpt_tokenizer_type} with fingerprint {theirs[:12]}, but the "
+            f"checkpoint was trained with {arguments.tokenizer_type} (vocabulary "
+            f"{arguments.vocab_size}, fingerprint {arguments.tokenizer_fingerprint[:12]})",
+            "Evaluate on the project that the model was trained on, or on one with its tokenizer",
+        )
+
+
+def check_shape(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
+    """Refuse a project whose samples the model cannot read.
+
+    Raises:
+        ConfigurationError: the chunk length differs, or samples are longer than its positions or
+            its window.
+    """
+    if project.retro_gpt_chunk_length != arguments.retro_chunk_length:
+        raise ConfigurationError(
+            "retro_gpt_chunk_length",
+            f"{project.retro_gpt_chunk_length} in {project_dir}, but the checkpoint was trained "
+            f"with {arguments.retro_chunk_length}",
+            "Evaluate on a project with the model's chunk length",
+        )
+    longer = project.retro_gpt_seq_length > arguments.seq_length
+    if longer and arguments.position_embedding_type == "learned_absolute":
+        raise ConfigurationError(
+            "retro_gpt_seq_length",
+            f"{project.retro_gpt_seq_length} in {project_dir}, but the checkpoint has "
+            f"{arguments.seq_length} positions",
+            "Evaluate on a project with shorter samples",
+        )
+    window = arguments.sliding_window
+    if window is not None and project.retro_gpt_seq_length > window:
+        raise ConfigurationError(
+            "retro_gpt_seq_length",
+            f"{project.retro_gpt_seq_length} in {project_dir}, but the model attends to the last "
+            f"{window} tokens only",
+            "Evaluate on a project with shorter samples",
+        )
