@@ -2,7 +2,7 @@
 
 import sys
 
-from retro_mcore.stages.build_index import main
+from retro_mcore.cli.build_index import main
 
 if __name__ == "__main__":
     sys.exit(main())

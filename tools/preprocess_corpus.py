@@ -2,7 +2,7 @@
 
 import sys
 
-from retro_mcore.stages.preprocess_corpus import main
+from retro_mcore.cli.preprocess_corpus import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from retro_mcore.stages.query_neighbors import main
+from retro_mcore.cli.query_neighbors import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from retro_mcore.stages.update_db import main
+from retro_mcore.cli.update_db import main
 
 if __name__ == "__main__":
     sys.exit(main())
