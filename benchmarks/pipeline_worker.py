@@ -207,20 +207,24 @@ def _samples(project: Path) -> tuple[Any, Any, int]:
 def fill(project: Path) -> dict[str, Any]:
     """Neighbors of the training samples without embedding and search: text, filter, saving."""
     from retro_mcore.project.shards import cut
-    from retro_mcore.retrieval import querying
+    from retro_mcore.retrieval import neighbor_search
 
     samples, tokenizer, length = _samples(project)
     paths, config = ProjectPaths(project), ProjectConfig.load(project)
     database, given = ChunkDatabase.open(project), np.load(project / "candidates.npy")
-    search = querying.NeighborSearch(database, tokenizer, NoEmbedder(), length, CANDIDATES, SAVED)
+    search = neighbor_search.NeighborSearch(
+        database, tokenizer, NoEmbedder(), length, CANDIDATES, SAVED
+    )
     config.retro_neighbor_dirs = {"train": "train_filled", "valid": None, "test": None}
     shards = cut(paths.query / "train_filled", len(given), config.retro_block_size)
     faiss_library()  # the other side has imported it too
     watches = {name: Stopwatch() for name in ("read_chunks", "chunk_texts", "embed_unique")}
     for name, watch in watches.items():
-        setattr(querying, name, watch.around(getattr(querying, name)))
+        setattr(neighbor_search, name, watch.around(getattr(neighbor_search, name)))
     clock = Clock()
-    querying.query_split(search, samples, GivenIndex(given, len(database)), shards, "", "fill")
+    neighbor_search.query_split(
+        search, samples, GivenIndex(given, len(database)), shards, "", "fill"
+    )
     taken, embedding = clock.read(), watches.pop("embed_unique").seconds
     config.save(project)
     texts = sum(watch.seconds for watch in watches.values())

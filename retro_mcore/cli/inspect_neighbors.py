@@ -11,15 +11,6 @@ import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.cli.command import print_summary, run_command
-from retro_mcore.cli.neighbor_page import (
-    ChunkView,
-    Histogram,
-    NeighborView,
-    Page,
-    Piece,
-    SampleView,
-    render,
-)
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.data.tokens.document_ids import DocumentNames
 from retro_mcore.distributed import initialize
@@ -29,6 +20,15 @@ from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.neighbor_page import (
+    ChunkView,
+    Histogram,
+    NeighborView,
+    Page,
+    Piece,
+    SampleView,
+    render,
+)
 from retro_mcore.retrieval.neighbor_tables import SavedDistances
 from retro_mcore.retrieval.overlap import longest_common_runs, shared_positions
 from retro_mcore.samples.retro_dataset import RetroDataset, build_retro_datasets

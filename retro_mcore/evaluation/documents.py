@@ -30,8 +30,8 @@ from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.base import load_project_embedder
 from retro_mcore.retrieval.embedders.megatron_bert import register as register_megatron_bert
 from retro_mcore.retrieval.index.project import ProjectIndex
+from retro_mcore.retrieval.neighbor_search import NUM_QUERY, NeighborSearch, query_split
 from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
-from retro_mcore.retrieval.querying import NUM_QUERY, NeighborSearch, query_split
 from retro_mcore.retrieval.rerank import load_reranker
 from retro_mcore.samples.project_samples import RenumberedSamples, numbers_in_database
 

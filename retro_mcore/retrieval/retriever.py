@@ -26,8 +26,8 @@ from retro_mcore.retrieval.embedders.base import Embedder, embed_unique, load_pr
 from retro_mcore.retrieval.embedders.megatron_bert import register as register_megatron_bert
 from retro_mcore.retrieval.index import search
 from retro_mcore.retrieval.index.project import ProjectIndex
+from retro_mcore.retrieval.neighbor_search import NUM_QUERY, require_found
 from retro_mcore.retrieval.neighbors import CompletedChunk, RetrievedNeighbors
-from retro_mcore.retrieval.querying import NUM_QUERY, require_found
 from retro_mcore.retrieval.rerank import load_reranker
 
 

@@ -49,7 +49,6 @@ from retro_mcore.retrieval.embedders.base import (
 )
 from retro_mcore.retrieval.embedders.lexical import count_texts, weights_of
 from retro_mcore.retrieval.embedders.megatron_bert import register as register_megatron_bert
-from retro_mcore.retrieval.growth import Growth
 from retro_mcore.retrieval.index import (
     AUTO,
     IndexChoice,
@@ -61,6 +60,7 @@ from retro_mcore.retrieval.index import (
 from retro_mcore.retrieval.index.build import IndexBuild, read_recall
 from retro_mcore.retrieval.index.embeddings import count_embedded
 from retro_mcore.retrieval.index.gpu import num_gpus
+from retro_mcore.retrieval.index.inherited import Growth
 from retro_mcore.retrieval.vectors import EmbeddingCounts
 
 STAGE = "build_index"

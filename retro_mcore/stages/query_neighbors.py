@@ -34,7 +34,7 @@ from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.base import load_project_embedder
 from retro_mcore.retrieval.embedders.megatron_bert import register as register_megatron_bert
 from retro_mcore.retrieval.index.project import ProjectIndex
-from retro_mcore.retrieval.querying import (
+from retro_mcore.retrieval.neighbor_search import (
     NUM_QUERY,
     NeighborSearch,
     QueryCounts,

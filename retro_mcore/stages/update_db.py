@@ -22,7 +22,7 @@ from retro_mcore.project.markers import checksum, digest_of, fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import finish_stage, recorded_options, stage_report
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.querying import NUM_QUERY
+from retro_mcore.retrieval.neighbor_search import NUM_QUERY
 from retro_mcore.stages.build_db import BuildDbOptions, build_db
 from retro_mcore.stages.build_index import BuildIndexOptions, build_index
 from retro_mcore.stages.grown_project import make_grown_project

@@ -1,6 +1,6 @@
 """The Faiss index over the embeddings of the retrieval database.
 
-embeddings -> choice -> training -> filling (parts, then one index of them) -> recall; searching
+embeddings -> choice -> training -> filling (parts, then one index of them) -> recall; faiss_search
 reads what files holds.
 """
 
@@ -12,6 +12,7 @@ from retro_mcore.retrieval.index.embeddings import (
     embed_held_out,
     read_held_out,
 )
+from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts, save_index
 from retro_mcore.retrieval.index.filling import (
     add_part,
@@ -29,7 +30,6 @@ from retro_mcore.retrieval.index.recall import (
     tune,
     write_exact,
 )
-from retro_mcore.retrieval.index.searching import search, set_search_breadth
 from retro_mcore.retrieval.index.training import (
     IndexKind,
     has_graph,

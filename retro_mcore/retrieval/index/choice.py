@@ -15,6 +15,7 @@ from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.project.config import read_json_object
 from retro_mcore.project.space import show_bytes
 from retro_mcore.retrieval.index.embeddings import Embeddings
+from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads
 from retro_mcore.retrieval.index.recall import (
     DECISIVE,
@@ -23,7 +24,6 @@ from retro_mcore.retrieval.index.recall import (
     squared_distances,
     without,
 )
-from retro_mcore.retrieval.index.searching import search, set_search_breadth
 from retro_mcore.retrieval.index.training import make_index
 
 AUTO = "auto"

@@ -8,8 +8,8 @@ from typing import Any
 
 from retro_mcore.errors import CorruptFileError
 from retro_mcore.project.shards import Shard
+from retro_mcore.retrieval.index.faiss_search import PartedIndex, set_search_breadth
 from retro_mcore.retrieval.index.library import faiss_library, message_of
-from retro_mcore.retrieval.index.searching import PartedIndex, set_search_breadth
 from retro_mcore.retrieval.index.training import IndexKind, innermost, kind_of
 
 

@@ -14,8 +14,8 @@ from retro_mcore.project.hdf5 import map_dataset
 from retro_mcore.project.markers import signed_write
 from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.index.embeddings import Embeddings, HeldOut
+from retro_mcore.retrieval.index.faiss_search import nearest, search, set_search_breadth
 from retro_mcore.retrieval.index.library import faiss_library
-from retro_mcore.retrieval.index.searching import nearest, search, set_search_breadth
 from retro_mcore.retrieval.index.training import has_graph, num_lists
 
 RECALL_AT = (1, 2, 10)

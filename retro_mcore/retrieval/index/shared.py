@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from retro_mcore.distributed import get_rank, get_world_size
-from retro_mcore.retrieval.index.searching import nearest, search
+from retro_mcore.retrieval.index.faiss_search import nearest, search
 
 
 class SharedIndex:

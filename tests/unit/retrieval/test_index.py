@@ -21,6 +21,7 @@ from retro_mcore.retrieval.index import (
     choice,
     choose_index,
     cut_parts,
+    faiss_search,
     kind_of,
     lists_path,
     load_index,
@@ -32,7 +33,6 @@ from retro_mcore.retrieval.index import (
     read_exact,
     save_index,
     search,
-    searching,
     train_index,
     write_exact,
 )
@@ -201,7 +201,7 @@ def test_parts_give_the_neighbors_of_the_whole(tmp_path, string, k):
     whole = search(load_parts(empty, parts, probes), vectors()[:200], k)
     ranks = [search(load_parts(empty, parts[i::2], probes), vectors()[:200], k) for i in (0, 1)]
     joined = [np.hstack(arrays) for arrays in zip(*ranks, strict=True)]
-    for found in (whole, searching.nearest(*joined, k)):
+    for found in (whole, faiss_search.nearest(*joined, k)):
         assert_same_neighbors(found, expected)
     half = len(vectors()) // 2
     _, ids = search(merged, vectors()[half + 5 : half + 6], 3)  # one of 61 equal vectors
@@ -219,7 +219,7 @@ def test_the_number_of_threads_does_not_matter(tmp_path, monkeypatch):
         pool = ThreadPoolExecutor(
             threads, initializer=faiss_library().omp_set_num_threads, initargs=(1,)
         )
-        for module in (searching, filling):
+        for module in (faiss_search, filling):
             monkeypatch.setattr(module, "worker_threads", lambda pool=pool: pool)
         serial, _, _ = fill(tmp_path / str(threads), "IVF8,SQ8")
         distances, ids = search(serial, vectors()[:700], 50)

@@ -23,7 +23,7 @@ from retro_mcore.retrieval.embedders.base import (
     embed_unique,
 )
 from retro_mcore.retrieval.index import Embeddings
-from retro_mcore.retrieval.querying import require_found
+from retro_mcore.retrieval.neighbor_search import require_found
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.retrieval.vectors import EmbeddingCounts, unusable
 from retro_mcore.stages import build_index, query_neighbors

@@ -11,7 +11,7 @@ from retro_mcore.project import ProjectConfig, ProjectPaths
 from retro_mcore.retrieval import filtering
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
-from retro_mcore.retrieval.querying import NeighborSearch, answer
+from retro_mcore.retrieval.neighbor_search import NeighborSearch, answer
 from retro_mcore.retrieval.rerank import BM25, K1, B, count_tokens
 from tests.unit.data.projects import built_project
 

@@ -21,7 +21,7 @@ from retro_mcore.retrieval.chunk_text import DocumentEnds, chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
-from retro_mcore.retrieval.index.searching import search
+from retro_mcore.retrieval.index.faiss_search import search
 from retro_mcore.retrieval.index.shared import SharedIndex
 from retro_mcore.retrieval.rerank import BM25
 from retro_mcore.retrieval.vectors import EmbeddingCounts
