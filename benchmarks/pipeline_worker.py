@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import get_rank, initialize
 from retro_mcore.platform import setup_device
@@ -29,9 +32,7 @@ from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
 from retro_mcore.samples.project_samples import build_all_gpt_samples
 from retro_mcore.samples.retro_dataset import RetroDataset
-from retro_mcore.stages.build_db import BuildDbOptions, build_db
-from retro_mcore.stages.build_index import STEPS, BuildIndexOptions, Step, build_index
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.stages.build_index import STEPS, Step
 
 CANDIDATES, SAVED, NEIGHBORS = 200, 20, 2
 _BATCH = 4096

@@ -41,10 +41,10 @@ def make_project(folder: Path, train_iters: int) -> Path:
     Raises:
         MissingDependencyError: Transformers is not installed.
     """
-    from retro_mcore.stages.build_db import BuildDbOptions, build_db
-    from retro_mcore.stages.build_index import BuildIndexOptions, build_index
-    from retro_mcore.stages.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
-    from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
+    from retro_mcore.cli.build_db import BuildDbOptions, build_db
+    from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+    from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
+    from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 
     corpus, project = folder / "documentation.jsonl", folder / "project"
     if not corpus.is_file():

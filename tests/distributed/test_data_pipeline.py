@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.errors import CorpusError, ProjectError
 from retro_mcore.project import ProjectPaths
 from retro_mcore.project.lock import stage_lock
-from retro_mcore.stages.build_db import BuildDbOptions, build_db
-from retro_mcore.stages.preprocess_corpus import preprocess_corpus
 from tests.processes import run_ranks
 from tests.unit.data.projects import build_all, documents, preprocess_options, write_corpus
 

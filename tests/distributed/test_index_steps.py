@@ -11,12 +11,12 @@ import h5py
 import numpy as np
 import pytest
 
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project import ProjectPaths, ProjectSettings
-from retro_mcore.stages.build_db import BuildDbOptions, build_db
-from retro_mcore.stages.build_index import BuildIndexOptions, build_index
-from retro_mcore.stages.preprocess_corpus import preprocess_corpus
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
 from tests.processes import run_ranks
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
 

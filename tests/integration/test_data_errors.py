@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from retro_mcore.cli import build_db, build_index, preprocess_corpus, query_neighbors
+from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions
 from retro_mcore.data.tokenizers.loading import train_sentencepiece
-from retro_mcore.stages import build_db, build_index, preprocess_corpus, query_neighbors
-from retro_mcore.stages.preprocess_corpus import PreprocessCorpusOptions
 from tests.unit.data.projects import (
     built_project,
     documents,

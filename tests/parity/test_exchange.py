@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.project import SPLITS, ProjectConfig, ProjectPaths, Split
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.samples.retro_dataset import RetroDataset, build_retro_datasets
-from retro_mcore.stages.build_db import BuildDbOptions, build_db
-from retro_mcore.stages.build_index import BuildIndexOptions, build_index
-from retro_mcore.stages.preprocess_corpus import preprocess_corpus
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
 from tests.parity import environment
 from tests.parity.upstream_pipeline import NUM_SAVED
 from tests.unit.data.projects import documents, preprocess_options, write_corpus

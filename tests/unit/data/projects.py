@@ -12,11 +12,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.project.shards import Shard, cut, run_shards
-from retro_mcore.stages.build_db import BuildDbOptions, build_db
-from retro_mcore.stages.build_index import BuildIndexOptions, build_index
-from retro_mcore.stages.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
 
 
 def documents(count: int = 20, length: int = 350) -> list[str]:

@@ -13,7 +13,8 @@ import h5py
 import numpy as np
 import pytest
 
-from retro_mcore.cli import inspect_neighbors
+from retro_mcore.cli import build_db, build_index, inspect_neighbors, query_neighbors
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.data.tokens.token_file import TokenFile
 from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, TokenizerError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
@@ -25,8 +26,6 @@ from retro_mcore.retrieval.index.project import ProjectIndex
 from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors
 from retro_mcore.retrieval.rerank import load_reranker
 from retro_mcore.samples.retro_dataset import build_retro_datasets
-from retro_mcore.stages import build_db, build_index, query_neighbors
-from retro_mcore.stages.preprocess_corpus import preprocess_corpus
 from tests.unit.data.projects import (
     built_project,
     documents,

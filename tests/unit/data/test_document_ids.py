@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.data.tokens.document_ids import (
     DocumentIds,
     DocumentNames,
@@ -15,7 +16,6 @@ from retro_mcore.data.tokens.document_ids import (
 )
 from retro_mcore.errors import CorruptFileError
 from retro_mcore.project import ProjectPaths
-from retro_mcore.stages.preprocess_corpus import preprocess_corpus
 from tests.unit.data.projects import documents, preprocess_options
 
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.data.tokenizers.loading import GPTSentencePieceTokenizer
 from retro_mcore.data.tokens.indexed_dataset import write_indexed_dataset
 from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path
 from retro_mcore.data.tokens.token_input import check_token_input, find_token_input
 from retro_mcore.errors import CorpusError, ProjectError, TokenizerError
 from retro_mcore.project import ProjectPaths
-from retro_mcore.stages.preprocess_corpus import preprocess_corpus
 from tests.unit.data.projects import built_project, preprocess_options
 
 NAME = "corpus_text_document"

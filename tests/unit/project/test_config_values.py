@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_mcore.cli import plan_scale
+from retro_mcore.cli import build_db, build_index, plan_scale, query_neighbors
 from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, SeveralErrors
 from retro_mcore.project import ProjectConfig, ProjectSettings
-from retro_mcore.stages import build_db, build_index, query_neighbors
 
 CONFIG = {
     "retro_block_size": 100000,

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from retro_mcore.cli import evaluate_perplexity, inspect_neighbors
+from retro_mcore.cli import build_db, evaluate_perplexity, inspect_neighbors, query_neighbors
 from retro_mcore.errors import CorruptFileError
 from retro_mcore.project import ProjectPaths, integrity
 from retro_mcore.project.integrity import SignedFile, verify_files, verifying
 from retro_mcore.project.markers import checksum, marker_path, signed_write
-from retro_mcore.stages import build_db, query_neighbors
 from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project
 

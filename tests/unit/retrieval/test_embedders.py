@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project import ProjectPaths
 from retro_mcore.retrieval.bert_tokens import default_bert_vocab
@@ -17,10 +21,6 @@ from retro_mcore.retrieval.embedders.base import build_embedder
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.retro_dataset import build_retro_datasets
-from retro_mcore.stages.build_db import BuildDbOptions, build_db
-from retro_mcore.stages.build_index import BuildIndexOptions, build_index
-from retro_mcore.stages.preprocess_corpus import preprocess_corpus
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
 
 # Embeddings before and after the CPU platform replaces torch's CUDA queries and factories.

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
 from retro_mcore.project import ProjectPaths, ProjectSettings
 from retro_mcore.retrieval.neighbors import CompletedChunk
 from retro_mcore.retrieval.rerank import load_reranker
 from retro_mcore.retrieval.retriever import Retriever
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
 from tests.unit.data.projects import built_project, forget_neighbors
 
 M = 16

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
 from retro_mcore.project.shards import choose_shard_length, cut, run_shards
@@ -16,7 +17,6 @@ from retro_mcore.retrieval.embedders.base import build_embedder, embed_unique
 from retro_mcore.retrieval.filtering import keep_first
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
 from tests.unit.data.projects import built_project, write_rows
 
 

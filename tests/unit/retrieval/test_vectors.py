@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.cli import build_index, query_neighbors
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.project import ProjectConfig, ProjectPaths
@@ -26,7 +27,6 @@ from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.neighbor_search import require_found
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.retrieval.vectors import EmbeddingCounts, unusable
-from retro_mcore.stages import build_index, query_neighbors
 from tests.unit.data.projects import built_project, forget_neighbors, write_rows
 
 DIMENSION = 8

@@ -8,7 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
 from retro_mcore.cli.command import parse_options
+from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
 from retro_mcore.data.tokenizers.loading import build_tokenizer, load_project_tokenizer
 from retro_mcore.data.tokens.token_file import TokenFile, open_token_files
 from retro_mcore.errors import ProjectError, TokenizerError
@@ -16,8 +18,6 @@ from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.stages.build_db import BuildDbOptions, build_db
-from retro_mcore.stages.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
 from tests.unit.data.tokenizer_shapes import begins_with, byte_level, save
 

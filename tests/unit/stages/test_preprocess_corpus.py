@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
 from retro_mcore.data.corpus import sources
 from retro_mcore.data.tokenizers.loading import GPTSentencePieceTokenizer
 from retro_mcore.data.tokens.document_ids import ids_path, pack_ids, write_ids
@@ -20,7 +21,6 @@ from retro_mcore.data.tokens.token_file import bin_path, idx_path
 from retro_mcore.errors import CorpusError, ProjectError, RetroError
 from retro_mcore.project import ProjectPaths
 from retro_mcore.project.records import stage_report
-from retro_mcore.stages.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
 
 TEXTS = documents(40)

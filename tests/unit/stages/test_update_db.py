@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.inspect_neighbors import InspectNeighborsOptions, inspect_neighbors
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.document_ids import DocumentIds
 from retro_mcore.data.tokens.token_file import TokenFile
@@ -30,11 +35,6 @@ from retro_mcore.retrieval.rerank import load_reranker
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.retro_dataset import build_retro_datasets
 from retro_mcore.stages import query_neighbors as query_command
-from retro_mcore.stages.build_db import BuildDbOptions, build_db
-from retro_mcore.stages.build_index import BuildIndexOptions, build_index
-from retro_mcore.stages.preprocess_corpus import preprocess_corpus
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
-from retro_mcore.stages.update_db import UpdateDbOptions, update_db
 from tests.unit.data.projects import documents, forget_neighbors, preprocess_options, write_corpus
 
 

@@ -17,10 +17,10 @@ from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.checkpoint.files import find_checkpoint
 from retro_mcore.cli import convert_checkpoint
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.data.tokens.indexed_dataset import write_indexed_dataset
 from retro_mcore.errors import ProjectError, RetroError, TokenizerError
 from retro_mcore.project.lock import directory_lock
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.training.loop.sample_reader import check_document_tokens
 from retro_mcore.training.setup.data_contents import DataContents, DatasetContents, quick_digest
 from tests.unit.data.projects import blended_project
