@@ -108,6 +108,23 @@ def require_reading(arguments: ModelArguments, subject: str, mend: str = "Use no
         )
 
 
+def warn_beyond_training(arguments: ModelArguments, num_tokens: int, what: str) -> None:
+    """Say on stderr, once, when texts are longer than the model's training samples.
+
+    Args:
+        arguments: The model's.
+        num_tokens: Length of the longest text.
+        what: What these texts are.
+    """
+    if num_tokens > arguments.seq_length and get_rank() == 0:
+        print(
+            f"warning: {what} have up to {num_tokens} tokens, but the model was trained on "
+            f"{arguments.seq_length}: quality may drop at later positions",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in evaluation mode, on its device.

@@ -191,6 +191,9 @@ def _check(options: EvaluateQaOptions) -> None:
         raise ConfigurationError(
             "--confidence-level", str(options.confidence_level), "Give a number between 0 and 1"
         )
+    if options.reuse_top and (options.predictions or options.retro_neighbors != "passages"):
+        found = "given, but the encoder reads none of the test file's passages"
+        raise ConfigurationError("--reuse-top", found, "Add --retro-neighbors passages")
     if "" in options.stop:
         raise ConfigurationError("--stop", "an empty text", "Give texts to stop at")
 
@@ -238,7 +241,7 @@ def _generate(
     from retro_mcore.checkpoint.files import find_checkpoint
     from retro_mcore.evaluation.predictions import predict
     from retro_mcore.evaluation.question_answering import QAOptions, QuestionAnswerer
-    from retro_mcore.session import LoadedModel
+    from retro_mcore.session import LoadedModel, warn_beyond_training
 
     with raise_together():
         sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)
@@ -262,6 +265,13 @@ def _generate(
         options.device,
         options.retro_attention_gate,
     )
+    if loaded.window > loaded.arguments.seq_length:  # else no prompt can be longer
+        with raise_together():
+            answerer = QuestionAnswerer(loaded, examples, asked, "none")
+            longest = max(len(answerer.prompt_tokens(example)) for example in examples)
+        warn_beyond_training(
+            loaded.arguments, longest + options.max_new_tokens, "prompts and answers"
+        )
     arms = [options.retro_neighbors, *(["none"] if options.ablate_retrieval else [])]
     rows = {}
     for arm in arms:

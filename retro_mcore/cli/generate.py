@@ -13,6 +13,7 @@ from retro_mcore.cli.command import run_command
 from retro_mcore.cli.generation_model import (
     GenerationModel,
     GenerationModelOptions,
+    check_retrieval_flags,
     load_generation_model,
 )
 from retro_mcore.data.tokenizers.loading import Tokenizer
@@ -115,6 +116,7 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     Raises:
         RetroError: a flag, the project or the checkpoint is at fault.
     """
+    check_retrieval_flags(options, neighbors_given=options.neighbors is not None)
     prompts = _read_prompts(options)
     sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)
     loaded = load_generation_model(options)
@@ -142,6 +144,7 @@ def _check_prompts(
 ) -> None:
     """Refuse the prompts that cannot be continued before any is: all of them are told."""
     from retro_mcore.inference.requests import GenerationRequest, StoppingOptions, check_request
+    from retro_mcore.session import warn_beyond_training
 
     stopping = StoppingOptions(
         options.max_new_tokens,
@@ -161,6 +164,8 @@ def _check_prompts(
         except RetroError as error:
             problems.append(prompt.problem(error))
     raise_problems(problems)
+    longest = max(map(len, tokens)) + options.max_new_tokens
+    warn_beyond_training(loaded.arguments, longest, "prompts and answers")
     _tell_cut_neighbors(loaded, prompts)
 
 

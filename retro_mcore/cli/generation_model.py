@@ -10,7 +10,7 @@ import torch
 
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import initialize, raise_together
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project import ProjectPaths
 from retro_mcore.retrieval.background import BackgroundRetrieval
@@ -55,6 +55,30 @@ class GenerationModelOptions:
     """auto: CUDA where there is one, else the CPU."""
     verify: bool = False
     """Compare the checksums of all files that are read, however large; else of 8 GiB a process."""
+
+
+def check_retrieval_flags(options: GenerationModelOptions, neighbors_given: bool = False) -> None:
+    """Refuse flags of live retrieval that cannot work, or that nothing would use.
+
+    Args:
+        options: The flags.
+        neighbors_given: The user's own neighbors take the place of retrieved ones.
+
+    Raises:
+        ConfigurationError: naming the flag.
+        SeveralErrors: more than one.
+    """
+    problems: list[RetroError] = []
+    instead = "--neighbors" if neighbors_given else f"--retro-neighbors {options.retro_neighbors}"
+    searches = options.retro_neighbors == "live" and not neighbors_given
+    for name, least, default in (("retrieval_interval", 1, 1), ("retrieval_lead", 0, 0)):
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value < least:
+            problems.append(ConfigurationError(flag, str(value), f"Give {least} or more"))
+        elif value != default and not searches:
+            found = f"{value} with {instead}: nothing is searched"
+            problems.append(ConfigurationError(flag, found, "Leave it out"))
+    raise_problems(problems)
 
 
 @dataclass

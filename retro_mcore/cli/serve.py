@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,23 @@ from retro_mcore.cli.command import run_command
 from retro_mcore.cli.generation_model import (
     GenerationModel,
     GenerationModelOptions,
+    check_retrieval_flags,
     load_generation_model,
 )
 from retro_mcore.data.tokenizers.loading import Tokenizer
-from retro_mcore.errors import ConfigurationError, MissingDependencyError
+from retro_mcore.errors import (
+    ConfigurationError,
+    MissingDependencyError,
+    RetroError,
+    check_all,
+    raise_problems,
+)
 
 if TYPE_CHECKING:
     from retro_mcore.server.service import GenerationService
 
 _KEY_VARIABLE = "RETRO_MCORE_API_KEY"
+_MAX_PORT = 65535
 
 
 @dataclass(kw_only=True)
@@ -69,6 +78,7 @@ def serve(options: ServeOptions) -> None:
     _check(options)
     loaded = load_generation_model(options)
     from retro_mcore.server.service import GenerationService, is_first_rank
+    from retro_mcore.session import warn_beyond_training
 
     if options.max_length is not None and options.max_length > loaded.model.max_sequence_length:
         raise ConfigurationError(
@@ -76,6 +86,8 @@ def serve(options: ServeOptions) -> None:
             f"{options.max_length}, but the model's window is {loaded.model.max_sequence_length}",
             "Leave it out, or lower it",
         )
+    longest = options.max_length or loaded.window
+    warn_beyond_training(loaded.arguments, longest, "prompts and answers")
     service = GenerationService(
         loaded.model,
         loaded.tokenizer,
@@ -162,13 +174,28 @@ def _check(options: ServeOptions) -> None:
         raise MissingDependencyError(
             "serve", f"FastAPI and uvicorn are needed ({error})", "Install the `serve` extra"
         ) from error
-    for field in ("max_batch_size", "max_tokens", "max_texts", "max_body_bytes", "receive_seconds"):
-        if getattr(options, field) < 1:
-            flag = f"--{field.replace('_', '-')}"
-            raise ConfigurationError(flag, str(getattr(options, field)), "Give at least 1")
-    if options.max_waiting < 0:
-        raise ConfigurationError("--max-waiting", str(options.max_waiting), "Give 0 or more")
-    _api_key(options)
+    check_all(
+        partial(raise_problems, _out_of_range(options)),
+        partial(check_retrieval_flags, options),
+        partial(_api_key, options),
+    )
+
+
+def _out_of_range(options: ServeOptions) -> list[RetroError]:
+    least = {
+        **dict.fromkeys(("max_batch_size", "max_tokens", "max_texts", "max_body_bytes"), 1),
+        **dict.fromkeys(("receive_seconds", "max_length"), 1),
+        **dict.fromkeys(("max_waiting", "shutdown_seconds", "port"), 0),
+    }
+    problems: list[RetroError] = []
+    for field, smallest in least.items():
+        value, flag = getattr(options, field), f"--{field.replace('_', '-')}"
+        if value is not None and value < smallest:
+            at_least = f"Give at least {smallest}" if smallest else "Give 0 or more"
+            problems.append(ConfigurationError(flag, str(value), at_least))
+    if options.port > _MAX_PORT:
+        problems.append(ConfigurationError("--port", str(options.port), f"At most {_MAX_PORT}"))
+    return problems
 
 
 def _api_key(options: ServeOptions) -> str | None:

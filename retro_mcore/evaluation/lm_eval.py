@@ -169,7 +169,13 @@ class RetroLM(TemplateLM):
                 notes[f"a continuation longer than the window of {window}: scored in pieces"] += 1
             elif len(context) + len(continuation) > window + 1:
                 notes[f"more than the window of {window}: the context lost its beginning"] += 1
+            self._note_length(min(len(context) + len(continuation) - 1, window), notes)
         return notes
+
+    def _note_length(self, num_tokens: int, notes: Counter[str]) -> None:
+        trained = self._loaded.arguments.seq_length
+        if num_tokens > trained:
+            notes[f"longer than the {trained} tokens of the training samples"] += 1
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, through windows that overlap as little as they can."""
@@ -233,6 +239,7 @@ class RetroLM(TemplateLM):
         room = self._scorer.max_length - max_new_tokens
         if len(tokens) > room:
             notes["context and answer are more than the window: it lost its beginning"] += 1
+        self._note_length(min(len(tokens), room) + max_new_tokens, notes)
         return tokens[-room:]
 
     def _batches(

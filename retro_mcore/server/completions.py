@@ -127,13 +127,20 @@ class CompletionRequest(BaseModel):
             raise ValueError("best_of is less than n")
         if self.stream and self.num_texts > self.n:
             raise ValueError("best_of beyond n cannot be streamed")
-        for token in self.logit_bias:
-            if not _TOKEN_ID.fullmatch(token):
-                raise ValueError(f"logit_bias has {token[:40]!r}, which is not a token id")
+        self._check_logit_bias()
         lists = self.neighbors if self._for_each_prompt else None
         if lists is not None and len(lists) != len(self.prompts):
             raise ValueError(f"neighbors has {len(lists)} lists for {len(self.prompts)} prompts")
         return self
+
+    def _check_logit_bias(self) -> None:
+        spelled: dict[int, str] = {}
+        for token in self.logit_bias:
+            if not _TOKEN_ID.fullmatch(token):
+                raise ValueError(f"logit_bias has {token[:40]!r}, which is not a token id")
+            other = spelled.setdefault(int(token), token)
+            if other != token:
+                raise ValueError(f"logit_bias has token {int(token)} twice: {other!r}, {token!r}")
 
     @property
     def num_texts(self) -> int:

@@ -20,6 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from retro_mcore.errors import RetroError
 from retro_mcore.retrieval.neighbors import NeighborSource, SameNeighbors
 from retro_mcore.server.completions import Answer, CompletionRequest, error_body
+from retro_mcore.server.head import HeadAsGet
 from retro_mcore.server.http_requests import check_key, parse_request, read_json, refused
 from retro_mcore.server.service import (
     BusyError,
@@ -101,6 +102,7 @@ def build_app(
         await asyncio.to_thread(parts.service.close, 10.0)
 
     app = FastAPI(title="retro-mcore", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
     _handle_errors(app)
 

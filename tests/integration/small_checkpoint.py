@@ -11,7 +11,9 @@ from tests.unit.data.projects import built_project
 
 
 @cache
-def small_checkpoint(make_vocab_size_divisible_by: int = 128) -> str:
+def small_checkpoint(
+    make_vocab_size_divisible_by: int = 128, max_position_embeddings: int | None = None
+) -> str:
     """The directory of its checkpoint; do not change it."""
     from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
 
@@ -29,6 +31,7 @@ def small_checkpoint(make_vocab_size_divisible_by: int = 128) -> str:
             position_embedding_type="rope",
             init_method_std=0.2,
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            max_position_embeddings=max_position_embeddings,
             micro_batch_size=2,
             lr=1e-3,
             num_workers=0,

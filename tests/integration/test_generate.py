@@ -134,6 +134,11 @@ def test_searching_ahead_finds_neighbors_for_every_chunk(options):
         ({"prompt": None, "prompt_file": "x", "neighbors": ["a"]}, "--neighbors: given with"),
         ({"retrieval_interval": 0}, "--retrieval-interval: 0"),
         ({"retrieval_lead": 16}, "--retrieval-lead: 16 of the 16 tokens"),
+        (
+            {"retrieval_lead": 2, "retrieval_interval": 2, "retro_neighbors": "none"},
+            "(?s)--retrieval-interval: 2 with --retro-neighbors none.*--retrieval-lead: 2 with",
+        ),
+        ({"retrieval_lead": 2, "neighbors": ["a"]}, "--retrieval-lead: 2 with --neighbors"),
         ({"micro_batch_size": 0}, "--micro-batch-size: 0"),
         ({"max_new_tokens": 1000}, "--max-new-tokens: 1000 after the .* window of 64"),
     ],

@@ -381,3 +381,19 @@ def test_impossible_flags_are_one_line_and_exit_code_2(flags, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_impossible_flags_are_reported_together(capsys):
+    from retro_mcore.cli.serve import main
+
+    flags = ["--project-dir", str(built_project()), "--load", small_checkpoint()]
+    flags += ["--max-batch-size", "0", "--max-waiting", "-1", "--port", "70000"]
+    flags += ["--max-length", "0", "--api-key-file", "nowhere"]
+    flags += ["--retro-neighbors", "none", "--retrieval-lead", "4"]
+    assert main([*flags, "--device", "cpu"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    named = [line.removeprefix("error: ").split(":")[0] for line in lines]
+    assert named == [
+        *("--max-batch-size", "--max-length", "--max-waiting", "--port"),
+        *("--retrieval-lead", "--api-key-file"),
+    ]

@@ -132,6 +132,24 @@ def test_null_is_a_fields_default(app, stream, echo):
         assert answer["choices"] == expected
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/models/small", "/nowhere"])
+def test_head_is_answered_like_get_without_a_body(app, path):
+    status, body = app.send("GET", path)
+    assert app.send("HEAD", path) == (status, b"")
+    assert body
+
+
+def test_head_of_completions_is_refused_like_get(app):
+    assert app.send("HEAD", "/v1/completions") == (405, b"")
+
+
+def test_two_spellings_of_a_token_in_logit_bias_are_refused(app):
+    status, answer = app.post({**GREEDY, "logit_bias": {"1": 5, "01": -5}})
+    assert status == 400
+    assert answer["error"]["param"] == "logit_bias"
+    assert "token 1 twice: '1', '01'" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("prompt", [{"prompt": ""}, {"prompt": None}, {}, {"prompt": [""]}])
 def test_an_empty_prompt_begins_with_the_start_token(app, prompt):
     status, answer = app.post({"max_tokens": 4, "temperature": 0, "echo": True, **prompt})

@@ -49,6 +49,7 @@ def loaded_model(retrieval: bool, model: Any = None) -> Any:
 
     model = model or small_model()
     arguments: Any = SimpleNamespace(
+        seq_length=model.max_sequence_length,
         retro_chunk_length=CHUNK_LENGTH,
         retro_num_neighbors=model.config.retro_num_neighbors,
         retro_num_retrieved_chunks=model.config.retro_num_retrieved_chunks,

@@ -146,6 +146,16 @@ def test_contradictions_and_cuts_are_said_once_with_their_number(harness_model, 
     assert "1 of 4 requests: more than half of the window asked for" in caplog.text
 
 
+def test_texts_longer_than_the_training_samples_are_counted(harness_model, caplog):
+    model = harness_model()
+    model._loaded.arguments.seq_length = 32
+    model.loglikelihood(requests((text(30), text(3)), (text(29), text(4)), (text(40), text(20))))
+    assert "1 of 3 requests: longer than the 32 tokens of the training samples" in caplog.text
+    caplog.clear()
+    model.generate_until(requests((text(28), {"max_gen_toks": 4}), (text(28), {"max_gen_toks": 5})))
+    assert "1 of 2 requests: longer than the 32 tokens of the training samples" in caplog.text
+
+
 def test_no_tokens_asked_for_is_an_empty_answer(harness_model):
     model = harness_model()
     answers = model.generate_until(
