@@ -163,3 +163,16 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     for rank, other in enumerate(reports):
         if other is not None:
             raise PeerError(f"rank {rank} failed: {other}")
+
+
+def print_error(error: RetroError) -> None:
+    """Print an error and its problems on stderr, a line each.
+
+    An error that every rank raises is printed by the first one, any other by the rank that met it.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    everywhere = error.raised_together or not dist.is_initialized()
+    if rank == 0 or not everywhere:
+        where = "" if everywhere or get_world_size() == 1 else f"[rank {rank}] "
+        for problem in getattr(error, "problems", (error,)):
+            print(f"{where}error: {problem}", file=sys.stderr, flush=True)

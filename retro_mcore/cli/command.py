@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retro_mcore.cli.utf8 import use_utf8, write_any_text
-from retro_mcore.distributed import get_rank, get_world_size, leave
+from retro_mcore.distributed import get_rank, leave, print_error
 from retro_mcore.errors import (
     EXIT_CODE,
     ConfigurationError,
@@ -292,13 +292,13 @@ def run_command(
             with verifying(getattr(options, "verify", False)):
                 function(options)
         except RetroError as error:
-            _print_error(error)
+            print_error(error)
             code = EXIT_CODE
         except OSError as error:
             refusal = system_refusal(error)
             if refusal is None:
                 raise
-            _print_error(refusal)
+            print_error(refusal)
             code = EXIT_CODE
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
@@ -333,16 +333,6 @@ def _has_no_reader(stream: TextIO) -> bool:
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _print_error(error: RetroError) -> None:
-    """Once, if every rank met it; else from the rank that did."""
-    rank = int(os.environ.get("RANK", 0))
-    everywhere = getattr(error, "raised_together", False) or not dist.is_initialized()
-    if rank == 0 or not everywhere:
-        where = "" if everywhere or get_world_size() == 1 else f"[rank {rank}] "
-        for problem in getattr(error, "problems", (error,)):
-            print(f"{where}error: {problem}", file=sys.stderr, flush=True)
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:

@@ -59,7 +59,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
             *("attention_output_gate", "mrope_section", "glu_linear_offset", "openai_gelu"),
             *("activation_func_clamp_value", "apply_residual_connection_post_layernorm"),
             *("fp4", "use_kitchen_attention", "kitchen_config_file", "kitchen_recipe_number"),
-            *("enable_hyper_connections", "te_precision_config_file"),
+            *("enable_hyper_connections", "te_precision_config_file", "use_legacy_models"),
         ),
         (_OFF, _OTHER_MODEL),
     ),
@@ -79,6 +79,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ),
         (_OFF, _OTHER_DATA),
     ),
+    "logits_load_dir": (_OFF, "Leave it out: the loss has no distillation"),
+    "check_for_spiky_loss": (_OFF, "Leave it out: losses are only checked for being finite"),
     "full_validation": (_OFF, "Leave it out: Megatron-LM itself fails with these datasets"),
     "yaml_cfg": (_OFF, "Give flags: the file would overrule Retro's"),
     # Learning rates of its own for each parameter, which Megatron-LM's optimizer does not give.

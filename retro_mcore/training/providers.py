@@ -28,16 +28,19 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.distributed import print_error
+from retro_mcore.errors import EXIT_CODE, ConfigurationError, RetroError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
@@ -62,6 +65,7 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     With --retro-project-dir on the command line, what the project fixes becomes the default of
     Megatron-LM's own flags.
     """
+    end_refusals_in_one_line()
     add_flags(parser)
     remember_given(parser)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -262,6 +266,32 @@ def _megatron() -> Any:
     return megatron.training
 
 
+def end_refusals_in_one_line() -> None:
+    """Make an uncaught `RetroError` end this process as it ends our commands.
+
+    Its message is printed without a traceback, and the exit code is 2. Other errors are left to the
+    hook that was there.
+    """
+    if not isinstance(sys.excepthook, _RefusalHook):
+        sys.excepthook = _RefusalHook(sys.excepthook)
+
+
+class _RefusalHook:
+    """An excepthook for errors of ours, before another one."""
+
+    def __init__(self, others: Callable[..., Any]) -> None:
+        self._others = others
+
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, RetroError):
+            self._others(kind, error, trace)
+            return
+        print_error(error)
+        raise SystemExit(EXIT_CODE)
+
+
 def main() -> None:
     """Call the `pretrain()` of the Megatron-LM that is installed, whatever its signature.
 
@@ -270,6 +300,7 @@ def main() -> None:
     """
     from megatron.core.enums import ModelType
 
+    end_refusals_in_one_line()
     pretrain = _megatron().pretrain
     named: dict[str, Any] = {
         "train_valid_test_dataset_provider": train_valid_test_datasets_provider,

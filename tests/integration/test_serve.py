@@ -386,7 +386,7 @@ def test_impossible_flags_are_one_line_and_exit_code_2(flags, message, capsys):
 def test_impossible_flags_are_reported_together(capsys):
     from retro_mcore.cli.serve import main
 
-    flags = ["--project-dir", str(built_project()), "--load", small_checkpoint()]
+    flags = ["--project-dir", "project", "--load", "model"]
     flags += ["--max-batch-size", "0", "--max-waiting", "-1", "--port", "70000"]
     flags += ["--max-length", "0", "--api-key-file", "nowhere"]
     flags += ["--retro-neighbors", "none", "--retrieval-lead", "4"]

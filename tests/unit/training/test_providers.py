@@ -243,6 +243,27 @@ def test_a_script_without_a_main_guard_can_save(megatron, monkeypatch, release):
     assert filesystem_async._results_queue is before
 
 
+@pytest.mark.parametrize(
+    "error", [ConfigurationError("--flag", "found", "Fix it"), ValueError("x")]
+)
+def test_a_refusal_ends_a_script_in_one_line_and_with_exit_code_2(monkeypatch, capsys, error):
+    from retro_mcore.training.providers import end_refusals_in_one_line
+
+    others = []
+    monkeypatch.setattr(sys, "excepthook", lambda *args: others.append(args))
+    end_refusals_in_one_line()
+    end_refusals_in_one_line()
+    if isinstance(error, ValueError):
+        sys.excepthook(ValueError, error, None)
+        assert others == [(ValueError, error, None)]
+        return
+    with pytest.raises(SystemExit) as ended:
+        sys.excepthook(type(error), error, None)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --flag: found. Fix it\n"
+    assert not others
+
+
 def test_an_error_of_ours_survives_how_megatron_raises_it_again():
     error = ConfigurationError("--flag", "found", "Mend")
     again = type(error)(f"{error} in layer 3")
