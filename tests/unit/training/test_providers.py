@@ -243,9 +243,7 @@ def test_a_script_without_a_main_guard_can_save(megatron, monkeypatch, release):
     assert filesystem_async._results_queue is before
 
 
-@pytest.mark.parametrize(
-    "error", [ConfigurationError("--flag", "found", "Fix it"), ValueError("x")]
-)
+@pytest.mark.parametrize("error", [ConfigurationError("--flag", "x", "y"), ValueError("x")])
 def test_a_refusal_ends_a_script_in_one_line_and_with_exit_code_2(monkeypatch, capsys, error):
     from retro_mcore.training.providers import end_refusals_in_one_line
 
@@ -260,7 +258,7 @@ def test_a_refusal_ends_a_script_in_one_line_and_with_exit_code_2(monkeypatch, c
     with pytest.raises(SystemExit) as ended:
         sys.excepthook(type(error), error, None)
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: --flag: found. Fix it\n"
+    assert capsys.readouterr().err == "error: --flag: x. y\n"
     assert not others
 
 
