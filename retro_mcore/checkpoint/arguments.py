@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from retro_mcore.checkpoint.safe_loading import read_common
+from retro_mcore.checkpoint.contents import read_common
 from retro_mcore.errors import CheckpointError
 
 

@@ -16,8 +16,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from retro_mcore.checkpoint.safe_loading import CONFIG_FILE
-from retro_mcore.checkpoint.tracker import TRACKER, read_tracker
+from retro_mcore.checkpoint.contents import CONFIG_FILE
+from retro_mcore.checkpoint.tracker import TRACKER, checkpoint_path, read_tracker
 from retro_mcore.errors import CheckpointError
 from retro_mcore.project.atomic import atomic_write
 
@@ -40,11 +40,6 @@ class Retention:
             return []
         old = sorted(iterations)[: -(self.keep_last_n or 1)]
         return [i for i in old if self.retain_interval is None or i % self.retain_interval]
-
-
-def checkpoint_path(directory: str | Path, iteration: int) -> Path:
-    """Where a checkpoint lies: `iter_0000100`, as in Megatron."""
-    return Path(directory) / f"iter_{iteration:07d}"
 
 
 def temporary_path(directory: str | Path, iteration: int) -> Path:

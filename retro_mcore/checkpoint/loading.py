@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
@@ -21,13 +19,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from retro_mcore import distributed
 from retro_mcore.checkpoint.checksums import verify_checkpoint
+from retro_mcore.checkpoint.contents import check_files, read_common, read_metadata
 from retro_mcore.checkpoint.random_state import set_random_state
-from retro_mcore.checkpoint.safe_loading import (
-    check_files,
-    read_common,
-    read_metadata,
-    weights_only,
-)
+from retro_mcore.checkpoint.safe_loading import load_run_state
 from retro_mcore.checkpoint.state import (
     FAILURES,
     TrainingParts,
@@ -43,6 +37,7 @@ from retro_mcore.platform.compatibility import (
     unshare_adam_steps,
 )
 from retro_mcore.platform.parallel import parallel_sizes, unwrap_model
+from retro_mcore.platform.torch_checkpoints import load_sharded_state
 
 
 @dataclass(frozen=True)
@@ -145,15 +140,18 @@ def _load_optimizer(
 
 
 def load_state(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Fill megatron's sharded state from a checkpoint, on all ranks together.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
     with distributed.raise_together():  # before megatron's collectives, in which others would wait
         metadata = read_metadata(checkpoint)
         check_files(checkpoint, metadata)
         _check_holds(request, metadata, checkpoint)
     with distributed.raise_together():
         try:
-            with warnings.catch_warnings(), weights_only():
-                warnings.simplefilter("ignore", FutureWarning)  # megatron's use of torch
-                return dist_checkpointing.load(request, str(checkpoint), strict="raise_unexpected")
+            return load_sharded_state(request, checkpoint, load_run_state)
         except FAILURES as error:
             raise CheckpointError(
                 checkpoint,

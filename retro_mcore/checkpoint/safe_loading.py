@@ -1,202 +1,238 @@
-"""Reading torch_dist checkpoints without running code that they might hold.
+"""Reading pickled files without running anything that they hold: the one allow-list.
 
-PyTorch's reader unpickles a checkpoint's `.metadata` file and its objects unguarded. Here the
-metadata may name a fixed list of types only, and objects are loaded with `weights_only=True`.
+Torch files are read with `weights_only=True`. Beyond torch's own safe list the names of this
+module are allowed, in place of what others (megatron among them) told torch to allow in this
+process. Any other name is refused. See docs/decisions/0012-safe-conversion.md.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import pickle
+import re
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from retro_mcore.checkpoint.tracker import RELEASE
 from retro_mcore.errors import CheckpointError
 
-#: In a complete torch_dist checkpoint; written last.
-CONFIG_FILE = "metadata.json"
-_COMMON_FILE = "common.pt"  # megatron-core up to 0.18; later it is an entry like any other
-_COMMON_ENTRY = "common_state/shard_0_1"
 
-_METADATA_TYPES = {
-    "builtins": {"set", "frozenset", "slice"},
-    "collections": {"OrderedDict"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
+class Placeholder:
+    """Stands for a value that is not read: nothing is imported or called for it."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return "<not read>"
+
+
+# Megatron keeps its arguments in a Namespace.
+_VALUES = {"argparse.Namespace": Namespace}
+
+# Megatron's checkpoints hold these (megatron.core.safe_globals), and nothing here needs them.
+_NOT_READ = dict.fromkeys(
+    (
+        "_io.BytesIO",
+        "io.BytesIO",
+        "megatron.core.enums.ModelType",
+        "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+        "megatron.core.rerun_state_machine.RerunDiagnostic",
+        "megatron.core.rerun_state_machine.RerunMode",
+        "megatron.core.rerun_state_machine.RerunState",
+        "megatron.core.transformer.enums.AttnBackend",
+        "megatron.core.transformer.enums.CudaGraphModule",
+        "megatron.core.transformer.enums.CudaGraphScope",
+        "megatron.core.transformer.enums.InferenceCudaGraphScope",
+        "megatron.model.enums.ModelType",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.dtype",
+        "numpy.dtypes.UInt32DType",
+        "numpy.ndarray",
+        "pathlib.PosixPath",
+        "pathlib._local.PosixPath",
+        "signal.Signals",
+        "torch._C.Generator",
+        "types.SimpleNamespace",
+    ),
+    Placeholder,
+)
+
+# Read for a run that is resumed: numpy's random state, and Transformer Engine's extra states.
+_reconstruct = np.zeros(1).__reduce__()[0]
+_RUN_STATE = {
+    "_io.BytesIO": io.BytesIO,
+    "io.BytesIO": io.BytesIO,
+    "numpy._core.multiarray._reconstruct": _reconstruct,
+    "numpy.core.multiarray._reconstruct": _reconstruct,
+    "numpy.dtype": np.dtype,
+    "numpy.dtypes.UInt32DType": type(np.dtype(np.uint32)),
+    "numpy.ndarray": np.ndarray,
 }
 
+# The table of contents of a torch_dist checkpoint: records of names, offsets and sizes.
+_CONTENTS: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": torch.Size,
+    "torch.serialization._get_layout": torch.serialization._get_layout,  # type: ignore[attr-defined]
+} | {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module, names in {
+        filesystem: ("_StorageInfo", "_StoragePrefix"),
+        metadata: (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        ),
+        planner: ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    }.items()
+    for name in names
+}
+_OTHER_RELEASES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.strategies.")
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not dtype and name not in _METADATA_TYPES.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which may run code")
-        return super().find_class(module, name)
-
-
-def read_metadata(checkpoint: Path) -> Metadata:
-    """What a torch_dist checkpoint says that it holds, and where.
-
-    Raises:
-        CheckpointError: it is incomplete, or its metadata names types that it should not.
-    """
-    for name in (CONFIG_FILE, ".metadata"):
-        if not (checkpoint / name).is_file():
-            raise CheckpointError(
-                checkpoint,
-                f"has no {name}, so it is not a complete torch_dist checkpoint",
-                "Name a checkpoint that was saved to its end",
-            )
-    with _refusing(checkpoint, ".metadata"), (checkpoint / ".metadata").open("rb") as file:
-        metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
-        _check_places(metadata)
-    return metadata
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)|whitelisted[^.]*: ([\w.]+)")
 
 
-def _check_places(metadata: Metadata) -> None:
-    """Refuse a table of contents that is damaged, or that leads out of the checkpoint."""
-    if not isinstance(metadata.state_dict_metadata, dict):
-        raise pickle.UnpicklingError("it lists no tensors")
-    for index, place in (metadata.storage_data or {}).items():
-        name = place.relative_path
-        if not is_file_name(name):
-            raise pickle.UnpicklingError(f"it refers to {str(name)!r}, outside of the checkpoint")
-        if not (_is_count(place.offset) and _is_count(place.length)):
-            raise pickle.UnpicklingError(f"it has no place for {getattr(index, 'fqn', index)}")
+def load_torch_file(file: Path | IO[bytes], name: object, mapped: bool = False) -> Any:
+    """Load a file that `torch.save` wrote, tensors on the CPU.
 
-
-def is_file_name(name: object) -> bool:
-    """Whether it names a file of the same directory: no path, absolute or climbing."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def check_files(checkpoint: Path, metadata: Metadata) -> None:
-    """Refuse a checkpoint of which a file is missing or cut short.
+    Args:
+        file: A path, or an open file.
+        name: The file's, for errors.
+        mapped: Map tensors into memory instead of reading them, where the file allows it.
 
     Raises:
-        CheckpointError: naming the file.
+        CheckpointError: it is damaged, or holds a class that is not allowed, which is named.
     """
-    ends: dict[str, int] = {}
-    for entry in (metadata.storage_data or {}).values():
-        end = entry.offset + entry.length
-        ends[entry.relative_path] = max(end, ends.get(entry.relative_path, 0))
-    for name, expected in ends.items():
-        path = checkpoint / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None or size < expected:
-            found = "is missing" if size is None else f"has {size} bytes, not {expected}"
-            raise CheckpointError(
-                path, found, "Restore the file, or load an earlier checkpoint (--ckpt-step)"
-            )
+    with _allowed_only({**_NOT_READ, **_VALUES}):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise _unsafe(name, _refused_names(file, error)) from error
+        except RuntimeError as error:
+            if mapped and "mmap" in str(error):  # the layout before torch 1.6
+                return load_torch_file(file, name)
+            raise _damaged(name, error) from error
+        except Exception as error:  # torch finds many kinds of damage in as many ways
+            raise _damaged(name, error) from error
 
 
-def read_common(checkpoint: Path) -> Mapping[str, Any]:
-    """What a checkpoint holds beside tensors: arguments, iteration, schedule, parameter groups.
+def load_run_state(content: IO[bytes]) -> Any:
+    """Load one object of a run's state (random states among them), on the device it was saved from.
 
     Raises:
-        CheckpointError: it is incomplete, damaged, or holds objects that may run code.
+        pickle.UnpicklingError: it holds a class that is not allowed, which is named.
     """
-    metadata = read_metadata(checkpoint)
-    if (checkpoint / _COMMON_FILE).is_file():
-        with (checkpoint / _COMMON_FILE).open("rb") as file:
-            return check_common(
-                checkpoint / _COMMON_FILE, _load_object(checkpoint, _COMMON_FILE, file)
-            )
-    entry = (metadata.storage_data or {}).get(MetadataIndex(_COMMON_ENTRY))
-    if entry is None:
-        raise CheckpointError(
-            checkpoint,
-            "holds no arguments and no iteration",
-            "Name a checkpoint that Megatron or pretrain_retro.py wrote",
-        )
-    check_files(checkpoint, metadata)
-    with (checkpoint / entry.relative_path).open("rb") as file:
-        file.seek(entry.offset)
-        content = io.BytesIO(file.read(entry.length))
-    state = _load_object(checkpoint, entry.relative_path, content)
-    path = checkpoint / entry.relative_path
-    return check_common(path, state[0] if isinstance(state, list) and state else state)
-
-
-def check_common(path: Path, common: Any) -> dict[str, Any]:
-    """Refuse what is not arguments and counters.
-
-    Raises:
-        CheckpointError: naming `path`, which it was read from.
-    """
-    sound = isinstance(common, dict) and isinstance(common.get("args", Namespace()), Namespace)
-    iteration = common.get("iteration") if sound else None
-    if not sound or not (iteration in (None, RELEASE) or _is_count(iteration)):
-        raise CheckpointError(
-            path,
-            "holds something else than arguments and counters",
-            "Restore the file, or load an earlier checkpoint (--ckpt-step)",
-        )
-    return common
+    with _allowed_only({**_NOT_READ, **_VALUES, **_RUN_STATE}):
+        return torch.load(content, weights_only=True)
 
 
 @contextmanager
-def weights_only() -> Iterator[None]:
-    """Meanwhile `torch.load` builds tensors and plain values only, whatever its caller says."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    previous = os.environ.get(name)
-    os.environ[name] = "1"
+def _allowed_only(allowed: Mapping[str, Any]) -> Iterator[None]:
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    names: list[Any] = [(value, name) for name, value in allowed.items()]
+    torch.serialization.add_safe_globals(names)
     try:
         yield
     finally:
-        if previous is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = previous
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
-def _load_object(checkpoint: Path, name: str, file: IO[bytes]) -> Any:
-    # Megatron keeps its arguments in a Namespace, and registers it when it is imported. What is
-    # registered already must not be given here: it would be removed in the end.
-    allowed = {Namespace} - set(torch.serialization.get_safe_globals())
-    with _refusing(checkpoint, name), torch.serialization.safe_globals(list(allowed)):
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def _refusing(checkpoint: Path, name: str) -> Iterator[None]:
+def _refused_names(file: Path | IO[bytes], error: Exception) -> str:
     try:
-        yield
-    except Exception as error:  # unpickling what is not a pickle raises many kinds
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            checkpoint / name,
-            f"cannot be read safely ({type(error).__name__}: {reason})",
-            "Restore the file, or load an earlier checkpoint (--ckpt-step)",
-        ) from error
+        if not isinstance(file, Path):
+            file.seek(0)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # not a zip archive, or too damaged to be listed
+        names = []
+    match = _REFUSED.search(str(error))
+    return ", ".join(sorted(names)) or (match and (match[1] or match[2])) or str(error)[:200]
+
+
+class Record:
+    """Attributes of an object whose class the installed releases lack, or do not need."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.values = state
+
+
+class _ContentsUnpickler(pickle.Unpickler):
+    """Unpickles a table of contents; classes of other releases are read as plain records."""
+
+    def __init__(self, file: IO[bytes], name: object, other_releases: bool) -> None:
+        super().__init__(file)
+        self._name, self._other_releases = name, other_releases
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in _CONTENTS:
+            return _CONTENTS[full]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if self._other_releases and full in _NOT_READ:
+            return Placeholder
+        if self._other_releases and full.startswith(_OTHER_RELEASES) and "." not in name:
+            return Record
+        raise _unsafe(self._name, full)
+
+
+def load_contents(path: Path, other_releases: bool = False) -> Any:
+    """Load a torch_dist checkpoint's `.metadata`: torch's Metadata, or a Record like it.
+
+    Args:
+        path: The file.
+        other_releases: Also read classes that other releases of torch and megatron wrote. Without
+            it, whatever passes here also passes the unguarded reader of the installed torch.
+
+    Raises:
+        CheckpointError: it is damaged, or holds a class that is not allowed, which is named.
+    """
+    try:
+        with path.open("rb") as file:
+            return _ContentsUnpickler(file, path, other_releases).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a pickle can be damaged in many ways
+        raise _damaged(path, error) from error
+
+
+def _unsafe(name: object, found: str) -> CheckpointError:
+    return CheckpointError(
+        name,
+        f"cannot be read safely (it holds {found}, which could run code); nothing was read",
+        "If you trust it: load it where it was written, keep only the tensors and the plain "
+        "arguments, and save those again (docs/migration.md, section 'Checkpoints that are "
+        "refused')",
+    )
+
+
+def _damaged(name: object, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        name,
+        f"cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
+        "Restore the file or copy it again, or load an earlier checkpoint (--ckpt-step)",
+    )

@@ -1,9 +1,6 @@
 """Megatron's torch_dist checkpoints, read and written without a model and without its classes.
 
-DIR/metadata.json     the format
-DIR/.metadata         table of contents: tensors, their chunks, where each lies
-DIR/common.pt         arguments and counters (from 0.19 on an entry of the table)
-DIR/*.distcp          the chunks
+`contents` describes their files.
 """
 
 from __future__ import annotations
@@ -24,22 +21,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import Metadata
 
 from retro_mcore.checkpoint.checksums import checksums_of_share, write_checksums
+from retro_mcore.checkpoint.contents import (
+    COMMON_FILE,
+    CONFIG_FILE,
+    CONTENTS_FILE,
+    check_files,
+    common_state,
+    read_bytes,
+    read_metadata,
+)
 from retro_mcore.checkpoint.conversion.weights import Weight
-from retro_mcore.checkpoint.safe_loading import check_common, is_file_name
-from retro_mcore.checkpoint.safe_pickle import Record, load_dist_metadata, load_torch_file
+from retro_mcore.checkpoint.safe_loading import load_torch_file
 from retro_mcore.errors import CheckpointError
 
 # Everything else is the optimizer's, random states, and Transformer Engine's.
 _MODEL = ("embedding.", "decoder.", "output_layer.", "neighbor_encoder.")
 _HOMOGENEOUS = "decoder.layers."
-_COMMON = "common_state/shard_0_1"
+
+Places = Mapping[tuple[str, tuple[int, ...]], tuple[Path, int, int]]
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A part of a tensor in a file: where it begins in the tensor, its size, its bytes."""
+    """A part of a tensor, and the bytes of a file that hold it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -48,37 +55,32 @@ class _Chunk:
     length: int
 
 
-def is_torch_dist(directory: Path) -> bool:
-    """Whether a directory is a torch_dist checkpoint."""
-    return (directory / ".metadata").is_file() and (directory / "metadata.json").is_file()
-
-
 def read_torch_dist(directory: Path) -> tuple[dict[str, Any], dict[str, Weight]]:
-    """A checkpoint's common state and the model's weights, under the names that it stores.
+    """Read a checkpoint's common state, and the model's weights under the names that it stores.
 
     Layers that Megatron stored stacked (`decoder.layers.mlp.…`) are given one by one.
 
     Raises:
         CheckpointError: it is damaged, or holds more than plain data.
     """
-    path = directory / ".metadata"
-    table = load_dist_metadata(path)
+    path = directory / CONTENTS_FILE
+    table = read_metadata(directory, other_releases=True)
+    check_files(directory, table)
     try:
-        places = _places(directory, table)
-        weights = _weights(path, table, places)
+        weights = _weights(path, table, _places(directory, table))
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(path, f"is damaged ({error!r})", "Restore it") from error
-    return _common_state(directory, places), weights
+    return common_state(directory, table) or {}, weights
 
 
-def _weights(path: Path, table: Record, places: Mapping) -> dict[str, Weight]:
+def _weights(path: Path, table: Metadata, places: Places) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
-    for name, entry in table.state_dict_metadata.items():  # type: ignore[attr-defined]
+    for name, entry in table.state_dict_metadata.items():
         if not hasattr(entry, "chunks") or not name.startswith(_MODEL) or "_extra_state" in name:
             continue
         chunks = list(_chunks(name, entry, places))
-        shape, dtype = tuple(entry.size), entry.properties.values[0]
-        # What is said of a tensor must be in the files: then no more is taken than they hold.
+        shape, dtype = tuple(entry.size), entry.properties.dtype
+        # The files must hold what the table declares: then no more memory is taken than they fill.
         counted = sum(math.prod(chunk.sizes) for chunk in chunks)
         held = all(math.prod(c.sizes) * dtype.itemsize <= c.length for c in chunks)
         if counted != math.prod(shape) or not held:
@@ -87,31 +89,21 @@ def _weights(path: Path, table: Record, places: Mapping) -> dict[str, Weight]:
     return weights
 
 
-def _places(directory: Path, table: Record) -> dict[tuple[str, tuple | None], Any]:
+def _places(directory: Path, table: Metadata) -> Places:
+    """Where the chunks of tensors lie, by name and offsets in the tensor."""
     places = {}
-    sizes: dict[Path, int] = {}
-    for index, info in table.storage_data.items():  # type: ignore[attr-defined]
+    for index, info in (table.storage_data or {}).items():
         if getattr(info, "transform_descriptors", None):
             raise CheckpointError(
                 directory, "is compressed", "Save it without transforms (its writer's default)"
             )
-        if not is_file_name(info.relative_path):
-            raise CheckpointError(
-                directory, f"refers to {info.relative_path!r}, outside of it", "Restore it"
-            )
-        file = directory / info.relative_path
-        if file not in sizes:
-            sizes[file] = file.stat().st_size if file.is_file() else -1
-        if sizes[file] < info.offset + info.length or min(info.offset, info.length) < 0:
-            found = "is missing" if sizes[file] < 0 else f"has only {sizes[file]} bytes"
-            raise CheckpointError(file, found, "Restore it")
-        offset = getattr(index, "offset", None)  # left out for what is no tensor
-        where = (directory / info.relative_path, info.offset, info.length)
-        places[index.fqn, None if offset is None else tuple(offset)] = where
+        if index.offset is not None:  # that of an object
+            where = (directory / info.relative_path, info.offset, info.length)
+            places[index.fqn, tuple(index.offset)] = where
     return places
 
 
-def _chunks(name: str, entry: Any, places: Mapping) -> Iterator[_Chunk]:
+def _chunks(name: str, entry: Any, places: Places) -> Iterator[_Chunk]:
     for chunk in entry.chunks:
         offsets = tuple(chunk.offsets)
         yield _Chunk(offsets, tuple(chunk.sizes), *places[name, offsets])
@@ -150,35 +142,15 @@ def _read(
 
 
 def _read_chunk(chunk: _Chunk) -> Tensor:
-    content = io.BytesIO(_bytes(chunk.file, chunk.position, chunk.length))
+    content = io.BytesIO(read_bytes(chunk.file, chunk.position, chunk.length))
     tensor = load_torch_file(content, chunk.file)
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes:
         raise CheckpointError(chunk.file, "is damaged, or of another checkpoint", "Restore it")
     return tensor
 
 
-def _bytes(file: Path, position: int, length: int) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            stream.seek(position)
-            return stream.read(length)
-    except OSError as error:
-        raise CheckpointError(file, f"cannot be read ({error})", "Restore it") from error
-
-
-def _common_state(directory: Path, places: Mapping) -> dict[str, Any]:
-    path = directory / "common.pt"
-    if path.is_file():
-        return check_common(path, load_torch_file(path, path))
-    if (_COMMON, None) not in places:
-        return {}
-    file, position, length = places[_COMMON, None]
-    state = load_torch_file(io.BytesIO(_bytes(file, position, length)), file)
-    return check_common(file, state[0] if isinstance(state, list) and state else state)
-
-
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """Does not say where it wrote: a path is no plain value, which readers here refuse."""
+    """Leaves its path out of the table of contents: readers here refuse paths."""
 
     def storage_meta(self) -> None:
         """Nothing."""
@@ -205,16 +177,15 @@ def write_torch_dist(
         planner = torch_checkpoint.DefaultSavePlanner(flatten_state_dict=False)
         torch_checkpoint.save(state, storage_writer=writer, planner=planner, no_dist=True)
     args = common.get("args", Namespace())
-    torch.save({**common, "args": args}, temporary / "common.pt")
+    torch.save({**common, "args": args}, temporary / COMMON_FILE)
     form = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     form |= {"common_backend": "torch", "common_backend_version": 1}
-    (temporary / "metadata.json").write_text(json.dumps(form), encoding="utf-8")
+    (temporary / CONFIG_FILE).write_text(json.dumps(form), encoding="utf-8")
     write_checksums(temporary, [checksums_of_share(temporary)])
     temporary.replace(directory)
 
 
 def _extra_states(weights: Mapping[str, Weight]) -> dict[str, list[None]]:
-    """Megatron wants an entry for Transformer Engine's state of every linear layer, if an empty
-    one."""
+    """Empty entries for Transformer Engine's state of every linear layer: Megatron expects them."""
     linear = (re.match(r"(.*\.linear_\w+)\.weight$", name) for name in weights)
     return {f"{match[1]}._extra_state/shard_0_1": [None] for match in linear if match}

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from retro_mcore.checkpoint.checksums import checksums_of_share, write_checksums
+from retro_mcore.checkpoint.contents import check_common
 from retro_mcore.checkpoint.conversion.names import from_legacy_name, legacy_cross_layers
 from retro_mcore.checkpoint.conversion.weights import Weight, cut, joined_weight
-from retro_mcore.checkpoint.safe_loading import check_common
-from retro_mcore.checkpoint.safe_pickle import load_torch_file
+from retro_mcore.checkpoint.safe_loading import load_torch_file
 from retro_mcore.errors import CheckpointError
 
 _RANK = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?$")

@@ -14,6 +14,11 @@ _LONGEST = 64  # bytes; what follows is no iteration
 _CHECKPOINT = re.compile(r"iter_([0-9]+)|release")
 
 
+def checkpoint_path(directory: str | Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration lies: `iter_0000100`, as in Megatron."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
 def read_tracker(directory: str | Path) -> int | str | None:
     """What the tracker file of a directory names: an iteration, `RELEASE`, or None without one.
 
@@ -46,7 +51,7 @@ def tracked_checkpoint(directory: str | Path) -> Path | None:
     named = read_tracker(directory)
     if named is None:
         return None
-    path = Path(directory) / (named if isinstance(named, str) else f"iter_{named:07d}")
+    path = Path(directory) / named if isinstance(named, str) else checkpoint_path(directory, named)
     if not path.is_dir():
         raise CheckpointError(
             Path(directory) / TRACKER,

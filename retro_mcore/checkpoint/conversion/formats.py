@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retro_mcore.checkpoint.checksums import verify_checkpoint
+from retro_mcore.checkpoint.contents import is_torch_dist
 from retro_mcore.checkpoint.conversion.architecture import (
     OURS_ALONE,
     Flags,
@@ -27,7 +28,7 @@ from retro_mcore.checkpoint.conversion.huggingface import is_huggingface, read_h
 from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS
 from retro_mcore.checkpoint.conversion.names import from_upstream_name, local_name
 from retro_mcore.checkpoint.conversion.weights import Weight
-from retro_mcore.checkpoint.torch_dist import is_torch_dist, read_torch_dist
+from retro_mcore.checkpoint.torch_dist import read_torch_dist
 from retro_mcore.checkpoint.torch_format import is_torch_format, read_torch_format
 from retro_mcore.checkpoint.tracker import tracked_checkpoint
 from retro_mcore.errors import CheckpointError

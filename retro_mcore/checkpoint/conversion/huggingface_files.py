@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from retro_mcore.checkpoint.conversion.weights import Weight
-from retro_mcore.checkpoint.safe_pickle import load_torch_file
+from retro_mcore.checkpoint.safe_loading import load_torch_file
 from retro_mcore.errors import CheckpointError
 from retro_mcore.json_text import JsonError, parse_json
 

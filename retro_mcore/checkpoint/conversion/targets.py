@@ -13,7 +13,7 @@ from retro_mcore.checkpoint.conversion.names import fused_name, to_legacy_name, 
 from retro_mcore.checkpoint.conversion.weights import Weight, Weights, fit_vocabulary, is_vocabulary
 from retro_mcore.checkpoint.torch_dist import write_torch_dist
 from retro_mcore.checkpoint.torch_format import write_torch_format
-from retro_mcore.checkpoint.tracker import TRACKER
+from retro_mcore.checkpoint.tracker import RELEASE, TRACKER, checkpoint_path
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.project.atomic import atomic_write
 
@@ -128,8 +128,8 @@ def write_checkpoint(
         CheckpointError: there is a checkpoint already.
     """
     ours = target == "retro-mcore"
-    name = f"iter_{iteration:07d}" if iteration or ours or target == "megatron" else "release"
-    path = directory / name
+    released = not (iteration or ours or target == "megatron")
+    path = directory / RELEASE if released else checkpoint_path(directory, iteration)
     if path.exists() or (directory / TRACKER).exists():
         raise CheckpointError(f"--save {directory}", "holds a checkpoint", "Choose another")
     common = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
@@ -143,7 +143,7 @@ def write_checkpoint(
     else:
         write_torch_format(path, common, named, tensor_parallel_size, flags["swiglu"])
     with atomic_write(directory / TRACKER) as tracker:
-        tracker.write_text(name if name == "release" else str(iteration), encoding="utf-8")
+        tracker.write_text(RELEASE if released else str(iteration), encoding="utf-8")
     return path
 
 

@@ -6,7 +6,6 @@ Megatron's own pooling: the mean of the last hidden states of a text's tokens, w
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,13 @@ import torch
 
 from retro_mcore import distributed
 from retro_mcore.checkpoint.checksums import verify_checkpoint
-from retro_mcore.checkpoint.safe_loading import CONFIG_FILE, check_files, read_common, read_metadata
-from retro_mcore.checkpoint.safe_loading import weights_only as loading_weights_only
+from retro_mcore.checkpoint.contents import (
+    check_files,
+    is_torch_dist,
+    read_common,
+    read_metadata,
+)
+from retro_mcore.checkpoint.safe_loading import load_run_state
 from retro_mcore.checkpoint.tracker import tracked_checkpoint
 from retro_mcore.errors import CheckpointError, ConfigurationError, TokenizerError
 from retro_mcore.platform import distributed_backend, setup_device
@@ -40,7 +44,7 @@ def find_bert_checkpoint(name: str) -> Path | None:
         CheckpointError: the tracker file names no checkpoint.
     """
     folder = Path(name)
-    if (folder / CONFIG_FILE).is_file() and (folder / ".metadata").is_file():
+    if is_torch_dist(folder):
         return folder
     return tracked_checkpoint(folder)
 
@@ -162,7 +166,7 @@ def _join_megatron() -> None:
 
 
 def _load(checkpoint: Path, arguments: dict[str, Any]) -> Any:
-    from megatron.core import dist_checkpointing
+    from retro_mcore.platform.torch_checkpoints import load_sharded_state
 
     metadata = read_metadata(checkpoint)
     check_files(checkpoint, metadata)
@@ -170,11 +174,7 @@ def _load(checkpoint: Path, arguments: dict[str, Any]) -> Any:
     request = {
         key: value for key, value in model.sharded_state_dict().items() if key.startswith(_PARTS)
     }
-    with warnings.catch_warnings(), loading_weights_only():
-        warnings.simplefilter("ignore", FutureWarning)  # megatron's use of torch
-        state = dist_checkpointing.load(
-            {"model": request}, str(checkpoint), strict="raise_unexpected"
-        )
+    state = load_sharded_state({"model": request}, checkpoint, load_run_state)
     missing, unexpected = model.load_state_dict(state["model"], strict=False)
     missing = [key for key in missing if key.startswith(_PARTS) and "_extra_state" not in key]
     if missing or unexpected:

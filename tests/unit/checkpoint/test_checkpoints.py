@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retro_mcore.checkpoint import safe_loading
+from retro_mcore.checkpoint.contents import read_metadata
 from retro_mcore.cli.command import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions
 from retro_mcore.errors import CheckpointError, ConfigurationError
@@ -340,7 +340,7 @@ def test_an_object_that_would_run_code_is_refused(saved, copy, tmp_path):
     """In the place of the random states, which PyTorch's reader would unpickle unguarded."""
     bomb = tmp_path / "exploded"
     checkpoint = copy / "iter_0000006"
-    metadata = safe_loading.read_metadata(checkpoint)
+    metadata = read_metadata(checkpoint)
     (index,) = (key for key in metadata.storage_data if key.fqn.startswith("rng_state"))
     entry = metadata.storage_data[index]
     content = io.BytesIO()

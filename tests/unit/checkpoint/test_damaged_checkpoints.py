@@ -110,9 +110,9 @@ def test_without_checksums_damage_is_told_or_not_seen(checkpoint, read, damage):
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../outside.distcp", "", "..", "a\0b", 7])
 def test_a_table_of_contents_that_leads_out_of_the_checkpoint(checkpoint, read, name):
     """A checkpoint of a stranger must not make a model of other files of its user."""
-    from retro_mcore.checkpoint import safe_loading
+    from retro_mcore.checkpoint.contents import read_metadata
 
-    metadata = safe_loading.read_metadata(checkpoint)
+    metadata = read_metadata(checkpoint)
     for index, entry in metadata.storage_data.items():
         metadata.storage_data[index] = type(entry)(name, entry.offset, entry.length)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -172,8 +172,8 @@ def test_a_converted_checkpoint_has_checksums(checkpoint, tmp_path):
 def test_a_lost_tracker_file_starts_nothing_again(tmp_path):
     """Somebody copied a run without its tracker file: training began again, over its checkpoints.
     Killed before it is first written, a run has one checkpoint, and goes on from that."""
+    from retro_mcore.checkpoint.contents import CONFIG_FILE
     from retro_mcore.checkpoint.files import checkpoint_path, existing_checkpoint
-    from retro_mcore.checkpoint.safe_loading import CONFIG_FILE
     from retro_mcore.checkpoint.tracker import TRACKER
 
     assert existing_checkpoint(tmp_path) is None
