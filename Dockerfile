@@ -1,4 +1,4 @@
-# retro-mcore for clusters: NVIDIA's PyTorch, CUDA 12, with the versions that setup.py allows.
+# retro-mcore for clusters: NVIDIA's PyTorch, CUDA 12, with the versions that pyproject.toml allows.
 #
 #   docker build -t retro-mcore .
 #   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v /data:/data retro-mcore \
@@ -18,7 +18,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # The image's own torch, Transformer Engine and their kin are built for its CUDA and its drivers:
 # they are pinned here as they are, and must come out of the installation unchanged.
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY retro_mcore ./retro_mcore
 RUN built_for_this_image() { \
         pip list --format=freeze \

@@ -14,14 +14,14 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=default FAISS_SIMD_LEVEL=NONE FAISS_OPT_LEVEL=generic \
 	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2
 
-.PHONY: help env quickstart test test-slow test-kernels test-versions test-parity style format lock clean
+.PHONY: help env quickstart test test-slow test-kernels test-versions test-parity docs style format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 env: $(STAMP) ## make the project's environment (.venv) from pinned CPU requirements
 
-$(STAMP): requirements/cpu.txt setup.py
+$(STAMP): requirements/cpu.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -56,6 +56,10 @@ test-versions: env .megatron-$(MEGATRON)/.up-to-date ## run what stands on megat
 
 test-parity: env ## compare live with megatron-core 0.15.3, installed into .parity
 	$(BIN)/python -m pytest -m parity
+
+docs: env ## build the documentation and API reference into docs/_build; a broken reference fails
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	$(BIN)/python -W ignore -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build
 
 style: env ## check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
