@@ -1,4 +1,4 @@
-"""Sphinx: the documentation as a site, with the API reference. `make docs` fails on a broken reference."""
+"""Sphinx configuration. `make docs` builds the site and fails on a broken reference."""
 
 import sys
 from pathlib import Path
