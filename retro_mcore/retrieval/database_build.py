@@ -77,6 +77,16 @@ class DatabaseReport:
         """Chunks of the retrieval database."""
         return sum(info.n_chunks_train for info in self.infos)
 
+    @property
+    def num_held_out_chunks(self) -> int:
+        """Chunks of validation and test documents."""
+        return sum(info.n_chunks - info.n_chunks_train for info in self.infos)
+
+    @property
+    def num_invalid_chunks(self) -> int:
+        """Chunks left out because they hold no words."""
+        return sum(info.n_chunks_invalid for info in self.infos)
+
 
 def build_database(
     config: ProjectConfig,

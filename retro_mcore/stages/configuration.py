@@ -1,0 +1,75 @@
+"""Helpers for the configurations of all stages: the project, bounds of numbers, records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from os import PathLike
+from typing import Any, TypeVar
+
+from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.project.fields import problems_of
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.records import recorded_options
+
+Config = TypeVar("Config")
+#: A project directory, as every stage's `run` takes it.
+Project = str | PathLike[str] | ProjectPaths
+#: Options by the name that an older version recorded them under.
+_RENAMED = {"index_str": "index"}
+
+
+def project_paths(project: Project) -> ProjectPaths:
+    """Paths of a project that is given in any of the accepted forms."""
+    return project if isinstance(project, ProjectPaths) else ProjectPaths(project)
+
+
+def flag_of(field: str) -> str:
+    """Flag of a configuration's field: `seq_length` to `--seq-length`."""
+    return f"--{field.replace('_', '-')}"
+
+
+def too_small(config: object, least: Mapping[str, int]) -> Iterator[ConfigurationError]:
+    """Errors for the numbers that lie below their least value; None is no number.
+
+    Args:
+        config: Configuration of a stage.
+        least: Least value of each field to check.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            yield ConfigurationError(flag_of(name), str(value), f"Give at least {bound}")
+
+
+def recorded_config(paths: ProjectPaths, stage: str, kind: type[Config]) -> Config | None:
+    """Configuration that a finished stage was run with; None if the stage has no record.
+
+    Options that the record lacks have their defaults: a stage leaves out most of those, and an
+    older version did not know them. Entries that are no flags are settings of other files.
+
+    Args:
+        paths: The project.
+        stage: Name of the stage.
+        kind: Its configuration, all of whose fields have defaults.
+
+    Raises:
+        CorruptFileError: the record holds an option that the stage does not have, or a value of
+            another type.
+    """
+    record = paths.stage_record(stage)
+    if not record.is_file():
+        return None
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    options: dict[str, Any] = {}
+    for flag, value in recorded_options(paths, stage).items():
+        # "--nprobe of build_index" is a setting of the index, recorded by query_neighbors.
+        if flag.startswith("--") and " " not in flag:
+            name = flag.removeprefix("--").replace("-", "_")
+            if name not in _RENAMED:
+                options[name] = value
+            elif value is not None:
+                options[_RENAMED[name]] = value
+    if options.keys() - known or problems_of(options, kind, {}):
+        raise CorruptFileError(record, f"holds what are no options of {stage}", "Restore the file")
+    return kind(**options)
