@@ -4,9 +4,45 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from retro_mcore.cli.command import run_command
-from retro_mcore.stages.update_db import UpdateDbOptions, update_db
+from retro_mcore.cli import build_db
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.project_options import ProjectOptions
+from retro_mcore.data.corpus.counts import loss_rows
+from retro_mcore.stages.update_db import STAGE, UpdateDbConfig, UpdateDbReport, run
+
+
+@dataclass
+class UpdateDbOptions(UpdateDbConfig, ProjectOptions):
+    """Retrieve from more documents, or from another project's, without touching the model.
+
+    The neighbors of every sample are searched again. Those that the project has stay in use until
+    the new ones are complete, and on the disk after that. Repeat the command if it is interrupted.
+    """
+
+    project_dir: str
+    """Project directory, after query_neighbors."""
+
+
+def update_db(options: UpdateDbOptions) -> UpdateDbReport:
+    """Run the stage and print its summary; see `retro_mcore.stages.update_db.run`."""
+    report = run(options.project_dir, options)
+    print_report(report)
+    return report
+
+
+def print_report(report: UpdateDbReport) -> None:
+    """Print the summaries of a run: of the stages that it ran, then its own."""
+    if report.database is not None:
+        build_db.print_report(report.database)
+    rows = {
+        "retrieved from": f"{report.num_chunks} chunks, {report.num_before} before",
+        "database": report.project,
+        **loss_rows(report.report),
+        "samples": "as they were; a model trained on them goes on",
+    }
+    print_summary(STAGE, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,57 +1,48 @@
-"""`update_db`: more documents to retrieve from, or another database, for the same samples."""
+"""Stage `update_db`: more documents, or another database, for the same samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from retro_mcore.cli.command import print_summary
-from retro_mcore.data.corpus.counts import loss_rows, read_counts, total
+from retro_mcore.data.corpus.counts import read_counts, total
 from retro_mcore.data.corpus.documents import text_cleaner
 from retro_mcore.data.corpus.sources import digest_of_source, name_datasets
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.data.tokens.tokenizing import CorpusReader
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
-from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
+from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
-from retro_mcore.project.fields import problems_of
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import checksum, digest_of, fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import finish_stage, recorded_options, stage_report
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY
-from retro_mcore.stages.build_db import BuildDbOptions, build_db
-from retro_mcore.stages.build_index import BuildIndexOptions, build_index
+from retro_mcore.stages import build_db, build_index, query_neighbors
+from retro_mcore.stages.configuration import Config, Project, project_paths, recorded_config
 from retro_mcore.stages.grown_project import make_grown_project
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_other_database
 
 STAGE = "update_db"
 
 
-@dataclass
-class UpdateDbOptions:
-    """Retrieve from more documents, or from another project's, without touching the model.
+@dataclass(kw_only=True)
+class UpdateDbConfig:
+    """Configuration of `update_db`: `append` or `exchange`, and how to search."""
 
-    The neighbors of every sample are searched again. Those that the project has stay in use until
-    the new ones are complete, and on the disk after that. Repeat the command if it is interrupted.
-    """
-
-    project_dir: str
-    """Project directory, after query_neighbors."""
     append: list[str] = field(default_factory=list)
     """New documents, as preprocess_corpus --input takes them."""
     exchange: str | None = None
-    """Another project, after build_index, whose database takes the place of this one's; this
-    project itself: back to its own database."""
+    """Another project, after build_index, whose database replaces this one's; this project itself:
+    back to its own database."""
     json_keys: list[str] = field(default_factory=list)
     """Keys of a JSON line of --append that hold the text (default: as for the project)."""
     id_key: str | None = None
     """Key of a JSON line of --append that holds its id (default: as for the project)."""
     clean_text: bool = False
-    """Mend broken characters of --append with ftfy, also where the project's were not."""
+    """Fix broken characters of --append with ftfy, even if the project's were not fixed."""
     num_neighbors_query: int | None = None
     """Candidates searched per chunk (default: as before; where that was the default, 200, or all
     of a smaller database)."""
@@ -60,86 +51,91 @@ class UpdateDbOptions:
     embed_batch_size: int | None = None
     """Chunks per forward pass of the embedder (default: as before)."""
     embed_fp16: bool = False
-    """Embed the samples' chunks in half precision, on a GPU, also where they were not before."""
+    """Embed the samples' chunks in half precision, on a GPU, even if they were not before."""
     device: str = "auto"
-    """Where the embedder runs: auto, cpu or cuda."""
+    """Device that the embedder runs on: auto, cpu or cuda."""
 
 
 @dataclass(frozen=True)
-class UpdatedDatabase:
-    """What `update_db` switched to.
+class UpdateDbReport:
+    """Database that a project was switched to.
 
     Attributes:
-        project: Whose database is used now.
+        project: Project whose database is used now.
         num_chunks: Chunks that are retrieved from now.
-        num_before: And before.
-        report: What was read, dropped and replaced of --append, by name.
+        num_before: Chunks that were retrieved from before.
+        report: Counts of what was read, dropped and replaced of `append`, by name.
+        database: Report of build_db on the grown project; None without `append`.
+        index: Report of build_index on it; None without `append`.
+        neighbors: Report of query_neighbors; None if the project returned to its own database.
     """
 
     project: Path
     num_chunks: int
     num_before: int
     report: dict[str, Any] = field(default_factory=dict)
+    database: build_db.BuildDbReport | None = None
+    index: build_index.BuiltIndex | None = None
+    neighbors: query_neighbors.QueriedNeighbors | None = None
 
 
-def update_db(options: UpdateDbOptions) -> UpdatedDatabase:
-    """Grow or exchange the database that a project's samples retrieve from.
+def run(project: Project, config: UpdateDbConfig) -> UpdateDbReport:
+    """Grow or exchange the database that a project's samples retrieve from; on all ranks.
+
+    Args:
+        project: Project directory, after query_neighbors.
+        config: Configuration of this stage.
 
     Raises:
         ProjectError: the project, or the other one, lacks a stage; they do not fit; another run
             works on the project, or the disk is full.
-        ConfigurationError: options that cannot work.
+        ConfigurationError: a configuration that cannot work.
         CorpusError: an input is missing, empty or malformed.
     """
     initialize()
-    with stage_lock(ProjectPaths(options.project_dir), STAGE):
+    paths = project_paths(project)
+    with stage_lock(paths, STAGE):
         with raise_together():
-            _check_options(options)
-            paths = ProjectPaths(options.project_dir)
-            config = ProjectConfig.load(paths.root)
-            if all(name is None for name in config.retro_neighbor_dirs.values()):
+            _check(config)
+            project_config = ProjectConfig.load(paths.root)
+            if all(name is None for name in project_config.retro_neighbor_dirs.values()):
                 raise ProjectError(
                     paths.config, "names no neighbors", "Run all stages on the project first"
                 )
             before = ChunkDatabase.open(paths.root)
-        if options.append:
-            target = _grow(options, paths, config)
+        database, index, neighbors = None, None, None
+        if config.append:
+            target, database, index = _grow(config, paths, project_config)
         else:
-            target = ProjectPaths(str(options.exchange))
+            target = ProjectPaths(str(config.exchange))
         if target.root == paths.root:
-            _return(paths, config)
+            _return(paths, project_config)
         else:
-            _switch(options, paths, config, target)
+            neighbors = _switch(config, paths, project_config, target)
         with raise_together():
             now = ChunkDatabase.open(paths.root)
-    report = stage_report(target, STAGE) if options.append else {}
-    result = UpdatedDatabase(target.root, len(now), len(before), report)
-    rows = {
-        "retrieved from": f"{result.num_chunks} chunks, {result.num_before} before",
-        "database": result.project,
-        **loss_rows(report),
-        "samples": "as they were; a model trained on them goes on",
-    }
-    print_summary(STAGE, rows)
-    return result
+    counts = stage_report(target, STAGE) if config.append else {}
+    return UpdateDbReport(target.root, len(now), len(before), counts, database, index, neighbors)
 
 
-def _check_options(options: UpdateDbOptions) -> None:
-    if bool(options.append) == (options.exchange is not None):
+def _check(config: UpdateDbConfig) -> None:
+    if bool(config.append) == (config.exchange is not None):
         raise ConfigurationError(
             "--append and --exchange",
-            "both given" if options.append else "neither given",
+            "both given" if config.append else "neither given",
             "Give new documents, or another project",
         )
 
 
-def _grow(options: UpdateDbOptions, paths: ProjectPaths, config: ProjectConfig) -> ProjectPaths:
-    """A project inside this one with the new documents behind the old, up to its index."""
+def _grow(
+    config: UpdateDbConfig, paths: ProjectPaths, project_config: ProjectConfig
+) -> tuple[ProjectPaths, build_db.BuildDbReport, build_index.BuiltIndex]:
+    """Make a project inside this one, with the new documents behind the old, up to its index."""
     with raise_together():
-        base = config.database_paths(paths.root)
+        base = project_config.database_paths(paths.root)
         settings = ProjectSettings.load(base.root)
-        reader, clean = _reader(options, base, settings)
-        sources = [Path(source) for source in options.append]
+        reader, clean = _reader(config, base, settings)
+        sources = [Path(source) for source in config.append]
         held = ProjectConfig.load(base.root).blend[1]
         prefixes = name_datasets(sources, reader.json_keys, held)
         made_from = fingerprint_of(
@@ -154,29 +150,36 @@ def _grow(options: UpdateDbOptions, paths: ProjectPaths, config: ProjectConfig) 
     with stage_lock(grown, STAGE, create=True):
         make_grown_project(base, grown, sources, prefixes, reader, made_from)
         _record(grown, prefixes, reader, clean)
-    build_db(BuildDbOptions(str(grown.root), **_recorded(base, "build_db", BuildDbOptions)))
+    database = build_db.run(grown, _restored(base, build_db.STAGE, build_db.BuildDbConfig))
+    index_config = _restored(
+        base, build_index.STAGE, build_index.BuildIndexOptions, project_dir=str(grown.root)
+    )
     # The index that the old documents are in, by its own name: "auto" could choose another.
-    recorded = {**_recorded(base, "build_index", BuildIndexOptions), "index": settings.index_string}
-    recorded = {**recorded, "nprobe": settings.nprobe, "ef_search": settings.ef_search}
-    build_index(BuildIndexOptions(str(grown.root), **recorded, device=options.device))
-    return grown
+    index_config = replace(
+        index_config,
+        index=settings.index_string,
+        nprobe=settings.nprobe,
+        ef_search=settings.ef_search,
+        device=config.device,
+    )
+    return grown, database, build_index.build_index(index_config)
 
 
 def _reader(
-    options: UpdateDbOptions, base: ProjectPaths, settings: ProjectSettings
+    config: UpdateDbConfig, base: ProjectPaths, settings: ProjectSettings
 ) -> tuple[CorpusReader, bool]:
     """How the new documents are read: as the project's were; and whether they are cleaned."""
-    # Projects of before these were settings have them in the record of the stage alone.
+    # Older projects have these in the record of the stage alone.
     recorded = recorded_options(base, "preprocess_corpus")
     id_key, clean = settings.id_key, settings.clean_text
     if id_key is None:
         id_key = str(recorded.get("--id-key", "id"))
     if clean is None:
         clean = bool(recorded.get("--clean-text", False))
-    clean = clean or options.clean_text
+    clean = clean or config.clean_text
     reader = CorpusReader(
-        options.json_keys or settings.json_keys,
-        options.id_key or id_key,
+        config.json_keys or settings.json_keys,
+        config.id_key or id_key,
         text_cleaner() if clean else None,
     )
     return reader, clean
@@ -200,61 +203,65 @@ def _record(
     barrier()
 
 
-def _recorded(base: ProjectPaths, stage: str, kind: type) -> dict[str, Any]:
-    """The flags that a stage of the old project was run with, as options of `kind`."""
-    path = base.stage_record(stage)
-    if not path.is_file():
+def _restored(base: ProjectPaths, stage: str, kind: type[Config], **given: Any) -> Config:
+    """Configuration that the old project was built with."""
+    restored = recorded_config(base, stage, kind, **given)
+    if restored is None:
         raise ProjectError(
-            path, "no such file, so how to go on is not known", f"Run {stage} on {base.root} first"
+            base.stage_record(stage),
+            "no such file, so how to go on is not known",
+            f"Run {stage} on {base.root} first",
         )
-    options = {
-        name.removeprefix("--").replace("-", "_"): value
-        for name, value in recorded_options(base, stage).items()
-        if name.startswith("--")
-    }
-    unknown = options.keys() - {field.name for field in fields(kind)}
-    if unknown or problems_of(options, kind, {}):
-        raise CorruptFileError(path, f"holds what are no options of {stage}", "Restore the file")
-    return options
+    return restored
 
 
 def _switch(
-    options: UpdateDbOptions, paths: ProjectPaths, config: ProjectConfig, target: ProjectPaths
-) -> None:
+    config: UpdateDbConfig,
+    paths: ProjectPaths,
+    project_config: ProjectConfig,
+    target: ProjectPaths,
+) -> query_neighbors.QueriedNeighbors:
     with raise_together():
         other = ProjectConfig.load(target.root)
-        if other.retro_gpt_chunk_length != config.retro_gpt_chunk_length:
+        if other.retro_gpt_chunk_length != project_config.retro_gpt_chunk_length:
             raise ProjectError(
                 target.root,
                 f"has chunks of {other.retro_gpt_chunk_length} tokens, {paths.root} of "
-                f"{config.retro_gpt_chunk_length}",
+                f"{project_config.retro_gpt_chunk_length}",
                 "Build it with the same --retro-chunk-length",
             )
-        mine, theirs = load_project_tokenizer(config, paths), load_project_tokenizer(other, target)
+        mine = load_project_tokenizer(project_config, paths)
+        theirs = load_project_tokenizer(other, target)
         if _contents(mine) != _contents(theirs):
             raise ProjectError(
                 target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
             )
-        query = _query_options(options, paths)
-    query_other_database(query, target.root)
+        query_config = _query_config(config, paths)
+    return query_neighbors.query_other_database(query_config, target.root)
 
 
-def _query_options(options: UpdateDbOptions, paths: ProjectPaths) -> QueryNeighborsOptions:
-    """As the project's own neighbors were searched, but for what is asked otherwise."""
+def _query_config(
+    config: UpdateDbConfig, paths: ProjectPaths
+) -> query_neighbors.QueryNeighborsOptions:
+    """Configuration of the project's own search, but for what is asked otherwise."""
+    kind = query_neighbors.QueryNeighborsOptions
+    root = str(paths.root)
+    before = recorded_config(paths, query_neighbors.STAGE, kind, project_dir=root) or kind(root)
     settings = ProjectSettings.load(paths.root)
-    before = recorded_options(paths, "query_neighbors")
     candidates = settings.num_neighbors_query
-    default = min(NUM_QUERY, len(ChunkDatabase.open(paths.root, own=True)))
-    return QueryNeighborsOptions(
-        str(paths.root),
-        # The default of one database is not that of another.
-        num_neighbors_query=options.num_neighbors_query
-        or (None if candidates == default else candidates),
-        num_neighbors_save=options.num_neighbors_save or settings.num_neighbors_save or 20,
+    # The default of one database is not that of another.
+    if candidates == min(NUM_QUERY, len(ChunkDatabase.open(paths.root, own=True))):
+        candidates = None
+    return kind(
+        root,
+        num_neighbors_query=config.num_neighbors_query or candidates,
+        num_neighbors_save=config.num_neighbors_save
+        or settings.num_neighbors_save
+        or before.num_neighbors_save,
         rerank=settings.rerank,
-        embed_batch_size=options.embed_batch_size or before.get("--embed-batch-size", 16),
-        embed_fp16=options.embed_fp16 or before.get("--embed-fp16", False),
-        device=options.device,
+        embed_batch_size=config.embed_batch_size or before.embed_batch_size,
+        embed_fp16=config.embed_fp16 or before.embed_fp16,
+        device=config.device,
     )
 
 

@@ -156,7 +156,7 @@ def test_new_documents_are_read_as_the_old(
     broken = "gr\u00fcn".encode().decode("latin-1")
     line = {"url": "https://a", "id": "7", "title": "T", "body": broken}
     (folder / "new.jsonl").write_text(json.dumps(line) + '\n{"title": "", "body": ""}\n')
-    monkeypatch.setattr("retro_mcore.stages.update_db.build_db", _interrupt)
+    monkeypatch.setattr("retro_mcore.stages.build_db.run", _interrupt)
     options = UpdateDbOptions(str(project), append=[str(folder / "new.jsonl")])
     if recorded_in == "flags":
         options = dataclasses.replace(options, **read)
@@ -195,10 +195,10 @@ def test_neighbors_are_searched_as_before(
     run = json.loads(record.read_text())
     record.write_text(json.dumps({**run, "options": {**run["options"], **chosen}}))
     searched = []
-    for name in ("build_db", "build_index"):
-        monkeypatch.setattr(f"retro_mcore.stages.update_db.{name}", lambda options: None)
+    monkeypatch.setattr("retro_mcore.stages.build_db.run", lambda *given: None)
+    monkeypatch.setattr("retro_mcore.stages.build_index.build_index", lambda *given: None)
     monkeypatch.setattr(
-        "retro_mcore.stages.update_db.query_other_database",
+        "retro_mcore.stages.query_neighbors.query_other_database",
         lambda *given: searched.append(given[0]),
     )
     update_db(UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")], **asked))
@@ -245,8 +245,8 @@ def test_an_interrupted_update_leaves_the_old_in_use(
     before = samples(project)
     options = UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")])
     for module, name in (
-        ("retro_mcore.stages.update_db", "build_db"),
-        ("retro_mcore.stages.update_db", "build_index"),
+        ("retro_mcore.stages.build_db", "run"),
+        ("retro_mcore.stages.build_index", "build_index"),
         ("retro_mcore.stages.query_neighbors", "finish_stage"),
     ):
         with monkeypatch.context() as broken:
