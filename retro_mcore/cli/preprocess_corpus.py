@@ -1,12 +1,61 @@
-"""`preprocess_corpus`: text to tokens, and the configuration that all later stages read."""
+"""`preprocess_corpus`: text to tokens, and the configuration that later stages read."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from retro_mcore.cli.command import run_command
-from retro_mcore.stages.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.project_options import ProjectOptions
+from retro_mcore.data.corpus.counts import loss_rows
+from retro_mcore.stages.preprocess_corpus import (
+    STAGE,
+    PreprocessCorpusConfig,
+    PreprocessCorpusReport,
+    run,
+)
+
+
+@dataclass
+class PreprocessCorpusOptions(PreprocessCorpusConfig, ProjectOptions):
+    """Turn text into a project directory: tokens, tokenizer and configuration."""
+
+    project_dir: str
+    """Directory to make, or to go on with."""
+
+
+def preprocess_corpus(options: PreprocessCorpusOptions) -> PreprocessCorpusReport:
+    """Run the stage and print its summary; see `retro_mcore.stages.preprocess_corpus.run`."""
+    report = run(options.project_dir, options)
+    print_report(report, options)
+    return report
+
+
+def print_report(report: PreprocessCorpusReport, options: PreprocessCorpusOptions) -> None:
+    """Print the summary of a run."""
+    vocab = f"{report.vocab_size} pieces"
+    if options.trains_tokenizer and report.vocab_size < options.vocab_size:
+        vocab += f" (lowered from {options.vocab_size}: the corpus has no more)"
+    bos = "no BOS"
+    if report.bos_id is not None:
+        bos = f"{report.bos_token} (token {report.bos_id})"
+    rows = {
+        "project": options.project_dir,
+        "documents": f"{report.num_documents}{' (reused)' if report.reused else ''}",
+        "tokens": report.num_tokens,
+        **loss_rows(report.report),
+        "tokenizer": f"{report.tokenizer_type}, {vocab}",
+        "documents end with": f"{report.eod_token} (token {report.eod_id})",
+        "documents begin with": bos,
+        "samples": ", ".join(split.samples_text for split in report.passes),
+        **{f"warning, {split.name}": split.warning for split in report.passes if split.warning},
+        "chunks per sample": report.config.chunks_per_sample,
+    }
+    for prefix, counts in report.report["datasets"].items():
+        for name, examples in counts.get("such_as", {}).items():
+            rows[f"{name.replace('_', ' ')} of {prefix}"] = ", ".join(examples)
+    print_summary(STAGE, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
-"""A project whose database is another's and more: new documents behind the old ones.
+"""Project whose database holds another project's documents, then new ones.
 
-It is a project directory of its own, so every stage runs on it as on any other, can be interrupted,
-and goes on. Tokens, tokenizer, chunks, embeddings and the trained index of the old documents are
-taken over as hard links; nothing of the old project changes.
+It is a project directory of its own, so every stage runs on it as on any other, and can be
+interrupted and resumed. Tokens, tokenizer, chunks, embeddings and the trained index of the old
+documents are hard links. Nothing in the old project changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from retro_mcore.data.tokens.token_file import bin_path, idx_path
 from retro_mcore.data.tokens.tokenizing import CorpusReader, make_dataset
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ProjectError
-from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json_object
 from retro_mcore.project.markers import FileState, adopt, marker_path, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
@@ -33,15 +33,15 @@ def make_grown_project(
     reader: CorpusReader,
     fingerprint: str,
 ) -> None:
-    """Everything of the grown project that its build_db needs, on all ranks.
+    """Write everything that build_db needs of the grown project, on all ranks.
 
     Args:
         base: The project whose database is grown, after build_index.
-        grown: The project to make, or to go on with.
-        sources: New corpora, as preprocess_corpus takes them.
+        grown: The project to make or to resume.
+        sources: New corpora, in any form that preprocess_corpus takes.
         prefixes: Names of their datasets.
         reader: How text is read.
-        fingerprint: What the new datasets are made from.
+        fingerprint: Fingerprint of what the new datasets are made from.
 
     Raises:
         CorpusError: a source is missing, empty or malformed.
@@ -83,7 +83,7 @@ def _take_over_inputs(base: ProjectPaths, grown: ProjectPaths, config: ProjectCo
 
 
 def _take_over(source: Path, target: Path) -> None:
-    """A file that other stages have checked; one of another writer gets its marker here."""
+    """Link a file that other stages have checked; another writer's file gets its marker here."""
     if state_of(target) is FileState.COMPLETE:
         return
     if adopt(source, target, ""):
@@ -95,19 +95,17 @@ def _take_over(source: Path, target: Path) -> None:
 
 
 def _take_over_chunks(base: ProjectPaths, grown: ProjectPaths, config: ProjectConfig) -> None:
-    """Chunks of the old datasets; build_db takes them where they are made from the same."""
+    """Link chunks of the old datasets; build_db takes those whose fingerprint is the same."""
     for prefix in config.blend[1]:
         for file in sorted(base.individual_db(prefix).glob("*.hdf5")):
             target = grown.individual_db(prefix) / file.name
             if not target.exists() and marker_path(file).exists():
-                fingerprint = read_fingerprint(file)
+                fingerprint = _read_fingerprint(file)
                 adopt(file, target, fingerprint)
 
 
-def read_fingerprint(path: Path) -> str:
-    """What a file of ours was built from."""
-    from retro_mcore.project.config import read_json_object
-
+def _read_fingerprint(path: Path) -> str:
+    """Fingerprint of what a file was built from, by its marker."""
     return str(read_json_object(marker_path(path)).get("fingerprint", ""))
 
 

@@ -1,0 +1,191 @@
+"""Configuration of `preprocess_corpus`, its checks, and the options that the stage records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retro_mcore.chunking import chunks_per_sample
+from retro_mcore.data.tokenizers.loading import (
+    TOKENIZER_TYPES,
+    GPTSentencePieceTokenizer,
+    HuggingFaceTokenizer,
+)
+from retro_mcore.data.tokens.splits import parse_split
+from retro_mcore.errors import ConfigurationError, RetroError, TokenizerError
+from retro_mcore.stages.configuration import flag_of, too_small
+
+_LEAST = {
+    "global_batch_size": 1,
+    "eval_interval": 1,
+    "eval_iters": 0,
+    "vocab_size": 1,
+    "retro_block_size": 1,
+    "train_samples": 1,
+    "tokenizer_training_documents": 1,
+    "seed": 0,
+}
+
+
+@dataclass(kw_only=True)
+class PreprocessCorpusConfig:
+    """Configuration of `preprocess_corpus`."""
+
+    input: list[str]
+    """JSONL files (also .gz, .zst), text files, folders of these (links are followed), or Megatron
+    .bin/.idx pairs. Each becomes a dataset of its own."""
+    input_weights: list[float] = field(default_factory=list)
+    """Share of each input in the samples (default: equal)."""
+    json_keys: list[str] = field(default_factory=lambda: ["text"])
+    """Keys of a JSON line that hold the text. Several are joined by an empty line."""
+    id_key: str = "id"
+    """Key of a JSON line that holds its id, shown as a neighbor's source (lines without it: file
+    and byte)."""
+    clean_text: bool = False
+    """Fix broken characters with ftfy: mojibake, control characters, HTML entities."""
+    tokenizer_type: str | None = None
+    """GPTSentencePieceTokenizer, GPT2BPETokenizer or HuggingFaceTokenizer (default: trained
+    SentencePiece)."""
+    tokenizer_model: str | None = None
+    """SentencePiece .model, or a Hugging Face tokenizer.json or its directory."""
+    vocab_file: str | None = None
+    """GPT-2's vocab.json."""
+    merge_file: str | None = None
+    """GPT-2's merges.txt."""
+    eod_token: str | None = None
+    """Token that ends a document, by text or id (default: as the tokenizer's files say)."""
+    bos_token: str | None = None
+    """Token that begins a text, by text or id (default: as the tokenizer's files say)."""
+    add_bos_token: bool | None = None
+    """Begin every document with BOS, and every prompt later (default: as the tokenizer does; for
+    inputs that are tokens: as they are)."""
+    vocab_size: int = 8192
+    """Vocabulary size of a tokenizer that is trained. Lowered for a small corpus."""
+    tokenizer_training_documents: int = 1_000_000
+    """Number of documents that a tokenizer is trained on, from the beginning of the inputs."""
+    bert_vocab_file: str | None = None
+    """WordPiece vocabulary that the database counts tokens with (default: MiniLM's)."""
+    seq_length: int = 512
+    """Tokens per sample."""
+    retro_chunk_length: int = 64
+    """Tokens per chunk."""
+    split: str = "90,5,5"
+    """Percentages of training, validation and test documents."""
+    train_samples: int | None = None
+    """Number of training samples in the whole training (default: set by --train-epochs)."""
+    train_epochs: float = 1.0
+    """Passes over the training documents, from which the number of samples follows."""
+    global_batch_size: int = 8
+    """Samples per training step."""
+    eval_interval: int = 1000
+    """Training steps between evaluations."""
+    eval_iters: int = 10
+    """Batches per evaluation."""
+    seed: int = 1234
+    """Seed for the order of the samples."""
+    retro_block_size: int | None = None
+    """Rows per file of embeddings and neighbors (default: from the number of samples)."""
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether no tokenizer is given, so that the corpus trains one."""
+        return self.tokenizer_model is None and self.vocab_file is None
+
+    def chosen_tokenizer_type(self) -> str:
+        """Type that is given, or that follows from the model's file.
+
+        Raises:
+            TokenizerError: the type is unknown.
+        """
+        if self.tokenizer_type is not None:
+            if self.tokenizer_type not in TOKENIZER_TYPES:
+                raise TokenizerError(
+                    "--tokenizer-type",
+                    repr(self.tokenizer_type),
+                    f"Choose one of {', '.join(TOKENIZER_TYPES)}",
+                )
+            return self.tokenizer_type
+        model = self.tokenizer_model
+        if model is not None and (Path(model).is_dir() or model.endswith(".json")):
+            return HuggingFaceTokenizer.name
+        return GPTSentencePieceTokenizer.name
+
+
+def problems_of(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
+    """Errors for all values that cannot work."""
+    for check in (
+        lambda: chunks_per_sample(config.seq_length, config.retro_chunk_length),
+        lambda: parse_split(config.split),
+    ):
+        try:
+            check()
+        except RetroError as error:
+            yield error
+    yield from too_small(config, _LEAST)
+    if config.seed >= 1 << 32:
+        yield ConfigurationError("--seed", str(config.seed), "Give less than 2^32")
+    if not 0 < config.train_epochs < math.inf:
+        yield ConfigurationError("--train-epochs", str(config.train_epochs), "Give more than 0")
+    if not config.input:
+        yield ConfigurationError("--input", "none given", "Name a file or a folder")
+    if not config.json_keys:
+        yield ConfigurationError("--json-keys", "none given", "Name the key of the text")
+    weights = config.input_weights
+    usable = all(0 < weight < math.inf for weight in weights) and sum(weights) < math.inf
+    if weights and (len(weights) != len(config.input) or not usable):
+        yield ConfigurationError(
+            "--input-weights",
+            f"{weights} for {len(config.input)} inputs",
+            "Give one positive weight per --input",
+        )
+    if config.tokenizer_type is None and (config.vocab_file or config.merge_file):
+        yield ConfigurationError(
+            "--vocab-file",
+            "given without --tokenizer-type",
+            "Add --tokenizer-type GPT2BPETokenizer",
+        )
+
+
+def text_options(config: PreprocessCorpusConfig) -> dict[str, object]:
+    """Options that decide the tokens, by flag, for the stage's record.
+
+    Raises:
+        TokenizerError: the tokenizer's type is unknown.
+    """
+    training = config.trains_tokenizer
+    documents = config.tokenizer_training_documents
+    options: dict[str, object] = {
+        "--input": [Path(source).name for source in config.input],
+        "--json-keys": config.json_keys,
+        "--tokenizer-type": config.chosen_tokenizer_type(),
+        "--vocab-size": config.vocab_size if training else None,
+        "--tokenizer-training-documents": documents if training else None,
+    }
+    # Only if set, so that projects of versions without these flags stay valid.
+    if config.clean_text:
+        options["--clean-text"] = True
+    if config.id_key != "id":
+        options["--id-key"] = config.id_key
+    for name in ("eod_token", "bos_token", "add_bos_token"):
+        if (value := getattr(config, name)) is not None:
+            options[flag_of(name)] = value
+    return options
+
+
+def sample_options(config: PreprocessCorpusConfig) -> dict[str, object]:
+    """Options that decide the samples, by flag, for the stage's record."""
+    return {
+        "--input-weights": config.input_weights,
+        "--seq-length": config.seq_length,
+        "--retro-chunk-length": config.retro_chunk_length,
+        "--split": config.split,
+        "--train-samples": config.train_samples,
+        "--train-epochs": None if config.train_samples else config.train_epochs,
+        "--global-batch-size": config.global_batch_size,
+        "--eval-interval": config.eval_interval,
+        "--eval-iters": config.eval_iters,
+        "--seed": config.seed,
+        "--retro-block-size": config.retro_block_size,
+    }

@@ -1,0 +1,78 @@
+"""Report of `preprocess_corpus`: what was tokenized, lost and repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from retro_mcore.data.corpus.counts import read_counts, total
+from retro_mcore.data.tokens.token_file import TokenFile
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.samples.passes import SplitPasses
+
+
+@dataclass(frozen=True)
+class PreprocessCorpusReport:
+    """Result of `preprocess_corpus`.
+
+    Attributes:
+        config: Configuration that was written to config.json.
+        num_documents: Documents of all datasets.
+        num_tokens: Tokens of all datasets.
+        vocab_size: Token ids of the tokenizer.
+        reused: Whether all datasets were there already.
+        report: Counts of what was read, dropped, replaced and repeated; see docs/data_formats.md.
+        passes: Samples of each split, and how often they repeat its documents.
+        tokenizer_type: Type of the tokenizer.
+        eod_id: Token that ends every document.
+        eod_token: Its text.
+        bos_id: Token that begins every document; None if there is none.
+        bos_token: Its text.
+    """
+
+    config: ProjectConfig
+    num_documents: int
+    num_tokens: int
+    vocab_size: int
+    reused: bool
+    report: dict[str, Any] = field(default_factory=dict)
+    passes: tuple[SplitPasses, ...] = ()
+    tokenizer_type: str = ""
+    eod_id: int = 0
+    eod_token: str = ""
+    bos_id: int | None = None
+    bos_token: str | None = None
+
+
+def count_all(
+    paths: ProjectPaths,
+    prefixes: Sequence[str],
+    datasets: Sequence[TokenFile],
+    passes: Sequence[SplitPasses],
+) -> dict[str, Any]:
+    """Counts of all datasets together, of each dataset, and of the samples of each split.
+
+    Args:
+        paths: The project.
+        prefixes: Name of each dataset.
+        datasets: Tokens of each dataset.
+        passes: Samples of each split.
+
+    Raises:
+        CorruptFileError: a file of counts is damaged.
+    """
+    each = {
+        prefix: {
+            **read_counts(paths.data / prefix),
+            "documents": len(dataset),
+            "tokens": len(dataset.tokens),
+        }
+        for prefix, dataset in zip(prefixes, datasets, strict=True)
+    }
+    return {
+        **total(list(each.values())),
+        "splits": {split.name: split.report for split in passes},
+        "datasets": each,
+    }
