@@ -334,8 +334,7 @@ class TextBatch:
             member.new_text.finish()
         if len(text.new_tokens) < stopping.min_new_tokens:
             return
-        longest = max(map(len, stopping.stop_strings))
-        place = find_stop(member.new_text.text, stopping.stop_strings, already - longest + 1)
+        place = find_stop(member.new_text.text, stopping.stop_strings, already)
         if place is not None:
             text.finish_reason, text.stop_text = "stop", member.new_text.text[:place]
 

@@ -99,9 +99,15 @@ def shared_length(first: str, second: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))  # noqa: B905
 
 
-def find_stop(text: str, stop_strings: Sequence[str], start: int = 0) -> int | None:
-    """Where the first of the stop strings begins, searching from `start`; None: nowhere."""
-    places = [text.find(stop, max(0, start)) for stop in stop_strings]
+def find_stop(text: str, stop_strings: Sequence[str], searched: int = 0) -> int | None:
+    """Where the first of the stop strings begins; None: nowhere.
+
+    Args:
+        text: The text.
+        stop_strings: The strings.
+        searched: Characters that have been searched. Strings that end within them do not count.
+    """
+    places = [text.find(stop, max(0, searched - len(stop) + 1)) for stop in stop_strings]
     return min((place for place in places if place >= 0), default=None)
 
 
@@ -160,8 +166,8 @@ class SafeStream:
         return self._show(len(self._growing.text))
 
     def _show(self, end: int) -> str:
-        text, longest = self._growing.text, max(map(len, self._stop_strings), default=0)
-        place = find_stop(text, self._stop_strings, self._searched - longest + 1)
+        text = self._growing.text
+        place = find_stop(text, self._stop_strings, self._searched)
         if place is not None and self._missing_tokens <= 0:
             end = min(end, place)
         piece = text[self._shown : end]

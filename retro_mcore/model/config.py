@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from megatron.core.transformer import TransformerConfig
 
 from retro_mcore.chunking import Alignment, ChunkGrid
-from retro_mcore.errors import ConfigurationError, check_all
+from retro_mcore.errors import ConfigurationError, RetroError, check_all, raise_problems
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.platform.compatibility import mend_output_recomputation
 
 Origin = Literal["mcore-0.15", "mcore-0.5", "legacy"]
+
+_DROPOUTS = (
+    "hidden_dropout",
+    "attention_dropout",
+    "retro_encoder_hidden_dropout",
+    "retro_encoder_attention_dropout",
+    "retro_encoder_cross_attention_dropout",
+)
 
 # How the implementations that we replace differ from the paper (docs/decisions/origins.md).
 _MEGATRON = {
@@ -172,6 +182,7 @@ class RetroConfig(TransformerConfig):
         if self.recompute_granularity == "selective" and "layernorm" in self.recompute_modules:
             mend_output_recomputation()
         check_all(
+            partial(check_rates, self),
             self._validate_retrieval,
             self._validate_decoder_layers,
             self._validate_encoder,
@@ -351,3 +362,24 @@ class RetroConfig(TransformerConfig):
             )
         if self.multi_latent_attention:
             raise ConfigurationError("multi_latent_attention", "True", "Retro needs plain heads")
+
+
+def check_rates(options: object) -> None:
+    """Refuse dropouts that are no probabilities, and a gate that is not a finite number from 0.
+
+    Args:
+        options: A configuration, or other options that have these fields.
+
+    Raises:
+        ConfigurationError: naming the field.
+        SeveralErrors: more than one.
+    """
+    problems: list[RetroError] = []
+    for name in _DROPOUTS:
+        value = getattr(options, name)
+        if value is not None and not 0 <= value <= 1:
+            problems.append(ConfigurationError(name, f"{value}", "Give a number from 0 to 1"))
+    gate = options.retro_attention_gate  # type: ignore[attr-defined]
+    if not 0 <= gate < math.inf:
+        problems.append(ConfigurationError("retro_attention_gate", f"{gate}", "Give 0 or more"))
+    raise_problems(problems)

@@ -79,6 +79,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ),
         (_OFF, _OTHER_DATA),
     ),
+    "vocab_extra_ids": (_OFF, "Leave it out: the vocabulary is the project's"),
+    "pad_vocab_size": ((None, True), "Set --make-vocab-size-divisible-by 1"),
     "logits_load_dir": (_OFF, "Leave it out: the loss has no distillation"),
     "check_for_spiky_loss": (_OFF, "Leave it out: losses are only checked for being finite"),
     "full_validation": (_OFF, "Leave it out: Megatron-LM itself fails with these datasets"),
@@ -219,6 +221,9 @@ def size_vocabulary(args: argparse.Namespace) -> None:
         getattr(args, "make_vocab_size_divisible_by", 128),
         getattr(args, "tensor_model_parallel_size", 1),
     )
+    if "vocab_size" in _given and args.vocab_size != vocab_size:
+        found = f"{args.vocab_size}, but the tokenizer of {args.retro_project_dir} has {vocab_size}"
+        raise ConfigurationError("--vocab-size", found, "Leave it out")
     chosen = "padded_vocab_size" in _given or getattr(args, "use_checkpoint_args", False)
     if not chosen:
         args.padded_vocab_size = size
@@ -245,6 +250,7 @@ def check_arguments(args: argparse.Namespace) -> None:
                 "Use tensor parallelism, or tools/pretrain_retro.py, which runs Retro in pipelines",
             )
         )
+    problems += _too_small(args)
     noise = {f.name: getattr(args, f.name, 0.0) for f in dataclasses.fields(NeighborNoiseOptions)}
     options = NeighborNoiseOptions(**noise)
     check_all(
@@ -264,6 +270,15 @@ def _contradictions(args: argparse.Namespace) -> Iterator[RetroError]:
             yield ConfigurationError(
                 flag_of(name), f"{given}, and the project was built with {value}", "Leave it out"
             )
+
+
+def _too_small(args: argparse.Namespace) -> Iterator[RetroError]:
+    """Sizes of the encoder and numbers of neighbors below 1, of which 0 would mean the default."""
+    for field, keywords in _flags_of(ModelOptions):
+        value = getattr(args, field, None)
+        is_number = keywords.get("type") is int and "nargs" not in keywords
+        if is_number and value is not None and value < 1:
+            yield ConfigurationError(flag_of(field), str(value), "Give at least 1")
 
 
 def _refusals(args: argparse.Namespace) -> Iterator[RetroError]:

@@ -46,7 +46,8 @@ def load_model_from_checkpoint(
         require_entries(checkpoint, saved, ("seed", "bf16", "fp16"))
         arguments = arguments_from(saved)
     set_seeds(saved["seed"])
-    precision = {"bf16": saved["bf16"], "fp16": saved["fp16"]}
+    names = ("bf16", "fp16", "fp32_residual_connection")
+    precision = {name: saved[name] for name in names if name in saved}
     layout = ParallelOptions(**{**vars(parallel), **precision})
     with distributed.raise_together():
         model = build_model(arguments, layout)

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import openai_gelu
 
 from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
-from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.config import RetroConfig, check_rates
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.training.options.megatron import (
     LAYER_FLAGS,
@@ -133,6 +133,7 @@ _FIELDS = re.compile(
 def _build(arguments: ModelArguments, shared: dict[str, Any]) -> TransformerConfig:
     if arguments.no_retrieval:
         _refuse_without_retrieval(arguments)
+        check_rates(arguments)
         return TransformerConfig(**shared)
     build: Callable[..., RetroConfig] = RetroConfig
     if arguments.retro_origin is not None:

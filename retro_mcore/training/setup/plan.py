@@ -25,7 +25,7 @@ from retro_mcore.training.loop.sample_reader import (
     tokenizer_fingerprint,
 )
 from retro_mcore.training.loop.schedule import ScheduleLengths, schedule_lengths
-from retro_mcore.training.options.megatron import flag_of
+from retro_mcore.training.options.megatron import LAYER_FLAGS, flag_of
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.pretrain import ModelOptions, OptimizerOptions, TrainingOptions
 from retro_mcore.training.setup.build import ModelArguments, number_of_positions, padded_vocab_size
@@ -41,6 +41,13 @@ _PADDING = {"padded_vocab_size", "make_vocab_size_divisible_by"}
 
 # No flags of their own.
 _OF_TOKENIZER = {"vocab_size", "tokenizer_fingerprint"}
+
+# What layers compute in. A release of megatron-core may lack some of these.
+_PRECISION = (
+    *("bf16", "fp16", "fp32_residual_connection", "tp_only_amax_red"),
+    *(name for name in LAYER_FLAGS if name.startswith("fp8_")),
+    *("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+)
 
 # The position in the data has a meaning for these alone.
 _DATA = ("global_batch_size", "rampup_batch_size", "seed", "split", "data_path")
@@ -143,8 +150,7 @@ class TrainingPlan:
             **self.schedule.flags(),
             "rampup_batch_size": self.options.rampup_batch_size,
             **self._weight_decay_length(),
-            "bf16": self.options.bf16,
-            "fp16": self.options.fp16,
+            **{name: getattr(self.options, name) for name in _PRECISION if self._has(name)},
             "global_batch_size": self.global_batch_size,
             "seed": self.project.retro_gpt_seed,
             "split": self.project.retro_gpt_split,

@@ -104,3 +104,11 @@ def test_held_back_is_the_longest_possible_beginning():
 def test_stop_strings_do_not_count_before_the_least_length():
     stream = SafeStream(Bytes(), [], ["ab"], min_new_tokens=5)
     assert "".join(map(stream.add, b"abcdefab")) + stream.finish() == "abcdef"
+
+
+def test_a_short_stop_string_beside_a_long_one_does_not_count_before_the_least_length_either():
+    stops = ["ab", "a long stop string"]
+    stream = SafeStream(Bytes(), [], stops, min_new_tokens=5)
+    assert "".join(map(stream.add, b"abcdefab")) + stream.finish() == "abcdef"
+    assert find_stop("abcdefab", stops, searched=2) == 6
+    assert find_stop("abcdefab", stops, searched=1) == 0

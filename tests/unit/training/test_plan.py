@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError
 from retro_mcore.training.loop.batch import collate
 from retro_mcore.training.loop.sample_reader import MicroBatchSampler, require_split
 from retro_mcore.training.reporting.metrics import MetricsFile, read_metrics
@@ -66,6 +67,38 @@ def test_sizes_that_do_not_divide_are_refused_by_name(flags, message):
 
 
 @pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fp32_residual_connection", True), ("fp8_margin", 3)],
+)
+@pytest.mark.usefixtures("megatron")
+def test_a_run_is_resumed_in_the_precision_that_it_began_in(name, value):
+    saved = vars(small_plan().checkpoint_args())
+    checkpoint, plan = Path("checkpoint"), small_plan(**{name: value})
+    with pytest.raises(CheckpointError, match=f"trained with {name} .*, and now it is {value}"):
+        plan.check_resumes(saved, checkpoint)
+    del saved[name]  # written before it was kept: the default
+    with pytest.raises(CheckpointError, match=name):
+        plan.check_resumes(saved, checkpoint)
+    small_plan().check_resumes(saved, checkpoint)
+    small_plan(**{name: value}, finetune=True).check_resumes(saved, checkpoint)
+
+
+@pytest.mark.parametrize("no_retrieval", [False, True])
+@pytest.mark.usefixtures("megatron")
+def test_dropouts_that_are_no_probabilities_are_refused_by_flag(no_retrieval):
+    from retro_mcore.training.options.pretrain import ParallelOptions
+    from retro_mcore.training.setup.model_config import RecomputeOptions, build_config
+
+    plan = small_plan(
+        no_retrieval=no_retrieval, hidden_dropout=1.5, retro_encoder_attention_dropout=float("nan")
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        build_config(plan.arguments, ParallelOptions(), RecomputeOptions())
+    assert "--hidden-dropout: 1.5. Give a number from 0 to 1" in str(caught.value)
+    assert "--retro-encoder-attention-dropout: nan" in str(caught.value)
+
+
 def test_what_the_project_repeats_is_accepted_and_the_rest_is_resolved():
     plan = small_plan(seq_length=SEQUENCE_LENGTH, seed=1234, lr_warmup_fraction=0.5)
     assert plan.train_iters == TRAIN_SAMPLES // BATCH

@@ -112,6 +112,12 @@ def test_the_numerics_of_an_origin(megatron):
         (["--tokenizer-type", "HuggingFaceTokenizer"], {}, "--tokenizer-type"),
         (["--retro-mup-base-hidden-size", "16"], {}, "--retro-mup-base-hidden-size: 16"),
         (["--retro-drop-chunks", "1.5"], {}, "--retro-drop-chunks: 1.5"),
+        (["--vocab-size", "9"], {}, "--vocab-size: 9, but the tokenizer"),
+        ([], {"vocab_extra_ids": 100}, "--vocab-extra-ids: 100"),
+        ([], {"logits_load_dir": "teacher"}, "--logits-load-dir: teacher"),
+        (["--retro-encoder-hidden-size", "0"], {}, "--retro-encoder-hidden-size: 0"),
+        (["--retro-attention-gate", "nan"], {}, "retro_attention_gate: nan"),
+        (["--retro-encoder-hidden-dropout", "1.5"], {}, "retro_encoder_hidden_dropout: 1.5"),
     ],
 )
 def test_what_is_not_covered_is_refused(megatron, flags, defaults, message):
