@@ -23,7 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from retro_mcore.distributed import get_rank, initialize, raise_together
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.evaluation.generation_settings import GenerationSettings, read_settings
 from retro_mcore.platform import distributed_backend, setup_device
 
@@ -82,6 +82,15 @@ class RetroLM(TemplateLM):
             raise ConfigurationError(f"--model_args {name}", repr(value), "retro_mcore has no such")
         if retro_neighbors not in ("live", "none"):
             raise ConfigurationError("retro_neighbors", str(retro_neighbors), "Use live or none")
+        if add_bos_token not in (None, True, False):
+            raise ConfigurationError("add_bos_token", repr(add_bos_token), "Use true or false")
+        _require_numbers(
+            max_length=max_length,
+            max_gen_toks=max_gen_toks,
+            seed=seed,
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            retro_attention_gate=retro_attention_gate,
+        )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigurationError("batch_size", str(batch_size), "Give a number from 1")
         setup_device(device)
@@ -276,6 +285,17 @@ class RetroLM(TemplateLM):
             neighbors=self._loaded.retriever,
         )
         return [new_text(self._loaded.tokenizer, text) for text in texts]
+
+
+def _require_numbers(**values: float | None) -> None:
+    """Refuse values that the harness read as text, and negative ones."""
+    problems: list[RetroError] = []
+    for name, value in values.items():
+        wanted = (int, float) if name == "retro_attention_gate" else int
+        is_number = isinstance(value, wanted) and not isinstance(value, bool)
+        if value is not None and not (is_number and value >= 0):
+            problems.append(ConfigurationError(name, repr(value), "Give a number from 0"))
+    raise_problems(problems)
 
 
 def _tell(notes: Counter[str], num_requests: int) -> None:

@@ -197,6 +197,24 @@ def test_arguments_that_the_model_does_not_know_are_refused_by_name(harness_mode
         harness_model(dtype="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("add_bos_token", "no"),
+        ("max_gen_toks", "all"),
+        ("max_gen_toks", -1),
+        ("max_length", 0.5),
+        ("seed", "x"),
+        ("retro_attention_gate", "open"),
+        ("batch_size", "auto"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(harness_model, name, value):
+    """The harness passes on as text what it cannot read; "no" counted as true."""
+    with pytest.raises(ConfigurationError, match=name):
+        harness_model(**{name: value})
+
+
 @pytest.mark.parametrize("retro_neighbors", ["none", "live"])
 def test_answers_and_likelihoods_do_not_depend_on_the_batch(harness_model, retro_neighbors):
     asked = requests(

@@ -81,7 +81,7 @@ def test_a_run_is_resumed_in_the_precision_that_it_began_in(name, value):
     with pytest.raises(CheckpointError, match=name):
         plan.check_resumes(saved, checkpoint)
     small_plan().check_resumes(saved, checkpoint)
-    small_plan(**{name: value}, finetune=True).check_resumes(saved, checkpoint)
+    small_plan(**{name: value}, finetune=True, load="x").check_resumes(saved, checkpoint)
 
 
 @pytest.mark.parametrize("no_retrieval", [False, True])
