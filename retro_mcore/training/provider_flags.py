@@ -252,10 +252,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     problems += _too_small(args)
     noise = {f.name: getattr(args, f.name, 0.0) for f in dataclasses.fields(NeighborNoiseOptions)}
+    if not args.retro_add_retriever:
+        problems += [
+            ConfigurationError(flag_of(name), "given without --retro-add-retriever", "Add it")
+            for name, share in noise.items()
+            if share
+        ]
     options = NeighborNoiseOptions(**noise)
     check_all(
         partial(raise_problems, problems),
-        partial(options.check_neighbor_noise, not args.retro_add_retriever),
+        partial(options.check_neighbor_noise, no_retrieval=False),
     )
 
 

@@ -132,6 +132,11 @@ def test_the_gpt_twin_refuses_what_its_layers_do_not_have(megatron, name):
         pretrain(retriever=False, **{name: 2})
 
 
+def test_the_gpt_twin_refuses_noise_on_neighbors_that_it_does_not_read(megatron):
+    with pytest.raises(ConfigurationError, match="--retro-drop-chunks: given without --retro-add"):
+        pretrain("--retro-drop-chunks", "0.5", retriever=False)
+
+
 def test_all_that_is_refused_is_told_at_once(megatron):
     noise = ("--retro-drop-chunks", "1.5", "--retro-replace-tokens", "-1")
     with pytest.raises(ConfigurationError) as caught:
