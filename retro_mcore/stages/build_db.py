@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class _Inputs:
     config: ProjectConfig
     whole_datasets: list[str]
     prefixes: list[Path]
-    datasets: list[TokenFile]
+    datasets: Sequence[TokenFile]
     tokenizer: Tokenizer
     counter: BertTokenCounter
     digests: dict[str, str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 from retro_mcore.errors import ConfigurationError, CorruptFileError
@@ -14,7 +14,7 @@ from retro_mcore.project.records import recorded_options
 
 Config = TypeVar("Config")
 #: A project directory, as every stage's `run` takes it.
-Project = str | PathLike[str] | ProjectPaths
+Project = str | Path | ProjectPaths
 #: Options by the name that an older version recorded them under.
 _RENAMED = {"index_str": "index"}
 

@@ -112,12 +112,12 @@ class TokenizerSetup:
         with raise_together():
             files = self._install()
         barrier()
-        root = self.paths.root
         with raise_together():
-            places = (
-                root / name if name else None for name in (files.model, files.vocab, files.merges)
+            model, vocab, merges = (
+                self.paths.root / name if name else None
+                for name in (files.model, files.vocab, files.merges)
             )
-            tokenizer = build_tokenizer(files.type, *places, choice=self.choice)
+            tokenizer = build_tokenizer(files.type, model, vocab, merges, self.choice)
             self._follow_given_tokens(tokenizer)
         return tokenizer, files
 
