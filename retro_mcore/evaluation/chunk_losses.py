@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from retro_mcore.distributed import get_rank
 from retro_mcore.evaluation.documents import HeldOutDocuments
 from retro_mcore.evaluation.scoring import sum_over_model_ranks, token_losses
 from retro_mcore.evaluation.windows import Window, WindowReader, plan_batches
+from retro_mcore.progress import track
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def measure_chunk_losses(
         windows: From `plan_windows`.
         num_bytes: i64 [chunks], from `chunk_bytes`.
         batch_size: Windows per forward pass.
-        description: Label of the progress bar.
+        description: Label of the progress.
         vocab_size: The tokenizer's, over which the losses are; None: every row of the model's.
     """
     batches = plan_batches(windows, batch_size)
@@ -63,7 +63,7 @@ def measure_chunk_losses(
         len(batches),
         parallel_state.get_data_parallel_world_size(),
     )
-    progress = tqdm(mine, desc=description, disable=get_rank() != 0)
+    progress = track(mine, description, hidden=get_rank() != 0)
     sums = np.zeros((2, reader.documents.num_chunks))
     device = next(model.parameters()).device
     results = token_losses(model, reader.read(batches, mine, device), vocab_size)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from tqdm import tqdm
 
 from retro_mcore.distributed import broadcast_object, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.scoring import sum_over_model_ranks
 from retro_mcore.model.vocabulary import whole_vocabulary
+from retro_mcore.progress import track
 from retro_mcore.retrieval.neighbors import RetrievedNeighbors
 from retro_mcore.session import LoadedModel
 from retro_mcore.training.loop.batch import position_ids
@@ -90,7 +90,7 @@ class ContinuationScorer:
         mine = batches[rank :: parallel_state.get_data_parallel_world_size()]
         results = np.zeros((2, len(pairs)))
         with raise_together():
-            for batch in tqdm(mine, desc=description, disable=get_rank() != 0):
+            for batch in track(mine, description, hidden=get_rank() != 0):
                 results[:, batch] = self._score_batch([pairs[index] for index in batch])
         likelihoods, greedy = sum_over_model_ranks(results)
         return [(float(a), bool(b)) for a, b in zip(likelihoods, greedy, strict=True)]

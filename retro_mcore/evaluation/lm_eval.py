@@ -20,12 +20,12 @@ import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from retro_mcore.distributed import get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.evaluation.generation_settings import GenerationSettings, read_settings
 from retro_mcore.platform import distributed_backend, setup_device
+from retro_mcore.progress import track
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -225,8 +225,9 @@ class RetroLM(TemplateLM):
         first = parallel_state.get_data_parallel_rank()
         mine = batches[first :: parallel_state.get_data_parallel_world_size()]
         answers: dict[int, str] = {}
+        hidden = disable_tqdm or get_rank() != 0
         with raise_together():
-            for batch in tqdm(mine, desc="generate_until", disable=disable_tqdm or get_rank() != 0):
+            for batch in track(mine, "generate_until", hidden=hidden):
                 texts = self._generate({i: prompts[i] for i in batch}, settings[batch[0]])
                 answers.update(zip(batch, texts, strict=True))
         answers = _union(answers, parallel_state.get_data_parallel_group())

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from tqdm import tqdm
 
 from retro_mcore.distributed import get_rank
 from retro_mcore.evaluation.neighbor_sources import NeighborKind, with_neighbors
 from retro_mcore.evaluation.repeats import DistinctText
 from retro_mcore.evaluation.results import perplexity_of
 from retro_mcore.evaluation.scoring import sum_over_model_ranks, token_losses
+from retro_mcore.progress import track
 from retro_mcore.training.loop.batch import RetroBatch
 from retro_mcore.training.loop.sample_reader import (
     MicroBatchSampler,
@@ -121,11 +121,11 @@ def measure_perplexity(
     )
     numbered = NumberedSamples(dataset, retrieval=neighbors != "none")
     device = next(model.parameters()).device
-    batches: Iterable[RetroBatch] = tqdm(
+    batches: Iterable[RetroBatch] = track(
         read_batches(numbered, sampler, num_workers, device),
-        desc=f"{split}, {neighbors} neighbors",
+        f"{split}, {neighbors} neighbors",
         total=len(sampler),
-        disable=get_rank() != 0,
+        hidden=get_rank() != 0,
     )
     sums = np.zeros((2, num_samples))  # losses, tokens
     for batch, losses in token_losses(model, batches, vocab_size):

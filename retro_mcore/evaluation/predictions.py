@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
-from tqdm import tqdm
 
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.json_text import json_lines, parse_json
+from retro_mcore.progress import track
 from retro_mcore.project.atomic import atomic_write, write_json
 from retro_mcore.project.config import read_json_object
 
@@ -62,7 +62,7 @@ def predict(
         first = parallel_state.get_data_parallel_rank()
         mine = missing[first :: parallel_state.get_data_parallel_world_size()]
         with raise_together():
-            for batch in tqdm(mine, desc=description, disable=get_rank() != 0):
+            for batch in track(mine, description, hidden=get_rank() != 0):
                 start = batch * batch_size
                 places = range(start, min(start + batch_size, num_questions))
                 lines = answer(places)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from retro_mcore.distributed import barrier, get_rank, get_world_size, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.progress import Progress
 from retro_mcore.project.markers import FileState, signed_write, state_of
 from retro_mcore.project.space import require_space
 
@@ -96,7 +96,7 @@ def run_shards(
         shards: All shards of the stage.
         build: Writes a shard's file at the temporary path that it is given.
         fingerprint: What the shards are built from; a file of another one is built anew.
-        description: Label of the progress bar.
+        description: Label of the progress.
         row_bytes: Bytes that a row takes on the disk, where that is known beforehand.
         beside: Another file that `build` writes itself (signed); a shard is there if both are.
         group: Default: the world.
@@ -108,7 +108,7 @@ def run_shards(
     missing, report = missing_shards(shards, fingerprint, description, row_bytes, beside, group)
     with raise_together(group):
         hidden = get_rank(group) != 0 or not missing
-        with tqdm(total=len(missing), desc=description, disable=hidden) as progress:
+        with Progress(description, len(missing), hidden=hidden) as progress:
             done = 0
             for index in _take_turns(len(missing), group):
                 shard = missing[index]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from retro_mcore.progress import track
 from retro_mcore.project.markers import signed_write
 from retro_mcore.project.shards import Shard, choose_shard_length, cut
 from retro_mcore.retrieval.index.embeddings import Embeddings
@@ -111,7 +111,7 @@ def add_to_index(index: Any, embeddings: Embeddings, first: int = 0) -> None:
     """Add all rows from `first` on, in order, in this process: a vector's id is its row."""
     everything = Shard(first, len(embeddings), Path())
     total = math.ceil((len(embeddings) - first) / _ADD_BATCH)
-    for rows, vectors in tqdm(_batches(embeddings, everything), desc="add to index", total=total):
+    for rows, vectors in track(_batches(embeddings, everything), "add to index", total):
         add_rows(index, vectors, rows)
 
 
@@ -141,7 +141,7 @@ def merge_parts(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: st
         if kind is IndexKind.WHOLE:
             shutil.copyfile(parts[0].path, temporary)
             return
-        for part in tqdm(parts, desc="merge index"):
+        for part in track(parts, "merge index"):
             if kind is IndexKind.LISTS:
                 inner = innermost(index)
                 inner.invlists.merge_from(read_lists(part.path, mapped=False), 0)

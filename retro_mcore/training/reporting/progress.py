@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,9 +11,10 @@ from types import TracebackType
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tqdm import tqdm
 
 from retro_mcore.distributed import get_rank, get_world_size
+from retro_mcore.logs import PRINTED
+from retro_mcore.progress import Progress
 from retro_mcore.training.reporting.flops import peak_flops, training_flops_per_sample
 from retro_mcore.training.reporting.metrics import (
     LOSS_CURVE_FILE,
@@ -24,6 +26,8 @@ from retro_mcore.training.reporting.metrics import (
 )
 from retro_mcore.training.reporting.sinks import Sink, open_sinks
 from retro_mcore.training.setup.plan import TrainingPlan
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,8 @@ class TrainingReporter:
         )
         peak = peak_flops(device, options.device_peak_tflops)
         self._peak_flops = None if peak is None else peak * get_world_size()
-        self._bar = tqdm(
-            total=plan.train_iters,
-            initial=iteration,
-            desc="pretrain_retro",
-            unit="it",
-            disable=not self._active,
-        )
+        hidden = not self._active
+        self._progress = Progress("pretrain_retro", plan.train_iters, iteration, hidden)
         self._interval = _Interval()
 
     def __enter__(self) -> TrainingReporter:
@@ -141,25 +140,24 @@ class TrainingReporter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        self._progress.close()
         for sink in self._sinks:
             try:
                 sink.close(failed=error is not None)
             except OSError as failure:
-                self._say(f"{type(sink).__name__} was not closed ({failure})")
+                self._warn(f"{type(sink).__name__} was not closed ({failure})")
         if self._lost:
-            self._say(f"{METRICS_FILE} lacks {self._lost} records that could not be written")
+            self._warn(f"{METRICS_FILE} lacks {self._lost} records that could not be written")
 
     def step(self, step: StepReport) -> None:
         """Report an iteration."""
         self._interval.add(step)
-        self._bar.update(1)
-        self._bar.set_postfix(
+        self._progress.details(
             loss=f"{step.loss:.4f}",
             lr=f"{step.learning_rate:.2e}",
             grad_norm=f"{step.grad_norm:.2f}",
-            refresh=False,
         )
+        self._progress.update()
         if step.skipped:
             self._say(
                 f"iteration {step.iteration}/{self._plan.train_iters} | skipped: the gradients "
@@ -224,7 +222,7 @@ class TrainingReporter:
         try:
             return draw_loss_curve(records, self._directory / LOSS_CURVE_FILE)
         except OSError as error:
-            self._say(f"the loss curve could not be written ({error})")
+            self._warn(f"the loss curve could not be written ({error})")
             return None
 
     def _log(self, step: StepReport) -> None:
@@ -274,9 +272,14 @@ class TrainingReporter:
         ]
         return " | ".join(filter(None, parts))
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        """Print a line, and keep it in the log file."""
         if self._active:
-            self._bar.write(text)
+            self._progress.write(text)
+            _LOG.log(level, "%s", text, extra=PRINTED)
+
+    def _warn(self, text: str) -> None:
+        self._say(text, logging.WARNING)
 
     def _write(self, record: Record) -> None:
         """Into metrics.jsonl. A full disk loses metrics; the checkpoints say when it stops us."""
@@ -286,7 +289,7 @@ class TrainingReporter:
             self._metrics.write(record)
         except OSError as error:
             if not self._lost:
-                self._say(f"{self._metrics.path} cannot be written ({error.strerror}): going on")
+                self._warn(f"{self._metrics.path} cannot be written ({error.strerror}): going on")
             self._lost += 1
 
     def _to_sinks(self, record: Record, step: StepReport | None = None) -> None:
@@ -296,7 +299,7 @@ class TrainingReporter:
             try:
                 sink.write(record)
             except OSError as error:
-                self._say(f"{type(sink).__name__} cannot be written ({error}): going on without")
+                self._warn(f"{type(sink).__name__} cannot be written ({error}): going on without")
                 self._sinks.remove(sink)
 
 

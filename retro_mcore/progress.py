@@ -1,0 +1,134 @@
+"""Progress of long work: a bar on a terminal, elsewhere a log line now and then."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from retro_mcore import logs
+
+Item = TypeVar("Item")
+
+_LOG = logging.getLogger(__name__)
+
+#: Seconds between log lines.
+INTERVAL = 30.0
+
+logs.write_lines_within(lambda: tqdm.external_write_mode(file=sys.stderr))
+
+
+class Progress:
+    """Counts steps; used as a context manager around them.
+
+    The first and the last step are always logged, others when `INTERVAL` has passed since the last
+    line. Where stderr is a terminal there is a bar too, and the lines go to the log file only.
+
+    Args:
+        description: What the steps do.
+        total: Number of steps.
+        initial: Steps that an earlier run did.
+        hidden: Show and log nothing; for all ranks but one.
+    """
+
+    def __init__(
+        self, description: str, total: int, initial: int = 0, hidden: bool = False
+    ) -> None:
+        self._description, self._total, self._done = description, total, initial
+        self._initial, self._hidden = initial, hidden
+        self._details = ""
+        self._started = time.monotonic()
+        self._logged: float | None = None
+        self._bar: tqdm | None = None
+        if not hidden and sys.stderr.isatty():
+            self._bar = tqdm(desc=description, total=total, initial=initial)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def update(self, steps: int = 1) -> None:
+        """Count `steps` more."""
+        self._done += steps
+        if self._bar is not None:
+            self._bar.update(steps)
+        if self._is_due() and self._done < self._total:
+            self._log()
+
+    def details(self, **values: str) -> None:
+        """Show values, such as the loss, with the next line."""
+        self._details = ", ".join(f"{name} {value}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=False)
+
+    def write(self, text: str) -> None:
+        """Print a line of output, on stdout. It takes the place of the next log line."""
+        if self._logged is not None:
+            self._logged = time.monotonic()
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        """End the bar and log the last line."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._done > self._initial:
+            self._log()
+        self._hidden = True  # a second call logs nothing
+
+    def _is_due(self) -> bool:
+        return self._logged is None or time.monotonic() - self._logged >= INTERVAL
+
+    def _log(self) -> None:
+        self._logged = time.monotonic()
+        if not self._hidden:
+            extra = None if self._bar is None else logs.PRINTED
+            _LOG.info("%s", self._line(self._logged - self._started), extra=extra)
+
+    def _line(self, seconds: float) -> str:
+        rate = (self._done - self._initial) / max(seconds, 1e-9)
+        left = (self._total - self._done) / rate
+        parts = [
+            f"{self._done} of {self._total}",
+            f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each",
+            f"{_clock(left)} left" if left > 0 else f"done in {_clock(seconds)}",
+            self._details,
+        ]
+        return f"{self._description}: {', '.join(filter(None, parts))}"
+
+
+def track(
+    items: Iterable[Item], description: str, total: int | None = None, hidden: bool = False
+) -> Iterator[Item]:
+    """Yield `items`, with their progress; an item is done when the next one is asked for.
+
+    Args:
+        items: The work.
+        description: What is done with them.
+        total: Their number; None: their length.
+        hidden: See `Progress`.
+    """
+    length = len(items) if total is None else total  # type: ignore[arg-type]
+    with Progress(description, length, hidden=hidden) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
