@@ -21,7 +21,7 @@ from benchmarks.training_data import MODEL_FLAGS, TRAIN_ITERS, make_project
 
 def train(project: Path, folder: Path, flags: list[str]) -> Any:
     """A model, trained; one that is finished in `folder` is taken as it is."""
-    from retro_mcore.cli.command import parse_options
+    from retro_mcore.cli.flags import parse_options
     from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
 
     where = ["--project-dir", str(project), "--save", str(folder), "--load", str(folder)]

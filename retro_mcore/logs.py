@@ -60,10 +60,17 @@ class CommandLogs:
         if self._captures_warnings:
             logging.captureWarnings(True)
 
-    def add_file(self, folder: Path, name: str = "") -> None:
-        """Log to `folder/logs/[NAME_]rank_0000.log` too, as soon as `folder` exists."""
+    def add_file(self, folder: Path, name: str = "", made: Path | None = None) -> None:
+        """Log to `folder/logs/[NAME_]rank_0000.log` too.
+
+        Args:
+            folder: The folder that the command writes to.
+            name: Tells apart commands that share the folder.
+            made: The file or folder without which there is no log file yet. Default: `folder`.
+        """
         prefix = f"{name}_" if name else ""
-        self._add(_RankFile(folder, folder / "logs" / f"{prefix}rank_{_rank():04d}.log"))
+        path = folder / "logs" / f"{prefix}rank_{_rank():04d}.log"
+        self._add(_RankFile(path, folder if made is None else made))
 
     def close(self) -> None:
         """Remove the handlers and restore the levels."""
@@ -127,15 +134,15 @@ class _Terminal(logging.Handler):
 
 
 class _RankFile(logging.Handler):
-    """Appends to a file, which is opened with the first record after `folder` exists.
+    """Appends to a file, which is opened with the first record after `made` exists.
 
-    A mistyped path thus gets no folder. Earlier records wait, the latest 1000 of them. A file that
-    cannot be written costs one warning.
+    A mistyped path thus gets no log file. Earlier records wait, the latest 1000 of them. A file
+    that cannot be written costs one warning.
     """
 
-    def __init__(self, folder: Path, path: Path) -> None:
+    def __init__(self, path: Path, made: Path) -> None:
         super().__init__()
-        self._folder, self._path = folder, path
+        self._path, self._made = path, made
         self._waiting: deque[str] = deque(maxlen=1000)
         self._descriptor: int | None = None
         self._failed = False
@@ -165,7 +172,7 @@ class _RankFile(logging.Handler):
 
     def _write(self) -> None:
         if self._descriptor is None:
-            if not self._folder.is_dir():
+            if not self._made.exists():
                 return
             self._path.parent.mkdir(exist_ok=True)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT

@@ -31,10 +31,13 @@ def __getattr__(name: str) -> Callable[..., Any]:
                 raise ConfigurationError(
                     f"{name}({option}=...)", "unknown option", f"Known: {', '.join(known)}"
                 )
-        from retro_mcore.cli.command import model_options
+        from retro_mcore.cli.command import command_in_python
+        from retro_mcore.cli.flags import model_options
 
         options = {**model_options(options_type, options), **options}
-        return getattr(module, name)(options_type(**options))
+        made = options_type(**options)
+        with command_in_python(name, made):
+            return getattr(module, name)(made)
 
     command.__name__ = command.__qualname__ = name
     command.__doc__ = COMMANDS[name]

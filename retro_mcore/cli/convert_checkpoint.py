@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from retro_mcore import distributed
-from retro_mcore.cli.command import print_summary, read_yaml, run_command
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.flags import read_yaml
 from retro_mcore.errors import ConfigurationError, raise_problems
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig

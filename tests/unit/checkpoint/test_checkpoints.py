@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from retro_mcore.checkpoint.contents import read_metadata
-from retro_mcore.cli.command import parse_options
+from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from tests.unit.training.small import small_trainer, train

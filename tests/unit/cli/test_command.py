@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from retro_mcore.cli.command import parse_options, print_summary, run_command
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.flags import parse_options
+from retro_mcore.cli.help import group_of, print_help
 from retro_mcore.cli.main import COMMANDS, main
 from retro_mcore.errors import ConfigurationError, CorpusError
 
@@ -96,6 +99,54 @@ def test_an_error_of_the_users_is_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: a.jsonl: line 3 is not JSON. Mend the line\n"
 
 
+@pytest.mark.parametrize("how", ["flag", "file", "environment"])
+def test_the_level_of_the_log(how, tmp_path, capsys, monkeypatch):
+    def work(options):
+        logging.getLogger("retro_mcore.work").debug("a detail")
+
+    (tmp_path / "c.yaml").write_text("log_level: debug\n")
+    monkeypatch.setenv("RETRO_LOG_LEVEL", "debug" if how == "environment" else "")
+    flags = {"flag": ["--log_level=debug"], "file": ["--config", str(tmp_path / "c.yaml")]}
+    assert run_command(Options, work, ["--project-dir", "p", *flags.get(how, [])]) == 0
+    assert "[rank 0] a detail" in capsys.readouterr().err
+    assert run_command(Options, work, ["--project-dir", "p", "--log-level", "info"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "found"),
+    [
+        (["--log-level", "loud"], "", "error: --log-level: 'loud'. Choose one of debug, "),
+        (["--log-level"], "", "error: --log-level: given without a value"),
+        ([], "loud", "error: RETRO_LOG_LEVEL: 'loud'"),
+        (["--config", "a", "--config", "b"], "", "error: --config: given more than once"),
+    ],
+)
+def test_bad_options_of_every_command(flags, variable, found, capsys, monkeypatch):
+    monkeypatch.setenv("RETRO_LOG_LEVEL", variable)
+    assert run_command(Options, print, ["--project-dir", "p", *flags]) == 2
+    assert capsys.readouterr().err.startswith(found)
+
+
+def test_a_stage_logs_into_its_project(tmp_path, capsys):
+    def build_db(options):
+        logging.getLogger("retro_mcore.work").info("working")
+        raise CorpusError("a.jsonl", "line 3 is not JSON", "Mend the line")
+
+    flags = ["--project-dir", str(tmp_path)]
+    assert run_command(Options, build_db, flags) == 2
+    assert not any(tmp_path.iterdir())  # not a project
+    (tmp_path / "config.json").touch()
+    assert run_command(Options, build_db, flags) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 4  # twice a log line and an error
+    lines = (tmp_path / "logs" / "build_db_rank_0000.log").read_text().splitlines()
+    assert [line.split(": ", 1)[1].split(":")[0] for line in lines] == [
+        f"build_db {' '.join(flags)} started",
+        "working",
+        "build_db ended by CorpusError",
+    ]
+
+
 def test_an_error_of_ours_keeps_its_traceback():
     def fail(options):
         raise ZeroDivisionError
@@ -115,6 +166,31 @@ def test_every_command_has_help_and_refuses_unknown_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         module.main(["--no-such-flag"])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_every_option_in_a_group(command, capsys):
+    module = import_module(f"retro_mcore.cli.{command}")
+    options_type = getattr(module, "".join(map(str.title, command.split("_"))) + "Options")
+    names = [option.name for option in fields(options_type)]
+    assert [name for name in names if group_of(name) is None] == []
+    with pytest.raises(SystemExit):
+        print_help(options_type)
+    shown = capsys.readouterr().out
+    for name in [*names, "config", "log_level"]:
+        flag = name.replace("_", "-")
+        assert f"--{flag} " in shown or f"--no-{flag} " in shown
+
+
+def test_help_shows_groups_texts_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(Options, ["--help"])
+    shown = capsys.readouterr().out
+    assert "What the test's command takes." in shown
+    headings = [line.split()[1] for line in shown.splitlines() if line.startswith("╭")]
+    assert headings == ["options", "data", "precision"]
+    for text in ("Where. (required)", "Tokens. (default: 512)", "Several."):
+        assert text in shown
 
 
 def test_launchers_end_with_the_commands_exit_code(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from retro_mcore.cli.command import parse_options
+from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main, pretrain_retro
 from retro_mcore.errors import ConfigurationError
 from tests.unit.data.projects import built_project

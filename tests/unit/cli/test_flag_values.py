@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from retro_mcore.cli.command import parse_options
+from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main
 from retro_mcore.errors import ConfigurationError, SeveralErrors
 from tests.unit.data.projects import built_project

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
-from retro_mcore.cli.command import parse_options
+from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
 from retro_mcore.data.tokenizers.loading import build_tokenizer, load_project_tokenizer
 from retro_mcore.data.tokens.token_file import TokenFile, open_token_files

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import yaml
 
-from retro_mcore.cli.command import parse_options
+from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.training.options import megatron as megatron_flags

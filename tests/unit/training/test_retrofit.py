@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retro_mcore.cli.command import parse_options
+from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main
 from retro_mcore.errors import CheckpointError
 from retro_mcore.training.options.from_checkpoint import model_options_of_gpt
