@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from retro_mcore.retrieval.index.files import (
     set_total,
     write_lists,
 )
+from retro_mcore.retrieval.index.gpu import to_gpu
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads, worker_threads
 from retro_mcore.retrieval.index.training import IndexKind, has_graph, innermost, kind_of
 
@@ -70,9 +71,7 @@ def add_part(
     """
     trained.reset()
     if gpu:
-        from retro_mcore.retrieval.index.gpu import add_on_gpu
-
-        trained = add_on_gpu(trained, _batches(embeddings, part))
+        trained = _add_on_gpu(trained, _batches(embeddings, part))
     else:
         for rows, vectors in _batches(embeddings, part):
             add_rows(trained, vectors, rows)
@@ -87,6 +86,23 @@ def _batches(embeddings: Embeddings, part: Shard) -> Iterator[tuple[np.ndarray, 
     for start in range(part.start, part.end, _ADD_BATCH):
         rows = np.arange(start, min(start + _ADD_BATCH, part.end))
         yield rows, embeddings.rows(rows)
+
+
+def _add_on_gpu(trained: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Any:
+    """Fill an empty index on this rank's GPU, or on the CPU if the GPU cannot hold it.
+
+    Returns:
+        The filled index, on the CPU.
+    """
+    copy = to_gpu(trained)
+    for rows, vectors in batches:
+        if copy is None:
+            add_rows(trained, vectors, rows)
+        elif kind_of(trained) is IndexKind.LISTS:
+            copy.add_with_ids(vectors, rows)
+        else:
+            copy.add(vectors)
+    return trained if copy is None else faiss_library().index_gpu_to_cpu(copy)
 
 
 def add_rows(index: Any, vectors: np.ndarray, rows: np.ndarray) -> None:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from retro_mcore.retrieval.index.library import faiss_library
-from retro_mcore.retrieval.index.training import IndexKind, kind_of
 
 #: Most lists and neighbors that Faiss searches on a GPU.
 _MOST_LISTS = _MOST_NEIGHBORS = 2048
@@ -41,22 +37,3 @@ def to_gpu_for_search(index: Any, k: int, nprobe: int | None) -> Any:
     if k > _MOST_NEIGHBORS or (nprobe or 0) > _MOST_LISTS:
         return index
     return to_gpu(index) or index
-
-
-def add_on_gpu(trained: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Any:
-    """Fill an empty index on this rank's GPU, or on the CPU where it cannot be there.
-
-    Returns:
-        The filled index, on the CPU.
-    """
-    from retro_mcore.retrieval.index.filling import add_rows
-
-    copy = to_gpu(trained)
-    for rows, vectors in batches:
-        if copy is None:
-            add_rows(trained, vectors, rows)
-        elif kind_of(trained) is IndexKind.LISTS:
-            copy.add_with_ids(vectors, rows)
-        else:
-            copy.add(vectors)
-    return trained if copy is None else faiss_library().index_gpu_to_cpu(copy)
