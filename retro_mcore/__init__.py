@@ -5,10 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from retro_mcore.missing_triton import allow_missing_triton
+
 if TYPE_CHECKING:
     from retro_mcore.model.config import RetroConfig
     from retro_mcore.model.model import RetroModel
     from retro_mcore.model.specs import get_retro_decoder_block_spec
+
+allow_missing_triton()  # before any module of this package imports megatron
 
 __version__ = "0.1.0"
 __all__ = ["RetroConfig", "RetroModel", "get_retro_decoder_block_spec"]
@@ -21,7 +25,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: the data pipeline must not import megatron, nor `use_cpu` come after it.
+    # Lazy: the data pipeline must not import megatron.
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from retro_mcore.platform.compatibility import allow_missing_triton
+import retro_mcore  # noqa: F401 (first: it lets megatron be imported without Triton)
 
 
 def join_megatron(seed: int = 1234, **parallel_sizes: Any) -> None:
@@ -60,7 +60,6 @@ def _rank_main(
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    allow_missing_triton()  # whatever of megatron the function imports first
     store = torch.distributed.FileStore(f"{folder}/store", world_size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:

@@ -31,7 +31,7 @@ from retro_mcore.checkpoint.state import (
     state_dict,
 )
 from retro_mcore.errors import CheckpointError
-from retro_mcore.platform.compatibility import (
+from retro_mcore.platform.optimizer_state import (
     keeping_adam_steps,
     supply_adam_step,
     unshare_adam_steps,

@@ -12,7 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from retro_mcore.checkpoint.random_state import sharded_random_state
-from retro_mcore.platform.compatibility import allocate_adam_state, unpadded_bucket_offsets
+from retro_mcore.platform.optimizer_state import allocate_adam_state, unpadded_bucket_offsets
 from retro_mcore.platform.parallel import unwrap_model
 
 # How megatron lays out the state: in the shapes of the parameters, so that a checkpoint loads into

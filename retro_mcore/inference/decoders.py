@@ -24,7 +24,8 @@ from retro_mcore.model.pipeline import carries_neighbors, is_interleaved, stage_
 from retro_mcore.retrieval.neighbors import RetrievedNeighbors
 
 if TYPE_CHECKING:
-    from retro_mcore.model.model import RetroModel
+    from retro_mcore.platform.compatibility import scale_logits
+from retro_mcore.model.model import RetroModel
 
 
 class Decoder(Protocol):
@@ -205,9 +206,7 @@ class CachedDecoder:
         if model.share_embeddings_and_output_weights:
             weight = model.shared_embedding_or_output_weight()
         logits, _ = model.output_layer(hidden_SBD, weight=weight)
-        scale = getattr(model, "_scale_logits", None)  # μ-transfer, from megatron-core 0.18 on
-        if scale is not None:
-            logits = scale(logits)
+        logits = scale_logits(model, logits)
         if model.parallel_output:
             logits = gather_from_tensor_model_parallel_region(logits, group=model.pg_collection.tp)
         return logits

@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from retro_mcore.chunking import Alignment, ChunkGrid
 from retro_mcore.errors import ConfigurationError, RetroError, check_all, raise_problems
 from retro_mcore.platform import is_cpu_in_use
-from retro_mcore.platform.compatibility import mend_output_recomputation
+from retro_mcore.platform.compatibility import allow_norm_recomputation
 
 Origin = Literal["mcore-0.15", "mcore-0.5", "legacy"]
 
@@ -180,7 +180,7 @@ class RetroConfig(TransformerConfig):
         if self.retro_mup_base_hidden_size is not None:
             self._derive_mup(self.retro_mup_base_hidden_size)
         if self.recompute_granularity == "selective" and "layernorm" in self.recompute_modules:
-            mend_output_recomputation()
+            allow_norm_recomputation()
         check_all(
             partial(check_rates, self),
             self._validate_retrieval,

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.platform.compatibility import allow_missing_triton
 
 _CPU = torch.device("cpu")
 
@@ -83,6 +82,9 @@ def is_cpu_in_use() -> bool:
 def use_cpu() -> None:
     """Make megatron-core run on CPU and gloo in this process. Idempotent.
 
+    Megatron and the modules that use it may be imported before or after it; nothing may be
+    allocated on CUDA before it.
+
     Configurations must also say `use_cpu_initialization=True, gradient_accumulation_fusion=False`
     (RetroConfig does, when this is in force).
 
@@ -100,9 +102,8 @@ def use_cpu() -> None:
         )
     _disable_compilation()
     _silence_gpu_advice()
-    allow_missing_triton()
-    # Imported before the patches: megatron's decorators load torch._dynamo, whose tables refuse
-    # patched functions. Imported here: the data pipeline uses this package without megatron.
+    # Before the patches: megatron's decorators load torch._dynamo, whose tables refuse patched
+    # functions. In this function: the data pipeline uses this package without megatron.
     from megatron.core.tensor_parallel import random as megatron_random
 
     _patch_cuda_queries()

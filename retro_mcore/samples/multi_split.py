@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from retro_mcore.platform.compatibility import tokens_and_document_ids
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.samples.index_cache import IndexCache
 
@@ -40,8 +41,7 @@ class MultiSplitGPTDataset(GPTDataset):
     """GPTDataset whose items are tokens i64 [S+1] and document ids i64 [n]."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        # Later releases return the documents' lengths as a third item.
-        text, document_ids = self._query_document_sample_shuffle_indices(index)[:2]
+        text, document_ids = tokens_and_document_ids(self, index)
         return {"text": text, "document_ids": document_ids}
 
     @staticmethod

@@ -27,7 +27,6 @@ a GPT.
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
@@ -44,7 +43,7 @@ from retro_mcore.errors import EXIT_CODE, ConfigurationError, RetroError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
-from retro_mcore.platform.compatibility import results_through_a_file
+from retro_mcore.platform.compatibility import results_through_a_file, takes_configurations
 from retro_mcore.project.config import SPLITS
 from retro_mcore.samples.neighbor_noise import NeighborNoise
 from retro_mcore.samples.retro_dataset import build_retro_datasets
@@ -310,7 +309,7 @@ def main() -> None:
     }
     # Saving does not run the script again, so it needs no `__main__` guard.
     with results_through_a_file():
-        if "cfg_container" not in inspect.signature(pretrain).parameters:
+        if not takes_configurations(pretrain):
             pretrain(**named, extra_args_provider=extra_args_provider)
             return
         from megatron.training.argument_utils import pretrain_cfg_container_from_args

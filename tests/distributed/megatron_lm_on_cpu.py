@@ -12,9 +12,7 @@ if not hasattr(typing, "override"):  # Python 3.11, which megatron-core's wheels
     typing.override = lambda method: method
 
 from retro_mcore.platform import use_cpu
-from retro_mcore.platform.compatibility import allow_missing_triton
 
-allow_missing_triton()
 use_cpu()
 
 import torch

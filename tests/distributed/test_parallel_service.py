@@ -130,9 +130,6 @@ def test_a_rank_that_is_gone_is_told(tmp_path, megatron):
 
 
 def lose_a_rank(rank, folder, layout, weights):
-    from retro_mcore.platform.compatibility import allow_missing_triton
-
-    allow_missing_triton()
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)

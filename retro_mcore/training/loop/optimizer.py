@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +28,7 @@ from retro_mcore.model.pipeline import (
     finalize_model_grads_with,
     synchronize_embedding_copies,
 )
+from retro_mcore.platform.optimizer_state import refuse_infinite_norms
 from retro_mcore.training.options.megatron import (
     DATA_PARALLEL_FLAGS,
     OPTIMIZER_FLAGS,
@@ -42,7 +42,7 @@ def share_embeddings(models: Sequence[GPTModel]) -> EmbeddingGroups:
     """Give the copies of the embedding that a pipeline holds the same values.
 
     Returns:
-        Who holds them, for `build_optimizer`.
+        The groups of ranks that hold them, for `build_optimizer`.
     """
     config = models[0].config
     if not isinstance(config, RetroConfig):
@@ -59,7 +59,7 @@ def share_embeddings(models: Sequence[GPTModel]) -> EmbeddingGroups:
 def wrap_model(
     model: GPTModel, plan: TrainingPlan, disable_bucketing: bool = False
 ) -> DistributedDataParallel:
-    """The model in its precision, with gradients averaged over data parallel ranks."""
+    """Wrap the model in its precision, with gradients averaged over data parallel ranks."""
     config = model.config
     options = plan.options
     ddp_config = DistributedDataParallelConfig(
@@ -75,14 +75,16 @@ def wrap_model(
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], groups: EmbeddingGroups, plan: TrainingPlan
 ) -> MegatronOptimizer:
-    """AdamW in megatron's wrapper for the precision and for the distributed optimizer.
+    """Build AdamW in megatron's wrapper for the precision and for the distributed optimizer.
 
-    Also tells the chunks' configurations how to scale and to finish gradients.
+    Also sets in the stages' configurations how gradients are scaled and finished.
     """
     with naming_refusals():
         config = _optimizer_config(plan, chunks[0].config.params_dtype)
     overrides = _learning_rate_overrides(config, learning_rate_scale(chunks[0].config))
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    if plan.options.check_for_nan_in_loss_and_grad:
+        refuse_infinite_norms(optimizer)
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
         chunk.config.finalize_model_grads_func = finalize_model_grads_with(groups)
@@ -112,7 +114,7 @@ def _optimizer_config(plan: TrainingPlan, params_dtype: torch.dtype) -> Optimize
 
 
 def _overlap(chunks: Sequence[DistributedDataParallel], plan: TrainingPlan) -> None:
-    """Tell the schedule when gradients may travel: in a pipeline on all stages together."""
+    """Set when gradients are reduced: in a pipeline, on all stages together."""
     overlap_in_pipeline = (
         plan.options.overlap_grad_reduce and plan.options.pipeline_model_parallel_size > 1
     )
@@ -184,34 +186,20 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
 
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
-    """What the loss is multiplied with; 1 but in fp16."""
+    """The factor by which the loss is multiplied; 1 except in fp16."""
     return float(optimizer.get_loss_scale())
 
 
-def take_step(
-    optimizer: MegatronOptimizer, refuse: Callable[[float], None]
-) -> tuple[bool, float, int | None]:
-    """The optimizer's step.
-
-    Args:
-        optimizer: With this iteration's gradients.
-        refuse: Called with a gradient norm that is NaN or infinite, before the weights change.
+def take_step(optimizer: MegatronOptimizer) -> tuple[bool, float, int | None]:
+    """Take the optimizer's step with this iteration's gradients.
 
     Returns:
         Whether the weights were updated (in fp16 not after an overflow), the gradient norm, and the
         number of zeros in the gradient, if it is counted.
+
+    Raises:
+        InfiniteNormError: --check-for-nan-in-loss-and-grad, and the gradient norm is NaN or
+            infinite; the weights are as they were.
     """
-    measure = optimizer.get_grad_norm
-
-    def checked() -> float:
-        norm = measure()
-        if not math.isfinite(norm):
-            refuse(float(norm))
-        return norm
-
-    optimizer.get_grad_norm = checked
-    try:
-        updated, norm, zeros = optimizer.step()
-    finally:
-        del optimizer.get_grad_norm
+    updated, norm, zeros = optimizer.step()
     return updated, float(norm or 0.0), None if zeros is None else int(zeros)

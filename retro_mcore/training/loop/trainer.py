@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from retro_mcore.checkpoint.saving import CheckpointSaver
 from retro_mcore.checkpoint.state import TrainingParts, TrainingProgress
 from retro_mcore.distributed import get_rank, on_first_rank, raise_together
 from retro_mcore.model.pipeline import EmbeddingGroups
+from retro_mcore.platform.determinism import use_deterministic_algorithms
+from retro_mcore.platform.optimizer_state import InfiniteNormError
 from retro_mcore.training.loop.batch import RetroBatch
 from retro_mcore.training.loop.loss import (
     LossReport,
@@ -68,7 +69,6 @@ from retro_mcore.training.setup.initialize import (
     initialize_parallel,
     set_batch_sizes,
     set_seeds,
-    use_deterministic_algorithms,
 )
 from retro_mcore.training.setup.plan import TrainingPlan
 from retro_mcore.training.setup.retrofit import load_decoder
@@ -253,8 +253,11 @@ class Trainer:
         if options.check_for_nan_in_loss_and_grad and not self._may_overflow():
             check_finite(reports, loss, iteration)
         lr, scale = learning_rate(parts.optimizer), loss_scale(parts.optimizer)
-        refuse = partial(self._refuse_gradients, reports, iteration)
-        updated, grad_norm, zeros = take_step(parts.optimizer, refuse)
+        try:
+            updated, grad_norm, zeros = take_step(parts.optimizer)
+        except InfiniteNormError as error:
+            where = samples_of(reports), iteration
+            raise non_finite("gradient norm", error.norm, *where) from error
         if updated:  # not after an overflow in fp16
             parts.scheduler.step(samples)
         progress.iteration = iteration
@@ -276,12 +279,6 @@ class Trainer:
         options = self.plan.options
         lowest = options.loss_scale or options.min_loss_scale
         return options.fp16 and loss_scale(self._parts.optimizer) > lowest
-
-    def _refuse_gradients(
-        self, reports: Sequence[LossReport], iteration: int, grad_norm: float
-    ) -> None:
-        if self.plan.options.check_for_nan_in_loss_and_grad:
-            raise non_finite("gradient norm", grad_norm, samples_of(reports), iteration)
 
     def _report_spike(
         self, step: StepReport, reports: Sequence[LossReport], reporter: TrainingReporter

@@ -68,31 +68,6 @@ def set_seeds(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-# What Megatron's libraries must be told before they start; 0.19 lists the same.
-_DETERMINISTIC_ENVIRONMENT = {
-    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
-    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
-}
-
-
-def use_deterministic_algorithms() -> None:
-    """Let torch use deterministic kernels alone, and raise where there is none.
-
-    Raises:
-        ConfigurationError: on CUDA, an environment variable leaves a library free to vary.
-    """
-    if not is_cpu_in_use():
-        for name, allowed in _DETERMINISTIC_ENVIRONMENT.items():
-            if os.environ.get(name) not in allowed:
-                raise ConfigurationError(
-                    f"--deterministic-mode with {name}={os.environ.get(name, '')}",
-                    "the results may vary",
-                    f"Set {name} to {' or '.join(allowed)}",
-                )
-    torch.use_deterministic_algorithms(True)
-
-
 def set_batch_sizes(sizes: BatchSizes, micro_batch_size: int) -> int:
     """Tell megatron the batch sizes; returns micro batches per iteration after the ramp.
 

@@ -25,9 +25,7 @@ for name in ("apex", "apex.normalization", "apex.normalization.fused_layer_norm"
     sys.modules[name] = ModuleType(name)
 sys.modules[name].FusedLayerNormAffineFunction = FusedLayerNormAffineFunction
 
-from retro_mcore.platform.compatibility import allow_missing_triton
-
-allow_missing_triton()
+import retro_mcore
 from megatron.core.transformer import TransformerConfig
 
 from retro_mcore.platform.backends import LocalBackend

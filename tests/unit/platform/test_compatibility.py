@@ -1,4 +1,4 @@
-"""What is mended in megatron-core: each test fails without the function that it is about."""
+"""Workarounds for megatron-core: each test fails without the function that it is about."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ import importlib.util
 import multiprocessing
 import queue
 import sys
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from retro_mcore import missing_triton
 from retro_mcore.platform import compatibility
+from retro_mcore.platform.compatibility import (
+    scale_logits,
+    takes_configurations,
+    tokens_and_document_ids,
+)
 from tests.unit.training.small import NO_DROPOUT, small_trainer, train
+
+RELEASE = tuple(int(part) for part in version("megatron-core").split(".")[:2])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="Triton is installed")
 def test_the_kernels_that_need_triton_import_and_refuse_to_run(monkeypatch):
-    monkeypatch.delitem(sys.modules, compatibility._TRITON_MODULE, raising=False)
-    compatibility.allow_missing_triton()
-    kernels = sys.modules[compatibility._TRITON_MODULE]
+    monkeypatch.delitem(sys.modules, missing_triton.MODULE, raising=False)
+    missing_triton.allow_missing_triton()
+    kernels = sys.modules[missing_triton.MODULE]
     with pytest.raises(ImportError, match="needs the package triton"):
         kernels.paged_stash_reset()
 
@@ -74,6 +84,12 @@ def adam_steps(trainer):
     return {float(state["step"]) for state in part.optimizer.state.values()}
 
 
+def test_padded_offsets_are_found_in_the_releases_that_have_them(megatron):
+    from retro_mcore.platform.optimizer_state import _has_padded_offsets
+
+    assert _has_padded_offsets()  # in every release up to 0.19.2
+
+
 @pytest.fixture
 def parts_with_padded_buckets(megatron, monkeypatch):
     """A distributed optimizer after a step, whose first bucket ends with padding."""
@@ -96,8 +112,48 @@ def parts_with_padded_buckets(megatron, monkeypatch):
     return parts
 
 
+def test_an_infinite_gradient_norm_stops_the_step_before_the_weights_change(megatron):
+    from retro_mcore.platform.optimizer_state import InfiniteNormError
+
+    trainer = small_trainer(**NO_DROPOUT)
+    optimizer, (model,) = trainer._parts.optimizer, trainer._parts.chunks
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(1e-3)
+    model.module.embedding.word_embeddings.weight.main_grad[0, 0] = float("nan")
+    with pytest.raises(InfiniteNormError, match="norm is nan"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_logits_are_scaled_as_the_models_own_forward_pass_does(megatron):
+    from megatron.core.models.gpt import GPTModel
+
+    assert scale_logits(SimpleNamespace(), torch.ones(2)).tolist() == [1, 1]
+    if scales := hasattr(GPTModel, "_scale_logits"):
+        model = SimpleNamespace(_scale_logits=lambda logits: 2 * logits)
+        assert scale_logits(model, torch.ones(2)).tolist() == [2, 2]
+    assert scales == (RELEASE >= (0, 18))
+
+
+def test_an_item_of_the_gpt_dataset_begins_with_tokens_and_document_ids(megatron):
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    assert hasattr(GPTDataset, "_query_document_sample_shuffle_indices")
+    for later in [(), ("lengths",)]:
+        item = ("tokens", "ids", *later)
+        dataset = SimpleNamespace(_query_document_sample_shuffle_indices=lambda index, it=item: it)
+        assert tokens_and_document_ids(dataset, 0) == ("tokens", "ids")
+
+
+def test_pretrain_takes_configurations_from_0_18_on():
+    assert not takes_configurations(lambda train_valid_test_dataset_provider, model_provider: None)
+    assert takes_configurations(lambda cfg_container, model_provider=None: None)
+
+
 def test_saved_moments_are_the_parameters_own(parts_with_padded_buckets):
     from retro_mcore.checkpoint.state import METADATA
+    from retro_mcore.platform.optimizer_state import unpadded_bucket_offsets
     from retro_mcore.platform.parallel import unwrap_model
 
     parts = parts_with_padded_buckets
@@ -107,7 +163,7 @@ def test_saved_moments_are_the_parameters_own(parts_with_padded_buckets):
     assert buffer.buckets[0].numel_unpadded < buffer.buckets[0].grad_data.numel()
     model = unwrap_model(parts.chunks[0])
     sharded = model.sharded_state_dict(metadata=METADATA)
-    with compatibility.unpadded_bucket_offsets(parts.optimizer):
+    with unpadded_bucket_offsets(parts.optimizer):
         state = inner.sharded_param_state_fully_reshardable(sharded, metadata=METADATA)
     for parameter, saved in zip(buffer.param_index_map, state.values(), strict=True):
         own = inner._get_main_param_and_optimizer_states(parameter)

@@ -34,6 +34,30 @@ def test_use_cpu_twice_patches_once():
     assert run_python(code) == "True"
 
 
+def test_megatron_may_be_imported_before_use_cpu(megatron):
+    code = (
+        "import retro_mcore.training.loop.trainer, retro_mcore.inference.decoders\n"
+        "from tests.unit.platform.test_cpu import one_step\n"
+        "print(one_step())"
+    )
+    assert float(run_python(code).splitlines()[-1]) == one_step()
+
+
+def one_step() -> float:
+    """The loss of a small model after a backward pass, with dropout and recomputation."""
+    from tests.processes import join_megatron
+    from tests.unit.model.builders import build_model, make_inputs, run_model
+
+    join_megatron()
+    torch.manual_seed(1)
+    sizes = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "bias_dropout_fusion": True}
+    model = build_model(**sizes, recompute_granularity="selective", recompute_modules=["layernorm"])
+    inputs = make_inputs(model.config)
+    loss = run_model(model.train(), inputs, labels=inputs["labels"]).mean()
+    loss.backward()
+    return float(loss.detach()) + sum(float(p.grad.double().sum()) for p in model.parameters())
+
+
 def test_use_cpu_refuses_a_process_that_uses_cuda():
     code = (
         "import torch; torch.cuda.is_initialized = lambda: True\n"
