@@ -21,11 +21,11 @@ from retro_mcore.inference.texts import GeneratedText
 from retro_mcore.model.cached_attention import check_cacheable
 from retro_mcore.model.inference_context import InferenceContext, NewChunk
 from retro_mcore.model.pipeline import carries_neighbors, is_interleaved, stage_layer_numbers
+from retro_mcore.platform.compatibility import scale_logits
 from retro_mcore.retrieval.neighbors import RetrievedNeighbors
 
 if TYPE_CHECKING:
-    from retro_mcore.platform.compatibility import scale_logits
-from retro_mcore.model.model import RetroModel
+    from retro_mcore.model.model import RetroModel
 
 
 class Decoder(Protocol):

@@ -7,6 +7,7 @@ attend to the neighbors of one chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,10 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.cross_attention import RetroCrossAttention
 from retro_mcore.model.inference_context import InferenceContext, NewChunk
 
 if TYPE_CHECKING:
-    from retro_mcore.model.chunked_cross_attention import ChunkedCrossAttention
     from retro_mcore.model.neighbor_encoder import NeighborEncoder
 
 
@@ -113,7 +114,8 @@ def check_cacheable(config: Any) -> None:
 
 
 def cross_attend(
-    layer: ChunkedCrossAttention,
+    layer: RetroCrossAttention,
+    encoders: Sequence[NeighborEncoder],
     hidden_SBD: Tensor,
     neighbors: Tensor | None,
     context: InferenceContext,
@@ -122,6 +124,7 @@ def cross_attend(
 
     Args:
         layer: The layer.
+        encoders: The neighbor encoder, in the first of these layers; else empty.
         hidden_SBD: Its normed input.
         neighbors: Of the chunks that this pass completes: embedded, `[R, K * N, D]`, for the first
             of these layers, encoded for the others. None: there are no such chunks.
@@ -133,7 +136,7 @@ def cross_attend(
     gate = layer.config.retro_attention_gate
     if gate == 0.0:
         return {"output": None, "bias": None, "context": neighbors}
-    for encoder in layer.neighbor_encoders:
+    for encoder in encoders:
         context.remember_states(hidden_SBD)
         if neighbors is not None:
             neighbors = _encode(encoder, neighbors, context)
@@ -165,7 +168,7 @@ def _encode(encoder: NeighborEncoder, embedded: Tensor, context: InferenceContex
 
 
 def _attend(
-    layer: ChunkedCrossAttention,
+    layer: RetroCrossAttention,
     hidden_SBD: Tensor,
     neighbors: Tensor | None,
     context: InferenceContext,
@@ -188,7 +191,7 @@ def _attend(
 
 
 def _attend_prompts(
-    layer: ChunkedCrossAttention, query: Tensor, key_value: Tensor, context: InferenceContext
+    layer: RetroCrossAttention, query: Tensor, key_value: Tensor, context: InferenceContext
 ) -> tuple[Tensor, Tensor]:
     """In a prefill, the positions from each chunk's last token on attend to its neighbors."""
     current = context.current
@@ -229,7 +232,7 @@ def _runs(
 
 
 def _rotate_at(
-    layer: ChunkedCrossAttention, states: Tensor, offsets: Tensor, context: InferenceContext
+    layer: RetroCrossAttention, states: Tensor, offsets: Tensor, context: InferenceContext
 ) -> Tensor:
     """Rotary embedding of `[S, B, H, C]` at positions of their own `[S, B]`."""
     rotary = layer.rotary
