@@ -27,7 +27,8 @@ from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders.base import Embedder, build_embedder
+from retro_mcore.retrieval.embedders import build_embedder
+from retro_mcore.retrieval.embedders.base import Embedder
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
 from retro_mcore.samples.project_samples import build_all_gpt_samples

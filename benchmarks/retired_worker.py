@@ -225,7 +225,7 @@ def dataset(project: Path) -> dict[str, Any]:
 
 def embed(project: Path) -> dict[str, Any]:
     """MiniLM as its Hugging Face embedder ran a model: in order, 128 texts a batch, row by row."""
-    from retro_mcore.retrieval.embedders.base import PooledEncoder
+    from retro_mcore.retrieval.embedders.pooled import PooledEncoder
 
     texts = json.loads((project / "embedded_texts.json").read_text())
     source = PooledEncoder("minilm", "mean", device="cpu")

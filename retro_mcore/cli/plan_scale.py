@@ -21,8 +21,7 @@ from retro_mcore.retrieval import scale
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders.base import build_embedder
-from retro_mcore.retrieval.embedders.megatron_bert import register as register_megatron_bert
+from retro_mcore.retrieval.embedders import build_embedder
 from retro_mcore.retrieval.scale import Node, Rates, ScalePlan, Workload
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -164,7 +163,6 @@ def measure_rates(options: PlanScaleOptions, project_dir: str) -> tuple[Rates, i
     start = time.process_time()
     tokenized = sum(map(len, tokenizer.tokenize_batch(texts))) / (time.process_time() - start)
     name = options.embedder or settings.embedder or "minilm"
-    register_megatron_bert()
     embedder = build_embedder(name, device=device, weights=paths.lexical_weights)
     texts = chunk_texts(tokenizer, database.tokens(ids[:: max(len(ids) // _MEASURED_CHUNKS, 1)]))
     embedder.embed(texts[:32])

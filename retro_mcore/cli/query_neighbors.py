@@ -4,9 +4,60 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from retro_mcore.cli.command import run_command
-from retro_mcore.stages.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.embedding_losses import embedding_losses
+from retro_mcore.cli.project_options import ProjectOptions
+from retro_mcore.retrieval.neighbor_search import QueryCounts
+from retro_mcore.stages.query_neighbors import (
+    STAGE,
+    QueryNeighborsConfig,
+    QueryNeighborsReport,
+    run,
+)
+
+
+@dataclass
+class QueryNeighborsOptions(QueryNeighborsConfig, ProjectOptions):
+    """Search the neighbors of every chunk of every sample, and save them."""
+
+    project_dir: str
+    """Project directory, after build_index."""
+
+
+def query_neighbors(options: QueryNeighborsOptions) -> QueryNeighborsReport:
+    """Run the stage and print its summary; see `retro_mcore.stages.query_neighbors.run`."""
+    report = run(options.project_dir, options)
+    print_report(report)
+    return report
+
+
+def print_report(report: QueryNeighborsReport) -> None:
+    """Print the summary of a run."""
+    num_saved = report.config.num_neighbors_save
+    rows: dict[str, object] = {
+        split: f"{report.num_chunks[split]} chunks in files {files}"
+        for split, files in report.reports.items()
+    }
+    order = ", in the order of BM25" if report.config.rerank else ""
+    rows["neighbors"] = f"{num_saved} saved of {report.num_candidates} searched{order}"
+    for split, counts in report.counts.items():
+        for name, loss in _losses(counts, num_saved, report.max_tokens).items():
+            rows[f"{split}, {name}"] = loss
+    print_summary(STAGE, rows)
+
+
+def _losses(counts: QueryCounts, num_saved: int, max_tokens: int | None) -> dict[str, object]:
+    """Rows for the chunks of a split that found too few neighbors, or were not read whole."""
+    losses = embedding_losses(counts, max_tokens)
+    if counts.chunks_short:
+        without = f", {counts.chunks_without} of them without any" if counts.chunks_without else ""
+        losses[f"fewer than {num_saved} neighbors"] = (
+            f"{counts.chunks_short} of {counts.chunks} chunks{without}: the database has none "
+            "left of other documents, or the index found none (build_index --nprobe, --ef-search)"
+        )
+    return losses
 
 
 def main(argv: Sequence[str] | None = None) -> int:

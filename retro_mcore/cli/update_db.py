@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from retro_mcore.cli import build_db
+from retro_mcore.cli import build_db, build_index, query_neighbors
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.cli.project_options import ProjectOptions
 from retro_mcore.data.corpus.counts import loss_rows
@@ -36,6 +36,10 @@ def print_report(report: UpdateDbReport) -> None:
     """Print the summaries of a run: of the stages that it ran, then its own."""
     if report.database is not None:
         build_db.print_report(report.database)
+    if report.index is not None:
+        build_index.print_report(report.index)
+    if report.neighbors is not None:
+        query_neighbors.print_report(report.neighbors)
     rows = {
         "retrieved from": f"{report.num_chunks} chunks, {report.num_before} before",
         "database": report.project,

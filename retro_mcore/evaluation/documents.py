@@ -16,23 +16,18 @@ from numpy.typing import NDArray
 
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.data.tokens.splits import document_ranges
-from retro_mcore.data.tokens.token_file import TokenSource, bin_path, idx_path, open_token_files
+from retro_mcore.data.tokens.token_file import TokenSource, open_token_files
 from retro_mcore.distributed import get_rank, get_world_size, raise_together
 from retro_mcore.errors import ProjectError
 from retro_mcore.evaluation.scoring import sum_over_world
-from retro_mcore.project.config import ProjectConfig, ProjectSettings, Split
+from retro_mcore.project.config import ProjectConfig, Split
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import input_digests
 from retro_mcore.project.shards import cut
-from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders.base import load_project_embedder
-from retro_mcore.retrieval.embedders.megatron_bert import register as register_megatron_bert
-from retro_mcore.retrieval.index.project import ProjectIndex
-from retro_mcore.retrieval.neighbor_search import NUM_QUERY, NeighborSearch, query_split
+from retro_mcore.retrieval.neighbor_search import NeighborSearch, query_split
 from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
-from retro_mcore.retrieval.rerank import load_reranker
+from retro_mcore.retrieval.project_search import ProjectSearch, open_search
 from retro_mcore.samples.project_samples import RenumberedSamples, numbers_in_database
 
 #: Tokens before a chunk that its text is decoded with: some tokenizers drop a text's first space.
@@ -187,50 +182,27 @@ def search_document_neighbors(
         ProjectError: a stage has not run, or another run works on the project.
         CorruptFileError: a file is damaged.
     """
-    paths, config = ProjectPaths(project_dir), ProjectConfig.load(project_dir)
-    own = ProjectSettings.load(project_dir)
-    rerank = own.rerank
-    source = config.database_paths(project_dir)
-    settings = ProjectSettings.load(source.root)
-    block_size = ProjectConfig.load(source.root).retro_block_size
+    paths = ProjectPaths(project_dir)
     with stage_lock(paths, "evaluate_perplexity"):
         with raise_together():
-            database = ChunkDatabase.open(project_dir)
-            project_index = ProjectIndex(source, settings, len(database), block_size)
-            prefixes = [paths.data / prefix for prefix in config.blend[1]]
-            files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
-            usual = min(NUM_QUERY, len(database))
-            breadth = own.num_neighbors_query or usual
-            num_query = min(max(breadth, num_save), len(database))
-            fingerprint = fingerprint_of(
-                {
-                    "inputs": input_digests(paths, files)
-                    | input_digests(source, [source.merged_db("train")])
-                    | project_index.digests(),
-                    "documents": [documents.corpus.tolist(), documents.number.tolist()],
-                    "chunk_length": documents.chunk_length,
-                    "num_save": num_save,
-                    "search": [settings.embedder, settings.nprobe, settings.ef_search]
-                    + ([rerank] if rerank else []),
-                    **({} if breadth == usual else {"num_query": num_query}),
-                }
-            )
-            register_megatron_bert()
+            search = open_search(paths)
+            breadth = search.num_candidates(search.settings.num_neighbors_query)
+            num_query = min(max(breadth, num_save), len(search.database))
+            fingerprint = _fingerprint(search, documents, num_save, num_query)
+            # The EOD behind a short chunk is padding, so it is a line break here: no text.
             neighbor_search = NeighborSearch(
-                database,
+                search.database,
                 tokenizer,
-                load_project_embedder(settings, source, device=device),
+                search.load_embedder(device=device),
                 documents.chunk_length,
                 num_query,
                 num_save,
-                load_reranker(
-                    rerank, source, database, documents.chunk_length, tokenizer.vocab_size
-                ),
+                search.load_reranker(search.settings.rerank, tokenizer),
             )
-            index = project_index.open(share=True, k=num_query)
-            numbers = numbers_in_database(paths, config, source)
+            index = search.index.open(share=True, k=num_query)
+            numbers = numbers_in_database(paths, search.config, search.source)
         directory = paths.query / f"{documents.split}_documents"
-        shards = cut(directory, documents.num_chunks, config.retro_block_size)
+        shards = cut(directory, documents.num_chunks, search.config.retro_block_size)
         with raise_together():
             if get_rank() == 0:
                 _remove_others(directory, {shard.path.name for shard in shards})
@@ -242,7 +214,27 @@ def search_document_neighbors(
             fingerprint,
             f"neighbors of {documents.split} documents",
         )
-    return SavedNeighbors(directory, len(database))
+    return SavedNeighbors(directory, len(search.database))
+
+
+def _fingerprint(
+    search: ProjectSearch, documents: HeldOutDocuments, num_save: int, num_query: int
+) -> str:
+    """Fingerprint of what the documents' neighbors are made from."""
+    settings, rerank = search.source_settings, search.settings.rerank
+    breadth = search.num_candidates(search.settings.num_neighbors_query)
+    usual = breadth == search.num_candidates(None)
+    return fingerprint_of(
+        {
+            "inputs": search.token_digests() | search.database_digests(),
+            "documents": [documents.corpus.tolist(), documents.number.tolist()],
+            "chunk_length": documents.chunk_length,
+            "num_save": num_save,
+            "search": [settings.embedder, settings.nprobe, settings.ef_search]
+            + ([rerank] if rerank else []),
+            **({} if usual else {"num_query": num_query}),
+        }
+    )
 
 
 def _remove_others(directory: Path, names: set[str]) -> None:

@@ -1,9 +1,9 @@
 """Reordering candidates by BM25 over their tokens.
 
 Doostmohammadi et al. 2023, "Surface-based retrieval reduces perplexity of retrieval-augmented
-language models": a cheap reranking of Retro's dense candidates by BM25 gives part of what a search
-by BM25 would. Libraries of BM25 index a corpus to search all of it; here a few candidates of each
-query are scored straight from the token file, and no index is built.
+language models": reranking Retro's dense candidates by BM25 is cheap and brings part of the gain of
+a search by BM25. BM25 libraries index a whole corpus. Here, a few candidates of each query are
+scored straight from the token file, and no index is built.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.errors import CorruptFileError
-from retro_mcore.project.arrays import load_array
-from retro_mcore.project.markers import verify
+from retro_mcore.project.arrays import load_array, save_array
+from retro_mcore.project.markers import FileState, fingerprint_of, signed_write, state_of, verify
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.records import input_digests
 from retro_mcore.retrieval.database import ChunkDatabase
 
 #: Robertson and Zaragoza 2009: how fast repetitions saturate, how much length counts.
@@ -28,9 +29,9 @@ _COUNT_BATCH = 8192
 
 
 def count_tokens(database: ChunkDatabase, vocab_size: int) -> np.ndarray:
-    """In how many of the database's chunks each token occurs, f64 [vocab_size + 2].
+    """Count the chunks of the database that each token occurs in, f64 [vocab_size + 2].
 
-    Evenly spaced chunks of a large database are counted. The last two entries are the number of
+    In a large database, evenly spaced chunks are counted. The last two entries are the number of
     chunks and their mean length.
     """
     count = min(len(database), _COUNTED)
@@ -44,6 +45,21 @@ def count_tokens(database: ChunkDatabase, vocab_size: int) -> np.ndarray:
         frequencies += np.bincount(pairs % vocab_size, minlength=vocab_size)
         total += sum(lengths)
     return np.concatenate([frequencies, [count, total / count]]).astype(np.float64)
+
+
+def save_token_counts(database: ChunkDatabase, vocab_size: int, paths: ProjectPaths) -> None:
+    """Count a project's database for `load_reranker`, unless its counts are saved already.
+
+    Args:
+        database: The database of the project.
+        vocab_size: Size of the vocabulary.
+        paths: The project.
+    """
+    fingerprint = fingerprint_of(input_digests(paths, [paths.merged_db("train")]))
+    if state_of(paths.token_counts, fingerprint) is FileState.COMPLETE:
+        return
+    with signed_write(paths.token_counts, fingerprint) as temporary:
+        save_array(temporary, count_tokens(database, vocab_size))
 
 
 class BM25:
@@ -84,7 +100,7 @@ class BM25:
         return (frequency / (frequency + norm[:, None])) @ weights
 
     def order(self, queries: Sequence[np.ndarray], candidates: np.ndarray) -> np.ndarray:
-        """The order [rows, n] that puts each row's candidates [rows, n] by falling score.
+        """The order [rows, n] that sorts each row's candidates [rows, n] by falling score.
 
         Equal scores keep their order, and NO_NEIGHBOR (trailing) stays last.
         """
@@ -112,17 +128,17 @@ def load_reranker(
     chunk_length: int,
     vocab_size: int | None = None,
 ) -> BM25 | None:
-    """What candidates are ordered by; None: their distance.
+    """Load what candidates are ordered by; None: their distance.
 
     Args:
         rerank: `ProjectSettings.rerank` of the project whose chunks are searched for.
         paths: The project whose database is searched.
         database: That database.
         chunk_length: M.
-        vocab_size: Of the project's tokenizer, if it is known.
+        vocab_size: Size of the project's vocabulary, if known.
 
     Raises:
-        CorruptFileError: the tokens' counts that query_neighbors saved are damaged.
+        CorruptFileError: the token counts that query_neighbors saved are damaged.
     """
     if rerank is None:
         return None

@@ -1,8 +1,8 @@
-"""Live retrieval: a chunk of tokens or a text in, its neighbors in the project's database out.
+"""Live retrieval: the neighbors of a chunk or text in the project's database.
 
-The search is the one that built the project's training neighbors: the same text of a chunk, the
-same embedder, index and breadth, and its order by BM25 if it had one. Nothing is filtered, since a
-text that is being written belongs to no document of the database.
+The search is the one that built the project's training neighbors: the same text for a chunk, the
+same embedder, index and breadth, and the same order by BM25 if any. Nothing is filtered, since the
+text being written belongs to no document of the database.
 """
 
 from __future__ import annotations
@@ -18,22 +18,18 @@ import numpy as np
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.document_ids import DocumentNames
-from retro_mcore.errors import ConfigurationError, ProjectError
-from retro_mcore.project import ProjectConfig, ProjectSettings
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.retrieval.chunk_text import chunk_texts
-from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders.base import Embedder, embed_unique, load_project_embedder
-from retro_mcore.retrieval.embedders.megatron_bert import register as register_megatron_bert
+from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
 from retro_mcore.retrieval.index import search
-from retro_mcore.retrieval.index.project import ProjectIndex
-from retro_mcore.retrieval.neighbor_search import NUM_QUERY, require_found
+from retro_mcore.retrieval.neighbor_search import require_found
 from retro_mcore.retrieval.neighbors import CompletedChunk, RetrievedNeighbors
-from retro_mcore.retrieval.rerank import load_reranker
+from retro_mcore.retrieval.project_search import open_search
 
 
 @dataclass(frozen=True)
 class NeighborDescription:
-    """A neighbor for human eyes.
+    """A neighbor, described for people.
 
     Attributes:
         id: Its row in the chunk database.
@@ -42,7 +38,7 @@ class NeighborDescription:
         continuation: The text of the chunks that follow it; empty at its document's end.
         dataset: Prefix of the dataset that holds its document.
         document: The document's place in that dataset.
-        source: Where it comes from, in words; begins with the document's id where it has one.
+        source: The document in words; begins with its id if it has one.
     """
 
     id: int
@@ -57,14 +53,14 @@ class NeighborDescription:
 class Retriever:
     """The project's database and index, as a `NeighborSource`.
 
-    The embedder and the index are loaded by the first search, so that a rank that never searches
-    needs no memory for them.
+    The first search loads the embedder and the index, so a rank that never searches needs no
+    memory for them.
 
     Args:
         project_dir: A project directory, after build_index.
         num_neighbors: K.
         num_retrieved_chunks: Chunks per neighbor, itself included.
-        device: Where the embedder runs ("cpu", "cuda"); None: CUDA where there is one.
+        device: Where the embedder runs ("cpu", "cuda"); None: CUDA if available.
 
     Raises:
         ProjectError: a stage has not run, or the index is not of this database.
@@ -87,65 +83,45 @@ class Retriever:
             if value < 1:
                 raise ConfigurationError(flag, str(value), "Give at least 1")
         self.num_neighbors, self.num_retrieved_chunks = num_neighbors, num_retrieved_chunks
-        config = ProjectConfig.load(project_dir)
-        self._paths, self._device = config.database_paths(project_dir), device
-        config = ProjectConfig.load(self._paths.root)
-        self.chunk_length = config.retro_gpt_chunk_length
-        self.tokenizer = load_project_tokenizer(config, self._paths)
-        self.database = ChunkDatabase.open(self._paths.root, own=True)
-        self._datasets = config.blend[1]
-        self._names = DocumentNames([self._paths.data / prefix for prefix in self._datasets])
-        self._settings = ProjectSettings.load(self._paths.root)
-        own = ProjectSettings.load(project_dir)
-        self._num_query = own.num_neighbors_query or NUM_QUERY
-        self._rerank = load_reranker(
-            own.rerank,
-            self._paths,
-            self.database,
-            self.chunk_length,
-            self.tokenizer.vocab_size,
-        )
-        self._index = ProjectIndex(
-            self._paths, self._settings, len(self.database), config.retro_block_size
-        )
+        project = open_search(project_dir)
+        self._project, self._device = project, device
+        self.database = project.database
+        self.chunk_length = project.source_config.retro_gpt_chunk_length
+        self.tokenizer = load_project_tokenizer(project.source_config, project.source)
+        self._datasets = project.source_config.blend[1]
+        self._names = DocumentNames([project.source.data / prefix for prefix in self._datasets])
+        wanted = project.num_candidates(project.settings.num_neighbors_query)
+        self._num_query = min(wanted, len(self.database))
+        self._rerank = project.load_reranker(project.settings.rerank, self.tokenizer)
 
     @cached_property
     def embedder(self) -> Embedder:
         """The embedder that the index was built with."""
-        register_megatron_bert()
-        embedder = load_project_embedder(self._settings, self._paths, device=self._device)
-        if embedder.dimension != self._settings.embedding_dimension:
-            raise ProjectError(
-                self._paths.settings,
-                f"the index has dimension {self._settings.embedding_dimension}, but the embedder "
-                f"{embedder.name} now gives {embedder.dimension}",
-                "Restore the embedder's model",
-            )
-        return embedder
+        return self._project.load_embedder(device=self._device)
 
     @cached_property
     def index(self) -> Any:
         """The Faiss index, with the search breadth that build_index chose."""
-        return self._index.open()
+        return self._project.index.open()
 
     def search_texts(self, texts: Sequence[str]) -> RetrievedNeighbors:
-        """The neighbors of N texts; where the index finds fewer than K, the rest is masked."""
+        """Search the neighbors of N texts; if the index finds fewer than K, the rest is masked."""
         chunks = [self.tokenizer.tokenize(text) for text in texts] if self._rerank else []
         return self._search(texts, chunks)
 
     def search_tokens(self, chunks: Sequence[Sequence[int]]) -> RetrievedNeighbors:
-        """The neighbors of N chunks of the project's tokens."""
+        """Search the neighbors of N chunks of the project's tokens."""
         arrays = [np.asarray(chunk, np.int64) for chunk in chunks]
-        texts = chunk_texts(self.tokenizer, arrays, self._settings.document_ends)
+        texts = chunk_texts(self.tokenizer, arrays, self._project.source_settings.document_ends)
         return self._search(texts, arrays)
 
     def _search(self, texts: Sequence[str], chunks: Sequence[Any]) -> RetrievedNeighbors:
-        """Neighbors of texts; `chunks`, their tokens, are what candidates are reordered by."""
+        """Search neighbors of texts; `chunks` are their tokens, used to reorder candidates."""
         shape_NK = (len(texts), self.num_neighbors)
         ids, distances = np.full(shape_NK, NO_NEIGHBOR), np.full(shape_NK, np.inf, np.float32)
         if len(texts):
             found = min(self.num_neighbors, len(self.database))
-            wanted = max(found, min(self._num_query, len(self.database))) if self._rerank else found
+            wanted = max(found, self._num_query) if self._rerank else found
             vectors = embed_unique(self.embedder, texts, what="text")
             near, candidates = search(self.index, vectors, wanted)
             require_found(near, candidates, self.database)
@@ -158,11 +134,11 @@ class Retriever:
         return RetrievedNeighbors(tokens, mask, ids, distances)
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
-        """The neighbors of N chunks of growing texts (`NeighborSource`)."""
+        """Search the neighbors of N chunks of growing texts (`NeighborSource`)."""
         return self.search_tokens([chunk.tokens for chunk in chunks])
 
     def describe(self, retrieved: RetrievedNeighbors) -> list[list[NeighborDescription]]:
-        """Texts and source documents of what a search found, per chunk, in the order found."""
+        """Describe the neighbors that a search found, per chunk, in the order found."""
         assert retrieved.ids is not None
         assert retrieved.distances is not None
         return [

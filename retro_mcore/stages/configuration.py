@@ -42,9 +42,7 @@ def too_small(config: object, least: Mapping[str, int]) -> Iterator[Configuratio
             yield ConfigurationError(flag_of(name), str(value), f"Give at least {bound}")
 
 
-def recorded_config(
-    paths: ProjectPaths, stage: str, kind: type[Config], **given: Any
-) -> Config | None:
+def recorded_config(paths: ProjectPaths, stage: str, kind: type[Config]) -> Config | None:
     """Configuration that a finished stage was run with; None if the stage has no record.
 
     Options that the record lacks have their defaults: a stage leaves out most of those, and an
@@ -54,7 +52,6 @@ def recorded_config(
         paths: The project.
         stage: Name of the stage.
         kind: Its configuration.
-        given: Fields of it that no record holds.
 
     Raises:
         CorruptFileError: the record holds an option that the stage does not have, or a value of
@@ -75,4 +72,4 @@ def recorded_config(
                 options[_RENAMED[name]] = value
     if options.keys() - known or problems_of(options, kind, {}):
         raise CorruptFileError(record, f"holds what are no options of {stage}", "Restore the file")
-    return kind(**options, **given)
+    return kind(**options)

@@ -75,8 +75,8 @@ class UpdateDbReport:
     num_before: int
     report: dict[str, Any] = field(default_factory=dict)
     database: build_db.BuildDbReport | None = None
-    index: build_index.BuiltIndex | None = None
-    neighbors: query_neighbors.QueriedNeighbors | None = None
+    index: build_index.BuildIndexReport | None = None
+    neighbors: query_neighbors.QueryNeighborsReport | None = None
 
 
 def run(project: Project, config: UpdateDbConfig) -> UpdateDbReport:
@@ -129,7 +129,7 @@ def _check(config: UpdateDbConfig) -> None:
 
 def _grow(
     config: UpdateDbConfig, paths: ProjectPaths, project_config: ProjectConfig
-) -> tuple[ProjectPaths, build_db.BuildDbReport, build_index.BuiltIndex]:
+) -> tuple[ProjectPaths, build_db.BuildDbReport, build_index.BuildIndexReport]:
     """Make a project inside this one, with the new documents behind the old, up to its index."""
     with raise_together():
         base = project_config.database_paths(paths.root)
@@ -151,9 +151,7 @@ def _grow(
         make_grown_project(base, grown, sources, prefixes, reader, made_from)
         _record(grown, prefixes, reader, clean)
     database = build_db.run(grown, _restored(base, build_db.STAGE, build_db.BuildDbConfig))
-    index_config = _restored(
-        base, build_index.STAGE, build_index.BuildIndexOptions, project_dir=str(grown.root)
-    )
+    index_config = _restored(base, build_index.STAGE, build_index.BuildIndexConfig)
     # The index that the old documents are in, by its own name: "auto" could choose another.
     index_config = replace(
         index_config,
@@ -162,7 +160,7 @@ def _grow(
         ef_search=settings.ef_search,
         device=config.device,
     )
-    return grown, database, build_index.build_index(index_config)
+    return grown, database, build_index.run(grown, index_config)
 
 
 def _reader(
@@ -203,9 +201,9 @@ def _record(
     barrier()
 
 
-def _restored(base: ProjectPaths, stage: str, kind: type[Config], **given: Any) -> Config:
+def _restored(base: ProjectPaths, stage: str, kind: type[Config]) -> Config:
     """Configuration that the old project was built with."""
-    restored = recorded_config(base, stage, kind, **given)
+    restored = recorded_config(base, stage, kind)
     if restored is None:
         raise ProjectError(
             base.stage_record(stage),
@@ -220,7 +218,7 @@ def _switch(
     paths: ProjectPaths,
     project_config: ProjectConfig,
     target: ProjectPaths,
-) -> query_neighbors.QueriedNeighbors:
+) -> query_neighbors.QueryNeighborsReport:
     with raise_together():
         other = ProjectConfig.load(target.root)
         if other.retro_gpt_chunk_length != project_config.retro_gpt_chunk_length:
@@ -237,23 +235,21 @@ def _switch(
                 target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
             )
         query_config = _query_config(config, paths)
-    return query_neighbors.query_other_database(query_config, target.root)
+    return query_neighbors.query_other_database(paths, query_config, target)
 
 
 def _query_config(
     config: UpdateDbConfig, paths: ProjectPaths
-) -> query_neighbors.QueryNeighborsOptions:
+) -> query_neighbors.QueryNeighborsConfig:
     """Configuration of the project's own search, but for what is asked otherwise."""
-    kind = query_neighbors.QueryNeighborsOptions
-    root = str(paths.root)
-    before = recorded_config(paths, query_neighbors.STAGE, kind, project_dir=root) or kind(root)
+    kind = query_neighbors.QueryNeighborsConfig
+    before = recorded_config(paths, query_neighbors.STAGE, kind) or kind()
     settings = ProjectSettings.load(paths.root)
     candidates = settings.num_neighbors_query
     # The default of one database is not that of another.
     if candidates == min(NUM_QUERY, len(ChunkDatabase.open(paths.root, own=True))):
         candidates = None
     return kind(
-        root,
         num_neighbors_query=config.num_neighbors_query or candidates,
         num_neighbors_save=config.num_neighbors_save
         or settings.num_neighbors_save

@@ -267,7 +267,7 @@ def test_documents_are_searched_as_broadly_as_the_project_s_samples(
     project = built_project()
     tokenizer = load_project_tokenizer(ProjectConfig.load(project), ProjectPaths(project))
     settings = replace(ProjectSettings.load(project), num_neighbors_query=recorded)
-    monkeypatch.setattr(documents.ProjectSettings, "load", lambda folder: settings)
+    monkeypatch.setattr(ProjectSettings, "load", lambda folder: settings)
 
     def search(database, tokenizer, embedder, chunk_length, num_query, num_save, rerank):
         raise InterruptedError(num_query)

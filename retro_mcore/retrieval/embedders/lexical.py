@@ -1,9 +1,9 @@
 """An embedder that needs no model: hashed TF-IDF through a random projection.
 
-Words and pairs of neighboring words are hashed into buckets, weighted by how rare their bucket is
-in the database, and projected by random signs to a fixed dimension, which keeps inner products up
+Words and pairs of neighboring words are hashed into buckets. Buckets are weighted by how rare they
+are in the database and projected by random signs to a fixed dimension. This keeps inner products up
 to noise (Johnson-Lindenstrauss; Achlioptas 2003, "Database-friendly random projections"). All
-arithmetic up to the last normalization is on integers, so that vectors are the same bytes in every
+arithmetic before the last normalization is on integers, so vectors have the same bytes in every
 process and on every machine.
 """
 
@@ -33,16 +33,16 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def buckets_of(text: str) -> np.ndarray:
-    """Bucket of every word and of every pair of neighboring words, i64 [n], with repetitions."""
+    """The buckets of all words and pairs of neighboring words, with repetitions, i64 [n]."""
     words = [word.encode() for word in _WORD.findall(text.lower())]
     pairs = [b"%b %b" % pair for pair in itertools.pairwise(words)]
     return np.array([crc32(feature) % _BUCKETS for feature in words + pairs], np.int64)
 
 
 def count_texts(texts: Iterable[str]) -> np.ndarray:
-    """Texts that each bucket occurs in, and all texts in one more place, i64 [buckets + 1].
+    """Count the texts that each bucket occurs in, and in a last place all texts, i64 [buckets + 1].
 
-    Counts of parts of the texts add up to that of all.
+    Counts of parts of the texts add up to the counts of all.
     """
     counts = np.zeros(_BUCKETS + 1, np.int64)
     for text in texts:
@@ -61,10 +61,12 @@ def weights_of(counts: np.ndarray) -> np.ndarray:
 
 
 class LexicalEmbedder(Embedder):
-    """Texts that share rare words and phrases are near; L2-normalized, zero for an empty text.
+    """Places texts that share rare words and phrases near each other.
+
+    Vectors are L2-normalized; an empty text's is zero.
 
     Args:
-        weights: Of the buckets, from `weights_of`.
+        weights: Weights of the buckets, from `weights_of`.
     """
 
     name = LEXICAL_EMBEDDER

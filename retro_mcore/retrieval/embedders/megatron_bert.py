@@ -26,19 +26,14 @@ from retro_mcore.checkpoint.tracker import tracked_checkpoint
 from retro_mcore.errors import CheckpointError, ConfigurationError, TokenizerError
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.retrieval.bert_tokens import default_bert_vocab, load_word_piece
-from retro_mcore.retrieval.embedders.base import (
-    Embedder,
-    Pooling,
-    embed_by_length,
-    register_embedder,
-)
+from retro_mcore.retrieval.embedders.base import Embedder, Pooling, embed_by_length
 
-#: What is needed of the checkpoint; its output layer is not.
+#: Prefixes of the parameters that are loaded; the output layer is not needed.
 _PARTS = ("embedding.", "encoder.", "rotary_pos_emb.")
 
 
 def find_bert_checkpoint(name: str) -> Path | None:
-    """The checkpoint that a folder holds, by itself or by its tracker file; None if it has none.
+    """The checkpoint in a folder, directly or through its tracker file; None if there is none.
 
     Raises:
         CheckpointError: the tracker file names no checkpoint.
@@ -52,13 +47,13 @@ def find_bert_checkpoint(name: str) -> Path | None:
 class MegatronBertEmbedder(Embedder):
     """A BertModel of megatron-core, rebuilt from a torch_dist checkpoint and its arguments.
 
-    Every rank holds the whole model, on a device of its own. All ranks must make it together.
+    Every rank holds the whole model on its own device. All ranks must build it together.
 
     Args:
-        name: Folder of the checkpoint, or of its tracker file. A `vocab.txt` there is the
-            tokenizer's; else the installed MiniLM package's, which is BERT-base-uncased's.
+        name: Folder of the checkpoint, or of its tracker file. Its `vocab.txt` is the tokenizer's;
+            without one, the installed MiniLM package's is, which is BERT-base-uncased's.
         batch_size: Texts per forward pass.
-        device: "cpu", "cuda" …; None: CUDA where there is one.
+        device: "cpu", "cuda" …; None: CUDA if available.
         pooling: "mean" (default), or "cls": the first hidden state.
 
     Raises:
@@ -99,7 +94,7 @@ class MegatronBertEmbedder(Embedder):
                 f"{arguments['padded_vocab_size']}",
                 "Put the model's own vocab.txt into the checkpoint's folder",
             )
-        # A copy, which cuts nothing and pads nothing.
+        # A copy that neither cuts nor pads.
         self._counter = Tokenizer.from_str(self._tokenizer.to_str())
         self.max_tokens = int(arguments["max_position_embeddings"])
         self._tokenizer.enable_truncation(self.max_tokens)
@@ -133,13 +128,14 @@ class MegatronBertEmbedder(Embedder):
         return (total / words.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
 
 
-def register() -> None:
-    """Let `build_embedder` find Megatron's BERT checkpoints by their folders."""
-    register_embedder(_is_bert, MegatronBertEmbedder)
-
-
-def _is_bert(name: str) -> bool:
+def is_of_kind(name: str) -> bool:
+    """Whether a name is the folder of a checkpoint; see `retrieval.embedders`."""
     return find_bert_checkpoint(name) is not None
+
+
+def build(name: str, batch_size: int, device: str | None, pooling: Pooling | None) -> Embedder:
+    """The embedder of a checkpoint's folder; see `retrieval.embedders`."""
+    return MegatronBertEmbedder(name, batch_size, device, pooling)
 
 
 def _no_arguments(checkpoint: Path) -> Any:
@@ -147,7 +143,7 @@ def _no_arguments(checkpoint: Path) -> Any:
 
 
 def _join_megatron() -> None:
-    """A model of its own on every rank."""
+    """Initialize Megatron with the whole model on every rank."""
     from megatron.core import parallel_state
 
     distributed.initialize(distributed_backend())

@@ -1,14 +1,15 @@
 """The steps that build a project's index: embed, train, add, merge.
 
-Each can be run by itself, embed and add by any number of jobs in any order. What a step writes
-depends on the project and the options alone, so the bytes are those of one run of all.
+Each step can run by itself; embed and add can be shared by any number of jobs in any order. A
+step's output depends only on the project and the options, so its bytes do not depend on how the
+work was divided.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from retro_mcore.project.shards import Shard, ShardReport, Share, require_shards
 from retro_mcore.project.space import require_space, show_bytes
 from retro_mcore.retrieval.database_build import read_dataset_infos
 from retro_mcore.retrieval.index.choice import AUTO, IndexChoice, choose_index, usable_memory
-from retro_mcore.retrieval.index.embeddings import Embeddings, read_held_out
+from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, Embeddings, read_held_out
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts, save_index
 from retro_mcore.retrieval.index.filling import (
     add_part,
@@ -32,6 +33,7 @@ from retro_mcore.retrieval.index.filling import (
     merge_parts,
     stored_bytes,
 )
+from retro_mcore.retrieval.index.inherited import InheritedIndex
 from retro_mcore.retrieval.index.recall import Recall, RecallMeasure, read_exact, tune, write_exact
 from retro_mcore.retrieval.index.training import (
     IndexKind,
@@ -43,34 +45,22 @@ from retro_mcore.retrieval.index.training import (
 )
 
 
-@dataclass
-class IndexBuild:
-    """What the steps share.
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """The index that is wanted.
 
     Attributes:
-        paths: The project.
-        embedding_shards: Files of the database's embeddings.
-        block_size: The project's rows per file.
-        embed_fingerprint: What the embeddings are made from.
-        fingerprint: What the index is made from.
-        index: Faiss factory string, or "auto".
+        string: Faiss factory string, or "auto".
         memory: Bytes that the index may take; None: most of the machine's.
-        recall: Recall@2 wanted.
+        recall: Recall@2 to reach.
         nprobe: Lists to search; None: measured.
         ef_search: Breadth of graph searches; None: measured.
         on_disk: Keep the lists in a file of their own.
-        split: Keep the parts, and don't merge them.
+        split: Keep the parts instead of merging them.
         gpu: Train and add on GPUs.
-        take_over: Takes over the trained index (of a string, signed with a fingerprint) of a
-            database that this one was grown from; whether there was one.
     """
 
-    paths: ProjectPaths
-    embedding_shards: list[Shard]
-    block_size: int
-    embed_fingerprint: str
-    fingerprint: str
-    index: str = AUTO
+    string: str = AUTO
     memory: int | None = None
     recall: float = 0.95
     nprobe: int | None = None
@@ -78,20 +68,42 @@ class IndexBuild:
     on_disk: bool = False
     split: bool = False
     gpu: bool = False
-    take_over: Callable[[str, str], bool] | None = None
 
-    def __post_init__(self) -> None:
-        self.embeddings = Embeddings(self.embedding_shards)
+
+@dataclass(frozen=True)
+class IndexBuild:
+    """The steps of building one project's index.
+
+    Attributes:
+        paths: The project.
+        embedded: Files of the database's embeddings.
+        block_size: The project's rows per file.
+        fingerprint: Fingerprint of the embeddings and options that the index is made from.
+        wanted: The index to build.
+        inherited: Index of the project that this one was grown from, if it may be reused.
+    """
+
+    paths: ProjectPaths
+    embedded: EmbeddingFiles
+    block_size: int
+    fingerprint: str
+    wanted: IndexOptions
+    inherited: InheritedIndex | None = None
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """The database's vectors."""
+        return Embeddings(self.embedded.shards)
 
     @property
     def choice(self) -> IndexChoice | None:
-        """The index that `train` chose, once it has."""
+        """The index that `train` chose; None before that."""
         if state_of(self.paths.index_choice, self.fingerprint) is not FileState.COMPLETE:
             return None
         return IndexChoice.load(self.paths.index_choice)
 
     def is_complete(self) -> bool:
-        """Whether the index is there, merged (or split) and measured. All ranks call it."""
+        """Whether the index exists, merged or split, and is measured. All ranks call it."""
         complete: bool | None = None
         with raise_together():
             if get_rank() == 0:
@@ -102,7 +114,7 @@ class IndexBuild:
     def _is_complete(self, choice: IndexChoice) -> bool:
         added = self.paths.added_index(choice.string)
         files = [self.paths.recall_report(choice.string)]
-        files += [] if self.split else [added]
+        files += [] if self.wanted.split else [added]
         files += [lists_path(added)] if choice.on_disk else []
         return all(state_of(file, self.fingerprint) is FileState.COMPLETE for file in files)
 
@@ -111,15 +123,15 @@ class IndexBuild:
 
         Raises:
             ProjectError: embeddings are missing.
-            ConfigurationError: no index reaches what was asked, or Faiss cannot train it.
+            ConfigurationError: no index reaches the recall wanted, or Faiss cannot train it.
         """
-        require_shards(self.embedding_shards, self.embed_fingerprint, self._mend("embed"))
+        require_shards(self.embedded.shards, self.embedded.fingerprint, self._mend("embed"))
         with raise_together():
             if get_rank() == 0 and self._trained() is None:
                 self._choose_and_train()
 
     def _trained(self) -> Path | None:
-        """The trained index, if it is there."""
+        """The trained index's file, if it exists."""
         choice = self.choice
         if choice is None:
             return None
@@ -129,11 +141,14 @@ class IndexBuild:
     def _choose_and_train(self) -> None:
         choice = self.choice or self._choose()
         empty = self.paths.empty_index(choice.string)
-        if self.take_over and self.take_over(choice.string, self.fingerprint):
+        inherited = self.inherited
+        if inherited and inherited.link_trained_index(choice.string, self.fingerprint):
             index = load_index(empty)
         else:
             sampled = training_rows_of(self.paths)
-            index = train_index(choice.string, self.embeddings, sampled, self.memory, self.gpu)
+            index = train_index(
+                choice.string, self.embeddings, sampled, self.wanted.memory, self.wanted.gpu
+            )
             with signed_write(empty, self.fingerprint) as temporary:
                 save_index(index, temporary)
         choice = self._place(choice, index)
@@ -141,34 +156,36 @@ class IndexBuild:
             temporary.write_text(json.dumps(asdict(choice), indent=4), encoding="utf-8")
 
     def _choose(self) -> IndexChoice:
-        if self.index != AUTO:
-            make_index(self.index, self.embeddings.dimension)  # raises if it cannot be
-            return IndexChoice(self.index, "as --index says", on_disk=self.on_disk)
-        memory = self.memory or usable_memory()
-        return choose_index(self.embeddings, memory, self.recall, self.on_disk)
+        wanted = self.wanted
+        if wanted.string != AUTO:
+            make_index(wanted.string, self.embeddings.dimension)  # raises if it cannot be
+            return IndexChoice(wanted.string, "as --index says", on_disk=wanted.on_disk)
+        memory = wanted.memory or usable_memory()
+        return choose_index(self.embeddings, memory, wanted.recall, wanted.on_disk)
 
     def _place(self, choice: IndexChoice, index: Any) -> IndexChoice:
-        """On the disk where it was asked to be, or where memory cannot hold it."""
+        """Put the index on the disk if asked to, or if memory cannot hold it."""
+        wanted = self.wanted
         kind, needed = kind_of(index), stored_bytes(index, len(self.embeddings))
-        if self.split and kind is IndexKind.WHOLE:
+        if wanted.split and kind is IndexKind.WHOLE:
             raise ConfigurationError(
                 "--split-index", f"{choice.string} cannot be split", "Name one with lists"
             )
-        if choice.on_disk or (needed > (self.memory or usable_memory()) and not self.split):
+        if choice.on_disk or (needed > (wanted.memory or usable_memory()) and not wanted.split):
             if kind is not IndexKind.LISTS:
                 raise ConfigurationError(
-                    "--on-disk" if self.on_disk else "--index-memory",
+                    "--on-disk" if wanted.on_disk else "--index-memory",
                     f"{choice.string} takes {show_bytes(needed)} of memory",
                     "Name an index with lists, such as IVF1024,Flat, which can stay on the disk",
                 )
-            return IndexChoice(choice.string, choice.reason, needed, on_disk=not self.split)
+            return IndexChoice(choice.string, choice.reason, needed, on_disk=not wanted.split)
         return IndexChoice(choice.string, choice.reason, choice.num_bytes or needed or None)
 
     def parts(self) -> list[Shard]:
-        """The parts that the index is filled in, in order.
+        """The parts of the index, in order.
 
         Raises:
-            ProjectError: it is not trained yet.
+            ProjectError: the index is not trained yet.
         """
         empty = self._trained()
         if empty is None:
@@ -178,9 +195,10 @@ class IndexBuild:
         return cut_parts(folder, len(self.embeddings), kind, self.block_size)
 
     def add(self, share: Share | None = None) -> ShardReport:
-        """Add vectors, a part per file, on all ranks; with `share`, those of one job.
+        """Add vectors, one file per part, on all ranks; with `share`, only that job's parts.
 
-        Beside each part its exact neighbors of the held-out queries are saved, for the recall.
+        The exact neighbors of the held-out queries in each part are saved beside it, to measure
+        the recall.
 
         Raises:
             ProjectError: the index is not trained, or embeddings are missing.
@@ -191,19 +209,21 @@ class IndexBuild:
             held_out = Shard(0, 0, self.paths.held_out)
         needed = {s.start: s for p in parts for s in self.embeddings.shards_of(p.start, p.end)}
         inputs = [held_out, *needed.values()]
-        require_shards(inputs, self.embed_fingerprint, self._mend("embed"))
+        require_shards(inputs, self.embedded.fingerprint, self._mend("embed"))
         queries = read_held_out(self.paths.held_out)
         trained = load_index(self.paths.empty_index(self.choice.string))  # type: ignore[union-attr]
 
         def build(part: Shard, path: Path) -> None:
             write_exact(self.embeddings, queries, part, exact_path(part), self.fingerprint)
-            add_part(trained, self.embeddings, part, path, self.gpu)
+            add_part(trained, self.embeddings, part, path, self.wanted.gpu)
 
         row_bytes = float(stored_bytes(trained, 1))
         return run_shards(parts, build, self.fingerprint, "add to index", row_bytes, exact_path)
 
     def merge(self) -> Recall:
-        """One index of all parts (none where it is split), and its recall; all ranks call it.
+        """Merge the parts into one index unless it is split, and measure its recall.
+
+        All ranks call it.
 
         Raises:
             ProjectError: a part is missing.
@@ -220,45 +240,50 @@ class IndexBuild:
     def _merge(self, parts: list[Shard]) -> Recall:
         choice = self.choice
         assert choice is not None
-        empty, added = (
-            self.paths.empty_index(choice.string),
-            self.paths.added_index(choice.string),
-        )
-        if self.split:
-            index = load_parts(empty, parts)
-        else:
-            size = sum(part.path.stat().st_size for part in parts)
-            require_space(added, size, "the index's vectors")
-            merge = merge_on_disk if choice.on_disk else merge_parts
-            merge(empty, parts, added, self.fingerprint)
-            index = load_index(added, mapped=True)
-        exact = read_exact([exact_path(part) for part in parts])
-        queries = read_held_out(self.paths.held_out)
-        measure = RecallMeasure(index, queries, exact, self.embeddings)
-        lists, graph = num_lists(load_index(empty)), has_graph(load_index(empty))
-        recall = tune(measure, lists, graph, self.recall, self.nprobe, self.ef_search)
+        index = self._join(choice, parts)
+        recall = self._tune(choice, parts, index)
         report = {
             **asdict(choice),
             "num_vectors": len(self.embeddings),
             **asdict(recall),
-            "recall_wanted": self.recall,
+            "recall_wanted": self.wanted.recall,
         }
         path = self.paths.recall_report(choice.string)
         with signed_write(path, self.fingerprint) as temporary:
             temporary.write_text(json.dumps(report, indent=4), encoding="utf-8")
         return recall
 
+    def _join(self, choice: IndexChoice, parts: list[Shard]) -> Any:
+        """The parts as one index: merged into a file, or opened together if it is split."""
+        empty, added = self.paths.empty_index(choice.string), self.paths.added_index(choice.string)
+        if self.wanted.split:
+            return load_parts(empty, parts)
+        size = sum(part.path.stat().st_size for part in parts)
+        require_space(added, size, "the index's vectors")
+        merge = merge_on_disk if choice.on_disk else merge_parts
+        merge(empty, parts, added, self.fingerprint)
+        return load_index(added, mapped=True)
+
+    def _tune(self, choice: IndexChoice, parts: list[Shard], index: Any) -> Recall:
+        """Measure the recall, and choose the breadth of search unless it was given."""
+        exact = read_exact([exact_path(part) for part in parts])
+        queries = read_held_out(self.paths.held_out)
+        measure = RecallMeasure(index, queries, exact, self.embeddings)
+        trained, wanted = load_index(self.paths.empty_index(choice.string)), self.wanted
+        lists, graph = num_lists(trained), has_graph(trained)
+        return tune(measure, lists, graph, wanted.recall, wanted.nprobe, wanted.ef_search)
+
     def _mend(self, step: str) -> str:
         return f"Run build_index --project-dir {self.paths.root} --stage {step} first"
 
 
 def exact_path(part: Shard) -> Path:
-    """Where the exact neighbors of the held-out queries among a part's rows lie."""
+    """File of the held-out queries' exact neighbors among a part's rows."""
     return part.path.parent / "exact" / f"{part.path.stem}.hdf5"
 
 
 def training_rows_of(paths: ProjectPaths) -> np.ndarray:
-    """Rows of train.hdf5 that sampled.hdf5 holds: the first ones of each dataset."""
+    """Rows of train.hdf5 that sampled.hdf5 holds: the first of each dataset, i64 [rows]."""
     rows, start = [], 0
     for info in read_dataset_infos(paths):
         rows.append(np.arange(start, start + info.n_chunks_sampled))
@@ -267,7 +292,7 @@ def training_rows_of(paths: ProjectPaths) -> np.ndarray:
 
 
 def read_recall(paths: ProjectPaths, index_string: str) -> Recall:
-    """The recall that was measured when the index was built.
+    """The recall measured when the index was built.
 
     Raises:
         CorruptFileError: the report holds something else.

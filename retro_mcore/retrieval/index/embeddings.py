@@ -57,6 +57,19 @@ def count_embedded(shards: Sequence[Shard]) -> EmbeddingCounts:
     return counts
 
 
+@dataclass(frozen=True)
+class EmbeddingFiles:
+    """The files of a database's embeddings.
+
+    Attributes:
+        shards: All files, in order.
+        fingerprint: Fingerprint of what they are made from.
+    """
+
+    shards: Sequence[Shard]
+    fingerprint: str
+
+
 class Embeddings:
     """The embeddings of a database, memory-mapped across their files.
 

@@ -1,13 +1,12 @@
-"""The work of an index that a grown database takes over: embeddings and training.
+"""The index work that a grown project inherits: embeddings and training.
 
-A grown database begins with the rows of the one that it was grown from (`grown_project`), so
-their embeddings hold, and the index that was trained on them is filled, not trained again.
+A grown database begins with the rows of the one it was grown from (`stages.grown_project`). The
+embeddings of those rows still hold, and the index trained on them is filled, not trained again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,12 @@ from retro_mcore.retrieval.database import ChunkDatabase
 _BATCH = 1 << 22
 
 
-class Growth:
-    """What a project has from the one whose database it was grown from.
+class InheritedIndex:
+    """The embeddings and the trained index of the project that a database was grown from.
 
     Args:
         paths: The grown project.
-        settings: Its settings; `grown_from` names the other.
+        settings: Its settings; `grown_from` names the other project.
 
     Raises:
         ProjectError: the database does not begin with the other's rows.
@@ -40,11 +39,7 @@ class Growth:
         self._base = ProjectPaths((paths.root / str(settings.grown_from)).resolve())
         rows = ChunkDatabase.open(paths.root, own=True).chunks
         old = ChunkDatabase.open(self._base.root, own=True).chunks
-        same = len(old) == self._growth[-1] <= len(rows) and all(
-            np.array_equal(old[start : start + _BATCH], rows[start : start + _BATCH][: len(old)])
-            for start in range(0, len(old), _BATCH)
-        )
-        if not same:
+        if not (len(old) == self._growth[-1] <= len(rows) and _begins_with(rows, old)):
             raise ProjectError(
                 paths.merged_db("train"),
                 f"does not begin with the rows of {self._base.root}, which it was grown from",
@@ -52,8 +47,8 @@ class Growth:
             )
 
     @classmethod
-    def of(cls, paths: ProjectPaths, settings: ProjectSettings) -> Growth | None:
-        """What a project has from another; None if its database is all its own."""
+    def of(cls, paths: ProjectPaths, settings: ProjectSettings) -> InheritedIndex | None:
+        """The inheritance of a project; None if its database was not grown from another."""
         return cls(paths, settings) if settings.grown_from else None
 
     def embedded_with(self, options: Mapping[str, Any]) -> bool:
@@ -61,8 +56,8 @@ class Growth:
         used = recorded_options(self._base, "build_index")
         return bool(used) and all(used.get(name) == value for name, value in options.items())
 
-    def take_over_embeddings(self, shards: Sequence[Shard], fingerprint: str) -> None:
-        """Link the shards of the old rows, and the lexical weights; what is damaged is left out."""
+    def link_embeddings(self, shards: Sequence[Shard], fingerprint: str) -> None:
+        """Link the shards of the old rows and the lexical weights; skip damaged ones."""
         length = ProjectConfig.load(self._base.root).retro_block_size
         old = cut(self._base.embeddings, self._growth[-1], length, self._growth[:-1])
         for theirs, ours in zip(old, shards, strict=False):
@@ -70,7 +65,14 @@ class Growth:
                 adopt(theirs.path, ours.path, fingerprint)
         adopt(self._base.lexical_weights, self._paths.lexical_weights, fingerprint)
 
-    def take_over_training(self, index_string: str, fingerprint: str) -> bool:
-        """Link the trained index; whether there was one of that name."""
-        empty: Path = self._paths.empty_index(index_string)
-        return adopt(self._base.empty_index(index_string), empty, fingerprint)
+    def link_trained_index(self, index_string: str, fingerprint: str) -> bool:
+        """Link the trained index. Returns whether there was one of that name."""
+        theirs = self._base.empty_index(index_string)
+        return adopt(theirs, self._paths.empty_index(index_string), fingerprint)
+
+
+def _begins_with(rows: np.ndarray, old: np.ndarray) -> bool:
+    return all(
+        np.array_equal(old[start : start + _BATCH], rows[start : start + _BATCH][: len(old)])
+        for start in range(0, len(old), _BATCH)
+    )

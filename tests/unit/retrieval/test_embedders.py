@@ -17,7 +17,7 @@ from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project import ProjectPaths
 from retro_mcore.retrieval.bert_tokens import default_bert_vocab
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders.base import build_embedder
+from retro_mcore.retrieval.embedders import build_embedder
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.retro_dataset import build_retro_datasets
@@ -26,7 +26,7 @@ from tests.unit.data.projects import documents, preprocess_options, write_corpus
 # Embeddings before and after the CPU platform replaces torch's CUDA queries and factories.
 AROUND_USE_CPU = """
 import numpy as np
-from retro_mcore.retrieval.embedders.base import build_embedder
+from retro_mcore.retrieval.embedders import build_embedder
 texts = ["A dog chases a cat.", "Interest rates rose.", "", "x" * 400]
 before = build_embedder("minilm", device="cpu").embed(texts)
 from retro_mcore.platform import use_cpu

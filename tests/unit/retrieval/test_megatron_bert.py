@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from retro_mcore.errors import CheckpointError, ConfigurationError
-from retro_mcore.retrieval.embedders.base import build_embedder, embed_unique
-from retro_mcore.retrieval.embedders.megatron_bert import register
+from retro_mcore.retrieval.embedders import build_embedder
+from retro_mcore.retrieval.embedders.base import embed_unique
 from retro_mcore.retrieval.vectors import EmbeddingCounts
 from tests.unit.data.projects import documents
 
@@ -53,7 +53,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory, megatron: None):
     state = {"model": model.sharded_state_dict(), "args": arguments, "iteration": 10}
     dist_checkpointing.save(state, str(checkpoint))
     (folder / "latest_checkpointed_iteration.txt").write_text("10")
-    register()
     return folder, model
 
 

@@ -13,7 +13,8 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
 from retro_mcore.project.shards import choose_shard_length, cut, run_shards
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders.base import build_embedder, embed_unique
+from retro_mcore.retrieval.embedders import build_embedder
+from retro_mcore.retrieval.embedders.base import embed_unique
 from retro_mcore.retrieval.filtering import keep_first
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors

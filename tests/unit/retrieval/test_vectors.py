@@ -16,13 +16,9 @@ from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.project import ProjectConfig, ProjectPaths
 from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders import base as embedders
-from retro_mcore.retrieval.embedders.base import (
-    Embedder,
-    HalfPrecision,
-    build_embedder,
-    embed_unique,
-)
+from retro_mcore.retrieval.embedders import build_embedder, sentence
+from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
+from retro_mcore.retrieval.embedders.half_precision import HalfPrecision
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.neighbor_search import require_found
 from retro_mcore.retrieval.retriever import Retriever
@@ -193,14 +189,14 @@ def without_index(project):
 
 def spoil(monkeypatch, text: str) -> None:
     """NaN for every text that holds `text`."""
-    embed = embedders.SentenceEncoder.embed
+    embed = sentence.SentenceEncoder.embed
 
     def spoiled(self, texts):
         vectors = embed(self, texts)
         vectors[[text in each for each in texts]] = np.nan
         return vectors
 
-    monkeypatch.setattr(embedders.SentenceEncoder, "embed", spoiled)
+    monkeypatch.setattr(sentence.SentenceEncoder, "embed", spoiled)
 
 
 def error_of(capsys, command, *arguments: object) -> str:
@@ -240,7 +236,7 @@ def test_build_index_refuses_nan(capsys, monkeypatch, project):
 def test_what_was_cut_and_found_too_little_is_counted(capsys, monkeypatch, project):
     """512-token chunks with MiniLM, which reads 256 of its own tokens."""
     without_index(project)
-    monkeypatch.setattr(embedders, "_limit", lambda tokens: 20)
+    monkeypatch.setattr(sentence, "token_limit", lambda tokens: 20)
     assert build_index.main(["--project-dir", str(project)]) == 0
     database = ChunkDatabase.open(project)
     lengths = database.chunks[:, 4].astype(int) + 2  # WordPiece's count is the embedder's own
@@ -300,7 +296,7 @@ def test_ends_of_documents_are_embedded_as_megatron_does(project):
     tokenizer = load_project_tokenizer(ProjectConfig.load(project), paths)
     words = [tokenizer.tokenize(word) for word in ("one", "two")]
     chunk = np.array([*words[0], tokenizer.eod, *words[1]])
-    assert Retriever(project)._settings.document_ends == "detokenized"
+    assert Retriever(project)._project.source_settings.document_ends == "detokenized"
     assert chunk_texts(tokenizer, [chunk], "detokenized") == [tokenizer.detokenize(chunk.tolist())]
     assert chunk_texts(tokenizer, [chunk]) == ["one\ntwo"]
     # As an older version left it.
@@ -313,7 +309,7 @@ def test_ends_of_documents_are_embedded_as_megatron_does(project):
     record.write_text(json.dumps(values))
     for command, more in ((build_index, []), (query_neighbors, ["--num-neighbors-save", "5"])):
         assert command.main(["--project-dir", str(project), *more]) == 0
-    assert Retriever(project)._settings.document_ends == "line break"
+    assert Retriever(project)._project.source_settings.document_ends == "line break"
 
 
 def test_embeddings_that_an_older_version_began_are_gone_on_with(project):

@@ -196,10 +196,10 @@ def test_neighbors_are_searched_as_before(
     record.write_text(json.dumps({**run, "options": {**run["options"], **chosen}}))
     searched = []
     monkeypatch.setattr("retro_mcore.stages.build_db.run", lambda *given: None)
-    monkeypatch.setattr("retro_mcore.stages.build_index.build_index", lambda *given: None)
+    monkeypatch.setattr("retro_mcore.stages.build_index.run", lambda *given: None)
     monkeypatch.setattr(
         "retro_mcore.stages.query_neighbors.query_other_database",
-        lambda *given: searched.append(given[0]),
+        lambda *given: searched.append(given[1]),
     )
     update_db(UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")], **asked))
     (options,) = searched
@@ -246,7 +246,7 @@ def test_an_interrupted_update_leaves_the_old_in_use(
     options = UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")])
     for module, name in (
         ("retro_mcore.stages.build_db", "run"),
-        ("retro_mcore.stages.build_index", "build_index"),
+        ("retro_mcore.stages.build_index", "run"),
         ("retro_mcore.stages.query_neighbors", "finish_stage"),
     ):
         with monkeypatch.context() as broken:

@@ -1,0 +1,43 @@
+"""Embedding in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.retrieval.embedders.base import Embedder
+from retro_mcore.retrieval.vectors import as_vectors, unusable
+
+
+class HalfPrecision(Embedder):
+    """An embedder in half precision; texts whose vectors overflow are embedded in single precision.
+
+    Args:
+        embedder: An embedder with `half()`, and with `full()` if it can go back.
+
+    Attributes:
+        in_full: Number of texts so far that half precision could not hold.
+    """
+
+    def __init__(self, embedder: Any) -> None:
+        embedder.half()
+        self.name, self.dimension = embedder.name, embedder.dimension
+        self.max_tokens = getattr(embedder, "max_tokens", None)
+        self._embedder, self.in_full = embedder, 0
+
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
+        return self._embedder.count_tokens(texts)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = as_vectors(self._embedder.embed(texts), len(texts), self.dimension, self.name)
+        wrong = np.flatnonzero(unusable(vectors))
+        if len(wrong) and hasattr(self._embedder, "full"):
+            self._embedder.full()
+            try:
+                vectors[wrong] = self._embedder.embed([texts[int(row)] for row in wrong])
+            finally:
+                self._embedder.half()
+            self.in_full += len(wrong)
+        return vectors

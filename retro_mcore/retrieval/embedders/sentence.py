@@ -1,0 +1,82 @@
+"""sentence-transformers models as embedders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.errors import MissingDependencyError
+from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER, Embedder
+from retro_mcore.retrieval.embedders.hugging_face import (
+    cannot_load,
+    count_tokens_of,
+    model_path,
+    token_limit,
+)
+
+
+class SentenceEncoder(Embedder):
+    """A sentence-transformers model, or a Hugging Face encoder with mean pooling.
+
+    Args:
+        name_or_path: "minilm" for the installed MiniLM package, a folder, or a hub name.
+        batch_size: Texts per forward pass.
+        device: "cpu", "cuda" …; None: CUDA if available.
+
+    Raises:
+        MissingDependencyError: sentence-transformers or the MiniLM package is not installed.
+        ConfigurationError: no such model.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str = DEFAULT_EMBEDDER,
+        batch_size: int = 16,
+        device: str | None = None,
+    ) -> None:
+        self.name, self._batch_size = name_or_path, batch_size
+        self._model = _load_sentence_transformer(model_path(name_or_path), name_or_path, device)
+        self.dimension = int(self._model.get_embedding_dimension())
+        self.max_tokens = token_limit(getattr(self._model, "max_seq_length", None))
+
+    def half(self) -> None:
+        """Compute in half precision."""
+        self._model.half()
+
+    def full(self) -> None:
+        """Compute in single precision again."""
+        self._model.float()
+
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
+        name = getattr(self._model, "default_prompt_name", None)
+        prompt = self._model.prompts.get(name, "") if name else ""
+        return count_tokens_of(self._model.tokenizer, [prompt + text for text in texts])
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        if not len(texts):
+            return np.empty((0, self.dimension), np.float32)
+        # sentence-transformers sorts by length before it cuts batches, so padding is small.
+        vectors = self._model.encode(
+            list(texts),
+            batch_size=self._batch_size,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def _load_sentence_transformer(path: str, name: str, device: str | None) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise MissingDependencyError(
+            "sentence-transformers", "not installed", "Install retro-mcore[embed]"
+        ) from error
+    logging.disable_progress_bar()
+    try:
+        return SentenceTransformer(path, device=device)
+    except (OSError, ValueError) as error:
+        raise cannot_load(name, error) from error

@@ -1,0 +1,115 @@
+"""Opening a search in the database that a project retrieves from.
+
+One way for all that search: query_neighbors (`neighbor_search`), live retrieval (`retriever`), and
+the evaluation of held-out documents. The search uses the embedder, index and breadth that the
+database's index was built with, and the order that the project's neighbors were saved in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.data.tokens.token_file import bin_path, idx_path
+from retro_mcore.errors import ProjectError
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.records import input_digests
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders import load_project_embedder
+from retro_mcore.retrieval.embedders.base import Embedder
+from retro_mcore.retrieval.index.project import ProjectIndex
+from retro_mcore.retrieval.neighbor_search import NUM_QUERY
+from retro_mcore.retrieval.rerank import BM25, load_reranker
+
+
+@dataclass(frozen=True)
+class ProjectSearch:
+    """A project and the database that it retrieves from, which may be another project's.
+
+    Attributes:
+        paths: The project.
+        config: Its configuration.
+        settings: Its settings: number of candidates, order.
+        source: The project that the database belongs to; most often, the same.
+        source_config: Its configuration.
+        source_settings: Its settings: embedder, index, breadth of search.
+        database: The chunk database.
+        index: The index, not opened yet.
+    """
+
+    paths: ProjectPaths
+    config: ProjectConfig
+    settings: ProjectSettings
+    source: ProjectPaths
+    source_config: ProjectConfig
+    source_settings: ProjectSettings
+    database: ChunkDatabase
+    index: ProjectIndex
+
+    def load_embedder(
+        self, batch_size: int = 16, device: str | None = None, half: bool = False
+    ) -> Embedder:
+        """Load the embedder that the index was built with; see `build_embedder`.
+
+        Raises:
+            ProjectError: its vectors have another dimension than those of the index.
+        """
+        settings = self.source_settings
+        embedder = load_project_embedder(settings, self.source, batch_size, device, half)
+        if settings.embedding_dimension != embedder.dimension:
+            raise ProjectError(
+                self.source.index,
+                f"the index holds vectors of {settings.embedding_dimension}, the embedder "
+                f"{embedder.name} gives {embedder.dimension}",
+                f"Restore its model, or run build_index --project-dir {self.source.root} again",
+            )
+        return embedder
+
+    def load_reranker(self, rerank: str | None, tokenizer: Tokenizer) -> BM25 | None:
+        """Load what candidates are ordered by; see `rerank.load_reranker`."""
+        chunk_length = self.config.retro_gpt_chunk_length
+        return load_reranker(rerank, self.source, self.database, chunk_length, tokenizer.vocab_size)
+
+    def num_candidates(self, wanted: int | None) -> int:
+        """Number of candidates to search per chunk; None: the default for the database."""
+        return wanted or min(NUM_QUERY, len(self.database))
+
+    def token_digests(self) -> dict[str, str]:
+        """Digests of the project's tokens, whose chunks are searched for."""
+        prefixes = [self.paths.data / prefix for prefix in self.config.blend[1]]
+        files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
+        return input_digests(self.paths, files)
+
+    def database_digests(self) -> dict[str, str]:
+        """Digests of the database and the index."""
+        merged = input_digests(self.source, [self.source.merged_db("train")])
+        return merged | self.index.digests()
+
+
+def open_search(
+    project: ProjectPaths | Path | str, source: ProjectPaths | None = None
+) -> ProjectSearch:
+    """Open a project's database and find its index.
+
+    Args:
+        project: A project, after build_index.
+        source: The project whose database is searched; None: the one that the project retrieves
+            from.
+
+    Raises:
+        ProjectError: a stage has not run.
+        CorruptFileError: a file is damaged.
+    """
+    paths = project if isinstance(project, ProjectPaths) else ProjectPaths(project)
+    config = ProjectConfig.load(paths.root)
+    source = source or config.database_paths(paths.root)
+    source_config = ProjectConfig.load(source.root)
+    source_settings = ProjectSettings.load(source.root)
+    database = ChunkDatabase.open(source.root, own=True)
+    index = ProjectIndex(source, source_settings, len(database), source_config.retro_block_size)
+    settings = ProjectSettings.load(paths.root)
+    return ProjectSearch(
+        paths, config, settings, source, source_config, source_settings, database, index
+    )

@@ -1,0 +1,147 @@
+"""The first step of build_index: embed the chunk database, and the queries that recall is
+measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
+from retro_mcore.distributed import get_rank, raise_together
+from retro_mcore.platform import setup_device
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.markers import fingerprint_of, read_marker
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.shards import Shard, ShardReport, Share, cut
+from retro_mcore.retrieval.chunk_text import DocumentEnds
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders import build_embedder
+from retro_mcore.retrieval.embedders.base import LEXICAL_EMBEDDER, Embedder, Pooling
+from retro_mcore.retrieval.embedders.lexical_weights import save_lexical_weights
+from retro_mcore.retrieval.index import embed_database, embed_held_out
+from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, count_embedded
+from retro_mcore.retrieval.vectors import EmbeddingCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedderOptions:
+    """The embedder and how it runs; see `build_embedder`. `device` is auto, cpu or cuda."""
+
+    name: str
+    pooling: Pooling | None
+    batch_size: int
+    half: bool
+    device: str
+
+
+@dataclass(frozen=True)
+class EmbeddedDatabase:
+    """The result of embedding a database, or one job's share of it.
+
+    Attributes:
+        files: Files that were built or reused.
+        num_chunks: Chunks of the database.
+        counts: What happened to the chunks.
+        max_tokens: Most tokens of a chunk that the embedder reads; None: no limit.
+    """
+
+    files: ShardReport
+    num_chunks: int
+    counts: EmbeddingCounts
+    max_tokens: int | None
+
+
+class DatabaseEmbedding:
+    """Embeds a project's database into the files of index/embeddings.
+
+    Args:
+        paths: The project.
+        config: Its configuration.
+        settings: Its settings.
+        database: Its chunk database.
+        made_from: The options and inputs that embeddings depend on.
+
+    Attributes:
+        embedded: The files, with the fingerprint of what they are made from.
+        document_ends: Text that the embedder reads for an end of document inside a chunk.
+    """
+
+    def __init__(
+        self,
+        paths: ProjectPaths,
+        config: ProjectConfig,
+        settings: ProjectSettings,
+        database: ChunkDatabase,
+        made_from: Sequence[Any],
+    ) -> None:
+        self._paths, self._config, self._database = paths, config, database
+        count, length = len(database), config.retro_block_size
+        shards = cut(paths.embeddings, count, length, settings.growth)
+        self.document_ends = _document_ends(settings, shards, fingerprint_of([*made_from]))
+        # The line break of earlier versions is not named, so their files keep their fingerprint.
+        named = [] if self.document_ends == "line break" else [self.document_ends]
+        self.embedded = EmbeddingFiles(shards, fingerprint_of([*made_from, *named]))
+
+    def run(self, options: EmbedderOptions, share: Share | None) -> EmbeddedDatabase:
+        """Embed the database, or one job's share of it; all ranks call it.
+
+        The first job embeds the queries that recall is measured with, too.
+        """
+        fingerprint = self.embedded.fingerprint
+        with raise_together():
+            device = str(setup_device(options.device))  # type: ignore[arg-type]
+            tokenizer = load_project_tokenizer(self._config, self._paths)
+        if options.name == LEXICAL_EMBEDDER:
+            weights = self._paths.lexical_weights
+            save_lexical_weights(self._database, tokenizer, weights, fingerprint)
+        with raise_together():
+            embedder = self._build_embedder(options, device)
+        shards = self.embedded.shards if share is None else share.of(self.embedded.shards)
+        files = embed_database(
+            self._database, tokenizer, embedder, shards, fingerprint, self.document_ends
+        )
+        with raise_together():
+            if get_rank() == 0 and (share is None or share.index == 0):
+                self._embed_held_out(tokenizer, embedder)
+            counts = count_embedded(shards)
+        return EmbeddedDatabase(files, len(self._database), counts, embedder.max_tokens)
+
+    def _build_embedder(self, options: EmbedderOptions, device: str) -> Embedder:
+        return build_embedder(
+            options.name,
+            options.batch_size,
+            device,
+            options.pooling,
+            options.half,
+            self._paths.lexical_weights,
+        )
+
+    def _embed_held_out(self, tokenizer: Tokenizer, embedder: Embedder) -> None:
+        held_out = None
+        if self._paths.merged_db("valid").is_file():
+            held_out = ChunkDatabase.open(self._paths.root, "valid", own=True)
+        embed_held_out(
+            self._database,
+            held_out,
+            tokenizer,
+            embedder,
+            self._paths.held_out,
+            self.embedded.fingerprint,
+            self.document_ends,
+        )
+
+
+def _document_ends(settings: ProjectSettings, shards: Sequence[Shard], before: str) -> DocumentEnds:
+    """Megatron's way, unless the project was indexed, or begun, by a version with line breaks.
+
+    Args:
+        settings: The project's.
+        shards: Files of the embeddings.
+        before: Their fingerprint in versions that knew only line breaks.
+    """
+    if settings.embedder is not None:
+        return settings.document_ends
+    if any((read_marker(shard.path) or {}).get("fingerprint") == before for shard in shards):
+        return "line break"
+    return "detokenized"
