@@ -1,7 +1,7 @@
-"""How much a retrieval database of a given size takes: arithmetic, without touching any data.
+"""Plan the disk, memory and time of a retrieval database by arithmetic, without touching data.
 
-Rates are per core, GPU or node, and a plan is only as good as they are; the default ones are
-published or measured, see docs/scaling.md.
+A plan is only as good as its rates, which are per core, GPU or node. The defaults are published or
+measured; see docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-#: Faiss's guidelines for choosing an index, up to so many vectors; the last as published for Retro.
+from retro_mcore.errors import ConfigurationError
+
+#: Most vectors and lists by Faiss's guidelines for choosing an index; the last as used for Retro.
 _LISTS = ((10_000_000, 65_536), (100_000_000, 262_144), (1_000_000_000, 1_048_576))
 _MOST_LISTS = 4_194_304
 _LARGEST_FLAT = 50_000
@@ -20,20 +22,21 @@ _CODE_BYTES, _REDUCED = 64, 128
 #: Training vectors per list: 600M for 2^22 lists (InstructRetro).
 _TRAINING_PER_LIST = 143
 _ID_BYTES = 8
+_SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be built.
+    """The database to build, and the samples to search neighbors for.
 
     Attributes:
-        tokens: Of the documents that are retrieved from.
-        training_tokens: Of the samples whose neighbors are searched.
+        tokens: Tokens of the documents that are retrieved from.
+        training_tokens: Tokens of the samples whose neighbors are searched.
         chunk_length: M.
         document_tokens: Mean length of a document; its last chunk is half full on average.
         token_bytes: 2 for vocabularies below 65,500, else 4.
-        dimension: Of the embeddings.
-        neighbors_saved: Per chunk.
+        dimension: Dimension of the embeddings.
+        neighbors_saved: Neighbors saved per chunk.
     """
 
     tokens: float
@@ -47,14 +50,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one core, GPU or node does in a second.
+    """Amounts of work per second.
 
     Attributes:
         tokenized: Tokens per core.
         chunked: Chunks per core: build_db.
         embedded: Chunks per GPU (or core): build_index and query_neighbors.
         added: Vectors per core: adding to the index.
-        queried: Chunks per node: searching.
+        queried: Chunks per node: searching the index.
     """
 
     tokenized: float = 500_000.0
@@ -69,7 +72,7 @@ class Node:
     """A machine.
 
     Attributes:
-        gpus: GPUs; 0: embedding is done by cores.
+        gpus: GPUs; 0: cores embed.
         cores: Processor cores.
         memory: Bytes.
     """
@@ -81,15 +84,15 @@ class Node:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage.
+    """The plan of one stage.
 
     Attributes:
-        name: Command, and step.
-        worker: What the hours are of: core, GPU or node.
+        name: Command and step.
+        worker: Unit of the hours: core, GPU or node.
         hours: Hours of one worker.
-        nodes: Nodes that finish it in the time wanted.
-        ranks: Processes to start on them together.
-        disk: Bytes that it leaves on the disk.
+        nodes: Nodes needed to finish in the time wanted.
+        ranks: Processes to start on all nodes together.
+        disk: Bytes left on the disk.
         memory: Bytes that one process needs for the data.
     """
 
@@ -104,7 +107,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class ScalePlan:
-    """A whole database.
+    """The plan of a whole database.
 
     Attributes:
         chunks: Chunks of the database.
@@ -112,8 +115,8 @@ class ScalePlan:
         index: Faiss factory string.
         training_vectors: Vectors that the index is trained on.
         index_bytes: The index, in memory or on the disk.
-        index_shares: Processes or nodes over which an index is split that one node cannot hold.
-        stages: In order.
+        index_shares: Nodes over which an index is split that one node cannot hold.
+        stages: Stages in order.
     """
 
     chunks: int
@@ -126,17 +129,33 @@ class ScalePlan:
 
     @property
     def disk(self) -> float:
-        """Bytes on the disk in the end."""
+        """Bytes on the disk after all stages."""
         return sum(stage.disk for stage in self.stages)
 
 
+def parse_count(flag: str, text: str) -> float:
+    """Read a number that may end in K, M, B or T.
+
+    Raises:
+        ConfigurationError: it is something else, or not above 0.
+    """
+    unit = _SUFFIXES.get(text[-1:].upper(), 1.0)
+    try:
+        value = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigurationError(flag, repr(text), "Give a number such as 1B, 100B or 1.2T")
+    return value
+
+
 def count_chunks(work: Workload) -> int:
-    """Chunks of the database: a document's last one is half full on average."""
+    """Count the chunks of the database; a document's last chunk is half full on average."""
     return round(work.tokens / work.chunk_length + work.tokens / work.document_tokens / 2)
 
 
 def index_for(vectors: int, dimension: int) -> tuple[str, int, int]:
-    """A Faiss factory string for so many vectors, its lists, and bytes per vector."""
+    """Choose a Faiss factory string; returns it, its lists, and its bytes per vector."""
     flat = 4 * dimension
     if vectors <= _LARGEST_FLAT:
         return "Flat", 0, flat
@@ -153,13 +172,13 @@ def index_for(vectors: int, dimension: int) -> tuple[str, int, int]:
 def plan_scale(
     work: Workload, rates: Rates | None = None, node: Node | None = None, hours: float = 24.0
 ) -> ScalePlan:
-    """Disk, memory and time of every stage.
+    """Plan the disk, memory and time of every stage.
 
     Args:
-        work: What is to be built.
-        rates: How fast the machines are.
-        node: What they have.
-        hours: How long a stage may take; decides the numbers of nodes and ranks.
+        work: The work to plan.
+        rates: Speed of the machines.
+        node: One machine.
+        hours: Most hours per stage; decides the numbers of nodes and ranks.
     """
     rates, node = rates or Rates(), node or Node()
     chunks = count_chunks(work)

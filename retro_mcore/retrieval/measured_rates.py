@@ -1,0 +1,76 @@
+"""The rates of `scale`, measured on this machine with a project's own chunks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
+from retro_mcore.platform import setup_device
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.retrieval.bert_tokens import BertTokenCounter
+from retro_mcore.retrieval.chunk_text import chunk_texts
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders import build_embedder
+from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER, Embedder
+from retro_mcore.retrieval.scale import Rates
+
+#: Chunks that are embedded; tokenizing is faster and gets so many times more.
+_EMBEDDED, _TIMES = 512, 32
+#: Texts embedded before the clock starts.
+_WARM_UP = 32
+
+
+def measure_rates(
+    project_dir: Path | str, embedder: str | None = None, device: str = "auto"
+) -> tuple[Rates, int]:
+    """Measure tokenizing, chunking and embedding on evenly spaced chunks of a project's database.
+
+    Args:
+        project_dir: A project, after build_db.
+        embedder: Name of the embedder; None: the project's, or minilm before build_index.
+        device: Device of the embedder: auto, cpu or cuda.
+
+    Returns:
+        Rates per second, the others being the default, and the embedder's dimension.
+
+    Raises:
+        ProjectError: build_db has not run.
+    """
+    device = str(setup_device(device))  # type: ignore[arg-type]
+    paths = ProjectConfig.load(project_dir).database_paths(project_dir)
+    config, settings = ProjectConfig.load(paths.root), ProjectSettings.load(paths.root)
+    database = ChunkDatabase.open(paths.root, own=True)
+    tokenizer = load_project_tokenizer(config, paths)
+    count = min(_TIMES * _EMBEDDED, len(database))
+    ids = np.linspace(0, len(database) - 1, count).astype(int)
+    counter = BertTokenCounter(paths.root / str(config.retro_bert_vocab_file))
+    chunked, tokenized = _text_rates(database, ids, tokenizer, counter)
+    name = embedder or settings.embedder or DEFAULT_EMBEDDER
+    built = build_embedder(name, device=device, weights=paths.lexical_weights)
+    texts = chunk_texts(tokenizer, database.tokens(ids[:: max(count // _EMBEDDED, 1)]))
+    rates = Rates(tokenized=tokenized, chunked=chunked, embedded=_embedding_rate(built, texts))
+    return rates, built.dimension
+
+
+def _text_rates(
+    database: ChunkDatabase, ids: np.ndarray, tokenizer: Tokenizer, counter: BertTokenCounter
+) -> tuple[float, float]:
+    """Chunks cut and tokens made per second of one core."""
+    tokens = [chunk.tolist() for chunk in database.tokens(ids)]
+    start = time.process_time()
+    texts = tokenizer.detokenize_batch(tokens)
+    counter.count(texts)
+    chunked = len(ids) / (time.process_time() - start)
+    start = time.process_time()
+    tokenized = sum(map(len, tokenizer.tokenize_batch(texts))) / (time.process_time() - start)
+    return chunked, tokenized
+
+
+def _embedding_rate(embedder: Embedder, texts: list[str]) -> float:
+    embedder.embed(texts[:_WARM_UP])
+    start = time.perf_counter()
+    embedder.embed(texts)
+    return len(texts) / (time.perf_counter() - start)

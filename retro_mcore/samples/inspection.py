@@ -1,0 +1,213 @@
+"""Samples and their neighbors, as a person reads them: as text, with distances and overlaps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
+from retro_mcore.data.tokens.document_ids import DocumentNames
+from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.project.config import ProjectConfig, Split
+from retro_mcore.project.integrity import verify_project
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.neighbor_page import ChunkView, NeighborView, Piece, SampleView
+from retro_mcore.retrieval.neighbor_tables import SavedDistances
+from retro_mcore.retrieval.overlap import longest_common_runs, shared_positions
+from retro_mcore.samples.retro_dataset import RetroDataset, build_retro_datasets
+
+
+@dataclass(frozen=True)
+class NeighborMeasures:
+    """Measures of the neighbors of some chunks.
+
+    Attributes:
+        distances: f32 [n]; empty if no distances were saved.
+        overlaps: f64 [n]: longest common token substring of chunk and neighbor, over M.
+        missing: Share of the neighbors that do not exist.
+    """
+
+    distances: np.ndarray
+    overlaps: np.ndarray
+    missing: float
+
+
+class SampleInspector:
+    """Reads and measures the samples of one split and their neighbors.
+
+    Args:
+        project_dir: A project, after query_neighbors.
+        split: The split.
+        num_neighbors: Neighbors per chunk.
+        num_retrieved_chunks: Chunks per neighbor, itself included.
+        shortest_shared_run: Fewest tokens in a row that are marked as shared.
+
+    Attributes:
+        config: The project's configuration.
+        dataset: The split's samples and neighbors.
+
+    Raises:
+        ConfigurationError: the split has no samples.
+        ProjectError: query_neighbors has not run.
+        CorruptFileError: a file is damaged.
+    """
+
+    def __init__(
+        self,
+        project_dir: Path | str,
+        split: Split,
+        num_neighbors: int,
+        num_retrieved_chunks: int,
+        shortest_shared_run: int,
+    ) -> None:
+        paths = ProjectPaths(project_dir)
+        self.config = ProjectConfig.load(paths.root)
+        self._tokenizer = load_project_tokenizer(self.config, paths)
+        dataset = build_retro_datasets(paths.root, num_neighbors, num_retrieved_chunks)[split]
+        if dataset is None:
+            raise ConfigurationError("--split", f"{split!r} has no samples", "Name another")
+        self.dataset: RetroDataset = dataset
+        self._num_neighbors, self._shortest = num_neighbors, shortest_shared_run
+        self._prefixes = self.config.blend[1]
+        used = self.config.database_paths(paths.root)
+        retrieved_from = ProjectConfig.load(used.root).blend[1]
+        self._sample_names = DocumentNames([paths.data / prefix for prefix in self._prefixes])
+        self._names = DocumentNames([used.data / prefix for prefix in retrieved_from])
+        self._length = self.config.retro_gpt_chunk_length
+        self._distances = _open_distances(paths, dataset)
+
+    def measure(self, num_chunks: int, seed: int) -> NeighborMeasures:
+        """Measure the neighbors of random chunks.
+
+        Args:
+            num_chunks: Number of chunks; at most all.
+            seed: Seed of the choice.
+        """
+        total = len(self.dataset.neighbors)
+        generator = np.random.default_rng(seed)
+        rows = np.sort(generator.choice(total, min(num_chunks, total), replace=False))
+        shown = self._num_neighbors
+        ids = np.concatenate([self.dataset.neighbors.rows(r, r + 1)[:, :shown] for r in rows])
+        there = ids != NO_NEIGHBOR
+        distances = self._measure_distances(rows, there)
+        overlaps = self._measure_overlaps(rows, ids, there)
+        return NeighborMeasures(distances, overlaps, float(1 - there.mean()))
+
+    def _measure_distances(self, rows: np.ndarray, there: np.ndarray) -> np.ndarray:
+        if self._distances is None:
+            return np.empty(0, np.float32)
+        shown = self._num_neighbors
+        found = [self._distances.rows(row, row + 1)[:, :shown] for row in rows]
+        distances = np.concatenate(found)[there]
+        if np.isnan(distances).any():
+            raise CorruptFileError(
+                self._distances.directory,
+                "holds NaN for neighbors that there are",
+                "Run query_neighbors again, or remove it",
+            )
+        return distances
+
+    def _measure_overlaps(self, rows: np.ndarray, ids: np.ndarray, there: np.ndarray) -> np.ndarray:
+        chunks = np.stack([self._chunk(*divmod(int(r), self._per_sample)) for r in rows])
+        chunks = np.repeat(chunks[:, None], ids.shape[1], axis=1)[there]
+        tokens, mask = self.dataset.database.padded_tokens(ids[there], self._length, -1)
+        return longest_common_runs(chunks, np.where(mask, -1, tokens)) / self._length
+
+    @property
+    def _per_sample(self) -> int:
+        return self.dataset.chunks_per_sample
+
+    def _chunk(self, sample: int, chunk: int) -> np.ndarray:
+        tokens = self.dataset.samples.tokens(sample)
+        return tokens[chunk * self._length : (chunk + 1) * self._length]
+
+    def show(self, number: int) -> SampleView:
+        """One sample with everything that was retrieved for it."""
+        text, dataset_id, documents = self.dataset.samples.read(number)
+        names = ", ".join(
+            self._sample_names.id_of(dataset_id, int(document)) or str(document)
+            for document in np.unique(documents)
+        )
+        retrieved = self.dataset[number]["neighbor_chunks"]
+        chunks = []
+        for chunk in range(self._per_sample):
+            tokens = text[chunk * self._length : (chunk + 1) * self._length]
+            row = number * self._per_sample + chunk
+            chunks.append(self._show_chunk(chunk, row, tokens, retrieved[chunk]))
+        return SampleView(number, f"{self._prefixes[dataset_id]}, documents {names}", chunks)
+
+    def _show_chunk(
+        self, number: int, row: int, tokens: np.ndarray, retrieved: np.ndarray
+    ) -> ChunkView:
+        marked = np.zeros(len(tokens), bool)
+        neighbors = []
+        for rank, ids in enumerate(retrieved):
+            if ids[0] == NO_NEIGHBOR:
+                break
+            parts = [self._show_retrieved(int(chunk), tokens, marked) for chunk in ids]
+            neighbors.append(NeighborView(self._about(row, rank, int(ids[0]), tokens), parts))
+        return ChunkView(number, split_text(self._tokenizer, tokens, marked), neighbors)
+
+    def _show_retrieved(
+        self, chunk_id: int, tokens: np.ndarray, marked: np.ndarray
+    ) -> list[Piece] | None:
+        """The text of a retrieved chunk; also marks the tokens that a sample's chunk shares.
+
+        Returns None for NO_NEIGHBOR: the document ends before this chunk.
+        """
+        if chunk_id == NO_NEIGHBOR:
+            return None
+        found = self.dataset.database.tokens([chunk_id])[0].astype(np.int64)
+        mine, theirs = shared_positions(tokens, found, self._shortest)
+        marked |= mine
+        return split_text(self._tokenizer, found, theirs)
+
+    def _about(self, row: int, rank: int, chunk_id: int, tokens: np.ndarray) -> str:
+        database = self.dataset.database
+        source, document = (int(value) for value in database.documents(np.array(chunk_id)))
+        neighbor = database.tokens([chunk_id])[0].astype(np.int64)
+        run = int(longest_common_runs(tokens[None].astype(np.int64), neighbor[None])[0])
+        distance = "unknown"
+        if self._distances is not None:
+            distance = f"{self._distances.rows(row, row + 1)[0, rank]:.4g}"
+        return (
+            f"neighbor {rank + 1}: chunk {chunk_id}, {self._names.describe(source, document)}; "
+            f"distance {distance}; "
+            f"overlap {run} of {self._length} tokens ({run / self._length:.0%})"
+        )
+
+
+def _open_distances(paths: ProjectPaths, dataset: RetroDataset) -> SavedDistances | None:
+    """The distances of the saved neighbors; None for another writer's, who saves none."""
+    directory = dataset.neighbors.directory
+    verify_project(paths, sorted(directory.glob("distances/*.hdf5")))
+    if not (directory / "distances").is_dir():
+        return None
+    return SavedDistances(directory).of(dataset.neighbors)
+
+
+def split_text(tokenizer: Tokenizer, tokens: np.ndarray, marked: np.ndarray) -> list[Piece]:
+    """The text of `tokens`, cut where `marked` changes.
+
+    The pieces join to the text of all tokens. Some tokenizers drop a text's leading space, so
+    pieces are not decoded alone: the cuts are placed by the lengths of the texts up to them.
+    """
+    ids = [int(token) for token in tokens]
+    cuts = [0, *(np.flatnonzero(np.diff(marked)) + 1).tolist(), len(ids)]
+    *heads, whole = tokenizer.detokenize_batch([ids[:cut] for cut in cuts[1:]])
+    # A character of several tokens may be cut in two: then its piece begins at the next whole one.
+    bounds = [0, *(_common_length(head, whole) for head in heads), len(whole)]
+    return [
+        (whole[start:end], bool(marked[cut]))
+        for start, end, cut in zip(bounds, bounds[1:], cuts, strict=False)
+        if start < end
+    ]
+
+
+def _common_length(head: str, whole: str) -> int:
+    """Length of the longest common beginning, in characters."""
+    pairs = zip(head, whole, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(head), len(whole)))
