@@ -10,6 +10,7 @@ from retro_mcore.cli.command import run_command
 from retro_mcore.cli.scale_table import print_plan
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.retrieval import scale
@@ -119,7 +120,8 @@ def _rates(options: PlanScaleOptions, work: Workload) -> tuple[Rates, Workload]:
         if options.project_dir is None:
             raise ConfigurationError("--measure", "no --project-dir given", "Name a project")
         initialize()
-        rates, dimension = measure_rates(options.project_dir, options.embedder, options.device)
+        device = str(setup_device(options.device))  # type: ignore[arg-type]
+        rates, dimension = measure_rates(options.project_dir, options.embedder, device)
         work = replace(work, dimension=dimension)
     given = {"embedded": options.embedder_rate, "queried": options.query_rate}
     given = {name: value for name, value in given.items() if value is not None}

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
-from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.chunk_text import chunk_texts
@@ -24,14 +23,14 @@ _WARM_UP = 32
 
 
 def measure_rates(
-    project_dir: Path | str, embedder: str | None = None, device: str = "auto"
+    project_dir: Path | str, embedder: str | None = None, device: str = "cpu"
 ) -> tuple[Rates, int]:
     """Measure tokenizing, chunking and embedding on evenly spaced chunks of a project's database.
 
     Args:
         project_dir: A project, after build_db.
         embedder: Name of the embedder; None: the project's, or minilm before build_index.
-        device: Device of the embedder: auto, cpu or cuda.
+        device: Device of the embedder: "cpu", "cuda" …
 
     Returns:
         Rates per second, the others being the default, and the embedder's dimension.
@@ -39,7 +38,6 @@ def measure_rates(
     Raises:
         ProjectError: build_db has not run.
     """
-    device = str(setup_device(device))  # type: ignore[arg-type]
     paths = ProjectConfig.load(project_dir).database_paths(project_dir)
     config, settings = ProjectConfig.load(paths.root), ProjectSettings.load(paths.root)
     database = ChunkDatabase.open(paths.root, own=True)
