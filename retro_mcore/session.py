@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,8 @@ from retro_mcore.training.options.pretrain import ParallelOptions
 from retro_mcore.training.setup.build import ModelArguments
 from retro_mcore.training.setup.fits_project import check_shape, check_tokenizer
 from retro_mcore.training.setup.load_model import load_model_from_checkpoint
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def load_project_model(
         saved = read_arguments(find_checkpoint(checkpoints))
         note = check_document_tokens(saved, document_tokens(tokenizer), project_dir)
         if note is not None and get_rank() == 0:
-            print(note, file=sys.stderr, flush=True)
+            _LOG.warning("%s", note)
         if retro_attention_gate is not None:
             if arguments.no_retrieval:
                 raise ConfigurationError(
@@ -109,7 +111,7 @@ def require_reading(arguments: ModelArguments, subject: str, mend: str = "Use no
 
 
 def warn_beyond_training(arguments: ModelArguments, num_tokens: int, what: str) -> None:
-    """Say on stderr, once, when texts are longer than the model's training samples.
+    """Warn when texts are longer than the model's training samples.
 
     Args:
         arguments: The model's.
@@ -117,11 +119,12 @@ def warn_beyond_training(arguments: ModelArguments, num_tokens: int, what: str) 
         what: What these texts are.
     """
     if num_tokens > arguments.seq_length and get_rank() == 0:
-        print(
-            f"warning: {what} have up to {num_tokens} tokens, but the model was trained on "
-            f"{arguments.seq_length}: quality may drop at later positions",
-            file=sys.stderr,
-            flush=True,
+        _LOG.warning(
+            "warning: %s have up to %d tokens, but the model was trained on %d: quality may drop "
+            "at later positions",
+            what,
+            num_tokens,
+            arguments.seq_length,
         )
 
 

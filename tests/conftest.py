@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
 import zlib
+from collections.abc import Iterator
 
 # Small models: one thread a process is fastest, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +18,8 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+
+from retro_mcore.logs import _Terminal
 
 
 def pytest_report_header() -> str:
@@ -29,6 +33,22 @@ def megatron() -> None:
     from tests.processes import join_megatron
 
     join_megatron()
+
+
+class _LastResort(logging.Handler):
+    """Writes warnings to stderr where no command's handlers do, as Python does without pytest's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not any(isinstance(handler, _Terminal) for handler in logging.root.handlers):
+            print(record.getMessage(), file=sys.stderr)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_shown() -> Iterator[None]:
+    logger, handler = logging.getLogger("retro_mcore"), _LastResort(logging.WARNING)
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
 
 
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from retro_mcore.evaluation.leakage import LeakagePoint
     from retro_mcore.evaluation.perplexity import Perplexity
     from retro_mcore.training.setup.build import ModelArguments
+
+_LOG = logging.getLogger(__name__)
 
 PERPLEXITY_FILE = "perplexity.json"
 BITS_PER_BYTE_FILE = "bits_per_byte.json"
@@ -180,7 +183,7 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
         if get_rank() == 0 and project.retro_gpt_seq_length > arguments.seq_length:
             found = f"Samples have {project.retro_gpt_seq_length} tokens, but the checkpoint was"
             found = f"{found} trained on {arguments.seq_length}: at later positions it is guessing"
-            print(found, file=sys.stderr)
+            _LOG.warning("%s", found)
         kinds = _neighbor_kinds(options, arguments)
         if get_rank() == 0:
             for path in _files(options, output):
@@ -267,7 +270,7 @@ def _neighbor_kinds(
     if not asked:
         reads = not arguments.no_retrieval and arguments.retro_attention_gate != 0.0
         if not reads and get_rank() == 0:
-            print("The model reads no neighbors, so it is measured without.", file=sys.stderr)
+            _LOG.warning("The model reads no neighbors, so it is measured without.")
         return ["real", "shuffled", "none"] if reads else ["none"]
     if set(asked) - {"none"}:
         require_reading(arguments, f"--retro-eval-neighbors {' '.join(asked)}", "Say none")
@@ -322,7 +325,7 @@ def _tell(asked: str, split: str, found: object) -> None:
     """Say that a split holds less than was asked for."""
     if get_rank() == 0:
         message = f"{asked}, but {split} has {found}: no more are read"
-        print(message, file=sys.stderr)
+        _LOG.warning("%s", message)
 
 
 def _measure_documents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,8 @@ from retro_mcore.project.markers import checksum
 
 if TYPE_CHECKING:
     from retro_mcore.evaluation.question_answering import QAOptions
+
+_LOG = logging.getLogger(__name__)
 
 SCORES_FILE = "scores.json"
 
@@ -206,7 +209,7 @@ def _read_test_file(options: EvaluateQaOptions) -> list[InstructionExample]:
     examples = found[: options.num_gen]
     if options.num_gen is not None and len(found) < options.num_gen and get_rank() == 0:
         asked = f"--num-gen {options.num_gen}, but {path} has {len(found)} questions"
-        print(f"{asked}: all are taken", file=sys.stderr)
+        _LOG.warning("%s: all are taken", asked)
     if not examples:
         raise CorpusError(path, "holds no questions", "Name a test file with questions")
     for example in examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ from retro_mcore.retrieval.retriever import Retriever
 
 if TYPE_CHECKING:
     from retro_mcore.inference.generation import GeneratedText
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -175,7 +178,7 @@ def _tell_cut_neighbors(loaded: GenerationModel, prompts: Sequence[Prompt]) -> N
     if cut and get_rank() == 0:
         message = f"{cut} of {sum(map(len, given))} given neighbors are cut to the"
         message = f"{message} {loaded.retrieved_length} tokens that the model reads of each"
-        print(message, file=sys.stderr)
+        _LOG.warning("%s", message)
 
 
 def _generate(

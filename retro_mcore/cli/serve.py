@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ from retro_mcore.errors import (
 
 if TYPE_CHECKING:
     from retro_mcore.server.service import GenerationService
+
+_LOG = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "RETRO_MCORE_API_KEY"
 _MAX_PORT = 65535
@@ -160,9 +163,7 @@ def _listen(options: ServeOptions, app: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     if not _is_loopback(options.host) and _api_key(options) is None:
-        print(
-            f"warning: {options.host} can be called from elsewhere, without a key", file=sys.stderr
-        )
+        _LOG.warning("warning: %s can be called from elsewhere, without a key", options.host)
     uvicorn.Server(config).run()
 
 

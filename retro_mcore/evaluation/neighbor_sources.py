@@ -5,7 +5,7 @@ Each is a function of the saved neighbors, the database and a seed, so every ran
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -18,6 +18,8 @@ from retro_mcore.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from retro_mcore.samples.retro_dataset import RetroDataset
+
+_LOG = logging.getLogger(__name__)
 
 NeighborKind = Literal["real", "shuffled", "random", "none"]
 NEIGHBOR_KINDS: tuple[NeighborKind, ...] = ("real", "shuffled", "random", "none")
@@ -168,7 +170,7 @@ def possible_kinds(
         if asked:
             raise
         if get_rank() == 0:
-            print(f"Measured without shuffled neighbors: {error.found}", file=sys.stderr)
+            _LOG.warning("Measured without shuffled neighbors: %s", error.found)
         return [kind for kind in kinds if kind != "shuffled"]
     return [*kinds]
 

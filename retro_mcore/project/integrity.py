@@ -6,7 +6,7 @@ others the sizes are compared, and rank 0 says how many these are. `--verify` re
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +18,8 @@ from retro_mcore.errors import CorruptFileError, RetroError, raise_problems
 from retro_mcore.project.markers import checksum, read_marker
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import show_bytes
+
+_LOG = logging.getLogger(__name__)
 
 #: Bytes that a process reads of what one call is given: 4 to 20 seconds of SHA-256.
 QUICK_BYTES = 8 << 30
@@ -154,4 +156,4 @@ def _tell(unread: Sequence[SignedFile]) -> None:
     )
     if text not in _told:
         _told.add(text)
-        print(text, file=sys.stderr, flush=True)
+        _LOG.warning("%s", text)

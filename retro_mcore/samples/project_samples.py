@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import show_bytes
 from retro_mcore.retrieval.neighbor_search import Samples
 from retro_mcore.samples.index_cache import IndexCache
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -202,7 +203,7 @@ def build_all_gpt_samples(
     with _without_advice():
         datasets = builder.build()
     for note in cache.notes:
-        print(f"note: {note}", file=sys.stderr)
+        _LOG.warning("note: %s", note)
     return {
         split: GPTSamples(split, dataset, size) if dataset is not None and size else None
         for split, dataset, size in zip(SPLITS, datasets, sizes, strict=True)
