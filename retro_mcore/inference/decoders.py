@@ -6,9 +6,8 @@ Shapes: B texts, S new positions, N new chunks, K neighbors, R retrieved length,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -50,15 +49,16 @@ class CachedDecoder:
     Under tensor and pipeline parallelism every rank of the model calls it with the same texts.
 
     Args:
-        model: The model, or this rank's pipeline stage of it, in eval mode. Without neighbors any
-            GPTModel from `get_gpt_decoder_block_spec` will do.
+        model: The model, or this rank's pipeline stage of it, in eval mode and on whole sequences
+            (`platform.parallel.whole_sequences`). Without neighbors any GPTModel from
+            `get_gpt_decoder_block_spec` will do.
         pad_id: The token that fills the rows of shorter prompts; it changes nothing.
         max_batch_size: Most texts at a time.
         max_length: Most tokens of a text; the model's window by default.
 
     Raises:
-        ConfigurationError: the model has attention that the cache does not know, or interleaved
-            pipeline stages.
+        ConfigurationError: the model has attention that the cache does not know, interleaved
+            pipeline stages, or sequence parallelism.
     """
 
     def __init__(
@@ -80,13 +80,12 @@ class CachedDecoder:
         """The logits [B, V] of each text's next token, whole on every tensor-parallel rank."""
         self._forget_all_but(texts)
         logits: dict[int, torch.Tensor] = {}
-        with without_sequence_parallelism(self._model):
-            if self._texts:
-                self._collect(logits, self._texts, self._step())
-            known = {id(text) for text in self._texts}
-            new = [text for text in texts if id(text) not in known]
-            if new:
-                self._collect(logits, new, self._prefill(new))
+        if self._texts:
+            self._collect(logits, self._texts, self._step())
+        known = {id(text) for text in self._texts}
+        new = [text for text in texts if id(text) not in known]
+        if new:
+            self._collect(logits, new, self._prefill(new))
         if not logits:
             return None
         return torch.stack([logits[id(text)] for text in texts])
@@ -94,9 +93,8 @@ class CachedDecoder:
     def prompt_logits(self, text: GeneratedText) -> torch.Tensor | None:
         """The logits [S, V] at every token of a text, apart from the texts that grow."""
         decoder = CachedDecoder(self._model, self._pad_id, 1, len(text.tokens))
-        with without_sequence_parallelism(self._model):
-            hidden_SBD = decoder._run_prompts([text])
-            return None if hidden_SBD is None else decoder._logits(hidden_SBD)[:, 0]
+        hidden_SBD = decoder._run_prompts([text])
+        return None if hidden_SBD is None else decoder._logits(hidden_SBD)[:, 0]
 
     @staticmethod
     def _collect(
@@ -315,24 +313,3 @@ class FullRecomputation:
             "context_input_ids": tokens_R_BLK.to(self._device),
             "context_mask": mask_R_BLK.to(self._device),
         }
-
-
-@contextmanager
-def without_sequence_parallelism(model: Any) -> Iterator[None]:
-    """Run the model on whole sequences: a step of one token cannot be shared out over ranks."""
-    changed: list[tuple[Any, str]] = []
-    for module in model.modules() if model.config.sequence_parallel else ():
-        for owner in (module, getattr(module, "config", None)):
-            for name in (
-                "sequence_parallel",
-                "scatter_to_sequence_parallel",
-                "reduce_scatter_embeddings",
-            ):
-                if getattr(owner, name, None) is True:
-                    setattr(owner, name, False)
-                    changed.append((owner, name))
-    try:
-        yield
-    finally:
-        for owner, name in changed:
-            setattr(owner, name, True)

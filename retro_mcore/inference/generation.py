@@ -26,6 +26,7 @@ from retro_mcore.inference.requests import (
 )
 from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
 from retro_mcore.inference.texts import GeneratedText, TokenLogprobs
+from retro_mcore.platform.parallel import whole_sequences
 from retro_mcore.retrieval.neighbors import NeighborSource
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def generate(
 
     Args:
         model: The model, or this rank's pipeline stage of it (without `neighbors` any GPTModel of
-            ours will do); its training mode is left as it was.
+            ours will do). It runs in eval mode and without sequence parallelism; both are as they
+            were afterwards.
         tokenizer: Gives the end of a text (EOD) and the number of tokens that mean something; with
             stop strings also `detokenize`.
         prompt_tokens: At least one token each; their lengths may differ.
@@ -129,7 +131,7 @@ def generate(
     ]
     for request in requests:
         check_request(request, model, tokenizer, model.max_sequence_length)
-    with evaluating(model):
+    with evaluating(model), whole_sequences(model):
         return _run(model, tokenizer, requests, use_cache, on_token)
 
 

@@ -105,6 +105,7 @@ def check_cacheable(config: Any) -> None:
         "window_size": None,
         "softmax_type": "vanilla",
         "context_parallel_size": 1,
+        "sequence_parallel": False,  # a step of one token cannot be shared out over ranks
     }.items():
         found = getattr(config, field, plain)
         if found and found != plain:
@@ -160,9 +161,8 @@ def _encode(encoder: NeighborEncoder, embedded: Tensor, context: InferenceContex
         places = [place for place, chunk in enumerate(chunks) if chunk.length == length]
         columns = [first + p for first in range(0, embedded.size(1), len(chunks)) for p in places]
         states = context.chunk_states([chunks[place] for place in places])
-        with encoder.chunks_of(length):
-            part = encoder(embedded[:, columns], states, None if mask is None else mask[columns])
-        parts.append(part)
+        part_mask = None if mask is None else mask[columns]
+        parts.append(encoder(embedded[:, columns], states, part_mask, length))
         order += columns
     return torch.cat(parts, dim=1)[:, torch.tensor(order).argsort()]
 

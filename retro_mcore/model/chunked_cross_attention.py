@@ -14,13 +14,14 @@ R retrieved length, H heads and G query groups of this rank, C channels per head
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from retro_mcore.chunking import ChunkGrid
 from retro_mcore.model.cached_attention import cross_attend
 from retro_mcore.model.chunks import (
     attending_positions,
@@ -134,6 +135,19 @@ class ChunkedCrossAttention(RetroCrossAttention):
         return states_S.chunk(group.size(), dim=0)[group.rank()]
 
 
+class RetrievingChunks(NamedTuple):
+    """The chunks whose neighbors are encoded; the `context` of the encoder's layers.
+
+    Attributes:
+        states: `[S, B, D]`, the decoder's hidden states (under sequence parallelism this rank's
+            part of S).
+        length: M, tokens per chunk.
+    """
+
+    states: Tensor
+    length: int
+
+
 class EncoderCrossAttention(RetroCrossAttention):
     """The neighbor encoder's cross-attention to the retrieving chunk.
 
@@ -152,7 +166,7 @@ class EncoderCrossAttention(RetroCrossAttention):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        key_value_states: Tensor | None = None,
+        key_value_states: RetrievingChunks | None = None,
         inference_context: Any = None,
         **kwargs: Any,
     ) -> dict[str, Tensor | None]:
@@ -160,7 +174,7 @@ class EncoderCrossAttention(RetroCrossAttention):
 
         Args:
             hidden_states: `[R, K * B * L, D]`, normed retrieved tokens.
-            key_value_states: `[S, B, D]`, the decoder's hidden states.
+            key_value_states: The retrieving chunks.
 
         Returns:
             "output" and "bias" for RetroBiasDropoutAdd, and its "residual" where that is not the
@@ -168,8 +182,9 @@ class EncoderCrossAttention(RetroCrossAttention):
         """
         assert key_value_states is not None, "the encoder always has its retrieving chunks"
         query = self.rotate(self.project_query(hidden_states))
-        key_value = self.project_key_value(key_value_states)
-        grid = self.config.chunk_grid(key_value.size(0))
+        key_value = self.project_key_value(key_value_states.states)
+        alignment = self.config.retro_chunk_alignment
+        grid = ChunkGrid(key_value.size(0), key_value_states.length, alignment)
         attended = self.attend(
             self.join_neighbors(query),
             self.rotate_keys(split_chunks(key_value, grid, self.key_value_of_zeros())),

@@ -7,8 +7,6 @@ chunked cross-attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
+from retro_mcore.model.chunked_cross_attention import RetrievingChunks
 from retro_mcore.model.config import RetroConfig
 
 
@@ -63,18 +62,23 @@ class NeighborEncoder(TransformerBlock):
         return projection
 
     def forward(  # type: ignore[override]
-        self, embedded_neighbors: Tensor, chunk_states: Tensor, mask: Tensor | None = None
+        self,
+        embedded_neighbors: Tensor,
+        decoder_states: Tensor,
+        mask: Tensor | None = None,
+        chunk_length: int | None = None,
     ) -> Tensor:
         """Encode neighbors.
 
-        Runs the layers itself: TransformerBlock's forward would fork the random states once more
-        under sequence parallelism, which the decoder around it has done already, and the fork is
-        not the same when a recomputation calls this outside of the decoder's.
+        Runs the layers itself. TransformerBlock's forward would fork the random states again under
+        sequence parallelism, after the decoder around it, and a recomputation that runs outside of
+        the decoder would then draw other numbers.
 
         Args:
             embedded_neighbors: `[R, K * B * L, D]`, ordered by `chunks.nearest_first`.
-            chunk_states: `[S, B, D]`, the decoder's states that the encoder is conditioned on.
+            decoder_states: `[S, B, D]`, the states that the encoder is conditioned on.
             mask: bool `[K * B * L, R]`, True = padding or missing.
+            chunk_length: M, the length of the retrieving chunks; the configuration's by default.
 
         Returns:
             `[R, K * B * L, encoder's D]`.
@@ -84,25 +88,16 @@ class NeighborEncoder(TransformerBlock):
         rotary = None
         if self._rotary is not None and self.config.retro_encoder_positions:
             rotary = self._rotary(self.config.retro_retrieved_length)
+        chunks = RetrievingChunks(decoder_states, chunk_length or self.config.retro_chunk_length)
         attention_mask, hidden_states = self._self_attention_mask(mask), embedded_neighbors
         for layer in self.layers:
             hidden_states, _ = layer(
                 hidden_states=hidden_states,
                 attention_mask=attention_mask,
-                context=chunk_states,
+                context=chunks,
                 rotary_pos_emb=rotary,
             )
         return hidden_states
-
-    @contextmanager
-    def chunks_of(self, length: int) -> Iterator[None]:
-        """Within it, the retrieving chunks have `length` tokens, not the configuration's."""
-        configured = self.config.retro_chunk_length
-        self.config.retro_chunk_length = length
-        try:
-            yield
-        finally:
-            self.config.retro_chunk_length = configured
 
     def _self_attention_mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None or not self.config.retro_mask_padding:

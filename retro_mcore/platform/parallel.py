@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -14,6 +17,42 @@ def unwrap_model(model: torch.nn.Module) -> GPTModel:
     while isinstance(model, DistributedDataParallel | Float16Module):
         model = model.module
     return model
+
+
+#: Where Megatron's modules and configurations say that a rank holds a part of each sequence.
+_SEQUENCE_PARALLEL = (
+    "sequence_parallel",
+    "scatter_to_sequence_parallel",
+    "reduce_scatter_embeddings",
+)
+
+
+@contextmanager
+def whole_sequences(model: torch.nn.Module) -> Iterator[None]:
+    """A mode of the model without sequence parallelism, for steps of one token.
+
+    It is entered around all forward passes of a generation. (Megatron's own
+    `set_model_to_sequence_parallel` leaves out configurations other than the model's, and so the
+    neighbor encoder's.)
+    """
+    owners = {
+        id(owner): owner
+        for module in model.modules()
+        for owner in (module, vars(module).get("config"))
+    }
+    changed = [
+        (owner, name)
+        for owner in owners.values()
+        for name in _SEQUENCE_PARALLEL
+        if getattr(owner, name, None) is True
+    ]
+    for owner, name in changed:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in changed:
+            setattr(owner, name, True)
 
 
 def parallel_sizes() -> tuple[int, int, int | None]:

@@ -98,7 +98,7 @@ class GenerationService:
     """Runs requests of many clients in one batch, in a thread of its own.
 
     Args:
-        model: In eval mode.
+        model: In eval mode, and on whole sequences (`platform.parallel.whole_sequences`).
         tokenizer: Its tokenizer.
         max_batch_size: Requests that grow together.
         max_waiting: Requests that may wait for room beyond these.

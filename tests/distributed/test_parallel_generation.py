@@ -87,6 +87,8 @@ def test_the_first_rank_serves_and_the_others_follow(two_ranks, name):
 
 
 def on_one_rank(weights):
+    from retro_mcore.platform.parallel import whole_sequences
+
     results = {}
     for name, layout in LAYOUTS.items():
         join_layout(layout)
@@ -96,7 +98,8 @@ def on_one_rank(weights):
         for use, options in USES.items():
             results[name, use] = write(model, source, **options)
         results[name, "searches"] = len(source.asked)
-        results[name, "served"] = serve(model)
+        with whole_sequences(model):
+            results[name, "served"] = serve(model)
         try:
             write(model, Broken(), temperature=0.0)
         except ProjectError as error:

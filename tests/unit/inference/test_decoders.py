@@ -159,19 +159,21 @@ def in_two_chunks(model, text):
     tokens = text.tokens + [0] * (2 * length - len(text.tokens))
     retrieved = torch.from_numpy(text.neighbors[0].tokens).repeat(2, 1, 1).flatten(0, 1)
     mask = torch.from_numpy(text.neighbors[0].mask).repeat(2, 1, 1).flatten(0, 1)
+    configs = [model.config, model.neighbor_encoder.config]
     configured = model.config.retro_chunk_length
-    model.config.retro_chunk_length = length
+    for config in configs:
+        config.retro_chunk_length = length
     try:
-        with model.neighbor_encoder.chunks_of(length):
-            return model(
-                torch.tensor([tokens]),
-                torch.arange(2 * length)[None],
-                None,
-                context_input_ids=retrieved,
-                context_mask=mask,
-            )[0]
+        return model(
+            torch.tensor([tokens]),
+            torch.arange(2 * length)[None],
+            None,
+            context_input_ids=retrieved,
+            context_mask=mask,
+        )[0]
     finally:
-        model.config.retro_chunk_length = configured
+        for config in configs:
+            config.retro_chunk_length = configured
 
 
 def test_an_answer_may_be_longer_than_its_prompt(megatron):
