@@ -15,12 +15,12 @@ from retro_mcore.checkpoint.files import find_checkpoint
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import get_rank, raise_together
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.training.loop.sample_reader import check_document_tokens, document_tokens
 from retro_mcore.training.options.pretrain import ParallelOptions
-from retro_mcore.training.setup.build import ModelArguments
 from retro_mcore.training.setup.fits_project import check_shape, check_tokenizer
 from retro_mcore.training.setup.load_model import load_model_from_checkpoint
 

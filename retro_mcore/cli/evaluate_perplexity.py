@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from retro_mcore.evaluation.bits_per_byte import BitsPerByte
     from retro_mcore.evaluation.leakage import LeakagePoint
     from retro_mcore.evaluation.perplexity import Perplexity
-    from retro_mcore.training.setup.build import ModelArguments
+    from retro_mcore.model.options import ModelArguments
 
 _LOG = logging.getLogger(__name__)
 

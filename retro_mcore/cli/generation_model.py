@@ -19,7 +19,7 @@ from retro_mcore.retrieval.retriever import Retriever
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel
-    from retro_mcore.training.setup.build import ModelArguments
+    from retro_mcore.model.options import ModelArguments
 
 
 @dataclass(kw_only=True)

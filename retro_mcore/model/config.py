@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -11,147 +11,82 @@ from typing import Any, Literal
 from megatron.core.transformer import TransformerConfig
 
 from retro_mcore.chunking import Alignment, ChunkGrid
-from retro_mcore.errors import ConfigurationError, RetroError, check_all, raise_problems
+from retro_mcore.errors import ConfigurationError, check_all, raise_problems
+from retro_mcore.model.option_traits import at_least, by_origin, not_an_option, out_of_range, stated
+from retro_mcore.model.options import ORIGINS, ModelOptions, Origin, RetroOptions
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.platform.compatibility import allow_norm_recomputation
 
-Origin = Literal["mcore-0.15", "mcore-0.5", "legacy"]
-
-_DROPOUTS = (
-    "hidden_dropout",
-    "attention_dropout",
-    "retro_encoder_hidden_dropout",
-    "retro_encoder_attention_dropout",
-    "retro_encoder_cross_attention_dropout",
-)
-
-# How the implementations that we replace differ from the paper (docs/decisions/origins.md).
-_MEGATRON = {
-    "retro_chunk_alignment": "right",
-    "retro_encoder_positions": False,
-    "retro_mask_padding": False,
-    "retro_encoder_residual": "normed",
-    "retro_final_layernorm": True,
-}
-_ORIGINS: dict[str, dict[str, Any]] = {
-    "mcore-0.15": {**_MEGATRON, "retro_final_layernorm": False},
-    "mcore-0.5": _MEGATRON,
-    "legacy": {**_MEGATRON, "retro_encoder_residual": "raw"},
-}
-
 
 @dataclass
-class RetroConfig(TransformerConfig):
+class RetroConfig(RetroOptions, TransformerConfig):
     """A TransformerConfig with Retro's fields, under the names that Megatron gave them.
 
     The defaults are the paper's model (Borgeaud et al. 2022); `from_upstream` reproduces the
-    numerics of the implementations that Megatron shipped.
+    numerics of the implementations that Megatron shipped. `retro_attention_gate` may be changed on
+    a built model's config.
 
     Raises:
         ConfigurationError: a field's value cannot work; the message names the field.
     """
 
-    retro_project_dir: str | None = None
-    """The project directory, made by the data pipeline."""
+    retro_chunk_length: int = field(default=64, metadata=at_least(1) | not_an_option("project"))
+    """M, tokens per chunk."""
 
-    retro_block_size: int | None = None
+    retro_project_dir: str | None = field(default=None, metadata=not_an_option("project"))
+    """Project directory, made by the data pipeline."""
+
+    retro_block_size: int | None = field(default=None, metadata=not_an_option("project"))
     """Rows per neighbor file, as the project was built."""
 
-    retro_chunk_length: int = 64
-    """M: tokens per chunk."""
-
-    retro_encoder_num_layers: int = 2
-    """Layers of the neighbor encoder; the first one cross-attends to the retrieving chunk."""
-
-    retro_encoder_hidden_dropout: float = 0.1
-    """Hidden dropout of the neighbor encoder."""
-
-    retro_encoder_attention_dropout: float = 0.1
-    """Attention dropout of the neighbor encoder's self-attention (of its cross-attention too,
-    unless `retro_encoder_cross_attention_dropout` says otherwise)."""
-
-    retro_encoder_cross_attention_dropout: float | None = None
-    """Attention dropout of the encoder's cross-attention to the retrieving chunk. None: as its
-    self-attention. Megatron used the decoder's rate here."""
-
-    retro_encoder_hidden_size: int | None = None
-    """Width of the neighbor encoder. None: the decoder's."""
-
-    retro_encoder_num_attention_heads: int | None = None
-    """Attention heads of the neighbor encoder, each with its own key and value. None: heads and
-    query groups of the decoder."""
-
-    retro_encoder_ffn_hidden_size: int | None = None
-    """Width of the neighbor encoder's MLP. None: the decoder's, in proportion to the width."""
-
-    retro_neighbor_dirs: dict | None = None
+    retro_neighbor_dirs: dict | None = field(default=None, metadata=not_an_option("project"))
     """Neighbor directories of the train, valid and test splits, relative to the project's
     `query/`."""
 
-    retro_num_neighbors: int = 2
-    """K: neighbors per chunk."""
+    retro_split_preprocessing: str | None = field(default=None, metadata=not_an_option("project"))
+    """Split that the project was built with."""
 
-    retro_num_retrieved_chunks: int = 2
-    """Chunks per neighbor: itself and its continuation."""
-
-    retro_retrieved_length: int | None = None
-    """R: tokens per neighbor, `retro_num_retrieved_chunks * retro_chunk_length`; derived."""
-
-    retro_split_preprocessing: str | None = None
-    """The split that the project was built with."""
-
-    retro_verify_neighbor_count: bool = True
+    retro_verify_neighbor_count: bool = field(default=True, metadata=not_an_option("project"))
     """Check that there are as many neighbor rows as chunks in the samples."""
 
-    retro_decoder_layers: list[int] | None = None
-    """Layers with chunked cross-attention, 1-based. None: every third, from 6 in models of at most
-    15 layers and from 9 in larger ones."""
+    retro_retrieved_length: int | None = field(default=None, metadata=not_an_option("derived"))
+    """R, tokens per neighbor: `retro_num_retrieved_chunks * retro_chunk_length`."""
 
-    retro_chunk_alignment: Alignment = "left"
+    retro_chunk_alignment: Alignment = field(
+        default="left", metadata=by_origin(dict.fromkeys(ORIGINS, "right"))
+    )
     """Where the chunk grid starts: "left" at the first token, "right" at the last."""
 
-    retro_encoder_positions: bool = True
+    retro_encoder_positions: bool = field(
+        default=True, metadata=by_origin(dict.fromkeys(ORIGINS, False))
+    )
     """Whether rotary embedding applies inside the neighbor encoder. (Learned positions always do.)
     Without it the encoder cannot see the order of a neighbor's tokens."""
 
-    retro_encoder_residual: Literal["raw", "normed"] = "raw"
+    retro_encoder_residual: Literal["raw", "normed"] = field(
+        default="raw",
+        metadata=by_origin({"mcore-0.15": "normed", "mcore-0.5": "normed", "legacy": "raw"}),
+    )
     """What the encoder's cross-attention output is added to: the stream, or its norm."""
 
-    retro_final_layernorm: bool = True
+    retro_final_layernorm: bool = field(
+        default=True, metadata=by_origin({"mcore-0.15": False, "mcore-0.5": True, "legacy": True})
+    )
     """Whether the decoder ends with a norm."""
 
-    retro_mask_padding: bool = True
+    retro_mask_padding: bool = field(
+        default=True, metadata=by_origin(dict.fromkeys(ORIGINS, False))
+    )
     """Whether padding and missing neighbors (`context_mask`) are masked out."""
 
-    retro_cross_attention_positions: Literal["none", "rotary"] = "none"
-    """Relative positions in both cross-attentions: "rotary" rotates queries and keys by their
-    distance, a chunk and its neighbors starting at the same position."""
+    deepnorm_alpha: float = field(default=1.0, init=False, metadata=not_an_option("derived"))
+    """Factor of the residual."""
 
-    retro_attention_gate: float = 1.0
-    """Scales what chunked cross-attention adds; 0 leaves the GPT decoder, and does not run the
-    encoder. May be changed on a built model's config."""
+    deepnorm_beta: float = field(default=1.0, init=False, metadata=not_an_option("derived"))
+    """Factor of the initial values of output projections and MLPs."""
 
-    retro_deepnorm: bool = False
-    """DeepNorm (Wang et al. 2022), for very deep stacks: Norm(alpha * x + f(x)) in place of
-    x + f(Norm(x)), in decoder, cross-attention and encoder, and the initial weights that go with
-    it. There is no final norm then: each layer ends with one."""
-
-    retro_mup_base_hidden_size: int | None = None
-    """muP (Yang et al. 2022): the hidden size at which learning rate and `init_method_std` were
-    tuned; they carry over to this one. All widths count as grown in proportion. None: off."""
-
-    retro_mup_base_kv_channels: int | None = None
-    """Channels per attention head at the base size, if they differ: attention scales with
-    sqrt(base) / channels. None: as here."""
-
-    deepnorm_alpha: float = field(default=1.0, init=False)
-    """What multiplies the residual; derived."""
-
-    deepnorm_beta: float = field(default=1.0, init=False)
-    """What multiplies the initial values, output projections and MLPs; derived."""
-
-    mup_width: float = field(default=1.0, init=False)
-    """The hidden size over muP's base; derived."""
+    mup_width: float = field(default=1.0, init=False, metadata=not_an_option("derived"))
+    """Hidden size over muP's base."""
 
     @classmethod
     def from_upstream(cls, origin: Origin, **kwargs: Any) -> RetroConfig:
@@ -162,11 +97,11 @@ class RetroConfig(TransformerConfig):
                 (the InstructRetro branch of Megatron-LM).
             **kwargs: Fields of RetroConfig; they win over the origin's.
         """
-        if origin not in _ORIGINS:
-            raise ConfigurationError("origin", f"{origin!r}", f"Use one of {sorted(_ORIGINS)}")
+        if origin not in ORIGINS:
+            raise ConfigurationError("origin", f"{origin!r}", f"Use one of {sorted(ORIGINS)}")
         decoder_dropout = kwargs.get("attention_dropout", cls.attention_dropout)
         dropout = {"retro_encoder_cross_attention_dropout": decoder_dropout}
-        return cls(**{**_ORIGINS[origin], **dropout, **kwargs})
+        return cls(**{**values_of_origin(origin), **dropout, **kwargs})
 
     def __post_init__(self) -> None:
         """Derive and validate; TransformerConfig's own checks run first."""
@@ -181,8 +116,11 @@ class RetroConfig(TransformerConfig):
             self._derive_mup(self.retro_mup_base_hidden_size)
         if self.recompute_granularity == "selective" and "layernorm" in self.recompute_modules:
             allow_norm_recomputation()
+        if self.retro_cross_attention_positions is None:
+            self.retro_cross_attention_positions = "none"
         check_all(
             partial(check_rates, self),
+            *(partial(self._validate_minimum, *each) for each in self._minimums()),
             self._validate_retrieval,
             self._validate_decoder_layers,
             self._validate_encoder,
@@ -208,8 +146,7 @@ class RetroConfig(TransformerConfig):
         return ChunkGrid(sequence_length, self.retro_chunk_length, self.retro_chunk_alignment)
 
     def encoder_config(self) -> RetroConfig:
-        """The neighbor encoder's own configuration: same sizes, its own depth and dropout, whole
-        on one pipeline stage."""
+        """The neighbor encoder's configuration: its own sizes, depth and dropout, on one stage."""
         config = copy.copy(self)
         config.num_layers = self.retro_encoder_num_layers
         config.hidden_dropout = self.retro_encoder_hidden_dropout
@@ -282,15 +219,15 @@ class RetroConfig(TransformerConfig):
         self.softmax_scale = base_channels**0.5 / self.kv_channels
         self.output_layer_init_method = self.init_method
 
+    def _minimums(self) -> Iterable[tuple[str, int]]:
+        return stated("at_least", type(self)).items()
+
+    def _validate_minimum(self, name: str, smallest: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < smallest:
+            raise ConfigurationError(name, f"{value}", f"It must be at least {smallest}")
+
     def _validate_retrieval(self) -> None:
-        for name in (
-            "retro_chunk_length",
-            "retro_num_neighbors",
-            "retro_num_retrieved_chunks",
-            "retro_encoder_num_layers",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(name, f"{getattr(self, name)}", "It must be at least 1")
         retrieved_length = self.retro_num_retrieved_chunks * self.retro_chunk_length
         if self.retro_retrieved_length not in (None, retrieved_length):
             raise ConfigurationError(
@@ -365,7 +302,7 @@ class RetroConfig(TransformerConfig):
 
 
 def check_rates(options: object) -> None:
-    """Refuse dropouts that are no probabilities, and a gate that is not a finite number from 0.
+    """Reject dropouts that are no probabilities, and a gate that is not a finite number from 0.
 
     Args:
         options: A configuration, or other options that have these fields.
@@ -374,12 +311,12 @@ def check_rates(options: object) -> None:
         ConfigurationError: naming the field.
         SeveralErrors: more than one.
     """
-    problems: list[RetroError] = []
-    for name in _DROPOUTS:
-        value = getattr(options, name)
-        if value is not None and not 0 <= value <= 1:
-            problems.append(ConfigurationError(name, f"{value}", "Give a number from 0 to 1"))
-    gate = options.retro_attention_gate  # type: ignore[attr-defined]
-    if not 0 <= gate < math.inf:
-        problems.append(ConfigurationError("retro_attention_gate", f"{gate}", "Give 0 or more"))
-    raise_problems(problems)
+    raise_problems([*out_of_range(options, ModelOptions)])
+
+
+def values_of_origin(origin: Origin) -> dict[str, Any]:
+    """Fields in which an implementation that Megatron shipped differs from the paper.
+
+    See docs/decisions/0001-origins.md.
+    """
+    return {name: values[origin] for name, values in stated("origins", RetroConfig).items()}

@@ -1,7 +1,7 @@
-"""Retro's flags in Megatron-LM's parser, and which of Megatron-LM's own they go with.
+"""Retro's flags in Megatron-LM's parser, and checks of Megatron-LM's own flags.
 
-A flag of Megatron-LM that would change the model or its data is honoured or refused by name. What
-is not known to be honoured is refused: a release may have flags that nobody here has read about.
+A flag of Megatron-LM that would change the model or its data is honoured or refused by name. A flag
+that is not known to be honoured is refused, because new releases add flags.
 """
 
 from __future__ import annotations
@@ -22,22 +22,18 @@ from typing import Any
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, RetroError, check_all, raise_problems
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.option_traits import model_traits, names_there, stated
+from retro_mcore.model.options import DecoderOptions, ModelOptions
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.options.megatron import flag_of
 from retro_mcore.training.options.model_sizes import padded_vocab_size
 from retro_mcore.training.options.noise import NeighborNoiseOptions
-from retro_mcore.training.options.pretrain import ModelOptions
+from retro_mcore.training.options.pretrain import DataOptions
 
 #: Megatron-LM's arguments that the project fixes, and its keys.
-FIXED = {
-    "seq_length": "retro_gpt_seq_length",
-    "global_batch_size": "retro_gpt_global_batch_size",
-    "seed": "retro_gpt_seed",
-    "eval_interval": "retro_gpt_eval_interval",
-    "eval_iters": "retro_gpt_eval_iters",
-    "retro_chunk_length": "retro_gpt_chunk_length",
-    "split": "retro_gpt_split",
+FIXED: dict[str, str] = {
+    name: key for name, key in stated("project", DataOptions).items() if name != "tokenizer_type"
 }
 #: Needs no files: of a tokenizer, Megatron-LM's trainer needs the size of the vocabulary alone.
 _TOKENIZER = "NullTokenizer"
@@ -85,17 +81,18 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "check_for_spiky_loss": (_OFF, "Leave it out: losses are only checked for being finite"),
     "full_validation": (_OFF, "Leave it out: Megatron-LM itself fails with these datasets"),
     "yaml_cfg": (_OFF, "Give flags: the file would overrule Retro's"),
-    # Learning rates of its own for each parameter, which Megatron-LM's optimizer does not give.
-    "retro_mup_base_hidden_size": (_OFF, _ELSEWHERE),
-    "retro_mup_base_kv_channels": (_OFF, _ELSEWHERE),
+    # Such as muP: a learning rate for each parameter, which Megatron-LM's optimizer lacks.
+    **{
+        name: (_OFF, _ELSEWHERE)
+        for name, traits in model_traits(ModelOptions).items()
+        if traits.our_trainer
+    },
 }
 
 #: Fields of Megatron's configurations that Retro's layers honour, or that change no number.
 _HONOURED = {
-    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
-    *("kv_channels", "hidden_dropout", "attention_dropout", "layernorm_epsilon", "normalization"),
-    *("layernorm_zero_centered_gamma", "add_bias_linear", "add_qkv_bias", "rotary_interleaved"),
-    *("qk_layernorm", "init_method_std", "embedding_init_method_std", "perform_initialization"),
+    *names_there("config", DecoderOptions).values(),
+    *("num_query_groups", "ffn_hidden_size", "add_bias_linear", "perform_initialization"),
     *("use_cpu_initialization", "init_model_with_meta_device", "fp16", "bf16"),
     *("deterministic_mode", "tensor_model_parallel_size", "sequence_parallel"),
     *("fp32_residual_connection", "calculate_per_token_loss", "apply_query_key_layer_scaling"),
@@ -128,11 +125,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        help="Retro; without it, the same GPT on the same samples.")  # fmt: skip
     group.add_argument("--retro-chunk-length", type=int, default=None,
                        help="Tokens per chunk. Fixed by the project.")  # fmt: skip
+    traits = model_traits(ModelOptions)
     for options in (ModelOptions, NeighborNoiseOptions):
         for field, keywords in _flags_of(options):
             flags = [flag_of(field)]
-            if field == "retro_encoder_num_layers":  # its name there
-                flags.insert(0, "--retro-encoder-layers")
+            flags = [*map(flag_of, traits[field].also), *flags] if field in traits else flags
             group.add_argument(*flags, dest=field, **keywords)
 
 
@@ -159,7 +156,14 @@ def _keywords(kind: Any) -> dict[str, Any]:
 
 
 def _docstrings(options: type) -> dict[str, str]:
-    """The text below each field."""
+    """The text below each field, those of base classes too."""
+    texts: dict[str, str] = {}
+    for part in reversed([each for each in options.__mro__ if dataclasses.is_dataclass(each)]):
+        texts |= _own_docstrings(part)
+    return texts
+
+
+def _own_docstrings(options: type) -> dict[str, str]:
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
     assert isinstance(node, ast.ClassDef)
     return {

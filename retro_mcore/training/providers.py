@@ -40,8 +40,10 @@ from torch import Tensor
 
 from retro_mcore.distributed import print_error
 from retro_mcore.errors import EXIT_CODE, ConfigurationError, RetroError
-from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.config import RetroConfig, values_of_origin
 from retro_mcore.model.model import RetroModel
+from retro_mcore.model.option_traits import passed_to
+from retro_mcore.model.options import DecoderOptions
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform.compatibility import results_through_a_file, takes_configurations
 from retro_mcore.project.config import SPLITS
@@ -118,12 +120,7 @@ def model_provider(
         "post_process": post_process,
         "fp16_lm_cross_entropy": getattr(args, "fp16_lm_cross_entropy", False),
         "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
-        "position_embedding_type": args.position_embedding_type,
-        "rotary_percent": args.rotary_percent,
-        "rotary_base": args.rotary_base,
-        "rope_scaling": getattr(args, "use_rope_scaling", False),
-        "rope_scaling_factor": getattr(args, "rope_scaling_factor", 8.0),
-        "seq_len_interpolation_factor": getattr(args, "rotary_seq_len_interpolation_factor", None),
+        **passed_to("model", DecoderOptions, args),
         "vp_stage": vp_stage,
         "pg_collection": pg_collection,
     }
@@ -150,20 +147,9 @@ def _retro_fields(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.retro_origin is None:
         return defaults
-    sizes: dict[str, int] = {"num_layers": 6, "hidden_size": 8, "num_attention_heads": 1}
-    origin = RetroConfig.from_upstream(args.retro_origin, **sizes)
     if args.retro_encoder_cross_attention_dropout is None:
         defaults["retro_encoder_cross_attention_dropout"] = args.attention_dropout
-    return {**defaults, **{name: getattr(origin, name) for name in _ORIGIN_FIELDS}}
-
-
-_ORIGIN_FIELDS = (
-    "retro_chunk_alignment",
-    "retro_encoder_positions",
-    "retro_mask_padding",
-    "retro_encoder_residual",
-    "retro_final_layernorm",
-)
+    return {**defaults, **values_of_origin(args.retro_origin)}
 
 
 def train_valid_test_datasets_provider(

@@ -1,4 +1,4 @@
-"""What a checkpoint says that its model is, in the names of our flags; and what contradicts it."""
+"""Flags of a checkpoint's model, from its arguments and weights, and flags that contradict it."""
 
 from __future__ import annotations
 
@@ -8,40 +8,13 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from retro_mcore.checkpoint.conversion.model_fields import (
-    DECODER_FLAGS,
-    MODEL_FIELDS,
-    OURS_ALONE,
-    Flags,
-)
+from retro_mcore.checkpoint.conversion.model_fields import DECODER_FLAGS, MODEL_FIELDS, Flags
 from retro_mcore.checkpoint.conversion.weights import Weights
 from retro_mcore.errors import CheckpointError
 
-__all__ = ["DECODER_FLAGS", "MODEL_FIELDS", "OURS_ALONE", "Flags"]
-
-
-# Attributes of Megatron's arguments that are called the same here: the model's, and some of
-# training and its data.
-_SAME = (
-    *(name for name, field in MODEL_FIELDS.items() if field.megatron is not None),
-    "seed",
-    "bf16",
-    "fp16",
-    "document_tokens",
-)
-_RENAMED = {
-    "layernorm_epsilon": "norm_epsilon",
-    **{
-        field.megatron: name
-        for name, field in MODEL_FIELDS.items()
-        if field.megatron not in (None, name)
-    },
-}
-# These mean the opposite, or are of another form.
-for _name in ("add_bias_linear", "retro_add_retriever", "window_size"):
-    del _RENAMED[_name]
-# Megatron's arguments that change what a model computes and that ours lacks, with the values with
-# which they do not.
+# Arguments of training and its data that conversion keeps; Megatron calls them the same.
+_OF_TRAINING = ("seed", "bf16", "fp16", "document_tokens")
+# Megatron's arguments for computations that our model lacks, with the values that turn them off.
 _LACKED: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("learned_absolute", "rope"),
     "normalization": ("LayerNorm", "RMSNorm"),
@@ -89,15 +62,14 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
         heads = values.get("num_query_groups") or values.get("num_attention_heads")
         return {**flags, "num_query_groups": heads} if heads else flags
     _refuse_lacked(values, source)
-    flags = {_RENAMED.get(name, name): value for name, value in values.items()}
-    flags = {name: flags[name] for name in (*_SAME, *OURS_ALONE) if flags.get(name) is not None}
+    read = {name: option.read(name, values) for name, option in MODEL_FIELDS.items()}
+    read |= {name: values.get(name) for name in _OF_TRAINING}
+    flags = {name: value for name, value in read.items() if value is not None}
     if values.get("use_rotary_position_embeddings"):  # the flag before --position-embedding-type
         flags["position_embedding_type"] = "rope"
     if "num_attention_heads" in flags:
         groups = values.get("num_query_groups") if values.get("group_query_attention") else None
         flags["num_query_groups"] = groups or flags["num_attention_heads"]
-    if "add_bias_linear" in values:
-        flags["disable_bias_linear"] = not values["add_bias_linear"]
     # Megatron's fused GELU, which it takes unless told otherwise, is the approximation.
     if values.get("bias_gelu_fusion") and not values.get("swiglu"):
         flags["openai_gelu"] = True
@@ -105,7 +77,7 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
 
 
 def _window_flags(values: Mapping[str, Any], source: object) -> Flags:
-    """Megatron's window counts the tokens before a position, ours the position too."""
+    """The window: Megatron counts the tokens before a position, we count the position too."""
     window = values.get("window_size")
     if window is None:
         return {}
@@ -193,7 +165,7 @@ def _count(weights: Weights, block: str) -> int:
 
 
 def check_decoder(found: Mapping[str, Any], wanted: Mapping[str, Any], source: object) -> None:
-    """Refuse a model whose decoder is another than the checkpoint's.
+    """Reject a model whose decoder differs from the checkpoint's.
 
     Args:
         found: The checkpoint's flags; what it does not say is not compared.

@@ -18,14 +18,12 @@ from typing import Any, Literal
 from retro_mcore.checkpoint.checksums import verify_checkpoint
 from retro_mcore.checkpoint.contents import is_torch_dist
 from retro_mcore.checkpoint.conversion.architecture import (
-    OURS_ALONE,
-    Flags,
     flags_of_arguments,
     flags_of_weights,
     is_ours,
 )
 from retro_mcore.checkpoint.conversion.huggingface import is_huggingface, read_huggingface
-from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, OURS_ALONE, Flags
 from retro_mcore.checkpoint.conversion.names import from_upstream_name, local_name
 from retro_mcore.checkpoint.conversion.weights import Weight
 from retro_mcore.checkpoint.torch_dist import read_torch_dist
@@ -115,16 +113,18 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
 
 
 def _drop_unread(flags: Flags) -> list[str]:
-    """Give what Megatron-core's Retro takes as an argument, but does not read, the value that it
-    computes with; returns what there is to say of it."""
+    """Replace arguments that Megatron-core's Retro accepts but does not read by the value that it
+    computes with; returns a note for each."""
     notes = []
     for name, option in MODEL_FIELDS.items():
-        if not option.megatron_core and flags.get(name, option.default) != option.default:
+        # (Of the decoder's options, the weights decide.)
+        unread = option.form == "same" and "megatron-retro" not in option.computed_by
+        if unread and option.gpt is None and flags.get(name, option.absent) != option.absent:
             notes.append(
                 f"its {name} {flags[name]} is left out: Megatron-core's Retro computes with "
-                f"{option.default:g}"
+                f"{option.absent:g}"
             )
-            flags[name] = option.default
+            flags[name] = option.absent
     return notes
 
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, Flags
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, RETRIEVAL_FIELDS, Flags
 from retro_mcore.checkpoint.conversion.names import fused_name, to_legacy_name, to_upstream_name
 from retro_mcore.checkpoint.conversion.weights import Weight, Weights, fit_vocabulary, is_vocabulary
 from retro_mcore.checkpoint.torch_dist import write_torch_dist
 from retro_mcore.checkpoint.torch_format import write_torch_format
 from retro_mcore.checkpoint.tracker import RELEASE, TRACKER, checkpoint_path
 from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.model.option_traits import MEGATRON, Implementation, names_there
+from retro_mcore.model.options import DecoderOptions
 from retro_mcore.project.atomic import atomic_write
 
 Target = Literal["retro-mcore", "megatron", "megatron-torch", "instructretro"]
@@ -28,7 +30,7 @@ _LAYER = re.compile(r"^((?:decoder|neighbor_encoder)\.layers\.\d+)\.cross_attent
 
 
 def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
-    """Refuse to write a model for an implementation that would compute something else with it.
+    """Reject a target that would compute something else with the model.
 
     Args:
         target: The implementation's format.
@@ -70,20 +72,39 @@ def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
 
 def _lacked(target: Target, flags: Flags) -> Iterator[str]:
     """Options that change what the model computes, and that the target's code does not have."""
-    for name, field in MODEL_FIELDS.items():
-        value = flags.get(name, field.default)
-        used = field.decoder or not flags["no_retrieval"]
-        if used and field.is_neutral is not None and not field.is_neutral(value, flags):
+    gpt: bool = flags["no_retrieval"]
+    code: Implementation = "instructretro"
+    if target != "instructretro":
+        code = "megatron-gpt" if gpt else "megatron-retro"
+    for name, traits in MODEL_FIELDS.items():
+        used = traits.gpt == "same" or not gpt
+        if used and traits.is_lost(flags.get(name, traits.absent), flags, code):
             yield name
-        # (A window is refused by itself.)
-        has = field.instructretro if target == "instructretro" else field.megatron_core
-        lacks = used and not has and name != "sliding_window"
-        if lacks and value is not None and value != field.default:
-            yield name
+
+
+def notes_on_target(target: Target, flags: Flags) -> list[str]:
+    """Options that the target's code computes only if it is told to, for the user.
+
+    Megatron-LM's pretrain_retro.py passes the share of rotated channels to its model, but no other
+    option of the rotary embedding, whatever its arguments and the checkpoint's say.
+    """
+    gpt, rotary = flags["no_retrieval"], flags.get("position_embedding_type") == "rope"
+    if target not in ("megatron", "megatron-torch") or gpt or not rotary:
+        return []
+    names = {
+        there: flags[name]
+        for name, there in names_there("model", DecoderOptions).items()
+        if MODEL_FIELDS[name].computed_by == MEGATRON
+        and flags.get(name) not in (None, MODEL_FIELDS[name].absent)
+    }
+    return [
+        f"Megatron-LM's pretrain_retro.py ignores {name} {value}: pass it to RetroModel yourself"
+        for name, value in names.items()
+    ]
 
 
 def check_window(target: Target, flags: Flags) -> None:
-    """Refuse to write a model with a sliding window for code that attends to all tokens.
+    """Reject a target that attends to all tokens, if the model's window is shorter than its texts.
 
     (Megatron has windows, but takes none from a checkpoint.)
 
@@ -181,7 +202,7 @@ def _fit(weights: Weights, flags: Flags, size: int) -> dict[str, Weight]:
 
 
 def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
-    """What Megatron-LM's checkpoints say of a model, for its own checks and --use-checkpoint-args.
+    """The arguments of a Megatron-LM checkpoint, for its own checks and --use-checkpoint-args.
 
     Args:
         flags: By our names, resolved.
@@ -192,30 +213,24 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
     rotary = flags["position_embedding_type"] == "rope"
     rows = padded_vocabulary(flags, tensor_parallel_size)
     window = flags.get("sliding_window")
-    # Theirs, and what is no option of the model (of training, of the checkpoint).
-    values: dict[str, Any] = {
-        name: value
-        for name, value in flags.items()
-        if name not in MODEL_FIELDS or MODEL_FIELDS[name].megatron == name
-    }
+    values: dict[str, Any] = {}
+    for name, value in flags.items():
+        if name not in MODEL_FIELDS:  # of training, or of the checkpoint
+            values[name] = value
+        elif not (flags["no_retrieval"] and name in RETRIEVAL_FIELDS):
+            values |= MODEL_FIELDS[name].write(name, value)
     values |= {
         "group_query_attention": groups != heads,
         "num_query_groups": groups if groups != heads else 1,
         "kv_channels": flags.get("kv_channels") or flags["hidden_size"] // heads,
         "max_position_embeddings": flags.get("max_position_embeddings") or flags["seq_length"],
-        "layernorm_epsilon": flags["norm_epsilon"],
         "use_rotary_position_embeddings": rotary,
         "add_position_embedding": not rotary,
-        "add_bias_linear": not flags["disable_bias_linear"],
         "bias_gelu_fusion": False,
         "padded_vocab_size": rows,
         "tensor_model_parallel_size": tensor_parallel_size,
         "pipeline_model_parallel_size": 1,
         "data_parallel_random_init": False,
-        "retro_add_retriever": not flags["no_retrieval"],
         "window_size": None if window is None else (window - 1, 0),
     }
-    if not flags["no_retrieval"]:
-        for name in ("retro_encoder_num_layers", "retro_chunk_length"):
-            values |= {name: flags[name], str(MODEL_FIELDS[name].megatron): flags[name]}
     return Namespace(**values)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError, raise_problems
+from retro_mcore.model.option_traits import stated
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.loop.batch import RetroBatch, collate
 from retro_mcore.training.loop.batch_sizes import BatchSizes
@@ -109,16 +110,7 @@ def read_batches(
 
 def project_flags(config: ProjectConfig) -> dict[str, Any]:
     """The flags that a project fixes, and their values."""
-    return {
-        "seq_length": config.retro_gpt_seq_length,
-        "retro_chunk_length": config.retro_gpt_chunk_length,
-        "global_batch_size": config.retro_gpt_global_batch_size,
-        "eval_interval": config.retro_gpt_eval_interval,
-        "eval_iters": config.retro_gpt_eval_iters,
-        "seed": config.retro_gpt_seed,
-        "split": config.retro_gpt_split,
-        "tokenizer_type": config.retro_gpt_tokenizer_type,
-    }
+    return {name: getattr(config, key) for name, key in stated("project", DataOptions).items()}
 
 
 def check_data_options(options: DataOptions, config: ProjectConfig) -> None:

@@ -1,11 +1,12 @@
-"""The flags of instruction tuning. Imports neither torch nor megatron; see options.py."""
+"""Flags of instruction tuning. Imports neither torch nor megatron."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, raise_problems
+from retro_mcore.model.option_traits import at_least, below_minimum
 from retro_mcore.training.options.checkpoints import CheckpointOptions, ReproducibilityOptions
 from retro_mcore.training.options.logging import LoggingOptions
 from retro_mcore.training.options.optimizer import OptimizerOptions
@@ -15,36 +16,42 @@ from retro_mcore.training.options.pretrain import ExitOptions
 
 @dataclass(kw_only=True)
 class InstructionDataOptions:
-    """What is learned from, and how it is written."""
+    """Data of instruction tuning."""
 
     project_dir: str
     """Project directory, for the tokenizer and the chunk length."""
     data_path: list[str]
     """Datasets, or WEIGHT DATASET pairs: names in --data-folder, or JSON or JSONL files."""
     data_folder: str = "."
-    """Where datasets lie: NAME/NAME_QA_train*.json and NAME/NAME_QA_dev.json."""
+    """Directory of the datasets: NAME/NAME_QA_train*.json and NAME/NAME_QA_dev.json."""
     valid_data_path: list[str] | None = None
     """Datasets to validate on, written as --data-path. Default: each NAME_QA_dev.json."""
-    micro_batch_size: int
+    micro_batch_size: int = field(metadata=at_least(1))
     """Samples per forward pass and process."""
-    global_batch_size: int
+    global_batch_size: int = field(metadata=at_least(1))
     """Samples per iteration."""
-    train_iters: int
+    train_iters: int = field(metadata=at_least(1))
     """Iterations to train."""
     seq_length: int | None = None
-    """Tokens of a sample. Default: as the model was trained."""
-    eval_interval: int = 200
+    """Tokens per sample. Default: those that the model was trained with."""
+    eval_interval: int = field(default=200, metadata=at_least(1))
     """Iterations between validations."""
-    eval_iters: int = 100
+    eval_iters: int = field(default=100, metadata=at_least(1))
     """Batches per validation, at most one pass over the data."""
-    num_workers: int = 2
+    num_workers: int = field(default=2, metadata=at_least(0))
     """Processes that read samples ahead."""
     seed: int = 1234
-    """Of the order of the samples and of dropout."""
+    """Seed for sample order and dropout."""
+
+
+@dataclass(kw_only=True)
+class SampleFormatOptions:
+    """How examples become samples. A run can be resumed only with the same options."""
+
     prompt_format: Literal["reformat_prompt_retro", "reformat_prompt", "reformat_prompt_short"] = (
         "reformat_prompt_retro"
     )
-    """Words of the prompts, by the name of the InstructRetro release's function."""
+    """Wording of the prompts, by the name of the function in the InstructRetro release."""
     template_id: int = 0
     """1 to 7: another wording of reformat_prompt (the release's flan_format)."""
     passages: Literal["annotated", "retrieved", "bert_pretrain_corpus"] = "annotated"
@@ -56,21 +63,21 @@ class InstructionDataOptions:
     reuse_top: bool = False
     """Give the encoder the best passages too, not only those after the decoder's."""
     loss_on: Literal["last-answer", "answers", "everything"] = "last-answer"
-    """Which tokens are learned: the last answer, every answer of a chat, or all."""
+    """Tokens that the loss counts: the last answer, every answer of a chat, or all."""
     pack_samples: bool = False
-    """Fill each sample with as many examples as fit; none sees another."""
+    """Fill each sample with as many examples as fit; none attends to another."""
 
 
 @dataclass(kw_only=True)
 class FinetuneModelOptions:
-    """How the loaded model differs from what it was."""
+    """Options of the model that may differ from those it was trained with."""
 
     retro_attention_gate: float = 0.0
-    """Scale of the cross-attention's output. 0, as InstructRetro: passages stand in the decoder's
-    context alone, and encoder and cross-attention stay as they are. Else the encoder reads the
-    passages that follow those in the context (RETRO++)."""
+    """Scale of the cross-attention's output. 0, as in InstructRetro: passages stand only in the
+    decoder's context, and encoder and cross-attention are not trained. Otherwise the encoder reads
+    the passages that follow those in the context (RETRO++)."""
     retro_num_neighbors: int | None = None
-    """Passages for the encoder. Default: as the model was trained."""
+    """Passages for the encoder. Default: the number that the model was trained with."""
     hidden_dropout: float = 0.0
     """Dropout of hidden states in the decoder."""
     attention_dropout: float = 0.0
@@ -91,20 +98,18 @@ class FinetuneOptions(
     RecomputeOptions,
     ParallelOptions,
     FinetuneModelOptions,
+    SampleFormatOptions,
     InstructionDataOptions,
 ):
-    """Everything that instruction tuning is told."""
+    """All options of instruction tuning."""
 
     def check(self) -> None:
-        """Refuse what can be seen to be wrong without looking at the data.
+        """Reject options that are wrong whatever the data is.
 
         Raises:
             ConfigurationError: naming the flag.
         """
-        for name in ("global_batch_size", "train_iters", "eval_interval", "eval_iters"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigurationError(flag, str(getattr(self, name)), "Choose at least 1")
+        raise_problems([*below_minimum(self)])
         if self.load is None:
             raise ConfigurationError(
                 "--load", "not given", "Name the pretrained checkpoint, with --finetune"

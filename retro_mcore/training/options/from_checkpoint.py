@@ -1,4 +1,4 @@
-"""What a checkpoint was saved with, and what `--use-checkpoint-args`, `--load-gpt` take from it."""
+"""Options that `--use-checkpoint-args` and `--load-gpt` take from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.checkpoint.conversion.formats import open_checkpoint
-from retro_mcore.checkpoint.conversion.model_fields import DECODER_FLAGS
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS
 from retro_mcore.checkpoint.files import existing_checkpoint, find_checkpoint
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.training.options.pretrain import ModelOptions
+from retro_mcore.model.options import ModelOptions
 
 
 def model_options_of_checkpoint(load: str | None, ckpt_step: int | None = None) -> dict[str, Any]:
@@ -34,10 +34,6 @@ def model_options_of_checkpoint(load: str | None, ckpt_step: int | None = None) 
     return {name: saved[name] for name in names if name in saved}
 
 
-# Beside what a decoder computes: rates that training goes on with, unless flags say others.
-_RATES = ("hidden_dropout", "attention_dropout")
-
-
 def model_options_of_gpt(
     load_gpt: str, load: str | None = None, ckpt_step: int | None = None
 ) -> dict[str, Any]:
@@ -59,5 +55,5 @@ def model_options_of_gpt(
     flags = open_checkpoint(load_gpt, compare=False).flags
     learned = flags.get("position_embedding_type") == "learned_absolute"
     unused = () if learned else ("max_position_embeddings",)
-    names = [name for name in (*DECODER_FLAGS, *_RATES) if name not in unused]
+    names = [name for name, traits in MODEL_FIELDS.items() if traits.gpt and name not in unused]
     return {name: flags[name] for name in names if flags.get(name) is not None}

@@ -1,40 +1,41 @@
-"""Flags of what a run reports."""
+"""Flags of logs and metrics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.option_traits import at_least
 
 
 @dataclass(kw_only=True)
 class LoggingOptions:
-    """What a run reports, and where. Metrics and the loss curve lie in --save."""
+    """Logs and metrics. metrics.jsonl and the loss curve lie in --save."""
 
-    log_interval: int = 100
+    log_interval: int = field(default=100, metadata=at_least(1))
     """Iterations between log lines and metrics."""
     check_for_nan_in_loss_and_grad: bool = True
-    """Stop at a loss or gradient that is NaN or infinite, before the weights take it in."""
+    """Stop at a loss or gradient that is NaN or infinite, before the weights are updated."""
     check_for_spiky_loss: bool = True
     """Report losses far above the recent ones, with the batch's samples."""
     log_num_zeros_in_grad: bool = False
-    """Count the gradient's zeros."""
+    """Log the number of zeros in the gradient."""
     device_peak_tflops: float | None = None
-    """The device's highest 10^12 operations/s, for model FLOPs utilisation. Default: from a table
+    """Peak of the device in 10^12 operations/s, for model FLOPs utilisation. Default: from a table
     of GPUs."""
     tensorboard_dir: str | None = None
     """Directory for TensorBoard."""
-    tensorboard_log_interval: int = 1
+    tensorboard_log_interval: int = field(default=1, metadata=at_least(1))
     """Iterations between entries in TensorBoard and Weights & Biases."""
     wandb_project: str = ""
     """Project in Weights & Biases."""
     wandb_exp_name: str = ""
-    """The run's name there."""
+    """Name of the run in Weights & Biases."""
     wandb_save_dir: str = ""
-    """Directory for its files. Default: `wandb` in --save."""
+    """Directory for the files of Weights & Biases. Default: `wandb` in --save."""
 
     def check_logging(self) -> None:
-        """Refuse half a configuration of Weights & Biases.
+        """Reject an incomplete configuration of Weights & Biases.
 
         Raises:
             ConfigurationError: naming the flag.

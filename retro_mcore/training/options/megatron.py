@@ -20,8 +20,8 @@ import tyro
 
 from retro_mcore.errors import ConfigurationError
 
-#: Flags of the model's layers, and their fields in TransformerConfig.
-LAYER_FLAGS: dict[str, str] = {
+#: Flags of the layers' precision, and their fields in TransformerConfig.
+PRECISION_FLAGS: dict[str, str] = {
     "fp8_format": "fp8",
     "fp8_recipe": "fp8_recipe",
     "fp8_margin": "fp8_margin",
@@ -34,6 +34,11 @@ LAYER_FLAGS: dict[str, str] = {
     "num_layers_at_start_in_bf16": "num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16": "num_layers_at_end_in_bf16",
     "fp32_residual_connection": "fp32_residual_connection",
+}
+
+#: Flags of the model's layers, and their fields in TransformerConfig.
+LAYER_FLAGS: dict[str, str] = {
+    **PRECISION_FLAGS,
     "cross_entropy_loss_fusion": "cross_entropy_loss_fusion",
     "cross_entropy_fusion_impl": "cross_entropy_fusion_impl",
     "account_for_embedding_in_pipeline_split": "account_for_embedding_in_pipeline_split",

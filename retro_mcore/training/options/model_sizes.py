@@ -1,9 +1,10 @@
-"""Sizes that follow from the model's flags, and whether they divide over the processes."""
+"""Sizes that follow from the model's options, and whether they divide over the processes."""
 
 from __future__ import annotations
 
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.training.options.pretrain import ModelOptions, ParallelOptions
+from retro_mcore.model.options import ModelOptions
+from retro_mcore.training.options.parallel import ParallelOptions
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
@@ -26,7 +27,7 @@ def default_ffn_hidden_size(options: ModelOptions) -> int:
 
 
 def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
-    """Refuse sizes that do not divide by the heads or the tensor parallel size.
+    """Reject sizes that do not divide by the heads or the tensor parallel size.
 
     Raises:
         ConfigurationError: naming the flag.

@@ -10,7 +10,7 @@ from retro_mcore.training.options.megatron import flag_of
 
 @dataclass(kw_only=True)
 class NeighborNoiseOptions:
-    """Neighbors left out or changed at random, in training only, against leaning on retrieval."""
+    """Noise on neighbors, in training only, so that the model does not rely on retrieval alone."""
 
     retro_drop_chunks: float = 0.0
     """Share of chunks that lose all of their neighbors."""
@@ -22,7 +22,7 @@ class NeighborNoiseOptions:
     """Share of retrieved tokens that become another token of the sample's neighbors."""
 
     def check_neighbor_noise(self, no_retrieval: bool) -> None:
-        """Refuse what is no probability, and noise without neighbors.
+        """Reject shares outside 0 to 1, and noise without neighbors.
 
         Raises:
             ConfigurationError: naming the flag.

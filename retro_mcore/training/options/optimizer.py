@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.option_traits import at_least
 from retro_mcore.training.options.megatron import OptimizerFlags, flag_of
 
 
@@ -19,15 +20,15 @@ class OptimizerOptions(OptimizerFlags):
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay; WSD stays at --lr until its decay at the end."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: int | None = field(default=None, metadata=at_least(1))
     """Iterations until --min-lr. Default: all iterations."""
-    lr_decay_samples: int | None = None
+    lr_decay_samples: int | None = field(default=None, metadata=at_least(1))
     """Samples until --min-lr (instead of iterations)."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """Shape of WSD's decay."""
-    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_iters: int | None = field(default=None, metadata=at_least(1))
     """Iterations of WSD's decay, the last of --lr-decay-iters."""
-    lr_wsd_decay_samples: int | None = None
+    lr_wsd_decay_samples: int | None = field(default=None, metadata=at_least(1))
     """Samples of WSD's decay (instead of iterations)."""
     lr_warmup_fraction: float | None = None
     """Share of the decay's length in which the learning rate rises linearly."""
@@ -36,15 +37,15 @@ class OptimizerOptions(OptimizerFlags):
     lr_warmup_samples: int = 0
     """Samples in which the learning rate rises linearly (instead of the fraction)."""
     lr_warmup_init: float = 0.0
-    """Learning rate that the warmup begins with."""
+    """Learning rate at the start of the warmup."""
     weight_decay: float = 0.01
     """AdamW's weight decay (not on biases and norms)."""
     start_weight_decay: float | None = None
     """Weight decay of the first iteration, with --weight-decay-incr-style linear or cosine."""
     end_weight_decay: float | None = None
-    """Weight decay of the last iteration, likewise."""
+    """Weight decay of the last iteration, with the same styles."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the weight decay's way from start to end."""
+    """Shape of the change from --start-weight-decay to --end-weight-decay."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
@@ -52,16 +53,16 @@ class OptimizerOptions(OptimizerFlags):
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0 for no clipping."""
+    """Largest norm of the whole gradient; 0 turns clipping off."""
     use_distributed_optimizer: bool = False
     """Divide the optimizer's state over the data parallel processes."""
     accumulate_allreduce_grads_in_fp32: bool = False
-    """Sum gradients in fp32 with --fp16 too. (With --bf16 always so.)"""
+    """Sum gradients in fp32 with --fp16 too. Always on with --bf16."""
     freeze_decoder: bool = False
     """Train only the neighbor encoder, the cross-attentions and their norms."""
 
     def check_schedule(self) -> None:
-        """Refuse learning rates, warmups and weight decays that contradict each other.
+        """Reject learning rates, warmups and weight decays that contradict each other.
 
         Raises:
             ConfigurationError: naming the flag.

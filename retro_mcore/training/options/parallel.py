@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.option_traits import at_least
 from retro_mcore.training.options.megatron import LayerFlags
 
 
 @dataclass(kw_only=True)
 class ParallelOptions(LayerFlags):
-    """How the model is laid out over processes, and in which precision it computes."""
+    """Layout of the model over processes, and its precision."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto: CUDA where there is one, else the CPU."""
-    tensor_model_parallel_size: int = 1
-    """Processes that share one copy of the model."""
+    """Device to run on; auto: CUDA if available, else the CPU."""
+    tensor_model_parallel_size: int = field(default=1, metadata=at_least(1))
+    """Number of processes that each layer is split over."""
     sequence_parallel: bool = False
-    """Split the norms' and dropouts' activations over the tensor parallel processes."""
-    pipeline_model_parallel_size: int = 1
-    """Stages that the layers are divided into."""
-    num_virtual_stages_per_pipeline_rank: int | None = None
-    """Stages per process, in the interleaved schedule. Default: one."""
-    decoder_first_pipeline_num_layers: int | None = None
-    """Layers of the first stage, if it shall have another number than the others."""
-    decoder_last_pipeline_num_layers: int | None = None
-    """Layers of the last stage, likewise."""
+    """Split the activations of norms and dropouts over the tensor parallel processes."""
+    pipeline_model_parallel_size: int = field(default=1, metadata=at_least(1))
+    """Number of pipeline stages."""
+    num_virtual_stages_per_pipeline_rank: int | None = field(default=None, metadata=at_least(1))
+    """Number of virtual stages per process, in the interleaved schedule. Default: one."""
+    decoder_first_pipeline_num_layers: int | None = field(default=None, metadata=at_least(1))
+    """Number of layers in the first pipeline stage, if different from the others."""
+    decoder_last_pipeline_num_layers: int | None = field(default=None, metadata=at_least(1))
+    """Number of layers in the last pipeline stage, if different from the others."""
     pipeline_model_parallel_layout: str | None = None
-    """What each stage holds, in Megatron's notation, e.g. "Et*3|t*4|t*4|t*3L"."""
+    """Contents of each stage, in Megatron's notation, e.g. "Et*3|t*4|t*4|t*3L"."""
     context_parallel_size: int = 1
     """Must be 1: Retro has no context parallelism."""
     tp_comm_overlap: bool = False
-    """Refused: Transformer Engine's buffers have one length, neighbors another than the text."""
+    """Not supported: Transformer Engine's buffers have one length; text and neighbors differ."""
     no_overlap_p2p_communication: bool = False
     """In the interleaved schedule, do not overlap transfers between stages with computation."""
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
@@ -48,20 +49,20 @@ class ParallelOptions(LayerFlags):
     no_gradient_accumulation_fusion: bool = False
     """Do not fuse the accumulation of weight gradients into their products (needs Apex)."""
     no_masked_softmax_fusion: bool = False
-    """As always: attention is fused whole, or not at all."""
+    """No effect: attention is fused whole, or not at all."""
     no_persist_layer_norm: bool = False
-    """As always: norms are Transformer Engine's or PyTorch's."""
+    """No effect: norms are Transformer Engine's or PyTorch's."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layers' implementation; auto: Transformer Engine where it is installed, on CUDA."""
+    """Implementation of the layers; auto: Transformer Engine if installed, on CUDA."""
     bf16: bool = False
     """Compute in bfloat16, with fp32 main weights."""
     fp16: bool = False
     """Compute in float16, with fp32 main weights and dynamic loss scaling."""
     use_cpu_initialization: bool = False
-    """Initialise weights on the CPU: the same weights for every layout. Always so on CPU."""
+    """Initialise weights on the CPU: the same weights for every layout. Always on without a GPU."""
 
     def check_precision(self) -> None:
-        """Refuse two precisions at once."""
+        """Reject --bf16 with --fp16, and fp8 without bf16."""
         if self.bf16 and self.fp16:
             raise ConfigurationError("--bf16", "given together with --fp16", "Choose one of them")
         if self.fp8_format is not None and not self.bf16:
@@ -70,7 +71,7 @@ class ParallelOptions(LayerFlags):
             )
 
     def check_unsupported(self) -> None:
-        """Refuse what Megatron has and Retro has not."""
+        """Reject Megatron options that Retro does not support."""
         if self.context_parallel_size != 1:
             raise ConfigurationError(
                 "--context-parallel-size",
@@ -87,19 +88,19 @@ class ParallelOptions(LayerFlags):
 
 @dataclass(kw_only=True)
 class RecomputeOptions:
-    """Trading computation for activation memory."""
+    """Recomputation, which trades time for activation memory."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers (full) or the core attention (selective) in the backward pass."""
     recompute_method: Literal["uniform", "block"] | None = None
     """With full: all layers in groups (uniform), or the first layers one by one (block)."""
-    recompute_num_layers: int | None = None
+    recompute_num_layers: int | None = field(default=None, metadata=at_least(1))
     """With full: layers per group (uniform), or layers to recompute (block)."""
     recompute_modules: list[str] | None = None
-    """With selective: what to recompute. Default: core_attn."""
+    """With selective: modules to recompute. Default: core_attn."""
 
     def check_recompute(self) -> None:
-        """Full recomputation needs a method and a number of layers; nothing else takes them."""
+        """Reject full recomputation without method and number of layers, and these without it."""
         if self.recompute_modules and self.recompute_granularity != "selective":
             raise ConfigurationError(
                 "--recompute-modules",

@@ -11,19 +11,19 @@ from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.model import RetroModel
+from retro_mcore.model.option_traits import passed_to
+from retro_mcore.model.options import ModelArguments
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.training.options.model_sizes import default_ffn_hidden_size, padded_vocab_size
 from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
 from retro_mcore.training.setup.model_config import (
-    ModelArguments,
     build_config,
     number_of_positions,
     uses_transformer_engine,
 )
 
 __all__ = [
-    "ModelArguments",
     "arguments_from",
     "build_config",
     "build_model",
@@ -72,14 +72,9 @@ def build_model(
         "vp_stage": vp_stage,
         "vocab_size": arguments.padded_vocab_size,
         "share_embeddings_and_output_weights": not arguments.untie_embeddings_and_output_weights,
-        "position_embedding_type": arguments.position_embedding_type,
-        "rotary_percent": arguments.rotary_percent,
-        "rotary_base": arguments.rotary_base,
-        "rope_scaling": arguments.use_rope_scaling,
-        "rope_scaling_factor": arguments.rope_scaling_factor,
-        "seq_len_interpolation_factor": arguments.rotary_seq_len_interpolation_factor,
+        "max_sequence_length": number_of_positions(arguments),
+        **passed_to("model", ModelArguments, arguments),
     }
-    sizes["max_sequence_length"] = number_of_positions(arguments)
     model: GPTModel
     if isinstance(config, RetroConfig):
         model = RetroModel(config, get_retro_decoder_block_spec(config, engine, vp_stage), **sizes)

@@ -13,8 +13,9 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.options import ModelArguments
 from retro_mcore.model.pipeline import stage_layer_numbers
-from retro_mcore.training.setup.build import ModelArguments, number_of_positions
+from retro_mcore.training.setup.build import number_of_positions
 
 
 @dataclass(frozen=True)

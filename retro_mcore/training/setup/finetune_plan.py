@@ -1,7 +1,7 @@
-"""Instruction tuning: a pretrained model's plan for question and chat data.
+"""Instruction tuning: the plan of a pretrained model's training on question and chat data.
 
-The loop is `training.trainer`'s; what differs is the data, and which of the model's options may
-differ from those that it was pretrained with.
+The loop is `training.loop.trainer`'s; only the data and the options of the model that may differ
+from the pretrained one's are other.
 """
 
 from __future__ import annotations
@@ -24,23 +24,15 @@ from retro_mcore.data.instruction.samples import InstructionDataset, Instruction
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.errors import ConfigurationError, CorpusError
 from retro_mcore.project.config import ProjectConfig
-from retro_mcore.training.options.finetune import FinetuneModelOptions, FinetuneOptions
+from retro_mcore.training.options.finetune import (
+    FinetuneModelOptions,
+    FinetuneOptions,
+    SampleFormatOptions,
+)
 from retro_mcore.training.options.from_checkpoint import model_options_of_checkpoint
 from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.setup.build import uses_transformer_engine
 from retro_mcore.training.setup.plan import TrainingPlan, make_plan
-
-# Options that decide what a sample is; a run to resume shares them.
-_FORMAT = (
-    *("prompt_format", "template_id", "passages", "longform_answer", "ft_neighbours"),
-    *("reuse_top", "loss_on", "pack_samples"),
-)
-
-# Options of the model that may differ from the pretrained one's.
-_MAY_CHANGE = {
-    *(field.name for field in fields(FinetuneModelOptions)),
-    *("seq_length", "max_position_embeddings"),
-}
 
 
 @dataclass(frozen=True)
@@ -79,9 +71,9 @@ class FinetunePlan(TrainingPlan):
             )
 
     def configuration(self) -> dict[str, Any]:
-        """Everything that a run must share with the run that it resumes, by flag name."""
-        formatted = {name: getattr(self.command, name) for name in _FORMAT}
-        return super().configuration() | formatted
+        """All values that a run must share with the run that it resumes, by flag name."""
+        names = [field.name for field in fields(SampleFormatOptions)]
+        return super().configuration() | {name: getattr(self.command, name) for name in names}
 
     def resolved_options(self) -> dict[str, Any]:
         """The command's flags, with the sequence length that was found."""
@@ -94,7 +86,11 @@ class FinetunePlan(TrainingPlan):
         agreeing = super()._must_agree()
         if not self.options.finetune:
             return agreeing
-        return {name: value for name, value in agreeing.items() if name not in _MAY_CHANGE}
+        return {name: value for name, value in agreeing.items() if name not in _model_flags()}
+
+    def _may_differ(self) -> set[str]:
+        allowed = super()._may_differ()
+        return allowed | {"texts"} if self.options.finetune else allowed
 
 
 def make_finetune_plan(

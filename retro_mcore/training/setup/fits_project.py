@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from retro_mcore.errors import ConfigurationError, TokenizerError
+from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.loop.sample_reader import tokenizer_fingerprint
-from retro_mcore.training.setup.build import ModelArguments
 
 
 def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:

@@ -12,8 +12,9 @@ from retro_mcore.checkpoint.checksums import verify_checkpoint
 from retro_mcore.checkpoint.files import find_checkpoint
 from retro_mcore.checkpoint.loading import load_state, require_entries
 from retro_mcore.checkpoint.state import METADATA
+from retro_mcore.model.options import ModelArguments
 from retro_mcore.training.options.pretrain import ParallelOptions
-from retro_mcore.training.setup.build import ModelArguments, arguments_from, build_model
+from retro_mcore.training.setup.build import arguments_from, build_model
 from retro_mcore.training.setup.initialize import initialize_parallel, set_seeds
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from megatron.core.transformer.utils import openai_gelu
 
 from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.model.config import RetroConfig, check_rates
+from retro_mcore.model.option_traits import model_traits, passed_to
+from retro_mcore.model.options import DecoderOptions, ModelArguments, ModelOptions, RetroOptions
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.training.options.megatron import (
     LAYER_FLAGS,
@@ -29,34 +31,7 @@ from retro_mcore.training.options.model_sizes import (
     check_divisible,
     default_ffn_hidden_size,
 )
-from retro_mcore.training.options.pretrain import ModelOptions, ParallelOptions, RecomputeOptions
-
-# Left out where they are not given: an origin has values of its own.
-_OPTIONAL = (
-    "retro_encoder_cross_attention_dropout",
-    "retro_encoder_hidden_size",
-    "retro_encoder_num_attention_heads",
-    "retro_encoder_ffn_hidden_size",
-    "retro_cross_attention_positions",
-)
-
-
-@dataclass(kw_only=True)
-class ModelArguments(ModelOptions):
-    """The flags of the model and what the project adds: all that its checkpoints need to say."""
-
-    seq_length: int
-    """S; also the number of learned positions."""
-    retro_chunk_length: int
-    """M."""
-    vocab_size: int
-    """The tokenizer's vocabulary."""
-    padded_vocab_size: int
-    """Rows of the embedding."""
-    tokenizer_type: str
-    """The project's tokenizer."""
-    tokenizer_fingerprint: str
-    """Hash over the tokenizer's files."""
+from retro_mcore.training.options.parallel import ParallelOptions, RecomputeOptions
 
 
 def uses_transformer_engine(parallel: ParallelOptions) -> bool:
@@ -138,28 +113,18 @@ def _build(arguments: ModelArguments, shared: dict[str, Any]) -> TransformerConf
     build: Callable[..., RetroConfig] = RetroConfig
     if arguments.retro_origin is not None:
         build = partial(RetroConfig.from_upstream, arguments.retro_origin)
-    return build(
-        **shared,
-        retro_chunk_length=arguments.retro_chunk_length,
-        retro_num_neighbors=arguments.retro_num_neighbors,
-        retro_num_retrieved_chunks=arguments.retro_num_retrieved_chunks,
-        retro_encoder_num_layers=arguments.retro_encoder_num_layers,
-        retro_encoder_hidden_dropout=arguments.retro_encoder_hidden_dropout,
-        retro_encoder_attention_dropout=arguments.retro_encoder_attention_dropout,
-        retro_decoder_layers=arguments.retro_decoder_layers,
-        retro_attention_gate=arguments.retro_attention_gate,
-        retro_deepnorm=arguments.retro_deepnorm,
-        retro_mup_base_hidden_size=arguments.retro_mup_base_hidden_size,
-        retro_mup_base_kv_channels=arguments.retro_mup_base_kv_channels,
-        **{name: value for name in _OPTIONAL if (value := getattr(arguments, name)) is not None},
-    )
+    # An option that is not given is left out: an origin has defaults of its own.
+    options = passed_to("config", RetroOptions, arguments).items()
+    given = {name: value for name, value in options if value is not None}
+    return build(**shared, retro_chunk_length=arguments.retro_chunk_length, **given)
 
 
 def _refuse_without_retrieval(arguments: ModelArguments) -> None:
-    for name in ("retro_deepnorm", "retro_mup_base_hidden_size", "retro_mup_base_kv_channels"):
-        if getattr(arguments, name):
+    """Reject options of Retro that change the decoder too; the others have no effect."""
+    for name, traits in model_traits(RetroOptions).items():
+        if traits.gpt == "same" and getattr(arguments, name):
             raise ConfigurationError(
-                "--" + name.replace("_", "-"),
+                flag_of(name),
                 f"{getattr(arguments, name)}, together with --no-retrieval",
                 "Leave one of them out: it is built for the model with retrieval",
             )
@@ -167,21 +132,10 @@ def _refuse_without_retrieval(arguments: ModelArguments) -> None:
 
 def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
     return {
-        "num_layers": arguments.num_layers,
-        "hidden_size": arguments.hidden_size,
-        "num_attention_heads": arguments.num_attention_heads,
+        **passed_to("config", DecoderOptions, arguments),
         "num_query_groups": arguments.num_query_groups or arguments.num_attention_heads,
         "ffn_hidden_size": default_ffn_hidden_size(arguments),
-        "kv_channels": arguments.kv_channels,
-        "normalization": arguments.normalization,
-        "layernorm_epsilon": arguments.norm_epsilon,
-        "layernorm_zero_centered_gamma": arguments.apply_layernorm_1p,
         "add_bias_linear": not arguments.disable_bias_linear,
-        "add_qkv_bias": arguments.add_qkv_bias,
-        "qk_layernorm": arguments.qk_layernorm,
-        "rotary_interleaved": arguments.rotary_interleaved,
-        "hidden_dropout": arguments.hidden_dropout,
-        "attention_dropout": arguments.attention_dropout,
         **_initialization_fields(arguments),
         **_activation_fields(arguments),
     }
@@ -196,14 +150,10 @@ def _activation_fields(arguments: ModelArguments) -> dict[str, Any]:
 
 
 def _initialization_fields(arguments: ModelArguments) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "init_method_std": arguments.init_method_std,
-        "embedding_init_method_std": arguments.embedding_init_method_std,
-    }
-    if arguments.init_method_xavier_uniform:
-        uniform = torch.nn.init.xavier_uniform_
-        fields |= {"init_method": uniform, "output_layer_init_method": uniform}
-    return fields
+    if not arguments.init_method_xavier_uniform:
+        return {}
+    uniform = torch.nn.init.xavier_uniform_
+    return {"init_method": uniform, "output_layer_init_method": uniform}
 
 
 def _fusion_fields(arguments: ModelArguments, parallel: ParallelOptions) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""What a training run will do: its flags, resolved with its project, and compared with a run to
+"""The plan of a training run: its flags resolved with the project, and compared with a run to
 resume."""
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import yaml
 
 from retro_mcore.errors import CheckpointError, ConfigurationError, check_all, raise_problems
+from retro_mcore.model.option_traits import model_traits
+from retro_mcore.model.options import ModelArguments, ModelOptions
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.loop.batch_sizes import BatchSizes
@@ -25,10 +27,10 @@ from retro_mcore.training.loop.sample_reader import (
     tokenizer_fingerprint,
 )
 from retro_mcore.training.loop.schedule import ScheduleLengths, schedule_lengths
-from retro_mcore.training.options.megatron import LAYER_FLAGS, flag_of
+from retro_mcore.training.options.megatron import PRECISION_FLAGS, flag_of
 from retro_mcore.training.options.noise import NeighborNoiseOptions
-from retro_mcore.training.options.pretrain import ModelOptions, OptimizerOptions, TrainingOptions
-from retro_mcore.training.setup.build import ModelArguments, number_of_positions, padded_vocab_size
+from retro_mcore.training.options.pretrain import OptimizerOptions, TrainingOptions
+from retro_mcore.training.setup.build import number_of_positions, padded_vocab_size
 from retro_mcore.training.setup.data_contents import DataContents
 from retro_mcore.training.setup.gpt_contents import check_same_gpt
 from retro_mcore.training.setup.retrofit import gpt_arguments
@@ -36,35 +38,14 @@ from retro_mcore.training.setup.retrofit import gpt_arguments
 #: The resolved flags, beside the checkpoints.
 OPTIONS_FILE = "config.yaml"
 
-# May differ when a run is resumed: the checkpoint's padding is kept.
-_PADDING = {"padded_vocab_size", "make_vocab_size_divisible_by"}
-
-# No flags of their own.
-_OF_TOKENIZER = {"vocab_size", "tokenizer_fingerprint"}
-
-# What layers compute in. A release of megatron-core may lack some of these.
-_PRECISION = (
-    *("bf16", "fp16", "fp32_residual_connection", "tp_only_amax_red"),
-    *(name for name in LAYER_FLAGS if name.startswith("fp8_")),
-    *("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
-)
-
-# The position in the data has a meaning for these alone.
-_DATA = ("global_batch_size", "rampup_batch_size", "seed", "split", "data_path")
-
-# Options of the model that its weights do not depend on.
-_FREE = {
-    "hidden_dropout",
-    "attention_dropout",
-    "retro_encoder_hidden_dropout",
-    "retro_encoder_attention_dropout",
-    "retro_encoder_cross_attention_dropout",
-    "init_method_std",
+# Facts about the model that the project decides, not a flag.
+_WITHOUT_FLAG = {field.name for field in fields(ModelArguments)} - {
+    field.name for field in fields(TrainingOptions)
 }
 
 
 class SplitReport(Protocol):
-    """What there is to say of a split's samples."""
+    """Report on a split's samples."""
 
     @property
     def name(self) -> str:
@@ -73,7 +54,7 @@ class SplitReport(Protocol):
 
     @property
     def warning(self) -> str:
-        """A line for whoever trains on them; empty: nothing to say."""
+        """One line for the user, or an empty string."""
         ...
 
     @property
@@ -134,11 +115,11 @@ class TrainingPlan:
 
     @property
     def repetitions(self) -> dict[str, str]:
-        """What is repeated or cut in the samples, by split; nothing of splits where nothing is."""
+        """Warnings about repeated or cut samples, by split."""
         return {each.name: each.warning for each in self.passes if each.warning}
 
     def configuration(self) -> dict[str, Any]:
-        """Everything that a run must share with the run that it resumes, by flag name."""
+        """All values that a run must share with the run that it resumes, by flag name."""
         trained = {
             field.name: getattr(self.options, field.name)
             for part in (OptimizerOptions, NeighborNoiseOptions)
@@ -148,9 +129,20 @@ class TrainingPlan:
             **asdict(self.arguments),
             **trained,
             **self.schedule.flags(),
-            "rampup_batch_size": self.options.rampup_batch_size,
             **self._weight_decay_length(),
-            **{name: getattr(self.options, name) for name in _PRECISION if self._has(name)},
+            **{name: getattr(self.options, name) for name in self._precision()},
+            **self._data(),
+        }
+
+    def _precision(self) -> list[str]:
+        # A release of megatron-core may lack some of these.
+        names = ("bf16", "fp16", *PRECISION_FLAGS)
+        return [name for name in names if self._has(name)]
+
+    def _data(self) -> dict[str, Any]:
+        """What gives a number of consumed samples its meaning."""
+        return {
+            "rampup_batch_size": self.options.rampup_batch_size,
             "global_batch_size": self.global_batch_size,
             "seed": self.project.retro_gpt_seed,
             "split": self.project.retro_gpt_split,
@@ -163,7 +155,7 @@ class TrainingPlan:
         return {"train_samples": self.train_samples} if changes else {}
 
     def checkpoint_args(self) -> Namespace:
-        """What a checkpoint says of itself, under Megatron's names."""
+        """Arguments that a checkpoint stores, under Megatron's names."""
         return Namespace(
             **self.configuration(),
             train_iters=self.train_iters,
@@ -177,7 +169,7 @@ class TrainingPlan:
         )
 
     def check_resumes(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
-        """Refuse a checkpoint of another configuration, or of other data.
+        """Reject a checkpoint of another configuration, or of other data.
 
         Raises:
             CheckpointError: naming every flag that differs, and both values; or the file or
@@ -194,14 +186,14 @@ class TrainingPlan:
     def _check_same_flags(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
         # A checkpoint written before an option existed has its default.
         before = {field.name: field.default for field in fields(TrainingOptions)} | dict(saved)
-        now = {name: mine for name, mine in self._must_agree().items() if name not in _PADDING}
+        now = self._must_agree()
         if self._compares_contents(saved):
             now.pop("data_path", None)  # the files decide, wherever they lie
         differing = [name for name, mine in now.items() if before.get(name) != mine]
         if not differing:
             return
         changes = [f"{name} {before.get(name)}, and now it is {now[name]}" for name in differing]
-        flags = [flag_of(name) for name in differing if name not in _OF_TOKENIZER]
+        flags = [flag_of(name) for name in differing if name not in _WITHOUT_FLAG]
         of_project = ["--project-dir"] if len(flags) < len(differing) else []
         raise CheckpointError(
             str(checkpoint),
@@ -218,14 +210,23 @@ class TrainingPlan:
         return known and "data_path" in self._must_agree()
 
     def _must_agree(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this run, by what is taken from it."""
-        configuration = self.configuration()
-        model = asdict(self.arguments)
+        """Values that a checkpoint must share with this run, which depend on what is loaded."""
+        model = self._model(self._may_differ())
         if self.options.finetune:
-            return {name: value for name, value in model.items() if name not in _FREE}
+            return model
         if self.options.no_load_optim:
-            return {name: configuration[name] for name in (*model, *_DATA) if name in configuration}
-        return configuration
+            return model | self._data()
+        left_out = asdict(self.arguments).keys() - model.keys()
+        return {k: v for k, v in self.configuration().items() if k not in left_out}
+
+    def _may_differ(self) -> set[str]:
+        """Which options of the model may differ from the checkpoint's, by `ModelTraits.reuse`."""
+        return {"padding", "free"} if self.options.finetune else {"padding"}
+
+    def _model(self, without: set[str]) -> dict[str, Any]:
+        traits = model_traits(ModelArguments)
+        model = asdict(self.arguments)
+        return {name: value for name, value in model.items() if traits[name].reuse not in without}
 
     def resolved_options(self) -> dict[str, Any]:
         """Every flag with the value that the run uses, those of the project and defaults too."""

@@ -17,11 +17,11 @@ from retro_mcore.checkpoint.files import existing_checkpoint
 from retro_mcore.data.tokenizers.loading import bos_habit
 from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ConfigurationError, TokenizerError, check_all
+from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.training.loop.sample_reader import check_document_tokens
 from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.setup.build import (
-    ModelArguments,
     default_ffn_hidden_size,
     number_of_positions,
     padded_vocab_size,

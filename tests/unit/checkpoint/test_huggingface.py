@@ -104,8 +104,7 @@ def arguments(**flags):
     """A model's arguments as the trainer resolves them, for the tokenizer of VOCABULARY."""
     from dataclasses import fields
 
-    from retro_mcore.training.options.pretrain import ModelOptions
-    from retro_mcore.training.setup.build import ModelArguments
+    from retro_mcore.model.options import ModelArguments, ModelOptions
 
     options = small_options(**{**NO_DROPOUT, **flags})
     return ModelArguments(

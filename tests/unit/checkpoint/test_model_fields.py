@@ -5,33 +5,131 @@ Whoever hands a checkpoint on to Megatron would otherwise compute something else
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, dataclass, fields
 
 import pytest
 
 from retro_mcore.checkpoint.conversion.model_fields import DECODER_FLAGS, MODEL_FIELDS, OURS_ALONE
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.option_traits import (
+    below_minimum,
+    model_traits,
+    names_there,
+    stated,
+    unclassified,
+)
+from retro_mcore.model.options import ORIGINS, DecoderOptions, ModelArguments, RetroOptions
+from retro_mcore.training.options.checkpoints import CheckpointOptions
+from retro_mcore.training.options.finetune import FinetuneOptions
+from retro_mcore.training.options.pretrain import TrainingOptions
 
 
-def test_every_option_of_the_model_is_classified(megatron):
-    """An option that is added must be added to the table, too."""
-    from retro_mcore.training.setup.build import ModelArguments
-
-    assert {field.name for field in fields(ModelArguments)} == set(MODEL_FIELDS)
+def test_every_option_of_the_model_is_classified():
+    """Importing the table fails otherwise: an option cannot be forgotten."""
+    assert [field.name for field in fields(ModelArguments)] == list(MODEL_FIELDS)
 
 
-def test_what_only_ours_have_says_when_it_changes_nothing(megatron):
+def test_an_option_without_metadata_is_refused_by_name():
+    @dataclass(kw_only=True)
+    class Forgetful(ModelArguments):
+        tanh_softcapping: float | None = None
+
+    with pytest.raises(TypeError, match="tanh_softcapping"):
+        model_traits(Forgetful)
+
+
+def test_every_field_of_the_configuration_is_classified(megatron):
+    """As an option, a value of each origin, a fact of the project, or derived."""
+    from megatron.core.transformer import TransformerConfig
+
+    from retro_mcore.model.config import RetroConfig
+
+    @dataclass
+    class Forgetful(RetroConfig):
+        retro_softcapping: float | None = None
+
+    assert unclassified(RetroConfig, TransformerConfig) == []
+    assert unclassified(Forgetful, TransformerConfig) == ["retro_softcapping"]
+    assert {f.name for f in fields(RetroOptions)} <= {f.name for f in fields(RetroConfig)}
+
+
+def test_every_origin_states_each_of_its_fields(megatron):
+    from retro_mcore.model.config import RetroConfig
+
+    for name, values in stated("origins", RetroConfig).items():
+        assert set(values) == set(ORIGINS), name
+
+
+def test_options_of_the_model_are_passed_to_places_that_exist(megatron):
+    """Every option of retrieval reaches the configuration under its own name."""
+    from inspect import signature
+
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+
+    known = {field.name for field in fields(TransformerConfig)}
+    assert set(names_there("config", DecoderOptions).values()) <= known
+    assert set(names_there("model", DecoderOptions).values()) <= set(signature(GPTModel).parameters)
+    retrieval = [field.name for field in fields(RetroOptions)]
+    assert names_there("config", RetroOptions) == dict(zip(retrieval, retrieval, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [TrainingOptions, FinetuneOptions], ids=lambda options: options.__name__
+)
+def test_numbers_below_their_minimum_are_refused_together(options):
+    """Of every class of options; a size that is no option of training is checked nowhere else."""
+    minimums = stated("at_least", options)
+    assert {"micro_batch_size", "num_workers", "tensor_model_parallel_size"} <= set(minimums)
+    required = {f.name: 1 for f in fields(options) if f.default is MISSING}
+    wrong = options(**{**required, **{name: least - 1 for name, least in minimums.items()}})
+    refused = [str(error) for error in below_minimum(wrong)]
+    assert len(refused) == len(minimums)
+    assert "--num-workers: -1. Choose at least 0" in refused
+
+
+def test_what_needs_another_option_names_one():
+    """One that is None unless it is given."""
+    defaults = {field.name: field.default for field in fields(CheckpointOptions)}
+    for name, other in stated("needs", CheckpointOptions).items():
+        assert defaults[other] is None, name
+
+
+def test_what_only_ours_have_says_when_it_changes_nothing():
     """Its default, at least, must be neutral; the others are checked by themselves."""
-    from retro_mcore.training.setup.build import ModelArguments
-
     defaults = {field.name: field.default for field in fields(ModelArguments)}
     sizes = {"num_attention_heads": 4, "hidden_size": 32, "attention_dropout": 0.1}
     for name in OURS_ALONE:
-        neutral = MODEL_FIELDS[name].is_neutral
+        neutral = MODEL_FIELDS[name].neutral
         assert neutral(defaults[name], {**defaults, **sizes}), name
-    without = {n for n, f in MODEL_FIELDS.items() if f.megatron is None} - set(OURS_ALONE)
+    without = {n for n, f in MODEL_FIELDS.items() if f.form is None} - set(OURS_ALONE)
     assert without == {"retro_origin", "retro_decoder_layers", "tokenizer_fingerprint"}
     assert set(DECODER_FLAGS) <= set(MODEL_FIELDS)
+
+
+def test_what_is_written_for_megatron_is_read_back():
+    """Every option that Megatron-LM's arguments state comes back with its value."""
+    from argparse import Namespace
+
+    from retro_mcore.checkpoint.conversion.architecture import flags_of_arguments
+    from retro_mcore.checkpoint.conversion.targets import megatron_arguments
+
+    required = {f.name: 8 for f in fields(ModelArguments) if f.default is MISSING}
+    flags = {f.name: f.default for f in fields(ModelArguments)} | required
+    flags |= {"num_query_groups": 2, "kv_channels": 4, "ffn_hidden_size": 24, "norm_epsilon": 1e-6}
+    flags |= {"max_position_embeddings": 16, "disable_bias_linear": True, "sliding_window": 16}
+    arguments = megatron_arguments(flags, 1)
+    assert (arguments.layernorm_epsilon, arguments.norm_epsilon) == (1e-6, 1e-6)
+    assert (arguments.add_bias_linear, arguments.retro_add_retriever) == (False, True)
+    assert (arguments.retro_encoder_layers, arguments.retro_gpt_chunk_length) == (2, 8)
+    read = flags_of_arguments(Namespace(**vars(arguments)))
+    unread = {name for name, traits in MODEL_FIELDS.items() if traits.form is None}
+    stated_there = {n: v for n, v in flags.items() if n not in unread and v is not None}
+    stated_there["group_query_attention"] = True  # as its groups say
+    assert {name: read.get(name) for name in stated_there} == stated_there
+    gpt = megatron_arguments({**flags, "no_retrieval": True}, 1)
+    assert not [name for name in vars(gpt) if name.startswith("retro_") and name != "retro_origin"
+                and name != "retro_add_retriever"]  # fmt: skip
 
 
 FLAGS = {
@@ -82,7 +180,6 @@ def test_what_upstream_lacks_is_refused_by_name(target, option):
         {"use_rope_scaling": True},
         {"rotary_interleaved": True},
         {"rotary_seq_len_interpolation_factor": 2.0},
-        {"qk_layernorm": True},
         {"add_qkv_bias": True},
     ],
 )
@@ -92,6 +189,19 @@ def test_what_instructretro_lacks_is_refused_there_alone(option):
     check_origin("megatron", {**FLAGS, **option})
     with pytest.raises(ConfigurationError, match=next(iter(option))):
         check_origin("instructretro", {**FLAGS, "retro_origin": "legacy", **option})
+
+
+@pytest.mark.parametrize("target", ["megatron", "megatron-torch", "instructretro"])
+def test_norms_on_queries_and_keys_go_to_megatrons_gpt_alone(target):
+    """The layers of its Retro are built without them, so their weights would have no place."""
+    from retro_mcore.checkpoint.conversion.targets import check_origin
+
+    origin = "legacy" if target == "instructretro" else "mcore-0.15"
+    normed = {**FLAGS, "qk_layernorm": True, "retro_origin": origin}
+    with pytest.raises(ConfigurationError, match="qk_layernorm True"):
+        check_origin(target, normed)
+    if target != "instructretro":
+        check_origin(target, {**normed, "no_retrieval": True})
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.5])

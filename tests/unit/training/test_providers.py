@@ -198,8 +198,8 @@ def test_a_flag_of_the_model_that_nobody_here_knows_is_refused(megatron, flags, 
 def test_every_option_of_our_model_and_of_noise_has_its_flag(megatron):
     from dataclasses import fields
 
+    from retro_mcore.model.options import ModelOptions
     from retro_mcore.training.options.noise import NeighborNoiseOptions
-    from retro_mcore.training.options.pretrain import ModelOptions
 
     args = parse()
     for options in (ModelOptions, NeighborNoiseOptions):

@@ -14,8 +14,8 @@ import torch
 from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main
 from retro_mcore.errors import CheckpointError
+from retro_mcore.model.options import ModelOptions
 from retro_mcore.training.options.from_checkpoint import model_options_of_gpt
-from retro_mcore.training.options.pretrain import ModelOptions
 from tests.unit.checkpoint.test_huggingface import LLAMA_CONFIG, flags_of, logits
 from tests.unit.data.projects import built_project
 from tests.unit.training.small import NO_DROPOUT, VOCABULARY, small_trainer

@@ -1,0 +1,195 @@
+"""Conversion of a checkpoint: its model's options, completed and checked, and its weights written.
+
+Formats and names are in `retro_mcore.checkpoint.conversion`.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, Flags
+from retro_mcore.checkpoint.conversion.targets import (
+    Target,
+    check_origin,
+    check_window,
+    megatron_arguments,
+    notes_on_target,
+    write_checkpoint,
+)
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+from retro_mcore.errors import CheckpointError
+from retro_mcore.model.options import ModelArguments
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.training.loop.sample_reader import (
+    DOCUMENT_TOKENS,
+    document_tokens,
+    tokenizer_fingerprint,
+)
+from retro_mcore.training.options.model_sizes import default_ffn_hidden_size
+from retro_mcore.training.setup.model_config import number_of_positions
+from retro_mcore.training.setup.retrofit import bos_notes
+
+
+@dataclass
+class Conversion:
+    """The result of a conversion.
+
+    Attributes:
+        source: Format of the original.
+        path: The checkpoint that was written.
+        num_parameters: Of the whole model.
+        flags: Options of the model and facts about its checkpoint.
+        notes: Remarks for the user.
+    """
+
+    source: str
+    path: Path
+    num_parameters: int
+    flags: Flags
+    notes: tuple[str, ...] = ()
+
+
+def convert(
+    load: str,
+    save: str,
+    target: Target,
+    given: Flags,
+    *,
+    origin_given: bool = False,
+    tensor_parallel_size: int = 1,
+    project_dir: str | None = None,
+) -> Conversion:
+    """Write a checkpoint of any known format in another one.
+
+    Args:
+        load: Directory of the original.
+        save: Directory to write to.
+        target: Format to write.
+        given: Flags from the user, which win over the checkpoint's.
+        origin_given: Whether the user named the origin, and so accepts other numerics.
+        tensor_parallel_size: Files to write, in formats with a file per rank.
+        project_dir: Project whose documents are compared with the model's.
+
+    Raises:
+        CheckpointError: the original cannot be read, does not state enough about its model, or
+            there is a checkpoint in `save`.
+        ConfigurationError: the target would compute something else.
+    """
+    checkpoint = open_checkpoint(load)
+    flags = {**checkpoint.flags, **given}
+    if target == "retro-mcore" and "seq_length" not in given:
+        flags |= _within_window(flags)
+    check_window(target, flags)
+    arguments = _model_arguments(flags, load)
+    # Resolved sizes stay: Megatron's arguments have no defaults for them.
+    flags |= {name: value for name, value in arguments.items() if value is not None}
+    check_origin(target, flags, origin_given)
+    dtype = next(iter(checkpoint.weights.values())).dtype
+    flags |= {"bf16": str(dtype) == "torch.bfloat16", "fp16": str(dtype) == "torch.float16"}
+    args = megatron_arguments(flags, tensor_parallel_size)
+    if target == "retro-mcore":
+        args = Namespace(**_our_arguments(flags, arguments))
+    iteration = checkpoint.common.get("iteration")
+    if not isinstance(iteration, int):  # "release", or none
+        iteration = 0
+    path = write_checkpoint(
+        Path(save), target, args, flags, checkpoint.weights, tensor_parallel_size, iteration
+    )
+    number = sum(weight.numel for weight in checkpoint.weights.values())
+    notes = [*checkpoint.notes, *notes_on_target(target, flags)]
+    if project_dir is not None:
+        notes += bos_notes(load, project_dir)
+    return Conversion(checkpoint.source, path, number, flags, tuple(notes))
+
+
+def flags_of_project(directory: str) -> Flags:
+    """Flags that a project fixes for the models trained on it.
+
+    Raises:
+        ProjectError: it is no project directory.
+        TokenizerError: its tokenizer cannot be loaded.
+    """
+    project = ProjectConfig.load(directory)
+    tokenizer = load_project_tokenizer(project, ProjectPaths(directory))
+    return {
+        "seq_length": project.retro_gpt_seq_length,
+        "retro_chunk_length": project.retro_gpt_chunk_length,
+        "tokenizer_type": project.retro_gpt_tokenizer_type,
+        "tokenizer_fingerprint": tokenizer_fingerprint(project, directory),
+        "vocab_size": tokenizer.vocab_size,
+        DOCUMENT_TOKENS: document_tokens(tokenizer),
+    }
+
+
+def _within_window(flags: Flags) -> Flags:
+    """The longest texts of a model with a sliding window: those that fit it."""
+    window, length = flags.get("sliding_window"), flags.get("seq_length")
+    return {"seq_length": window} if window and length and length > window else {}
+
+
+def _model_arguments(flags: Flags, load: str) -> Flags:
+    """All arguments of the model; defaults only for those that do not change what it computes."""
+    missing = [name for name in _needed(flags) if flags.get(name) is None]
+    if missing:
+        raise CheckpointError(
+            load,
+            f"does not say {', '.join(missing)}",
+            "Give them in a YAML file: --model-config FILE (or --project-dir)",
+        )
+    values: Flags = {
+        "retro_chunk_length": 64,  # not used by a GPT
+        "vocab_size": flags["padded_vocab_size"],
+        "tokenizer_type": "unknown",
+        "tokenizer_fingerprint": "",
+        **flags,
+    }
+    arguments: Flags = {}
+    for field in fields(ModelArguments):
+        if field.name in values:
+            arguments[field.name] = values[field.name]
+        elif field.default is not MISSING:
+            arguments[field.name] = field.default
+    return asdict(_as_trained(ModelArguments(**arguments)))
+
+
+def _needed(flags: Flags) -> Iterator[str]:
+    """Options whose defaults would go unnoticed if they were wrong."""
+    kinds = {"always"}
+    kinds |= {"rotary"} if flags["position_embedding_type"] == "rope" else set()
+    kinds |= set() if flags["no_retrieval"] else {"retrieval"}
+    return (name for name, traits in MODEL_FIELDS.items() if traits.needed in kinds)
+
+
+def _as_trained(arguments: ModelArguments) -> ModelArguments:
+    """Sizes equal to the defaults become defaults, so a run with the usual flags can resume."""
+    heads = arguments.num_attention_heads
+    usual = {
+        "num_query_groups": heads,
+        "kv_channels": arguments.hidden_size // heads,
+        "ffn_hidden_size": default_ffn_hidden_size(replace(arguments, ffn_hidden_size=None)),
+    }
+    left_out: Flags = {
+        name: None for name, size in usual.items() if getattr(arguments, name) == size
+    }
+    positions = arguments.max_position_embeddings or number_of_positions(arguments)
+    return replace(arguments, **left_out, max_position_embeddings=positions)
+
+
+def _our_arguments(flags: Flags, arguments: Flags) -> dict[str, Any]:
+    """Arguments as our trainer saves them."""
+    tokens = {DOCUMENT_TOKENS: flags[DOCUMENT_TOKENS]} if DOCUMENT_TOKENS in flags else {}
+    return {
+        **arguments,
+        **tokens,
+        "seed": flags.get("seed", 1234),
+        "bf16": flags["bf16"],
+        "fp16": flags["fp16"],
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+    }
