@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from retro_mcore.distributed import get_rank
 from retro_mcore.evaluation.documents import HeldOutDocuments
-from retro_mcore.evaluation.scoring import sum_over_model_ranks, token_losses
+from retro_mcore.evaluation.scoring import sum_over_model_ranks
 from retro_mcore.evaluation.windows import Window, WindowReader, plan_batches
 from retro_mcore.progress import track
+from retro_mcore.training.loop.scoring import token_losses
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ def measure_chunk_losses(
     progress = track(mine, description, hidden=get_rank() != 0)
     sums = np.zeros((2, reader.documents.num_chunks))
     device = next(model.parameters()).device
-    results = token_losses(model, reader.read(batches, mine, device), vocab_size)
-    for number, (batch, losses) in zip(progress, results, strict=True):
-        if losses is not None:
-            mask = batch.loss_mask.double().cpu().numpy()
+    results = token_losses([model], reader.read(batches, mine, device), vocab_size)
+    for number, (batch, losses_BS) in zip(progress, results, strict=True):
+        if losses_BS is not None:
+            losses, mask = losses_BS.double().cpu().numpy(), batch.loss_mask.double().cpu().numpy()
             _add_to_chunks(sums, reader.documents, batches[number], losses * mask, mask)
     losses_C, tokens_C = sum_over_model_ranks(sums)
     return ChunkLosses(losses_C, tokens_C.round().astype(np.int64), num_bytes)

@@ -20,7 +20,7 @@ from retro_mcore.distributed import get_rank
 from retro_mcore.evaluation.neighbor_sources import NeighborKind, with_neighbors
 from retro_mcore.evaluation.repeats import DistinctText
 from retro_mcore.evaluation.results import perplexity_of
-from retro_mcore.evaluation.scoring import sum_over_model_ranks, token_losses
+from retro_mcore.evaluation.scoring import sum_over_model_ranks
 from retro_mcore.progress import track
 from retro_mcore.training.loop.batch import RetroBatch
 from retro_mcore.training.loop.sample_reader import (
@@ -28,6 +28,7 @@ from retro_mcore.training.loop.sample_reader import (
     NumberedSamples,
     read_batches,
 )
+from retro_mcore.training.loop.scoring import token_losses
 
 if TYPE_CHECKING:
     from retro_mcore.samples.retro_dataset import RetroDataset
@@ -128,9 +129,9 @@ def measure_perplexity(
         hidden=get_rank() != 0,
     )
     sums = np.zeros((2, num_samples))  # losses, tokens
-    for batch, losses in token_losses(model, batches, vocab_size):
-        if losses is not None:
-            mask = batch.loss_mask.double().cpu().numpy()
+    for batch, losses_BS in token_losses([model], batches, vocab_size):
+        if losses_BS is not None:
+            losses, mask = losses_BS.double().cpu().numpy(), batch.loss_mask.double().cpu().numpy()
             sums[:, batch.sample_ids] = (losses * mask).sum(1), mask.sum(1)
     sums = sum_over_model_ranks(sums)
     whole = _corpus_loss(sums)

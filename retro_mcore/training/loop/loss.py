@@ -1,10 +1,10 @@
-"""The loss over the loss mask: as Megatron's schedules want it, and summed over a dataset."""
+"""The training loss over the loss mask, in the form that Megatron's schedules need."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -21,8 +20,6 @@ from torch import Tensor
 from retro_mcore.errors import RetroError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.pipeline import schedule_kwargs
-from retro_mcore.model.vocabulary import losses_of_logits
-from retro_mcore.platform.parallel import unwrap_model
 from retro_mcore.training.loop.batch import RetroBatch
 
 #: What a micro batch reports: [sum of losses, number of tokens] (float32) and its samples.
@@ -56,31 +53,6 @@ def _share_of_loss(
 ) -> tuple[Tensor, Tensor, LossReport]:
     loss, num_tokens, report = masked_loss(batch, losses_BS)
     return loss / positions, num_tokens, report
-
-
-def score_step(
-    vocab_size: int, batches: Iterator[RetroBatch], model: torch.nn.Module
-) -> tuple[Tensor, Callable]:
-    """As `forward_step`, without gradients: losses over the tokenizer's vocabulary alone.
-
-    They depend neither on how many rows pad the embedding nor on the layout.
-
-    Args:
-        vocab_size: The tokenizer's.
-        batches: Micro batches.
-        model: A stage.
-
-    Returns:
-        The logits and a function that makes losses of them and reduces these.
-    """
-    batch = next(batches)
-    return model(**batch.model_inputs()), partial(_score, batch, vocab_size, unwrap_model(model))
-
-
-def _score(
-    batch: RetroBatch, vocab_size: int, model: GPTModel, logits_BSV: Tensor
-) -> tuple[Tensor, Tensor, LossReport]:
-    return masked_loss(batch, losses_of_logits(logits_BSV, batch.labels, vocab_size, model))
 
 
 def masked_loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, LossReport]:
@@ -148,8 +120,6 @@ def forward_backward(
     sequence_length: int,
     micro_batch_size: int,
     with_retrieval: bool,
-    forward_only: bool = False,
-    vocab_size: int | None = None,
 ) -> list[LossReport]:
     """Run micro batches through megatron's forward-backward function.
 
@@ -163,34 +133,34 @@ def forward_backward(
         sequence_length: S.
         micro_batch_size: B.
         with_retrieval: Whether the batches hold retrieved tokens.
-        forward_only: No gradients.
-        vocab_size: The tokenizer's, to score over it alone (without gradients); None: over every
-            row of the model's, as in training.
 
     Returns:
         The micro batches' reports on the last pipeline stage, nothing on the others.
     """
     config = get_model_config(chunks[0])
     positions = num_microbatches * micro_batch_size * sequence_length
-    lengths: dict[str, Any] = {"seq_length": sequence_length}
-    if isinstance(config, RetroConfig):
-        lengths = schedule_kwargs(config, sequence_length, with_retrieval)
     # Every chunk reads the step's batches, each at its own pace.
     iterators = itertools.tee(itertools.islice(batches, num_microbatches), len(chunks))
-    step = partial(forward_step, positions)
-    if vocab_size is not None:
-        step = partial(score_step, vocab_size)
     with token_mean(config, positions):
         reports = get_forward_backward_func()(
-            forward_step_func=step,
+            forward_step_func=partial(forward_step, positions),
             data_iterator=list(iterators),
             model=list(chunks),
             num_microbatches=num_microbatches,
             micro_batch_size=micro_batch_size,
-            forward_only=forward_only,
-            **lengths,
+            forward_only=False,
+            **schedule_lengths(config, sequence_length, with_retrieval),
         )
     return reports
+
+
+def schedule_lengths(
+    config: ModelParallelConfig, sequence_length: int, with_retrieval: bool
+) -> dict[str, Any]:
+    """Lengths of what crosses pipeline stages, for megatron's forward-backward functions."""
+    if isinstance(config, RetroConfig):
+        return schedule_kwargs(config, sequence_length, with_retrieval)
+    return {"seq_length": sequence_length}
 
 
 @dataclass(frozen=True)
@@ -216,11 +186,11 @@ def reduce_losses(reports: Sequence[LossReport], stop: bool = False) -> StepLoss
     device = torch.cuda.current_device()
     zeros = torch.zeros(2, dtype=torch.float64, device=device)
     sums = sum((report["sums"] for report in reports), zeros)
-    loss_sum, num_tokens, stops = _sum_over_ranks(sums, float(stop))
+    loss_sum, num_tokens, stops = sum_over_ranks(sums, float(stop))
     return StepLoss(loss_sum / max(num_tokens, 1.0), int(stops))
 
 
-def _sum_over_ranks(sums: Tensor, every: float = 0.0) -> list[float]:
+def sum_over_ranks(sums: Tensor, every: float = 0.0) -> list[float]:
     """[sum of losses, number of tokens], which last stages have, and a number of every rank."""
     total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
     if parallel_state.get_tensor_model_parallel_rank() == 0:  # the others have the same
@@ -269,46 +239,3 @@ def samples_of_all_ranks(samples: Sequence[int]) -> list[int]:
 def samples_of(reports: Sequence[LossReport]) -> list[int]:
     """The samples of this rank's micro batches."""
     return [sample for report in reports for sample in report["sample_ids"]]
-
-
-@torch.no_grad()
-def total_loss(
-    chunks: Sequence[torch.nn.Module],
-    batches: Iterable[RetroBatch],
-    microbatches_per_step: int = 1,
-    vocab_size: int | None = None,
-) -> tuple[float, int]:
-    """Summed loss and number of tokens over all batches of all data parallel ranks.
-
-    The ranks' batches may differ in number and size. The model is put back into the mode
-    (training or evaluation) that it came in.
-
-    Args:
-        chunks: This rank's stages of the model.
-        batches: The same on every stage.
-        microbatches_per_step: Batches of equal size that run together; more than one fills a
-            pipeline, and the interleaved schedule needs a multiple of the pipeline's size.
-        vocab_size: The tokenizer's, over which the losses are; None: every row of the model's.
-    """
-    was_training = chunks[0].training
-    for chunk in chunks:
-        chunk.eval()
-    total = torch.zeros(2, dtype=torch.float64)
-    remaining = iter(batches)
-    while step := list(itertools.islice(remaining, microbatches_per_step)):
-        reports = forward_backward(
-            chunks,
-            iter(step),
-            len(step),
-            step[0].tokens.shape[1],
-            len(step[0].sample_ids),
-            step[0].retrieved_tokens is not None,
-            forward_only=True,
-            vocab_size=vocab_size,
-        )
-        for report in reports:
-            total += report["sums"].to("cpu", torch.float64)
-    for chunk in chunks:
-        chunk.train(was_training)
-    loss_sum, num_tokens, _ = _sum_over_ranks(total)
-    return loss_sum, int(num_tokens)

@@ -30,7 +30,6 @@ from retro_mcore.training.loop.loss import (
     reduce_losses,
     samples_of,
     samples_of_all_ranks,
-    total_loss,
 )
 from retro_mcore.training.loop.optimizer import (
     build_optimizer,
@@ -58,6 +57,7 @@ from retro_mcore.training.loop.sample_reader import (
     check_document_tokens,
     read_batches,
 )
+from retro_mcore.training.loop.scoring import total_loss
 from retro_mcore.training.loop.spikes import SpikeDetector
 from retro_mcore.training.loop.stopping import StopConditions
 from retro_mcore.training.reporting.progress import StepReport, TrainingReporter

@@ -85,12 +85,12 @@ def of_continuations(model, batch_size):
 
 
 def of_validation(model, batch_size):
-    from retro_mcore.training.loop.loss import total_loss
     from retro_mcore.training.loop.sample_reader import (
         MicroBatchSampler,
         NumberedSamples,
         read_batches,
     )
+    from retro_mcore.training.loop.scoring import total_loss
 
     sampler = MicroBatchSampler(0, 5, batch_size, 0, 1, keep_rest=True)
     batches = read_batches(NumberedSamples(Samples()), sampler, 0, torch.device("cpu"))

@@ -1,0 +1,98 @@
+"""Losses without gradients, under any layout: for validation and for evaluation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from retro_mcore.model.vocabulary import losses_of_logits
+from retro_mcore.platform.parallel import unwrap_model
+from retro_mcore.training.loop.batch import RetroBatch
+from retro_mcore.training.loop.loss import masked_loss, schedule_lengths, sum_over_ranks
+
+
+@torch.no_grad()
+def token_losses(
+    chunks: Sequence[torch.nn.Module],
+    batches: Iterable[RetroBatch],
+    vocab_size: int | None = None,
+    microbatches_per_step: int = 1,
+) -> Iterator[tuple[RetroBatch, Tensor | None]]:
+    """The losses of each batch's tokens; the model is put into evaluation mode.
+
+    They depend neither on how many rows pad the embedding nor on the layout.
+
+    Args:
+        chunks: This rank's stages of the model, on its device.
+        batches: The same on every rank of a model; data parallel ranks have their own.
+        vocab_size: Size of the tokenizer's vocabulary, over which the losses are; None: every row
+            of the model's.
+        microbatches_per_step: Batches of equal size that run together; more than one fills a
+            pipeline, and the interleaved schedule needs a multiple of the pipeline's size.
+
+    Yields:
+        Each batch and its losses f32 [B, S] in nats, unmasked; None except on the last stage.
+    """
+    for chunk in chunks:
+        chunk.eval()
+    config, remaining = get_model_config(chunks[0]), iter(batches)
+    while step := list(itertools.islice(remaining, microbatches_per_step)):
+        length, retrieval = step[0].tokens.shape[1], step[0].retrieved_tokens is not None
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, vocab_size),
+            # Every stage reads the step's batches, each at its own pace.
+            data_iterator=[iter(step) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(step),
+            micro_batch_size=len(step[0].tokens),
+            forward_only=True,
+            **schedule_lengths(config, length, retrieval),
+        )
+        for number, batch in enumerate(step):
+            yield batch, reports[number]["losses"] if reports else None
+
+
+def _forward_step(
+    vocab_size: int | None, batches: Iterator[RetroBatch], model: torch.nn.Module
+) -> tuple[Tensor, Callable]:
+    """Logits on the last stage, and the function that makes losses of them."""
+    batch = next(batches)
+    reduce = partial(_report, batch, vocab_size, unwrap_model(model))
+    return model(**batch.model_inputs()), reduce
+
+
+def _report(
+    batch: RetroBatch, vocab_size: int | None, model: GPTModel, logits_BSV: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The form that megatron's schedules need; only the losses matter here."""
+    losses_BS = losses_of_logits(logits_BSV, batch.labels, vocab_size, model)
+    return losses_BS.sum(), losses_BS.new_tensor(losses_BS.numel()).int(), {"losses": losses_BS}
+
+
+def total_loss(
+    chunks: Sequence[torch.nn.Module],
+    batches: Iterable[RetroBatch],
+    microbatches_per_step: int = 1,
+    vocab_size: int | None = None,
+) -> tuple[float, int]:
+    """Summed loss and number of tokens over all batches of all data parallel ranks.
+
+    The ranks' batches may differ in number and size. The model is put back into the mode
+    (training or evaluation) that it came in. See `token_losses` for the arguments.
+    """
+    was_training = chunks[0].training
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch, losses_BS in token_losses(chunks, batches, vocab_size, microbatches_per_step):
+        if losses_BS is not None:
+            total += masked_loss(batch, losses_BS)[2]["sums"].to("cpu", torch.float64)
+    for chunk in chunks:
+        chunk.train(was_training)
+    loss_sum, num_tokens, _ = sum_over_ranks(total)
+    return loss_sum, int(num_tokens)
