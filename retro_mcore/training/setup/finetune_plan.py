@@ -23,6 +23,7 @@ from retro_mcore.data.instruction.examples import (
 from retro_mcore.data.instruction.samples import InstructionDataset, InstructionFormat
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.errors import ConfigurationError, CorpusError
+from retro_mcore.model.option_traits import stated
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.options.finetune import (
     FinetuneModelOptions,
@@ -210,8 +211,7 @@ def _training_options(
     if model.get("position_embedding_type") == "rope":
         positions = max(positions or 0, length)
     # What the project fixes in pretraining is this command's own here.
-    own = {"seq_length": None, "global_batch_size": None, "eval_interval": None}
-    own |= {"eval_iters": None, "seed": None}
+    own = dict.fromkeys(stated("project", TrainingOptions))
     return TrainingOptions(
         **{
             **{name: value for name, value in given.items() if name in shared},

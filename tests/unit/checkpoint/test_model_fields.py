@@ -5,6 +5,8 @@ Whoever hands a checkpoint on to Megatron would otherwise compute something else
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import MISSING, dataclass, fields
 
 import pytest
@@ -22,6 +24,19 @@ from retro_mcore.model.options import ORIGINS, DecoderOptions, ModelArguments, R
 from retro_mcore.training.options.checkpoints import CheckpointOptions
 from retro_mcore.training.options.finetune import FinetuneOptions
 from retro_mcore.training.options.pretrain import TrainingOptions
+
+
+def test_options_and_their_table_load_without_torch():
+    """`--help` must not wait for it, and a command chooses its device before megatron is loaded."""
+    program = (
+        "import sys, retro_mcore.training.options.pretrain, retro_mcore.training.options.finetune; "
+        "import retro_mcore.checkpoint.conversion.model_fields; "
+        "print({'torch', 'megatron'} & set(sys.modules))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == "set()"
 
 
 def test_every_option_of_the_model_is_classified():
@@ -202,6 +217,17 @@ def test_norms_on_queries_and_keys_go_to_megatrons_gpt_alone(target):
         check_origin(target, normed)
     if target != "instructretro":
         check_origin(target, {**normed, "no_retrieval": True})
+
+
+def test_rotary_options_that_megatrons_script_ignores_are_reported():
+    from retro_mcore.checkpoint.conversion.targets import notes_on_target
+
+    rotary = {**FLAGS, "position_embedding_type": "rope", "rotary_base": 500_000}
+    (note,) = notes_on_target("megatron", rotary)
+    assert "rotary_base 500000" in note
+    assert notes_on_target("megatron", {**rotary, "rotary_base": 10000}) == []
+    assert notes_on_target("megatron", {**rotary, "no_retrieval": True}) == []
+    assert notes_on_target("retro-mcore", rotary) == []
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.5])
