@@ -55,7 +55,7 @@ class RetroConfig(RetroOptions, TransformerConfig):
     retro_chunk_alignment: Alignment = field(
         default="left", metadata=by_origin(dict.fromkeys(ORIGINS, "right"))
     )
-    """Where the chunk grid starts: "left" at the first token, "right" at the last."""
+    """Start of the chunk grid: "left" at the first token, "right" at the last."""
 
     retro_encoder_positions: bool = field(
         default=True, metadata=by_origin(dict.fromkeys(ORIGINS, False))
@@ -67,7 +67,7 @@ class RetroConfig(RetroOptions, TransformerConfig):
         default="raw",
         metadata=by_origin({"mcore-0.15": "normed", "mcore-0.5": "normed", "legacy": "raw"}),
     )
-    """What the encoder's cross-attention output is added to: the stream, or its norm."""
+    """Input to which the encoder adds its cross-attention's output: the stream, or its norm."""
 
     retro_final_layernorm: bool = field(
         default=True, metadata=by_origin({"mcore-0.15": False, "mcore-0.5": True, "legacy": True})

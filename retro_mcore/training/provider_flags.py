@@ -187,7 +187,7 @@ def remember_given(parser: argparse.ArgumentParser) -> None:
 
 
 def project_arguments(directory: str | Path) -> dict[str, Any]:
-    """What a project fixes, under the names of Megatron-LM's arguments.
+    """Values that a project fixes, under the names of Megatron-LM's arguments.
 
     The size of the vocabulary is the project's; Megatron-LM's own tokenizers would need files that
     it may want to download, and count otherwise.
@@ -240,7 +240,7 @@ def size_vocabulary(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what contradicts the project, and what Retro's layers would not honour.
+    """Reject flags that contradict the project or that Retro's layers would ignore.
 
     Raises:
         ConfigurationError: naming the flag, or all flags that are at fault.

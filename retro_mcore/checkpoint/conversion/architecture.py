@@ -50,7 +50,7 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
     """Flags from the arguments that Megatron (or we) saved in a checkpoint.
 
     Args:
-        args: As they were saved.
+        args: The saved arguments.
         source: The checkpoint, for the error.
 
     Raises:
@@ -70,7 +70,7 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
     if "num_attention_heads" in flags:
         groups = values.get("num_query_groups") if values.get("group_query_attention") else None
         flags["num_query_groups"] = groups or flags["num_attention_heads"]
-    # Megatron's fused GELU, which it takes unless told otherwise, is the approximation.
+    # Megatron's fused GELU, its default, is the tanh approximation.
     if values.get("bias_gelu_fusion") and not values.get("swiglu"):
         flags["openai_gelu"] = True
     return {**flags, **_window_flags(values, source)}

@@ -43,10 +43,10 @@ class Checkpoint:
     Attributes:
         path: The directory that holds its files.
         source: Whose format and names it has.
-        flags: What is known of its model, by the names of our flags.
+        flags: Options of its model, as far as they are known, by the names of our flags.
         weights: By our names, as an unsharded model with local layers has them.
         common: Arguments and counters, as they were saved.
-        notes: What its owner may want to know of it.
+        notes: Remarks for the user.
     """
 
     path: Path
@@ -108,8 +108,8 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
         theirs = _origin(source, weights)
         flags["retro_origin"] = getattr(args, "retro_origin", None) if our_model else theirs
     unread = source == "megatron" and not our_model and not flags["no_retrieval"]
-    told = _drop_unread(flags) if unread else []
-    return Checkpoint(path, source, flags, weights, common, notes=told)
+    notes = _drop_unread(flags) if unread else []
+    return Checkpoint(path, source, flags, weights, common, notes=notes)
 
 
 def _drop_unread(flags: Flags) -> list[str]:

@@ -24,13 +24,13 @@ _LARGEST_PADDING = 2048
 
 @dataclass(frozen=True)
 class LoadedDecoder:
-    """What came of loading a decoder.
+    """The result of loading a decoder.
 
     Attributes:
         checkpoint: Where from.
         taken: Weights of the decoder that came across: all of them.
         fresh: Names of retrieval's own parameters, which keep their initial values.
-        notes: What the user should know of it.
+        notes: Remarks for the user.
     """
 
     checkpoint: Checkpoint
@@ -57,7 +57,7 @@ def load_gpt(
         directory: A Megatron checkpoint (torch_dist, or one file per rank) or a Hugging Face
             directory.
         wanted: The model's flags, resolved (`architecture.DECODER_FLAGS` and seq_length).
-        vocab_size: Rows that the tokenizer needs: its ids, but for special ones at the end that
+        vocab_size: Rows that the tokenizer needs: its ids, except special ones at the end that
             nothing writes.
 
     Raises:
@@ -77,7 +77,7 @@ def load_gpt(
 def check_gpt(
     checkpoint: Checkpoint, wanted: Mapping[str, Any], vocab_size: int, source: object
 ) -> None:
-    """Refuse a checkpoint that a model cannot take its decoder from.
+    """Reject a checkpoint that a model cannot take its decoder from.
 
     Args:
         checkpoint: As --load-gpt names it.

@@ -38,7 +38,7 @@ def fused_name(name: str) -> str:
 
 
 def upstream_encoder(first_retro_layer: int) -> str:
-    """Where the retired Retro keeps its encoder: in its first Retro layer's attention."""
+    """Prefix of the retired Retro's encoder, inside the attention of its first Retro layer."""
     return f"decoder.layers.{first_retro_layer - 1}.cross_attention.encoder."
 
 

@@ -34,7 +34,7 @@ def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
 
     Args:
         target: The implementation's format.
-        flags: Of the model.
+        flags: Options of the model.
         forced: Whether the user named the origin, and so knows.
 
     Raises:
@@ -83,7 +83,7 @@ def _lacked(target: Target, flags: Flags) -> Iterator[str]:
 
 
 def notes_on_target(target: Target, flags: Flags) -> list[str]:
-    """Options that the target's code computes only if it is told to, for the user.
+    """Remarks for the user about options that the target's code computes only on request.
 
     Megatron-LM's pretrain_retro.py passes the share of rotated channels to its model, but no other
     option of the rotary embedding, whatever its arguments and the checkpoint's say.
@@ -136,8 +136,8 @@ def write_checkpoint(
     Args:
         directory: As for --save and --load; the checkpoint is made below.
         target: Format and names.
-        args: What the checkpoint says of its model: see `megatron_arguments`.
-        flags: Of the model.
+        args: Arguments of the checkpoint, see `megatron_arguments`.
+        flags: Options of the model.
         weights: By our names.
         tensor_parallel_size: Files to cut it into, with the targets that have one for each rank.
         iteration: Its number; 0 writes "release" where Megatron reads that.
@@ -206,7 +206,7 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
 
     Args:
         flags: By our names, resolved.
-        tensor_parallel_size: Of the checkpoint.
+        tensor_parallel_size: Tensor parallel size of the checkpoint.
     """
     heads = flags["num_attention_heads"]
     groups = flags.get("num_query_groups") or heads

@@ -20,8 +20,8 @@ def model_options_of_checkpoint(load: str | None, ckpt_step: int | None = None) 
     that.
 
     Args:
-        load: As --load.
-        ckpt_step: As --ckpt-step.
+        load: Value of --load.
+        ckpt_step: Value of --ckpt-step.
 
     Raises:
         ConfigurationError: --load is not given.
@@ -39,13 +39,13 @@ def model_options_of_gpt(
 ) -> dict[str, Any]:
     """The options of the GPT that --load-gpt names, by name; of a run to resume, its own.
 
-    Those given beside --load-gpt must not differ, but for dropout;
+    Those given beside --load-gpt must not differ, except dropout;
     `retro_mcore.training.setup.retrofit.gpt_arguments` sees to that.
 
     Args:
-        load_gpt: As --load-gpt.
-        load: As --load: where it holds a checkpoint, that is resumed and the GPT not needed.
-        ckpt_step: As --ckpt-step.
+        load_gpt: Value of --load-gpt.
+        load: Value of --load: a checkpoint in it is resumed, and the GPT is not needed.
+        ckpt_step: Value of --ckpt-step.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be read.

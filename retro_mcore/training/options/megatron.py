@@ -86,7 +86,7 @@ def flag_of(name: str) -> str:
 
 
 def values_of(options: object, flags: Mapping[str, str]) -> dict[str, Any]:
-    """What the options say, by field of megatron's dataclass."""
+    """Values of the options, by field of megatron's dataclass."""
     return {
         field: getattr(options, flag) for flag, field in flags.items() if hasattr(options, flag)
     }
@@ -94,7 +94,7 @@ def values_of(options: object, flags: Mapping[str, str]) -> dict[str, Any]:
 
 @contextmanager
 def naming_refusals() -> Iterator[None]:
-    """Tell it as the user's to mend when one of megatron's configurations refuses its values.
+    """Report values that one of megatron's configurations rejects as errors of the user.
 
     Raises:
         ConfigurationError: with what megatron says.

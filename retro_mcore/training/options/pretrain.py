@@ -75,7 +75,7 @@ class DataOptions:
 
 @dataclass(kw_only=True)
 class ExitOptions:
-    """When a run saves and stops before its last iteration, to be resumed."""
+    """Conditions under which a run saves and stops early, to be resumed."""
 
     exit_interval: int | None = field(default=None, metadata=at_least(1))
     """Save and stop after an iteration that is a multiple of this; a later run resumes."""

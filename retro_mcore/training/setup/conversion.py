@@ -43,7 +43,7 @@ class Conversion:
     Attributes:
         source: Format of the original.
         path: The checkpoint that was written.
-        num_parameters: Of the whole model.
+        num_parameters: Parameters of the whole model.
         flags: Options of the model and facts about its checkpoint.
         notes: Remarks for the user.
     """

@@ -1,4 +1,4 @@
-"""What a run trains on, by content: so that it is not resumed on other data of the same names.
+"""A run's data by content, so that it is not resumed on other data of the same names.
 
 A project may be moved, and a dataset be found under another path; its bytes decide.
 """
@@ -26,7 +26,7 @@ class DatasetContents:
     """One dataset of a blend.
 
     Attributes:
-        name: As messages call it.
+        name: Its name in messages.
         weight: Its share of the blend.
         files: Name to `quick_digest`, in the order in which they are read.
         name_matters: Whether the name decides what a sample is (a prompt's wording).
@@ -40,7 +40,7 @@ class DatasetContents:
 
 @dataclass(frozen=True)
 class DataContents:
-    """What a run's samples are made from.
+    """Contents of a run's samples.
 
     Attributes:
         datasets: The blend.
@@ -51,7 +51,7 @@ class DataContents:
     neighbors: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """As a checkpoint's arguments hold it."""
+        """The entry in a checkpoint's arguments."""
         datasets = [
             {"name": dataset.name, "weight": dataset.weight, "files": dataset.files}
             for dataset in self.datasets
@@ -59,7 +59,7 @@ class DataContents:
         return {"datasets": datasets, "neighbors": self.neighbors}
 
     def differences(self, saved: Mapping[str, Any], checkpoint: Path) -> Iterator[CheckpointError]:
-        """How these differ from a checkpoint's, so that it cannot be resumed on them.
+        """Differences from a checkpoint's contents, which keep it from being resumed on these.
 
         Args:
             saved: Its `record`.
@@ -98,7 +98,7 @@ def _other_data(checkpoint: Path, what: str) -> CheckpointError:
 
 
 def contents_of_project(config: ProjectConfig, paths: ProjectPaths) -> DataContents:
-    """Of a project's training samples.
+    """Contents of a project's training samples.
 
     Raises:
         ProjectError: a file is missing.
@@ -111,7 +111,7 @@ def contents_of_project(config: ProjectConfig, paths: ProjectPaths) -> DataConte
 
 
 def contents_of_blend(parts: Sequence[BlendPart]) -> DataContents:
-    """Of the files that instruction tuning trains on.
+    """Contents of the files that instruction tuning trains on.
 
     Raises:
         ProjectError: a file is missing.
@@ -165,7 +165,7 @@ def _block_starts(size: int, blocks: int) -> Iterable[int]:
 
 
 def _files_digest(directory: Path) -> str:
-    """Of the files' names, sizes and, where they have markers, checksums."""
+    """Digest of the files' names, sizes and, where they have markers, checksums."""
     files = sorted(directory.glob("*.hdf5"))
     markers = [marker_path(file) for file in files]
     read = [marker.read_bytes().hex() if marker.is_file() else "" for marker in markers]

@@ -1,4 +1,4 @@
-"""What a run takes, counted without building it: parameters, and memory per process.
+"""Parameters and memory per process of a run, counted without building the model.
 
 Parameters are exact. So are weights, gradients and optimizer state. Activations are an estimate in
 the manner of Korthikanti et al. 2022 (section 4): what each layer keeps for its backward pass, with
@@ -36,7 +36,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """Of the model: copies do not count."""
+        """Parameters of the model; copies do not count."""
         return self.embedding + self.decoder + self.retrieval
 
 
@@ -56,7 +56,7 @@ class Memory:
 
 
 def count_parameters(config: TransformerConfig, arguments: ModelArguments) -> Parameters:
-    """Of the whole model."""
+    """Parameters of the whole model."""
     every = range(1, config.num_layers + 1)
     return _stage(config, arguments, every, first=True, last=True, parts=1)
 
@@ -69,7 +69,7 @@ def _stage(
     last: bool,
     parts: int,
 ) -> Parameters:
-    """Of one pipeline stage, on one of `parts` tensor parallel processes."""
+    """Parameters of one pipeline stage, on one of `parts` tensor parallel processes."""
     retrieval, encodes = 0, False
     if isinstance(config, RetroConfig):
         crossing = [number for number in config.retro_layer_numbers if number in layers]
@@ -211,7 +211,7 @@ def _activations(
 
 
 def _boundary(config: TransformerConfig, tokens: int) -> int:
-    """What crosses from layer to layer."""
+    """Bytes that cross from layer to layer."""
     return tokens * config.hidden_size // _sequence_parts(config)
 
 

@@ -59,7 +59,7 @@ class FinetunePlan(TrainingPlan):
         return not self.with_retrieval and not self.arguments.no_retrieval
 
     def check_layers(self) -> None:
-        """Refuse packing where attention cannot keep the examples of a sample apart.
+        """Reject packing if attention cannot keep the examples of a sample apart.
 
         Raises:
             ConfigurationError: --pack-samples with layers of Transformer Engine.
@@ -105,7 +105,7 @@ def make_finetune_plan(
     Args:
         command: The flags.
         project: The project's configuration.
-        vocab_size: Of its tokenizer.
+        vocab_size: Size of its tokenizer's vocabulary.
 
     Raises:
         ConfigurationError: a flag cannot work.
@@ -158,11 +158,11 @@ def count_all_cuts(
     datasets: Sequence[InstructionDataset | None],
     tokenizer: Tokenizer,
 ) -> tuple[InstructionCuts, ...]:
-    """What is cut in the examples that a run reads, by split; every rank counts a part of them.
+    """Cuts in the examples that a run reads, by split; every rank counts a part of them.
 
     Args:
         plan: The run.
-        datasets: As `build_instruction_datasets` gives them.
+        datasets: Result of `build_instruction_datasets`.
         tokenizer: The model's.
     """
     found = []

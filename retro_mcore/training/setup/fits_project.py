@@ -9,7 +9,7 @@ from retro_mcore.training.loop.sample_reader import tokenizer_fingerprint
 
 
 def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
-    """Refuse a model that was trained with another tokenizer than the project's.
+    """Reject a model that was trained with another tokenizer than the project's.
 
     Raises:
         TokenizerError: naming both.
@@ -26,7 +26,7 @@ def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_d
 
 
 def check_shape(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
-    """Refuse a project whose samples the model cannot read.
+    """Reject a project whose samples the model cannot read.
 
     Raises:
         ConfigurationError: the chunk length differs, or samples are longer than its positions or

@@ -1,4 +1,4 @@
-"""Which GPT a run began from, by content: so that it is not resumed in the name of another one."""
+"""The GPT that a run began from, by content, so that it is not resumed with another one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BLOCKS = 16
 
 
 def contents_of_gpt(directory: Path) -> dict[str, str]:
-    """What a checkpoint's arguments hold of the GPT that a run began from.
+    """The entry in a checkpoint's arguments for the GPT that a run began from.
 
     Args:
-        directory: That holds its files.
+        directory: Directory of its files.
     """
     files = [path for path in sorted(directory.rglob("*")) if _decides(path, directory)]
     digests = [[str(path.relative_to(directory)), quick_digest(path, _BLOCKS)] for path in files]
@@ -34,12 +34,12 @@ def _decides(path: Path, directory: Path) -> bool:
 
 
 def check_same_gpt(load_gpt: str | None, saved: Mapping[str, str] | None, run: Path) -> None:
-    """Refuse to resume a run in the name of another GPT than it began from.
+    """Reject resuming a run with another GPT than it began from.
 
     A GPT that is not there any more is not needed, and not compared.
 
     Args:
-        load_gpt: As --load-gpt.
+        load_gpt: Value of --load-gpt.
         saved: `contents_of_gpt` as the run recorded it; None where it did not.
         run: The checkpoint that is resumed.
 

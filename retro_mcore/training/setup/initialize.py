@@ -69,7 +69,7 @@ def set_seeds(seed: int) -> None:
 
 
 def set_batch_sizes(sizes: BatchSizes, micro_batch_size: int) -> int:
-    """Tell megatron the batch sizes; returns micro batches per iteration after the ramp.
+    """Set megatron's batch sizes; returns micro batches per iteration after the ramp.
 
     Raises:
         ConfigurationError: a batch does not divide into micro batches on all ranks, or, in the

@@ -27,7 +27,7 @@ def load_model_from_checkpoint(
     process groups are made here.
 
     Args:
-        directory: What pretrain_retro.py was given as --save.
+        directory: Value of pretrain_retro.py's --save.
         parallel: The layout to load into; default: one process. The precision is the checkpoint's.
         ckpt_step: The iteration; default: the latest.
 

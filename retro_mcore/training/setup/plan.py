@@ -75,10 +75,10 @@ class TrainingPlan:
         train_iters: Iterations of the whole run.
         train_samples: Samples they take.
         schedule: Lengths of the schedules, in samples.
-        used_vocab_size: Of the tokenizer's ids, those that can occur; see `Tokenizer`.
-        contents: What the samples are made from; None where nothing is trained on.
+        used_vocab_size: Number of the tokenizer's ids that can occur; see `Tokenizer`.
+        contents: Contents of the samples; None if nothing is trained on.
         passes: How often each split's documents are read, or what is cut in its examples.
-        document_tokens: What begins and ends the project's documents; None: not looked at.
+        document_tokens: Tokens that begin and end the project's documents; None: not compared.
     """
 
     options: TrainingOptions
@@ -140,7 +140,7 @@ class TrainingPlan:
         return [name for name in names if self._has(name)]
 
     def _data(self) -> dict[str, Any]:
-        """What gives a number of consumed samples its meaning."""
+        """Values that give a number of consumed samples its meaning."""
         return {
             "rampup_batch_size": self.options.rampup_batch_size,
             "global_batch_size": self.global_batch_size,
@@ -220,7 +220,7 @@ class TrainingPlan:
         return {k: v for k, v in self.configuration().items() if k not in left_out}
 
     def _may_differ(self) -> set[str]:
-        """Which options of the model may differ from the checkpoint's, by `ModelTraits.reuse`."""
+        """Kinds of model options that may differ from the checkpoint's (`ModelTraits.reuse`)."""
         return {"padding", "free"} if self.options.finetune else {"padding"}
 
     def _model(self, without: set[str]) -> dict[str, Any]:
@@ -280,8 +280,8 @@ def make_plan(
     Args:
         options: The flags.
         project: config.json of `options.project_dir`.
-        vocab_size: Of the project's tokenizer.
-        used_vocab_size: Of these ids, those that can occur (default: all).
+        vocab_size: Size of the tokenizer's vocabulary.
+        used_vocab_size: Number of these ids that can occur (default: all).
 
     Raises:
         ConfigurationError: a flag cannot work, or contradicts the project.

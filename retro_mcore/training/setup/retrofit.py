@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecoder | None:
-    """What --load-gpt names, into the model's decoder; None where it names nothing.
+    """Load the GPT of --load-gpt into the model's decoder; None without --load-gpt.
 
     Raises:
         CheckpointError: see `retro_mcore.checkpoint.conversion.gpt.load_gpt`.
@@ -83,7 +83,7 @@ def gpt_arguments(
     window = checkpoint.flags.get("sliding_window")
     taken = replace(arguments, sliding_window=arguments.sliding_window or window)
     positions = arguments.max_position_embeddings or arguments.seq_length
-    with suppress(ConfigurationError):  # told below, with all else
+    with suppress(ConfigurationError):  # reported below with everything else
         positions = number_of_positions(arguments)
     wanted = _resolved_flags(arguments, positions)
     check_all(
