@@ -83,13 +83,26 @@ def _lacked(target: Target, flags: Flags) -> Iterator[str]:
 
 
 def notes_on_target(target: Target, flags: Flags) -> list[str]:
-    """Remarks for the user about options that the target's code computes only on request.
+    """Remarks for the user about options that the target's Retro computes with restrictions."""
+    if target == "retro-mcore" or flags["no_retrieval"]:
+        return []
+    notes = _ignored_by_script(flags) if target != "instructretro" else []
+    heads = flags["num_attention_heads"]
+    if flags.get("num_query_groups") not in (None, heads):
+        notes.append(
+            f"its {flags['num_query_groups']} query groups for {heads} heads: Megatron refuses to "
+            "build cross-attention with them"
+        )
+    return notes
 
-    Megatron-LM's pretrain_retro.py passes the share of rotated channels to its model, but no other
-    option of the rotary embedding, whatever its arguments and the checkpoint's say.
+
+def _ignored_by_script(flags: Flags) -> list[str]:
+    """Options of the rotary embedding that megatron-core computes, if its model is given them.
+
+    Megatron-LM's pretrain_retro.py gives it the share of rotated channels alone, whatever its
+    arguments and the checkpoint's say.
     """
-    gpt, rotary = flags["no_retrieval"], flags.get("position_embedding_type") == "rope"
-    if target not in ("megatron", "megatron-torch") or gpt or not rotary:
+    if flags.get("position_embedding_type") != "rope":
         return []
     names = {
         there: flags[name]
@@ -226,7 +239,8 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
         "max_position_embeddings": flags.get("max_position_embeddings") or flags["seq_length"],
         "use_rotary_position_embeddings": rotary,
         "add_position_embedding": not rotary,
-        "bias_gelu_fusion": False,
+        # Megatron-Core's way to the tanh approximation; it needs biases.
+        "bias_gelu_fusion": bool(flags.get("openai_gelu")) and not flags["disable_bias_linear"],
         "padded_vocab_size": rows,
         "tensor_model_parallel_size": tensor_parallel_size,
         "pipeline_model_parallel_size": 1,

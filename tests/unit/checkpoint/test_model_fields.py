@@ -142,6 +142,10 @@ def test_what_is_written_for_megatron_is_read_back():
     stated_there = {n: v for n, v in flags.items() if n not in unread and v is not None}
     stated_there["group_query_attention"] = True  # as its groups say
     assert {name: read.get(name) for name in stated_there} == stated_there
+    assert not arguments.bias_gelu_fusion
+    assert megatron_arguments(
+        {**flags, "openai_gelu": True, "disable_bias_linear": False}, 1
+    ).bias_gelu_fusion
     gpt = megatron_arguments({**flags, "no_retrieval": True}, 1)
     assert not [name for name in vars(gpt) if name.startswith("retro_") and name != "retro_origin"
                 and name != "retro_add_retriever"]  # fmt: skip
@@ -228,6 +232,8 @@ def test_rotary_options_that_megatrons_script_ignores_are_reported():
     assert notes_on_target("megatron", {**rotary, "rotary_base": 10000}) == []
     assert notes_on_target("megatron", {**rotary, "no_retrieval": True}) == []
     assert notes_on_target("retro-mcore", rotary) == []
+    (note,) = notes_on_target("instructretro", {**rotary, "num_query_groups": 2})
+    assert "2 query groups for 4 heads" in note
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.5])
