@@ -14,7 +14,7 @@ from retro_mcore.project import ProjectPaths
 from retro_mcore.stages.build_db import BuildDbConfig
 from retro_mcore.stages.configuration import recorded_config
 
-STAGES = ("preprocess_corpus", "build_db", "update_db")
+STAGES = ("preprocess_corpus", "build_db", "build_index", "query_neighbors", "update_db")
 
 
 @pytest.mark.parametrize("stage", STAGES)
