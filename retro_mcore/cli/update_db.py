@@ -17,8 +17,8 @@ from retro_mcore.stages.update_db import STAGE, UpdateDbConfig, UpdateDbReport, 
 class UpdateDbOptions(UpdateDbConfig, ProjectOptions):
     """Retrieve from more documents, or from another project's, without touching the model.
 
-    The neighbors of every sample are searched again. Those that the project has stay in use until
-    the new ones are complete, and on the disk after that. Repeat the command if it is interrupted.
+    The neighbors of every sample are searched again. The old ones stay in use until the new ones
+    are complete, and on the disk after that. Rerun the command if it is interrupted.
     """
 
     project_dir: str

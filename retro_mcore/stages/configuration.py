@@ -45,8 +45,8 @@ def too_small(config: object, least: Mapping[str, int]) -> Iterator[Configuratio
 def recorded_config(paths: ProjectPaths, stage: str, kind: type[Config]) -> Config | None:
     """Configuration that a finished stage was run with; None if the stage has no record.
 
-    Options that the record lacks have their defaults: a stage leaves out most of those, and an
-    older version did not know them. Entries that are no flags are settings of other files.
+    Options that the record lacks have their defaults: a stage leaves out most of those, and older
+    versions did not have them all. Entries that are not flags are settings of other files.
 
     Args:
         paths: The project.
@@ -70,6 +70,9 @@ def recorded_config(paths: ProjectPaths, stage: str, kind: type[Config]) -> Conf
                 options[name] = value
             elif value is not None:
                 options[_RENAMED[name]] = value
-    if options.keys() - known or problems_of(options, kind, {}):
-        raise CorruptFileError(record, f"holds what are no options of {stage}", "Restore the file")
+    found = [f"{flag_of(name)} is unknown to {stage}" for name in sorted(options.keys() - known)]
+    wrong = problems_of(options, kind, {})
+    found += [f"{flag_of(name)} {problem}" for name, problem in wrong.items()]
+    if found:
+        raise CorruptFileError(record, "; ".join(found), "Restore the file")
     return kind(**options)

@@ -155,7 +155,7 @@ def _grow(
     # The index that the old documents are in, by its own name: "auto" could choose another.
     index_config = replace(
         index_config,
-        index=settings.index_string,
+        index=settings.index_string or index_config.index,
         nprobe=settings.nprobe,
         ef_search=settings.ef_search,
         device=config.device,
@@ -166,7 +166,7 @@ def _grow(
 def _reader(
     config: UpdateDbConfig, base: ProjectPaths, settings: ProjectSettings
 ) -> tuple[CorpusReader, bool]:
-    """How the new documents are read: as the project's were; and whether they are cleaned."""
+    """Reader of the new documents, by default the project's own; and whether it cleans texts."""
     # Older projects have these in the record of the stage alone.
     recorded = recorded_options(base, "preprocess_corpus")
     id_key, clean = settings.id_key, settings.clean_text
@@ -186,7 +186,7 @@ def _reader(
 def _record(
     grown: ProjectPaths, prefixes: Sequence[str], reader: CorpusReader, clean: bool
 ) -> None:
-    """How the new documents were read, and what was counted."""
+    """Record how the new documents were read and what was counted."""
     with raise_together():
         each = {prefix: read_counts(grown.data / prefix) for prefix in prefixes}
         read_as = {
@@ -207,7 +207,7 @@ def _restored(base: ProjectPaths, stage: str, kind: type[Config]) -> Config:
     if restored is None:
         raise ProjectError(
             base.stage_record(stage),
-            "no such file, so how to go on is not known",
+            "no such file, so its options are unknown",
             f"Run {stage} on {base.root} first",
         )
     return restored
@@ -241,7 +241,7 @@ def _switch(
 def _query_config(
     config: UpdateDbConfig, paths: ProjectPaths
 ) -> query_neighbors.QueryNeighborsConfig:
-    """Configuration of the project's own search, but for what is asked otherwise."""
+    """Configuration of the project's own search, with the changes that are asked for."""
     kind = query_neighbors.QueryNeighborsConfig
     before = recorded_config(paths, query_neighbors.STAGE, kind) or kind()
     settings = ProjectSettings.load(paths.root)
@@ -267,7 +267,7 @@ def _contents(tokenizer: Tokenizer) -> list[Any]:
 
 
 def _return(paths: ProjectPaths, config: ProjectConfig) -> None:
-    """Back to the project's own database and neighbors, which never went."""
+    """Return to the project's own database and neighbors, which are still there."""
     with raise_together():
         if get_rank() == 0:
             config.retro_database = None

@@ -58,9 +58,16 @@ def test_a_recorded_configuration_is_restored(tmp_path, options, expected):
     assert recorded_config(record(tmp_path, options), "stage", Config) == expected
 
 
-@pytest.mark.parametrize("options", [{"--other": 1}, {"--nprobe": "4"}, {"--index": None}])
-def test_a_record_of_something_else_is_refused(tmp_path, options):
-    with pytest.raises(CorruptFileError, match=r"stage\.json: holds what are no options of stage"):
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"--other": 1}, "--other is unknown to stage"),
+        ({"--nprobe": "4"}, "--nprobe is '4', not a whole number or null"),
+        ({"--index": None, "--x": 1}, "--x is unknown to stage; --index is null, not a text"),
+    ],
+)
+def test_a_record_of_something_else_is_refused(tmp_path, options, found):
+    with pytest.raises(CorruptFileError, match=rf"stage\.json: {found}\. Restore the file"):
         recorded_config(record(tmp_path, options), "stage", Config)
 
 
