@@ -105,7 +105,7 @@ class Progress:
         left = (self._total - self._done) / rate
         parts = [
             f"{self._done} of {self._total}",
-            f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each",
+            _speed(rate),
             f"{_clock(left)} left" if left > 0 else f"done in {_clock(seconds)}",
             self._details,
         ]
@@ -132,3 +132,9 @@ def track(
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+def _speed(rate: float) -> str:
+    if rate < 1:
+        return f"{1 / rate:.3g} s each"
+    return f"{rate:.3g}/s" if rate < 1000 else f"{rate:.0f}/s"

@@ -110,6 +110,8 @@ def add_log_file(logs: CommandLogs, command: str, options: object) -> None:
     """
     option = _LOG_FOLDERS.get(command, "")
     value = getattr(options, option, None)
+    if command == "evaluate_perplexity" and not value:
+        value = Path(options.load) / "perplexity.json"  # type: ignore[attr-defined]
     if not value or getattr(options, "dry_run", False):
         return
     folder = Path(str(value))

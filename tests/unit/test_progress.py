@@ -57,7 +57,7 @@ def test_a_thousand_fast_steps_are_two_lines(seconds, lines):
     for _ in track(iter(range(1000)), "embed", total=1000):
         seconds[0] += 0.001
     assert len(lines()) == 2
-    assert lines()[-1] == "embed: 1000 of 1000, 1e+03/s, done in 0:00:01"
+    assert lines()[-1] == "embed: 1000 of 1000, 1000/s, done in 0:00:01"
 
 
 def test_work_that_stops_says_how_far_it_came(seconds, lines):
