@@ -137,4 +137,4 @@ def _clock(seconds: float) -> str:
 def _speed(rate: float) -> str:
     if rate < 1:
         return f"{1 / rate:.3g} s each"
-    return f"{rate:.3g}/s" if rate < 1000 else f"{rate:.0f}/s"
+    return f"{rate:.3g}/s" if rate < 100 else f"{rate:.0f}/s"
