@@ -44,6 +44,20 @@ def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
+class RepeatedKeyError(JsonError):
+    """An object has a key more than once, so which value counts is a guess."""
+
+
+class RecordWithRepeats(dict[str, Any]):
+    """An object that has some keys more than once; it holds the last value of each.
+
+    Attributes:
+        repeated: Those keys.
+    """
+
+    repeated: tuple[str, ...] = ()
+
+
 def parse_json(text: str | bytes, allow_nan: bool = False, unique_keys: bool = False) -> Any:
     """The value of a JSON text.
 
@@ -54,10 +68,12 @@ def parse_json(text: str | bytes, allow_nan: bool = False, unique_keys: bool = F
     Args:
         text: The JSON text.
         allow_nan: Whether NaN and infinities are read.
-        unique_keys: Whether a key that an object has twice is refused; else the last one counts.
+        unique_keys: Whether a key that an object has twice is refused. Otherwise the last one
+            counts, and the object is a `RecordWithRepeats`.
 
     Raises:
         JsonError: not JSON, not UTF-8, nested too deeply, or a number of thousands of digits.
+        RepeatedKeyError: an object has a key twice, and that is refused.
     """
     try:
         if isinstance(text, bytes):
@@ -65,7 +81,7 @@ def parse_json(text: str | bytes, allow_nan: bool = False, unique_keys: bool = F
         return json.loads(
             text,
             parse_constant=None if allow_nan else _refuse_constant,
-            object_pairs_hook=_unique if unique_keys else None,
+            object_pairs_hook=_unique if unique_keys else _last_of_each,
         )
     except UnicodeDecodeError as error:
         raise JsonError(f"not UTF-8 (byte {error.start})") from error
@@ -83,11 +99,22 @@ def _refuse_constant(name: str) -> Any:
     raise JsonError(f"not JSON ({name} is no number)")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _last_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    record = RecordWithRepeats(values)
     counts = Counter(key for key, _ in pairs)
-    if repeated := [ascii(key)[1:-1] for key, count in counts.items() if count > 1]:
-        raise JsonError(f"has the key {', '.join(repeated)} more than once")
-    return dict(pairs)
+    record.repeated = tuple(key for key, count in counts.items() if count > 1)
+    return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = _last_of_each(pairs)
+    if isinstance(values, RecordWithRepeats):
+        names = ", ".join(ascii(key)[1:-1] for key in values.repeated)
+        raise RepeatedKeyError(f"has the key {names} more than once")
+    return values
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:

@@ -88,7 +88,7 @@ class EvaluatePerplexityOptions:
     output: str | None = None
     """JSON file of the samples' measurements. Default: perplexity.json in --load. Others lie beside
     it: bits_per_byte.json, leakage.json and leakage.png, or NAME.bits_per_byte.json, … for
-    --output NAME.json."""
+    --output NAME.json (NAME_bits_per_byte.json, … for --output NAME)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: CUDA where there is one, else the CPU."""
     tensor_model_parallel_size: int = 1
@@ -173,6 +173,7 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
         project = ProjectConfig.load(options.project_dir)
         _check_splits(options, project)
         output = Path(options.output or Path(options.load) / PERPLEXITY_FILE)
+        _require_own_name(output)
         vocab_size = load_project_tokenizer(project, ProjectPaths(options.project_dir)).vocab_size
     loaded = load_project_model(
         options.project_dir, options.load, options.parallel(), options.retro_attention_gate
@@ -376,7 +377,20 @@ def file_beside(output: Path, name: str) -> Path:
     """
     if output.name == PERPLEXITY_FILE:
         return output.with_name(name)
-    return output.with_name(f"{output.name.removesuffix('.json')}.{name}")
+    if output.suffix == ".json":
+        return output.with_name(f"{output.name.removesuffix('.json')}.{name}")
+    return output.with_name(f"{output.name}_{name}")  # NAME and NAME.json share none
+
+
+def _require_own_name(output: Path) -> None:
+    """Refuse an output with the name of a file that lies beside another output."""
+    for name in (BITS_PER_BYTE_FILE, LEAKAGE_FILE, LEAKAGE_PLOT):
+        if output.name == name or output.name.endswith((f".{name}", f"_{name}")):
+            raise ConfigurationError(
+                f"--output {output}",
+                f"{name} is written beside the measurements of samples",
+                f"Choose a name that does not end in {name}",
+            )
 
 
 def _files(options: EvaluatePerplexityOptions, output: Path) -> list[Path]:

@@ -273,7 +273,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
 def _prompt_of_line(subject: str, line: bytes) -> Prompt:
     mend = 'Each line is an object {"prompt": "some text"}, perhaps with {"neighbors": ["text"]}'
     try:
-        value = parse_json(line, allow_nan=True)
+        value = parse_json(line, allow_nan=True, unique_keys=True)
     except JsonError as error:
         raise ConfigurationError(subject, f"invalid JSON ({error.in_line})", mend) from error
     if has_surrogates(value):

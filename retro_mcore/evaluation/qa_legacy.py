@@ -85,7 +85,7 @@ def read_predictions(path: Path | str) -> list[str]:
 
 def _pred(where: str, line: bytes) -> str:
     try:
-        value = parse_json(line, allow_nan=True)
+        value = parse_json(line, allow_nan=True, unique_keys=True)
     except JsonError as error:
         raise CorpusError(where, f"not JSON ({error.in_line})", "Expected {'pred': …}") from error
     if not isinstance(value, dict) or not isinstance(value.get("pred"), str):

@@ -15,7 +15,7 @@ from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError, CorruptFileError, TokenizerError
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import ProjectConfig, read_json_list
-from retro_mcore.project.markers import FileState, signed_write, state_of
+from retro_mcore.project.markers import FileState, signed_write, state_of, verify
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.shards import Shard, ShardReport, choose_shard_length, cut, run_shards
 from retro_mcore.project.space import require_space
@@ -51,6 +51,7 @@ def read_dataset_infos(paths: ProjectPaths) -> list[DatasetInfo]:
     path, mend = paths.dataset_infos, f"Run build_db --project-dir {paths.root} again"
     if not path.is_file():
         raise CorruptFileError(path, "no such file", mend)
+    verify(path, mend)
     try:
         infos = [DatasetInfo(**values) for values in read_json_list(path)]
     except (TypeError, CorruptFileError) as error:
@@ -287,7 +288,8 @@ def _merge_all(
     fingerprint: str,
 ) -> bool:
     """Write the merged databases that are not there yet; whether all of them were."""
-    write_json(paths.dataset_infos, [vars(info) for info in infos])
+    with signed_write(paths.dataset_infos, fingerprint) as temporary:
+        write_json(temporary, [vars(info) for info in infos])
     reused = True
     for name in MERGED:
         path = paths.merged_db(name)

@@ -234,8 +234,26 @@ def _switch(
             raise ProjectError(
                 target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
             )
+        _check_beginnings(paths, mine, target, theirs)
         query_config = _query_config(config, paths)
     return query_neighbors.query_other_database(paths, query_config, target)
+
+
+def _check_beginnings(
+    paths: ProjectPaths, mine: Tokenizer, target: ProjectPaths, theirs: Tokenizer
+) -> None:
+    """Refuse neighbors whose documents begin otherwise than those that the model reads."""
+    if mine.beginning == theirs.beginning:
+        return
+    found, other = (
+        f"documents begin with BOS ({each.bos})" if each.adds_bos else "no document begins with BOS"
+        for each in (theirs, mine)
+    )
+    raise ProjectError(
+        target.root,
+        f"{found}; in {paths.root}, {other}",
+        f"Build it with preprocess_corpus --add-bos-token {mine.adds_bos}",
+    )
 
 
 def _query_config(

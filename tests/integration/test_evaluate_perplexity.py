@@ -220,7 +220,8 @@ BESIDE = ("bits_per_byte.json", "leakage.json", "leakage.png")
 
 def test_two_outputs_in_one_folder_share_no_file(options, tmp_path):
     """Who compares two models in one folder would read one's bits per byte as the other's."""
-    outputs = [tmp_path / n for n in ("perplexity.json", "a.json", "b.json", "a.b.json", "c")]
+    given = ("perplexity.json", "a.json", "b.json", "a.b.json", "c", "a", "a.b", "perplexity")
+    outputs = [tmp_path / name for name in given]
     names = [file_beside(output, name).name for output in outputs for name in BESIDE]
     assert names[:3] == list(BESIDE)
     assert len({*names, *(output.name for output in outputs)}) == len(names) + len(outputs)
@@ -234,6 +235,9 @@ def test_two_outputs_in_one_folder_share_no_file(options, tmp_path):
     (tmp_path / "b.leakage.png").mkdir()
     with pytest.raises(ConfigurationError, match=r"--output .*b\.leakage\.png: a directory"):
         evaluate_perplexity(options(output=str(outputs[2]), **given))
+    for name in (*BESIDE, "a.leakage.json", "a_leakage.json"):
+        with pytest.raises(ConfigurationError, match=r"written beside the measurements"):
+            evaluate_perplexity(options(output=str(tmp_path / name)))
 
 
 def test_more_than_a_split_holds_is_told(options, capsys):

@@ -51,7 +51,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(path.read_bytes(), unique_keys=True)
     except OSError as error:
         raise CheckpointError(
             path, f"cannot be read ({error.strerror})", "Copy it again"

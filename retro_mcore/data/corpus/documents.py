@@ -8,6 +8,7 @@ file is one part, since it can only be read from its beginning.
 from __future__ import annotations
 
 import codecs
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ from typing import Any
 from retro_mcore.data.corpus.compressed import COMPRESSED, open_binary
 from retro_mcore.data.corpus.files import find_corpus_files, is_json
 from retro_mcore.errors import CorpusError, MissingDependencyError
-from retro_mcore.json_text import JsonError, parse_json, replace_surrogates
+from retro_mcore.json_text import (
+    JsonError,
+    RecordWithRepeats,
+    parse_json,
+    replace_surrogates,
+)
 
 #: Size that a part aims at, in bytes of text.
 PART_BYTES = 32 << 20
@@ -198,10 +204,12 @@ def _read_lines(
                 continue
             try:
                 record = _record_of_line(line, counts)
+                _refuse_repeats(record, (*json_keys, id_key))
                 text = _text_of_record(record, json_keys)
             except CorpusError as error:
                 where = f"{path}:{_line_number(path, begin)}"
-                raise CorpusError(where, error.found, error.mend) from error
+                found, mend = _several_lines(path, line) or (error.found, error.mend)
+                raise CorpusError(where, found, mend) from error
             given = _id_of_record(record, id_key)
             counts["documents_without_id"] += given is None and bool(text.strip())
             yield Document(text, f"{path}:{begin}" if given is None else given)
@@ -227,6 +235,49 @@ def _record_of_line(line: bytes, counts: Counter[str]) -> dict[str, Any]:
         found = f"not a JSON object but {type(record).__name__}"
         raise CorpusError("", found, 'Write a line like {"text": "…"} for each document')
     return record
+
+
+def _refuse_repeats(record: dict[str, Any], keys: Sequence[str]) -> None:
+    """Refuse a line with two texts or two ids. Keys that nobody reads may stand twice."""
+    repeated = record.repeated if isinstance(record, RecordWithRepeats) else ()
+    for key in keys:
+        if key in repeated:
+            raise CorpusError("", f"has the key {key!r} more than once", "Keep one of them")
+
+
+def _several_lines(path: Path, line: bytes) -> tuple[str, str] | None:
+    """What is wrong with a file of JSON that has no document per line, and how to fix it.
+
+    None if that is not what is wrong.
+    """
+    with open_binary(path) as file:
+        lines = (each.removeprefix(codecs.BOM_UTF8).strip() for each in file)
+        first = next(filter(None, lines), b"")
+    if _begins_list(first):
+        found, convert = "a list, not a document on each line", "jq -c '.[]'"
+    elif any(map(_begins_object, (first, line.strip()))):
+        found, convert = "an object over several lines, not one on each line", "jq -c ."
+    else:
+        return None
+    mend = f"Write JSON lines, such as with: {convert}"
+    if path.suffix.lower() not in COMPRESSED:
+        target = path.with_suffix(".lines.jsonl" if path.suffix == ".jsonl" else ".jsonl")
+        mend += f" {shlex.quote(str(path))} > {shlex.quote(str(target))}"
+    return f"invalid JSON lines: it holds {found}", mend
+
+
+def _begins_list(line: bytes) -> bool:
+    """Whether a line is, or begins, a list of objects."""
+    try:
+        values = parse_json(line, allow_nan=True)
+    except JsonError:
+        return line.startswith(b"[")
+    return isinstance(values, list) and any(isinstance(value, dict) for value in values)
+
+
+def _begins_object(line: bytes) -> bool:
+    """Whether a line begins an object that goes on in the next one."""
+    return line.startswith(b"{") and (line == b"{" or line.endswith(b","))
 
 
 def _text_of_record(record: dict[str, Any], json_keys: Sequence[str]) -> str:

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from retro_mcore.errors import CorpusError
-from retro_mcore.json_text import JsonError, has_surrogates, json_lines, parse_json
+from retro_mcore.json_text import (
+    JsonError,
+    RepeatedKeyError,
+    has_surrogates,
+    json_lines,
+    parse_json,
+)
 
 Role = Literal["system", "user", "assistant"]
 
@@ -126,18 +132,20 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
 def _parse(file: Path, data: bytes) -> Iterator[Any]:
     if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         try:
-            yield from parse_json(data, allow_nan=True)
+            yield from parse_json(data, allow_nan=True, unique_keys=True)
             return
         except JsonError as error:
             raise _not_json(f"{file}:{error.line}", error) from error
     for number, line in json_lines(data):
         try:
-            yield parse_json(line, allow_nan=True)
+            yield parse_json(line, allow_nan=True, unique_keys=True)
         except JsonError as error:
             raise _not_json(f"{file}:{number}", error) from error
 
 
 def _not_json(where: str, error: JsonError) -> CorpusError:
+    if isinstance(error, RepeatedKeyError):
+        return CorpusError(where, str(error), "Keep one of them")
     return CorpusError(
         where, f"is not JSON ({error.in_line})", "Expected a JSON list or JSON lines, in UTF-8"
     )

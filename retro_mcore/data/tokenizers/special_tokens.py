@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_mcore.errors import TokenizerError
-from retro_mcore.json_text import JsonError, parse_json
+from retro_mcore.json_text import JsonError, RepeatedKeyError, parse_json
 from retro_mcore.project.markers import fingerprint_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -305,11 +305,12 @@ def _read_object(path: Path, strict: bool = True) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = parse_json(path.read_bytes(), allow_nan=True)
+        values = parse_json(path.read_bytes(), allow_nan=True, unique_keys=True)
         if not isinstance(values, dict):
             raise JsonError("not a JSON object")
     except (OSError, JsonError) as error:
-        if not strict:  # the model's configuration is another command's matter
+        # Otherwise a model's configuration that is malformed is another command's matter.
+        if not strict and not isinstance(error, RepeatedKeyError):
             return {}
         raise TokenizerError(path, str(error), "Restore the file") from error
     return values

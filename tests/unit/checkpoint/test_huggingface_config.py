@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_mcore.checkpoint.conversion.huggingface_config import FAMILIES, Config, config_flags
+from retro_mcore.checkpoint.conversion.huggingface_files import read_json_object
 from retro_mcore.errors import CheckpointError, RetroError
 from tests.unit.checkpoint.test_huggingface import (
     FAMILIES as MODELS,
@@ -31,6 +32,13 @@ from tests.unit.checkpoint.test_huggingface import (
 
 def flags(family: str, **values):
     return config_flags(Config("a model", {"model_type": family, **values}))
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    """Met by who edits the file by hand, and changes the first of both."""
+    (tmp_path / "config.json").write_text('{"num_layers": 2, "model_type": "a", "num_layers": 3}')
+    with pytest.raises(CheckpointError, match=r"config\.json: has the key num_layers more than"):
+        read_json_object(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

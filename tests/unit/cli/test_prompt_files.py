@@ -39,6 +39,7 @@ def test_a_text_file_of_another_system(tmp_path):
         (b'{"prompt": "\xff"}', "invalid JSON .not UTF-8"),
         (b'{"prompt": null}', "no text under the key"),
         (b'["a"]', "no text under the key"),
+        (b'{"prompt": "a", "prompt": "b"}', "invalid JSON .has the key prompt more than once"),
     ],
 )
 def test_the_line_is_named(tmp_path, line, found):

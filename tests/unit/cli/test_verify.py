@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from retro_mcore.checkpoint.checksums import checksums_of_share, write_checksums
-from retro_mcore.cli import verify
+from retro_mcore.cli import build_db, build_index, verify
 from tests.unit.data.projects import built_project
 
 
@@ -60,6 +60,20 @@ def test_what_is_whole_is_counted(capsys, project, run):
     assert result.checkpoints == ["iter_0000002", "iter_0000003"]
     assert result.without_checksums == ["iter_0000001"]
     assert "not compared" in capsys.readouterr().out
+
+
+def test_the_counts_of_the_database_are_compared(capsys, project):
+    """A digit of indexed_dataset_infos.json decides which chunks the index is trained on."""
+    damaged = project / "db" / "indexed_dataset_infos.json"
+    text = damaged.read_text()
+    damaged.write_text(text.replace('"n_chunks_sampled": ', '"n_chunks_sampled":\t'))
+    assert verify.main(["--project-dir", str(project)]) == 2
+    (line,) = errors(capsys)
+    assert f"{damaged}: its bytes differ" in line
+    assert build_index.main(["--project-dir", str(project)]) == 2
+    assert f"{damaged}: its bytes differ" in errors(capsys)[0]
+    assert build_db.main(["--project-dir", str(project), "--retro-doc-block-size", "6"]) == 0
+    assert damaged.read_text() == text
 
 
 def test_every_file_with_a_checksum_is_compared(capsys, project, run):

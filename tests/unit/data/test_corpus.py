@@ -233,6 +233,52 @@ def test_lines_that_no_sane_writer_makes(tmp_path, line, found):
         list(read_documents(path))
 
 
+def test_a_text_that_stands_twice_in_a_line_is_refused(tmp_path):
+    """The last one would be read, and the first one would be lost without a word."""
+    path = tmp_path / "a.jsonl"
+    for line, key in (
+        ('{"text": "a", "text": "a"}', "text"),
+        ('{"id": 1, "text": "", "id": 2}', "id"),
+    ):
+        path.write_text('{"text": "fine"}\n' + line)
+        with pytest.raises(CorpusError, match=rf"a\.jsonl:2: has the key '{key}' more than once"):
+            list(read_documents(path))
+    path.write_text('{"text": "a", "n": 1, "n": 2, "meta": {"text": 1, "text": 2}}')
+    assert [document.text for document in read_documents(path)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        (
+            "a.json",
+            json.dumps([{"text": "a"}, {"text": "b"}], indent=2),
+            r"list.*jq -c '\.\[\]' \S+a\.json > \S+a\.jsonl",
+        ),
+        (
+            "a.json",
+            json.dumps([{"text": "a"}, {"text": "b"}]),
+            r"list.*jq -c '\.\[\]' \S+a\.json > ",
+        ),
+        ("a.jsonl", '\ufeff[\n{"text": "a"},\n{"text": "b"}]\n', r"list.*> \S+a\.lines\.jsonl"),
+        (
+            "a b.json",
+            json.dumps({"text": "a", "id": 1}, indent=2),
+            r"object.*jq -c \. '\S+a b\.json' > ",
+        ),
+        ("a.json", '{"text": "a",\n "id": 1}\n{"text": "b",\n "id": 2}\n', r"object.*jq -c \."),
+        ("a.json", '{"text": "a"}\n{\n"text": "b"\n}\n', r"object.*jq -c \."),
+    ],
+)
+def test_json_that_is_not_a_document_per_line_says_how_to_convert_it(tmp_path, name, text, found):
+    """The commonest form of a .json file; "Expecting value" helps nobody."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(
+        CorpusError, match=rf"\.jsonl?:\d: invalid JSON lines: it holds an? {found}"
+    ):
+        list(read_documents(tmp_path / name))
+
+
 _LINES = any_json.odd_lines | (any_json.records(["text", "id"]) | any_json.values).map(
     lambda value: json.dumps(value).encode()
 )

@@ -249,6 +249,8 @@ def test_passages_that_are_null_are_empty(tmp_path):
         (b'[\n{"question": "\xff"}]', ":2: is not JSON .not UTF-8"),
         (b'{"question": "a"}\n{"question": "\xff"}', ":2: is not JSON .not UTF-8"),
         (b'[{"question": "a"},\n{]', ":2: is not JSON"),
+        (b'{"question": "a"}\n{"question": "b", "question": "c"}', ":2: has the key question more"),
+        (b'[{"question": "a", "answers": [], "answers": []}]', ":1: has the key answers more"),
     ],
 )
 def test_the_line_is_named(tmp_path, data, found):

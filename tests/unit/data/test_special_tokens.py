@@ -108,10 +108,15 @@ def test_the_tokens_can_be_chosen_by_text_or_id(tmp_path):
 
 def test_a_malformed_declaration_is_named(tmp_path):
     directory = save(tmp_path, byte_level(["</s>"]))
-    for text in ("{", "[]", '{"a": ' * 100_000):
+    twice = '{"eos_token": "</s>", "eos_token": "<s>"}'
+    for text in ("{", "[]", '{"a": ' * 100_000, twice):
         (directory / "tokenizer_config.json").write_text(text)
         with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
             load(directory)
+    (directory / "tokenizer_config.json").unlink()
+    (directory / "generation_config.json").write_text('{"eos_token_id": 1, "eos_token_id": 2}')
+    with pytest.raises(TokenizerError, match=r"generation_config\.json: has the key eos_token_id"):
+        load(directory)
 
 
 def test_projects_of_earlier_versions_keep_their_end_of_document(tmp_path):

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
+from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.data.tokenizers.loading import build_tokenizer, load_project_tokenizer
 from retro_mcore.data.tokens.token_file import TokenFile, open_token_files
 from retro_mcore.errors import ProjectError, TokenizerError
@@ -167,6 +170,25 @@ def test_tokens_that_are_given_stay_as_they_are(tmp_path, corpus, llama):
     options.input.append(str(given[False]))
     with pytest.raises(TokenizerError, match=r"12 of 12 documents do not begin with BOS"):
         preprocess_corpus(options)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_another_database_begins_its_documents_alike(tmp_path, corpus, llama, add_bos):
+    """Its neighbors would begin otherwise than those that the model was trained with."""
+    projects = {}
+    for each in (True, False):
+        made = preprocess(
+            tmp_path, corpus, f"{each}", tokenizer_model=str(llama), add_bos_token=each
+        )
+        build_db(BuildDbOptions(str(made)))
+        build_index(BuildIndexOptions(str(made), embedder="lexical"))
+        projects[each] = made
+    project, other = projects[add_bos], projects[not add_bos]
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=2))
+    found = "no document begins" if add_bos else r"documents begin with BOS \(\d+\)"
+    with pytest.raises(ProjectError, match=f"{found}.*--add-bos-token {add_bos}"):
+        update_db(UpdateDbOptions(str(project), exchange=str(other)))
+    assert ProjectConfig.load(project).retro_database is None
 
 
 @pytest.mark.parametrize(
