@@ -167,9 +167,27 @@ class Tokenizer(ABC):
         self.bos = choose_bos(choice, declared, vocabulary, None if len(suffix) else first)
         self.adds_bos = adds_bos(choice, declared, self.bos, first)
 
+    def _refuse_unknown(self, file: Path, unknown: int | None) -> None:
+        """Refuse an EOD or BOS that also stands for characters without a token.
+
+        A tokenizer that can write any character never needs it for that.
+        """
+        if unknown in self._ends() and any(unknown in row for row in self._encode(_PROBES)):
+            role, flag = ("EOD", "eod") if unknown == self.eod else ("BOS", "bos")
+            raise TokenizerError(
+                file,
+                f"its {role}, {self.token_name(unknown)}, also stands for characters that have no "
+                "token",
+                f"Choose another with --{flag}-token",
+            )
+
     def _ends(self) -> set[int]:
         """EOD and BOS, which no text becomes."""
         return {self.eod} if self.bos is None else {self.eod, self.bos}
+
+
+#: Characters of every length in UTF-8, ordinary and rare.
+_PROBES = ["".join(map(chr, range(0x20, 0x800))), "漢", "\ue000", "\U0001f389", "\U0010fffd"]
 
 
 def _differences(text: str, back: str) -> dict[str, int]:

@@ -48,6 +48,7 @@ class FastTokenizer(Tokenizer):
         self._choose(choice, declared, vocabulary, *_ends_of(tokenizer))
         self.pad = self._pad(declared, special)
         unknown = _unknown(tokenizer)
+        self._refuse_unknown(file, unknown)
         forbidden = {each: text for each, text in special.items() if each != unknown}
         forbidden |= {each: self.token_name(each) for each in self._ends()}
         self._used = 1 + max(set(self._vocabulary.values()) - forbidden.keys() | self._ends())
@@ -165,6 +166,12 @@ def load_tokenizer_json(file: Path) -> Any:
     tokenizer.no_padding()
     if not tokenizer.get_vocab():
         raise TokenizerError(file, "holds no tokens", "Name a trained tokenizer")
+    if dropout := getattr(tokenizer.model, "dropout", None):
+        raise TokenizerError(
+            file,
+            f"drops merges at random (dropout {dropout:g}), so a text has other tokens each time",
+            "Set dropout to null in the file",
+        )
     return tokenizer
 
 

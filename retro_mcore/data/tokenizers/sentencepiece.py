@@ -62,6 +62,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
             unknown=_id_or_none(self._processor.unk_id()),
         )
         self._space = self._bytes_of_space()
+        self._refuse_unknown(Path(model), _id_or_none(self._processor.unk_id()))
 
     @property
     def vocab_size(self) -> int:

@@ -169,10 +169,11 @@ def choose_eod(choice: SpecialTokenChoice, declared: DeclaredTokens, vocabulary:
         return first
     named = _declared_token("eos", declared, vocabulary)
     own = vocabulary.own_eod
+    if named is None and not (choice.own_eod and own is not None):
+        _refuse_missing(declared, vocabulary)
     for found in (own, named) if choice.own_eod else (named, own):
         if found is not None:
             return found
-    _refuse_missing(declared, vocabulary)
     found = _declared_id("eos", declared, vocabulary)
     if found is not None:
         return found
@@ -209,6 +210,8 @@ def choose_bos(
     if "bos_token" in declared.tokens and declared.tokens["bos_token"][1] is None:
         return None
     named = _declared_token("bos", declared, vocabulary)
+    if named is None and "bos_token" in declared.tokens:
+        return prefix  # the directory's is not here, and another one would be a guess
     for found in (named, vocabulary.own_bos, _declared_id("bos", declared, vocabulary)):
         if found is not None:
             return found
@@ -224,14 +227,22 @@ def adds_bos(
     """Whether texts begin with BOS: as asked for, else as declared, else as the tokenizer does.
 
     Raises:
-        TokenizerError: it is asked for, and there is no such token.
+        TokenizerError: it is asked for or declared, and there is no such token.
     """
     if choice.add_bos and bos is None:
         raise TokenizerError(
             "--add-bos-token", "asked for, but the tokenizer has no BOS", "Name it with --bos-token"
         )
-    if bos is None or choice.add_bos is not None:
-        return bool(choice.add_bos)
+    if choice.add_bos is not None:
+        return choice.add_bos
+    if bos is None:
+        if declared.add_bos:
+            raise TokenizerError(
+                declared.directory,
+                "says add_bos_token, but the tokenizer has no such BOS",
+                "Name it with --bos-token, or give --add-bos-token False",
+            )
+        return False
     return declared.add_bos if declared.add_bos is not None else prefix == bos
 
 

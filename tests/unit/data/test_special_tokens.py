@@ -32,6 +32,11 @@ def load(directory, **choice):
     return build_tokenizer(HF, directory, choice=SpecialTokenChoice(**choice))
 
 
+def load_sentencepiece(model, **choice):
+    choice = SpecialTokenChoice(**choice)
+    return build_tokenizer("GPTSentencePieceTokenizer", model, choice=choice)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_directory_says_what_begins_and_ends_documents(tmp_path, shape):
     """Whoever brings a model's own tokenizer directory; the project's copy says the same."""
@@ -90,6 +95,60 @@ def test_what_the_files_do_not_decide_is_refused(tmp_path, special, ordinary, fi
     directory = save(tmp_path, byte_level(special, ordinary), **files)
     with pytest.raises(TokenizerError, match=found):
         load(directory)
+
+
+def word_level():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return words
+
+
+def test_an_end_that_stands_for_unknown_characters_is_refused(tmp_path):
+    """Each of them would end the document amid its text."""
+    words = save(tmp_path / "words", word_level())
+    with pytest.raises(TokenizerError, match=r"its EOD, <unk>, also stands .*--eod-token"):
+        load(words, eod="<unk>")
+    with pytest.raises(TokenizerError, match=r"its BOS, <unk>, also stands .*--bos-token"):
+        load(words, eod="</s>", bos="<unk>")
+    # Where bytes write everything, nothing is unknown.
+    assert load(save(tmp_path / "bytes", byte_fallback(["<s>", "</s>"])), eod="<unk>").eod == 2
+    _sentencepiece(tmp_path / "u.model", model_type="unigram", byte_fallback=False, vocab_size=90)
+    with pytest.raises(TokenizerError, match=r"u\.model: its EOD, <unk>, also stands"):
+        load_sentencepiece(tmp_path / "u.model", eod=0)
+
+
+def test_tokens_drawn_at_random_are_refused(tmp_path):
+    """With BPE dropout no run could be repeated, nor an interrupted one finished."""
+    directory = save(tmp_path, byte_level(["</s>"]))
+    values = json.loads((directory / "tokenizer.json").read_text())
+    for dropout in (0.0, 0.1):
+        values["model"]["dropout"] = dropout
+        (directory / "tokenizer.json").write_text(json.dumps(values))
+        if not dropout:
+            load(directory)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: drops merges at random .*0\.1"):
+        load(directory)
+
+
+def test_a_declared_token_that_is_missing_is_not_replaced_by_a_guess(tmp_path):
+    """Tokens that were added after training are no part of a SentencePiece model."""
+    model = tmp_path / "tokenizer.model"
+    _sentencepiece(model)
+    declared = tmp_path / "tokenizer_config.json"
+    declared.write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(TokenizerError, match=r"names '<\|im_end\|>' as eos_token, which"):
+        load_sentencepiece(model)
+    assert load_sentencepiece(model, eod="</s>").eod == 2
+    assert load_sentencepiece(model, own_eod=True).eod == 2
+    declared.write_text('{"bos_token": "<|start|>"}')
+    assert load_sentencepiece(model).bos is None
+    declared.write_text('{"bos_token": "<|start|>", "add_bos_token": true}')
+    with pytest.raises(TokenizerError, match=r"says add_bos_token, .*--bos-token"):
+        load_sentencepiece(model)
+    tokenizer = load_sentencepiece(model, add_bos=False)
+    assert (tokenizer.bos, tokenizer.adds_bos) == (None, False)
 
 
 def test_the_tokens_can_be_chosen_by_text_or_id(tmp_path):
