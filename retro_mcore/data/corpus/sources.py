@@ -10,6 +10,7 @@ from retro_mcore.data.tokens.document_ids import ids_path
 from retro_mcore.data.tokens.token_file import bin_path, idx_path
 from retro_mcore.data.tokens.token_input import find_token_input
 from retro_mcore.errors import CorpusError
+from retro_mcore.json_text import replace_surrogates
 from retro_mcore.project.markers import checksum, fingerprint_of
 
 
@@ -87,7 +88,9 @@ def name_datasets(
     for source in sources:
         given = find_token_input(source)
         name = source.stem.removesuffix(".jsonl").removesuffix(".json")
-        prefix = base = given.name if given else f"{name}_{'_'.join(json_keys)}_document"
+        name = given.name if given else f"{name}_{'_'.join(json_keys)}_document"
+        # A file's name may be any bytes, but config.json holds text.
+        prefix = base = replace_surrogates(name)[0]
         number = 2
         while prefix in (*taken, *prefixes):
             prefix, number = f"{base}_{number}", number + 1

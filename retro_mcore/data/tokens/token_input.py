@@ -95,6 +95,13 @@ def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
             "with which those of the project begin",
             "Make them with BOS, or the project without: --add-bos-token False",
         )
+    if with_bos and not tokenizer.adds_bos and tokenizer.bos != tokenizer.eod:
+        raise TokenizerError(
+            bin_path(prefix),
+            f"{with_bos} of {number} documents begin with BOS ({tokenizer.bos}), and those of the "
+            "project do not",
+            "Make them without BOS",
+        )
 
 
 def count_bos(prefix: Path, tokenizer: Tokenizer) -> tuple[int, int]:

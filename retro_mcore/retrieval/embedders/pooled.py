@@ -10,12 +10,8 @@ import torch
 
 from retro_mcore.errors import MissingDependencyError
 from retro_mcore.retrieval.embedders.base import Embedder, Pooling, embed_by_length
-from retro_mcore.retrieval.embedders.hugging_face import (
-    cannot_load,
-    count_tokens_of,
-    model_path,
-    token_limit,
-)
+from retro_mcore.retrieval.embedders.hugging_face import count_tokens_of, model_path, token_limit
+from retro_mcore.retrieval.embedders.loading import loading_whole, num_positions, require_words
 
 
 class PooledEncoder(Embedder):
@@ -44,8 +40,7 @@ class PooledEncoder(Embedder):
         self._tokenizer, self._model = _load_transformer(model_path(name_or_path), name_or_path)
         self._model.to(self._device).eval()
         self.dimension = int(self._model.config.hidden_size)
-        positions = getattr(self._model.config, "max_position_embeddings", None)
-        limits = map(token_limit, (self._tokenizer.model_max_length, positions))
+        limits = map(token_limit, (self._tokenizer.model_max_length, num_positions(self._model)))
         self.max_tokens = min((limit for limit in limits if limit is not None), default=None)
 
     def half(self) -> None:
@@ -91,7 +86,7 @@ def _load_transformer(path: str, name: str) -> tuple[Any, Any]:
             "transformers", "not installed", "Install retro-mcore[embed]"
         ) from error
     logging.disable_progress_bar()
-    try:
-        return AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise cannot_load(name, error) from error
+    with loading_whole(name):
+        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path)
+    require_words(name, tokenizer)
+    return tokenizer, model

@@ -9,12 +9,8 @@ import numpy as np
 
 from retro_mcore.errors import MissingDependencyError
 from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER, Embedder
-from retro_mcore.retrieval.embedders.hugging_face import (
-    cannot_load,
-    count_tokens_of,
-    model_path,
-    token_limit,
-)
+from retro_mcore.retrieval.embedders.hugging_face import count_tokens_of, model_path, token_limit
+from retro_mcore.retrieval.embedders.loading import loading_whole, require_words
 
 
 class SentenceEncoder(Embedder):
@@ -76,7 +72,7 @@ def _load_sentence_transformer(path: str, name: str, device: str | None) -> Any:
             "sentence-transformers", "not installed", "Install retro-mcore[embed]"
         ) from error
     logging.disable_progress_bar()
-    try:
-        return SentenceTransformer(path, device=device)
-    except (OSError, ValueError) as error:
-        raise cannot_load(name, error) from error
+    with loading_whole(name):
+        model = SentenceTransformer(path, device=device)
+    require_words(name, model.tokenizer)
+    return model

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
 from retro_mcore.cli.build_index import BuildIndexOptions, build_index
@@ -132,12 +134,61 @@ def test_pooling_of_a_hugging_face_encoder():
         ({"half": True}, "--embed-fp16: on the CPU"),
         ({"name": "nowhere", "pooling": "cls"}, "--embedder: 'nowhere' cannot be loaded"),
         ({"name": "lexical", "pooling": "cls"}, "--embedder-pooling: lexical has no model"),
+        ({"name": ""}, "--embedder: '' cannot be loaded"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, found):
     with pytest.raises(ConfigurationError) as caught:
         build_embedder(**{"device": "cpu", **arguments})
     assert str(caught.value).startswith(found)
+
+
+@pytest.fixture
+def tiny_bert(tmp_path):
+    """A Hugging Face encoder of a few kilobytes, without a pooler as many are."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    config = BertConfig(num_hidden_layers=1, **sizes)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(default_bert_vocab().with_name(name), tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def _without_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.layer.0.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+
+def _without_a_tokenizer(folder):
+    for file in (*folder.glob("*token*"), folder / "vocab.txt"):
+        file.unlink()
+
+
+def _cut(folder):
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+@pytest.mark.parametrize(
+    ("harm", "found"),
+    [
+        (
+            _without_a_weight,
+            r"1 weights, such as encoder\.layer\.0\.output\.dense\.weight, .*random",
+        ),
+        (_without_a_tokenizer, r"cannot be loaded \(.*"),
+        (_cut, r"cannot be loaded \(.*[Ee]rror while deserializing"),
+    ],
+)
+def test_a_folder_that_lacks_something_is_refused(tiny_bert, harm, found, pooling):
+    """Its vectors would be random, or those of unknown words; and look like any others."""
+    assert build_embedder(str(tiny_bert), 1, "cpu", pooling).dimension == 8
+    harm(tiny_bert)
+    with pytest.raises(ConfigurationError, match=found):
+        build_embedder(str(tiny_bert), 1, "cpu", pooling)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbo
 from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.data.tokenizers.loading import build_tokenizer, load_project_tokenizer
 from retro_mcore.data.tokens.token_file import TokenFile, open_token_files
+from retro_mcore.data.tokens.token_input import check_token_input
 from retro_mcore.errors import ProjectError, TokenizerError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
@@ -162,6 +163,9 @@ def test_tokens_that_are_given_stay_as_they_are(tmp_path, corpus, llama):
         tokenizer, (file,) = open_project(taken)
         assert tokenizer.adds_bos == add_bos
         assert (file.tokens == TokenFile(given[add_bos]).tokens).all()
+        if not add_bos:  # as update_db --append takes them
+            with pytest.raises(TokenizerError, match=r"12 of 12 .* those of the project do not"):
+                check_token_input(given[True], tokenizer)
     with pytest.raises(TokenizerError, match=r"do not begin with BOS"):
         preprocess(tmp_path, given[False], "x", tokenizer_model=str(llama), add_bos_token=True)
     with pytest.raises(TokenizerError, match=r"begin with BOS \(\d+\), and no document is to"):

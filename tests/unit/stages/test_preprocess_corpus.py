@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import math
+import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -17,9 +18,9 @@ from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preproces
 from retro_mcore.data.corpus import sources
 from retro_mcore.data.tokenizers.loading import GPTSentencePieceTokenizer
 from retro_mcore.data.tokens.document_ids import ids_path, pack_ids, write_ids
-from retro_mcore.data.tokens.token_file import bin_path, idx_path
+from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path
 from retro_mcore.errors import CorpusError, ProjectError, RetroError
-from retro_mcore.project import ProjectPaths
+from retro_mcore.project import ProjectConfig, ProjectPaths
 from retro_mcore.project.records import stage_report
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
 
@@ -273,6 +274,19 @@ def test_all_problems_are_told_at_once(tmp_path, inputs):
     with pytest.raises(RetroError) as told:
         preprocess_corpus(options_for(tmp_path, inputs[:2], **changes))
     assert all(flag in str(told.value) for flag in ("--split", "--input-w", "--train-e"))
+
+
+def test_a_file_name_that_is_no_text(tmp_path):
+    """Linux takes any bytes; config.json, which the later stages read, holds text."""
+    source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    write_corpus(source, documents())
+    options = options_for(tmp_path, [source])
+    preprocess_corpus(options)
+    (prefix,) = ProjectConfig.load(options.project_dir).blend[1]
+    assert prefix == "caf\ufffd_text_document"
+    assert TokenFile(ProjectPaths(options.project_dir).data / prefix).num_documents == len(
+        documents()
+    )
 
 
 def test_bad_input_loses_nothing(tmp_path, inputs):
