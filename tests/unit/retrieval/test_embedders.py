@@ -191,6 +191,18 @@ def test_a_folder_that_lacks_something_is_refused(tiny_bert, harm, found, poolin
         build_embedder(str(tiny_bert), 1, "cpu", pooling)
 
 
+def test_the_positions_of_roberta(tiny_bert):
+    """Its first positions stand for padding; a text of as many tokens as rows ended the run."""
+    from transformers import RobertaConfig, RobertaModel
+
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "pad_token_id": 0}
+    config = RobertaConfig(30522, num_hidden_layers=1, max_position_embeddings=40, **sizes)
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(tiny_bert)
+    embedder = build_embedder(str(tiny_bert), 2, "cpu", "mean")
+    assert embedder.max_tokens == 39
+    assert np.isfinite(embedder.embed(["word " * 700, "a"])).all()
+
+
 @pytest.mark.gpu
 def test_half_precision_on_a_gpu():
     texts = ["A dog chases a cat.", "Interest rates rose."]
