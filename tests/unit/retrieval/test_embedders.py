@@ -196,7 +196,8 @@ def test_the_positions_of_roberta(tiny_bert):
     from transformers import RobertaConfig, RobertaModel
 
     sizes = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "pad_token_id": 0}
-    config = RobertaConfig(30522, num_hidden_layers=1, max_position_embeddings=40, **sizes)
+    sizes |= {"vocab_size": 30522, "num_hidden_layers": 1, "max_position_embeddings": 40}
+    config = RobertaConfig(**sizes)
     RobertaModel(config, add_pooling_layer=False).save_pretrained(tiny_bert)
     embedder = build_embedder(str(tiny_bert), 2, "cpu", "mean")
     assert embedder.max_tokens == 39
