@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from retro_mcore import distributed
 from retro_mcore.cli.command import run_command
-from retro_mcore.cli.pretrain_retro import save_lock, summarize
-from retro_mcore.data.instruction.blend import parse_blend
-from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+from retro_mcore.cli.tables.training import print_training
+from retro_mcore.distributed import initialize
 from retro_mcore.platform import distributed_backend, setup_device
-from retro_mcore.project.config import ProjectConfig
-from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.options.finetune import FinetuneOptions
 
 if TYPE_CHECKING:
@@ -37,34 +33,12 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
         RetroError: options, data, checkpoint and processes do not fit together.
     """
     device = setup_device(options.device)
-    distributed.initialize(distributed_backend())
-    # Megatron is imported only after the device is set up.
-    from retro_mcore.training.loop.sample_reader import document_tokens
-    from retro_mcore.training.loop.trainer import Trainer, finished_run
-    from retro_mcore.training.setup.data_contents import contents_of_blend
-    from retro_mcore.training.setup.finetune_plan import (
-        build_instruction_datasets,
-        count_all_cuts,
-        make_finetune_plan,
-    )
+    initialize(distributed_backend())
+    # Imported here, so that --help does not wait for megatron.
+    from retro_mcore.training.finetuning import finetune
 
-    with distributed.raise_together():
-        project = ProjectConfig.load(options.project_dir)
-        tokenizer = load_project_tokenizer(project, ProjectPaths(options.project_dir))
-        plan = make_finetune_plan(options, project, tokenizer.vocab_size)
-        plan.check_layers()
-        parts = parse_blend(options.data_path, options.data_folder)
-    contents = distributed.on_first_rank(lambda: contents_of_blend(parts))
-    with distributed.raise_together():
-        plan = replace(plan, contents=contents, document_tokens=document_tokens(tokenizer))
-        result = finished_run(plan)
-    if result is None:
-        with save_lock("finetune_retro", options.save) as alone:
-            with distributed.raise_together():
-                train, valid = build_instruction_datasets(plan, tokenizer)
-            plan = replace(plan, passes=count_all_cuts(plan, (train, valid), tokenizer))
-            result = Trainer(plan, train, valid, device, alone).train()
-    summarize("finetune_retro", plan, result)
+    plan, result = finetune(options, device)
+    print_training("finetune_retro", plan, result)
     return result
 
 

@@ -17,6 +17,7 @@ import yaml
 from retro_mcore import logs
 from retro_mcore.cli.help import print_help
 from retro_mcore.errors import ConfigurationError, raise_problems
+from retro_mcore.training.options.run import model_options
 
 Options = TypeVar("Options")
 
@@ -199,33 +200,6 @@ def _flags_of_checkpoint(options_type: type, given: Sequence[str]) -> list[str]:
     if isinstance(step, str):
         options["ckpt_step"] = int(step) if step.isdigit() else None  # tyro refuses it
     return _flags(options_type, model_options(options_type, options), given)
-
-
-def model_options(options_type: type, options: Mapping[str, object]) -> dict[str, object]:
-    """Model options that the checkpoint of --use-checkpoint-args or --load-gpt sets.
-
-    Args:
-        options_type: The command's options.
-        options: The options given, by name.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read.
-        ConfigurationError: --use-checkpoint-args without --load.
-    """
-    known = {field.name for field in dataclasses.fields(options_type)}
-    load, load_gpt, step = (options.get(name) for name in ("load", "load_gpt", "ckpt_step"))
-    of_load = bool(options.get("use_checkpoint_args"))
-    if not of_load and not (load_gpt and known.issuperset(("load_gpt", "num_layers"))):
-        return {}
-    from retro_mcore.training.options import (
-        from_checkpoint as checkpoint_args,  # only now: it takes a while
-    )
-
-    if of_load:
-        return checkpoint_args.model_options_of_checkpoint(load, step)  # type: ignore[arg-type]
-    if options.get("dry_run") and not Path(str(load_gpt)).exists():
-        return {}  # a run can be planned before its GPT exists
-    return checkpoint_args.model_options_of_gpt(str(load_gpt), load, step)  # type: ignore[arg-type]
 
 
 def _with_whole_numbers(options_type: type, arguments: Sequence[str]) -> list[str]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retro_mcore.checkpoint.checksums import CHECKSUMS_FILE, verify_checkpoint
-from retro_mcore.checkpoint.tracker import existing_checkpoints
+from retro_mcore.checkpoint.verification import verify_run
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.distributed import initialize, raise_together
-from retro_mcore.errors import CheckpointError, ConfigurationError
-from retro_mcore.project.config import ProjectConfig, ProjectSettings
-from retro_mcore.project.integrity import COMMANDS, verify_project, verifying
-from retro_mcore.project.paths import ProjectPaths
-
-_MARKER = ".done"
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.project.integrity import verifying
+from retro_mcore.project.verification import verify_whole_project
 
 
 @dataclass
@@ -35,10 +30,10 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was compared, and was whole.
+    """Files that were compared, and were whole.
 
     Attributes:
-        num_files: Files of the project with a completion marker.
+        num_files: Number of the project's files that have a completion marker.
         checkpoints: Names of the checkpoints that have checksums.
         without_checksums: Names of those that have none: older ones, or Megatron's own.
     """
@@ -59,8 +54,8 @@ def verify(options: VerifyOptions) -> Verified:
         raise ConfigurationError("--project-dir and --load", "neither given", "Give one, or both")
     initialize()
     with raise_together(), verifying(True):
-        num_files = 0 if options.project_dir is None else _verify_project(options.project_dir)
-        checked, unchecked = ([], []) if options.load is None else _verify_run(Path(options.load))
+        num_files = 0 if options.project_dir is None else verify_whole_project(options.project_dir)
+        checked, unchecked = ([], []) if options.load is None else verify_run(Path(options.load))
     result = Verified(num_files, checked, unchecked)
     rows: dict[str, object] = {}
     if options.project_dir is not None:
@@ -71,61 +66,6 @@ def verify(options: VerifyOptions) -> Verified:
         rows["without checksums"] = f"{', '.join(unchecked)} (not compared)"
     print_summary("verify", rows)
     return result
-
-
-def _verify_project(directory: str) -> int:
-    paths = ProjectPaths(directory)
-    ProjectConfig.load(paths.root)
-    ProjectSettings.load(paths.root)
-    files = [path for path in _marked_files(paths.root) if path.is_file() or _is_lost(path)]
-    verify_project(paths, files)
-    return len(files)
-
-
-def _marked_files(root: Path) -> Iterator[Path]:
-    """What has a completion marker, there or not; folders that are linked are part of it."""
-    seen = set()
-    for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            inner.clear()
-        else:
-            seen.add(real)
-            ends = (name.removesuffix(_MARKER) for name in names if name.endswith(_MARKER))
-            yield from (Path(folder, name) for name in ends)
-
-
-def _refuse(error: OSError) -> None:
-    raise error
-
-
-def _is_lost(path: Path) -> bool:
-    """Whether a file that is not there was made by a stage that finished.
-
-    A killed one leaves markers alone, too: they are written just before their files take their
-    names. Sample indexes are made again.
-    """
-    for root in path.parents:
-        paths = ProjectPaths(root)
-        if paths.stages.is_dir():
-            command = COMMANDS.get(path.relative_to(root).parts[0], "")
-            finished = paths.stage_record(command).is_file()
-            return finished and not path.is_relative_to(paths.data_cache)
-    return False
-
-
-def _verify_run(directory: Path) -> tuple[list[str], list[str]]:
-    if not directory.is_dir():
-        raise CheckpointError(f"--load {directory}", "no such directory", "Name a run's --save")
-    checked: list[str] = []
-    unchecked: list[str] = []
-    for name in existing_checkpoints(directory):
-        has_checksums = (directory / name / CHECKSUMS_FILE).is_file()
-        (checked if has_checksums else unchecked).append(name)
-        verify_checkpoint(directory / name)
-    if not checked and not unchecked:
-        raise CheckpointError(f"--load {directory}", "holds no checkpoint", "Name a run's --save")
-    return checked, unchecked
 
 
 def main(argv: Sequence[str] | None = None) -> int:

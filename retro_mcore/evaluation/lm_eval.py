@@ -96,15 +96,17 @@ class RetroLM(TemplateLM):
         setup_device(device)
         initialize(distributed_backend())
         # Megatron is imported only after the device is set up.
+        from retro_mcore import session
         from retro_mcore.evaluation.continuations import ContinuationScorer
-        from retro_mcore.session import LoadedModel
+        from retro_mcore.training.options.pretrain import ParallelOptions
 
-        self._loaded = LoadedModel.load(
+        self._loaded = session.load_model(
             project_dir,
             load,
-            retro_neighbors == "live",
-            tensor_model_parallel_size,
-            device=device,
+            retrieval=retro_neighbors == "live",
+            layout=ParallelOptions(
+                device=device, tensor_model_parallel_size=tensor_model_parallel_size
+            ),
             retro_attention_gate=retro_attention_gate,
         )
         if max_length is not None and not 1 <= max_length <= self._loaded.window:

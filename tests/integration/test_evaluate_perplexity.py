@@ -10,7 +10,6 @@ import pytest
 from retro_mcore.cli.evaluate_perplexity import (
     EvaluatePerplexityOptions,
     evaluate_perplexity,
-    file_beside,
     main,
 )
 from retro_mcore.errors import ConfigurationError
@@ -159,7 +158,7 @@ def test_how_often_text_is_read_is_counted_and_said(documents_result, capsys):
     """Who tries a handful of documents reads each of them many times."""
     from dataclasses import replace
 
-    from retro_mcore.cli.perplexity_tables import print_tables
+    from retro_mcore.cli.tables.perplexity import print_tables
 
     folder, result = documents_result
     written = json.loads((folder / "perplexity.json").read_text())
@@ -220,6 +219,8 @@ BESIDE = ("bits_per_byte.json", "leakage.json", "leakage.png")
 
 def test_two_outputs_in_one_folder_share_no_file(options, tmp_path):
     """Who compares two models in one folder would read one's bits per byte as the other's."""
+    from retro_mcore.evaluation.perplexity_run import file_beside
+
     given = ("perplexity.json", "a.json", "b.json", "a.b.json", "c", "a", "a.b", "perplexity")
     outputs = [tmp_path / name for name in given]
     names = [file_beside(output, name).name for output in outputs for name in BESIDE]
@@ -288,17 +289,17 @@ def test_samples_longer_than_those_of_the_training_are_told(options, monkeypatch
     """Rotary positions have no end, but a model knows those alone that it was trained on."""
     from dataclasses import replace
 
-    from retro_mcore import session as loaded_model
+    from retro_mcore import session
 
-    load = loaded_model.load_project_model
+    load = session.load_model
 
-    def trained_on_half(*args):
-        loaded = load(*args)
+    def trained_on_half(*args, **options):
+        loaded = load(*args, **options)
         shorter = {"seq_length": 32, "position_embedding_type": "rope"}
         return replace(loaded, arguments=replace(loaded.arguments, **shorter))
 
     evaluate_perplexity(options(eval_iters=1, retro_eval_neighbors=["none"]))
     assert "trained on" not in capsys.readouterr().err
-    monkeypatch.setattr(loaded_model, "load_project_model", trained_on_half)
+    monkeypatch.setattr(session, "load_model", trained_on_half)
     evaluate_perplexity(options(eval_iters=1, retro_eval_neighbors=["none"]))
     assert "Samples have 64 tokens, but the checkpoint was trained on 32" in capsys.readouterr().err

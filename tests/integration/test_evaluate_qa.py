@@ -113,9 +113,9 @@ def test_scores_are_those_of_the_predictions(ablation):
 def test_the_answer_is_what_generate_adds_to_the_prompt(ablation):
     from retro_mcore.inference.generation import generate
     from retro_mcore.inference.sampling import SamplingOptions
-    from retro_mcore.session import LoadedModel
+    from retro_mcore.session import load_model
 
-    loaded = LoadedModel.load(built_project(), small_checkpoint(), False, device="cpu")
+    loaded = load_model(built_project(), small_checkpoint())
     record = records()[2]
     passage = f"title: , source: {record['ctxs'][0]['text']}\n\n"
     question = f"Question: {record['question']} Answer: The answer is"

@@ -151,15 +151,13 @@ def tuned_with_gate_0(options, tmp_path_factory):
 
 
 def test_the_encoder_of_a_model_tuned_with_gate_0_can_be_switched_on(tuned_with_gate_0):
-    from retro_mcore.session import LoadedModel
+    from retro_mcore.session import load_model
 
     tokens = torch.arange(64).unsqueeze(0)
     neighbors = torch.arange(4 * 2 * 32).view(8, 32)
 
     def changed_by_neighbors(gate):
-        loaded = LoadedModel.load(
-            built_project(), tuned_with_gate_0, False, device="cpu", retro_attention_gate=gate
-        )
+        loaded = load_model(built_project(), tuned_with_gate_0, retro_attention_gate=gate)
         alone = loaded.model(tokens, tokens, None)
         return not torch.equal(
             loaded.model(tokens, tokens, None, context_input_ids=neighbors), alone

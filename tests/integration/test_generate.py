@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from retro_mcore.cli.generate import GenerateOptions, Prompt, generate, main, read_prompt_file
+from retro_mcore.cli.generate import GenerateOptions, generate, main
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.prompt_files import Prompt, read_prompt_file
 from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project, documents
 

@@ -124,9 +124,9 @@ def harness(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(harness):
-    from retro_mcore.session import LoadedModel
+    from retro_mcore.session import load_model
 
-    return LoadedModel.load(built_project(), small_checkpoint(), True, device="cpu")
+    return load_model(built_project(), small_checkpoint(), retrieval=True)
 
 
 FOUND: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}

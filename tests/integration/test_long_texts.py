@@ -42,7 +42,7 @@ def test_evaluate_qa_warns_once_with_both_numbers(model, tmp_path, capsys):
 
 def test_serve_warns_of_what_clients_may_ask_for(model, monkeypatch, capsys):
     pytest.importorskip("uvicorn", reason="uvicorn, an optional package, is not installed")
-    monkeypatch.setattr("retro_mcore.cli.serve._listen", lambda *_: None)
+    monkeypatch.setattr("retro_mcore.server.serving._listen", lambda *_: None)
     serve(ServeOptions(**model, max_length=64))
     assert "warning" not in capsys.readouterr().err
     serve(ServeOptions(**model))

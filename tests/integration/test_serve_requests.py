@@ -24,9 +24,10 @@ class App:
     """The application of a small trained model; calls it without a socket."""
 
     def __init__(self) -> None:
-        from retro_mcore.cli.generation_model import load_generation_model
-        from retro_mcore.cli.serve import ServeOptions, build_server_app
+        from retro_mcore.cli.generation_options import load_generation_model
+        from retro_mcore.cli.serve import ServeOptions
         from retro_mcore.server.service import GenerationService
+        from retro_mcore.server.serving import build_server_app
 
         options = ServeOptions(
             project_dir=str(built_project()),

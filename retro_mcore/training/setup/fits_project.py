@@ -25,20 +25,29 @@ def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_d
         )
 
 
-def check_shape(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
-    """Reject a project whose samples the model cannot read.
+def check_chunk_length(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
+    """Reject a project whose chunks have another length than the model's.
 
     Raises:
-        ConfigurationError: the chunk length differs, or samples are longer than its positions or
-            its window.
+        ConfigurationError: naming both lengths.
     """
     if project.retro_gpt_chunk_length != arguments.retro_chunk_length:
         raise ConfigurationError(
             "retro_gpt_chunk_length",
             f"{project.retro_gpt_chunk_length} in {project_dir}, but the checkpoint was trained "
             f"with {arguments.retro_chunk_length}",
-            "Evaluate on a project with the model's chunk length",
+            "Use a project with the model's chunk length",
         )
+
+
+def check_sample_length(
+    arguments: ModelArguments, project: ProjectConfig, project_dir: str
+) -> None:
+    """Reject a project whose samples are longer than the model can read.
+
+    Raises:
+        ConfigurationError: samples are longer than the model's positions or its window.
+    """
     longer = project.retro_gpt_seq_length > arguments.seq_length
     if longer and arguments.position_embedding_type == "learned_absolute":
         raise ConfigurationError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
@@ -12,10 +15,79 @@ from retro_mcore.checkpoint.checksums import verify_checkpoint
 from retro_mcore.checkpoint.files import find_checkpoint
 from retro_mcore.checkpoint.loading import load_state, require_entries
 from retro_mcore.checkpoint.state import METADATA
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.training.options.pretrain import ParallelOptions
 from retro_mcore.training.setup.build import arguments_from, build_model
 from retro_mcore.training.setup.initialize import initialize_parallel, set_seeds
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A checkpoint's model before it is built.
+
+    Attributes:
+        path: The checkpoint.
+        entries: Everything that the checkpoint records about its run.
+        arguments: What the model is built from.
+    """
+
+    path: Path
+    entries: Mapping[str, Any]
+    arguments: ModelArguments
+
+    @classmethod
+    def find(cls, directory: str | Path, ckpt_step: int | None = None) -> SavedModel:
+        """Read what a checkpoint records. All ranks call it, inside `raise_together`.
+
+        Args:
+            directory: The --save directory of the run.
+            ckpt_step: The iteration; default: the latest.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or it is damaged.
+        """
+        path = find_checkpoint(directory, ckpt_step)
+        entries = read_arguments(path)
+        verify_checkpoint(path)
+        require_entries(path, entries, ("seed", "bf16", "fp16"))
+        return cls(path, entries, arguments_from(entries))
+
+    def with_attention_gate(self, gate: float | None) -> SavedModel:
+        """The same model with another attention gate; None keeps the gate it was trained with.
+
+        Raises:
+            ConfigurationError: the model was trained without retrieval, so it has no gate.
+        """
+        if gate is None:
+            return self
+        if self.arguments.no_retrieval:
+            raise ConfigurationError(
+                "--retro-attention-gate",
+                f"the model of {self.path.parent} was trained without retrieval",
+                "Leave it out",
+            )
+        return replace(self, arguments=replace(self.arguments, retro_attention_gate=gate))
+
+    def load(self, parallel: ParallelOptions) -> GPTModel:
+        """Build this rank's part of the model, load its weights, and set evaluation mode.
+
+        Args:
+            parallel: The layout to load into. The precision is the checkpoint's.
+
+        Raises:
+            CheckpointError: the weights cannot be read.
+            ConfigurationError: the layout does not fit the model.
+        """
+        set_seeds(self.entries["seed"])
+        names = ("bf16", "fp16", "fp32_residual_connection")
+        precision = {name: self.entries[name] for name in names if name in self.entries}
+        layout = ParallelOptions(**{**vars(parallel), **precision})
+        with distributed.raise_together():
+            model = build_model(self.arguments, layout)
+        state = load_state({"model": model.sharded_state_dict(metadata=METADATA)}, self.path)
+        model.load_state_dict(state["model"])
+        return model.eval()
 
 
 def load_model_from_checkpoint(
@@ -41,17 +113,5 @@ def load_model_from_checkpoint(
     parallel = parallel or ParallelOptions()
     initialize_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     with distributed.raise_together():
-        checkpoint = find_checkpoint(directory, ckpt_step)
-        saved = read_arguments(checkpoint)
-        verify_checkpoint(checkpoint)
-        require_entries(checkpoint, saved, ("seed", "bf16", "fp16"))
-        arguments = arguments_from(saved)
-    set_seeds(saved["seed"])
-    names = ("bf16", "fp16", "fp32_residual_connection")
-    precision = {name: saved[name] for name in names if name in saved}
-    layout = ParallelOptions(**{**vars(parallel), **precision})
-    with distributed.raise_together():
-        model = build_model(arguments, layout)
-    state = load_state({"model": model.sharded_state_dict(metadata=METADATA)}, checkpoint)
-    model.load_state_dict(state["model"])
-    return model.eval(), arguments
+        saved = SavedModel.find(directory, ckpt_step)
+    return saved.load(parallel), saved.arguments

@@ -390,7 +390,7 @@ def test_a_sliding_window_goes_with_the_model(megatron, tmp_path):
 
 def test_a_window_guards_what_is_trained_from_it(megatron, tmp_path):
     """--load-gpt from the model itself and from its conversions; and evaluation of the result."""
-    from retro_mcore.training.setup.fits_project import check_shape
+    from retro_mcore.training.setup.fits_project import check_sample_length
     from tests.unit.checkpoint.test_huggingface import flags_of
     from tests.unit.training.small import SEQUENCE_LENGTH, small_plan, small_project
 
@@ -413,10 +413,10 @@ def test_a_window_guards_what_is_trained_from_it(megatron, tmp_path):
                 continue
             arguments = small_plan(**wanted).arguments
             assert arguments.sliding_window == window
-            check_shape(arguments, small_project(), "project")
+            check_sample_length(arguments, small_project(), "project")
             longer = small_project(retro_gpt_seq_length=2 * window)
             with pytest.raises(ConfigurationError, match="retro_gpt_seq_length"):
-                check_shape(arguments, longer, "project")
+                check_sample_length(arguments, longer, "project")
 
 
 @pytest.mark.parametrize(

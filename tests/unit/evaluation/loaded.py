@@ -44,7 +44,7 @@ def poison_padding(model: Any, by: float = 9.0) -> None:
 
 
 def loaded_model(retrieval: bool, model: Any = None) -> Any:
-    """What `LoadedModel.load` gives."""
+    """What `load_model` gives."""
     from retro_mcore.session import LoadedModel
 
     model = model or small_model()

@@ -25,15 +25,15 @@ CLOSE = {"rel": 1e-5}
 
 @pytest.fixture
 def harness_model(monkeypatch, caplog):
+    from retro_mcore import session
     from retro_mcore.evaluation.lm_eval import RetroLM
-    from retro_mcore.session import LoadedModel
 
     caplog.set_level(logging.WARNING)
     weights = small_model()
 
     def make(retro_neighbors="none", **arguments):
         loaded = loaded_model(retro_neighbors == "live", weights)
-        monkeypatch.setattr(LoadedModel, "load", lambda *args, **kwargs: loaded)
+        monkeypatch.setattr(session, "load_model", lambda *args, **kwargs: loaded)
         return RetroLM("project", "model", retro_neighbors, device="cpu", **arguments)
 
     return make

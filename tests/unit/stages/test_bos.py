@@ -88,13 +88,14 @@ def test_it_is_no_text_of_the_database(tmp_path, corpus, llama):
     assert chunk_texts(tokenizer, [chunk[:0]]) == [""]
 
 
+@pytest.mark.usefixtures("megatron")
 def test_prompts_begin_with_one(tmp_path, corpus, llama):
-    from retro_mcore.cli.generation_model import GenerationModel
+    from retro_mcore.session import GenerationModel
 
     project = preprocess(tmp_path, corpus, tokenizer_model=str(llama))
     tokenizer, _ = open_project(project)
     for add_bos in (False, True):
-        loaded = GenerationModel(None, None, tokenizer, None, None, add_bos)
+        loaded = GenerationModel(None, None, tokenizer, None, add_bos=add_bos)
         (ids,) = loaded.tokenize(["<s>two"])
         assert ids == [tokenizer.bos, *tokenizer.tokenize("<s>two")]
         assert tokenizer.bos not in ids[1:]

@@ -195,11 +195,10 @@ def with_settings(project, **changes):
 
 def uses_of_a_model(project, begun, tmp_path):
     """What takes a trained model to a project of the same tokenizer: evaluation, and training."""
-    from retro_mcore.session import load_project_model
-    from retro_mcore.training.options.pretrain import ParallelOptions
+    from retro_mcore.session import load_model
 
     save = str(tmp_path / "other")
-    yield lambda: load_project_model(project, begun, ParallelOptions())
+    yield lambda: load_model(project, begun)
     yield lambda: train(project, save, load=str(begun), finetune=True, train_iters=1)
 
 

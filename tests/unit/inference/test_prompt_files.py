@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retro_mcore.cli.generate import Prompt, read_prompt_file
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.prompt_files import Prompt, read_prompt_file
 from tests.unit.data import any_json
 
 

@@ -1,37 +1,39 @@
-"""`pretrain_retro --dry-run`: what a run would be, without starting it."""
+"""Dry runs: parameters, memory and operations of a training run, without starting it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from retro_mcore.cli.command import print_summary
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import get_world_size
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.training.options.pretrain import TrainingOptions
-
-if TYPE_CHECKING:
-    from retro_mcore.training.setup.estimate import Memory, Parameters
-    from retro_mcore.training.setup.plan import TrainingPlan
-
-_GIB = 2**30
+from retro_mcore.training.options.run import PretrainOptions
+from retro_mcore.training.reporting.flops import training_flops_per_sample
+from retro_mcore.training.setup.build import build_config
+from retro_mcore.training.setup.estimate import (
+    Memory,
+    Parameters,
+    count_parameters,
+    estimate_memory,
+)
+from retro_mcore.training.setup.plan import TrainingPlan, make_plan
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would be.
+    """A training run before it is started.
 
     Attributes:
         plan: Its configuration.
-        world_size: Processes.
-        num_microbatches: Of each process and iteration.
-        parameters: Of the whole model.
+        world_size: Number of processes.
+        num_microbatches: Microbatches per process and iteration.
+        parameters: Parameters of the whole model.
         memory: Bytes on the process that needs most.
-        flops_per_token: Of training: forward and backward pass.
+        flops_per_token: Training operations per token: forward and backward pass.
     """
 
     plan: TrainingPlan
@@ -41,29 +43,27 @@ class DryRun:
     memory: Memory
     flops_per_token: float
 
+    @property
+    def copies(self) -> int:
+        """Copies of the model that the processes hold."""
+        options = self.plan.options
+        return self.world_size // (
+            options.tensor_model_parallel_size * options.pipeline_model_parallel_size
+        )
 
-def dry_run(options: TrainingOptions, world_size: int | None, vocab_size: int | None) -> DryRun:
-    """Build the configuration, and print parameters, memory and operations.
 
-    The project need not exist yet: then the flags that it would fix must be given.
+def dry_run(options: PretrainOptions) -> DryRun:
+    """Plan a run. Call it after `setup_device`.
 
-    Args:
-        options: The flags.
-        world_size: Processes; None: as started, at least one copy of the model.
-        vocab_size: The tokenizer's, where there is no project.
+    The project need not exist yet: then the options that it would fix must be given.
 
     Raises:
-        ConfigurationError: a flag cannot work, contradicts the project, or is missing.
+        ConfigurationError: an option cannot work, contradicts the project, or is missing.
     """
-    from retro_mcore.training.reporting.flops import training_flops_per_sample
-    from retro_mcore.training.setup.build import build_config
-    from retro_mcore.training.setup.estimate import count_parameters, estimate_memory
-    from retro_mcore.training.setup.plan import make_plan
-
-    project, vocabulary, used = _project(options, vocab_size)
+    project, vocabulary, used = _project(options)
     plan = make_plan(options, project, vocabulary, used)
     config = build_config(plan.arguments, options, options)
-    world_size, copies = _copies(options, world_size)
+    world_size, copies = _copies(options)
     batch = options.micro_batch_size * copies
     if plan.global_batch_size % batch:
         raise ConfigurationError(
@@ -76,7 +76,7 @@ def dry_run(options: TrainingOptions, world_size: int | None, vocab_size: int | 
     flops = training_flops_per_sample(
         config, plan.sequence_length, plan.arguments.padded_vocab_size
     )
-    result = DryRun(
+    return DryRun(
         plan,
         world_size,
         microbatches,
@@ -91,12 +91,10 @@ def dry_run(options: TrainingOptions, world_size: int | None, vocab_size: int | 
         ),
         flops / plan.sequence_length,
     )
-    print_summary("pretrain_retro --dry-run", _rows(result, options, copies))
-    return result
 
 
-def _project(options: TrainingOptions, vocab_size: int | None) -> tuple[ProjectConfig, int, int]:
-    """The project, its tokenizer's vocabulary and what of it can occur; else as the flags say."""
+def _project(options: PretrainOptions) -> tuple[ProjectConfig, int, int]:
+    """The project, the size of its vocabulary and how much of it can occur; or as options say."""
     paths = ProjectPaths(options.project_dir)
     if paths.config.is_file() or paths.legacy_config.is_file():
         project = ProjectConfig.load(options.project_dir)
@@ -106,7 +104,7 @@ def _project(options: TrainingOptions, vocab_size: int | None) -> tuple[ProjectC
         "seq_length": options.seq_length,
         "global_batch_size": options.global_batch_size,
         "train_samples": options.train_samples or options.train_iters,
-        "vocab_size": vocab_size or _vocabulary_of_gpt(options),
+        "vocab_size": options.vocab_size or _vocabulary_of_gpt(options),
     }
     for name, value in needed.items():
         if value is None:
@@ -132,8 +130,8 @@ def _project(options: TrainingOptions, vocab_size: int | None) -> tuple[ProjectC
     return project, needed["vocab_size"], needed["vocab_size"]
 
 
-def _vocabulary_of_gpt(options: TrainingOptions) -> int | None:
-    """Of the GPT that --load-gpt names, if it is there."""
+def _vocabulary_of_gpt(options: PretrainOptions) -> int | None:
+    """Vocabulary size of the GPT that --load-gpt names, if it is there."""
     from retro_mcore.checkpoint.conversion.formats import open_checkpoint
 
     if options.load_gpt is None or not Path(options.load_gpt).exists():
@@ -142,10 +140,10 @@ def _vocabulary_of_gpt(options: TrainingOptions) -> int | None:
     return flags.get("vocab_size") or flags["padded_vocab_size"]
 
 
-def _copies(options: TrainingOptions, world_size: int | None) -> tuple[int, int]:
-    """Processes, and the copies of the model that they hold."""
+def _copies(options: PretrainOptions) -> tuple[int, int]:
+    """Number of processes, and of copies of the model that they hold."""
     needed = options.tensor_model_parallel_size * options.pipeline_model_parallel_size
-    processes = world_size or max(get_world_size(), needed)
+    processes = options.world_size or max(get_world_size(), needed)
     if processes % needed:
         raise ConfigurationError(
             "--world-size",
@@ -153,26 +151,3 @@ def _copies(options: TrainingOptions, world_size: int | None) -> tuple[int, int]
             f"Choose a multiple of {needed}",
         )
     return processes, processes // needed
-
-
-def _rows(result: DryRun, options: TrainingOptions, copies: int) -> dict[str, object]:
-    plan, memory, count = result.plan, result.memory, result.parameters
-    tokens = plan.global_batch_size * plan.sequence_length
-    layout = f"tensor {options.tensor_model_parallel_size}"
-    layout += f" x pipeline {options.pipeline_model_parallel_size} x data {copies}"
-    model = plan.arguments
-    return {
-        "model": f"{model.num_layers} layers of {model.hidden_size}, "
-        f"{model.num_attention_heads} heads, vocabulary {model.padded_vocab_size}",
-        "parameters": f"{count.total:,} (decoder {count.decoder + count.embedding:,}, retrieval "
-        f"{count.retrieval:,})",
-        "processes": f"{result.world_size} = {layout}",
-        "batch": f"{plan.global_batch_size} samples = {result.num_microbatches} x "
-        f"{options.micro_batch_size} x {copies}; {tokens:,} tokens",
-        "iterations": f"{plan.train_iters:,}; {plan.train_samples * plan.sequence_length:,} tokens",
-        "memory per GPU": f"{memory.total / _GIB:.1f} GiB: weights {memory.weights / _GIB:.1f}, "
-        f"gradients {memory.gradients / _GIB:.1f}, optimizer {memory.optimizer / _GIB:.1f}, "
-        f"activations about {memory.activations / _GIB:.1f}",
-        "FLOPs per token": f"{result.flops_per_token:.3e}",
-        "FLOPs of the run": f"{result.flops_per_token * tokens * plan.train_iters:.3e}",
-    }

@@ -1,0 +1,125 @@
+"""Configuration of a perplexity evaluation. Imports no megatron, so that `--help` is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.training.options.pretrain import ParallelOptions
+
+#: Options that must be at least 1 where they are given.
+_POSITIVE = (
+    "micro_batch_size",
+    "eval_iters",
+    "eval_documents",
+    "leakage_neighbors",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+)
+
+
+@dataclass(kw_only=True)
+class EvaluatePerplexityConfig:
+    """Configuration of a perplexity evaluation."""
+
+    project_dir: str
+    """The project directory."""
+    load: str
+    """Directory of checkpoints; the latest is evaluated."""
+    split: Literal["valid", "test", "both"] = "valid"
+    """Held-out documents to evaluate."""
+    protocol: Literal["samples", "documents", "both"] = "samples"
+    """samples: Megatron's validation loss, over the samples that query_neighbors found neighbors
+    for. documents: bits per byte of whole documents through overlapping windows, with neighbors
+    searched for their own chunks."""
+    retro_eval_neighbors: list[Literal["real", "shuffled", "random", "none"]] = field(
+        default_factory=list
+    )
+    """Kinds of neighbors to measure with. Default: real, shuffled and none, as far as the model
+    reads any; without shuffled where one text holds more than half of the chunks."""
+    retro_attention_gate: float | None = None
+    """Factor on what the model reads in its neighbors. Default: the checkpoint's; a model that was
+    tuned with 0 needs 1 here to read any."""
+    eval_iters: int | None = None
+    """Global batches of samples to evaluate. Default: all samples of the split."""
+    eval_documents: int | None = None
+    """Number of documents of each corpus to evaluate, from the first. Default: all of the split."""
+    overlapping_eval: int | None = None
+    """Number of tokens from one window's start to the next. Default: half a window, in whole
+    chunks."""
+    leakage: bool = False
+    """Also measure bits per byte by how much of a chunk its neighbors hold (protocol documents)."""
+    leakage_neighbors: int = 10
+    """Neighbors of each chunk that its overlap is measured against."""
+    leakage_alphas: list[float] = field(default_factory=list)
+    """Largest overlaps of the leakage curve, each from 0 to 1. Default: 0.125, 0.25, … 1."""
+    micro_batch_size: int = 4
+    """Samples or windows per process and forward pass."""
+    num_workers: int = 0
+    """Processes that read samples, for each process."""
+    seed: int = 1234
+    """Seed of the shuffling and of the draws."""
+    output: str | None = None
+    """JSON file of the samples' measurements. Default: perplexity.json in --load. Others lie beside
+    it: bits_per_byte.json, leakage.json and leakage.png, or NAME.bits_per_byte.json, … for
+    --output NAME.json (NAME_bits_per_byte.json, … for --output NAME)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto: CUDA where there is one, else the CPU."""
+    tensor_model_parallel_size: int = 1
+    """Processes that share one copy of the model; need not be as in training."""
+    sequence_parallel: bool = False
+    """Split the norms' activations over the tensor parallel processes."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are divided into; need not be as in training."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Implementation of the layers."""
+
+    @property
+    def splits(self) -> tuple[Literal["valid", "test"], ...]:
+        """The splits that --split names."""
+        return ("valid", "test") if self.split == "both" else (self.split,)
+
+    def parallel(self) -> ParallelOptions:
+        """The layout that the model is loaded into."""
+        return ParallelOptions(
+            device=self.device,
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            transformer_impl=self.transformer_impl,
+        )
+
+    def check(self) -> None:
+        """Reject values out of range and options that contradict each other.
+
+        Raises:
+            ConfigurationError: naming the flag.
+        """
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigurationError(flag, str(value), "Choose at least 1")
+        for alpha in self.leakage_alphas:
+            if not 0 <= alpha <= 1:
+                raise ConfigurationError("--leakage-alphas", str(alpha), "Give numbers from 0 to 1")
+        self._check_protocol()
+
+    def _check_protocol(self) -> None:
+        of_documents = {
+            "--leakage": self.leakage,
+            "--overlapping-eval": self.overlapping_eval is not None,
+            "--eval-documents": self.eval_documents is not None,
+        }
+        for flag, given in of_documents.items():
+            if given and self.protocol == "samples":
+                raise ConfigurationError(
+                    flag, "given with --protocol samples", "Add --protocol documents, or both"
+                )
+        if self.leakage_alphas and not self.leakage:
+            raise ConfigurationError("--leakage-alphas", "given without --leakage", "Add --leakage")
+        if self.eval_iters is not None and self.protocol == "documents":
+            raise ConfigurationError(
+                "--eval-iters", "given with --protocol documents", "Give --eval-documents"
+            )

@@ -1,0 +1,298 @@
+"""A whole perplexity evaluation: load a model, measure both protocols, write the results.
+
+Import it after `setup_device`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from retro_mcore import session
+from retro_mcore.data.tokens.splits import parse_split
+from retro_mcore.distributed import get_rank, raise_together
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.evaluation.bits_per_byte import BitsPerByte, DocumentEvaluation
+from retro_mcore.evaluation.leakage import DEFAULT_ALPHAS, LeakagePoint, plot_leakage
+from retro_mcore.evaluation.neighbor_sources import NeighborKind, possible_kinds
+from retro_mcore.evaluation.perplexity import Perplexity, measure_perplexity
+from retro_mcore.evaluation.perplexity_config import EvaluatePerplexityConfig
+from retro_mcore.evaluation.repeats import distinct_text
+from retro_mcore.evaluation.results import require_writable, write_results
+from retro_mcore.model.options import ModelArguments
+from retro_mcore.project.config import SPLITS, ProjectConfig
+from retro_mcore.samples.retro_dataset import build_retro_datasets
+from retro_mcore.session import LoadedModel
+from retro_mcore.training.loop.sample_reader import require_split
+from retro_mcore.training.setup.fits_project import check_sample_length
+
+_LOG = logging.getLogger(__name__)
+
+PERPLEXITY_FILE = "perplexity.json"
+BITS_PER_BYTE_FILE = "bits_per_byte.json"
+LEAKAGE_FILE = "leakage.json"
+LEAKAGE_PLOT = "leakage.png"
+
+
+@dataclass(frozen=True)
+class EvaluatePerplexityResult:
+    """Measurements of a perplexity evaluation.
+
+    Attributes:
+        perplexities: One per split and kind of neighbors, over samples.
+        bits_per_byte: One per split and kind of neighbors, over documents.
+        leakage: The curve of each split.
+        output: The JSON file of `perplexities`; `file_beside` names the others.
+    """
+
+    perplexities: list[Perplexity]
+    bits_per_byte: list[BitsPerByte]
+    leakage: dict[str, list[LeakagePoint]]
+    output: Path
+
+    def perplexity(self, neighbors: str, split: str = "valid") -> float:
+        """Perplexity over the samples of one split with one kind of neighbors."""
+        return next(
+            row.perplexity
+            for row in self.perplexities
+            if (row.neighbors, row.split) == (neighbors, split)
+        )
+
+    def write(self) -> None:
+        """Write everything that was measured; call it on one rank.
+
+        Raises:
+            ConfigurationError: a file cannot be written.
+            ProjectError: the disk is full.
+        """
+        output = self.output
+        if self.perplexities:
+            write_results(output, [_as_json(row) for row in self.perplexities])
+        if self.bits_per_byte:
+            rows = [asdict(row) for row in self.bits_per_byte]
+            write_results(file_beside(output, BITS_PER_BYTE_FILE), rows)
+        if self.leakage:
+            curves = {
+                split: [point.as_json() for point in points]
+                for split, points in self.leakage.items()
+            }
+            write_results(file_beside(output, LEAKAGE_FILE), curves)
+            plot_leakage(self.leakage, file_beside(output, LEAKAGE_PLOT))
+
+
+def _as_json(row: Perplexity) -> dict[str, Any]:
+    return {**asdict(row), "repeats": row.repeats}
+
+
+def file_beside(output: Path, name: str) -> Path:
+    """The path of another result file, so that two outputs in one folder share no file.
+
+    Args:
+        output: The file of the samples' measurements.
+        name: The other file's name beside the default output.
+    """
+    if output.name == PERPLEXITY_FILE:
+        return output.with_name(name)
+    if output.suffix == ".json":
+        return output.with_name(f"{output.name.removesuffix('.json')}.{name}")
+    return output.with_name(f"{output.name}_{name}")  # NAME and NAME.json share none
+
+
+def _require_own_name(output: Path) -> None:
+    """Reject an output with the name of a file that lies beside another output."""
+    for name in (BITS_PER_BYTE_FILE, LEAKAGE_FILE, LEAKAGE_PLOT):
+        if output.name == name or output.name.endswith((f".{name}", f"_{name}")):
+            raise ConfigurationError(
+                f"--output {output}",
+                f"{name} is written beside the measurements of samples",
+                f"Choose a name that does not end in {name}",
+            )
+
+
+def _result_files(config: EvaluatePerplexityConfig, output: Path) -> list[Path]:
+    names = [BITS_PER_BYTE_FILE] if config.protocol != "samples" else []
+    names += [LEAKAGE_FILE, LEAKAGE_PLOT] if config.leakage else []
+    return [output, *(file_beside(output, name) for name in names)]
+
+
+def run(config: EvaluatePerplexityConfig) -> EvaluatePerplexityResult:
+    """Measure a model's perplexity, on all ranks together. Nothing is written yet.
+
+    Raises:
+        RetroError: configuration, project and checkpoint do not fit together, or the results could
+            not be written.
+    """
+    output = Path(config.output or Path(config.load) / PERPLEXITY_FILE)
+    with raise_together():
+        config.check()
+        project = ProjectConfig.load(config.project_dir)
+        _check_splits(config, project)
+        _require_own_name(output)
+    loaded = session.load_model(
+        config.project_dir,
+        config.load,
+        layout=config.parallel(),
+        retro_attention_gate=config.retro_attention_gate,
+    )
+    with raise_together():
+        _check_samples(loaded, project, config.project_dir)
+        kinds = _neighbor_kinds(config, loaded.arguments)
+        if get_rank() == 0:
+            for path in _result_files(config, output):
+                require_writable(path)
+    evaluation = _Evaluation(config, project, loaded, kinds)
+    result = EvaluatePerplexityResult([], [], {}, output)
+    if config.protocol != "documents":
+        result.perplexities.extend(evaluation.measure_samples())
+    if config.protocol != "samples":
+        for split in config.splits:
+            rows, curve = evaluation.measure_documents(split)
+            result.bits_per_byte.extend(rows)
+            if curve:
+                result.leakage[split] = curve
+    return result
+
+
+def _check_splits(config: EvaluatePerplexityConfig, project: ProjectConfig) -> None:
+    """Reject a split that the project gives no documents to, or no samples."""
+    parts = dict(zip(SPLITS, parse_split(project.retro_gpt_split), strict=True))
+    for split in config.splits:
+        subject = f"--split {config.split}"
+        if not parts[split]:
+            raise ConfigurationError(
+                subject,
+                f"{config.project_dir} was preprocessed with --split {project.retro_gpt_split}, "
+                f"which gives {split} no documents",
+                "Evaluate another split, or preprocess with a --split that gives it some",
+            )
+        if config.protocol != "documents" and not project.num_samples(split):
+            raise ConfigurationError(
+                subject,
+                f"{config.project_dir} was preprocessed with --eval-iters "
+                f"{project.retro_gpt_eval_iters}, which gives {split} no samples",
+                "Add --protocol documents, or preprocess with more --eval-iters",
+            )
+
+
+def _check_samples(loaded: LoadedModel, project: ProjectConfig, project_dir: str) -> None:
+    check_sample_length(loaded.arguments, project, project_dir)
+    length, trained_on = project.retro_gpt_seq_length, loaded.arguments.seq_length
+    if get_rank() == 0 and length > trained_on:
+        found = f"Samples have {length} tokens, but the checkpoint was"
+        found = f"{found} trained on {trained_on}: at later positions it is guessing"
+        _LOG.warning("%s", found)
+
+
+def _neighbor_kinds(
+    config: EvaluatePerplexityConfig, arguments: ModelArguments
+) -> list[NeighborKind]:
+    asked: list[NeighborKind] = list(dict.fromkeys(config.retro_eval_neighbors))
+    if not asked:
+        reads = not arguments.no_retrieval and arguments.retro_attention_gate != 0.0
+        if not reads and get_rank() == 0:
+            _LOG.warning("The model reads no neighbors, so it is measured without.")
+        return ["real", "shuffled", "none"] if reads else ["none"]
+    if set(asked) - {"none"}:
+        subject = f"--retro-eval-neighbors {' '.join(asked)}"
+        session.require_reading(arguments, subject, "Say none")
+    return asked
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Everything that both protocols share."""
+
+    config: EvaluatePerplexityConfig
+    project: ProjectConfig
+    loaded: LoadedModel
+    kinds: list[NeighborKind]
+
+    def measure_samples(self) -> list[Perplexity]:
+        """Megatron's validation loss of each split and kind of neighbors."""
+        arguments = self.loaded.arguments
+        datasets = build_retro_datasets(
+            self.config.project_dir,
+            arguments.retro_num_neighbors,
+            arguments.retro_num_retrieved_chunks,
+        )
+        with raise_together():
+            chosen = {
+                split: require_split(datasets, split, self.config.project_dir)
+                for split in self.config.splits
+            }
+        return [row for item in chosen.items() for row in self._measure_split(*item)]
+
+    def _measure_split(self, split: str, dataset: Any) -> list[Perplexity]:
+        config = self.config
+        limit = (config.eval_iters or len(dataset)) * self.project.retro_gpt_global_batch_size
+        num_samples = min(len(dataset), limit)
+        if config.eval_iters and num_samples < limit:
+            asked = f"--eval-iters {config.eval_iters} asks for {limit} samples"
+            _report_fewer(asked, split, num_samples)
+        with raise_together():
+            distinct = distinct_text(dataset.samples, num_samples)
+            owners = np.repeat(np.arange(len(dataset)), dataset.chunks_per_sample)
+            kinds = possible_kinds(self.kinds, owners, bool(config.retro_eval_neighbors))
+        return [
+            measure_perplexity(
+                self.loaded.model,
+                dataset,
+                split,
+                kind,
+                num_samples=num_samples,
+                micro_batch_size=config.micro_batch_size,
+                num_workers=config.num_workers,
+                seed=config.seed,
+                corpora=self.project.blend[1],
+                vocab_size=self.loaded.tokenizer.vocab_size,
+                distinct=distinct,
+            )
+            for kind in kinds
+        ]
+
+    def measure_documents(
+        self, split: Literal["valid", "test"]
+    ) -> tuple[list[BitsPerByte], list[LeakagePoint]]:
+        """Bits per byte of each kind of neighbors, and the leakage curve if it is asked for."""
+        config, model = self.config, self.loaded.model
+        documents = DocumentEvaluation.open(
+            self.config.project_dir,
+            split,
+            num_neighbors=self.loaded.arguments.retro_num_neighbors,
+            num_retrieved_chunks=self.loaded.arguments.retro_num_retrieved_chunks,
+            stride=config.overlapping_eval,
+            limit=config.eval_documents,
+        )
+        if config.eval_documents is not None:
+            found = documents.documents.num_in_split
+            if min(found) < config.eval_documents:
+                asked = f"--eval-documents {config.eval_documents} of each corpus"
+                _report_fewer(asked, split, " and ".join(map(str, found)))
+        with raise_together():
+            given = bool(config.retro_eval_neighbors)
+            kinds = possible_kinds(self.kinds, documents.documents.owners, given)
+        needed = self._num_searched(kinds)
+        if needed:
+            documents.search_neighbors(needed, str(next(model.parameters()).device))
+        rows = [
+            documents.measure(model, kind, config.micro_batch_size, config.seed) for kind in kinds
+        ]
+        if not config.leakage:
+            return rows, []
+        alphas = sorted(config.leakage_alphas) or DEFAULT_ALPHAS
+        return rows, documents.leakage_curve(config.leakage_neighbors, alphas)
+
+    def _num_searched(self, kinds: list[NeighborKind]) -> int:
+        """Neighbors to search for each chunk of the documents."""
+        read = self.loaded.arguments.retro_num_neighbors if kinds != ["none"] else 0
+        return max(read, self.config.leakage_neighbors if self.config.leakage else 0)
+
+
+def _report_fewer(asked: str, split: str, found: object) -> None:
+    """Warn that a split holds less than was asked for."""
+    if get_rank() == 0:
+        _LOG.warning("%s, but %s has %s: no more are read", asked, split, found)

@@ -1,0 +1,59 @@
+"""Comparing all files of a project with their checksums."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.integrity import COMMANDS, verify_project
+from retro_mcore.project.paths import ProjectPaths
+
+_MARKER = ".done"
+
+
+def verify_whole_project(directory: str | Path) -> int:
+    """Compare a project's files, and return how many there are.
+
+    Raises:
+        RetroError: files are damaged or missing; all of them are named.
+    """
+    paths = ProjectPaths(directory)
+    ProjectConfig.load(paths.root)
+    ProjectSettings.load(paths.root)
+    files = [path for path in _marked_files(paths.root) if path.is_file() or _is_lost(path)]
+    verify_project(paths, files)
+    return len(files)
+
+
+def _marked_files(root: Path) -> Iterator[Path]:
+    """Paths with a completion marker, whether the file exists or not; follows linked folders."""
+    seen = set()
+    for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            inner.clear()
+        else:
+            seen.add(real)
+            ends = (name.removesuffix(_MARKER) for name in names if name.endswith(_MARKER))
+            yield from (Path(folder, name) for name in ends)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _is_lost(path: Path) -> bool:
+    """Whether a missing file was made by a stage that finished.
+
+    A killed stage also leaves markers without files: they are written just before their files take
+    their names. Sample indexes are made again.
+    """
+    for root in path.parents:
+        paths = ProjectPaths(root)
+        if paths.stages.is_dir():
+            command = COMMANDS.get(path.relative_to(root).parts[0], "")
+            finished = paths.stage_record(command).is_file()
+            return finished and not path.is_relative_to(paths.data_cache)
+    return False

@@ -1,0 +1,113 @@
+"""Configuration of the server. Imports no megatron, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from retro_mcore.errors import (
+    ConfigurationError,
+    MissingDependencyError,
+    RetroError,
+    raise_problems,
+)
+
+_KEY_VARIABLE = "RETRO_MCORE_API_KEY"
+_MAX_PORT = 65535
+#: The least value of each option.
+_LEAST = {
+    **dict.fromkeys(("max_batch_size", "max_tokens", "max_texts", "max_body_bytes"), 1),
+    **dict.fromkeys(("receive_seconds", "max_length"), 1),
+    **dict.fromkeys(("max_waiting", "shutdown_seconds", "port"), 0),
+}
+
+
+def require_server_libraries() -> None:
+    """Check that FastAPI and uvicorn are installed.
+
+    Raises:
+        MissingDependencyError: naming the extra to install.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            "serve", f"FastAPI and uvicorn are needed ({error})", "Install the `serve` extra"
+        ) from error
+
+
+@dataclass(kw_only=True)
+class ServerConfig:
+    """Configuration of the server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; by default this machine alone can call."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    api_key_file: str | None = None
+    """File whose first line is the key."""
+    model_name: str | None = None
+    """What clients call the model; by default the name of the --load directory."""
+    max_batch_size: int = 8
+    """Texts that grow together."""
+    max_waiting: int = 64
+    """Texts that may wait for room; more are answered 429."""
+    max_length: int | None = None
+    """Most tokens of a text, prompt and answer; by default the model's window."""
+    max_tokens: int = 2048
+    """Most new tokens that a request may ask for."""
+    max_texts: int = 32
+    """Most texts (prompts times n) of a request; never more than can grow and wait."""
+    max_body_bytes: int = 1 << 20
+    """Largest request."""
+    receive_seconds: int = 30
+    """Within which a request must have arrived."""
+    shutdown_seconds: int = 10
+    """How long requests may go on after a signal to stop."""
+
+    def check(self) -> None:
+        """Reject values out of range.
+
+        Raises:
+            ConfigurationError: naming the flag.
+            SeveralErrors: more than one.
+        """
+        problems: list[RetroError] = []
+        for name, smallest in _LEAST.items():
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value is not None and value < smallest:
+                at_least = f"Give at least {smallest}" if smallest else "Give 0 or more"
+                problems.append(ConfigurationError(flag, str(value), at_least))
+        if self.port > _MAX_PORT:
+            problems.append(ConfigurationError("--port", str(self.port), f"At most {_MAX_PORT}"))
+        raise_problems(problems)
+
+    def api_key(self) -> str | None:
+        """The key that clients must send; None: none.
+
+        Raises:
+            ConfigurationError: --api-key-file cannot be read, or its first line is empty.
+        """
+        if self.api_key_file is None:
+            return os.environ.get(_KEY_VARIABLE) or None
+        try:
+            text = Path(self.api_key_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError("--api-key-file", str(error), "Name a file") from error
+        key = text.split("\n", 1)[0].strip()
+        if not key:
+            raise ConfigurationError(
+                "--api-key-file", "its first line is empty", "Write the key there"
+            )
+        return key
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

@@ -1,0 +1,112 @@
+"""Serving a loaded model over HTTP until a signal stops it. Import it after `setup_device`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from typing import Any
+
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.server.config import ServerConfig
+from retro_mcore.server.http import ServerLimits, ServerParts, build_app
+from retro_mcore.server.http_connections import timed_protocol
+from retro_mcore.server.service import GenerationService, is_first_rank
+from retro_mcore.session import GenerationModel, warn_beyond_training
+
+_LOG = logging.getLogger(__name__)
+
+
+def serve(loaded: GenerationModel, config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT; all ranks call it, and the first one listens.
+
+    Args:
+        loaded: The model.
+        config: A configuration whose `check` has passed.
+
+    Raises:
+        ConfigurationError: --max-length is longer than the model's window.
+    """
+    if config.max_length is not None and config.max_length > loaded.window:
+        raise ConfigurationError(
+            "--max-length",
+            f"{config.max_length}, but the model's window is {loaded.window}",
+            "Leave it out, or lower it",
+        )
+    longest = config.max_length or loaded.window
+    warn_beyond_training(loaded.arguments, longest, "prompts and answers")
+    service = GenerationService(
+        loaded.model,
+        loaded.tokenizer,
+        config.max_batch_size,
+        config.max_waiting,
+        config.max_length,
+    )
+    if not is_first_rank(loaded.model):
+        # torchrun's signal goes to every rank; the first one stops the others.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        service.follow()
+        return
+    _listen(config, build_server_app(config, loaded, service))
+
+
+def build_server_app(
+    config: ServerConfig, loaded: GenerationModel, service: GenerationService
+) -> Any:
+    """Build the application that answers requests."""
+    parts = ServerParts(
+        service=service,
+        tokenize=loaded.tokenize,
+        tokenizer=loaded.tokenizer,
+        model_name=config.model_name or _name_of(loaded),
+        chunk_length=loaded.arguments.retro_chunk_length,
+        search=loaded.search,
+        retriever=loaded.retriever,
+        given=None if loaded.arguments.no_retrieval else loaded.given,
+        two_chunks=loaded.two_chunks,
+    )
+    max_texts = min(config.max_texts, config.max_batch_size + config.max_waiting)
+    limits = ServerLimits(
+        config.max_body_bytes,
+        max_texts,
+        config.max_tokens,
+        _most_chars(loaded.tokenizer, service.max_length),
+        config.receive_seconds,
+    )
+    hosts = ["localhost", "127.0.0.1", "[::1]"] if config.is_loopback else ["*"]
+    return build_app(parts, limits, config.api_key(), hosts)
+
+
+def _name_of(loaded: GenerationModel) -> str:
+    """The name of the directory that the checkpoint was loaded from."""
+    return "retro" if loaded.checkpoint is None else loaded.checkpoint.parent.resolve().name
+
+
+def _most_chars(tokenizer: Tokenizer, max_length: int) -> int:
+    """Most characters of a prompt as long as the window."""
+    texts = tokenizer.detokenize_batch([[token] for token in range(tokenizer.vocab_size)])
+    # Some tokenizers drop spaces, of which a short text may have many.
+    return max(10_000, max_length * max(map(len, texts)))
+
+
+def _listen(config: ServerConfig, app: Any) -> None:
+    import uvicorn  # an optional dependency
+
+    max_connections = 4 * (config.max_batch_size + config.max_waiting)
+    uvicorn_config = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=config.shutdown_seconds,
+        http=timed_protocol(config.receive_seconds, max_connections),
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    # uvicorn raises the signal again when it has shut down; that must not kill us.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    if not config.is_loopback and config.api_key() is None:
+        _LOG.warning("warning: %s can be called from elsewhere, without a key", config.host)
+    uvicorn.Server(uvicorn_config).run()

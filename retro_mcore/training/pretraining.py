@@ -1,0 +1,107 @@
+"""A whole pretraining run: plan it, train or resume, or evaluate a loaded model.
+
+Import it after `setup_device`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from retro_mcore import distributed
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+from retro_mcore.data.tokens.token_file import open_token_files
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.lock import directory_lock
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.samples.neighbor_noise import NeighborNoise
+from retro_mcore.samples.passes import count_passes
+from retro_mcore.samples.retro_dataset import build_retro_datasets
+from retro_mcore.training.loop.sample_reader import document_tokens, require_split
+from retro_mcore.training.loop.trainer import Trainer, TrainingResult, finished_run
+from retro_mcore.training.options.run import PretrainOptions
+from retro_mcore.training.setup.data_contents import contents_of_project
+from retro_mcore.training.setup.plan import TrainingPlan, make_plan
+
+
+def pretrain(options: PretrainOptions, device: torch.device) -> tuple[TrainingPlan, TrainingResult]:
+    """Train, or resume, or find that the training is already finished; on all ranks together.
+
+    Args:
+        options: The run's configuration.
+        device: Where it trains, from `setup_device`.
+
+    Raises:
+        RetroError: options, project, checkpoint and processes do not fit together.
+    """
+    paths = ProjectPaths(options.project_dir)
+    with distributed.raise_together():
+        project = ProjectConfig.load(options.project_dir)
+        tokenizer = load_project_tokenizer(project, paths)
+        _check(options, tokenizer.vocab_size)
+        plan = make_plan(options, project, tokenizer.vocab_size, tokenizer.used_vocab_size)
+    contents = distributed.on_first_rank(lambda: contents_of_project(project, paths))
+    with distributed.raise_together():
+        passes = count_passes(project, open_token_files(project, paths))
+        plan = replace(
+            plan,
+            contents=contents,
+            passes=tuple(passes),
+            document_tokens=document_tokens(tokenizer),
+        )
+        result = None if options.skip_train else finished_run(plan)
+    if result is None:
+        with save_lock("pretrain_retro", options.save) as alone:
+            result = _run(plan, device, options.skip_train, alone)
+    return plan, result
+
+
+def _check(options: PretrainOptions, vocab_size: int) -> None:
+    """Reject options that differ from what the run itself fixes."""
+    for flag, given, fixed in (
+        ("--vocab-size", options.vocab_size, vocab_size),
+        ("--world-size", options.world_size, distributed.get_world_size()),
+    ):
+        if given is not None and given != fixed:
+            raise ConfigurationError(flag, f"{given}, but it is {fixed}", "Leave the flag out")
+    if options.skip_train and options.load is None and options.load_gpt is None:
+        raise ConfigurationError("--skip-train", "given without a model", "Add --load")
+    if options.skip_train and options.save is not None:
+        raise ConfigurationError("--skip-train", "given with --save", "Nothing is saved; leave it")
+
+
+def save_lock(command: str, save: str | None) -> AbstractContextManager[bool]:
+    """Keep --save to this run, if it has one; yields whether that could be done.
+
+    Raises:
+        ProjectError: another run trains into it.
+    """
+    return nullcontext(True) if save is None else directory_lock(Path(save), command)
+
+
+def _run(plan: TrainingPlan, device: torch.device, skip_train: bool, alone: bool) -> TrainingResult:
+    options = plan.options
+    noise = NeighborNoise(
+        seed=plan.project.retro_gpt_seed,
+        drop_chunks=options.retro_drop_chunks,
+        drop_neighbors=options.retro_drop_neighbors,
+        replace_neighbors=options.retro_replace_neighbors,
+        replace_tokens=options.retro_replace_tokens,
+    )
+    datasets = build_retro_datasets(
+        options.project_dir, options.retro_num_neighbors, options.retro_num_retrieved_chunks, noise
+    )
+    with distributed.raise_together():
+        train = require_split(datasets, "train", options.project_dir)
+    trainer = Trainer(plan, train, datasets.get("valid"), device, alone)
+    if not skip_train:
+        return trainer.train()
+    if not trainer.has_loaded:
+        raise CheckpointError(
+            f"--load {options.load}", "holds no checkpoint to evaluate", "Name a run's --save"
+        )
+    return trainer.evaluate(datasets.get("test"))

@@ -1,0 +1,72 @@
+"""The names that `retro_mcore` exports: where they live, their signatures, what they import."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import retro_mcore
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.evaluation.perplexity_config import EvaluatePerplexityConfig
+from retro_mcore.training.options.run import PretrainOptions
+
+
+def test_editors_and_the_interpreter_see_the_same_names():
+    """The imports for type checkers, the lazy table and `__all__` agree."""
+    tree = ast.parse(Path(retro_mcore.__file__).read_text(encoding="utf-8"))
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {name.name: node.module for node in checked.body for name in node.names}
+    assert homes == retro_mcore._HOMES
+    assert sorted(homes) == sorted(retro_mcore.__all__)
+    assert set(dir(retro_mcore)) >= set(homes)
+    assert Path(retro_mcore.__file__).with_name("py.typed").is_file()
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("name", retro_mcore.__all__)
+def test_every_name_has_a_docstring_and_is_what_it_says(name):
+    value = getattr(retro_mcore, name)
+    assert inspect.getdoc(value)
+    assert value.__name__ == name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        retro_mcore.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("function", "config"),
+    [("pretrain", PretrainOptions), ("evaluate_perplexity", EvaluatePerplexityConfig)],
+)
+def test_functions_show_the_fields_of_their_configuration(function, config):
+    parameters = inspect.signature(getattr(retro_mcore, function)).parameters
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    assert set(parameters) == set(fields)
+    for name, parameter in parameters.items():
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameter.annotation == fields[name].type
+    with pytest.raises(TypeError, match="no_such_option"):
+        getattr(retro_mcore, function)(no_such_option=1)
+
+
+def test_the_api_is_imported_without_megatron():
+    """The data pipeline needs none, and `--help` does not wait for it."""
+    of_megatron = ("retro_mcore.model.", "retro_mcore.training.setup.")
+    names = [name for name, home in retro_mcore._HOMES.items() if not home.startswith(of_megatron)]
+    assert {"generate", "load_model", "pretrain", "setup_device"} <= set(names)
+    code = f"import sys, retro_mcore; [getattr(retro_mcore, name) for name in {names!r}]\n"
+    code += "assert 'megatron.core' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_generate_names_arguments_that_cannot_work():
+    for given, name in (({"micro_batch_size": 0}, "micro_batch_size"), ({}, "prompts")):
+        with pytest.raises(ConfigurationError, match=name):
+            retro_mcore.generate(None, [], **given)
