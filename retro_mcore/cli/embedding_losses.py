@@ -16,7 +16,7 @@ def embedding_losses(counts: EmbeddingCounts, max_tokens: int | None = None) -> 
     rows: dict[str, object] = {}
     if counts.chunks_cut:
         rows["cut by the embedder"] = (
-            f"{counts.told}{reads}. Use an --embedder that reads more, or smaller chunks "
+            f"{counts.cut_share}{reads}. Use an --embedder that reads more, or smaller chunks "
             "(preprocess_corpus --retro-chunk-length)"
         )
     if counts.in_full:

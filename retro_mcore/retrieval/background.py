@@ -1,4 +1,4 @@
-"""Neighbors from a search in a background thread."""
+"""Search for neighbors in a background thread."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from retro_mcore.retrieval.neighbors import (
 
 
 class BackgroundRetrieval(Prefetching):
-    """Asks another source in a thread of its own, as soon as the query's tokens are known.
+    """Asks another source in its own thread, as soon as the query's tokens are known.
 
-    What is found depends on the texts alone, never on how long a search takes.
+    The result depends only on the texts, never on how long a search takes.
 
     Args:
         source: The search; called from that thread only, one call at a time.
-        interval: Search for every n-th chunk of a text; those between get what was found for the
-            chunk before them.
-        lead: Search with a chunk's tokens but for the last so many, so that the search runs while
-            these are generated. 0: with the whole chunk, as in training; then generation waits for
-            the search at the end of each chunk.
+        interval: Search for every n-th chunk of a text; the chunks between reuse the neighbors of
+            the chunk before them.
+        lead: Number of tokens at the end of a chunk that the search leaves out, so it runs while
+            they are generated. 0: search with the whole chunk, as in training; generation then
+            waits for the search at the end of each chunk.
 
     Attributes:
-        waited_seconds: How long generation has waited for searches.
+        waited_seconds: Time that generation has waited for searches.
 
     Raises:
         ConfigurationError: the interval is not positive, or the lead is negative.
@@ -47,7 +47,7 @@ class BackgroundRetrieval(Prefetching):
         self.waited_seconds = 0.0
 
     def expect(self, chunks: Sequence[CompletedChunk]) -> None:
-        """Begin to search for these chunks, unless that has happened."""
+        """Start searching for these chunks, unless already started."""
         new = [
             chunk
             for chunk in chunks
@@ -60,7 +60,7 @@ class BackgroundRetrieval(Prefetching):
                 self._searches.setdefault(chunk.prompt, {})[chunk.chunk] = search, place
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
-        """The neighbors of N chunks (`NeighborSource`); waits for them."""
+        """Wait for the neighbors of N chunks (`NeighborSource`)."""
         self.expect(chunks)
         start = time.perf_counter()
         found = [self._result(chunk) for chunk in chunks]
@@ -73,7 +73,7 @@ class BackgroundRetrieval(Prefetching):
         return search.result().chunk(place)
 
     def forget(self, prompt: int) -> None:
-        """This prompt's text has ended."""
+        """Forget a prompt whose text has ended."""
         self._searches.pop(prompt, None)
 
     def close(self) -> None:

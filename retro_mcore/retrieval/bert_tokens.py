@@ -1,4 +1,4 @@
-"""How many WordPiece tokens a text has, which the chunk database records per chunk."""
+"""Counting the WordPiece tokens of texts, which the chunk database records per chunk."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import numpy as np
 
 from retro_mcore.errors import MissingDependencyError, TokenizerError
 
-#: Words whose number of tokens is remembered; more, and all are forgotten.
+#: Most words whose count is remembered; beyond that, all are forgotten.
 _MOST_WORDS = 1 << 18
-#: Ends a text. WordPiece drops it, and a text that holds it is counted by itself.
+#: Ends a text. WordPiece drops it; a text that contains it is counted alone.
 _END = "\0"
 #: Runs that are tokenized in one text.
 _RUNS_PER_CALL = 256
 _SPECIAL = re.compile(r"\[(UNK|SEP|PAD|CLS|MASK)\]")
 
-#: What a byte of printable ASCII words, one per line, is.
+#: Class of each byte of printable ASCII words, one per line.
 _SIGN, _LETTER, _WORD_END = range(3)
 _LETTERS = (string.ascii_letters + string.digits).encode()
 _KIND = np.full(256, _SIGN, np.uint8)
 _KIND[list(_LETTERS)], _KIND[ord("\n")] = _LETTER, _WORD_END
-#: Everything but letters and digits to spaces.
+#: Maps everything but letters and digits to spaces.
 _SPACED = bytes(byte if byte in _LETTERS else ord(" ") for byte in range(256))
 
 
 class _Numbers(dict[str, int]):
-    """Numbers words as it meets them; `new` are those that were met since it was cleared."""
+    """Numbers words in the order met; `new` are those met since it was cleared."""
 
     def __init__(self, known: dict[str, int]) -> None:
         super().__init__(known)
@@ -47,7 +47,7 @@ class _Memo:
     """Numbers and counts of words, each counted once.
 
     Args:
-        count: The counts of words that are new.
+        count: Counts the tokens of new words.
     """
 
     def __init__(self, count: Callable[[list[str]], np.ndarray]) -> None:
@@ -66,10 +66,10 @@ class _Memo:
 
 
 def load_word_piece(vocab_file: Path | str, lower_case: bool) -> Any:
-    """BERT's tokenizer of a vocabulary, a `BertWordPieceTokenizer`.
+    """Load BERT's tokenizer of a vocabulary, a `BertWordPieceTokenizer`.
 
     Raises:
-        TokenizerError: there is no such file, or it holds something else.
+        TokenizerError: the file does not exist, or holds something else.
     """
     from tokenizers import BertWordPieceTokenizer
 
@@ -88,20 +88,20 @@ def load_word_piece(vocab_file: Path | str, lower_case: bool) -> Any:
 class BertTokenCounter:
     """Counts WordPiece tokens of texts, without special tokens or truncation.
 
-    WordPiece never joins what white space parts, so a text's count is the sum of its words'. Nor
-    does it join what ASCII punctuation parts, each sign of which is one token. So words, and the
-    runs of letters and digits in them, are tokenized once and then remembered.
+    WordPiece never joins text across white space, so a text's count is the sum of its words'.
+    It does not join across ASCII punctuation either, and each punctuation mark is one token. So
+    words, and the runs of letters and digits in them, are tokenized once and then remembered.
 
     Args:
         vocab_file: A BERT vocab.txt.
         lower_case: Whether the vocabulary is of lower-cased text.
 
     Raises:
-        TokenizerError: there is no such file, or it holds something else.
+        TokenizerError: the file does not exist, or holds something else.
     """
 
     def __init__(self, vocab_file: Path | str, lower_case: bool = True) -> None:
-        # Without the class around it, which lacks encode_batch_fast.
+        # Unwrapped: the class around it lacks encode_batch_fast.
         self._tokenizer = load_word_piece(vocab_file, lower_case)._tokenizer
         self._words, self._runs = _Memo(self._count_words), _Memo(self._count_runs)
 
@@ -109,7 +109,7 @@ class BertTokenCounter:
         """Number of tokens of each text, i64 [texts]."""
         if any(_END in text for text in texts):
             return self._count_whole(texts)
-        # Of all white space, only these four are so to WordPiece, and split() would take more.
+        # WordPiece treats only these four as white space; split() would take more.
         joined = f" {_END} ".join(texts).replace("\n", " ").replace("\t", " ").replace("\r", " ")
         numbers, counts = self._words.of(joined.split(" "))
         totals = np.bincount(np.cumsum(numbers == 0), counts, len(texts)).astype(np.int64)
@@ -124,7 +124,7 @@ class BertTokenCounter:
         return counts
 
     def _count_plain(self, words: list[str]) -> np.ndarray:
-        """A sign is a token, a run of letters and digits has its own count."""
+        """Count a punctuation mark as one token, and add the count of each run."""
         text = "\n".join(words).encode()
         kinds = _KIND[np.frombuffer(text, np.uint8)]
         word_of = np.cumsum(kinds == _WORD_END)
@@ -136,7 +136,7 @@ class BertTokenCounter:
         return signs + in_runs.astype(np.int64)
 
     def _count_runs(self, runs: list[str]) -> np.ndarray:
-        """Many in one call; neither the text's words nor its order change what a run's are."""
+        """Count many runs in one call; a run's count does not depend on its neighbors."""
         groups = [runs[i : i + _RUNS_PER_CALL] for i in range(0, len(runs), _RUNS_PER_CALL)]
         texts = [" ".join(group) for group in groups]
         encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -152,12 +152,12 @@ class BertTokenCounter:
 
 
 def _is_plain(word: str) -> bool:
-    """Whether it is letters, digits and signs of ASCII, and holds no special token."""
+    """Whether a word is ASCII letters, digits and punctuation, without a special token."""
     return word.isascii() and word.isprintable() and not ("[" in word and _SPECIAL.search(word))
 
 
 def default_bert_vocab() -> Path:
-    """vocab.txt of the installed MiniLM package.
+    """The vocab.txt of the installed MiniLM package.
 
     Raises:
         MissingDependencyError: the package is not installed.

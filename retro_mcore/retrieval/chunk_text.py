@@ -10,8 +10,8 @@ import numpy as np
 
 from retro_mcore.data.tokenizers.loading import Tokenizer
 
-#: What becomes of the ends of documents inside a chunk: line breaks, or whatever the tokenizer
-#: writes for them, which is what Megatron's Retro embeds (nothing, with a SentencePiece model).
+#: Text for the ends of documents inside a chunk: a line break, or whatever the tokenizer writes,
+#: as Megatron's Retro does (nothing, with a SentencePiece model).
 DocumentEnds = Literal["line break", "detokenized"]
 
 
@@ -20,7 +20,7 @@ def chunk_texts(
     chunks: Sequence[np.ndarray],
     document_ends: DocumentEnds = "line break",
 ) -> list[str]:
-    """Text of each chunk. BOS at a document's beginning is no text."""
+    """Decode each chunk. BOS at the beginning of a document is no text."""
     eod = tokenizer.eod
     rows = [chunk.tolist() for chunk in chunks]
     if tokenizer.adds_bos:
@@ -41,7 +41,7 @@ def chunk_texts(
 
 
 def _without_bos(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The tokens without the BOS of the documents that begin among them."""
+    """Drop the BOS of the documents that begin among the tokens."""
     before = [tokenizer.eod, *tokens]
     return [
         token
@@ -51,5 +51,5 @@ def _without_bos(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _split(tokens: list[int], eod: int) -> list[list[int]]:
-    """The runs of tokens between ends of documents, empty ones left out."""
+    """Split tokens at the ends of documents; empty pieces are dropped."""
     return [list(run) for is_end, run in groupby(tokens, eod.__eq__) if not is_end]

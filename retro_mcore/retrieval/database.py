@@ -1,7 +1,7 @@
 """The chunk database: random access to every document's chunks of M tokens.
 
-The retrieval database is db/merged/train.hdf5, made of training documents only; a chunk's id is
-its row there.
+The retrieval database is db/merged/train.hdf5, made from training documents only. A chunk's id is
+its row in that file.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from retro_mcore.project.markers import verify
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import require_stage
 
-#: Rows that are looked at in one call.
+#: Rows checked in one call.
 _ROWS = 1 << 20
-#: Calls after which a large database is looked at in places only.
+#: Most calls; a larger database is checked only in places.
 _BATCHES = 64
 
 
@@ -47,16 +47,16 @@ class ChunkDatabase:
 
     @classmethod
     def open(cls, project_dir: Path | str, name: str = "train", own: bool = False) -> ChunkDatabase:
-        """The merged database `name` that a project uses.
+        """Open the merged database `name` that a project uses.
 
         Args:
             project_dir: The project.
-            name: Which database.
-            own: The project's own, even if another was put in its place.
+            name: Name of the database: "train", "valid" or "sampled".
+            own: Open the project's own database even if another one is used in its place.
 
         Raises:
-            ProjectError: it was not built yet; names the command.
-            CorruptFileError: it is damaged.
+            ProjectError: the database was not built yet; names the command.
+            CorruptFileError: the database is damaged.
         """
         config = ProjectConfig.load(project_dir)
         paths = ProjectPaths(project_dir) if own else config.database_paths(project_dir)
@@ -73,9 +73,9 @@ class ChunkDatabase:
         return database
 
     def _require_rows(self, chunk_length: int, mend: str) -> None:
-        """Refuse chunks that the datasets do not have.
+        """Reject chunks that the datasets do not have.
 
-        Of a database of hundreds of millions of chunks, evenly spaced batches are looked at.
+        In a database of hundreds of millions of chunks, only evenly spaced batches are checked.
         """
         counts = [len(source.lengths) for source in self.token_sources]
         batches = range(0, len(self), _ROWS)
@@ -83,7 +83,7 @@ class ChunkDatabase:
             dataset, document, start, end, _ = self.chunks[first : first + _ROWS].T.astype(np.int64)
             wrong = (dataset < 0) | (dataset >= len(counts)) | (document < 0)
             wrong |= (start < 0) | (end <= start) | (end > start + chunk_length)
-            # Chunks of a dataset stand together, so a batch has few of perhaps hundreds.
+            # A dataset's chunks are adjacent, so a batch covers few of many datasets.
             for index in np.flatnonzero(np.bincount(dataset[~wrong])).tolist():
                 source = self.token_sources[index]
                 mine = ~wrong & (dataset == index)
@@ -110,7 +110,7 @@ class ChunkDatabase:
         return self.chunks[ids, :2]
 
     def continuation(self, ids: np.ndarray) -> np.ndarray:
-        """The next chunk of the same document, i64 [...]; NO_NEIGHBOR where there is none."""
+        """The next chunk of the same document, i64 [...]; NO_NEIGHBOR if there is none."""
         ids = np.asarray(ids, np.int64)
         exists = (ids >= 0) & (ids + 1 < len(self))
         here = self.documents(np.where(exists, ids, 0))
@@ -132,7 +132,7 @@ class ChunkDatabase:
         Args:
             ids: Chunk ids of any shape; NO_NEIGHBOR gives padding only.
             chunk_length: M.
-            pad_id: Fills what a chunk lacks.
+            pad_id: Token that fills short chunks.
 
         Returns:
             Tokens i64 [..., M] and mask bool [..., M], True where padded.
@@ -152,13 +152,13 @@ class ChunkDatabase:
     def retrieved_tokens(
         self, ids: np.ndarray, num_retrieved_chunks: int, chunk_length: int, pad_id: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Neighbors with their continuations.
+        """Tokens of neighbors with their continuations.
 
         Args:
             ids: Neighbor ids of any shape.
             num_retrieved_chunks: Chunks per neighbor, itself included.
             chunk_length: M.
-            pad_id: Fills short and missing chunks (upstream: end of document).
+            pad_id: Token that fills short and missing chunks (upstream: end of document).
 
         Returns:
             Tokens i64 [..., R] and mask bool [..., R], True where padded or missing;
@@ -192,7 +192,7 @@ class ChunkDatabase:
 
 
 def _windows(tokens: np.ndarray, first: np.ndarray, length: int) -> np.ndarray:
-    """[n, length]: the tokens from each of `first` on; anything beyond the last token."""
+    """The `length` tokens from each of `first` on, [n, length]; arbitrary beyond the last token."""
     count = len(tokens) - length + 1
     if len(first) and count > first.max():
         # Whole rows are copied, not tokens one by one.

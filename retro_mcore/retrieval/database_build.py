@@ -1,4 +1,4 @@
-"""Building the chunk database: documents are cut into chunks of M tokens, in upstream's files."""
+"""Build the chunk database: cut documents into chunks of M tokens, in upstream's files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from retro_mcore.project.shards import Shard, ShardReport, choose_shard_length, 
 from retro_mcore.project.space import require_space
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 
-#: Documents per file that upstream takes; fewer for a small corpus, so that ranks can share it.
+#: Documents per file upstream; fewer for a small corpus, so ranks can share it.
 LONGEST_DOCUMENT_BLOCK = 100_000
 MERGED = ("sampled", "train", "valid")
-#: Chunks whose texts are made and counted in one call.
+#: Chunks decoded and counted in one call.
 _BATCH = 4096
 
 
@@ -43,10 +43,10 @@ class DatasetInfo:
 
 
 def read_dataset_infos(paths: ProjectPaths) -> list[DatasetInfo]:
-    """What db/indexed_dataset_infos.json says of each dataset.
+    """Read db/indexed_dataset_infos.json, one entry per dataset.
 
     Raises:
-        CorruptFileError: it is missing, or says something that cannot be.
+        CorruptFileError: the file is missing, or holds impossible values.
     """
     path, mend = paths.dataset_infos, f"Run build_db --project-dir {paths.root} again"
     if not path.is_file():
@@ -67,7 +67,7 @@ def read_dataset_infos(paths: ProjectPaths) -> list[DatasetInfo]:
 
 @dataclass(frozen=True)
 class DatabaseReport:
-    """What `build_database` made or found."""
+    """The result of `build_database`."""
 
     infos: list[DatasetInfo]
     shards: list[ShardReport]
@@ -111,8 +111,8 @@ def build_database(
         counter: Counts BERT tokens; a chunk without any is invalid.
         num_sampled: Chunks to train the index on; None: all training chunks.
         document_block_size: Documents per file; None: chosen from their number.
-        fingerprint: What the database is built from.
-        chunk_fingerprints: What the chunks of each dataset are made from.
+        fingerprint: Fingerprint of what the database is built from.
+        chunk_fingerprints: Fingerprint of what each dataset's chunks are made from.
         whole_datasets: Datasets whose documents are all retrieved from.
 
     Raises:
@@ -137,7 +137,7 @@ def build_database(
 
         num_chunks = (-(-dataset.lengths // config.retro_gpt_chunk_length)).sum(dtype=np.int64)
         row_bytes = 16 * float(num_chunks) / max(num_docs, 1)
-        # The longest first, so that no rank is left with one while the others wait.
+        # Longest first, so no rank works on a long one while the others wait.
         starts = np.array([shard.start for shard in shards], np.int64)
         tokens = np.add.reduceat(dataset.lengths, starts, dtype=np.int64)
         by_length = [shards[i] for i in np.argsort(-tokens, kind="stable")]
@@ -202,10 +202,10 @@ def _build_shard(
 def _texts_of(
     dataset: TokenSource, shard: Shard, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the text of each of the shard's sequences begins, and its length, both i64.
+    """Start and length of the text in each of the shard's sequences, both i64.
 
-    An end-of-document token at its end is no text, nor is BOS where the project's documents begin
-    with it.
+    A final end-of-document token is no text. Neither is BOS if the project's documents begin with
+    it.
     """
     lengths = dataset.lengths[shard.start : shard.end].astype(np.int64)
     starts = dataset.starts[shard.start : shard.end]
@@ -213,7 +213,7 @@ def _texts_of(
     lengths = lengths - ((lengths > 0) & (dataset.tokens[last] == tokenizer.eod))
     if not tokenizer.adds_bos:
         return np.zeros_like(lengths), lengths
-    # Of an empty document at the end of the file nothing is there to look at.
+    # An empty document at the end of the file has no token to look at.
     first = np.minimum(starts, max(len(dataset.tokens) - 1, 0))
     begun = ((lengths > 0) & (dataset.tokens[first] == tokenizer.bos)).astype(np.int64)
     return begun, lengths - begun
@@ -227,7 +227,7 @@ def _count_batch(
     start: np.ndarray,
     end: np.ndarray,
 ) -> np.ndarray:
-    """WordPiece tokens of each chunk; the chunks follow each other in the file."""
+    """Count the WordPiece tokens of adjacent chunks."""
     offset = dataset.starts[document]
     first = int(offset[0] + start[0])
     tokens = dataset.tokens[first : int(offset[-1] + end[-1])]
@@ -260,7 +260,7 @@ def _count_chunks(
         raise ConfigurationError(
             "--split", "leaves no training chunks", "Give more documents or a larger first part"
         )
-    # The index is not trained anew for datasets that were appended.
+    # The index is not retrained for appended datasets.
     sampled = [info for info in infos if info.prefix not in whole_datasets]
     total_ratio = sum(info.ratio for info in sampled)
     for info in sampled:
@@ -287,7 +287,7 @@ def _merge_all(
     paths: ProjectPaths,
     fingerprint: str,
 ) -> bool:
-    """Write the merged databases that are not there yet; whether all of them were."""
+    """Write the missing merged databases. Returns whether all existed already."""
     with signed_write(paths.dataset_infos, fingerprint) as temporary:
         write_json(temporary, [vars(info) for info in infos])
     reused = True

@@ -1,4 +1,4 @@
-"""Candidates of a search to the neighbors that are saved: none of the sample's own documents."""
+"""Filtering a search's candidates: no neighbor comes from the sample's own documents."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.retrieval.database import ChunkDatabase
 
-#: Slots of the table that a sample's documents are marked in; a power of two.
+#: Slots of the table in which a sample's documents are marked; a power of two.
 _SLOTS = 1 << 22
-#: Candidates looked at beyond those wanted, before all are.
+#: Candidates checked beyond those wanted, before all are.
 _SPARE = 12
 
 
@@ -24,7 +24,7 @@ class SampleRows:
         start: First row.
         end: Row after the last one.
         dataset: The sample's dataset.
-        documents: i64, documents of that dataset which the sample is cut from.
+        documents: i64, documents of that dataset that the sample is cut from.
     """
 
     start: int
@@ -34,8 +34,9 @@ class SampleRows:
 
 
 class DocumentFilter:
-    """Tells candidates of a sample's own documents. A continuation is of its neighbor's document,
-    so what passes here passes with its continuation.
+    """Drops candidates from a sample's own documents.
+
+    A continuation belongs to its neighbor's document, so a neighbor passes together with it.
 
     Args:
         database: The retrieval database.
@@ -45,13 +46,13 @@ class DocumentFilter:
         sizes = [len(source.starts) for source in database.token_sources]
         self._first_document = np.cumsum([0, *sizes[:-1]])
         self._many_datasets, self._total = len(sizes) > 1, sum(sizes)
-        # Flat, as a gather from a column would copy the column.
+        # Flat: a gather from a column would copy the column.
         self._flat = np.ascontiguousarray(database.chunks).reshape(-1)
         self._width = database.chunks.shape[1]
         self._marked = np.zeros(min(self._total, _SLOTS), bool)
 
     def documents(self, ids: np.ndarray) -> np.ndarray:
-        """A number for each chunk's document, over all datasets; ids [...] must be valid."""
+        """Number each chunk's document over all datasets; ids [...] must be valid."""
         where = ids * self._width
         documents = self._flat.take(where + 1).astype(np.int64)
         if self._many_datasets:
@@ -59,11 +60,11 @@ class DocumentFilter:
         return documents
 
     def own(self, candidates: np.ndarray, samples: Sequence[SampleRows]) -> np.ndarray:
-        """Which candidates come from the documents of the sample that asks.
+        """Mark the candidates that come from the documents of the querying sample.
 
         Args:
-            candidates: Chunk ids [rows, n]; NO_NEIGHBOR gives any answer.
-            samples: Whose rows they are, covering all.
+            candidates: Chunk ids [rows, n]; the result for NO_NEIGHBOR is arbitrary.
+            samples: The samples that the rows belong to, covering all rows.
 
         Returns:
             bool [rows, n].
@@ -90,9 +91,9 @@ class DocumentFilter:
         samples: Sequence[SampleRows],
         count: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` candidates of other documents, and their distances; see `keep_first`.
+        """Select the first `count` candidates from other documents; see `keep_first`.
 
-        Nearly all rows find them among the first few candidates, and only those are looked at.
+        Nearly all rows find enough among the first few candidates, so those are checked first.
         """
         head = min(count + _SPARE, candidates.shape[1])
         ids, kept = keep_first(
@@ -113,7 +114,7 @@ class DocumentFilter:
 def from_documents(
     database: ChunkDatabase, ids: np.ndarray, dataset: int, documents: np.ndarray
 ) -> np.ndarray:
-    """Which chunks come from some documents of one dataset, bool of the shape of `ids`.
+    """Mark the chunks that come from given documents of one dataset, bool of the shape of `ids`.
 
     Args:
         database: The retrieval database.
@@ -126,11 +127,11 @@ def from_documents(
 
 
 def rows_of(samples: Sequence[SampleRows], rows: np.ndarray) -> list[SampleRows]:
-    """`samples` over some of their rows, which are renumbered from 0.
+    """Restrict samples to some of their rows, renumbered from 0.
 
     Args:
-        samples: Whose rows there are, covering all.
-        rows: Some of them, ascending.
+        samples: Samples that cover all rows.
+        rows: The rows to keep, ascending.
     """
     starts = np.searchsorted(rows, [sample.start for sample in samples]).tolist()
     ends = [*starts[1:], len(rows)]
@@ -144,10 +145,10 @@ def rows_of(samples: Sequence[SampleRows], rows: np.ndarray) -> list[SampleRows]
 def keep_first(
     candidates: np.ndarray, distances: np.ndarray, allowed: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` allowed candidates of each row, and their distances.
+    """Keep the first `count` allowed candidates of each row, and their distances.
 
     Args:
-        candidates: Chunk ids [rows, candidates], NO_NEIGHBOR where there is none.
+        candidates: Chunk ids [rows, candidates], NO_NEIGHBOR where missing.
         distances: f32 [rows, candidates].
         allowed: bool [rows, candidates].
         count: Columns of the results.

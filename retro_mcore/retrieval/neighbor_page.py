@@ -35,7 +35,7 @@ class NeighborView:
 
     Attributes:
         about: Rank, chunk id, source document, distance and overlap.
-        chunks: The neighbor and its continuations, as pieces of text; None where there is none.
+        chunks: The neighbor and its continuations as pieces of text; None past its document's end.
     """
 
     about: str
@@ -62,7 +62,7 @@ class SampleView:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values to count; `unit` labels the axis, `bounds` are its ends if they are fixed."""
+    """Values to count; `unit` labels the axis, and `bounds` are its ends if fixed."""
 
     title: str
     unit: str
@@ -81,7 +81,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML; every text in it is escaped."""
+    """Render the page as HTML; all text is escaped."""
     facts = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>\n"
         for name, value in page.facts.items()

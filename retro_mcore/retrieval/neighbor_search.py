@@ -1,4 +1,4 @@
-"""Searching the neighbors of every sample's chunks, and saving them."""
+"""Search the neighbors of every chunk of a split's samples, and save them (query_neighbors)."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ from retro_mcore.retrieval.vectors import EmbeddingCounts
 
 #: Chunks that are embedded, searched and filtered at a time; bounds the memory.
 BATCH = 4096
-#: Candidates per chunk if nothing else is asked for, before those of its own documents are dropped.
+#: Default candidates per chunk, before those of its own documents are dropped.
 NUM_QUERY = 200
-#: A search that must go on for lack of neighbors asks for so many times more.
+#: Factor by which a search with too few neighbors widens.
 _MORE = 4
 
-#: Query chunks that cannot all fall into empty lists of an index.
+#: Number of query chunks that cannot all fall into empty lists of an index.
 _MANY = 16
 
-#: What is searched (vectors f32 [n, dimension], k), and what was found (distances, ids [n, k]).
+#: A search (vectors f32 [n, dimension], k) and its result (distances, ids [n, k]).
 Request = tuple[np.ndarray, int]
 Found = tuple[np.ndarray, np.ndarray]
 
 
 class Samples(Protocol):
-    """What querying needs of a split's samples."""
+    """A split's samples, as the search reads them."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
-        """Tokens i64 [S+1], dataset number and document ids of a sample."""
+        """Read a sample: tokens i64 [S+1], dataset number and document ids."""
 
 
 @dataclass
 class NeighborSearch:
-    """How the neighbors of a split are searched.
+    """Searches, filters and saves the neighbors of a split's chunks.
 
     Attributes:
         database: The retrieval database.
         tokenizer: The project's tokenizer.
-        embedder: What the index was built with.
+        embedder: The embedder that the index was built with.
         chunk_length: M.
-        num_query: Candidates searched per chunk; more where too few of them are of other documents.
-        num_save: Neighbors saved per chunk, after those of the sample's own documents are dropped.
-        rerank: Orders the candidates that are left; None: by distance.
-        document_ends: What the embedder reads for an end of document inside a chunk.
+        num_query: Candidates searched per chunk; more if too few are from other documents.
+        num_save: Neighbors saved per chunk, none from the sample's own documents.
+        rerank: Orders the remaining candidates; None: by distance.
+        document_ends: Text that the embedder reads for an end of document inside a chunk.
     """
 
     database: ChunkDatabase
@@ -78,13 +78,13 @@ class NeighborSearch:
         self.filter = DocumentFilter(self.database)
 
     def shard(self, samples: Samples, shard: Shard, path: Path, fingerprint: str) -> Steps:
-        """Write the neighbors of one shard to `path`, and their distances; a batch at a time.
+        """Write one shard's neighbors to `path`, and their distances, a batch at a time.
 
         Yields:
-            What is to be searched; wants what was found sent in.
+            A request to search; expects the result to be sent in.
         """
         rows = shard.end - shard.start
-        # First, so that no neighbors are ever without their distances.
+        # Distances are written first, so no neighbors are ever without them.
         with (
             signed_write(distances_path(shard), fingerprint) as temporary,
             h5py.File(temporary, "w") as distances_file,
@@ -107,11 +107,11 @@ class NeighborSearch:
     def batch(
         self, samples: Samples, start: int, end: int, counts: EmbeddingCounts | None = None
     ) -> Generator[Request, Found, tuple[np.ndarray, np.ndarray]]:
-        """Neighbors i64 and distances f32 [end - start, num_save] of rows [start, end).
+        """Search rows [start, end): neighbors i64 and distances f32 [end - start, num_save].
 
         Raises:
-            ConfigurationError: the embedder gives vectors that cannot be searched.
-            CorruptFileError: the index gives what is not in the database.
+            ConfigurationError: the embedder returns vectors that cannot be searched.
+            CorruptFileError: the index returns ids that are not in the database.
         """
         chunks, owners = read_chunks(samples, start, end, self.chunk_length)
         texts = chunk_texts(self.tokenizer, chunks, self.document_ends)
@@ -121,7 +121,7 @@ class NeighborSearch:
         neighbors, kept = self.select(chunks, candidates, distances, owners)
         k = self.num_query
         while k < len(self.database):
-            # Too few, though the index found as many as it was asked for: long own documents.
+            # Too few, though the index found as many as requested: long own documents.
             short = np.flatnonzero(
                 (neighbors[:, -1] == NO_NEIGHBOR) & (candidates[:, -1] != NO_NEIGHBOR)
             )
@@ -143,7 +143,7 @@ class NeighborSearch:
         distances: np.ndarray,
         owners: Sequence[SampleRows],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Filter, order and cut candidates [n, k] to `num_save`."""
+        """Filter and order candidates [n, k], and keep `num_save`."""
         if self.rerank is None:
             return self.filter.select(candidates, distances, owners, self.num_save)
         allowed = ~self.filter.own(candidates, owners)
@@ -154,7 +154,7 @@ class NeighborSearch:
 
 @dataclass
 class QueryCounts(EmbeddingCounts):
-    """What happened to the chunks that neighbors were searched for.
+    """Counts of the chunks that neighbors were searched for.
 
     Attributes:
         chunks_short: Chunks with fewer neighbors than are saved.
@@ -166,7 +166,7 @@ class QueryCounts(EmbeddingCounts):
 
 
 def count_queried(shards: Sequence[Shard]) -> QueryCounts:
-    """What happened to all chunks of a split, as far as its files say (older ones do not)."""
+    """Add up the counts in a split's files; files of older versions have none."""
     counts = QueryCounts()
     for shard in shards:
         counts.add(read_counts(distances_path(shard)))
@@ -176,17 +176,17 @@ def count_queried(shards: Sequence[Shard]) -> QueryCounts:
 def require_found(
     distances: np.ndarray, ids: np.ndarray, database: ChunkDatabase, may_be_empty: bool = False
 ) -> None:
-    """Refuse what an index found that cannot be.
+    """Reject impossible results of an index.
 
     Args:
         distances: f32 [n, k].
         ids: i64 [n, k].
-        database: Whose chunks they should be.
-        may_be_empty: Whether all of these may find nothing, as those that found nothing before.
+        database: The database that the ids belong to.
+        may_be_empty: Whether all rows may be empty, as for those that found nothing before.
 
     Raises:
-        CorruptFileError: ids beyond the database, distances that are NaN or infinite, or nothing
-            for many vectors, which are the marks of an index of NaN or infinite ones.
+        CorruptFileError: ids are beyond the database, distances are NaN or infinite, or many rows
+            are all empty, as in an index of NaN or infinite vectors.
     """
     there = ids != NO_NEIGHBOR
     if not ((ids[there] >= 0) & (ids[there] < len(database))).all():
@@ -201,7 +201,7 @@ def require_found(
     raise CorruptFileError(database.path, found, "Build the index of this database anew")
 
 
-#: One shard's searches.
+#: The searches of one shard.
 Steps = Generator[Request, Found, None]
 
 
@@ -216,11 +216,11 @@ def query_split(
     """Search and save the neighbors of every chunk of a split, on all ranks.
 
     Args:
-        neighbor_search: How.
-        samples: The split.
+        neighbor_search: The search.
+        samples: Samples of the split.
         index: The database's index; a SharedIndex if ranks share it.
         shards: Ranges of rows (chunks).
-        fingerprint: What the neighbors are made from.
+        fingerprint: Fingerprint of what the neighbors are made from.
         description: Label of the progress bar.
     """
 
@@ -245,7 +245,7 @@ def _query_together(
     shards: Sequence[Shard],
     fingerprint: str,
 ) -> None:
-    """Build shards, each on one rank, while all ranks search for one another in step."""
+    """Build each shard on one rank while all ranks search for one another in step."""
 
     def mine() -> Steps:
         for shard in shards[get_rank() :: get_world_size()]:
@@ -272,7 +272,7 @@ def _no_steps() -> Steps:
 
 
 def answer(steps: Generator[Request, Found, Any], index: Any) -> Any:
-    """Search whatever `steps` asks for; what it returns in the end."""
+    """Search whatever `steps` requests; returns its result."""
     try:
         request = next(steps)
         while True:
@@ -282,15 +282,15 @@ def answer(steps: Generator[Request, Found, Any], index: Any) -> Any:
 
 
 def distances_path(shard: Shard) -> Path:
-    """Where the distances of a file of neighbors lie."""
-    # In a folder of its own: other readers take every .hdf5 file beside the neighbors for theirs.
+    """File of the distances of a file of neighbors."""
+    # In its own folder: other readers take every .hdf5 file beside the neighbors for neighbors.
     return shard.path.parent / "distances" / shard.path.name
 
 
 def read_chunks(
     samples: Samples, start: int, end: int, chunk_length: int
 ) -> tuple[list[np.ndarray], list[SampleRows]]:
-    """Tokens of rows [start, end), and whose they are; a sample is read once for its chunks."""
+    """Read rows [start, end): their tokens and samples. Each sample is read once."""
     chunks: list[np.ndarray] = []
     owners: list[SampleRows] = []
     for sample, first, last in _cut_by_sample(samples, start, end, chunk_length):
@@ -304,7 +304,7 @@ def read_chunks(
 def _cut_by_sample(
     samples: Samples, start: int, end: int, chunk_length: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Each sample of rows [start, end), with its first and last chunk (exclusive)."""
+    """Yield each sample of rows [start, end), with its first and last chunk (exclusive)."""
     per_sample = (len(samples.read(0)[0]) - 1) // chunk_length
     while start < end:
         sample, first = divmod(start, per_sample)

@@ -14,9 +14,9 @@ from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.hdf5 import map_dataset
 
-#: A file of rows [start, end); others are not ours to read, such as a copy under another name.
+#: Name of a file of rows [start, end); others, such as renamed copies, are not read.
 _ROWS = re.compile(r"(\d+)-(\d+)")
-#: Rows whose ids are looked at when neighbors are opened; all of them are when they are read.
+#: Rows whose ids are checked on opening; all others are checked when read.
 _LOOKED_AT = 1 << 16
 _MEND = "Run query_neighbors again"
 
@@ -26,10 +26,10 @@ class SavedNeighbors:
 
     Args:
         directory: A directory under `query/`.
-        num_chunks: Chunks of the database that they are of, beyond which no id may be; None: any.
+        num_chunks: Chunks of the database, which all ids must be below; None: not checked.
 
     Raises:
-        ProjectError: it is missing or empty.
+        ProjectError: the directory is missing or empty.
         CorruptFileError: a file is unreadable or of another type, rows are missing, or an id is not
             in the database.
     """
@@ -44,7 +44,7 @@ class SavedNeighbors:
             raise ProjectError(self.directory, "holds no neighbors", "Run query_neighbors first")
         self._paths = [path for _, _, path in bounds]
         self._files: list[np.ndarray] = []
-        # Of each file as many: every process opens all files, of which there may be thousands.
+        # Shared by all files: every process opens them all, and there may be thousands.
         self._looked_at = max(_LOOKED_AT // len(bounds), 1)
         expected = 0
         for start, end, path in bounds:
@@ -88,7 +88,7 @@ class SavedNeighbors:
         return int(self._files[0].shape[1])
 
     def rows(self, start: int, end: int) -> np.ndarray:
-        """i64 [end - start, num_saved] (distances: f32)."""
+        """Read rows [start, end), i64 [end - start, num_saved] (distances: f32)."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < end:
@@ -102,10 +102,10 @@ class SavedNeighbors:
 
 
 class SavedDistances(SavedNeighbors):
-    """The distances of a split's neighbors as the index gave them, NaN where there is none.
+    """The distances of a split's neighbors as the index returned them, NaN for missing neighbors.
 
-    Squared for an L2 index, and approximate for one that compresses. Directories of other writers
-    have none.
+    An L2 index returns squared distances, and a compressing index approximate ones. Directories of
+    other writers have no distances.
 
     Args:
         directory: The directory of the neighbors, under `query/`.
@@ -121,10 +121,10 @@ class SavedDistances(SavedNeighbors):
         super().__init__(Path(directory) / "distances")
 
     def of(self, neighbors: SavedNeighbors) -> SavedDistances:
-        """These, if they are the distances of `neighbors`.
+        """Check that these are the distances of `neighbors`, and return them.
 
         Raises:
-            CorruptFileError: they are of other rows.
+            CorruptFileError: they belong to other rows.
         """
         sizes = [(len(saved), saved.num_saved) for saved in (self, neighbors)]
         if sizes[0] != sizes[1]:

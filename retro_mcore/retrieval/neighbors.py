@@ -1,6 +1,6 @@
-"""Where a generated text's neighbors come from: a live search, or the caller.
+"""Sources of a generated text's neighbors: a live search, or the caller.
 
-Shapes: N chunks asked for, M chunk length, K neighbors, R retrieved length.
+Shapes: N chunks requested, M chunk length, K neighbors, R retrieved length.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from retro_mcore.errors import ConfigurationError, ShapeError
 
 
 class CompletedChunk(NamedTuple):
-    """A chunk of a growing text that has got its last token."""
+    """A chunk of a growing text that is complete."""
 
     prompt: int
     chunk: int
@@ -28,7 +28,7 @@ class RetrievedNeighbors:
 
     Attributes:
         tokens: int64 [N, K, R].
-        mask: bool [N, K, R]; True = padding, or no neighbor.
+        mask: bool [N, K, R]; True for padding or a missing neighbor.
         ids: int64 [N, K], rows of the chunk database, or None if they come from elsewhere.
         distances: float32 [N, K] of the search, or None.
 
@@ -54,7 +54,7 @@ class RetrievedNeighbors:
 
     @classmethod
     def join(cls, parts: Sequence[RetrievedNeighbors]) -> RetrievedNeighbors:
-        """The chunks of several, one after another."""
+        """Concatenate the chunks of several."""
         ids = [part.ids for part in parts if part.ids is not None]
         distances = [part.distances for part in parts if part.distances is not None]
         return cls(
@@ -76,7 +76,7 @@ class RetrievedNeighbors:
 
 
 class NeighborSource(Protocol):
-    """Gives each completed chunk its neighbors; it is asked once per chunk."""
+    """Provides the neighbors of each completed chunk; asked once per chunk."""
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
         """The neighbors of N chunks, in the order of the chunks."""
@@ -84,21 +84,21 @@ class NeighborSource(Protocol):
 
 
 class Prefetching(NeighborSource):
-    """A `NeighborSource` that can begin a search before its result is needed."""
+    """A `NeighborSource` that can start a search before its result is needed."""
 
-    #: A chunk's search uses its tokens but for the last so many, and begins so much earlier.
+    #: Tokens at a chunk's end that its search leaves out, so it starts earlier.
     lead: int = 0
 
     def expect(self, chunks: Sequence[CompletedChunk]) -> None:
-        """Begin to search for these chunks, unless that has happened."""
+        """Start searching for these chunks, unless already started."""
         ...
 
     def forget(self, prompt: int) -> None:
-        """This prompt's text has ended."""
+        """Forget a prompt whose text has ended."""
 
 
 class TextTokenizer(Protocol):
-    """What turning texts into neighbors asks of a tokenizer."""
+    """A tokenizer, as `neighbors_from_texts` uses it."""
 
     @property
     def eod(self) -> int: ...
@@ -109,11 +109,11 @@ class GivenNeighbors:
     """Neighbors that the caller chose, as a `NeighborSource`.
 
     Args:
-        neighbors: For each prompt (its place in the batch) the neighbors of its first chunks;
-            other chunks, and prompts that are not named, have none.
+        neighbors: Neighbors of each prompt's first chunks, by the prompt's place in the batch;
+            other chunks and prompts have none.
         num_neighbors: K of the model.
         retrieved_length: R of the model.
-        pad_id: The token in the place of a missing neighbor, which is masked.
+        pad_id: Token in place of a missing neighbor; masked.
 
     Raises:
         ShapeError: K or R of the neighbors are not the model's.
@@ -138,7 +138,7 @@ class GivenNeighbors:
         self._pad_id = pad_id
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
-        """The given neighbors; all masked where none were given."""
+        """The given neighbors; all masked if none were given."""
         shape_NKR = (len(chunks), *self._shape_KR)
         tokens, mask = np.full(shape_NKR, self._pad_id, np.int64), np.ones(shape_NKR, bool)
         for row, (prompt, chunk, _) in enumerate(chunks):
@@ -149,11 +149,11 @@ class GivenNeighbors:
 
 
 class SameNeighbors:
-    """The same neighbors for whatever chunk, as a `NeighborSource`.
+    """The same neighbors for every chunk, as a `NeighborSource`.
 
     Args:
-        neighbors: Of one chunk (N = 1).
-        num_cut: How many of them are the beginnings of longer texts.
+        neighbors: Neighbors of one chunk (N = 1).
+        num_cut: Number of neighbors that are the beginnings of longer texts.
     """
 
     def __init__(self, neighbors: RetrievedNeighbors, num_cut: int = 0) -> None:
@@ -166,18 +166,18 @@ class SameNeighbors:
 
 
 def num_longer(texts: Sequence[str], tokenizer: TextTokenizer, retrieved_length: int) -> int:
-    """How many texts `neighbors_from_texts` cuts to R tokens."""
+    """Count the texts that `neighbors_from_texts` cuts to R tokens."""
     return sum(len(tokenizer.tokenize(text)) > retrieved_length for text in texts)
 
 
 def neighbors_from_texts(
     texts: Sequence[str], tokenizer: TextTokenizer, num_neighbors: int, retrieved_length: int
 ) -> RetrievedNeighbors:
-    """Texts as the neighbors of one chunk (N = 1): cut or padded to R tokens, padding masked.
+    """Make texts the neighbors of one chunk (N = 1): cut or padded to R tokens, padding masked.
 
     Args:
-        texts: At most K of them; the rest is missing, which is masked.
-        tokenizer: The project's.
+        texts: At most K texts; missing ones are masked.
+        tokenizer: The project's tokenizer.
         num_neighbors: K of the model.
         retrieved_length: R of the model.
 

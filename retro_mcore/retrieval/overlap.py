@@ -1,4 +1,4 @@
-"""How many tokens two chunks share in one run: the measure of leakage of Borgeaud et al. 2022."""
+"""Tokens that two chunks share in one run: the leakage measure of Borgeaud et al. 2022."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-#: Pairs that are compared at once.
+#: Pairs compared at once.
 _ROWS = 512
 
 
@@ -39,7 +39,7 @@ def _longest_runs(first: np.ndarray, second: np.ndarray, dtype: Any) -> np.ndarr
     run_BN: np.ndarray = np.zeros((len(second_BN) + 1, len(first)), dtype)
     longest_BN = np.zeros_like(run_BN)
     for token_N in first_AN:
-        # The run that ends here goes on from the one that ended a token earlier in both.
+        # The run that ends here extends the one that ended a token earlier in both.
         run_BN[1:] = (run_BN[:-1] + dtype(1)) * (token_N == second_BN)
         np.maximum(longest_BN, run_BN, out=longest_BN)
     return longest_BN.max(0)
@@ -48,12 +48,12 @@ def _longest_runs(first: np.ndarray, second: np.ndarray, dtype: Any) -> np.ndarr
 def shared_positions(
     first: np.ndarray, second: np.ndarray, shortest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens of two sequences lie in common runs of at least `shortest` tokens.
+    """Mark the tokens of two sequences that lie in common runs of at least `shortest` tokens.
 
     Args:
         first: Tokens [A].
         second: Tokens [B].
-        shortest: Tokens of the shortest run that counts.
+        shortest: Length of the shortest run that counts.
 
     Returns:
         bool [A] and bool [B].

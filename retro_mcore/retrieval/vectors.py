@@ -1,7 +1,7 @@
-"""Vectors that can be searched: of the right shape, finite, and small enough for their distances.
+"""Checks that vectors can be searched: right shape, finite, and small enough for distances.
 
-A NaN or infinite vector is near nothing, so its chunk would find no neighbors and be found by none,
-without an error anywhere.
+A NaN or infinite vector is near nothing. Its chunk would find no neighbors and never be found, and
+nothing would report an error.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from retro_mcore.errors import ConfigurationError
 
 #: Squared lengths from here on may overflow a squared distance in single precision.
 _LONGEST = float(np.finfo(np.float32).max) / 8
-#: Ids that an error tells.
-_TOLD = 5
+#: Most ids that an error names.
+_NAMED = 5
 
 
 @dataclass
 class EmbeddingCounts:
-    """What happened to chunks when they were embedded.
+    """Counts of chunks that were embedded.
 
     Attributes:
-        chunks: Chunks counted; 0 where another version embedded them and counted nothing.
+        chunks: Chunks counted; 0 if a version embedded them that counted nothing.
         chunks_cut: Chunks longer than the embedder reads.
         tokens: Tokens of all chunks, as the embedder's tokenizer counts them.
-        tokens_cut: Tokens that it did not read.
+        tokens_cut: Tokens that the embedder did not read.
         in_full: Texts whose half-precision vectors overflowed, embedded in single precision.
-        zero: Chunks with a vector of zeros, which is equally far from all of one length.
+        zero: Chunks with a vector of zeros, which is equally far from all vectors of one length.
     """
 
     chunks: int = 0
@@ -45,12 +45,12 @@ class EmbeddingCounts:
             setattr(self, field.name, getattr(self, field.name) + int(value))
 
     def to_array(self) -> np.ndarray:
-        """i64, in the order of the fields."""
+        """The counts in the order of the fields, i64."""
         return np.array(astuple(self), np.int64)
 
     @property
-    def told(self) -> str:
-        """For a summary; empty where nothing was cut."""
+    def cut_share(self) -> str:
+        """Share of chunks and tokens that were cut, in words; empty if nothing was."""
         if not self.chunks_cut:
             return ""
         return (
@@ -60,17 +60,17 @@ class EmbeddingCounts:
 
 
 def unusable(vectors: np.ndarray) -> np.ndarray:
-    """Which vectors f32 [n, dimension] are NaN, infinite or too long for a distance, bool [n]."""
+    """Mark vectors f32 [n, dimension] that are NaN, infinite or too long, bool [n]."""
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.einsum("nd,nd->n", vectors, vectors)
     return ~(lengths < _LONGEST)
 
 
 def as_vectors(vectors: object, count: int, dimension: int, embedder: str) -> np.ndarray:
-    """What an embedder gave, as f32 [count, dimension].
+    """Convert an embedder's result to f32 [count, dimension].
 
     Raises:
-        ConfigurationError: it is no matrix of real numbers of that shape.
+        ConfigurationError: the result is no matrix of real numbers of that shape.
     """
     try:
         found = np.asarray(vectors)
@@ -94,17 +94,17 @@ def _no_vectors(embedder: str, found: str, count: int, dimension: int) -> Config
 def require_usable(
     vectors: np.ndarray, embedder: str, half: bool, first: int = 0, what: str = "chunk"
 ) -> None:
-    """Refuse vectors that cannot be searched.
+    """Reject vectors that cannot be searched.
 
     Args:
         vectors: f32 [n, dimension].
-        embedder: What gave them.
+        embedder: Name of the embedder.
         half: Whether it computes in half precision.
         first: Number of the first row.
-        what: What a row is of.
+        what: Name of a row, such as "chunk".
 
     Raises:
-        ConfigurationError: with how many there are, and the first of them.
+        ConfigurationError: some cannot; names their number and the first of them.
     """
     wrong = np.flatnonzero(unusable(vectors))
     if not len(wrong):
@@ -119,6 +119,6 @@ def require_usable(
 
 
 def list_rows(rows: np.ndarray, what: str = "chunk") -> str:
-    """The first few of some rows, for an error: "chunks 3, 17, 20 ..."."""
-    numbers = ", ".join(map(str, rows[:_TOLD].tolist()))
-    return f"{what}{'s' if len(rows) > 1 else ''} {numbers}{' ...' if len(rows) > _TOLD else ''}"
+    """Name the first few rows for an error: "chunks 3, 17, 20 ..."."""
+    numbers = ", ".join(map(str, rows[:_NAMED].tolist()))
+    return f"{what}{'s' if len(rows) > 1 else ''} {numbers}{' ...' if len(rows) > _NAMED else ''}"

@@ -27,7 +27,7 @@ from retro_mcore.retrieval.index.recall import (
 from retro_mcore.retrieval.index.training import make_index
 
 AUTO = "auto"
-#: Up to this many vectors an exact search costs less than lists would lose.
+#: Up to this many vectors, an exact search is cheap enough to do without lists.
 _LARGEST_WITHOUT_LISTS = 50_000
 #: Comparing with all vectors at once, as matrix products, costs about an eighth per vector of what
 #: scanning lists does: lists are worth it where less than this share of them is scanned.
@@ -49,9 +49,9 @@ class IndexChoice:
     """A Faiss factory string and why it was chosen.
 
     Attributes:
-        string: For `faiss.index_factory`.
-        reason: In words.
-        num_bytes: What its vectors, lists and centroids take; None where nothing was asked.
+        string: Faiss factory string.
+        reason: Why it was chosen, in words.
+        num_bytes: Memory of its vectors, lists and centroids; None if unknown.
         on_disk: Whether its lists lie in a file of their own and are searched there.
     """
 
@@ -65,7 +65,7 @@ class IndexChoice:
         """Read a choice.json.
 
         Raises:
-            CorruptFileError: it holds something else.
+            CorruptFileError: the file holds something else.
         """
         try:
             return cls(**read_json_object(path))
@@ -76,7 +76,7 @@ class IndexChoice:
 
 @dataclass(frozen=True)
 class _Code:
-    """How a vector is stored: the factory string's last part, bytes, and a rotation before it."""
+    """A way to store vectors: the factory string's last part, its bytes, a rotation before it."""
 
     string: str
     num_bytes: int
@@ -84,7 +84,7 @@ class _Code:
 
 
 def parse_bytes(flag: str, text: str) -> int:
-    """ "24G" to bytes; K, M, G and T are powers of 1024.
+    """Convert "24G" to bytes; K, M, G and T are powers of 1024.
 
     Raises:
         ConfigurationError: not a number with one of these units.
@@ -134,20 +134,20 @@ def choose_index(
 ) -> IndexChoice:
     """The most exact index that fits the memory, if it reaches the recall.
 
-    Codes that lose something are tried on evenly spaced vectors, with exhaustive search, so what
-    they lose is theirs; lists are made up for by searching more of them, and left out where that
-    would cost more than an exhaustive search. Recall falls as vectors get denser: it is measured at
-    a quarter of the sample too, and the fall carried on to the number of vectors.
+    Lossy codes are tried on evenly spaced vectors with exhaustive search, so the measured loss is
+    theirs alone. Lists lose nothing that searching more of them cannot make up for; they are left
+    out if that would cost more than an exhaustive search. Recall falls as vectors get denser, so it
+    is also measured at a quarter of the sample, and the fall is extrapolated to all vectors.
 
     Args:
         embeddings: The database's vectors.
         memory: Bytes that the index may take.
         recall: Recall@2 wanted, against exact search.
-        on_disk: Its lists lie on the disk, so that vectors need no memory.
+        on_disk: Whether its lists stay on disk, so vectors need no memory.
 
     Raises:
-        ConfigurationError: nothing that fits reaches the recall; names the most that this memory
-            reaches, and the least memory that would do. Or there is nothing to put on the disk.
+        ConfigurationError: no index that fits reaches the recall; names the best recall in this
+            memory and the least memory needed. Or there is nothing to put on disk.
     """
     count, dimension = len(embeddings), embeddings.dimension
     codes = list(_codes(count, dimension))
@@ -195,7 +195,7 @@ def _choice(
 
 
 def _codes(count: int, dimension: int) -> Iterator[_Code]:
-    """From the most exact to the smallest."""
+    """The codes, from the most exact to the smallest."""
     yield _Code("Flat", 4 * dimension)
     yield _Code("SQfp16", 2 * dimension)
     yield _Code("SQ8", dimension)
@@ -209,7 +209,7 @@ def _codes(count: int, dimension: int) -> Iterator[_Code]:
 
 
 class _Trial:
-    """Recall of codes on a sample; each is measured once."""
+    """Measures the recall of codes on a sample, each once."""
 
     def __init__(self, embeddings: Embeddings) -> None:
         self.count, self.dimension = len(embeddings), embeddings.dimension
@@ -218,7 +218,7 @@ class _Trial:
         self._known: dict[_Code, float] = {}
 
     def expected_recall(self, code: _Code) -> float:
-        """Recall@2 to be expected among all vectors."""
+        """Expected recall@2 among all vectors."""
         if code not in self._known:
             self._known[code] = self._extrapolate(code) if code.string != "Flat" else 1.0
         return self._known[code]

@@ -1,4 +1,4 @@
-"""Embeddings of the retrieval database, and those of the queries that recall is measured with."""
+"""Embeddings of the retrieval database and of the queries that recall is measured with."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def embed_database(
     fingerprint: str,
     document_ends: DocumentEnds = "line break",
 ) -> ShardReport:
-    """Embed every chunk of the database once, on all ranks: f32 [rows, dimension] per file.
+    """Embed every chunk of the database once on all ranks, f32 [rows, dimension] per file.
 
     Raises:
-        ConfigurationError: the embedder gives vectors that cannot be searched.
+        ConfigurationError: the embedder returns vectors that cannot be searched.
     """
 
     def build(shard: Shard, path: Path) -> None:
@@ -50,7 +50,7 @@ def embed_database(
 
 
 def count_embedded(shards: Sequence[Shard]) -> EmbeddingCounts:
-    """What happened to all chunks, as far as their files say (older ones do not)."""
+    """Add up the counts in the files; files of older versions have none."""
     counts = EmbeddingCounts()
     for shard in shards:
         counts.add(read_counts(shard.path))
@@ -108,7 +108,7 @@ class Embeddings:
         return int(self._file(0).shape[1])
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """f32 [n, dimension] of rows in any order."""
+        """Read rows in any order, f32 [n, dimension]."""
         result = np.empty((len(ids), self.dimension), np.float32)
         where = np.searchsorted(self._starts, ids, side="right") - 1
         for file in np.unique(where):
@@ -118,7 +118,7 @@ class Embeddings:
         return result
 
     def _require_usable(self, file: int, ids: np.ndarray, vectors: np.ndarray) -> None:
-        """Older versions kept whatever the embedder gave, and other programs may."""
+        """Reject NaN and infinite vectors, which older versions and other programs may keep."""
         wrong = ids[unusable(vectors)]
         if len(wrong):
             shard = self.shards[file]
@@ -129,7 +129,7 @@ class Embeddings:
             )
 
     def range(self, start: int, end: int) -> np.ndarray:
-        """f32 [end - start, dimension] of consecutive rows."""
+        """Read consecutive rows, f32 [end - start, dimension]."""
         return self.rows(np.arange(start, end))
 
     def shards_of(self, start: int, end: int) -> list[Shard]:
@@ -147,8 +147,8 @@ class HeldOut:
 
     Attributes:
         vectors: f32 [n, dimension].
-        rows: The database row of each query, which is not its own neighbor; NO_NEIGHBOR where it
-            is a chunk of a held-out document.
+        rows: The database row of each query, which is not its own neighbor; NO_NEIGHBOR for a
+            chunk of a held-out document.
     """
 
     vectors: np.ndarray
@@ -164,10 +164,10 @@ def embed_held_out(
     fingerprint: str,
     document_ends: DocumentEnds = "line break",
 ) -> None:
-    """Embed evenly spaced chunks of held-out documents; of the database where they are too few.
+    """Embed evenly spaced chunks of held-out documents, and of the database if those are too few.
 
     Raises:
-        ConfigurationError: the embedder gives vectors that cannot be searched.
+        ConfigurationError: the embedder returns vectors that cannot be searched.
     """
     if state_of(path, fingerprint) is FileState.COMPLETE:
         return
@@ -181,10 +181,10 @@ def embed_held_out(
 
 
 def read_held_out(path: Path) -> HeldOut:
-    """What `embed_held_out` wrote.
+    """Read the queries that `embed_held_out` wrote.
 
     Raises:
-        CorruptFileError: it is damaged.
+        CorruptFileError: the file is damaged.
     """
     vectors, rows = map_dataset(path, "data", "f", 2), map_dataset(path, "rows", "i", 1)
     if len(vectors) != len(rows) or unusable(vectors).any():

@@ -16,16 +16,16 @@ _QUERIES = 128
 
 
 def search(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest vectors of each query.
+    """Search the k nearest vectors of each query.
 
     Args:
-        index: A Faiss index, or anything whose `search(vectors, k)` answers as Faiss's.
+        index: A Faiss index, or anything with the same `search(vectors, k)`.
         vectors: f32 [n, dimension].
         k: Neighbors wanted.
 
     Returns:
         Distances f32 [n, k] and ids i64 [n, k], nearest first, equal distances in the order of
-        ids; NO_NEIGHBOR (trailing) where the index found fewer.
+        ids. Trailing NO_NEIGHBOR if the index found fewer.
     """
     vectors = np.ascontiguousarray(vectors, np.float32)
     if hasattr(index, "search_together"):
@@ -46,7 +46,7 @@ def _search_few(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np
 
 
 def by_distance_then_id(distances: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Put ids [n, k] of equal distance in order; rows must be sorted by distance."""
+    """Sort ids [n, k] of equal distance; rows must be sorted by distance."""
     rows = np.flatnonzero((distances[:, 1:] == distances[:, :-1]).any(axis=1))
     before, after = ids[rows, :-1], ids[rows, 1:]
     tied = distances[rows, 1:] == distances[rows, :-1]
@@ -57,7 +57,7 @@ def by_distance_then_id(distances: np.ndarray, ids: np.ndarray) -> tuple[np.ndar
 
 
 def nearest(distances: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first k of candidates [n, any] by distance, then id; missing ones last."""
+    """Keep the first k of candidates [n, any] by distance, then id; missing ones last."""
     distances = np.where(ids == NO_NEIGHBOR, np.float32(np.inf), distances)
     order = np.lexsort((np.where(ids == NO_NEIGHBOR, np.iinfo(np.int64).max, ids), distances))
     order = order[:, :k]
@@ -77,11 +77,11 @@ class PartedIndex:
 
     @property
     def ntotal(self) -> int:
-        """Vectors, as Faiss names it."""
+        """Number of vectors, by Faiss's name."""
         return sum(part.ntotal for part in self.parts)
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `search`, one call."""
+        """Search all parts; see `search`."""
         found = [part.search(vectors, k) for part in self.parts]
         ids = [
             np.where(part == NO_NEIGHBOR, part, part + offset)
@@ -91,7 +91,7 @@ class PartedIndex:
 
 
 def set_search_breadth(index: Any, nprobe: int | None, ef_search: int | None) -> None:
-    """Set nprobe and efSearch where they are given."""
+    """Set nprobe and efSearch if given."""
     parameters = faiss_library().ParameterSpace()
     if nprobe is not None:
         parameters.set_index_parameter(index, "nprobe", nprobe)

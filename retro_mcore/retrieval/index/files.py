@@ -1,4 +1,4 @@
-"""Faiss indexes on the disk: whole, or their vectors apart; read by mapping them into memory."""
+"""Faiss indexes on disk: whole, or with their vectors apart; read by mapping them into memory."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def load_index(
 
 
 def _search_from_threads(lists: Any) -> None:
-    """Mapped lists read ahead by threads of their own, which one search at a time may ask for."""
+    """Turn off the read-ahead of mapped lists: its threads serve only one search at a time."""
     if isinstance(lists, faiss_library().OnDiskInvertedLists):
         lists.prefetch_nthread = 0
 
 
 def lists_path(path: Path) -> Path:
-    """Where the lists of an on-disk index lie: beside it."""
+    """File of an on-disk index's lists, beside the index."""
     return path.with_suffix(".ivfdata")
 
 
 def _is_flat(path: Path) -> bool:
-    """Whether Faiss maps it by another way than lists."""
+    """Whether the index is flat, which Faiss maps in another way than lists."""
     with path.open("rb") as file:
         return file.read(4) in (b"IxF2", b"IxFI", b"IxFl")
 
@@ -108,7 +108,7 @@ def replace_lists(index: Any, lists: Any) -> None:
 
 
 def set_total(index: Any, total: int) -> None:
-    """Tell the transforms around an index how many vectors it holds."""
+    """Set the number of vectors in the transforms around an index."""
     faiss = faiss_library()
     outer = faiss.downcast_index(index)
     while isinstance(outer, faiss.IndexPreTransform):
@@ -122,7 +122,7 @@ def load_parts(
     nprobe: int | None = None,
     ef_search: int | None = None,
 ) -> Any:
-    """The vectors of some parts as one index, mapped into memory.
+    """Open the vectors of some parts as one index, mapped into memory.
 
     Args:
         empty: The trained index.

@@ -1,4 +1,4 @@
-"""Filling a trained index: parts by many processes, and one index from the parts."""
+"""Fill a trained index in parts, by many processes, and merge the parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from retro_mcore.retrieval.index.gpu import to_gpu
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads, worker_threads
 from retro_mcore.retrieval.index.training import IndexKind, has_graph, innermost, kind_of
 
-#: Faiss multiplies flat vectors in blocks of so many; whole blocks per part keep their rounding.
+#: Block of flat vectors that Faiss multiplies at once; parts of whole blocks keep its rounding.
 _FLAT_BLOCK = 1024
 _SHORTEST_PART = 8 * _FLAT_BLOCK
 _LONGEST_PART = 16384 * _FLAT_BLOCK
@@ -38,13 +38,13 @@ _ADD_BATCH = 65_536
 
 
 def cut_parts(directory: Path, count: int, kind: IndexKind, block_size: int) -> list[Shard]:
-    """The parts that an index is filled in, a file each, whatever the number of ranks or jobs.
+    """Cut an index into parts, one file each, independent of the number of ranks or jobs.
 
     Args:
-        directory: Where they lie.
-        count: Vectors.
-        kind: An index that cannot be merged is one part.
-        block_size: The project's rows per file; parts are not shorter, but for a large one.
+        directory: Directory of the files.
+        count: Number of vectors.
+        kind: Kind of the index; one that cannot be merged is a single part.
+        block_size: The project's rows per file; parts are at least this long, up to a limit.
     """
     shortest = min(_SHORTEST_PART, block_size)
     length = choose_shard_length(count, _LONGEST_PART, shards=64, shortest=shortest)
@@ -60,14 +60,14 @@ def cut_parts(directory: Path, count: int, kind: IndexKind, block_size: int) -> 
 def add_part(
     trained: Any, embeddings: Embeddings, part: Shard, path: Path, gpu: bool = False
 ) -> None:
-    """Write the vectors of one part, with their database rows as ids where there are lists.
+    """Write the vectors of one part, in lists with their database rows as ids.
 
     Args:
         trained: The trained index; its vectors are replaced.
         embeddings: The database's vectors.
         part: Which rows.
         path: The file to write.
-        gpu: Place and encode on the GPUs, where they can hold such an index.
+        gpu: Place and encode on GPUs if they support such an index.
     """
     trained.reset()
     if gpu:
@@ -106,7 +106,7 @@ def _add_on_gpu(trained: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]]) 
 
 
 def add_rows(index: Any, vectors: np.ndarray, rows: np.ndarray) -> None:
-    """Add vectors under the ids `rows`; the same bytes on any number of threads."""
+    """Add vectors under the ids `rows`, with the same bytes on any number of threads."""
     kind = kind_of(index)
     if kind is IndexKind.WHOLE:
         with faiss_threads(1 if has_graph(index) else faiss_library().omp_get_max_threads()):
@@ -132,7 +132,7 @@ def add_to_index(index: Any, embeddings: Embeddings, first: int = 0) -> None:
 
 
 def stored_bytes(index: Any, count: int) -> int:
-    """Bytes that `count` vectors take in an index's file, codes and ids; 0 if Faiss can't say."""
+    """Bytes of the codes and ids of `count` vectors in an index's file; 0 if unknown."""
     inner = innermost(index)
     if kind_of(index) is IndexKind.LISTS:
         return count * (int(inner.code_size) + 8)
@@ -143,13 +143,13 @@ def stored_bytes(index: Any, count: int) -> int:
 
 
 def merge_parts(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: str) -> None:
-    """One index of all parts, in this process's memory.
+    """Merge all parts into one index, in this process's memory.
 
     Args:
         empty: The trained index.
         parts: All parts, in order.
         path: The file to write.
-        fingerprint: What it is made from.
+        fingerprint: Fingerprint of what the index is made from.
     """
     index = load_index(empty)
     kind = kind_of(index)
@@ -179,7 +179,7 @@ def merge_on_disk(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: 
         empty: The trained index, which has lists.
         parts: All parts, in order.
         path: The file to write; the lists go to `lists_path` of it.
-        fingerprint: What it is made from.
+        fingerprint: Fingerprint of what the index is made from.
     """
     faiss = faiss_library()
     index = load_index(empty)

@@ -1,4 +1,4 @@
-"""Faiss on GPUs, where its GPU build is installed and a GPU is there."""
+"""Faiss on GPUs, if its GPU build is installed and there is a GPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _MOST_LISTS = _MOST_NEIGHBORS = 2048
 
 
 def num_gpus() -> int:
-    """GPUs that Faiss can use; 0 in its CPU build."""
+    """Number of GPUs that Faiss can use; 0 in its CPU build."""
     return int(getattr(faiss_library(), "get_num_gpus", lambda: 0)())
 
 
 def to_gpu(index: Any) -> Any | None:
-    """A copy on this rank's GPU; None where it does not fit, or Faiss has no such index there.
+    """Copy an index to this rank's GPU; None if it does not fit or Faiss does not support it.
 
     Graphs (also over lists) stay on the CPU.
     """

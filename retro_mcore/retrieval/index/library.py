@@ -63,6 +63,6 @@ def worker_threads() -> ThreadPoolExecutor:
 
 
 def message_of(error: Exception) -> str:
-    """What Faiss says, without its source locations."""
-    told = str(error) or type(error).__name__
-    return told.splitlines()[0].split("Error: ")[-1].strip()
+    """Faiss's error message without its source locations."""
+    message = str(error) or type(error).__name__
+    return message.splitlines()[0].split("Error: ")[-1].strip()

@@ -26,7 +26,7 @@ from retro_mcore.retrieval.index.training import kind_of
 
 
 class ProjectIndex:
-    """Where a project's index lies, and how it is opened.
+    """The files of a project's index, and how to open it.
 
     Args:
         paths: The project.
@@ -58,40 +58,40 @@ class ProjectIndex:
 
     @property
     def files(self) -> list[Path]:
-        """What holds it."""
+        """The files of the index."""
         if self._parts:
             return [self._empty, *(part.path for part in self._parts)]
         lists = lists_path(self._added)
         return [self._added, lists] if lists.is_file() else [self._added]
 
     def digests(self) -> dict[str, str]:
-        """What it is, for a stage's inputs.
+        """Digests of the index's files, for a stage's inputs.
 
         Raises:
             CorruptFileError: a file is missing.
         """
         for file in self.files:
             verify_present(file, self._mend)
-            # Else its digest is another, as if the index had been exchanged.
+            # Otherwise its digest would differ, as if the index had been exchanged.
             verify_size(file, f"{self._mend} again")
         if not self._parts and not marker_path(self._added).is_file():
-            load_index(self._added, mapped=True)  # nothing else tells that it is damaged
+            load_index(self._added, mapped=True)  # nothing else shows damage
         if self._parts:
             parts = fingerprint_of([digest_of(file) for file in self.files])
             return {self._paths.relative(self._parts[0].path.parent): parts}
         return {self._paths.relative(file): digest_of(file) for file in self.files}
 
     def open(self, share: bool = False, k: int = 0, gpu: bool = False) -> Any:
-        """The index, mapped into memory, with the breadth of search that was measured.
+        """Open the index, mapped into memory, with the measured breadth of search.
 
         Args:
-            share: Where it is in parts, this rank takes some, and all search together.
-            k: Neighbors that are searched, which a GPU may not be able to.
-            gpu: Search on this rank's GPU where Faiss has one and the index fits.
+            share: If the index is in parts, open some on each rank, and search together.
+            k: Neighbors to search; a GPU may not be able to search that many.
+            gpu: Search on this rank's GPU if Faiss has one and the index fits.
 
         Raises:
-            ProjectError: it does not hold the database's chunks.
-            CorruptFileError: a file is damaged; where all ranks open all of it, rank 0 tells.
+            ProjectError: the index does not hold the database's chunks.
+            CorruptFileError: a file is damaged; if all ranks open all of it, on rank 0 only.
         """
         settings, together = self._settings, share and get_world_size() > 1
         breadth = settings.nprobe, settings.ef_search
@@ -128,10 +128,10 @@ class ProjectIndex:
 
 
 def verify_present(path: Path, mend: str) -> None:
-    """Refuse a missing file.
+    """Reject a missing file.
 
     Raises:
-        ProjectError: with `mend` as the way out.
+        ProjectError: the file is missing; `mend` says what to run.
     """
     if not path.is_file():
         raise ProjectError(path, "no such file", f"{mend} again")

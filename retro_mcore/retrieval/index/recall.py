@@ -1,4 +1,4 @@
-"""How many of the exact nearest neighbors an index finds, and how broadly it must search."""
+"""Recall of an index against exact search, and the breadth of search that it needs."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Recall:
     A neighbor counts as found if another at the same distance is (see `recall_at`).
 
     Attributes:
-        at: K to recall@K.
-        num_queries: Queries, the held-out ones among them not in the database.
-        num_held_out: How many are chunks of held-out documents; the others are database rows,
-            themselves left out.
-        nprobe: Lists searched, None without lists.
-        ef_search: Breadth of the graph search, None without a graph.
+        at: Recall@K by K.
+        num_queries: Number of queries.
+        num_held_out: Queries that are chunks of held-out documents; the others are database rows,
+            which do not count as their own neighbors.
+        nprobe: Lists searched; None without lists.
+        ef_search: Breadth of the graph search; None without a graph.
     """
 
     at: dict[int, float]
@@ -51,14 +51,14 @@ class Recall:
 
     @property
     def decisive(self) -> float:
-        """recall@2, or @1 in a database of fewer."""
+        """Recall@2, or @1 in a smaller database."""
         return self.at.get(DECISIVE, self.at[min(self.at)])
 
 
 def exact_neighbors(
     embeddings: Embeddings, queries: HeldOut, part: Shard
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest rows of one part by exhaustive search, a batch of rows in memory at a time.
+    """Find the nearest rows of one part by exhaustive search, a batch of rows at a time.
 
     Returns:
         Distances f32 and rows i64 [queries, max(RECALL_AT)], a query's own row left out.
@@ -80,14 +80,14 @@ def exact_neighbors(
 def write_exact(
     embeddings: Embeddings, queries: HeldOut, part: Shard, path: Path, fingerprint: str
 ) -> None:
-    """Save `exact_neighbors` of a part, signed."""
+    """Save the `exact_neighbors` of a part, signed."""
     distances, ids = exact_neighbors(embeddings, queries, part)
     with signed_write(path, fingerprint) as temporary, h5py.File(temporary, "w") as file:
         file["distances"], file["neighbors"] = distances, ids
 
 
 def read_exact(paths: Sequence[Path]) -> np.ndarray:
-    """The nearest rows over all parts, i64 [queries, max(RECALL_AT)]; -1 in a tiny database."""
+    """Read the nearest rows over all parts, i64 [queries, max(RECALL_AT)]; -1 where missing."""
     distances = np.hstack([map_dataset(path, "distances") for path in paths])
     ids = np.hstack([map_dataset(path, "neighbors") for path in paths])
     return nearest(distances, ids, max(RECALL_AT))[1]
@@ -98,9 +98,9 @@ class RecallMeasure:
 
     Args:
         index: Anything that `search` takes.
-        queries: What is searched for.
+        queries: The queries.
         exact: Their exact neighbors, from `read_exact`.
-        embeddings: The database's vectors, which what is found is compared by.
+        embeddings: The database's vectors, for true distances.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class RecallMeasure:
         self._rounding = rounding_of(queries.vectors, self._neighbors(exact[:, :1])[:, 0])
 
     def __call__(self, nprobe: int | None, ef_search: int | None) -> Recall:
-        """Recall with this breadth of search."""
+        """Measure the recall with this breadth of search."""
         set_search_breadth(self._index, nprobe, ef_search)
         wanted = max(self._ks)
         _, found = search(self._index, self._queries.vectors, wanted + 1)
@@ -123,7 +123,7 @@ class RecallMeasure:
         return Recall(at, len(found), held_out, nprobe, ef_search)
 
     def _neighbors(self, ids: np.ndarray) -> np.ndarray:
-        """Vectors of rows [n, k], f32 [n, k, dimension]; any where an id is missing."""
+        """Vectors of rows [n, k], f32 [n, k, dimension]; arbitrary where an id is missing."""
         rows = self._embeddings.rows(np.maximum(ids, 0).ravel())
         return rows.reshape(*ids.shape, -1)
 
@@ -140,14 +140,14 @@ def tune(
     nprobe: int | None = None,
     ef_search: int | None = None,
 ) -> Recall:
-    """The narrowest search that reaches `target`, or the broadest where none does.
+    """Find the narrowest search that reaches `target`, or the broadest if none does.
 
-    nprobe doubles until recall@2 is reached, and is then halved into the last step; after it
-    efSearch, as far as the recall stays. What is given is not changed.
+    nprobe doubles until recall@2 is reached, and is then bisected within the last step. Then
+    efSearch shrinks as long as the recall holds. Given values are not changed.
 
     Args:
-        measure: Of the index.
-        lists: Its lists, if it has any.
+        measure: Measures the index.
+        lists: Number of lists, if it has any.
         graph: Whether it has a graph.
         target: Recall@2 wanted.
         nprobe: Lists to search.
@@ -182,7 +182,7 @@ def tune(
 def _narrow_graph(
     measure: RecallMeasure, nprobe: int | None, target: float, ef_search: int | None
 ) -> Recall:
-    """The smallest efSearch, a power of two, that reaches the target; the index's best else."""
+    """Find the smallest efSearch, a power of two, that reaches the target, or else the best."""
     if ef_search is not None:
         return measure(nprobe, ef_search)
     ef_search, best = 16, None
@@ -204,14 +204,14 @@ def measure_recall(
     ef_search: int | None = None,
     target: float = 0.95,
 ) -> Recall:
-    """Compare with exact search in this process, and choose what breadth is not given."""
+    """Compare with exact search in this process, and choose the breadth that is not given."""
     _, exact = exact_neighbors(embeddings, queries, Shard(0, len(embeddings), Path()))
     measure = RecallMeasure(index, queries, exact, embeddings)
     return tune(measure, num_lists(index), has_graph(index), target, nprobe, ef_search)
 
 
 def without(ids: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Drop each query's own row, or the last candidate where it is not among them."""
+    """Drop each query's own row, or the last candidate if it is not among them."""
     keep = ids != own[:, None]
     keep[own < 0] = True
     keep[keep.all(axis=1), -1] = False
@@ -228,7 +228,7 @@ def squared_distances(queries: np.ndarray, neighbors: np.ndarray, ids: np.ndarra
 
 
 def rounding_of(queries: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
-    """By how much a search in single precision may misjudge squared distances, f64 [n].
+    """Bound the error of squared distances in single precision, f64 [n].
 
     Args:
         queries: Vectors [n, d].
@@ -243,14 +243,14 @@ def recall_at(
 ) -> float:
     """Share of the k nearest neighbors that were found.
 
-    By distance, as ann-benchmarks measures: what is found counts if it is no farther than the k-th
-    exact neighbor. Of several rows at one distance, exact search returns any, too; and which row is
-    the nearer within rounding depends on the processor.
+    Measured by distance, as ann-benchmarks does: a row counts if it is no farther than the k-th
+    exact neighbor. Among rows at one distance, exact search returns any, too, and within rounding
+    the processor decides which row is nearer.
 
     Args:
-        k: How many.
-        found: True distances of what was found [n, at least k], in any order, infinite where
-            nothing was.
+        k: Number of neighbors.
+        found: True distances of the rows found [n, at least k], in any order, infinite where
+            missing.
         exact: True distances of the exact neighbors [n, at least k], likewise.
         rounding: Differences that do not count, per query.
     """

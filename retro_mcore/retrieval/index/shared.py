@@ -13,13 +13,13 @@ from retro_mcore.retrieval.index.faiss_search import nearest, search
 
 
 class SharedIndex:
-    """Each rank holds some of the vectors; a search is a collective of all ranks of `group`.
+    """An index in which each rank holds some of the vectors; all ranks of `group` search together.
 
     Args:
         local: This rank's part.
         ntotal: Vectors on all ranks.
-        dimension: Of a vector.
-        group: Default: the world.
+        dimension: Length of a vector.
+        group: The ranks; None: the world.
     """
 
     def __init__(
@@ -28,9 +28,9 @@ class SharedIndex:
         self.local, self.ntotal, self.d, self._group = local, ntotal, dimension, group
 
     def search_together(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest on all ranks of this rank's queries, as many as each has (also none).
+        """Search this rank's queries on all ranks; a rank may have any number, also none.
 
-        Each rank searches the queries of all in its part and sends every rank what it found.
+        Each rank searches the queries of all ranks in its part and sends back the results.
 
         Args:
             vectors: f32 [n, dimension].
@@ -55,7 +55,7 @@ class SharedIndex:
         return result
 
     def _gather(self, part: torch.Tensor, destination: int) -> np.ndarray:
-        """Every rank's columns side by side, on the rank `destination` of the world."""
+        """Gather every rank's columns side by side on the rank `destination` of the world."""
         parts = None
         if dist.get_rank() == destination:
             parts = [torch.empty_like(part) for _ in range(get_world_size(self._group))]

@@ -1,4 +1,4 @@
-"""Training an index: coarse lists, transforms and codes, from a sample of the vectors."""
+"""Train an index: coarse lists, transforms and codes, from a sample of the vectors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads, message_of
 
-#: Vectors per list that Faiss makes use of in k-means, and without lists, in training codes.
+#: Vectors per list that Faiss uses in k-means, or in training codes without lists.
 _VECTORS_PER_LIST = 256
 _VECTORS_FOR_CODES = 65_536
-#: Up to so many, threads would wait for one another more than they'd work.
+#: Up to this many vectors, threads would wait for one another more than work.
 _FEW_VECTORS = 10_000
 
 
 class IndexKind(Enum):
-    """How an index can be filled by many and put together."""
+    """Ways in which an index can be filled in parts and merged."""
 
     #: Inverted lists: parts are merged list by list.
     LISTS = "lists"
@@ -37,7 +37,7 @@ _QUANTIZERS = ("IndexFlat", "IndexFlatL2", "IndexHNSWFlat")
 
 
 def innermost(index: Any) -> Any:
-    """The index below transforms such as OPQ, as its own class."""
+    """The index below transforms such as OPQ, downcast to its class."""
     faiss = faiss_library()
     index = faiss.downcast_index(index)
     while isinstance(index, faiss.IndexPreTransform):
@@ -46,7 +46,7 @@ def innermost(index: Any) -> Any:
 
 
 def kind_of(index: Any) -> IndexKind:
-    """How `index` can be filled."""
+    """The way in which `index` can be filled."""
     name = type(innermost(index)).__name__
     if name in _LISTS:
         return IndexKind.LISTS
@@ -54,7 +54,7 @@ def kind_of(index: Any) -> IndexKind:
 
 
 def make_index(index_string: str, dimension: int) -> Any:
-    """An untrained Faiss index.
+    """Make an untrained Faiss index.
 
     Raises:
         ConfigurationError: Faiss does not know the string, or it does not fit the dimension.
@@ -76,20 +76,20 @@ def train_index(
     memory: int | None = None,
     gpu: bool = False,
 ) -> Any:
-    """A Faiss index trained on rows of the database; no vectors are added.
+    """Train a Faiss index on rows of the database; no vectors are added.
 
-    Rounding in training depends on the number of threads, so it takes all of the machine's cores
+    Rounding in training depends on the number of threads. So it uses all of the machine's cores
     (one for few vectors), however many ranks share them.
 
     Args:
         index_string: Faiss factory string.
         embeddings: The database's vectors.
-        sample: Rows to train on; evenly spaced ones of them where Faiss would not use all.
+        sample: Rows to train on; evenly spaced ones among them if Faiss would not use all.
         memory: Bytes that the training vectors may take.
         gpu: Cluster on the GPUs.
 
     Raises:
-        ConfigurationError: Faiss refuses the string, or cannot train it on so few vectors.
+        ConfigurationError: Faiss rejects the string, or there are too few vectors to train on.
     """
     index = make_index(index_string, embeddings.dimension)
     if index.is_trained:
@@ -110,7 +110,7 @@ def train_index(
 def training_rows(
     index: Any, sample: np.ndarray, dimension: int, memory: int | None = None
 ) -> np.ndarray:
-    """The rows of `sample` that training uses, evenly spaced."""
+    """Choose the rows of `sample` that training uses, evenly spaced."""
     lists = num_lists(index)
     most = max(_VECTORS_FOR_CODES, _VECTORS_PER_LIST * (lists or 0))
     if memory is not None:
@@ -121,7 +121,7 @@ def training_rows(
 
 
 def _train(index: Any, vectors: np.ndarray, gpu: bool) -> None:
-    """Transforms, then lists, then codes: Faiss's own order."""
+    """Train transforms, then lists, then codes: Faiss's own order."""
     faiss = faiss_library()
     inner = innermost(index)
     if kind_of(index) is not IndexKind.LISTS:
@@ -144,7 +144,7 @@ def _train(index: Any, vectors: np.ndarray, gpu: bool) -> None:
 
 
 def _train_lists(ivf: Any, vectors: np.ndarray, gpu: bool) -> None:
-    """k-means, and the centroids into the quantizer, which may be a graph."""
+    """Run k-means and add the centroids to the quantizer, which may be a graph."""
     faiss = faiss_library()
     clustering = faiss.Clustering(ivf.d, ivf.nlist, ivf.cp)
     flat = faiss.IndexFlatL2(ivf.d)
@@ -165,7 +165,7 @@ def _mark_trained(index: Any) -> None:
 
 
 def num_lists(index: Any) -> int | None:
-    """Lists of an index that has them."""
+    """Number of lists; None for an index without."""
     try:
         return int(faiss_library().extract_index_ivf(index).nlist)
     except RuntimeError:

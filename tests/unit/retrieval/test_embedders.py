@@ -17,6 +17,7 @@ from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project import ProjectPaths
+from retro_mcore.retrieval import embedders
 from retro_mcore.retrieval.bert_tokens import default_bert_vocab
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders import build_embedder
@@ -28,6 +29,7 @@ from tests.unit.data.projects import documents, preprocess_options, write_corpus
 # Embeddings before and after the CPU platform replaces torch's CUDA queries and factories.
 AROUND_USE_CPU = """
 import numpy as np
+from retro_mcore.retrieval import embedders
 from retro_mcore.retrieval.embedders import build_embedder
 texts = ["A dog chases a cat.", "Interest rates rose.", "", "x" * 400]
 before = build_embedder("minilm", device="cpu").embed(texts)
@@ -244,3 +246,14 @@ def test_a_project_with_the_lexical_embedder(tmp_path):
     found = retriever.search_texts(texts)
     assert database.texts(found.ids[:, 0], retriever.tokenizer) == texts
     np.testing.assert_allclose(found.distances[:, 0], 0, atol=1e-5)
+
+
+def test_a_registered_kind_is_asked_first(monkeypatch):
+    monkeypatch.setattr(embedders, "_registered", [])
+    built = []
+    for _ in range(2):  # once, however often a module is imported
+        embedders.register_embedder("mine".__eq__, lambda *given: built.append(given))
+    assert build_embedder("mine", 4, "cpu", "cls") is None
+    assert built == [("mine", 4, "cpu", "cls")]
+    with pytest.raises(ConfigurationError, match="--embedder: 'neither'"):
+        build_embedder("neither", device="cpu")
