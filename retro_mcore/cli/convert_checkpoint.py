@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from retro_mcore import distributed
+from retro_mcore.checkpoint.conversion.model_fields import Target
 from retro_mcore.cli.command import print_summary, run_command
 from retro_mcore.cli.flags import read_yaml
-from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.options import Origin
 from retro_mcore.platform import setup_device
 
@@ -32,7 +32,7 @@ class ConvertCheckpointOptions:
     """Directory of the checkpoint: with its tracker file, or of a single checkpoint."""
     save: str
     """Directory to write to; it must not hold a checkpoint."""
-    target: Literal["retro-mcore", "megatron", "megatron-torch", "instructretro"] = "retro-mcore"
+    target: Target = "retro-mcore"
     """retro-mcore: ours. megatron: torch_dist of megatron-core up to 0.15. megatron-torch: one file
     per rank, of its names. instructretro: one file per rank, of InstructRetro's names."""
     target_tensor_parallel_size: int = 1
@@ -59,9 +59,10 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
     """
     setup_device("cpu")
     distributed.initialize()
+    from retro_mcore.checkpoint.conversion.targets import check_number_of_files
     from retro_mcore.training.setup.conversion import convert
 
-    _check(options)
+    check_number_of_files(options.target, options.target_tensor_parallel_size)
     result = convert(
         options.load,
         options.save,
@@ -73,19 +74,6 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
     )
     _summarize(options, result)
     return result
-
-
-def _check(options: ConvertCheckpointOptions) -> None:
-    size, target = options.target_tensor_parallel_size, options.target
-    one_file = target in ("retro-mcore", "megatron")
-    if size < 1 or (one_file and size > 1):
-        raise ConfigurationError(
-            "--target-tensor-parallel-size",
-            f"{size} with --target {target}",
-            "torch_dist checkpoints load into any layout: leave it out"
-            if one_file
-            else "1 or more",
-        )
 
 
 def _given_flags(options: ConvertCheckpointOptions) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from retro_mcore.model.option_traits import ModelTraits, model_traits
 from retro_mcore.model.options import ModelArguments, RetroOptions
 
 Flags = dict[str, Any]
+
+#: Formats that checkpoints are written in.
+Target = Literal["retro-mcore", "megatron", "megatron-torch", "instructretro"]
 
 #: By the option's name, in the order in which contradictions are listed.
 MODEL_FIELDS: Mapping[str, ModelTraits] = model_traits(ModelArguments)

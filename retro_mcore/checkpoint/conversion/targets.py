@@ -6,9 +6,14 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, RETRIEVAL_FIELDS, Flags
+from retro_mcore.checkpoint.conversion.model_fields import (
+    MODEL_FIELDS,
+    RETRIEVAL_FIELDS,
+    Flags,
+    Target,
+)
 from retro_mcore.checkpoint.conversion.names import fused_name, to_legacy_name, to_upstream_name
 from retro_mcore.checkpoint.conversion.weights import Weight, Weights, fit_vocabulary, is_vocabulary
 from retro_mcore.checkpoint.torch_dist import write_torch_dist
@@ -19,14 +24,29 @@ from retro_mcore.model.option_traits import MEGATRON, Implementation, names_ther
 from retro_mcore.model.options import DecoderOptions
 from retro_mcore.project.atomic import atomic_write
 
-Target = Literal["retro-mcore", "megatron", "megatron-torch", "instructretro"]
-
 _ORIGINS = {
     "megatron": ("mcore-0.15", "mcore-0.5"),
     "megatron-torch": ("mcore-0.15", "mcore-0.5"),
     "instructretro": ("legacy",),
 }
 _LAYER = re.compile(r"^((?:decoder|neighbor_encoder)\.layers\.\d+)\.cross_attention\.")
+
+
+def check_number_of_files(target: Target, tensor_parallel_size: int) -> None:
+    """Reject a tensor parallel size that the target does not have.
+
+    Raises:
+        ConfigurationError: naming --target-tensor-parallel-size.
+    """
+    one_file = target in ("retro-mcore", "megatron")
+    if tensor_parallel_size < 1 or (one_file and tensor_parallel_size > 1):
+        raise ConfigurationError(
+            "--target-tensor-parallel-size",
+            f"{tensor_parallel_size} with --target {target}",
+            "torch_dist checkpoints load into any layout: leave it out"
+            if one_file
+            else "1 or more",
+        )
 
 
 def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from retro_mcore.checkpoint.conversion.formats import open_checkpoint
-from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, Flags
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, Flags, Target
 from retro_mcore.checkpoint.conversion.targets import (
-    Target,
     check_origin,
     check_window,
     megatron_arguments,
