@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -267,8 +268,6 @@ def finalize_model_grads_with(groups: EmbeddingGroups) -> Callable:
 def _finalize_model_grads(
     groups: EmbeddingGroups, model: Sequence[Any], *args: Any, **kwargs: Any
 ) -> None:
-    from megatron.core.distributed import finalize_model_grads
-
     finalize_model_grads(model, *args, **kwargs)
     for group, pick in ((groups.word, _word_weights), (groups.position, _position_weights)):
         if group is None or not (held := pick(model)).all:

@@ -23,6 +23,9 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 import numpy as np
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel import random
 from torch import Tensor
 
 
@@ -31,8 +34,6 @@ def async_save_arguments() -> dict[str, Any]:
 
     From 0.17 on it hands over to nvidia-resiliency-ext unless it is told not to.
     """
-    from megatron.core import dist_checkpointing
-
     arguments: dict[str, Any] = {"async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         arguments["async_strategy"] = "mcore"
@@ -47,8 +48,6 @@ def results_through_a_file() -> Iterator[None]:
     again unless it has a `__main__` guard, and outlives a killed run. An open file is inherited by
     the forked writer, holds results of any size, and disappears with the processes.
     """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
     previous = filesystem_async._results_queue
     filesystem_async._results_queue = _FileQueue()
     try:
@@ -83,8 +82,6 @@ def allow_norm_recomputation() -> None:
     Its CheckpointWithoutOutput takes its own default, False, for an fp8 recipe, and then asks
     Transformer Engine; from 0.18 on it also compiles a C++ extension to hand a storage over.
     """
-    from megatron.core.tensor_parallel import random
-
     if random.HAVE_TE or getattr(random.CheckpointWithoutOutput, "works_without_te", False):
         return
     original: Any = random.CheckpointWithoutOutput.__init__

@@ -178,6 +178,7 @@ def build_all_gpt_samples(
         _check_memory(config)
     digests = on_first_rank(lambda: _index_digests(config, paths))
     cache = IndexCache(paths.data_cache, digests)
+    # Only now: commands import this module for `--help` too, and megatron takes seconds.
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )

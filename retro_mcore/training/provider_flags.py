@@ -19,6 +19,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from megatron.core.transformer import MLATransformerConfig
+
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, RetroError, check_all, raise_problems
 from retro_mcore.model.config import RetroConfig
@@ -301,8 +303,6 @@ def _refusals(args: argparse.Namespace) -> Iterator[RetroError]:
 
 def _unknown(args: argparse.Namespace) -> Iterator[RetroError]:
     """Flags given on the command line that set a field of the model's which is not known here."""
-    from megatron.core.transformer import MLATransformerConfig
-
     fields = {field.name for field in dataclasses.fields(MLATransformerConfig)}
     honoured = _HONOURED | {field.name for field in dataclasses.fields(RetroConfig)} - fields
     for name, (flag, default) in _given.items():

@@ -35,11 +35,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.spec_utils import import_module
 from torch import Tensor
 
 from retro_mcore.distributed import print_error
-from retro_mcore.errors import EXIT_CODE, ConfigurationError, RetroError
+from retro_mcore.errors import EXIT_CODE, ConfigurationError, MissingDependencyError, RetroError
 from retro_mcore.model.config import RetroConfig, values_of_origin
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.option_traits import passed_to
@@ -109,8 +111,6 @@ def model_provider(
     engine = getattr(args, "transformer_impl", "local") == "transformer_engine"
     build = get_retro_decoder_block_spec if retrieves else get_gpt_decoder_block_spec
     if getattr(args, "spec", None) is not None:
-        from megatron.core.transformer.spec_utils import import_module
-
         build = import_module(args.spec)
     spec = build(config, use_transformer_engine=engine, vp_stage=vp_stage)
     sizes = {
@@ -241,8 +241,6 @@ def _megatron() -> Any:
     try:
         import megatron.training
     except ImportError as error:
-        from retro_mcore.errors import MissingDependencyError
-
         raise MissingDependencyError(
             "megatron.training",
             f"cannot be imported ({error})",
@@ -283,8 +281,6 @@ def main() -> None:
     Raises:
         RetroError: a flag, the project or the installation is at fault.
     """
-    from megatron.core.enums import ModelType
-
     end_refusals_in_one_line()
     pretrain = _megatron().pretrain
     named: dict[str, Any] = {
