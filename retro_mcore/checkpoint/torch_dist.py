@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from retro_mcore.checkpoint.checksums import checksums_of_share, write_checksums
 from retro_mcore.checkpoint.contents import (
@@ -76,7 +76,9 @@ def read_torch_dist(directory: Path) -> tuple[dict[str, Any], dict[str, Weight]]
 def _weights(path: Path, table: Metadata, places: Places) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     for name, entry in table.state_dict_metadata.items():
-        if not hasattr(entry, "chunks") or not name.startswith(_MODEL) or "_extra_state" in name:
+        if not isinstance(entry, TensorStorageMetadata) or not name.startswith(_MODEL):
+            continue
+        if "_extra_state" in name:
             continue
         chunks = list(_chunks(name, entry, places))
         shape, dtype = tuple(entry.size), entry.properties.dtype
