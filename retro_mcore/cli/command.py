@@ -20,6 +20,7 @@ from rich.table import Table
 
 from retro_mcore import __version__
 from retro_mcore.cli.flags import parse_command
+from retro_mcore.cli.quiet import ignore_unwanted
 from retro_mcore.cli.utf8 import use_utf8, write_any_text
 from retro_mcore.distributed import get_rank, leave, print_error
 from retro_mcore.errors import EXIT_CODE, RetroError, system_refusal
@@ -63,6 +64,7 @@ def run_command(
         use_utf8()
     else:
         write_any_text()
+    ignore_unwanted()
     joined_before = dist.is_initialized()
     with closed_pipe_ends_quietly(), command_logs() as logs:
         code = _exit_code(lambda: _run(options_type, function, arguments, logs))
@@ -133,6 +135,7 @@ def command_in_python(command: str, options: object) -> Iterator[None]:
 
     Lines go to the terminal unless the caller has configured logging.
     """
+    ignore_unwanted()
     with command_logs(terminal=not logging.getLogger().hasHandlers()) as logs:
         add_log_file(logs, command, options)
         with logged_run(command, ()):

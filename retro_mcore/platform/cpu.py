@@ -120,8 +120,9 @@ def _disable_compilation() -> None:
 
 
 def _silence_gpu_advice() -> None:
-    # Advice to install GPU packages, and a check that the CPU's random state is not the GPU's.
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|full scope is depr).*")
+    # Advice on GPU packages and settings, and a check that the CPU's random state is not the GPU's.
+    advice = "Apex|Transformer Engine|full scope is depr|CUDA_DEVICE_MAX_CONNECTIONS"
+    warnings.filterwarnings("ignore", message=f".*({advice}).*")
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
     logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
