@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from retro_mcore.cli.command import print_summary, run_command
-from retro_mcore.cli.embedding_losses import embedding_losses
 from retro_mcore.cli.project_options import ProjectOptions
+from retro_mcore.cli.tables.embedding import embedding_losses
 from retro_mcore.retrieval.index import AUTO, Recall
 from retro_mcore.stages.build_index import STAGE, BuildIndexConfig, BuildIndexReport, run
 

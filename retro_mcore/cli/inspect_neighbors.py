@@ -15,9 +15,8 @@ from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import atomic_write
-from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.retrieval.neighbor_page import Histogram, Page, render
-from retro_mcore.samples.inspection import NeighborMeasures, SampleInspector
+from retro_mcore.retrieval.neighbor_page import render
+from retro_mcore.samples.inspection import SampleInspector
 
 _LEAST = {
     "num_samples": 0,
@@ -93,10 +92,10 @@ def inspect_neighbors(options: InspectNeighborsOptions) -> InspectedNeighbors:
     )
     numbers = _choose(options, len(inspector.dataset))
     found = inspector.measure(options.histogram_chunks, options.seed)
+    page = render(inspector.page(numbers, found))
     output = Path(options.output)
     with atomic_write(output) as temporary:
-        page = _page(options, inspector, numbers, found)
-        temporary.write_text(render(page), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     rows = {"page": output.absolute(), "samples": ", ".join(map(str, numbers))}
     if len(found.overlaps):
         rows["mean overlap"] = f"{found.overlaps.mean():.3f}"
@@ -124,36 +123,6 @@ def _choose(options: InspectNeighborsOptions, count: int) -> list[int]:
     generator = np.random.default_rng(options.seed)
     chosen = generator.choice(count, min(options.num_samples, count), replace=False)
     return sorted(int(number) for number in chosen)
-
-
-def _page(
-    options: InspectNeighborsOptions,
-    inspector: SampleInspector,
-    numbers: list[int],
-    found: NeighborMeasures,
-) -> Page:
-    root, config, dataset = (
-        ProjectPaths(options.project_dir).root,
-        inspector.config,
-        inspector.dataset,
-    )
-    facts = {
-        "project": str(root),
-        "samples": f"{len(dataset)}, of {config.chunks_per_sample} chunks of "
-        f"{config.retro_gpt_chunk_length} tokens",
-        "database": f"{len(dataset.database)} chunks",
-        "neighbors saved": f"{dataset.neighbors.num_saved} per chunk",
-        "neighbors that do not exist": f"{found.missing:.1%} of the first {options.num_neighbors}",
-        "marked": f"at least {options.shortest_shared_run} tokens in a row shared by a chunk "
-        "and what was retrieved for it",
-    }
-    overlap = "token overlap: longest common substring of chunk and neighbor over chunk length"
-    histograms = [
-        Histogram("distance of a neighbor", "distance", found.distances),
-        Histogram(overlap, "share of the chunk's tokens", found.overlaps, (0.0, 1.0)),
-    ]
-    samples = [inspector.show(number) for number in numbers]
-    return Page(f"Neighbors of {root.name}, {options.split}", facts, histograms, samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

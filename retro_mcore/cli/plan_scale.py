@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from retro_mcore.cli.command import run_command
-from retro_mcore.cli.scale_table import print_plan
+from retro_mcore.cli.tables.scale import print_plan
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import setup_device

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retro_mcore.cli.command import print_summary, run_command
-from retro_mcore.cli.embedding_losses import embedding_losses
 from retro_mcore.cli.project_options import ProjectOptions
+from retro_mcore.cli.tables.embedding import embedding_losses
 from retro_mcore.retrieval.neighbor_search import QueryCounts
 from retro_mcore.stages.query_neighbors import (
     STAGE,

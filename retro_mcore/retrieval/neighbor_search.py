@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import h5py
 import numpy as np
@@ -23,6 +23,7 @@ from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
 from retro_mcore.retrieval.index.faiss_search import search
 from retro_mcore.retrieval.index.shared import SharedIndex
+from retro_mcore.retrieval.query_chunks import Samples, read_chunks
 from retro_mcore.retrieval.rerank import BM25
 from retro_mcore.retrieval.vectors import EmbeddingCounts
 
@@ -39,15 +40,6 @@ _MANY = 16
 #: A search (vectors f32 [n, dimension], k) and its result (distances, ids [n, k]).
 Request = tuple[np.ndarray, int]
 Found = tuple[np.ndarray, np.ndarray]
-
-
-class Samples(Protocol):
-    """A split's samples, as the search reads them."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
-        """Read a sample: tokens i64 [S+1], dataset number and document ids."""
 
 
 @dataclass
@@ -285,29 +277,3 @@ def distances_path(shard: Shard) -> Path:
     """File of the distances of a file of neighbors."""
     # In its own folder: other readers take every .hdf5 file beside the neighbors for neighbors.
     return shard.path.parent / "distances" / shard.path.name
-
-
-def read_chunks(
-    samples: Samples, start: int, end: int, chunk_length: int
-) -> tuple[list[np.ndarray], list[SampleRows]]:
-    """Read rows [start, end): their tokens and samples. Each sample is read once."""
-    chunks: list[np.ndarray] = []
-    owners: list[SampleRows] = []
-    for sample, first, last in _cut_by_sample(samples, start, end, chunk_length):
-        tokens, dataset, documents = samples.read(sample)
-        rows = tokens[first * chunk_length : last * chunk_length].reshape(-1, chunk_length)
-        owners.append(SampleRows(len(chunks), len(chunks) + len(rows), dataset, documents))
-        chunks.extend(rows)
-    return chunks, owners
-
-
-def _cut_by_sample(
-    samples: Samples, start: int, end: int, chunk_length: int
-) -> Iterator[tuple[int, int, int]]:
-    """Yield each sample of rows [start, end), with its first and last chunk (exclusive)."""
-    per_sample = (len(samples.read(0)[0]) - 1) // chunk_length
-    while start < end:
-        sample, first = divmod(start, per_sample)
-        last = min(per_sample, first + end - start)
-        yield sample, first, last
-        start += last - first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.project.config import ProjectConfig, Split
 from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.retrieval.neighbor_page import ChunkView, NeighborView, Piece, SampleView
+from retro_mcore.retrieval.neighbor_page import (
+    ChunkView,
+    Histogram,
+    NeighborView,
+    Page,
+    Piece,
+    SampleView,
+)
 from retro_mcore.retrieval.neighbor_tables import SavedDistances
 from retro_mcore.retrieval.overlap import longest_common_runs, shared_positions
 from retro_mcore.samples.retro_dataset import RetroDataset, build_retro_datasets
@@ -64,6 +72,7 @@ class SampleInspector:
         shortest_shared_run: int,
     ) -> None:
         paths = ProjectPaths(project_dir)
+        self._root, self._split = paths.root, split
         self.config = ProjectConfig.load(paths.root)
         self._tokenizer = load_project_tokenizer(self.config, paths)
         dataset = build_retro_datasets(paths.root, num_neighbors, num_retrieved_chunks)[split]
@@ -125,7 +134,7 @@ class SampleInspector:
         return tokens[chunk * self._length : (chunk + 1) * self._length]
 
     def show(self, number: int) -> SampleView:
-        """One sample with everything that was retrieved for it."""
+        """Show one sample with everything that was retrieved for it."""
         text, dataset_id, documents = self.dataset.samples.read(number)
         names = ", ".join(
             self._sample_names.id_of(dataset_id, int(document)) or str(document)
@@ -138,6 +147,28 @@ class SampleInspector:
             row = number * self._per_sample + chunk
             chunks.append(self._show_chunk(chunk, row, tokens, retrieved[chunk]))
         return SampleView(number, f"{self._prefixes[dataset_id]}, documents {names}", chunks)
+
+    def page(self, numbers: Sequence[int], found: NeighborMeasures) -> Page:
+        """Lay out a page with some samples, and histograms of what `measure` found."""
+        config, dataset = self.config, self.dataset
+        facts = {
+            "project": str(self._root),
+            "samples": f"{len(dataset)}, of {config.chunks_per_sample} chunks of "
+            f"{self._length} tokens",
+            "database": f"{len(dataset.database)} chunks",
+            "neighbors saved": f"{dataset.neighbors.num_saved} per chunk",
+            "neighbors that do not exist": f"{found.missing:.1%} of the first "
+            f"{self._num_neighbors}",
+            "marked": f"at least {self._shortest} tokens in a row shared by a chunk "
+            "and what was retrieved for it",
+        }
+        overlap = "token overlap: longest common substring of chunk and neighbor over chunk length"
+        histograms = [
+            Histogram("distance of a neighbor", "distance", found.distances),
+            Histogram(overlap, "share of the chunk's tokens", found.overlaps, (0.0, 1.0)),
+        ]
+        title = f"Neighbors of {self._root.name}, {self._split}"
+        return Page(title, facts, histograms, [self.show(number) for number in numbers])
 
     def _show_chunk(
         self, number: int, row: int, tokens: np.ndarray, retrieved: np.ndarray

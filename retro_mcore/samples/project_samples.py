@@ -27,7 +27,7 @@ from retro_mcore.project.config import SPLITS, ProjectConfig, Split
 from retro_mcore.project.markers import checksum, digest_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import show_bytes
-from retro_mcore.retrieval.neighbor_search import Samples
+from retro_mcore.retrieval.query_chunks import Samples
 from retro_mcore.samples.index_cache import IndexCache
 
 _LOG = logging.getLogger(__name__)
