@@ -12,57 +12,21 @@ import numpy as np
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.data.tokens.token_file import TokenFile, TokenSource
 from retro_mcore.distributed import barrier, get_rank, raise_together
-from retro_mcore.errors import ConfigurationError, CorruptFileError, TokenizerError
+from retro_mcore.errors import ConfigurationError, TokenizerError
 from retro_mcore.project.atomic import write_json
-from retro_mcore.project.config import ProjectConfig, read_json_list
-from retro_mcore.project.markers import FileState, signed_write, state_of, verify
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.markers import FileState, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.shards import Shard, ShardReport, choose_shard_length, cut, run_shards
 from retro_mcore.project.space import require_space
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
+from retro_mcore.retrieval.dataset_infos import DatasetInfo
 
 #: Documents per file upstream; fewer for a small corpus, so ranks can share it.
 LONGEST_DOCUMENT_BLOCK = 100_000
 MERGED = ("sampled", "train", "valid")
 #: Chunks decoded and counted in one call.
 _BATCH = 4096
-
-
-@dataclass
-class DatasetInfo:
-    """One entry of db/indexed_dataset_infos.json."""
-
-    ratio: float
-    prefix: str
-    n_docs: int
-    n_docs_train: int
-    n_chunks: int = 0
-    n_chunks_train: int = 0
-    n_chunks_invalid: int = 0
-    n_chunks_sampled: int = 0
-
-
-def read_dataset_infos(paths: ProjectPaths) -> list[DatasetInfo]:
-    """Read db/indexed_dataset_infos.json, one entry per dataset.
-
-    Raises:
-        CorruptFileError: the file is missing, or holds impossible values.
-    """
-    path, mend = paths.dataset_infos, f"Run build_db --project-dir {paths.root} again"
-    if not path.is_file():
-        raise CorruptFileError(path, "no such file", mend)
-    verify(path, mend)
-    try:
-        infos = [DatasetInfo(**values) for values in read_json_list(path)]
-    except (TypeError, CorruptFileError) as error:
-        found = getattr(error, "found", "lacks a key, or has an unknown one")
-        raise CorruptFileError(path, found, mend) from error
-    for info in infos:
-        counts = [value for name, value in vars(info).items() if name.startswith("n_")]
-        whole = all(type(count) is int and count >= 0 for count in counts)
-        if not whole or not info.n_chunks_sampled <= info.n_chunks_train <= info.n_chunks:
-            raise CorruptFileError(path, f"the counts of {info.prefix!r} cannot be", mend)
-    return infos
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import check_stage, finish_stage, input_digests
 from retro_mcore.project.shards import ShardReport, Share
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.database_build import read_dataset_infos
+from retro_mcore.retrieval.dataset_infos import read_dataset_infos
 from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER
 from retro_mcore.retrieval.index import AUTO, IndexChoice, Recall, parse_bytes
 from retro_mcore.retrieval.index.build import IndexBuild, IndexOptions, read_recall

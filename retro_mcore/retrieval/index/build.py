@@ -22,7 +22,7 @@ from retro_mcore.project.markers import FileState, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.shards import Shard, ShardReport, Share, require_shards, run_shards
 from retro_mcore.project.space import require_space, show_bytes
-from retro_mcore.retrieval.database_build import read_dataset_infos
+from retro_mcore.retrieval.dataset_infos import read_dataset_infos
 from retro_mcore.retrieval.index.choice import AUTO, IndexChoice, choose_index, usable_memory
 from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, Embeddings, read_held_out
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts, save_index
