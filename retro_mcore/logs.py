@@ -25,6 +25,9 @@ VARIABLE = "RETRO_LOG_LEVEL"
 #: It goes to the log file only.
 PRINTED = {"printed": True}
 
+#: Marks a record that alone makes no log file, so that a refused command leaves no trace.
+CONTEXT = {"printed": True, "context": True}
+
 _LOG = logging.getLogger(__name__)
 _PACKAGE = "retro_mcore"
 _TIME = "%Y-%m-%d %H:%M:%S"
@@ -155,7 +158,8 @@ class _RankFile(logging.Handler):
             return
         try:
             self._waiting.append(self.format(record) + "\n")
-            self._write()
+            if not getattr(record, "context", False) or self._path.exists():
+                self._write()
         except OSError as error:
             self._failed = True
             reason = error.strerror or error

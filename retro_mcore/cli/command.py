@@ -24,7 +24,7 @@ from retro_mcore.cli.quiet import ignore_unwanted
 from retro_mcore.cli.utf8 import use_utf8, write_any_text
 from retro_mcore.distributed import get_rank, leave, print_error
 from retro_mcore.errors import EXIT_CODE, RetroError, system_refusal
-from retro_mcore.logs import PRINTED, CommandLogs, command_logs
+from retro_mcore.logs import CONTEXT, PRINTED, CommandLogs, command_logs
 from retro_mcore.project.integrity import verifying
 from retro_mcore.project.paths import ProjectPaths
 
@@ -147,13 +147,13 @@ def logged_run(command: str, arguments: Sequence[str]) -> Iterator[None]:
     """Keep start and end of a command in the log file."""
     started = time.monotonic()
     where = f"retro-mcore {__version__} on {platform.node()}, process {os.getpid()}"
-    _LOG.info("%s %s started: %s", command, " ".join(arguments), where, extra=PRINTED)
+    _LOG.info("%s %s started: %s", command, " ".join(arguments), where, extra=CONTEXT)
     try:
         yield
     except BaseException as error:
         user = isinstance(error, RetroError) or not isinstance(error, Exception)
         text = f"{command} ended by {type(error).__name__}: {error}"
-        _LOG.error("%s", text, exc_info=not user, extra=PRINTED)
+        _LOG.error("%s", text, exc_info=not user, extra=CONTEXT if user else PRINTED)
         raise
     seconds = time.monotonic() - started
     _LOG.info("%s finished in %.1f seconds", command, seconds, extra=PRINTED)

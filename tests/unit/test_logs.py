@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from retro_mcore.logs import PRINTED, command_logs
+from retro_mcore.logs import CONTEXT, PRINTED, command_logs
 
 LOG = logging.getLogger("retro_mcore.test_logs")
 
@@ -73,6 +73,20 @@ def test_a_file_waits_for_its_folder_and_is_appended_to(file):
             LOG.info("end %d", start)
     ends = [line.split(": ")[1] for line in file.read_text().splitlines()]
     assert ends == ["begin 0", "end 0", "begin 1", "end 1"]
+
+
+def test_a_refused_command_leaves_no_file(file):
+    file.parent.parent.mkdir()
+    for work in (False, True, False):
+        with command_logs() as logs:
+            logs.add_file(file.parent.parent)
+            LOG.info("start", extra=CONTEXT)
+            if work:
+                LOG.info("work")
+            assert file.exists() or not work
+            LOG.error("refused", extra=CONTEXT)
+    messages = [line.split(": ")[1] for line in file.read_text().splitlines()]
+    assert messages == ["start", "work", "refused", "start", "refused"]
 
 
 def test_a_mistyped_folder_is_not_made(tmp_path):

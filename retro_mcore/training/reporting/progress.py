@@ -128,7 +128,7 @@ class TrainingReporter:
         peak = peak_flops(device, options.device_peak_tflops)
         self._peak_flops = None if peak is None else peak * get_world_size()
         hidden = not self._active
-        self._progress = Progress("pretrain_retro", plan.train_iters, iteration, hidden)
+        self._progress = Progress("training", plan.train_iters, iteration, hidden)
         self._interval = _Interval()
 
     def __enter__(self) -> TrainingReporter:
