@@ -14,7 +14,7 @@ R retrieved length, H heads and G query groups of this rank, C channels per head
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -24,6 +24,7 @@ from torch import Tensor
 from retro_mcore.chunking import ChunkGrid
 from retro_mcore.model.cached_attention import cross_attend
 from retro_mcore.model.chunks import (
+    RetrievingChunks,
     attending_positions,
     join_attending,
     split_attending,
@@ -133,19 +134,6 @@ class ChunkedCrossAttention(RetroCrossAttention):
             return states_S
         group = self.pg_collection.tp
         return states_S.chunk(group.size(), dim=0)[group.rank()]
-
-
-class RetrievingChunks(NamedTuple):
-    """The chunks whose neighbors are encoded; the `context` of the encoder's layers.
-
-    Attributes:
-        states: `[S, B, D]`, the decoder's hidden states (under sequence parallelism this rank's
-            part of S).
-        length: M, tokens per chunk.
-    """
-
-    states: Tensor
-    length: int
 
 
 class EncoderCrossAttention(RetroCrossAttention):

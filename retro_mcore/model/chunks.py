@@ -7,10 +7,25 @@ Shapes: S sequence, B batch, L chunks per sample, M chunk length, X anything.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from retro_mcore.chunking import ChunkGrid
+
+
+class RetrievingChunks(NamedTuple):
+    """The chunks whose neighbors are encoded; the `context` of the encoder's layers.
+
+    Attributes:
+        states: `[S, B, D]`, the decoder's hidden states (under sequence parallelism this rank's
+            part of S).
+        length: M, tokens per chunk.
+    """
+
+    states: Tensor
+    length: int
 
 
 def split_chunks(states_SBX: Tensor, grid: ChunkGrid, filler_X: Tensor | None = None) -> Tensor:

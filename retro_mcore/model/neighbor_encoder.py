@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
-from retro_mcore.model.chunked_cross_attention import RetrievingChunks
+from retro_mcore.model.chunks import RetrievingChunks
 from retro_mcore.model.config import RetroConfig
 
 

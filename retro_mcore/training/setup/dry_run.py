@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retro_mcore.checkpoint.conversion.formats import open_checkpoint
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import get_world_size
 from retro_mcore.errors import ConfigurationError
@@ -132,8 +133,6 @@ def _project(options: PretrainOptions) -> tuple[ProjectConfig, int, int]:
 
 def _vocabulary_of_gpt(options: PretrainOptions) -> int | None:
     """Vocabulary size of the GPT that --load-gpt names, if it is there."""
-    from retro_mcore.checkpoint.conversion.formats import open_checkpoint
-
     if options.load_gpt is None or not Path(options.load_gpt).exists():
         return None
     flags = open_checkpoint(options.load_gpt, compare=False).flags
