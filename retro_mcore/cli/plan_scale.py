@@ -123,8 +123,8 @@ def _rates(options: PlanScaleOptions, work: Workload) -> tuple[Rates, Workload]:
         device = str(setup_device(options.device))  # type: ignore[arg-type]
         rates, dimension = measure_rates(options.project_dir, options.embedder, device)
         work = replace(work, dimension=dimension)
-    given = {"embedded": options.embedder_rate, "queried": options.query_rate}
-    given = {name: value for name, value in given.items() if value is not None}
+    asked = {"embedded": options.embedder_rate, "queried": options.query_rate}
+    given = {name: value for name, value in asked.items() if value is not None}
     return replace(rates, **given), work
 
 
