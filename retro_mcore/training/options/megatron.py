@@ -1,24 +1,20 @@
 """Flags made from the configuration dataclasses of the installed megatron-core.
 
-Names, types, defaults and help are read from megatron's source, not imported: `--help` stays fast,
-and a command can choose its device before megatron is loaded. A field that the installed version
-lacks gives no flag.
+Names, types, defaults and help are read without importing megatron, so `--help` stays fast. A field
+that the installed release lacks gives no flag.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import importlib.util
-import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform.config_fields import config_fields
 
 #: Flags of the layers' precision, and their fields in TransformerConfig.
 PRECISION_FLAGS: dict[str, str] = {
@@ -69,16 +65,6 @@ OPTIMIZER_FLAGS: dict[str, str] = {
     "use_precision_aware_optimizer": "use_precision_aware_optimizer",
 }
 
-_FILES = {
-    "TransformerConfig": "transformer/transformer_config.py",
-    "ModelParallelConfig": "model_parallel_config.py",
-    "DistributedDataParallelConfig": "distributed/distributed_data_parallel_config.py",
-    "OptimizerConfig": "optimizer/optimizer_config.py",
-}
-
-_TYPES = {name: getattr(typing, name) for name in ("List", "Literal", "Optional", "Tuple", "Union")}
-_TYPES |= {kind.__name__: kind for kind in (bool, int, float, str, list, tuple)}
-
 
 def flag_of(name: str) -> str:
     """The flag of an option: `--seq-length` of `seq_length`."""
@@ -109,61 +95,19 @@ def naming_refusals() -> Iterator[None]:
 
 
 def _options_class(name: str, doc: str, flags: Mapping[str, str], *sources: str) -> Any:
-    known = {field: entry for source in sources for field, entry in _fields(source).items()}
+    known = {field.name: field for source in sources for field in config_fields(source)}
     made = dataclasses.make_dataclass(
         name,
-        [(flag, *known[field]) for flag, field in flags.items() if field in known],
+        [
+            (flag, Annotated[found.type, tyro.conf.arg(help=found.help)], found.default)
+            for flag, field in flags.items()
+            if (found := known.get(field)) is not None
+        ],
         kw_only=True,
         namespace={"__doc__": doc},
     )
     made.__module__ = __name__  # where pickle finds it
     return made
-
-
-def _fields(source: str) -> dict[str, tuple[Any, Any]]:
-    """(type with its help, default) of every field with a plain type, by name."""
-    tree = ast.parse((_megatron_core() / _FILES[source]).read_text(encoding="utf-8"))
-    (node,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == source)
-    return _fields_of_class(node)
-
-
-def _fields_of_class(node: ast.ClassDef) -> dict[str, tuple[Any, Any]]:
-    fields = {}
-    for statement, following in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-            continue
-        try:
-            kind = eval(ast.unparse(statement.annotation), {"__builtins__": {}}, _TYPES)
-            default = _default(statement.value)
-        except (NameError, ValueError, AttributeError):
-            continue  # a type that no flag can give
-        text = _first_sentence(following)
-        fields[statement.target.id] = (Annotated[kind, tyro.conf.arg(help=text)], default)
-    return fields
-
-
-def _default(value: ast.expr | None) -> Any:
-    if isinstance(value, ast.Call):  # field(default=..., metadata=...)
-        values = (keyword.value for keyword in value.keywords if keyword.arg == "default")
-        value = next(values, None)
-    if value is None:
-        raise ValueError("no default")
-    if isinstance(value, ast.BinOp):  # 2**32
-        return eval(ast.unparse(value), {"__builtins__": {}}, {})
-    return ast.literal_eval(value)
-
-
-def _first_sentence(node: ast.stmt) -> str:
-    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
-        return ""
-    text = " ".join(str(node.value.value).split())
-    return text.split(". ")[0].rstrip(".") + "."
-
-
-def _megatron_core() -> Path:
-    spec = importlib.util.find_spec("megatron")  # a namespace package: nothing is imported
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    return next(path for folder in folders if (path := Path(folder) / "core").is_dir())
 
 
 LayerFlags = _options_class(
