@@ -95,9 +95,8 @@ def grouped(options_type: type) -> type:
 
     It is made for the help alone. Flags are parsed into the flat dataclass.
     """
-    groups: dict[str | None, list[Any]] = {None: _fields(_CommonOptions), **dict.fromkeys(GROUPS)}
-    for name in GROUPS:
-        groups[name] = []
+    groups: dict[str | None, list[Any]] = {name: [] for name in (None, *GROUPS)}
+    groups[None] = _fields(_CommonOptions)
     for field in _fields(options_type):
         groups[group_of(field[0])].append(field)
     nested = [
