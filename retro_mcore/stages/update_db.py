@@ -10,19 +10,19 @@ from typing import Any
 from retro_mcore.data.corpus.counts import read_counts, total
 from retro_mcore.data.corpus.documents import text_cleaner
 from retro_mcore.data.corpus.sources import digest_of_source, name_datasets
-from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.data.tokens.tokenizing import CorpusReader
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
-from retro_mcore.project.markers import checksum, digest_of, fingerprint_of
+from retro_mcore.project.markers import digest_of, fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import finish_stage, recorded_options, stage_report
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY
 from retro_mcore.stages import build_db, build_index, query_neighbors
 from retro_mcore.stages.configuration import Config, Project, project_paths, recorded_config
+from retro_mcore.stages.database_fit import check_database_fits
 from retro_mcore.stages.grown_project import make_grown_project
 
 STAGE = "update_db"
@@ -220,40 +220,9 @@ def _switch(
     target: ProjectPaths,
 ) -> query_neighbors.QueryNeighborsReport:
     with raise_together():
-        other = ProjectConfig.load(target.root)
-        if other.retro_gpt_chunk_length != project_config.retro_gpt_chunk_length:
-            raise ProjectError(
-                target.root,
-                f"has chunks of {other.retro_gpt_chunk_length} tokens, {paths.root} of "
-                f"{project_config.retro_gpt_chunk_length}",
-                "Build it with the same --retro-chunk-length",
-            )
-        mine = load_project_tokenizer(project_config, paths)
-        theirs = load_project_tokenizer(other, target)
-        if _contents(mine) != _contents(theirs):
-            raise ProjectError(
-                target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
-            )
-        _check_beginnings(paths, mine, target, theirs)
+        check_database_fits(paths, project_config, target)
         query_config = _query_config(config, paths)
     return query_neighbors.query_other_database(paths, query_config, target)
-
-
-def _check_beginnings(
-    paths: ProjectPaths, mine: Tokenizer, target: ProjectPaths, theirs: Tokenizer
-) -> None:
-    """Refuse neighbors whose documents begin otherwise than those that the model reads."""
-    if mine.beginning == theirs.beginning:
-        return
-    found, other = (
-        f"documents begin with BOS ({each.bos})" if each.adds_bos else "no document begins with BOS"
-        for each in (theirs, mine)
-    )
-    raise ProjectError(
-        target.root,
-        f"{found}; in {paths.root}, {other}",
-        f"Build it with preprocess_corpus --add-bos-token {mine.adds_bos}",
-    )
 
 
 def _query_config(
@@ -277,11 +246,6 @@ def _query_config(
         embed_fp16=config.embed_fp16 or before.embed_fp16,
         device=config.device,
     )
-
-
-def _contents(tokenizer: Tokenizer) -> list[Any]:
-    files = [file / "tokenizer.json" if file.is_dir() else file for file in tokenizer.files]
-    return [tokenizer.name, tokenizer.eod, *map(checksum, files)]
 
 
 def _return(paths: ProjectPaths, config: ProjectConfig) -> None:

@@ -1,0 +1,62 @@
+"""Whether a project's samples can retrieve from another project's database."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
+from retro_mcore.errors import ProjectError
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.markers import checksum
+from retro_mcore.project.paths import ProjectPaths
+
+
+def check_database_fits(paths: ProjectPaths, config: ProjectConfig, target: ProjectPaths) -> None:
+    """Compare chunk length, tokenizer and beginnings of documents.
+
+    Args:
+        paths: The project with the samples.
+        config: Its configuration.
+        target: The project with the database.
+
+    Raises:
+        ProjectError: they differ.
+        TokenizerError: a tokenizer cannot be loaded.
+    """
+    other = ProjectConfig.load(target.root)
+    if other.retro_gpt_chunk_length != config.retro_gpt_chunk_length:
+        raise ProjectError(
+            target.root,
+            f"has chunks of {other.retro_gpt_chunk_length} tokens, {paths.root} of "
+            f"{config.retro_gpt_chunk_length}",
+            "Build it with the same --retro-chunk-length",
+        )
+    mine = load_project_tokenizer(config, paths)
+    theirs = load_project_tokenizer(other, target)
+    if _contents(mine) != _contents(theirs):
+        raise ProjectError(
+            target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
+        )
+    _check_beginnings(paths, mine, target, theirs)
+
+
+def _check_beginnings(
+    paths: ProjectPaths, mine: Tokenizer, target: ProjectPaths, theirs: Tokenizer
+) -> None:
+    """Refuse neighbors whose documents begin otherwise than those that the model reads."""
+    if mine.beginning == theirs.beginning:
+        return
+    found, other = (
+        f"documents begin with BOS ({each.bos})" if each.adds_bos else "no document begins with BOS"
+        for each in (theirs, mine)
+    )
+    raise ProjectError(
+        target.root,
+        f"{found}; in {paths.root}, {other}",
+        f"Build it with preprocess_corpus --add-bos-token {mine.adds_bos}",
+    )
+
+
+def _contents(tokenizer: Tokenizer) -> list[Any]:
+    files = [file / "tokenizer.json" if file.is_dir() else file for file in tokenizer.files]
+    return [tokenizer.name, tokenizer.eod, *map(checksum, files)]
