@@ -1,4 +1,7 @@
-"""Writing Megatron's indexed datasets (.bin and .idx) with megatron-core's own builder."""
+"""Writing Megatron's indexed datasets (.bin and .idx) with megatron-core's own builder.
+
+Megatron is imported in the functions: the data pipeline's other stages run without it.
+"""
 
 from __future__ import annotations
 
