@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_told_on_every_rank(ranks):
 
 
 def test_deterministic_mode_uses_deterministic_kernels(megatron):
-    from retro_mcore.training.setup.initialize import use_deterministic_algorithms
+    from retro_mcore.platform.determinism import use_deterministic_algorithms
 
     try:
         use_deterministic_algorithms()
@@ -114,11 +114,11 @@ def test_deterministic_mode_uses_deterministic_kernels(megatron):
 
 
 def test_deterministic_mode_asks_for_the_environment_on_cuda(monkeypatch):
-    from retro_mcore.training.setup import initialize
+    from retro_mcore.platform import determinism
 
-    monkeypatch.setattr(initialize, "is_cpu_in_use", lambda: False)
+    monkeypatch.setattr(determinism, "is_cpu_in_use", lambda: False)
     monkeypatch.setenv("NCCL_ALGO", "Ring")
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
     with pytest.raises(ConfigurationError, match="NVTE_ALLOW_NONDETERMINISTIC_ALGO=1"):
-        initialize.use_deterministic_algorithms()
+        determinism.use_deterministic_algorithms()
     assert not torch.are_deterministic_algorithms_enabled()
