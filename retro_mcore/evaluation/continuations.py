@@ -19,8 +19,8 @@ from retro_mcore.evaluation.scoring import sum_over_model_ranks
 from retro_mcore.model.vocabulary import whole_vocabulary
 from retro_mcore.progress import track
 from retro_mcore.retrieval.neighbors import RetrievedNeighbors
+from retro_mcore.samples.batch import position_ids
 from retro_mcore.session import LoadedModel
-from retro_mcore.training.loop.batch import position_ids
 
 #: Chunks whose neighbors are remembered: the options of a question share its chunks.
 _REMEMBERED = 10_000

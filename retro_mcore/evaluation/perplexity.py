@@ -22,7 +22,7 @@ from retro_mcore.evaluation.repeats import DistinctText
 from retro_mcore.evaluation.results import perplexity_of
 from retro_mcore.evaluation.scoring import sum_over_model_ranks
 from retro_mcore.progress import track
-from retro_mcore.training.loop.batch import RetroBatch
+from retro_mcore.samples.batch import RetroBatch
 from retro_mcore.training.loop.sample_reader import (
     MicroBatchSampler,
     NumberedSamples,

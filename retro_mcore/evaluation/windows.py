@@ -23,7 +23,7 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.documents import HeldOutDocuments
 from retro_mcore.evaluation.neighbor_sources import NeighborRows
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.training.loop.batch import RetroBatch, position_ids
+from retro_mcore.samples.batch import RetroBatch, position_ids
 
 
 class Window(NamedTuple):

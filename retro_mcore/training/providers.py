@@ -49,9 +49,9 @@ from retro_mcore.model.options import DecoderOptions
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform.compatibility import results_through_a_file, takes_configurations
 from retro_mcore.project.config import SPLITS
+from retro_mcore.samples.batch import RetroBatch, position_ids
 from retro_mcore.samples.neighbor_noise import NeighborNoise
 from retro_mcore.samples.retro_dataset import build_retro_datasets
-from retro_mcore.training.loop.batch import RetroBatch, position_ids
 from retro_mcore.training.loop.loss import NonFiniteLossError, masked_loss
 from retro_mcore.training.provider_flags import (
     add_flags,

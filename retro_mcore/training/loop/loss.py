@@ -20,7 +20,7 @@ from torch import Tensor
 from retro_mcore.errors import RetroError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.pipeline import schedule_kwargs
-from retro_mcore.training.loop.batch import RetroBatch
+from retro_mcore.samples.batch import RetroBatch
 
 #: What a micro batch reports: [sum of losses, number of tokens] (float32) and its samples.
 LossReport = dict[str, Any]

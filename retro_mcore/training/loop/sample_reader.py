@@ -18,7 +18,7 @@ from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError, raise_problems
 from retro_mcore.model.option_traits import stated
 from retro_mcore.project.config import ProjectConfig
-from retro_mcore.training.loop.batch import RetroBatch, collate
+from retro_mcore.samples.batch import RetroBatch, collate
 from retro_mcore.training.loop.batch_sizes import BatchSizes
 from retro_mcore.training.loop.stopping import ignore_stop_signals
 from retro_mcore.training.options.pretrain import DataOptions

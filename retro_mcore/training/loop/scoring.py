@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retro_mcore.model.vocabulary import losses_of_logits
 from retro_mcore.platform.parallel import unwrap_model
-from retro_mcore.training.loop.batch import RetroBatch
+from retro_mcore.samples.batch import RetroBatch
 from retro_mcore.training.loop.loss import masked_loss, schedule_lengths, sum_over_ranks
 
 

@@ -21,7 +21,7 @@ from retro_mcore.distributed import get_rank, on_first_rank, raise_together
 from retro_mcore.model.pipeline import EmbeddingGroups
 from retro_mcore.platform.determinism import use_deterministic_algorithms
 from retro_mcore.platform.optimizer_state import InfiniteNormError
-from retro_mcore.training.loop.batch import RetroBatch
+from retro_mcore.samples.batch import RetroBatch
 from retro_mcore.training.loop.loss import (
     LossReport,
     check_finite,

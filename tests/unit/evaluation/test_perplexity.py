@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("neighbors", ["real", "none"])
 def test_the_loss_is_the_mean_over_all_tokens_whatever_the_batches(neighbors):
     from retro_mcore.evaluation.perplexity import measure_perplexity
-    from retro_mcore.training.loop.batch import collate
+    from retro_mcore.samples.batch import collate
 
     model = small_trainer(**NO_DROPOUT)._parts.chunks[0].module
     samples = RandomSamples(5)

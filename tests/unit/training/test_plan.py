@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError
-from retro_mcore.training.loop.batch import collate
+from retro_mcore.samples.batch import collate
 from retro_mcore.training.loop.sample_reader import MicroBatchSampler, require_split
 from retro_mcore.training.reporting.metrics import MetricsFile, read_metrics
 from tests.unit.training.small import (
