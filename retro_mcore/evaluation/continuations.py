@@ -19,7 +19,7 @@ from retro_mcore.evaluation.scoring import sum_over_model_ranks
 from retro_mcore.model.vocabulary import whole_vocabulary
 from retro_mcore.progress import track
 from retro_mcore.retrieval.neighbors import RetrievedNeighbors
-from retro_mcore.samples.batch import position_ids
+from retro_mcore.samples.batch import position_ids, retrieved_inputs
 from retro_mcore.session import LoadedModel
 
 #: Chunks whose neighbors are remembered: the options of a question share its chunks.
@@ -120,7 +120,6 @@ class ContinuationScorer:
 
     def _logits(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
         """[B, S, this rank's V]; rows are padded on the right, where causality hides it."""
-        config = self._loaded.model.config
         chunk_length = self._loaded.arguments.retro_chunk_length
         longest = max(map(len, inputs))
         if self._loaded.retriever is not None:  # whole chunks, so that every grid is alike
@@ -130,13 +129,13 @@ class ContinuationScorer:
         tokens_BS = torch.tensor(rows, dtype=torch.int64, device=self._device)
         context: dict[str, Any] = {}
         if self._loaded.retriever is not None and any(len(row) >= chunk_length for row in inputs):
-            context = self._context(inputs, longest // chunk_length, config.retro_num_neighbors)
+            context = self._context(inputs, longest // chunk_length)
         return self._loaded.model(tokens_BS, position_ids(tokens_BS), None, **context)
 
     def _context(
-        self, inputs: Sequence[Sequence[int]], num_chunks: int, num_neighbors: int
-    ) -> dict[str, torch.Tensor]:
-        """The model's context arguments."""
+        self, inputs: Sequence[Sequence[int]], num_chunks: int
+    ) -> dict[str, torch.Tensor | None]:
+        """The model's arguments for what was retrieved."""
         chunk_length = self._loaded.arguments.retro_chunk_length
         chunks = [
             [
@@ -146,19 +145,15 @@ class ContinuationScorer:
             for row in inputs
         ]
         self._search([chunk for row in chunks for chunk in row])
-        shape = (len(inputs), num_chunks, num_neighbors, self._loaded.retrieved_length)
-        tokens_BLKR = np.full(shape, self._loaded.tokenizer.eod, np.int64)
-        mask_BLKR = np.ones(shape, bool)
-        for place, row in enumerate(chunks):
-            for number, chunk in enumerate(row):
-                found = self._known[chunk.tobytes()]
-                tokens_BLKR[place, number], mask_BLKR[place, number] = found.tokens, found.mask
-        tokens_R_BLK = torch.from_numpy(tokens_BLKR).flatten(0, 2).to(self._device)
-        return {
-            "context_input_ids": tokens_R_BLK,
-            "context_position_ids": position_ids(tokens_R_BLK),
-            "context_mask": torch.from_numpy(mask_BLKR).flatten(0, 2).to(self._device),
-        }
+        packed = RetrievedNeighbors.pack(
+            [[self._known[chunk.tobytes()] for chunk in row] for row in chunks],
+            num_chunks,
+            self._loaded.tokenizer.eod,
+        )
+        return retrieved_inputs(
+            torch.from_numpy(packed.tokens).to(self._device),
+            torch.from_numpy(packed.mask).to(self._device),
+        )
 
     def _search(self, chunks: Sequence[np.ndarray]) -> None:
         """Search what is not known yet, on the model's first rank."""

@@ -10,7 +10,6 @@ from retro_mcore.data.instruction.examples import InstructionExample
 from retro_mcore.data.instruction.prompts import Prompt, PromptFormat, write_prompt
 from retro_mcore.data.instruction.samples import (
     InstructionFormat,
-    encode_passages,
     encoder_passages,
     fit_prompt,
 )
@@ -20,7 +19,7 @@ from retro_mcore.evaluation.qa_metrics import chosen_option, score
 from retro_mcore.inference.generation import generate
 from retro_mcore.inference.growing_text import new_text
 from retro_mcore.inference.sampling import SamplingOptions
-from retro_mcore.retrieval.neighbors import NeighborSource, RetrievedNeighbors, SameNeighbors
+from retro_mcore.retrieval.neighbors import NeighborSource, SameNeighbors, neighbors_from_texts
 from retro_mcore.session import LoadedModel, require_reading
 
 #: Where the encoder's neighbors come from while a question is answered: the project's index, the
@@ -161,10 +160,9 @@ class QuestionAnswerer:
             return None
         if self._neighbors == "live":
             return self._loaded.retriever
-        tokens_KR, mask_KR = encode_passages(
-            encoder_passages(example, self._format), self._format, self._loaded.tokenizer
-        )
-        return SameNeighbors(RetrievedNeighbors(tokens_KR[None], mask_KR[None]))
+        passages = encoder_passages(example, self._format)
+        sizes = (self._format.num_encoder_passages, self._format.retrieved_length)
+        return SameNeighbors(neighbors_from_texts(passages, self._loaded.tokenizer, *sizes))
 
 
 def report_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.documents import HeldOutDocuments
 from retro_mcore.evaluation.neighbor_sources import NeighborRows
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.samples.batch import RetroBatch, position_ids
+from retro_mcore.samples.batch import RetroBatch
 
 
 class Window(NamedTuple):
@@ -118,24 +118,19 @@ class WindowReader:
             text = text[window.start : window.start + window.length + 1]
             tokens[row, : len(text)] = text
             counts[row, window.scored_from : window.length] = 1
-        retrieved, mask = self._retrieved(windows, padded // self.documents.chunk_length)
-        inputs = torch.from_numpy(tokens[:, :-1].copy())
-        return RetroBatch(
-            tokens=inputs,
-            labels=torch.from_numpy(tokens[:, 1:].copy()),
-            loss_mask=torch.from_numpy(counts),
-            position_ids=position_ids(inputs).contiguous(),
-            retrieved_tokens=retrieved,
-            retrieved_mask=mask,
-            sample_ids=list(range(len(windows))),
+        return RetroBatch.from_text(
+            torch.from_numpy(tokens),
+            self._retrieved(windows, padded // self.documents.chunk_length),
+            torch.from_numpy(counts),
+            sample_ids=range(len(windows)),
         )
 
     def _retrieved(
         self, windows: Sequence[Window], num_chunks: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Tokens and mask [B*L*K, R]; chunks that a window does not complete have none."""
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Tokens and mask [B, L, K, R]; chunks that a window does not complete have none."""
         if self.neighbors is None:
-            return None, None
+            return None
         chunk_length, first_rows = self.documents.chunk_length, self.documents.first_rows
         ids_BLK = np.full((len(windows), num_chunks, self.num_neighbors), NO_NEIGHBOR, np.int64)
         for place, window in enumerate(windows):
@@ -146,8 +141,4 @@ class WindowReader:
         tokens, mask = self.database.retrieved_tokens(
             ids_BLK, self.num_retrieved_chunks, chunk_length, self.documents.eod
         )
-        length = tokens.shape[-1]
-        return (
-            torch.from_numpy(tokens.reshape(-1, length)),
-            torch.from_numpy(mask.reshape(-1, length)),
-        )
+        return torch.from_numpy(tokens), torch.from_numpy(mask)

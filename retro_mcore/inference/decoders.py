@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -22,6 +21,7 @@ from retro_mcore.model.inference_context import InferenceContext, NewChunk
 from retro_mcore.model.pipeline import carries_neighbors, is_interleaved, stage_layer_numbers
 from retro_mcore.platform.compatibility import scale_logits
 from retro_mcore.retrieval.neighbors import RetrievedNeighbors
+from retro_mcore.samples.batch import retrieved_inputs
 
 if TYPE_CHECKING:
     from retro_mcore.model.model import RetroModel
@@ -296,20 +296,15 @@ class FullRecomputation:
 
     def _neighbors(
         self, texts: Sequence[GeneratedText], sequence_length: int
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor | None]:
         """The model's context arguments; empty as long as no text has neighbors."""
         if not any(text.neighbors for text in texts):
             return {}
         num_chunks = self._model.config.chunk_grid(sequence_length).num_chunks
-        shape_KR = next(text.neighbors[0].tokens.shape[1:] for text in texts if text.neighbors)
-        tokens_BLKR = np.full((len(texts), num_chunks, *shape_KR), self._pad_id, np.int64)
-        mask_BLKR = np.ones(tokens_BLKR.shape, bool)
-        for row, text in enumerate(texts):
-            for chunk, retrieved in enumerate(text.neighbors):
-                tokens_BLKR[row, chunk], mask_BLKR[row, chunk] = retrieved.tokens, retrieved.mask
-        tokens_R_BLK = torch.from_numpy(tokens_BLKR).flatten(0, 2)
-        mask_R_BLK = torch.from_numpy(mask_BLKR).flatten(0, 2)
-        return {
-            "context_input_ids": tokens_R_BLK.to(self._device),
-            "context_mask": mask_R_BLK.to(self._device),
-        }
+        packed = RetrievedNeighbors.pack(
+            [text.neighbors for text in texts], num_chunks, self._pad_id
+        )
+        return retrieved_inputs(
+            torch.from_numpy(packed.tokens).to(self._device),
+            torch.from_numpy(packed.mask).to(self._device),
+        )

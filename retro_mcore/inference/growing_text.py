@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Protocol
 
+from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.inference.texts import GeneratedText
 
 #: What a tokenizer puts in the place of bytes that are no character, or not yet.
@@ -14,12 +14,6 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 8
 #: Most tokens of a character: the bytes of UTF-8.
 _LONGEST_CHARACTER = 4
-
-
-class Detokenizer(Protocol):
-    """What turning tokens into text asks of a tokenizer."""
-
-    def detokenize(self, tokens: Sequence[int]) -> str: ...
 
 
 class GrowingText:
@@ -33,7 +27,7 @@ class GrowingText:
         prompt: The prompt's tokens.
     """
 
-    def __init__(self, tokenizer: Detokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         # Some tokens before the new ones: their text depends on what they follow.
         self._tokens = _context(tokenizer, prompt)
@@ -64,7 +58,7 @@ class GrowingText:
         return piece
 
 
-def _context(tokenizer: Detokenizer, prompt: Sequence[int]) -> list[int]:
+def _context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
     """The last tokens of a prompt, from the beginning of a character on.
 
     Byte tokens of Llama-like tokenizers are no text at all if the first one is amid a character.
@@ -79,7 +73,7 @@ def _context(tokenizer: Detokenizer, prompt: Sequence[int]) -> list[int]:
     return list(prompt[-_CONTEXT:])
 
 
-def prompt_text(tokenizer: Detokenizer, tokens: Sequence[int], prompt_length: int) -> str:
+def prompt_text(tokenizer: Tokenizer, tokens: Sequence[int], prompt_length: int) -> str:
     """The prompt, without the character that its end begins if what follows completes it."""
     text = tokenizer.detokenize(tokens[:prompt_length])
     if not text.endswith(INCOMPLETE):
@@ -132,7 +126,7 @@ class SafeStream:
 
     def __init__(
         self,
-        tokenizer: Detokenizer,
+        tokenizer: Tokenizer,
         prompt: Sequence[int],
         stop_strings: Sequence[str] = (),
         min_new_tokens: int = 0,
@@ -175,7 +169,7 @@ class SafeStream:
         return piece
 
 
-def new_text(tokenizer: Detokenizer, text: GeneratedText) -> str:
+def new_text(tokenizer: Tokenizer, text: GeneratedText) -> str:
     """What was generated, up to its stop string if there is one."""
     if text.stop_text is not None:
         return text.stop_text

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from retro_mcore.data.retrieved import missing_neighbors, pad_texts
+from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.errors import ConfigurationError, ShapeError
 
 
@@ -64,6 +66,28 @@ class RetrievedNeighbors:
             np.concatenate(distances) if len(distances) == len(parts) else None,
         )
 
+    @classmethod
+    def pack(
+        cls, texts: Sequence[Sequence[RetrievedNeighbors]], num_chunks: int, pad_id: int
+    ) -> RetrievedNeighbors:
+        """The neighbors of the chunks of several texts, without ids and distances.
+
+        Args:
+            texts: For each of B texts the neighbors of its first chunks (N = 1 each); one of them
+                has some.
+            num_chunks: L, chunks per text; those beyond a text's neighbors have none.
+            pad_id: The token in the place of a missing neighbor, which is masked.
+
+        Returns:
+            N = B * L, text by text.
+        """
+        shape_KR = next(found.tokens.shape[1:] for text in texts for found in text)
+        tokens, mask = missing_neighbors((len(texts), num_chunks, *shape_KR), pad_id)
+        for place, text in enumerate(texts):
+            for chunk, found in enumerate(text):
+                tokens[place, chunk], mask[place, chunk] = found.tokens[0], found.mask[0]
+        return cls(tokens.reshape(-1, *shape_KR), mask.reshape(-1, *shape_KR))
+
     def chunk(self, row: int) -> RetrievedNeighbors:
         """The neighbors of one of the N chunks (N = 1)."""
         one = slice(row, row + 1)
@@ -95,14 +119,6 @@ class Prefetching(NeighborSource):
 
     def forget(self, prompt: int) -> None:
         """Forget a prompt whose text has ended."""
-
-
-class TextTokenizer(Protocol):
-    """A tokenizer, as `neighbors_from_texts` uses it."""
-
-    @property
-    def eod(self) -> int: ...
-    def tokenize(self, text: str) -> list[int]: ...
 
 
 class GivenNeighbors:
@@ -139,8 +155,7 @@ class GivenNeighbors:
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
         """The given neighbors; all masked if none were given."""
-        shape_NKR = (len(chunks), *self._shape_KR)
-        tokens, mask = np.full(shape_NKR, self._pad_id, np.int64), np.ones(shape_NKR, bool)
+        tokens, mask = missing_neighbors((len(chunks), *self._shape_KR), self._pad_id)
         for row, (prompt, chunk, _) in enumerate(chunks):
             given = self._neighbors.get(prompt)
             if given is not None and chunk < len(given):
@@ -165,13 +180,13 @@ class SameNeighbors:
         return RetrievedNeighbors.join([self._neighbors] * len(chunks))
 
 
-def num_longer(texts: Sequence[str], tokenizer: TextTokenizer, retrieved_length: int) -> int:
+def num_longer(texts: Sequence[str], tokenizer: Tokenizer, retrieved_length: int) -> int:
     """Count the texts that `neighbors_from_texts` cuts to R tokens."""
     return sum(len(tokenizer.tokenize(text)) > retrieved_length for text in texts)
 
 
 def neighbors_from_texts(
-    texts: Sequence[str], tokenizer: TextTokenizer, num_neighbors: int, retrieved_length: int
+    texts: Sequence[str], tokenizer: Tokenizer, num_neighbors: int, retrieved_length: int
 ) -> RetrievedNeighbors:
     """Make texts the neighbors of one chunk (N = 1): cut or padded to R tokens, padding masked.
 
@@ -190,9 +205,5 @@ def neighbors_from_texts(
             f"{len(texts)} texts, but the model reads {num_neighbors}",
             "Give the best ones",
         )
-    tokens = np.full((1, num_neighbors, retrieved_length), tokenizer.eod, np.int64)
-    mask = np.ones(tokens.shape, bool)
-    for place, text in enumerate(texts):
-        ids = tokenizer.tokenize(text)[:retrieved_length]
-        tokens[0, place, : len(ids)], mask[0, place, : len(ids)] = ids, False
-    return RetrievedNeighbors(tokens, mask)
+    tokens_KR, mask_KR = pad_texts(texts, tokenizer, num_neighbors, retrieved_length)
+    return RetrievedNeighbors(tokens_KR[None], mask_KR[None])

@@ -2,6 +2,8 @@
 
 A sample holds S+1 tokens: the first S are the input, the last S the labels. Every rank of a tensor
 parallel group reads the same samples itself, so nothing is broadcast.
+
+Shapes: B samples, S sequence, L chunks per sample, K neighbors, R retrieved length.
 """
 
 from __future__ import annotations
@@ -41,6 +43,42 @@ class RetroBatch:
     sample_ids: list[int]
     segments: Tensor | None = None
 
+    @classmethod
+    def from_text(
+        cls,
+        text: Tensor,
+        neighbors: tuple[Tensor, Tensor] | None = None,
+        loss_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        sample_ids: Sequence[int] = (),
+    ) -> RetroBatch:
+        """A batch of samples.
+
+        Args:
+            text: int64 [B, S+1].
+            neighbors: Retrieved tokens int64 and mask bool, [B, L, K, R] or [B*L, K, R]; None
+                without retrieval.
+            loss_mask: float32 [B, S]; None: every position counts.
+            segments: int64 [B, S]; positions start again with every segment.
+            sample_ids: As in the batch.
+        """
+        tokens = text[:, :-1].contiguous()
+        retrieved, mask = neighbors or (None, None)
+        return cls(
+            tokens=tokens,
+            labels=text[:, 1:].contiguous(),
+            loss_mask=_ones_like(tokens) if loss_mask is None else loss_mask,
+            position_ids=(
+                position_ids(tokens).contiguous()
+                if segments is None
+                else segment_positions(segments)
+            ),
+            retrieved_tokens=None if retrieved is None else retrieved.flatten(0, -2),
+            retrieved_mask=None if mask is None else mask.flatten(0, -2),
+            sample_ids=list(sample_ids),
+            segments=segments,
+        )
+
     def to(self, device: torch.device) -> RetroBatch:
         """This batch on `device`."""
         if device.type == "cpu":
@@ -65,10 +103,23 @@ class RetroBatch:
             "attention_mask": None if self.segments is None else segment_mask(self.segments),
         }
         if self.retrieved_tokens is not None:
-            inputs["context_input_ids"] = self.retrieved_tokens
-            inputs["context_position_ids"] = position_ids(self.retrieved_tokens)
-            inputs["context_mask"] = self.retrieved_mask
+            inputs |= retrieved_inputs(self.retrieved_tokens, self.retrieved_mask)
         return inputs
+
+
+def retrieved_inputs(tokens: Tensor, mask: Tensor | None) -> dict[str, Tensor | None]:
+    """The model's arguments for what was retrieved.
+
+    Args:
+        tokens: int64 [..., R], as many rows as [B, L, K] has.
+        mask: bool of the same shape, True = padding or missing.
+    """
+    rows = tokens.flatten(0, -2)
+    return {
+        "context_input_ids": rows,
+        "context_position_ids": position_ids(rows),
+        "context_mask": None if mask is None else mask.flatten(0, -2),
+    }
 
 
 def segment_mask(segments_BS: Tensor) -> Tensor:
@@ -91,6 +142,9 @@ def position_ids(tokens: Tensor) -> Tensor:
     return positions.expand_as(tokens)
 
 
+_OPTIONAL = ("neighbor_tokens", "neighbor_mask", "loss_mask", "segments")
+
+
 def collate(samples: Sequence[Mapping]) -> RetroBatch:
     """Samples of a dataset into a batch.
 
@@ -99,29 +153,21 @@ def collate(samples: Sequence[Mapping]) -> RetroBatch:
             `neighbor_tokens` int64 [L, K, R] and `neighbor_mask` bool [L, K, R]; in instruction
             tuning with `loss_mask` float32 [S], and where samples are packed `segments` int64 [S].
     """
-    text = _stack(samples, "text")
-    tokens = text[:, :-1].contiguous()
-    retrieved = mask = segments = None
-    positions = position_ids(tokens).contiguous()
-    if "segments" in samples[0]:
-        segments = _stack(samples, "segments")
-        positions = segment_positions(segments)
-    loss_mask = torch.ones(tokens.shape, dtype=torch.float32)
-    if "loss_mask" in samples[0]:
-        loss_mask = _stack(samples, "loss_mask")
-    if "neighbor_tokens" in samples[0]:
-        retrieved = _stack(samples, "neighbor_tokens").flatten(0, 2)
-        mask = _stack(samples, "neighbor_mask").flatten(0, 2)
-    return RetroBatch(
-        tokens=tokens,
-        labels=text[:, 1:].contiguous(),
-        loss_mask=loss_mask,
-        position_ids=positions,
-        retrieved_tokens=retrieved,
-        retrieved_mask=mask,
-        sample_ids=[int(sample["sample_id"]) for sample in samples],
-        segments=segments,
+    optional = {name: _stack(samples, name) for name in _OPTIONAL if name in samples[0]}
+    neighbors = None
+    if "neighbor_tokens" in optional:
+        neighbors = (optional["neighbor_tokens"], optional["neighbor_mask"])
+    return RetroBatch.from_text(
+        _stack(samples, "text"),
+        neighbors,
+        optional.get("loss_mask"),
+        optional.get("segments"),
+        [int(sample["sample_id"]) for sample in samples],
     )
+
+
+def _ones_like(tokens: Tensor) -> Tensor:
+    return torch.ones(tokens.shape, dtype=torch.float32, device=tokens.device)
 
 
 def _stack(samples: Sequence[Mapping], key: str) -> Tensor:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.inference.growing_text import (
     INCOMPLETE,
-    Detokenizer,
     GrowingText,
     SafeStream,
     prompt_text,
@@ -57,7 +57,7 @@ class ChoiceText:
 
     def __init__(
         self,
-        tokenizer: Detokenizer,
+        tokenizer: Tokenizer,
         prompt: Sequence[int],
         num_start_tokens: int = 0,
         echo: bool = False,

@@ -49,7 +49,7 @@ from retro_mcore.model.options import DecoderOptions
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform.compatibility import results_through_a_file, takes_configurations
 from retro_mcore.project.config import SPLITS
-from retro_mcore.samples.batch import RetroBatch, position_ids
+from retro_mcore.samples.batch import RetroBatch
 from retro_mcore.samples.neighbor_noise import NeighborNoise
 from retro_mcore.samples.retro_dataset import build_retro_datasets
 from retro_mcore.training.loop.loss import NonFiniteLossError, masked_loss
@@ -211,17 +211,10 @@ def get_batch(data_iterator: Iterator[Mapping[str, Tensor]], retrieval: bool) ->
         retrieval: Whether neighbors are wanted.
     """
     data, device = next(data_iterator), torch.device(torch.cuda.current_device())
-    text = data["text"].to(device).long()
-    tokens = text[:, :-1].contiguous()
-    return RetroBatch(
-        tokens=tokens,
-        labels=text[:, 1:].contiguous(),
-        loss_mask=torch.ones(tokens.shape, device=device),
-        position_ids=position_ids(tokens),
-        retrieved_tokens=data["neighbor_tokens"].to(device).flatten(0, 2) if retrieval else None,
-        retrieved_mask=data["neighbor_mask"].to(device).flatten(0, 2) if retrieval else None,
-        sample_ids=[],
-    )
+    neighbors = None
+    if retrieval:
+        neighbors = (data["neighbor_tokens"].to(device), data["neighbor_mask"].to(device))
+    return RetroBatch.from_text(data["text"].to(device).long(), neighbors)
 
 
 def _loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

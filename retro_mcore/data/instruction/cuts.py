@@ -12,10 +12,10 @@ from retro_mcore.data.instruction.samples import (
     FittedExample,
     InstructionDataset,
     InstructionFormat,
-    TextEncoder,
     encoder_passages,
     fit_example,
 )
+from retro_mcore.data.tokenizers.base import Tokenizer
 
 #: What is cut of a prompt, in tuning and in `evaluate_qa`: examples (or questions).
 PROMPT_CUTS = {
@@ -79,7 +79,7 @@ class InstructionCuts:
 
 def count_cuts(
     dataset: InstructionDataset,
-    tokenizer: TextEncoder,
+    tokenizer: Tokenizer,
     num_datasets: int,
     first: int = 0,
     step: int = 1,
@@ -94,7 +94,7 @@ def count_cuts(
 
 
 def cuts_of(
-    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> Counter[str]:
     """What `encode_example` leaves out of one example.
 
@@ -124,7 +124,7 @@ def cuts_of(
     )
 
 
-def _passages_cut(fitted: FittedExample, tokenizer: TextEncoder) -> tuple[int, int]:
+def _passages_cut(fitted: FittedExample, tokenizer: Tokenizer) -> tuple[int, int]:
     """Passages of the prompt that are cut, and that are missing."""
     kept, passages = fitted.context_length, fitted.prompt.passages
     ends = [len(tokenizer.tokenize(text)) for text in _beginnings(passages)]

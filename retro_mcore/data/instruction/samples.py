@@ -8,23 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from retro_mcore.data.instruction.examples import InstructionExample, Turn
 from retro_mcore.data.instruction.prompts import Prompt, PromptFormat, write_prompt, write_turns
+from retro_mcore.data.retrieved import missing_neighbors, pad_texts
+from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.errors import ConfigurationError, CorpusError
-
-
-class TextEncoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    @property
-    def eod(self) -> int: ...
-    def tokenize(self, text: str) -> list[int]: ...
-    def detokenize(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class EncodedExample:
 
 
 def encode_example(
-    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> EncodedExample:
     """Write an example out as tokens.
 
@@ -101,7 +94,9 @@ def encode_example(
         trained = np.ones_like(trained)
     if not how.num_encoder_passages:
         return EncodedExample(tokens, trained)
-    passages, mask = encode_passages(encoder_passages(example, how), how, tokenizer)
+    passages, mask = pad_texts(
+        encoder_passages(example, how), tokenizer, how.num_encoder_passages, how.retrieved_length
+    )
     return EncodedExample(tokens, trained, passages, mask)
 
 
@@ -109,19 +104,6 @@ def encoder_passages(example: InstructionExample, how: InstructionFormat) -> tup
     """The passages that the neighbor encoder reads, K at most."""
     first = 0 if how.reuse_top else how.num_context_passages
     return example.passages[first : first + how.num_encoder_passages]
-
-
-def encode_passages(
-    passages: Sequence[str], how: InstructionFormat, tokenizer: TextEncoder
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens i64 [K, R] of at most K passages, each cut to R, and their mask (True = padding)."""
-    shape_KR = (how.num_encoder_passages, how.retrieved_length)
-    tokens_KR = np.full(shape_KR, tokenizer.eod, np.int64)
-    mask_KR = np.ones(shape_KR, bool)
-    for row, passage in enumerate(passages):
-        ids = tokenizer.tokenize(passage)[: how.retrieved_length]
-        tokens_KR[row, : len(ids)], mask_KR[row, : len(ids)] = ids, False
-    return tokens_KR, mask_KR
 
 
 @dataclass(frozen=True)
@@ -143,12 +125,12 @@ class FittedExample:
     parts: list[tuple[list[int], bool]]
 
 
-def fit_prompt(prompt: Prompt, limit: int, tokenizer: TextEncoder) -> list[int]:
+def fit_prompt(prompt: Prompt, limit: int, tokenizer: Tokenizer) -> list[int]:
     """The prompt in at most `limit` tokens, cut as `encode_example` says."""
     return _fit_prompt(prompt, limit, tokenizer)[0]
 
 
-def _fit_prompt(prompt: Prompt, limit: int, tokenizer: TextEncoder) -> tuple[list[int], int]:
+def _fit_prompt(prompt: Prompt, limit: int, tokenizer: Tokenizer) -> tuple[list[int], int]:
     """The prompt, and how many tokens of the passages stand in it."""
     fixed = len(tokenizer.tokenize(prompt.before)) + len(tokenizer.tokenize(prompt.question))
     context = tokenizer.tokenize(prompt.context) if prompt.passages else []
@@ -163,7 +145,7 @@ def _fit_prompt(prompt: Prompt, limit: int, tokenizer: TextEncoder) -> tuple[lis
 
 
 def fit_example(
-    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> FittedExample:
     """An example's words, cut as `encode_example` says.
 
@@ -205,7 +187,7 @@ def _without_oldest_turns(example: InstructionExample) -> InstructionExample | N
 
 
 def _fit_every_answer(
-    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> FittedExample | None:
     """A chat in which each reply is learned and ends with the end of document.
 
@@ -222,7 +204,7 @@ def _fit_every_answer(
 
 
 def _fit_whole_chat(
-    example: InstructionExample, how: InstructionFormat, tokenizer: TextEncoder
+    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> FittedExample | None:
     """All of the chat's turns; None if they do not fit."""
     num_system = sum(turn.role == "system" for turn in example.turns)
@@ -283,7 +265,7 @@ class InstructionDataset(Dataset):
         weights: Sequence[float],
         num_samples: int,
         how: InstructionFormat,
-        tokenizer: TextEncoder,
+        tokenizer: Tokenizer,
         seed: int = 1234,
         pack: bool = False,
     ) -> None:
@@ -421,8 +403,7 @@ def _passages_by_chunk(
         how.num_encoder_passages,
         how.retrieved_length,
     )
-    tokens_LKR = np.full(shape_LKR, eod, np.int64)
-    mask_LKR = np.ones(shape_LKR, bool)
+    tokens_LKR, mask_LKR = missing_neighbors(shape_LKR, eod)
     for chunk in range(shape_LKR[0]):
         # A chunk's neighbors are read from its last token to the next chunk's last but one.
         readers = segments[(chunk + 1) * how.chunk_length - 1 :][: how.chunk_length]
