@@ -79,16 +79,16 @@ class CachedDecoder:
     def next_logits(self, texts: Sequence[GeneratedText]) -> torch.Tensor | None:
         """The logits [B, V] of each text's next token, whole on every tensor-parallel rank."""
         self._forget_all_but(texts)
-        logits: dict[int, torch.Tensor] = {}
+        logits: dict[GeneratedText, torch.Tensor] = {}
         if self._texts:
             self._collect(logits, self._texts, self._step())
-        known = {id(text) for text in self._texts}
-        new = [text for text in texts if id(text) not in known]
+        known = set(self._texts)
+        new = [text for text in texts if text not in known]
         if new:
             self._collect(logits, new, self._prefill(new))
         if not logits:
             return None
-        return torch.stack([logits[id(text)] for text in texts])
+        return torch.stack([logits[text] for text in texts])
 
     def prompt_logits(self, text: GeneratedText) -> torch.Tensor | None:
         """The logits [S, V] at every token of a text, apart from the texts that grow."""
@@ -98,17 +98,17 @@ class CachedDecoder:
 
     @staticmethod
     def _collect(
-        logits: dict[int, torch.Tensor],
+        logits: dict[GeneratedText, torch.Tensor],
         texts: Sequence[GeneratedText],
         rows_BV: torch.Tensor | None,
     ) -> None:
         if rows_BV is not None:
-            logits.update({id(text): row for text, row in zip(texts, rows_BV, strict=True)})
+            logits.update(zip(texts, rows_BV, strict=True))
 
     def _forget_all_but(self, texts: Sequence[GeneratedText]) -> None:
-        wanted = {id(text) for text in texts}
+        wanted = set(texts)
         for row in reversed(range(len(self._texts))):
-            if id(self._texts[row]) not in wanted:
+            if self._texts[row] not in wanted:
                 self._texts[row] = self._texts[-1]
                 self._texts.pop()
                 self._context.remove(row)

@@ -147,11 +147,11 @@ def _run(
     decoder = None if use_cache else FullRecomputation(model, tokenizer.eod)
     batch = TextBatch(model, tokenizer, len(requests), longest, decoder)
     texts = [batch.add(request) for request in requests]
-    places = {id(text): place for place, text in enumerate(texts)}
+    places = {text: place for place, text in enumerate(texts)}
     while batch.growing:
         for text, token in batch.step():
             if on_token is not None:
-                on_token(places[id(text)], token)
+                on_token(places[text], token)
         for text in texts:
             if text.error is not None:
                 if isinstance(text.error, RetroError):

@@ -24,9 +24,11 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
-@dataclass
+@dataclass(eq=False)
 class GeneratedText:
     """A prompt and what has been added to it.
+
+    A text grows, so two texts are equal only if they are the same one; it may be a dictionary's key.
 
     Attributes:
         tokens: The prompt's tokens, then the new ones (without the EOD or stop token that ends the

@@ -281,13 +281,13 @@ class GenerationService:
 
     def _tell(self, added: list[tuple[GeneratedText, int]]) -> None:
         """Events for the clients; on the other ranks there is nobody to tell."""
-        tokens = {id(text): token for text, token in added}
+        tokens = dict(added)
         for number, text in list(self._texts.items()):
             job = self._running.get(number)
-            if job is not None and id(text) in tokens:
+            if job is not None and text in tokens:
                 logprobs = text.logprobs[-1] if text.logprobs else None
                 job.on_event(
-                    TokenEvent(text, tokens[id(text)], logprobs, num_neighbors=len(text.neighbors))
+                    TokenEvent(text, tokens[text], logprobs, num_neighbors=len(text.neighbors))
                 )
             if text.finish_reason is not None:
                 del self._texts[number]
