@@ -23,6 +23,7 @@ from retro_mcore.inference.growing_text import GrowingText, find_stop
 from retro_mcore.inference.requests import GenerationRequest, Vocabulary, num_tokens
 from retro_mcore.inference.sampling import require_numbers, sample, token_logprobs
 from retro_mcore.inference.texts import FinishReason, GeneratedText, TokenLogprobs
+from retro_mcore.platform.parallel import model_parallel_group
 from retro_mcore.retrieval.neighbors import (
     CompletedChunk,
     NeighborSource,
@@ -337,12 +338,6 @@ class TextBatch:
         place = find_stop(member.new_text.text, stopping.stop_strings, already)
         if place is not None:
             text.finish_reason, text.stop_text = "stop", member.new_text.text[:place]
-
-
-def model_parallel_group(model: RetroModel) -> dist.ProcessGroup | None:
-    """The ranks that share one copy of the model: tensor and pipeline parallel."""
-    groups = model.pg_collection
-    return getattr(groups, "mp", None) or groups.tp
 
 
 def _sampling_rank(model: RetroModel, group: dist.ProcessGroup | None) -> int:

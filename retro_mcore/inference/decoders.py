@@ -17,6 +17,7 @@ from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.texts import GeneratedText
 from retro_mcore.model.cached_attention import check_cacheable
+from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.inference_context import InferenceContext, NewChunk
 from retro_mcore.model.pipeline import carries_neighbors, is_interleaved, stage_layer_numbers
 from retro_mcore.platform.compatibility import scale_logits
@@ -286,7 +287,7 @@ class FullRecomputation:
         config = self._model.config
         # Sequence parallelism shares out the positions, so they must divide.
         multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        if getattr(config, "retro_chunk_alignment", "left") == "right":
+        if isinstance(config, RetroConfig) and config.retro_chunk_alignment == "right":
             # Whole chunks, as in training: there a right-aligned grid is the left-aligned one.
             multiple = math.lcm(multiple, config.retro_chunk_length)
         longest = max(len(text.tokens) for text in texts)

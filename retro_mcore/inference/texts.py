@@ -28,7 +28,7 @@ class TokenLogprobs(NamedTuple):
 class GeneratedText:
     """A prompt and what has been added to it.
 
-    A text grows, so two texts are equal only if they are the same one; it may be a dictionary's key.
+    A text grows, so it equals only itself, and may be a dictionary's key.
 
     Attributes:
         tokens: The prompt's tokens, then the new ones (without the EOD or stop token that ends the

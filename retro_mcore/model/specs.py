@@ -154,7 +154,11 @@ def _layer_norm(config: TransformerConfig, backend: Any, for_qk: bool = False) -
 
 
 def _final_layer_norm(config: TransformerConfig, backend: Any) -> type | None:
-    return None if getattr(config, "retro_deepnorm", False) else _layer_norm(config, backend)
+    return None if _is_deepnorm(config) else _layer_norm(config, backend)
+
+
+def _is_deepnorm(config: TransformerConfig) -> bool:
+    return isinstance(config, RetroConfig) and config.retro_deepnorm
 
 
 def _layer_spec(
@@ -164,7 +168,7 @@ def _layer_spec(
     cross_attention: type | None = None,
     **cross_attention_params: Any,
 ) -> ModuleSpec:
-    deepnorm = getattr(config, "retro_deepnorm", False)
+    deepnorm = _is_deepnorm(config)
     if deepnorm:
         backend = NormsApart(backend)
     fused = backend.fuse_layernorm_and_linear()

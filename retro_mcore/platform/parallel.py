@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
@@ -53,6 +54,15 @@ def whole_sequences(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for owner, name in changed:
             setattr(owner, name, True)
+
+
+def model_parallel_group(model: GPTModel) -> dist.ProcessGroup | None:
+    """The ranks that share one copy of the model: tensor and pipeline parallel.
+
+    A collection of process groups holds only those that it was made with.
+    """
+    groups = model.pg_collection
+    return getattr(groups, "mp", None) or groups.tp
 
 
 def parallel_sizes() -> tuple[int, int, int | None]:

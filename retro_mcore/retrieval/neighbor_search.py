@@ -23,7 +23,7 @@ from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
 from retro_mcore.retrieval.index.faiss_search import search
 from retro_mcore.retrieval.index.shared import SharedIndex
-from retro_mcore.retrieval.query_chunks import Samples, read_chunks
+from retro_mcore.retrieval.query_chunks import QuerySamples, read_chunks
 from retro_mcore.retrieval.rerank import BM25
 from retro_mcore.retrieval.vectors import EmbeddingCounts
 
@@ -69,7 +69,7 @@ class NeighborSearch:
     def __post_init__(self) -> None:
         self.filter = DocumentFilter(self.database)
 
-    def shard(self, samples: Samples, shard: Shard, path: Path, fingerprint: str) -> Steps:
+    def shard(self, samples: QuerySamples, shard: Shard, path: Path, fingerprint: str) -> Steps:
         """Write one shard's neighbors to `path`, and their distances, a batch at a time.
 
         Yields:
@@ -97,7 +97,7 @@ class NeighborSearch:
             distances_file["counts"] = counts.to_array()
 
     def batch(
-        self, samples: Samples, start: int, end: int, counts: EmbeddingCounts | None = None
+        self, samples: QuerySamples, start: int, end: int, counts: EmbeddingCounts | None = None
     ) -> Generator[Request, Found, tuple[np.ndarray, np.ndarray]]:
         """Search rows [start, end): neighbors i64 and distances f32 [end - start, num_save].
 
@@ -199,7 +199,7 @@ Steps = Generator[Request, Found, None]
 
 def query_split(
     neighbor_search: NeighborSearch,
-    samples: Samples,
+    samples: QuerySamples,
     index: Any,
     shards: Sequence[Shard],
     fingerprint: str,
@@ -232,7 +232,7 @@ def query_split(
 
 def _query_together(
     neighbor_search: NeighborSearch,
-    samples: Samples,
+    samples: QuerySamples,
     index: SharedIndex,
     shards: Sequence[Shard],
     fingerprint: str,

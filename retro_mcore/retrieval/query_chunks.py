@@ -10,7 +10,7 @@ import numpy as np
 from retro_mcore.retrieval.filtering import SampleRows
 
 
-class Samples(Protocol):
+class QuerySamples(Protocol):
     """A split's samples, as the search reads them."""
 
     def __len__(self) -> int: ...
@@ -20,7 +20,7 @@ class Samples(Protocol):
 
 
 def read_chunks(
-    samples: Samples, start: int, end: int, chunk_length: int
+    samples: QuerySamples, start: int, end: int, chunk_length: int
 ) -> tuple[list[np.ndarray], list[SampleRows]]:
     """Read rows [start, end): their tokens and samples. Each sample is read once."""
     chunks: list[np.ndarray] = []
@@ -34,7 +34,7 @@ def read_chunks(
 
 
 def _cut_by_sample(
-    samples: Samples, start: int, end: int, chunk_length: int
+    samples: QuerySamples, start: int, end: int, chunk_length: int
 ) -> Iterator[tuple[int, int, int]]:
     """Yield each sample of rows [start, end), with its first and last chunk (exclusive)."""
     per_sample = (len(samples.read(0)[0]) - 1) // chunk_length

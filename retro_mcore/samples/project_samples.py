@@ -27,7 +27,7 @@ from retro_mcore.project.config import SPLITS, ProjectConfig, Split
 from retro_mcore.project.markers import checksum, digest_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import show_bytes
-from retro_mcore.retrieval.query_chunks import Samples
+from retro_mcore.retrieval.query_chunks import QuerySamples
 from retro_mcore.samples.index_cache import IndexCache
 
 _LOG = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class RenumberedSamples:
             where it holds no such dataset.
     """
 
-    samples: Samples
+    samples: QuerySamples
     numbers: list[int]
 
     def __len__(self) -> int:

@@ -80,6 +80,10 @@ class RetroDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def tokens(self, index: int) -> np.ndarray:
+        """See `GPTSamples.tokens`."""
+        return self.samples.tokens(index)
+
     def order_digest(self, count: int) -> str:
         """See `GPTSamples.order_digest`."""
         return self.samples.order_digest(count)

@@ -19,9 +19,10 @@ import torch.distributed as dist
 
 from retro_mcore.distributed import broadcast_object, get_rank, get_world_size
 from retro_mcore.errors import RetroError
-from retro_mcore.inference.batch import TextBatch, model_parallel_group
+from retro_mcore.inference.batch import TextBatch
 from retro_mcore.inference.requests import GenerationRequest, check_request
 from retro_mcore.inference.texts import GeneratedText, TokenLogprobs
+from retro_mcore.platform.parallel import model_parallel_group
 from retro_mcore.retrieval.neighbors import Prefetching
 
 _LOG = logging.getLogger(__name__)

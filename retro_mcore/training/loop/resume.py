@@ -19,7 +19,7 @@ from retro_mcore.checkpoint.files import (
 )
 from retro_mcore.checkpoint.loading import LoadScope
 from retro_mcore.errors import CheckpointError, ConfigurationError
-from retro_mcore.training.loop.sample_reader import Samples
+from retro_mcore.training.loop.sample_reader import Samples, SamplesInOrder
 from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.reporting.metrics import (
     LOSS_CURVE_FILE,
@@ -140,10 +140,12 @@ def check_order(saved: Mapping[str, Any], samples: Samples, checkpoint: Path) ->
     Raises:
         CheckpointError: their order is another.
     """
-    before, digest = saved.get("sample_order"), getattr(samples, "order_digest", None)
-    if before is None or digest is None or before["samples"] > len(samples):
+    before = saved.get("sample_order")
+    if before is None or not isinstance(samples, SamplesInOrder):
         return
-    if digest(before["samples"]) != before["digest"]:
+    if before["samples"] > len(samples):
+        return
+    if samples.order_digest(before["samples"]) != before["digest"]:
         raise CheckpointError(
             checkpoint,
             f"was trained on {before['samples']} samples, which are others in the order that the "
@@ -156,10 +158,9 @@ def check_order(saved: Mapping[str, Any], samples: Samples, checkpoint: Path) ->
 
 def order_of(samples: Samples, consumed: int) -> dict[str, Any]:
     """What `check_order` needs to know of the samples that were trained on, for a checkpoint."""
-    digest = getattr(samples, "order_digest", None)
-    if digest is None:
+    if not isinstance(samples, SamplesInOrder):
         return {}
-    order = {"samples": consumed, "digest": digest(consumed)}
+    order = {"samples": consumed, "digest": samples.order_digest(consumed)}
     return {"sample_order": order, "project_train_samples": len(samples)}
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -32,8 +33,29 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
+@runtime_checkable
+class SamplesOfText(Protocol):
+    """Samples whose text can be read without their neighbors."""
+
+    def tokens(self, index: int) -> np.ndarray:
+        """i64 [S+1]: the sample's tokens and the label of the last one."""
+
+
+@runtime_checkable
+class SamplesInOrder(Protocol):
+    """Samples that can tell in which order they are."""
+
+    def order_digest(self, count: int) -> str:
+        """A digest of which samples the first `count` are, and in which order."""
+
+
 class NumberedSamples(Dataset):
-    """Samples that also say which they are; without retrieval, only their text."""
+    """Samples that also say which they are.
+
+    Args:
+        samples: The samples.
+        retrieval: False leaves out the neighbors of `SamplesOfText`.
+    """
 
     def __init__(self, samples: Samples, retrieval: bool = True) -> None:
         self.samples = samples
@@ -43,11 +65,9 @@ class NumberedSamples(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        tokens_alone = None if self.retrieval else getattr(self.samples, "samples", None)
-        if tokens_alone is None:
-            return {**self.samples[index], "sample_id": index}
-        text = tokens_alone.tokens(index)
-        return {"text": text, "sample_id": index}
+        if not self.retrieval and isinstance(self.samples, SamplesOfText):
+            return {"text": self.samples.tokens(index), "sample_id": index}
+        return {**self.samples[index], "sample_id": index}
 
 
 class MicroBatchSampler(Sampler[list[int]]):
