@@ -142,7 +142,7 @@ def generate(
     Raises:
         RetroError: an argument is out of range, or prompts cannot be continued; all are named.
     """
-    from retro_mcore.inference.requests import StoppingOptions
+    from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
     from retro_mcore.session.continuation import check_prompts, continue_prompts
 
     if micro_batch_size < 1:
@@ -152,18 +152,10 @@ def generate(
     if not asked:
         raise ConfigurationError("prompts", "none given", "Give at least one")
     stopping = StoppingOptions(max_new_tokens, min_new_tokens, tuple(stop_token_ids), tuple(stop))
-    check_prompts(model, asked, stopping)
     sampling = SamplingOptions(temperature, top_k, top_p, seed)
-    return list(
-        continue_prompts(
-            model,
-            asked,
-            stopping=stopping,
-            sampling=sampling,
-            top_logprobs=logprobs,
-            micro_batch_size=micro_batch_size,
-        )
-    )
+    like = GenerationRequest(sampling=sampling, stopping=stopping, top_logprobs=logprobs)
+    requests = check_prompts(model, asked, like)
+    return list(continue_prompts(model, asked, requests, micro_batch_size))
 
 
 @takes_fields_of(EvaluatePerplexityConfig)

@@ -80,7 +80,7 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)
     loaded = load_generation_model(options)
     # Imported here, so that --help does not wait for megatron.
-    from retro_mcore.inference.requests import StoppingOptions
+    from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
     from retro_mcore.session.continuation import (
         check_prompts,
         continue_prompts,
@@ -91,7 +91,8 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     stopping = StoppingOptions(
         options.max_new_tokens, options.min_new_tokens, tuple(options.stop_token_ids or ()), stop
     )
-    check_prompts(loaded, prompts, stopping)
+    like = GenerationRequest(sampling=sampling, stopping=stopping, top_logprobs=options.logprobs)
+    requests = check_prompts(loaded, prompts, like)
     printer = None
     if len(prompts) == 1 and get_rank() == 0:
         text = prompts[0].text
@@ -100,9 +101,7 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     for result in continue_prompts(
         loaded,
         prompts,
-        stopping=stopping,
-        sampling=sampling,
-        top_logprobs=options.logprobs,
+        requests,
         micro_batch_size=options.micro_batch_size,
         on_token=None if printer is None else printer.add,
     ):

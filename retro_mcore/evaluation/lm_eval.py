@@ -273,20 +273,23 @@ class RetroLM(TemplateLM):
         """Answers to the prompts of some requests, by their numbers."""
         from retro_mcore.inference.generation import generate
         from retro_mcore.inference.growing_text import new_text
+        from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
 
         if not settings.max_new_tokens:
             return [""] * len(prompts)
         sampling = settings.sampling
-        texts = generate(
-            self._loaded.model,
-            self._loaded.tokenizer,
-            list(prompts.values()),
-            max_new_tokens=settings.max_new_tokens,
-            stop_strings=settings.stop,
-            # By the request's number, so that it does not matter which others are in its batch.
-            sampling=[replace(sampling, seed=sampling.seed + number) for number in prompts],
-            neighbors=self._loaded.retriever,
-        )
+        requests = [
+            GenerationRequest(
+                tokens=prompt,
+                # By the request's number, so that it does not matter which others are in its batch.
+                sampling=replace(sampling, seed=sampling.seed + number),
+                stopping=StoppingOptions(settings.max_new_tokens, stop_strings=settings.stop),
+                neighbors=self._loaded.retriever,
+                number=place,
+            )
+            for place, (number, prompt) in enumerate(prompts.items())
+        ]
+        texts = generate(self._loaded.model, self._loaded.tokenizer, requests)
         return [new_text(self._loaded.tokenizer, text) for text in texts]
 
 

@@ -18,6 +18,7 @@ from retro_mcore.evaluation.bootstrap import Estimate, estimate_mean
 from retro_mcore.evaluation.qa_metrics import chosen_option, score
 from retro_mcore.inference.generation import generate
 from retro_mcore.inference.growing_text import new_text
+from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
 from retro_mcore.inference.sampling import SamplingOptions
 from retro_mcore.retrieval.neighbors import NeighborSource, SameNeighbors, neighbors_from_texts
 from retro_mcore.session import LoadedModel, require_reading
@@ -131,17 +132,17 @@ class QuestionAnswerer:
         """Predictions of the questions at these (consecutive) places."""
         examples = [self._examples[place] for place in places]
         sampling = self._options.sampling
-        prompts = [self.prompt_tokens(example) for example in examples]
-        texts = generate(
-            self._loaded.model,
-            self._loaded.tokenizer,
-            prompts,
-            max_new_tokens=self._options.max_new_tokens,
-            stop_strings=self._options.stop,
+        requests = GenerationRequest(
             sampling=replace(sampling, seed=sampling.seed + places[0]),
-            neighbors=[self._source(example) for example in examples],
+            stopping=StoppingOptions(
+                self._options.max_new_tokens, stop_strings=tuple(self._options.stop)
+            ),
             two_chunks=self._options.two_chunks,
+        ).for_prompts(
+            [self.prompt_tokens(example) for example in examples],
+            [self._source(example) for example in examples],
         )
+        texts = generate(self._loaded.model, self._loaded.tokenizer, requests)
         return [
             {
                 "id": place,

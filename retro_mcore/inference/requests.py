@@ -1,9 +1,9 @@
-"""What is asked of generation: what to continue, how to draw, when to stop."""
+"""Requests to generation: what to continue, how to draw, when to stop."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Protocol
 
@@ -64,7 +64,7 @@ class GenerationRequest:
     """What to continue, and how.
 
     Attributes:
-        tokens: The prompt, at least one token.
+        tokens: The prompt, at least one token; empty in a request that `for_prompts` fills in.
         sampling: How tokens are drawn; its seed is this text's own.
         adjustments: What is added to the logits before that.
         stopping: When the text ends.
@@ -73,9 +73,12 @@ class GenerationRequest:
         two_chunks: The prompt is the first chunk, the answer the second, whatever their lengths.
         top_logprobs: Keep log-probabilities: of each new token (0), and of the n likeliest (n).
         prompt_logprobs: Keep those of the prompt's tokens too.
+
+    Raises:
+        ConfigurationError: a value out of range.
     """
 
-    tokens: Sequence[int]
+    tokens: Sequence[int] = ()
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     adjustments: LogitAdjustments = field(default_factory=LogitAdjustments)
     stopping: StoppingOptions = field(default_factory=StoppingOptions)
@@ -84,6 +87,35 @@ class GenerationRequest:
     two_chunks: bool = False
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top_logprobs is not None and self.top_logprobs < 0:
+            raise ConfigurationError("--logprobs", str(self.top_logprobs), "Give 0 or more")
+
+    def for_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        neighbors: Sequence[NeighborSource | None] | None = None,
+    ) -> list[GenerationRequest]:
+        """Requests like this one, numbered from 0.
+
+        Prompt i draws with this seed + i, so its text does not depend on its companions.
+
+        Args:
+            prompts: Tokens of each prompt.
+            neighbors: A source for each prompt; None: this request's for all.
+        """
+        sources = [self.neighbors] * len(prompts) if neighbors is None else neighbors
+        return [
+            replace(
+                self,
+                tokens=prompt,
+                neighbors=source,
+                number=number,
+                sampling=replace(self.sampling, seed=self.sampling.seed + number),
+            )
+            for number, (prompt, source) in enumerate(zip(prompts, sources, strict=True))
+        ]
 
 
 def num_tokens(model: RetroModel, tokenizer: Vocabulary) -> int:
@@ -119,8 +151,18 @@ def check_request(
                 f"token {_short(token)}",
                 f"The vocabulary has {num_tokens(model, tokenizer)} tokens, from 0",
             )
-    if request.top_logprobs is not None and request.top_logprobs < 0:
-        raise ConfigurationError("--logprobs", str(request.top_logprobs), "Give 0 or more")
+
+
+def require_new_tokens(request: GenerationRequest) -> None:
+    """Reject a request for no new tokens, unless the prompt is to be scored.
+
+    Raises:
+        ConfigurationError: naming the flag.
+    """
+    if request.stopping.max_new_tokens < 1 and not request.prompt_logprobs:
+        raise ConfigurationError(
+            "--max-new-tokens", str(request.stopping.max_new_tokens), "Give at least 1"
+        )
 
 
 def _check_prompt(request: GenerationRequest, vocabulary: int) -> None:

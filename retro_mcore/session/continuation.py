@@ -11,12 +11,12 @@ from typing import Any
 
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import RetroError, raise_problems
-from retro_mcore.inference.generation import GeneratedText, TokenCallback, generate
+from retro_mcore.inference.generation import GeneratedText, TokenCallback, continue_checked
 from retro_mcore.inference.growing_text import new_text
 from retro_mcore.inference.prompt_files import Prompt
-from retro_mcore.inference.requests import GenerationRequest, StoppingOptions, check_request
-from retro_mcore.inference.sampling import SamplingOptions
+from retro_mcore.inference.requests import GenerationRequest, check_request, require_new_tokens
 from retro_mcore.project.atomic import atomic_write
+from retro_mcore.retrieval.neighbors import SameNeighbors
 from retro_mcore.session.generation import GenerationModel
 from retro_mcore.session.loading import warn_beyond_training
 
@@ -42,49 +42,65 @@ class Continuation:
 
 
 def check_prompts(
-    loaded: GenerationModel, prompts: Sequence[Prompt], stopping: StoppingOptions
-) -> None:
+    loaded: GenerationModel, prompts: Sequence[Prompt], like: GenerationRequest
+) -> list[GenerationRequest]:
     """Reject prompts that cannot be continued, all of them in one error.
 
     Texts that may become longer than the training samples, and given neighbors that are longer
     than the model reads, are logged as warnings.
+
+    Args:
+        loaded: The model.
+        prompts: The prompts.
+        like: When and how each is continued; prompt i draws with its seed + i.
+
+    Returns:
+        The prompts' requests.
 
     Raises:
         RetroError: naming the prompts, with file and line.
     """
     problems: list[RetroError] = []
     tokens = loaded.tokenize([prompt.text for prompt in prompts])
-    for number, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
+    like = replace(like, neighbors=loaded.search, two_chunks=loaded.two_chunks)
+    requests = like.for_prompts(tokens)
+    for number, prompt in enumerate(prompts):
         try:
-            source = loaded.search if prompt.neighbors is None else loaded.given(prompt.neighbors)
-            request = GenerationRequest(
-                tokens=ids, stopping=stopping, neighbors=source, number=number
-            )
-            check_request(request, loaded.model, loaded.tokenizer, loaded.window)
+            if prompt.neighbors is not None:
+                given = loaded.given(prompt.neighbors)
+                requests[number] = replace(requests[number], neighbors=given)
+            check_request(requests[number], loaded.model, loaded.tokenizer, loaded.window)
         except RetroError as error:
             problems.append(prompt.problem(error))
     raise_problems(problems)
-    longest = max(map(len, tokens)) + stopping.max_new_tokens
+    require_new_tokens(like)
+    longest = max(map(len, tokens)) + like.stopping.max_new_tokens
     warn_beyond_training(loaded.arguments, longest, "prompts and answers")
-    _report_cut_neighbors(loaded, prompts)
+    _report_cut_neighbors(loaded, prompts, requests)
+    return requests
 
 
-def _report_cut_neighbors(loaded: GenerationModel, prompts: Sequence[Prompt]) -> None:
-    given = [prompt.neighbors for prompt in prompts if prompt.neighbors is not None]
-    cut = sum(loaded.given(texts).num_cut for texts in given)
+def _report_cut_neighbors(
+    loaded: GenerationModel, prompts: Sequence[Prompt], requests: Sequence[GenerationRequest]
+) -> None:
+    given = sum(len(prompt.neighbors) for prompt in prompts if prompt.neighbors is not None)
+    cut = sum(_num_cut(request) or 0 for request in requests)
     if cut and get_rank() == 0:
-        message = f"{cut} of {sum(map(len, given))} given neighbors are cut to the"
+        message = f"{cut} of {given} given neighbors are cut to the"
         message = f"{message} {loaded.retrieved_length} tokens that the model reads of each"
         _LOG.warning("%s", message)
+
+
+def _num_cut(request: GenerationRequest) -> int | None:
+    """How many given neighbors are longer than the model reads; None if none were given."""
+    source = request.neighbors
+    return source.num_cut if isinstance(source, SameNeighbors) else None
 
 
 def continue_prompts(
     loaded: GenerationModel,
     prompts: Sequence[Prompt],
-    *,
-    stopping: StoppingOptions,
-    sampling: SamplingOptions,
-    top_logprobs: int | None = None,
+    requests: Sequence[GenerationRequest],
     micro_batch_size: int = 8,
     on_token: TokenCallback | None = None,
 ) -> Iterator[Continuation]:
@@ -92,10 +108,8 @@ def continue_prompts(
 
     Args:
         loaded: The model.
-        prompts: Prompts that `check_prompts` has accepted.
-        stopping: When a text ends.
-        sampling: How tokens are chosen; prompt i draws with seed + i.
-        top_logprobs: Keep the log-probability of each new token (0), and of the n likeliest (n).
+        prompts: The prompts.
+        requests: What `check_prompts` returned for them.
         micro_batch_size: Prompts that are continued together.
         on_token: Called with a prompt's place in its batch and each new token.
 
@@ -103,25 +117,12 @@ def continue_prompts(
         RetroError: a source of neighbors failed, or the logits are not numbers.
     """
     for start in range(0, len(prompts), micro_batch_size):
-        batch = prompts[start : start + micro_batch_size]
-        given = [None if p.neighbors is None else loaded.given(p.neighbors) for p in batch]
-        texts = generate(
-            loaded.model,
-            loaded.tokenizer,
-            loaded.tokenize([prompt.text for prompt in batch]),
-            max_new_tokens=stopping.max_new_tokens,
-            min_new_tokens=stopping.min_new_tokens,
-            stop_tokens=stopping.stop_tokens,
-            stop_strings=stopping.stop_strings,
-            sampling=replace(sampling, seed=sampling.seed + start),
-            neighbors=[loaded.search if source is None else source for source in given],
-            two_chunks=loaded.two_chunks,
-            top_logprobs=top_logprobs,
-            on_token=on_token,
-        )
-        for prompt, source, text in zip(batch, given, texts, strict=True):
-            cut = None if source is None else source.num_cut
-            yield Continuation(prompt.text, new_text(loaded.tokenizer, text), text, cut)
+        places = slice(start, start + micro_batch_size)
+        batch = requests[places]
+        texts = continue_checked(loaded.model, loaded.tokenizer, batch, on_token=on_token)
+        for prompt, request, text in zip(prompts[places], batch, texts, strict=True):
+            added = new_text(loaded.tokenizer, text)
+            yield Continuation(prompt.text, added, text, _num_cut(request))
 
 
 def write_continuations(

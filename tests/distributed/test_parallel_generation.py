@@ -12,7 +12,7 @@ import torch
 from retro_mcore.errors import ProjectError
 from tests.distributed.layouts import Layout, build_chunks, join_layout, load_part, serial_weights
 from tests.processes import run_ranks
-from tests.unit.inference.small import ChunkFunction, Vocabulary, prompts
+from tests.unit.inference.small import ChunkFunction, Vocabulary, prompts, requests_for
 
 pytestmark = pytest.mark.distributed
 
@@ -156,12 +156,11 @@ def write(model, source, temperature, **options):
     from retro_mcore.inference.sampling import SamplingOptions
 
     torch.manual_seed(1234)
-    return generate(
-        model.eval(),
-        Vocabulary(eod=90),
+    requests = requests_for(
         PROMPTS,
         max_new_tokens=12,
         sampling=SamplingOptions(temperature=temperature),
         neighbors=source,
         **options,
     )
+    return generate(model.eval(), Vocabulary(eod=90), requests)

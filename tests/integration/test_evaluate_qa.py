@@ -17,6 +17,7 @@ from retro_mcore.errors import ConfigurationError, CorpusError
 from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project
 from tests.unit.evaluation.questions import records, write_test_file
+from tests.unit.inference.small import requests_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,9 +130,7 @@ def test_the_answer_is_what_generate_adds_to_the_prompt(ablation):
     (text,) = generate(
         loaded.model,
         loaded.tokenizer,
-        [prompt],
-        max_new_tokens=12,
-        sampling=SamplingOptions(temperature=0.0),
+        requests_for([prompt], max_new_tokens=12, sampling=SamplingOptions(temperature=0.0)),
     )
     assert loaded.tokenizer.detokenize(text.new_tokens).strip() == row["pred"].strip()
 

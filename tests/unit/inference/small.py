@@ -51,3 +51,18 @@ def prompts(*lengths: int) -> list[list[int]]:
     """Random prompts of these lengths."""
     generator = np.random.default_rng(7)
     return [generator.integers(1, 90, length).tolist() for length in lengths]
+
+
+def requests_for(prompt_tokens: Sequence[Sequence[int]], **options: Any) -> list[Any]:
+    """Requests from fields of requests and stopping options; `neighbors` for all or for each."""
+    from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
+
+    stopping = {
+        name: value if isinstance(value, int) else tuple(value)
+        for name in ("max_new_tokens", "min_new_tokens", "stop_tokens", "stop_strings")
+        if (value := options.pop(name, None)) is not None
+    }
+    neighbors = options.pop("neighbors", None)
+    sources = neighbors if isinstance(neighbors, list) else [neighbors] * len(prompt_tokens)
+    request = GenerationRequest(stopping=StoppingOptions(**stopping), **options)
+    return request.for_prompts(prompt_tokens, sources)

@@ -14,6 +14,7 @@ from tests.unit.inference.small import (
     ChunkFunction,
     Vocabulary,
     prompts,
+    requests_for,
     small_model,
 )
 from tests.unit.model.builders import run_model
@@ -42,8 +43,10 @@ def generate(model, prompt_tokens, **options):
     from retro_mcore.inference.sampling import SamplingOptions
 
     greedy = SamplingOptions(temperature=0)
-    defaults = {"tokenizer": ENDLESS, "sampling": greedy, "max_new_tokens": 4}
-    return generate(model, prompt_tokens=prompt_tokens, **{**defaults, **options})
+    run = {name: options.pop(name) for name in ("use_cache", "on_token") if name in options}
+    tokenizer = options.pop("tokenizer", ENDLESS)
+    defaults = {"sampling": greedy, "max_new_tokens": 4}
+    return generate(model, tokenizer, requests_for(prompt_tokens, **{**defaults, **options}), **run)
 
 
 def whole_logits(model, text, neighbors):

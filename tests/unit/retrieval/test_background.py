@@ -9,7 +9,7 @@ from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.retrieval.background import BackgroundRetrieval
 from retro_mcore.retrieval.neighbors import CompletedChunk
 from tests.unit.inference.small import CHUNK_LENGTH as M
-from tests.unit.inference.small import ChunkFunction, Vocabulary, prompts, small_model
+from tests.unit.inference.small import ChunkFunction, Vocabulary, prompts, requests_for, small_model
 
 
 class Slow(ChunkFunction):
@@ -72,15 +72,14 @@ def write(model, source, **options):
     from retro_mcore.inference.generation import generate
     from retro_mcore.inference.sampling import SamplingOptions
 
-    return generate(
-        model,
-        Vocabulary(eod=90),
+    requests = requests_for(
         prompts(3, 2 * M + 1),
         max_new_tokens=3 * M,
         sampling=SamplingOptions(temperature=0),
         neighbors=source,
         **options,
     )
+    return generate(model, Vocabulary(eod=90), requests)
 
 
 def test_generation_is_the_same_with_and_without_the_thread(megatron):
