@@ -238,14 +238,14 @@ def _new_group(pipelines: Iterable[list[int]], members: list[int]) -> dist.Proce
     return own
 
 
-def synchronize_embedding_copies(chunks: Sequence[Any], groups: EmbeddingGroups) -> None:
+def synchronize_embedding_copies(stages: Sequence[Any], groups: EmbeddingGroups) -> None:
     """Give every copy of the embedding the first stage's values; once, after construction.
 
     Args:
-        chunks: This rank's model chunks (RetroModels, wrapped or not).
+        stages: This rank's stages (RetroModels, wrapped or not).
     """
     for group, pick in ((groups.word, _word_weights), (groups.position, _position_weights)):
-        if group is None or not (held := pick(chunks)).all:
+        if group is None or not (held := pick(stages)).all:
             continue
         source = dist.get_global_rank(group, 0)
         if held.source is not None:
@@ -296,8 +296,8 @@ class _Held:
         return [*first, *self.copies, *self.output]
 
 
-def _word_weights(chunks: Sequence[Any]) -> _Held:
-    models = [_unwrap(chunk) for chunk in chunks]
+def _word_weights(stages: Sequence[Any]) -> _Held:
+    models = [_unwrap(stage) for stage in stages]
     return _Held(
         source=next((m.embedding.word_embeddings.weight for m in models if m.pre_process), None),
         copies=[m.embedding.word_embeddings.weight for m in models if m.has_own_embedding_copy],
@@ -309,10 +309,10 @@ def _word_weights(chunks: Sequence[Any]) -> _Held:
     )
 
 
-def _position_weights(chunks: Sequence[Any]) -> _Held:
+def _position_weights(stages: Sequence[Any]) -> _Held:
     models = [
         model
-        for model in map(_unwrap, chunks)
+        for model in map(_unwrap, stages)
         if model.position_embedding_type == "learned_absolute"
     ]
     return _Held(
@@ -324,7 +324,7 @@ def _position_weights(chunks: Sequence[Any]) -> _Held:
     )
 
 
-def _unwrap(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+def _unwrap(stage: Any) -> Any:
+    while hasattr(stage, "module"):
+        stage = stage.module
+    return stage

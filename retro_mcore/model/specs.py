@@ -100,9 +100,9 @@ def _packs_at_the_end(
     """Whether the stage's last layer packs neighbors (or, interleaved, zeros) into its output."""
     if pp_rank is None:
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-    last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    last_stage = (config.virtual_pipeline_model_parallel_size or 1) - 1
     is_last_rank = pp_rank == config.pipeline_model_parallel_size - 1
-    if is_last_rank and (vp_stage or 0) == last_chunk:
+    if is_last_rank and (vp_stage or 0) == last_stage:
         return False
     packs = is_interleaved(config) or carries_neighbors(config, numbers.stop - 1)
     if packs and not numbers:
