@@ -34,7 +34,7 @@ def estimate_mean(
         values: A score per question.
         confidence_level: Share of intervals that hold the true mean.
         num_resamples: Resamples of the questions.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Raises:
         MissingDependencyError: scipy is not installed.

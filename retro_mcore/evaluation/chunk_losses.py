@@ -1,4 +1,4 @@
-"""What each chunk of the documents costs a model."""
+"""The loss of each chunk of the documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retro_mcore.training.loop.scoring import token_losses
 
 @dataclass(frozen=True)
 class ChunkLosses:
-    """What the chunks of a split's documents cost.
+    """The losses of the chunks of a split's documents.
 
     Attributes:
         losses: f64 [chunks], sum over the chunk's tokens in nats.

@@ -1,4 +1,4 @@
-"""What a task of the lm-evaluation-harness asks of generation (its `generation_kwargs`)."""
+"""Generation settings of the lm-evaluation-harness's tasks (`generation_kwargs`)."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def read_settings(
     """A request's settings.
 
     Args:
-        settings: As a task gives them; null is as good as left out.
+        settings: The task's; null counts as left out.
         max_new_tokens: Longest answer where they do not say.
-        seed: Likewise.
-        notes: What contradicts itself is counted here.
+        seed: Seed where they do not say.
+        notes: Contradictions are counted here.
 
     Raises:
         ConfigurationError: a value that means nothing, or a setting that we do not have; names it.

@@ -108,7 +108,7 @@ def change_neighbors(
             the database. Else the chunks' own.
         owners: int64 [rows]: the sample or document of each chunk, ascending from 0.
         database_size: Chunks of the database.
-        seed: Of the shuffling and the draws.
+        seed: Seed of the shuffling and the draws.
 
     Raises:
         ConfigurationError: a shuffling that gives no chunk its own sample's neighbors is
@@ -193,7 +193,7 @@ def shuffled_rows(owners: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     donors = generator.permutation(len(owners))
     for row in np.flatnonzero(owners[donors] == owners):
         own = owners[row]
-        if owners[donors[row]] != own:  # mended by an earlier exchange
+        if owners[donors[row]] != own:  # fixed by an earlier exchange
             continue
         # Exchanged with one of these, neither of the two has a donor in its own sample.
         others = np.flatnonzero((owners != own) & (owners[donors] != own))

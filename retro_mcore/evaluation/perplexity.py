@@ -105,10 +105,10 @@ def measure_perplexity(
         num_samples: Samples to evaluate.
         micro_batch_size: Samples per forward pass.
         num_workers: Processes that read ahead.
-        seed: Of permutation and draws.
+        seed: Seed of permutation and draws.
         corpora: Prefixes of the blend's corpora, to tell them apart.
         vocab_size: The tokenizer's, over which the losses are; None: every row of the model's.
-        distinct: What the samples are made of, for the result.
+        distinct: The text that the samples are made of, for the result.
     """
     started = time.perf_counter()
     dataset = with_neighbors(dataset, neighbors, seed)
@@ -150,7 +150,7 @@ def measure_perplexity(
 
 
 def _corpus_loss(sums: np.ndarray) -> CorpusLoss:
-    """Of sums [2, samples]: losses and tokens."""
+    """The result of sums [2, samples]: losses and tokens."""
     loss_sum, num_tokens = sums.sum(1)
     loss = float(loss_sum / max(num_tokens, 1))
     return CorpusLoss(loss, perplexity_of(loss), int(num_tokens), sums.shape[1])

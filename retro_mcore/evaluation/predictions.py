@@ -42,7 +42,7 @@ def predict(
             `<path>.parts` until then; `<path>.settings.json` says what it was made with.
         num_questions: How many.
         batch_size: Questions that are answered together.
-        settings: What the answers depend on; JSON.
+        settings: Everything that the answers depend on; JSON.
         answer: Makes the answers of a batch.
         description: Label of the progress bar.
 
@@ -58,7 +58,7 @@ def predict(
     if not path.exists():
         batches = range(-(-num_questions // batch_size))
         missing = [batch for batch in batches if not _part(parts, batch).exists()]
-        barrier()  # nobody writes before everybody has looked
+        barrier()  # no rank writes before all ranks have looked
         first = parallel_state.get_data_parallel_rank()
         mine = missing[first :: parallel_state.get_data_parallel_world_size()]
         with raise_together():

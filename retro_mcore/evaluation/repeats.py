@@ -16,7 +16,7 @@ Piece = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class DistinctText:
-    """What samples are made of.
+    """The text that samples are made of.
 
     Attributes:
         num_documents: Documents that they are cut from.
@@ -28,7 +28,7 @@ class DistinctText:
 
 
 def distinct_text(samples: Any, num_samples: int) -> DistinctText:
-    """What the first samples of a split predict.
+    """The text that the first samples of a split predict.
 
     Args:
         samples: A split's `GPTSamples`.

@@ -86,7 +86,7 @@ class WindowReader:
 
     Attributes:
         documents: The documents.
-        neighbors: Of each chunk of the documents; None reads without retrieval.
+        neighbors: Those of each chunk of the documents; None reads without retrieval.
         database: The retrieval database.
         num_neighbors: K.
         num_retrieved_chunks: Chunks per neighbor, itself included.

@@ -210,7 +210,7 @@ class TextBatch:
         return [found if isinstance(found, Exception) else found[0] for found in alone]
 
     def _attempt(self, action: Callable[[], _T]) -> _T | Exception:
-        """What an action gives, or its error, which other ranks can be told."""
+        """The result of an action, or its error in a form that other ranks can receive."""
         try:
             return action()
         except Exception as error:  # ends the text that it belongs to

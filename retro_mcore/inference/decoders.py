@@ -1,4 +1,4 @@
-"""From growing texts to the logits of their next tokens: with a cache, or by full recomputation.
+"""Logits of the next tokens of growing texts: with a cache, or by full recomputation.
 
 Shapes: B texts, S new positions, N new chunks, K neighbors, R retrieved length, V vocabulary.
 """
@@ -43,9 +43,8 @@ class Decoder(Protocol):
 class CachedDecoder:
     """A `Decoder` that runs the model over new tokens only.
 
-    Each call tells from the texts themselves what to do: a text that it has not seen is a prompt
-    and runs in one pass, a text that it knows has one token more, a text that is missing is
-    forgotten. So texts may join and leave at any time.
+    The texts of a call say what to do. A new text is a prompt and runs in one pass, a known text
+    has one more token, and a missing text is forgotten. So texts may join and leave at any time.
 
     Under tensor and pipeline parallelism every rank of the model calls it with the same texts.
 
@@ -219,7 +218,7 @@ class CachedDecoder:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of what passes from stage to stage."""
+        """The type of states that pass from stage to stage."""
         config = self._model.config
         return torch.float32 if config.fp32_residual_connection else config.params_dtype
 

@@ -90,7 +90,7 @@ def continue_checked(
     use_cache: bool = True,
     on_token: TokenCallback | None = None,
 ) -> list[GeneratedText]:
-    """As `generate`, for requests that `check_request` has accepted."""
+    """Continue requests that `check_request` has accepted; see `generate`."""
     with evaluating(model), whole_sequences(model):
         return _run(model, tokenizer, requests, use_cache, on_token)
 

@@ -1,4 +1,4 @@
-"""From new tokens to new text, piece by piece: for streams, and for strings that end a text."""
+"""New tokens as new text, piece by piece: for streams, and for strings that end a text."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class GrowingText:
         self.text = ""
 
     def add(self, token: int) -> str:
-        """What a token adds; empty if it ends inside a character."""
+        """Text that a token adds; empty if it ends inside a character."""
         self._tokens.append(token)
         before, piece = self._piece()
         return "" if piece.endswith(INCOMPLETE) or not piece else self._show(before, piece)
 
     def finish(self) -> str:
-        """What is still waiting."""
+        """Text that is still waiting."""
         return self._show(*self._piece())
 
     def _piece(self) -> tuple[str, str]:
@@ -121,7 +121,7 @@ class SafeStream:
         tokenizer: Turns tokens into text.
         prompt: The prompt's tokens.
         stop_strings: Strings that end the text.
-        min_new_tokens: Until there are so many, they do not.
+        min_new_tokens: Number of new tokens before which they do not.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class SafeStream:
         return self._growing.text[: self._shown]
 
     def add(self, token: int) -> str:
-        """What may be shown now."""
+        """Text that may be shown now."""
         self._growing.add(token)
         self._missing_tokens -= 1
         text = self._growing.text
@@ -170,7 +170,7 @@ class SafeStream:
 
 
 def new_text(tokenizer: Tokenizer, text: GeneratedText) -> str:
-    """What was generated, up to its stop string if there is one."""
+    """The generated text, up to its stop string if there is one."""
     if text.stop_text is not None:
         return text.stop_text
     stream = SafeStream(tokenizer, text.tokens[: text.prompt_length])

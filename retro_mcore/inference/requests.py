@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Vocabulary(Protocol):
-    """What generation must know of a tokenizer; stop strings also need its `detokenize`."""
+    """The part of a tokenizer that generation needs; stop strings also need `detokenize`."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -30,8 +30,8 @@ class StoppingOptions:
 
     Attributes:
         max_new_tokens: Where it stops that does not end by itself.
-        min_new_tokens: Until it has so many, it does not end: EOD and stop tokens are not drawn,
-            and stop strings are not looked for.
+        min_new_tokens: Number of tokens before which it does not end: EOD and stop tokens are not
+            drawn, and stop strings are not looked for.
         stop_tokens: Tokens that end it, besides EOD; they do not belong to it.
         stop_strings: Strings that end it; they and what follows do not belong to its text.
 
@@ -61,12 +61,12 @@ class StoppingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to continue, and how.
+    """A prompt, and how it is continued.
 
     Attributes:
         tokens: The prompt, at least one token; empty in a request that `for_prompts` fills in.
         sampling: How tokens are drawn; its seed is this text's own.
-        adjustments: What is added to the logits before that.
+        adjustments: Penalties and biases on the logits before that.
         stopping: When the text ends.
         neighbors: Where neighbors come from; None: retrieval off.
         number: The name by which `neighbors` knows the prompt.
@@ -132,7 +132,7 @@ def check_request(
     """Refuse what cannot be generated; whatever passes joins a batch without harm to its others.
 
     Args:
-        request: What is asked.
+        request: The request.
         model: The model, or this rank's part of it.
         tokenizer: The project's.
         max_length: Most tokens of a text.

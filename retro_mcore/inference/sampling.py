@@ -1,4 +1,4 @@
-"""From logits to a token: greedy, temperature, top-k and top-p (nucleus) sampling, seeded."""
+"""Sampling a token from logits: greedy, temperature, top-k and top-p (nucleus), seeded."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class LogitAdjustments:
-    """What is added to the logits before a token is chosen, as OpenAI defines it.
+    """Penalties and biases on the logits before a token is chosen, as OpenAI defines them.
 
     Attributes:
         frequency_penalty: Taken from a token's logit for each time that the new text holds it.

@@ -39,9 +39,9 @@ class GeneratedText:
             "dropped", or "failed"; None while it grows.
         two_chunks: The prompt is the first chunk and the answer the second, whatever their lengths;
             else chunks have the model's length.
-        logprobs: Of the new tokens, if asked for.
-        prompt_logprobs: Of the prompt's tokens from the second on, if asked for.
-        stop_text: What of the new text precedes the stop string, once one has ended it.
+        logprobs: Log-probabilities of the new tokens, if asked for.
+        prompt_logprobs: Those of the prompt's tokens from the second on, if asked for.
+        stop_text: The new text before the stop string, once one has ended it.
         end_logprob: Log-probability of the EOD or stop token that has ended it, if asked for.
         error: Why it could not go on, once it has failed.
     """
@@ -59,7 +59,7 @@ class GeneratedText:
 
     @property
     def new_tokens(self) -> list[int]:
-        """What was generated."""
+        """The tokens that were generated."""
         return self.tokens[self.prompt_length :]
 
     @property

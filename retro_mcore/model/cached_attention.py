@@ -39,7 +39,7 @@ class RetroSelfAttention(SelfAttention):
         rotary_pos_emb: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's; with an InferenceContext, `rotary_pos_emb` is `[S, B, 1, C]`."""
+        """Megatron's forward; with an InferenceContext, `rotary_pos_emb` is `[S, B, 1, C]`."""
         if isinstance(inference_context, InferenceContext):
             return self._forward_cached(hidden_states, inference_context, rotary_pos_emb)
         return super().forward(
@@ -127,8 +127,8 @@ def cross_attend(
         layer: The layer.
         encoders: The neighbor encoder, in the first of these layers; else empty.
         hidden_SBD: Its normed input.
-        neighbors: Of the chunks that this pass completes: embedded, `[R, K * N, D]`, for the first
-            of these layers, encoded for the others. None: there are no such chunks.
+        neighbors: Those of the chunks that this pass completes: embedded, `[R, K * N, D]`, for the
+            first of these layers, encoded for the others. None: there are no such chunks.
         context: The cache.
 
     Returns:
@@ -173,7 +173,7 @@ def _attend(
     neighbors: Tensor | None,
     context: InferenceContext,
 ) -> tuple[Tensor, Tensor]:
-    """What each position gets `[S, B, H * C]`, and which positions attend `[S, B, 1]`."""
+    """The attended values `[S, B, H * C]`, and which positions attend `[S, B, 1]`."""
     query = layer.project_query(hidden_SBD)
     number = layer.layer_number
     key_value = None

@@ -100,7 +100,7 @@ def join_attending(chunks_MBLX: Tensor, grid: ChunkGrid, batch_size: int) -> Ten
 
 
 def attending_positions(grid: ChunkGrid, has_neighbors_BL: Tensor) -> Tensor:
-    """Which positions attend to at least one retrieved token.
+    """Mark the positions that attend to at least one retrieved token.
 
     Args:
         has_neighbors_BL: bool `[B * L]`, whether a chunk has any.

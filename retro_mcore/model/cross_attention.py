@@ -135,7 +135,7 @@ class RetroCrossAttention(MegatronModule):
         return apply_rotary_pos_emb(states, angles, self.config, cp_group=self.pg_collection.cp)
 
     def rotate_keys(self, key_value: Tensor) -> Tensor:
-        """As `rotate`, for the keys of `[S, B, G, 2, C]`."""
+        """Rotate the keys of `[S, B, G, 2, C]`; see `rotate`."""
         if self.rotary is None:
             return key_value
         key, value = key_value.unbind(dim=-2)

@@ -50,7 +50,7 @@ class DeepNormAdd(MegatronModule):
 
 
 class DeepNormCrossAdd(DeepNormAdd):
-    """As DeepNormAdd, for the dictionaries that Retro's cross-attentions return.
+    """DeepNormAdd for the dictionaries that Retro's cross-attentions return.
 
     Positions that attend to nothing, and all of them where retrieval is off, stay as they are.
     """

@@ -1,4 +1,4 @@
-"""What a decoder keeps of growing texts, so that a forward pass runs over new tokens only.
+"""The cache of growing texts, with which a forward pass runs over new tokens only.
 
 Kept per text (a row): the keys and values of every self-attention, rotated to their positions; the
 states that the neighbor encoder is conditioned on; and, per layer with chunked cross-attention, the
@@ -44,7 +44,7 @@ class NewChunk(NamedTuple):
 
 @dataclass
 class InferencePass:
-    """What one forward pass does; all layers share it.
+    """One forward pass, as all layers see it.
 
     Attributes:
         first_row: The pass is over the rows `first_row` to `first_row + B`.
@@ -78,7 +78,7 @@ class InferencePass:
 
 @dataclass
 class _Neighbors:
-    """What the rows attend to now."""
+    """The neighbors that the rows attend to now."""
 
     starts: list[int]
     mask: Tensor | None = None
@@ -246,7 +246,7 @@ class InferenceContext:
         stored[layer_number][:, rows] = key_value[:, last]
 
     def neighbors_now(self, layer_number: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What the rows of a step attend to in a layer.
+        """The neighbors that the rows of a step attend to in a layer.
 
         Returns:
             Keys and values `[R * K, B, G, 2, C]`; the mask `[B, R * K]`, True = masked out, or

@@ -111,7 +111,7 @@ class RetroModel(GPTModel):
 
     @property
     def has_own_embedding_copy(self) -> bool:
-        """As `has_embedding_copy`, and it is not the tied output weight of the last stage."""
+        """Whether it also is not the last stage's tied output weight."""
         return self.has_embedding_copy and not self._output_is_embedding()
 
     def _output_is_embedding(self) -> bool:
@@ -218,7 +218,7 @@ class RetroModel(GPTModel):
         return neighbors
 
     def embed_neighbors(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """What `forward` gives to the decoder as `context`.
+        """The embedded neighbors, which `forward` gives to the decoder as `context`.
 
         Args:
             tokens: `[N * K, R]`, row `n * K + k` the k-th neighbor of chunk n.
@@ -256,7 +256,7 @@ class RetroModel(GPTModel):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """As GPTModel's; layers differ from one another, so each is stored under its own name."""
+        """GPTModel's, with each layer under its own name, because the layers differ."""
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.has_embedding_copy:

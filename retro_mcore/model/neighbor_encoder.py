@@ -52,7 +52,7 @@ class NeighborEncoder(TransformerBlock):
             self.input_projection = self._build_input_projection(config)
 
     def _build_input_projection(self, config: RetroConfig) -> torch.nn.Linear:
-        """From the embedding's width to the encoder's; whole on every tensor-parallel rank."""
+        """The projection to the encoder's width; whole on every tensor-parallel rank."""
         projection = torch.nn.Linear(
             config.hidden_size, config.encoder_hidden_size, bias=False, dtype=config.params_dtype
         )
@@ -102,6 +102,6 @@ class NeighborEncoder(TransformerBlock):
     def _self_attention_mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None or not self.config.retro_mask_padding:
             return None
-        # A missing neighbor attends to all of itself: nobody looks at the result.
+        # A missing neighbor attends to all of itself; the result is not read.
         mask = mask & ~mask.all(dim=1, keepdim=True)
         return mask[:, None, None, :]

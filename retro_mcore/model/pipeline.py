@@ -169,7 +169,7 @@ class RetroTransformerLayer(TransformerLayer):
         self.packing = packing
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As TransformerLayer, the output packed if this layer ends its stage.
+        """TransformerLayer's forward; the output is packed if this layer ends its stage.
 
         Packing here, not after the block, puts it under activation recomputation too.
         """

@@ -60,7 +60,7 @@ class RetroBatch:
                 without retrieval.
             loss_mask: float32 [B, S]; None: every position counts.
             segments: int64 [B, S]; positions start again with every segment.
-            sample_ids: As in the batch.
+            sample_ids: The samples' indices in their dataset.
         """
         tokens = text[:, :-1].contiguous()
         retrieved, mask = neighbors or (None, None)

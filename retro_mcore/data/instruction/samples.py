@@ -35,7 +35,7 @@ class InstructionFormat:
         chunk_length: M.
         retrieved_length: R.
         loss_on: The last answer, every answer of a chat, or everything.
-        beginning: What every example begins with: the tokenizer's BOS, or nothing.
+        beginning: Tokens that every example begins with: the tokenizer's BOS, or none.
     """
 
     sequence_length: int
@@ -112,10 +112,10 @@ class FittedExample:
 
     Attributes:
         example: Without the oldest turns that do not fit.
-        prompt: As it would be written whole.
-        prompt_tokens: As much of it as fits, without what every example begins with.
+        prompt: The whole prompt, uncut.
+        prompt_tokens: The part of it that fits, without the beginning of every example.
         context_length: Tokens of the prompt's passages that stand in it.
-        parts: What follows the prompt, and whether it is learned; `_join` cuts it at the end.
+        parts: Tokens after the prompt, and whether they are learned; `_join` cuts it at the end.
     """
 
     example: InstructionExample
@@ -252,7 +252,7 @@ class InstructionDataset(Dataset):
         num_samples: Rows.
         how: Words, lengths, passages.
         tokenizer: The model's.
-        seed: Of the orders.
+        seed: Seed of the orders.
         pack: Put as many examples into a row as fit; none of them sees another.
 
     Raises:
@@ -328,7 +328,7 @@ class InstructionDataset(Dataset):
         return examples[int(_permutation(self._seed, dataset, epoch, len(examples))[place])]
 
     def _pack(self) -> np.ndarray:
-        """Where each row begins in the blend, i64 [rows + 1]: next fit, in the blend's order."""
+        """The place in the blend where each row begins, i64 [rows + 1]: next fit, in its order."""
         starts, used, place = [0], 0, 0
         while len(starts) <= self._num_samples:
             if place == len(self._blend[0]):
@@ -352,7 +352,7 @@ def _permutation(seed: int, dataset: int, epoch: int, size: int) -> np.ndarray:
 
 
 def blended_order(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each place of a blend its dataset i16 [n] and which of its samples i64 [n].
+    """The dataset i16 [n] of each place of a blend, and the sample of it i64 [n].
 
     Raises:
         ConfigurationError: a weight is not positive.
