@@ -369,3 +369,34 @@ def test_a_text_that_fails_ends_alone(model):
     assert isinstance(without_neighbors.error, ProjectError)
     assert isinstance(speechless.error, ValueError)
     assert without_neighbors.finish_reason == speechless.finish_reason == "failed"
+
+
+def test_a_request_for_several_prompts_numbers_them_and_their_seeds():
+    from retro_mcore.inference.requests import GenerationRequest
+    from retro_mcore.inference.sampling import SamplingOptions
+
+    request = GenerationRequest(sampling=SamplingOptions(seed=5), two_chunks=True)
+    first, second = request.for_prompts([[1], [2, 3]], [None, ChunkFunction()])
+    assert (first.number, first.tokens, first.sampling.seed) == (0, [1], 5)
+    assert (second.number, second.tokens, second.sampling.seed) == (1, [2, 3], 6)
+    assert first.neighbors is None and second.neighbors is not None and second.two_chunks
+    with pytest.raises(ValueError, match="zip"):
+        request.for_prompts([[1]], [])
+
+
+def test_sequence_parallelism_is_off_for_a_while_in_every_module_and_configuration(model):
+    from retro_mcore.inference.decoders import CachedDecoder
+    from retro_mcore.platform.parallel import whole_sequences
+
+    configs = [model.config, model.neighbor_encoder.config]
+    try:
+        for config in configs:
+            config.sequence_parallel = True
+        with pytest.raises(ConfigurationError, match="sequence_parallel"):
+            CachedDecoder(model, 0, 1)
+        with whole_sequences(model):
+            assert [config.sequence_parallel for config in configs] == [False, False]
+        assert [config.sequence_parallel for config in configs] == [True, True]
+    finally:
+        for config in configs:
+            config.sequence_parallel = False

@@ -45,3 +45,12 @@ def test_one_chunk_of_many():
     assert len(one) == 1
     assert one.ids.tolist() == [[2, 3]]
     np.testing.assert_array_equal(one.tokens[0], many.tokens[1])
+
+
+def test_chunks_of_several_texts_are_packed_text_by_text_and_the_rest_is_masked():
+    found = retrieved(3)
+    texts = [[found.chunk(0), found.chunk(1)], [], [found.chunk(2)]]
+    packed = RetrievedNeighbors.pack(texts, num_chunks=2, pad_id=9)
+    np.testing.assert_array_equal(packed.tokens[[0, 1, 4]], found.tokens)
+    assert packed.mask.all(axis=(1, 2)).tolist() == [False, False, True, True, False, True]
+    assert (packed.tokens[[2, 3, 5]] == 9).all()
