@@ -379,7 +379,8 @@ def test_a_request_for_several_prompts_numbers_them_and_their_seeds():
     first, second = request.for_prompts([[1], [2, 3]], [None, ChunkFunction()])
     assert (first.number, first.tokens, first.sampling.seed) == (0, [1], 5)
     assert (second.number, second.tokens, second.sampling.seed) == (1, [2, 3], 6)
-    assert first.neighbors is None and second.neighbors is not None and second.two_chunks
+    assert (first.neighbors is None, second.neighbors is None) == (True, False)
+    assert second.two_chunks
     with pytest.raises(ValueError, match="zip"):
         request.for_prompts([[1]], [])
 
