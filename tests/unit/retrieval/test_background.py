@@ -68,7 +68,7 @@ def test_an_error_of_the_search_is_raised_where_its_result_is_needed():
     source.close()
 
 
-def write(model, source, **options):
+def write(model, source, on_token=None):
     from retro_mcore.inference.generation import generate
     from retro_mcore.inference.sampling import SamplingOptions
 
@@ -77,9 +77,8 @@ def write(model, source, **options):
         max_new_tokens=3 * M,
         sampling=SamplingOptions(temperature=0),
         neighbors=source,
-        **options,
     )
-    return generate(model, Vocabulary(eod=90), requests)
+    return generate(model, Vocabulary(eod=90), requests, on_token=on_token)
 
 
 def test_generation_is_the_same_with_and_without_the_thread(megatron):
