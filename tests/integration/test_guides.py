@@ -36,6 +36,7 @@ SHOWN = {
     "--seq-length": "64",
     "--retro-chunk-length": "16",
     "--train-samples": "8",
+    "--train-iters": "1",
     "--global-batch-size": "2",
     "--micro-batch-size": "2",
     "--num-layers": "2",
@@ -49,12 +50,12 @@ SHOWN = {
 ADDED = {
     "preprocess_corpus": "--split 60,20,20 --train-samples 8 --eval-iters 1 --retro-block-size 20",
     "build_index": "--embedder lexical --device cpu",
-    "pretrain_retro": "--retro-encoder-num-layers 1 --num-workers 0 --device cpu",
+    "pretrain_retro": "--num-workers 0 --device cpu",
     "evaluate_perplexity": "--num-workers 0 --device cpu",
     "generate": "--device cpu",
 }
 #: The decoder of two layers that the sizes above give has no layer 6, where Retro's begin.
-FROM_SCRATCH = "--retro-decoder-layers 2"
+FROM_SCRATCH = "--retro-decoder-layers 2 --retro-encoder-num-layers 1"
 #: Sizes of a model that a configuration file of examples/ describes.
 CONFIGURED = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 64 "
@@ -111,7 +112,8 @@ class Shell:
         monkeypatch.chdir(folder)
 
     def run(self, line: str) -> None:
-        line = line.replace("/data/", f"{self.data}/").replace("examples/", f"{ROOT}/examples/")
+        for shown, here in (("/data/", self.data), ("examples/", ROOT / "examples")):
+            line = re.sub(rf"(?<![\w/]){shown}", f"{here}/", line)
         words = shlex.split(line, comments=True)
         if words[0] in NOT_RUN:
             return
@@ -251,12 +253,18 @@ PAGES = {
     "slurm": texts,
 }
 
+#: Pages with two projects, or with a server in a process of its own.
+SLOW = ("llama_or_qwen", "serve")
+
 
 def test_every_page_is_run():
     assert {page.stem for page in GUIDES.glob("*.md")} - {"README"} == PAGES.keys()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in PAGES],
+)
 def test_commands_run_in_order(page, tmp_path, monkeypatch):
     shell = Shell(tmp_path, monkeypatch)
     PAGES[page](shell)
