@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.cross_attention import RetroCrossAttention
 from retro_mcore.model.inference_context import InferenceContext, NewChunk
+from retro_mcore.platform.compatibility import config_value
 
 if TYPE_CHECKING:
     from retro_mcore.model.neighbor_encoder import NeighborEncoder
@@ -92,8 +94,8 @@ class RetroSelfAttention(SelfAttention):
         return scale
 
 
-def check_cacheable(config: Any) -> None:
-    """Refuse what the cached self-attention does not do.
+def check_cacheable(config: TransformerConfig) -> None:
+    """Reject models that the cached self-attention does not run.
 
     Raises:
         ConfigurationError: naming the field.
@@ -107,7 +109,7 @@ def check_cacheable(config: Any) -> None:
         "context_parallel_size": 1,
         "sequence_parallel": False,  # a step of one token cannot be shared out over ranks
     }.items():
-        found = getattr(config, field, plain)
+        found = config_value(config, field, absent=plain)
         if found and found != plain:
             raise ConfigurationError(
                 field, f"{found!r} does not run with a cache", "Generate by full recomputation"

@@ -40,9 +40,11 @@ def initialize_hidden_weights(model: MegatronModule) -> None:
 
 
 def learning_rate_scale(config: Any) -> float:
-    """What multiplies the learning rate of the parameters marked `SCALED_LEARNING_RATE`, under
-    Adam; 1 without muP."""
-    return 1.0 / getattr(config, "mup_width", 1.0)
+    """Factor on the learning rate of the parameters marked `SCALED_LEARNING_RATE`, under Adam.
+
+    It is 1 without muP.
+    """
+    return 1.0 / config.mup_width if isinstance(config, RetroConfig) else 1.0
 
 
 def scale_output_layer(model: Any) -> None:

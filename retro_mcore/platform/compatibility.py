@@ -26,6 +26,7 @@ import numpy as np
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -99,6 +100,11 @@ def _copy_storage(output: Any, recomputed: Any) -> None:
     storage = recomputed.untyped_storage()
     output.untyped_storage().resize_(storage.size())
     output.untyped_storage().copy_(storage)
+
+
+def config_value(config: TransformerConfig, field: str, absent: Any) -> Any:
+    """The value of a field, or `absent` in releases that lack the field."""
+    return getattr(config, field, absent)
 
 
 def scale_logits(model: Any, logits: Tensor) -> Tensor:
