@@ -9,6 +9,7 @@ from retro_mcore.missing_triton import allow_missing_triton
 
 if TYPE_CHECKING:
     from retro_mcore.api.models import evaluate_perplexity, generate, load_model, pretrain
+    from retro_mcore.api.project import Project
     from retro_mcore.inference.prompt_files import Prompt
     from retro_mcore.model.config import RetroConfig
     from retro_mcore.model.model import RetroModel
@@ -20,6 +21,7 @@ allow_missing_triton()  # before any module of this package imports megatron
 
 __version__ = "0.1.0"
 __all__ = [
+    "Project",
     "Prompt",
     "RetroConfig",
     "RetroModel",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Project": "retro_mcore.api.project",
     "Prompt": "retro_mcore.inference.prompt_files",
     "RetroConfig": "retro_mcore.model.config",
     "RetroModel": "retro_mcore.model.model",

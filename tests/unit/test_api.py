@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 
 import retro_mcore
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.api.project import Project
+from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.evaluation.perplexity_config import EvaluatePerplexityConfig
+from retro_mcore.stages.build_db import BuildDbConfig
+from retro_mcore.stages.build_index import BuildIndexConfig
+from retro_mcore.stages.preprocess_corpus import PreprocessCorpusConfig
+from retro_mcore.stages.query_neighbors import QueryNeighborsConfig
+from retro_mcore.stages.update_db import UpdateDbConfig
 from retro_mcore.training.options.run import PretrainOptions
 
 
@@ -42,25 +48,39 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 @pytest.mark.parametrize(
-    ("function", "config"),
-    [("pretrain", PretrainOptions), ("evaluate_perplexity", EvaluatePerplexityConfig)],
+    ("function", "leading", "config"),
+    [
+        (retro_mcore.pretrain, [], PretrainOptions),
+        (retro_mcore.evaluate_perplexity, [], EvaluatePerplexityConfig),
+        (Project.create, ["directory"], PreprocessCorpusConfig),
+        (Project.build_db, ["self"], BuildDbConfig),
+        (Project.build_index, ["self"], BuildIndexConfig),
+        (Project.query_neighbors, ["self"], QueryNeighborsConfig),
+        (Project.update, ["self"], UpdateDbConfig),
+    ],
 )
-def test_functions_show_the_fields_of_their_configuration(function, config):
-    parameters = inspect.signature(getattr(retro_mcore, function)).parameters
+def test_functions_show_the_fields_of_their_configuration(function, leading, config):
+    parameters = dict(inspect.signature(function).parameters)
+    assert list(parameters)[: len(leading)] == leading
     fields = {field.name: field for field in dataclasses.fields(config)}
-    assert set(parameters) == set(fields)
-    for name, parameter in parameters.items():
-        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        assert parameter.annotation == fields[name].type
+    assert set(parameters) == {*leading, *fields}
+    for name, field in fields.items():
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].annotation == field.type
     with pytest.raises(TypeError, match="no_such_option"):
-        getattr(retro_mcore, function)(no_such_option=1)
+        function(*("project" for _ in leading), no_such_option=1)
+
+
+def test_a_directory_that_is_no_project_is_not_opened(tmp_path):
+    with pytest.raises(ProjectError, match="not a project directory"):
+        Project.open(tmp_path)
 
 
 def test_the_api_is_imported_without_megatron():
     """The data pipeline needs none, and `--help` does not wait for it."""
     of_megatron = ("retro_mcore.model.", "retro_mcore.training.setup.")
     names = [name for name, home in retro_mcore._HOMES.items() if not home.startswith(of_megatron)]
-    assert {"generate", "load_model", "pretrain", "setup_device"} <= set(names)
+    assert {"Project", "generate", "load_model", "pretrain", "setup_device"} <= set(names)
     code = f"import sys, retro_mcore; [getattr(retro_mcore, name) for name in {names!r}]\n"
     code += "assert 'megatron.core' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
