@@ -107,7 +107,7 @@ def test_a_project_that_does_not_fit_is_refused(use, spoil, error, message, proj
 
 @pytest.mark.parametrize("use", ENTRY_POINTS)
 def test_the_gate_is_checked_and_then_in_force(use, tmp_path):
-    with pytest.raises(ConfigurationError, match="--retro-attention-gate: -1"):
+    with pytest.raises(ConfigurationError, match=r"retro.attention.gate: -1"):
         use(built_project(), tmp_path, gate=-1.0)
     with pytest.raises(ConfigurationError, match="so neighbors would change nothing"):
         use(built_project(), tmp_path, "live", gate=0.0)
