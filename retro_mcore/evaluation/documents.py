@@ -1,7 +1,7 @@
 """The documents of a held-out split, their chunks, and the chunks' neighbors.
 
-Chunks start with the document, as in the chunk database; the last one of a document may be short.
-All documents' chunks have consecutive numbers ("rows"), short ones included.
+Chunks start with their document, as in the chunk database; a document's last chunk may be short.
+The chunks of all documents are numbered consecutively ("rows"), short ones included.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
 from retro_mcore.samples.project_samples import RenumberedSamples, numbers_in_database
 
-#: Tokens before a chunk that its text is decoded with: some tokenizers drop a text's first space.
+#: Tokens before a chunk that are decoded with it: some tokenizers drop a text's first space.
 _DECODING_CONTEXT = 8
 
 
 @dataclass(frozen=True)
 class HeldOutDocuments:
-    """The documents of a split with at least two tokens (one to be predicted). Picklable.
+    """The documents of a split that have at least two tokens, one to be predicted. Picklable.
 
     Attributes:
         split: "valid" or "test".
         sources: The project's corpora.
         prefixes: Their names.
-        corpus: i64 [documents], the corpus of each.
-        number: i64 [documents], its number there.
-        lengths: i64 [documents], tokens without the EOD at the end.
+        corpus: Corpus of each document, i64 [documents].
+        number: Number of each document in its corpus, i64 [documents].
+        lengths: Tokens of each document without the final EOD, i64 [documents].
         chunk_length: M.
         eod: The token that ends a document.
-        num_too_short: Documents that are left out, since they have fewer than two tokens.
-        num_in_split: Documents of each corpus, those included that a limit leaves out.
+        num_too_short: Documents left out because they have fewer than two tokens.
+        num_in_split: Documents of each corpus, including those that a limit leaves out.
     """
 
     split: Split
@@ -67,21 +67,21 @@ class HeldOutDocuments:
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
-        """i64 [documents + 1]: the row of each document's first chunk."""
+        """Row of each document's first chunk, i64 [documents + 1]."""
         return np.concatenate([[0], np.cumsum(-(-self.lengths // self.chunk_length))])
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of all documents."""
+        """Number of chunks of all documents."""
         return int(self.first_rows[-1])
 
     @property
     def owners(self) -> NDArray[np.int64]:
-        """i64 [chunks]: the document of each chunk."""
+        """Document of each chunk, i64 [chunks]."""
         return np.repeat(np.arange(len(self)), -(-self.lengths // self.chunk_length))
 
     def tokens(self, document: int) -> np.ndarray:
-        """The document's tokens i64 [length]."""
+        """Tokens of a document, i64 [length]."""
         source, number = self.sources[self.corpus[document]], self.number[document]
         start = int(source.starts[number])
         return np.asarray(source.tokens[start : start + self.lengths[document]], np.int64)
@@ -90,13 +90,13 @@ class HeldOutDocuments:
     def open(
         cls, project_dir: Path | str, split: Split, eod: int, limit: int | None = None
     ) -> HeldOutDocuments:
-        """Those of a project.
+        """Open the documents of a project.
 
         Args:
             project_dir: The project.
-            split: Which.
-            eod: The tokenizer's.
-            limit: At most this many documents of each corpus, its first.
+            split: "valid" or "test".
+            eod: The tokenizer's end-of-document token.
+            limit: Most documents to take from the beginning of each corpus.
 
         Raises:
             ProjectError: the split has no document to evaluate.
@@ -140,7 +140,7 @@ class HeldOutDocuments:
 
 @dataclass(frozen=True)
 class DocumentChunks:
-    """Each chunk of the documents as a sample of its own, for `query_split`."""
+    """Presents each chunk of the documents as a sample, for `query_split`."""
 
     documents: HeldOutDocuments
 
@@ -148,7 +148,7 @@ class DocumentChunks:
         return self.documents.num_chunks
 
     def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
-        """M+1 tokens (EOD after a short chunk), the number of the corpus, the document [1]."""
+        """Read M+1 tokens (EOD after a short chunk), the corpus number and the document [1]."""
         documents = self.documents
         document = int(np.searchsorted(documents.first_rows, index, side="right")) - 1
         start = (index - documents.first_rows[document]) * documents.chunk_length
@@ -165,18 +165,18 @@ def search_document_neighbors(
     num_save: int,
     device: str,
 ) -> SavedNeighbors:
-    """The neighbors of every chunk of the documents, searched as query_neighbors does.
+    """Search the neighbors of every chunk of the documents as query_neighbors does.
 
-    None comes from the chunk's own document. All ranks share the work; what is found is kept in
-    `query/<split>_documents` of the project, and reused while it is of the same documents, index
-    and number of neighbors.
+    No neighbor comes from the chunk's own document. All ranks share the work. The neighbors are
+    saved in `query/<split>_documents` of the project, and reused for the same documents, index and
+    number of neighbors.
 
     Args:
         project_dir: A project, after build_index.
         documents: The documents.
         tokenizer: The project's.
         num_save: Neighbors per chunk.
-        device: Where the embedder runs.
+        device: Device of the embedder.
 
     Raises:
         ProjectError: a stage has not run, or another run works on the project.
@@ -238,17 +238,17 @@ def _fingerprint(
 
 
 def _remove_others(directory: Path, names: set[str]) -> None:
-    """Files of another number of chunks would be read beside these."""
+    """Remove files of other numbers of chunks, which would be read beside these."""
     for path in [*directory.glob("*.hdf5*"), *directory.glob("distances/*.hdf5*")]:
         if path.name.removesuffix(".done") not in names:
             path.unlink()
 
 
 def chunk_bytes(documents: HeldOutDocuments, tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes (UTF-8) of the text that each chunk's tokens stand for, i64 [chunks].
+    """Count the UTF-8 bytes of each chunk's text, i64 [chunks].
 
-    A document's first token is left out: nothing precedes it that could predict it. So the bytes
-    of a document sum up to its text's without that token. All ranks share the work.
+    A document's first token is left out, since nothing precedes it to predict it from. So a
+    document's bytes add up to its text without that token. All ranks share the work.
     """
     first_rows = documents.first_rows
     counts = np.zeros(documents.num_chunks, np.int64)
@@ -264,8 +264,8 @@ def _bytes_of_chunks(tokens: list[int], chunk_length: int, tokenizer: Tokenizer)
     starts = [max(start, 1) for start in range(0, len(tokens), chunk_length)]
     ends = [*starts[1:], len(tokens)]
     contexts = [max(0, start - _DECODING_CONTEXT) for start in starts]
-    # A character that is cut in two counts as a mark of three bytes at the end of one piece and
-    # at the beginning of the next, where the context's own mark takes it off again.
+    # A character cut in two counts as a three-byte mark at the end of one piece and again at the
+    # beginning of the next, where the mark in the context cancels it.
     before = tokenizer.detokenize_batch(
         [tokens[a:b] for a, b in zip(contexts, starts, strict=True)]
     )
