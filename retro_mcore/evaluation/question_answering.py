@@ -33,7 +33,7 @@ class QAOptions:
     """How questions are put and answered.
 
     Attributes:
-        prompt_format: The prompt's words; see `data.prompts`.
+        prompt_format: Wording of the prompt; see `data.instruction.prompts`.
         template_id: Another wording of `reformat_prompt`.
         num_context_passages: Passages of the test file in the prompt.
         reuse_top: Give the encoder the best passages too, not only those after the prompt's.

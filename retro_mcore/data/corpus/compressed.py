@@ -1,4 +1,4 @@
-"""Compressed files as streams of bytes: .gz with the standard library, .zst with zstandard."""
+"""Read compressed files as byte streams: .gz with the standard library, .zst with zstandard."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from retro_mcore.errors import CorpusError, MissingDependencyError
 #: File name endings that `open_binary` decompresses.
 COMPRESSED = (".gz", ".zst")
 _BLOCK = 1 << 20
-#: Frames of `zstd --long=31` need as much.
+#: `zstd --long=31` frames need a window of this size, in bytes.
 _LARGEST_WINDOW = 1 << 31
 
 
 @contextmanager
 def open_binary(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed as its ending says. Seekable unless it is compressed.
+    """Open a file and decompress it according to its suffix. Seekable unless compressed.
 
     Raises:
-        CorpusError: the file cannot be read, or compressed data are damaged or end early.
-        MissingDependencyError: a .zst file and zstandard is not installed.
+        CorpusError: the file cannot be read, or its compressed data is damaged or truncated.
+        MissingDependencyError: the file is .zst and zstandard is not installed.
     """
     ending = path.suffix.lower()
     try:
@@ -46,7 +46,7 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """A .zst file of any number of frames; a last one that is cut raises EOFError."""
+    """A .zst file with any number of frames. A truncated last frame raises EOFError."""
 
     def __init__(self, file: BinaryIO) -> None:
         try:

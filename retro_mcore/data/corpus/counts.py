@@ -1,8 +1,8 @@
-"""What was dropped and replaced while a corpus became tokens: a side file of counts.
+"""Counts of what was dropped and replaced during tokenization, in a side file of the dataset.
 
-`<prefix>.counts.json` holds a number for each name that `read_part`, `CorpusFiles.counts`,
-`Tokenizer.count_losses` and `make_dataset` count under. Other readers know nothing of it; a dataset
-that another program made has none.
+`<prefix>.counts.json` maps names to numbers. The names come from `read_part`,
+`CorpusFiles.counts`, `Tokenizer.count_losses` and `make_dataset`. Other readers ignore the file,
+and datasets made by other programs do not have it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import read_json_object
 
-#: Counted, but no loss: a summary does not show them.
+#: Counts that are not losses; summaries omit them.
 _PLAIN = ("files", "documents", "tokens")
 
 
@@ -29,8 +29,8 @@ def write_counts(prefix: Path, counts: Mapping[str, int], names: Mapping[str, li
 
     Args:
         prefix: The dataset.
-        counts: Numbers by name; zeros are left out.
-        names: Examples of what was counted under a name, such as some of the files left out.
+        counts: Numbers by name; zeros are omitted.
+        names: Examples for some counts, such as the names of skipped files.
     """
     kept = {name: int(count) for name, count in sorted(counts.items()) if count}
     examples = {name: values for name, values in names.items() if values}
@@ -38,17 +38,17 @@ def write_counts(prefix: Path, counts: Mapping[str, int], names: Mapping[str, li
 
 
 def read_counts(prefix: Path) -> dict[str, Any]:
-    """What `write_counts` wrote; empty where there is no side file.
+    """Read what `write_counts` wrote; empty if there is no side file.
 
     Raises:
-        CorruptFileError: it is damaged.
+        CorruptFileError: the file is damaged.
     """
     path = counts_path(prefix)
     return read_json_object(path) if path.is_file() else {}
 
 
 def total(counts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The sum over several corpora, by name."""
+    """Sum the counts of several corpora by name."""
     summed: Counter[str] = Counter()
     for each in counts:
         summed.update({name: number for name, number in each.items() if isinstance(number, int)})
@@ -56,12 +56,12 @@ def total(counts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def loss_rows(counts: Mapping[str, Any]) -> dict[str, str]:
-    """Rows of a summary for what was dropped and replaced: `empty documents` to a number."""
+    """Summary rows for what was dropped and replaced, such as `empty documents` and its number."""
     rows = {
         name.replace("_", " "): str(number)
         for name, number in counts.items()
         if isinstance(number, int) and number and name not in _PLAIN
     }
     if counts.get("documents_without_id") == counts.get("documents"):
-        rows.pop("documents without id", None)  # no document has one, as in most corpora
+        rows.pop("documents without id", None)  # normal: most corpora have no ids at all
     return rows

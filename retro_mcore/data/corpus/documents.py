@@ -1,8 +1,8 @@
-"""Reading a corpus: JSON lines (also compressed), text files and folders of them.
+"""Read a corpus: JSON lines (also compressed), text files, or folders of both.
 
-A corpus is cut into parts (ranges of a JSONL file, groups of text files), so that any number of
-ranks can share it and the order of the documents never depends on how many they are. A compressed
-file is one part, since it can only be read from its beginning.
+A corpus is divided into parts: byte ranges of a JSONL file, or groups of text files. Any number of
+ranks can share the parts, and the document order does not depend on the number of ranks. A
+compressed file is a single part because it can only be read from the start.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from retro_mcore.json_text import (
     replace_surrogates,
 )
 
-#: Size that a part aims at, in bytes of text.
+#: Target size of a part, in bytes of text.
 PART_BYTES = 32 << 20
 
 
@@ -34,9 +34,9 @@ class Document:
     """One document.
 
     Attributes:
-        text: Its text, never empty.
-        source_id: Where it came from: the JSON line's own id, else `file:byte` (decompressed); the
-            file for text.
+        text: The text, never empty.
+        source_id: Origin of the document: the id in its JSON line, else `file:byte` with the
+            offset in the decompressed file. For a text file, its path.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Document:
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """A piece of work: bytes [start, end) of one JSONL file, or whole text files."""
+    """A unit of work: bytes [start, end) of one JSONL file, or whole text files."""
 
     files: tuple[Path, ...]
     start: int = 0
@@ -58,7 +58,7 @@ class CorpusPart:
 
 
 def text_cleaner() -> Callable[[str], str]:
-    """ftfy's `fix_text`: mends mojibake, stray control characters and HTML entities.
+    """ftfy's `fix_text`, which repairs mojibake, stray control characters and HTML entities.
 
     Raises:
         MissingDependencyError: ftfy is not installed.
@@ -78,26 +78,26 @@ def read_documents(
     clean: Callable[[str], str] | None = None,
     id_key: str = "id",
 ) -> Iterator[Document]:
-    """All documents of a JSONL file, a text file, or a folder (sorted by path, recursive).
+    """Read all documents of a JSONL file, a text file, or a folder (recursive, sorted by path).
 
-    Documents that are empty or only white space are left out, and lone surrogates become U+FFFD;
-    `read_part` counts both.
+    Empty and whitespace-only documents are skipped, and lone surrogates become U+FFFD. `read_part`
+    counts both.
 
     Args:
         source: The file or folder.
-        json_keys: Keys of a JSON line that hold the text; several are joined by an empty line.
-        clean: Applied to every text, such as `text_cleaner()`.
-        id_key: Key of a JSON line that holds its id; lines without it are named by their place.
+        json_keys: Keys of a JSON line that hold text. Several texts are joined by an empty line.
+        clean: Function applied to every text, such as `text_cleaner()`.
+        id_key: Key of a JSON line that holds its id. Lines without it are identified by position.
 
     Raises:
-        CorpusError: nothing to read, or a malformed line or file; names file and line.
+        CorpusError: there is nothing to read, or a line or file is malformed. Names file and line.
     """
     for part in list_parts(source):
         yield from read_part(part, json_keys, clean, id_key)
 
 
 def list_parts(source: Path | str, part_bytes: int = PART_BYTES) -> list[CorpusPart]:
-    """Cut `source` into parts of about `part_bytes`, the same for any number of ranks."""
+    """Divide `source` into parts of about `part_bytes`, the same for any number of ranks."""
     parts: list[CorpusPart] = []
     texts: list[Path] = []
     size = 0
@@ -129,15 +129,15 @@ def read_part(
     id_key: str = "id",
     counts: Counter[str] | None = None,
 ) -> Iterator[Document]:
-    """The documents of one part; see `read_documents`.
+    """Read the documents of one part; see `read_documents`.
 
     Args:
-        part: Which.
+        part: The part to read.
         json_keys: See `read_documents`.
         clean: See `read_documents`.
         id_key: See `read_documents`.
-        counts: What is left out and replaced is added to it, by name: `empty_documents`,
-            `empty_files`, `replaced_characters` (lone surrogates, by U+FFFD),
+        counts: Updated with what is skipped and replaced, by name: `empty_documents`,
+            `empty_files`, `replaced_characters` (lone surrogates replaced by U+FFFD),
             `byte_order_marks_removed`, `cleaned_documents`, `documents_without_id`.
     """
     counts = Counter() if counts is None else counts
@@ -176,7 +176,7 @@ def _read_text(file: Path, counts: Counter[str]) -> str:
 
 
 def _decode(where: object, data: bytes, mend: str, counts: Counter[str]) -> str:
-    """UTF-8 without the byte order mark, which is no part of the text."""
+    """Decode UTF-8 and remove the byte order mark, which is not part of the text."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -188,9 +188,9 @@ def _decode(where: object, data: bytes, mend: str, counts: Counter[str]) -> str:
 def _read_lines(
     part: CorpusPart, json_keys: Sequence[str], id_key: str, counts: Counter[str]
 ) -> Iterator[Document]:
-    """Lines that begin inside the part's bytes; the last one may run past its end.
+    """Read the lines that begin inside the part's bytes; the last one may run past its end.
 
-    Only a line feed ends a line.
+    Lines end at line feeds only.
     """
     (path,) = part.files
     with open_binary(path) as file:
@@ -217,7 +217,7 @@ def _read_lines(
 
 
 def _id_of_record(record: dict[str, Any], id_key: str) -> str | None:
-    """A text or a whole number as text; None where there is none."""
+    """The id as text, from a string or an integer; None if there is none."""
     given = record.get(id_key)
     named = isinstance(given, str | int) and not isinstance(given, bool)
     return replace_surrogates(str(given))[0] if named else None
@@ -229,7 +229,7 @@ def _record_of_line(line: bytes, counts: Counter[str]) -> dict[str, Any]:
         record = parse_json(text, allow_nan=True)
     except JsonError as error:
         found = "NUL bytes, which no JSON holds" if "\0" in text else error.in_line
-        mend = "Mend or remove the line; a document is one line of JSON"
+        mend = "Fix or remove the line; each document must be one line of JSON"
         raise CorpusError("", f"invalid JSON ({found})", mend) from error
     if not isinstance(record, dict):
         found = f"not a JSON object but {type(record).__name__}"
@@ -238,7 +238,7 @@ def _record_of_line(line: bytes, counts: Counter[str]) -> dict[str, Any]:
 
 
 def _refuse_repeats(record: dict[str, Any], keys: Sequence[str]) -> None:
-    """Refuse a line with two texts or two ids. Keys that nobody reads may stand twice."""
+    """Reject a line with two texts or two ids. Unused keys may be repeated."""
     repeated = record.repeated if isinstance(record, RecordWithRepeats) else ()
     for key in keys:
         if key in repeated:
@@ -246,9 +246,9 @@ def _refuse_repeats(record: dict[str, Any], keys: Sequence[str]) -> None:
 
 
 def _several_lines(path: Path, line: bytes) -> tuple[str, str] | None:
-    """What is wrong with a file of JSON that has no document per line, and how to fix it.
+    """Error text and hint for a JSON file that is not JSON lines, such as a list.
 
-    None if that is not what is wrong.
+    None if the line is malformed for another reason.
     """
     with open_binary(path) as file:
         lines = (each.removeprefix(codecs.BOM_UTF8).strip() for each in file)
@@ -276,7 +276,7 @@ def _begins_list(line: bytes) -> bool:
 
 
 def _begins_object(line: bytes) -> bool:
-    """Whether a line begins an object that goes on in the next one."""
+    """Whether a line begins an object that continues on the next line."""
     return line.startswith(b"{") and (line == b"{" or line.endswith(b","))
 
 
@@ -291,14 +291,14 @@ def _text_of_record(record: dict[str, Any], json_keys: Sequence[str]) -> str:
             raise CorpusError(
                 "",
                 f"{key!r} is {type(record[key]).__name__}, not a string",
-                "Mend the line, or name another key with --json-keys",
+                "Fix the line, or name another key with --json-keys",
             )
         texts.append(record[key])
     return "\n\n".join(texts)
 
 
 def _some(record: dict[str, Any]) -> str:
-    """The names of a record's keys, not thousands of them."""
+    """Names of a record's first keys."""
     names = sorted(key[:50] for key in record)
     return repr(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
@@ -313,7 +313,7 @@ def _line_number(path: Path, position: int) -> int:
     return lines
 
 
-#: How files of other kinds begin.
+#: Leading bytes of other file formats.
 _MAGIC = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",

@@ -1,7 +1,7 @@
-"""Which files an input consists of: links are followed, and what is left out is told.
+"""Find the files of an input. Links are followed, and skipped files are reported.
 
-A folder's corpus files are those whose names end in .jsonl or .json (also with .gz or .zst) or
-.txt. A file that is named by itself may have another ending, unless that says that it is no text.
+In a folder, corpus files are those that end in .jsonl or .json (optionally with .gz or .zst) or in
+.txt. A single file may have any other suffix, except those known not to hold plain text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from retro_mcore.errors import CorpusError
 _LINES = 'Write it as JSON lines, an object such as {"text": "…"} for each document'
 _RENAME = "Rename it to .jsonl, if it holds JSON lines"
 _UNPACK = "Decompress it; JSON lines may stay compressed, as .jsonl.gz or .jsonl.zst"
-#: Endings of files that are no plain text, and what to do about them.
+#: Suffixes of files that are not plain text, and what to do about them.
 _FOREIGN = {
     **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".avro"), _LINES),
     **dict.fromkeys((".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".doc", ".docx", ".odt"), _LINES),
@@ -35,13 +35,13 @@ _KINDS = ".jsonl, .jsonl.gz, .jsonl.zst or .txt files"
 
 @dataclass(frozen=True)
 class CorpusFiles:
-    """What an input consists of.
+    """The files of an input.
 
     Attributes:
-        files: Its corpus files, in reading order; each is read once.
-        left_out: Files in its folder of other kinds.
-        broken_links: Links in its folder that lead nowhere.
-        repeated_links: Links to files and folders that are read anyway.
+        files: Corpus files in reading order; each is read once.
+        left_out: Files in the folder that are not corpus files.
+        broken_links: Links in the folder whose target does not exist.
+        repeated_links: Links to files and folders that are already read.
     """
 
     files: tuple[Path, ...]
@@ -51,7 +51,7 @@ class CorpusFiles:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many of each, by name."""
+        """Number of files of each kind, by name."""
         return Counter(
             files=len(self.files),
             files_left_out=len(self.left_out),
@@ -60,7 +60,7 @@ class CorpusFiles:
         )
 
     def describe_left_out(self) -> str:
-        """`3 .csv, 1 .md (such as a/b.csv)`; nothing, if nothing is left out."""
+        """`3 .csv, 1 .md (such as a/b.csv)`; empty if no file is skipped."""
         if not self.left_out:
             return ""
         endings = Counter(path.suffix.lower() or "without an ending" for path in self.left_out)
@@ -70,7 +70,7 @@ class CorpusFiles:
 
 
 def is_json(path: Path) -> bool:
-    """Whether a file's name says that it holds JSON lines, compressed or not."""
+    """Whether the file name is that of JSON lines, compressed or not."""
     name = path.name.lower()
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
@@ -78,16 +78,16 @@ def is_json(path: Path) -> bool:
 
 
 def find_corpus_files(source: Path | str) -> CorpusFiles:
-    """The corpus files of an input.
+    """Find the corpus files of an input.
 
     Raises:
-        CorpusError: it doesn't exist, cannot be read, or holds nothing that is a corpus.
+        CorpusError: the input does not exist, cannot be read, or holds no corpus file.
     """
     source = Path(source)
     try:
         is_folder, is_file = source.is_dir(), source.is_file()
         is_there = source.exists() or source.is_symlink()
-    except OSError as error:  # such as a text in the place of a name
+    except OSError as error:  # for example a whole text given as a file name
         raise CorpusError(str(source)[:200], f"{error.strerror}", "Check --input") from error
     if is_folder:
         return _files_of_folder(source)
@@ -116,10 +116,10 @@ def _files_of_folder(folder: Path) -> CorpusFiles:
 
 
 class _Walk:
-    """Every corpus file below a folder, by its path there; links are followed.
+    """Collects every corpus file below a folder, following links.
 
-    What a link leads to is read once, however many ways lead there: so cycles end, and folders
-    that are linked with each other do not multiply. Paths without links come first.
+    Each link target is read once, however many links lead to it. So cycles end, and folders that
+    link to each other are not read repeatedly. Paths without links come first.
     """
 
     def __init__(self, root: Path) -> None:
@@ -137,11 +137,11 @@ class _Walk:
 
     @property
     def left_out(self) -> tuple[Path, ...]:
-        """Files of other kinds, but for those that a link of a corpus file's name leads to."""
+        """Other files, except targets of links whose own name is that of a corpus file."""
         return tuple(sorted(path for path, real in self._others if real not in self._seen))
 
     def _follow(self, link: Path) -> None:
-        if not link.exists():  # nor may it be a link to itself
+        if not link.exists():  # also true of a link to itself
             self.broken.append(link)
         elif (real := link.resolve()) in self._seen:
             self.repeated.append(link)
@@ -149,7 +149,7 @@ class _Walk:
             self._visit(link, real)
 
     def _visit(self, path: Path, real: Path) -> None:
-        """A file, or a folder with what is below it."""
+        """Visit a file, or a folder and everything below it."""
         waiting = [(path, real)]
         while waiting:
             path, real = waiting.pop()
@@ -174,6 +174,6 @@ def _is_corpus_file(path: Path) -> bool:
 
 
 def readable_names(paths: Sequence[Path], limit: int = 20) -> Iterator[str]:
-    """The first paths as text that can be printed; a file's name may be any bytes."""
+    """The first paths as printable text, since a file name may hold any bytes."""
     for path in paths[:limit]:
         yield os.fsencode(path).decode("utf-8", "replace")

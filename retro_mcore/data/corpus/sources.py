@@ -1,4 +1,4 @@
-"""What a corpus is called in a project, and whether it is still the same."""
+"""Names of a project's corpora, and digests that detect changes in them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from retro_mcore.project.markers import checksum, fingerprint_of
 
 
 def digest_of_source(source: Path, before_ids: bool = False) -> str:
-    """A digest of a corpus's files: their names below it and their bytes.
+    """Digest of a corpus: the relative names of its files and their bytes.
 
     Args:
         source: The corpus.
-        before_ids: Of a .bin and .idx, as it was once: without the ids of their documents.
+        before_ids: Omit the document ids of a .bin and .idx pair, as earlier versions did.
 
     Raises:
         CorpusError: there is no such corpus, or it cannot be read.
@@ -47,14 +47,14 @@ def _digest_of_text(source: Path) -> str:
 
 
 def digest_inputs(sources: Sequence[Path], recorded: Mapping[str, str]) -> dict[str, str]:
-    """The digest of each corpus, by the flag that names it.
+    """Digest of each corpus, by the flag that names it.
 
-    Corpora of one name (of different folders) are told apart by a number, in their order.
+    Corpora with the same name in different folders are numbered in order.
 
     Args:
         sources: The corpora.
-        recorded: Digests of an earlier run. One made without the ids of a .bin and .idx, which
-            were not looked at once, is made that way again.
+        recorded: Digests of an earlier run. If a recorded digest omits the document ids of a .bin
+            and .idx pair, as earlier versions did, the new one omits them too.
 
     Raises:
         CorpusError: there is no such corpus, or it cannot be read.
@@ -75,21 +75,21 @@ def digest_inputs(sources: Sequence[Path], recorded: Mapping[str, str]) -> dict[
 def name_datasets(
     sources: Sequence[Path], json_keys: Sequence[str], taken: Sequence[str] = ()
 ) -> list[str]:
-    """`<name>_<keys>_document` as Megatron names its datasets, told apart by a number.
+    """Dataset names in Megatron's form `<name>_<keys>_document`, numbered where they collide.
 
-    Tokens that were made elsewhere keep their name.
+    Datasets that were already tokenized keep their name.
 
     Args:
         sources: Corpora.
         json_keys: Keys of a JSON line that hold the text.
-        taken: Names that others have already.
+        taken: Names that are already in use.
     """
     prefixes: list[str] = []
     for source in sources:
         given = find_token_input(source)
         name = source.stem.removesuffix(".jsonl").removesuffix(".json")
         name = given.name if given else f"{name}_{'_'.join(json_keys)}_document"
-        # A file's name may be any bytes, but config.json holds text.
+        # A file name may hold any bytes, but config.json holds text.
         prefix = base = replace_surrogates(name)[0]
         number = 2
         while prefix in (*taken, *prefixes):

@@ -1,7 +1,7 @@
-"""Which files an instruction blend is made of: `--data-path 0.8 oasst 0.2 my_chats.jsonl`.
+"""Parse instruction blends such as `--data-path 0.8 oasst 0.2 my_chats.jsonl`.
 
-A name stands for `FOLDER/NAME/NAME_QA_train*.json` and `NAME_QA_dev.json`, as the retired Retro's
-blends are laid out; a path stands for that file.
+A name refers to `FOLDER/NAME/NAME_QA_train*.json` and `NAME_QA_dev.json`, the layout of the retired
+Retro's blends. A path refers to that file.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class BlendPart:
     """One dataset of a blend.
 
     Attributes:
-        name: Decides the prompt; see `data.prompts`.
-        weight: How often it is read, relative to the others.
-        train_files: What is trained on.
-        valid_files: What is validated on; may be empty.
+        name: Dataset name, which selects the prompt; see `data.instruction.prompts`.
+        weight: Sampling weight relative to the other datasets.
+        train_files: Training files.
+        valid_files: Validation files; may be empty.
     """
 
     name: str
@@ -32,13 +32,13 @@ class BlendPart:
 
 
 def labels_of(parts: Sequence[BlendPart]) -> list[str]:
-    """What to call each part: its name, or its first file where others have the same name."""
+    """Label of each part: its name, or its first file if several parts share the name."""
     names = [part.name for part in parts]
     labels = [
         name if names.count(name) == 1 else str(part.train_files[0])
         for name, part in zip(names, parts, strict=True)
     ]
-    # A file may stand in a blend twice.
+    # A blend may list a file twice.
     return [
         label if labels.count(label) == 1 else f"{label} ({place + 1})"
         for place, label in enumerate(labels)
@@ -46,11 +46,11 @@ def labels_of(parts: Sequence[BlendPart]) -> list[str]:
 
 
 def parse_blend(entries: Sequence[str], folder: Path | str = ".") -> list[BlendPart]:
-    """The parts of a blend.
+    """Parse the parts of a blend.
 
     Args:
-        entries: A name or path, or several with a weight before each.
-        folder: Where names and relative paths are looked for.
+        entries: One name or path, or several, each preceded by a weight.
+        folder: Base folder for names and relative paths.
 
     Raises:
         ConfigurationError: weights and names do not alternate.
@@ -87,7 +87,7 @@ def _part(name: str, weight: float, folder: Path) -> BlendPart:
         stem = glob.escape(home.name)
         train = tuple(sorted(home.glob(f"{stem}_QA_train*.json")))
         valid = tuple(home.glob(f"{stem}_QA_dev.json"))
-    except OSError as error:  # such as a name that no file can have
+    except OSError as error:  # for example a name that is not a valid file name
         raise CorpusError(
             f"--data-path {name[:200]}", f"{error.strerror}", "Name a file, or a dataset"
         ) from error

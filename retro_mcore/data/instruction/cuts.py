@@ -1,4 +1,4 @@
-"""What instruction tuning leaves out of its examples to fit the sequence length, counted."""
+"""Count what instruction tuning cuts from examples to fit the sequence length."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from retro_mcore.data.instruction.samples import (
 )
 from retro_mcore.data.tokenizers.base import Tokenizer
 
-#: What is cut of a prompt, in tuning and in `evaluate_qa`: examples (or questions).
+#: Cuts in prompts, counted in examples (or questions), for tuning and `evaluate_qa`.
 PROMPT_CUTS = {
     "prompts_cut": "prompts cut to fit the window",
     "questions_cut": "questions cut themselves",
     "encoder_passages_cut": "with passages cut for the encoder",
 }
-#: What is counted, and how it is told.
+#: Keys of the counts, and how they are reported.
 CUTS = {
     **PROMPT_CUTS,
     "passages_cut": "passages of prompts cut",
@@ -38,11 +38,11 @@ _COUNTED = ("examples", *CUTS)
 
 @dataclass(frozen=True)
 class InstructionCuts:
-    """What is cut in the examples of one split.
+    """Counts of what is cut in the examples of one split.
 
     Attributes:
         name: The split.
-        by_dataset: By the dataset's name: `examples` that are read, each counted once, and `CUTS`.
+        by_dataset: For each dataset name, the number of distinct `examples` read, and `CUTS`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class InstructionCuts:
     def of_ranks(
         cls, name: str, datasets: Sequence[str], counts: Sequence[Sequence[Mapping[str, int]]]
     ) -> InstructionCuts:
-        """What the ranks counted together: a count for each dataset of each rank."""
+        """Sum the counts of all ranks; `counts` has one entry per rank and dataset."""
         by_dataset = {
             dataset: {key: sum(mine[place].get(key, 0) for mine in counts) for key in _COUNTED}
             for place, dataset in enumerate(datasets)
@@ -61,14 +61,14 @@ class InstructionCuts:
 
     @property
     def report(self) -> dict[str, Any]:
-        """For `metrics.jsonl`: of all datasets together, and of each."""
+        """Counts of all datasets together and of each, for `metrics.jsonl`."""
         counts = self.by_dataset.values()
         total = {name: sum(count[name] for count in counts) for name in _COUNTED}
         return {**total, "by_dataset": {name: dict(c) for name, c in self.by_dataset.items()}}
 
     @property
     def warning(self) -> str:
-        """What is cut, by dataset; else empty."""
+        """Warning that lists the cuts by dataset; empty if nothing is cut."""
         parts = []
         for name, counts in self.by_dataset.items():
             found = [f"{counts[key]} {words}" for key, words in CUTS.items() if counts[key]]
@@ -84,7 +84,7 @@ def count_cuts(
     first: int = 0,
     step: int = 1,
 ) -> list[Counter[str]]:
-    """What is cut in every `step`-th example that is read, from the `first` on, by dataset."""
+    """Count the cuts in every `step`-th example that is read, from `first` on, by dataset."""
     counts: list[Counter[str]] = [Counter() for _ in range(num_datasets)]
     for number in range(num_datasets):
         for place, example in enumerate(dataset.examples_read(number)):
@@ -96,7 +96,7 @@ def count_cuts(
 def cuts_of(
     example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> Counter[str]:
-    """What `encode_example` leaves out of one example.
+    """Count what `encode_example` cuts from one example.
 
     Raises:
         CorpusError: the example has no answer to learn.
@@ -104,7 +104,7 @@ def cuts_of(
     fitted = fit_example(example, how, tokenizer)
     prompt = fitted.prompt
     whole = tokenizer.tokenize(prompt.before + prompt.question)
-    # With a passage between them the question's first tokens may be others, and fewer.
+    # After a passage, the question's first tokens may be different and fewer.
     question_cut = not fitted.context_length and len(fitted.prompt_tokens) < len(whole)
     turns_dropped = len(example.turns) - len(fitted.example.turns)
     context_cut = fitted.context_length < len(tokenizer.tokenize(prompt.context))
@@ -125,7 +125,7 @@ def cuts_of(
 
 
 def _passages_cut(fitted: FittedExample, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Passages of the prompt that are cut, and that are missing."""
+    """Number of passages cut, and number dropped, in the prompt."""
     kept, passages = fitted.context_length, fitted.prompt.passages
     ends = [len(tokenizer.tokenize(text)) for text in _beginnings(passages)]
     whole = sum(end <= kept for end in ends)
@@ -135,18 +135,18 @@ def _passages_cut(fitted: FittedExample, tokenizer: Tokenizer) -> tuple[int, int
 
 
 def _beginnings(passages: Sequence[str]) -> list[str]:
-    """The first passage, the first two, and so on, as a prompt holds them."""
+    """The first passage, the first two, and so on, as written in a prompt."""
     return ["\n\n".join(passages[: count + 1]) for count in range(len(passages))]
 
 
 def _length(fitted: FittedExample, how: InstructionFormat) -> int:
-    """Tokens of the example, its answers whole."""
+    """Number of tokens of the example with complete answers."""
     answers = sum(len(ids) + learned for ids, learned in fitted.parts)
     return len(how.beginning) + len(fitted.prompt_tokens) + answers
 
 
 def _answers_not_learned(fitted: FittedExample, how: InstructionFormat) -> int:
-    """Of a chat whose answers are all to be learned, those that only stand in the prompt."""
+    """Number of answers of a chat that should all be learned, but appear only in the prompt."""
     if how.loss_on != "answers" or not fitted.example.turns:
         return 0
     answers = sum(turn.role == "assistant" for turn in fitted.example.turns)

@@ -1,9 +1,9 @@
-"""Instruction and question answering examples, in the files that people have.
+"""Read instruction and question-answering examples from common file formats.
 
-Two kinds of records are read:
+Two kinds of records are supported:
 
-- those of the retired Retro's instruction tuning and QA evaluation: a JSON list (or JSON lines) of
-  `{"question", "answer" | "answers" | "longform_answer", "sub-paragraphs" | "ctxs" | ...}`;
+- records of the retired Retro's instruction tuning and QA evaluation: a JSON list (or JSON lines)
+  of `{"question", "answer" | "answers" | "longform_answer", "sub-paragraphs" | "ctxs" | ...}`;
 - chats: JSON lines of `{"messages": [{"role", "content"}, ...]}`, with optional `ctxs`.
 """
 
@@ -28,14 +28,14 @@ from retro_mcore.json_text import (
 
 Role = Literal["system", "user", "assistant"]
 
-#: Which of a record's passages are used: those it was annotated with (`sub-paragraphs`), those that
-#: a retriever found (`ctxs`), or those of BERT's pretraining corpus.
+#: Which passages of a record are used: the annotated ones (`sub-paragraphs`), the retrieved ones
+#: (`ctxs`), or those from BERT's pretraining corpus.
 PassageKind = Literal["annotated", "retrieved", "bert_pretrain_corpus"]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side of a chat says."""
+    """One message of a chat."""
 
     role: Role
     content: str
@@ -46,13 +46,13 @@ class InstructionExample:
     """One question or chat.
 
     Attributes:
-        dataset: Name of the dataset it belongs to, which decides its prompt.
+        dataset: Name of its dataset, which selects the prompt.
         source: `file, record N`, for error messages.
-        question: The question with its choices, or a dialogue that is already written out; empty
-            for a chat.
+        question: The question with its choices, or an already formatted dialogue; empty for a
+            chat.
         answers: Every accepted answer, as text; training uses the first. Empty if unknown.
-        passages: Texts to answer from, the best first, as they stand in a prompt.
-        turns: The chat, up to the reply that is trained on; empty for a question.
+        passages: Supporting passages as written in a prompt, best first.
+        turns: The chat, up to the reply to learn; empty for a question.
         choices: Options of a multiple-choice question.
     """
 
@@ -71,16 +71,16 @@ def read_examples(
     passages: PassageKind = "annotated",
     longform_answer: bool = False,
 ) -> list[InstructionExample]:
-    """Every example of some files, in their order.
+    """Read all examples of the files, in order.
 
     Args:
         files: JSON lists or JSON lines.
-        dataset: Its name, such as "nq"; see `data.prompts`.
+        dataset: Dataset name, such as "nq"; see `data.instruction.prompts`.
         passages: Which passages to take from question records.
-        longform_answer: Answer with `longform_answer`, leaving out records that have none.
+        longform_answer: Use `longform_answer` as the answer, and skip records without one.
 
     Raises:
-        CorpusError: no such file, not JSON, or a record that cannot be used; names file and record.
+        CorpusError: a file is missing or not JSON, or a record is unusable. Names file and record.
     """
     examples = []
     for file in map(Path, files):
@@ -93,7 +93,7 @@ def read_examples(
 
 
 def num_without_longform(files: Sequence[Path | str]) -> int:
-    """Records that `read_examples` leaves out with `longform_answer`."""
+    """Number of records that `read_examples` skips with `longform_answer`."""
     return sum(_lacks_longform(record) for file in files for record in read_records(Path(file)))
 
 
@@ -102,10 +102,10 @@ def _lacks_longform(record: Mapping[str, Any]) -> bool:
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON list, or of JSON lines (which a line feed ends, nothing else).
+    """Read the objects of a JSON list or of JSON lines (which end at line feeds only).
 
     Raises:
-        CorpusError: naming the file and the line.
+        CorpusError: the file is malformed. Names the file and line.
     """
     try:
         data = file.read_bytes()
@@ -124,7 +124,7 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
             raise CorpusError(
                 f"{file}, record {number}",
                 "holds half of a surrogate pair (such as \\ud83d), which is no character",
-                "Mend the text, or remove the record",
+                "Fix the text, or remove the record",
             )
         yield record
 
@@ -202,7 +202,7 @@ def _answers(record: Mapping[str, Any], longform: bool, source: str) -> tuple[st
 
 
 def _text(value: object, what: str, source: str) -> str:
-    """A text, or a number as one."""
+    """The value as text; a number is converted."""
     if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     raise CorpusError(source, f"{what} is {reprlib.repr(value)}", "Expected a text")
@@ -241,7 +241,7 @@ def _object(value: object) -> Mapping[str, Any]:
 
 
 def _passage(title: object, text: object, source: str) -> str:
-    """In the words of the prompts; what is null is empty."""
+    """Format a passage as the prompts do. Null becomes an empty text."""
     parts = ["" if part is None else _text(part, "a passage", source) for part in (title, text)]
     return f"title: {parts[0]}, source: {parts[1]}"
 

@@ -1,8 +1,8 @@
-"""The texts that instruction-tuned Retro models were trained to read.
+"""Prompt formats of instruction-tuned Retro models.
 
-The formats keep the names of the functions of the InstructRetro release that write them, and their
-words to the letter, because its checkpoints expect them. A format asks a question according to the
-dataset that it comes from: a short phrase, true or false, one of some options, or a long answer.
+The formats are named after the functions of the InstructRetro release and reproduce their text
+exactly, because its checkpoints expect it. The wording of a question depends on its dataset: the
+answer is a short phrase, true or false, one of several options, or a long answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SYSTEM_CONTEXT = (
     "found in the context.\n\n"
 )
 
-# Datasets by the form of their answers, as the release lists them for either format.
+# Datasets by form of answer, as listed in the release for each format.
 _CHATS = {"oasst", "quiet_cockatoo", "open_inst", "quiet-cockatoo_commercial"}
 _RETRO_DIALOGUES = {"doc2dial", "quac", "qrecc", "sharc"}
 _RETRO_SHORT = {
@@ -42,7 +42,7 @@ _SHORT = {
 _TRUE_OR_FALSE = {"boolq", "multirc"}
 _MULTIPLE_CHOICE = {"race"}
 
-# By template id, from 1: what stands before the passages, and between them and the question.
+# By template id, from 1: text before the passages, and text between them and the question.
 _TEMPLATES = (
     ("User: Answer based on context:\n\n", ""),
     ("User: ", "Answer this question based on the article: "),
@@ -56,12 +56,12 @@ _TEMPLATES = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt whose middle may be cut to fit.
+    """A prompt whose passages may be cut to fit.
 
     Attributes:
-        before: Stands before the passages.
-        passages: Stand in the middle, each followed by an empty line.
-        question: Stands after the passages; kept whole as long as it fits by itself.
+        before: Text before the passages.
+        passages: The passages, each followed by an empty line.
+        question: Text after the passages; cut only if it does not fit by itself.
     """
 
     before: str
@@ -70,7 +70,7 @@ class Prompt:
 
     @property
     def context(self) -> str:
-        """The passages as they stand in the prompt."""
+        """The passages as written in the prompt."""
         return "\n\n".join(self.passages) + "\n\n" if self.passages else ""
 
     @property
@@ -85,16 +85,16 @@ def write_prompt(
     num_passages: int = 1,
     template_id: int = 0,
 ) -> Prompt:
-    """The prompt of an example; its answer follows after a space.
+    """Write the prompt of an example. The answer follows after a space.
 
     Args:
         example: A question or a chat (up to the turn before its last reply).
-        prompt_format: Which words; chats are written in the words of the dialogues of either.
-        num_passages: How many of the passages stand in the prompt (the release's ft_neighbours).
-        template_id: 1 to 7: another wording, in "reformat_prompt" only (flan_format).
+        prompt_format: Wording of the prompt; for chats, the dialogue wording of the format.
+        num_passages: Number of passages in the prompt (the release's ft_neighbours).
+        template_id: 1 to 7 select another wording, in "reformat_prompt" only (flan_format).
 
     Raises:
-        ConfigurationError: no such format or template.
+        ConfigurationError: there is no such format or template.
     """
     if prompt_format not in _FORMATS:
         raise ConfigurationError(
@@ -110,7 +110,7 @@ def write_prompt(
     if example.turns:
         return _chat_prompt(example.turns, passages, prompt_format)
     prompt = replace(_FORMATS[prompt_format](example, template_id), passages=passages)
-    # Without passages the release's templates fall away.
+    # The release uses no template without passages.
     if template_id and passages and example.dataset not in _CHATS:
         before, between = _TEMPLATES[template_id - 1]
         return Prompt(prompt.before + before, passages, between + prompt.question)
@@ -120,7 +120,7 @@ def write_prompt(
 
 
 def write_turns(turns: tuple[Turn, ...]) -> str:
-    """A dialogue, ready for the reply of the assistant if a user speaks last."""
+    """Write a dialogue, ready for the assistant's reply if the last turn is the user's."""
     names = {"user": "User", "assistant": "Assistant"}
     said = "\n\n".join(f"{names[turn.role]}: {turn.content}" for turn in turns)
     return f"{said}\n\nAssistant:" if turns[-1].role == "user" else said

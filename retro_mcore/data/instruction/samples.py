@@ -1,4 +1,4 @@
-"""Instruction tuning's samples: a prompt, its answer, and passages in the decoder or the encoder.
+"""Instruction-tuning samples: a prompt, its answer, and passages for the decoder or the encoder.
 
 Shapes: S sequence, L chunks per sample, K neighbors, R retrieved length.
 """
@@ -26,12 +26,12 @@ class InstructionFormat:
 
     Attributes:
         sequence_length: S.
-        prompt_format: The prompt's words; see `data.prompts`.
-        template_id: See `data.prompts.write_prompt`.
+        prompt_format: Wording of the prompt; see `data.instruction.prompts`.
+        template_id: See `data.instruction.prompts.write_prompt`.
         num_context_passages: Passages in the decoder's context (`--ft-neighbours`).
-        num_encoder_passages: Passages for the neighbor encoder, K; 0 leaves the encoder out.
-        reuse_top: Give the encoder the best passages too, not only those that follow the
-            decoder's (RETRO++: Wang et al. 2023, section 5.2, splits them).
+        num_encoder_passages: Passages for the neighbor encoder, K; 0 disables the encoder.
+        reuse_top: Give the encoder the best passages, even if the decoder has them too. Otherwise
+            it gets those after the decoder's (RETRO++: Wang et al. 2023, section 5.2).
         chunk_length: M.
         retrieved_length: R.
         loss_on: The last answer, every answer of a chat, or everything.
@@ -60,12 +60,12 @@ class InstructionFormat:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """An example as tokens.
+    """A tokenized example.
 
     Attributes:
         tokens: i64 [n], at most S + 1: prompt, answer, end of document.
-        trained: bool [n], True for the tokens that the model learns to write.
-        passages: i64 [K, R] for the encoder, padded with the end of document; None without.
+        trained: bool [n], True for the tokens to learn.
+        passages: i64 [K, R] for the encoder, padded with the end of document; None without encoder.
         passage_mask: bool [K, R], True = padding or missing.
     """
 
@@ -78,11 +78,11 @@ class EncodedExample:
 def encode_example(
     example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> EncodedExample:
-    """Write an example out as tokens.
+    """Tokenize an example.
 
-    What does not fit S is taken from the passages first, then from a chat's oldest turns, then from
-    the beginning of the prompt; the question keeps at least half of S. An answer that is still too
-    long is cut, and then the model does not learn to stop where it was cut.
+    If it does not fit S, passages are cut first, then a chat's oldest turns, then the beginning of
+    the prompt. The question keeps at least half of S. An answer that is still too long is cut, and
+    the model does not learn to stop at the cut.
 
     Raises:
         CorpusError: the example has no answer to learn.
@@ -101,7 +101,7 @@ def encode_example(
 
 
 def encoder_passages(example: InstructionExample, how: InstructionFormat) -> tuple[str, ...]:
-    """The passages that the neighbor encoder reads, K at most."""
+    """Passages for the neighbor encoder, at most K."""
     first = 0 if how.reuse_top else how.num_context_passages
     return example.passages[first : first + how.num_encoder_passages]
 
@@ -126,17 +126,17 @@ class FittedExample:
 
 
 def fit_prompt(prompt: Prompt, limit: int, tokenizer: Tokenizer) -> list[int]:
-    """The prompt in at most `limit` tokens, cut as `encode_example` says."""
+    """The prompt in at most `limit` tokens, cut as described in `encode_example`."""
     return _fit_prompt(prompt, limit, tokenizer)[0]
 
 
 def _fit_prompt(prompt: Prompt, limit: int, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """The prompt, and how many tokens of the passages stand in it."""
+    """The prompt, and the number of passage tokens in it."""
     fixed = len(tokenizer.tokenize(prompt.before)) + len(tokenizer.tokenize(prompt.question))
     context = tokenizer.tokenize(prompt.context) if prompt.passages else []
     room = min(limit - fixed, len(context))
     while True:
-        # Cut by tokens, joined as text: the words around the cut may become other tokens.
+        # Cut by tokens but joined as text, so the text around the cut may be tokenized differently.
         kept = tokenizer.detokenize(context[:room]) if room > 0 else ""
         ids = tokenizer.tokenize(prompt.before + kept + prompt.question)
         if len(ids) <= limit or not kept:
@@ -147,7 +147,7 @@ def _fit_prompt(prompt: Prompt, limit: int, tokenizer: Tokenizer) -> tuple[list[
 def fit_example(
     example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> FittedExample:
-    """An example's words, cut as `encode_example` says.
+    """Cut an example to fit, as described in `encode_example`.
 
     Raises:
         CorpusError: the example has no answer to learn.
@@ -180,7 +180,7 @@ def _answer(example: InstructionExample) -> str:
 
 
 def _without_oldest_turns(example: InstructionExample) -> InstructionExample | None:
-    """Without the first question and its reply; None if only the last question is left."""
+    """Drop the first question and its reply; None if only the last question is left."""
     system = tuple(turn for turn in example.turns if turn.role == "system")
     said = example.turns[len(system) :]
     return replace(example, turns=system + said[2:]) if len(said) > 2 else None
@@ -189,9 +189,9 @@ def _without_oldest_turns(example: InstructionExample) -> InstructionExample | N
 def _fit_every_answer(
     example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> FittedExample | None:
-    """A chat in which each reply is learned and ends with the end of document.
+    """Fit a chat in which every reply is learned and ends with the end of document.
 
-    None if not even its last question and reply fit.
+    None if not even the last question and reply fit.
     """
     _answer(example)
     shorter: InstructionExample | None = example
@@ -206,7 +206,7 @@ def _fit_every_answer(
 def _fit_whole_chat(
     example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
 ) -> FittedExample | None:
-    """All of the chat's turns; None if they do not fit."""
+    """Fit all turns of the chat; None if they do not fit."""
     num_system = sum(turn.role == "system" for turn in example.turns)
     replies = [
         (tokenizer.tokenize(_continued(turn)), turn.role == "assistant")
@@ -228,7 +228,7 @@ def _continued(turn: Turn) -> str:
 def _join(
     parts: Sequence[tuple[list[int], bool]], sequence_length: int, eod: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, with the end of document after each answer, and which of them are learned."""
+    """Join the parts, with the end of document after each answer. Returns tokens and trained."""
     tokens: list[int] = []
     trained: list[bool] = []
     for ids, is_answer in parts:
@@ -276,7 +276,7 @@ class InstructionDataset(Dataset):
                 _answer(example)
         self._datasets, self._how, self._tokenizer = datasets, how, tokenizer
         self._seed, self._num_samples, self._packed = seed, num_samples, pack
-        # A packed row holds whole chunks of an example if the encoder is to read its passages.
+        # With an encoder, each example of a packed row must begin at a chunk boundary.
         self._step = how.chunk_length if how.num_encoder_passages else 1
         self._weights = weights
         self._blend = blended_order(weights, num_samples)
@@ -286,17 +286,17 @@ class InstructionDataset(Dataset):
         return self._num_samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One row.
+        """Read one row.
 
         Returns:
             text: i64 [S+1]; the end of document fills the rest.
             loss_mask: f32 [S], 1 where the label is learned.
-            segments: i64 [S], the example that a token belongs to; only where rows are packed.
-            neighbor_tokens: i64 [L, K, R] and neighbor_mask: bool [L, K, R]; only with passages
-                for the encoder. Every chunk of an example has the example's passages.
+            segments: i64 [S], the example that each token belongs to; only for packed rows.
+            neighbor_tokens: i64 [L, K, R] and neighbor_mask: bool [L, K, R]; only with encoder
+                passages. Every chunk of an example has the example's passages.
 
         Raises:
-            IndexError: no such row.
+            IndexError: there is no such row.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -305,14 +305,14 @@ class InstructionDataset(Dataset):
         )
 
     def examples_read(self, dataset: int) -> Iterator[InstructionExample]:
-        """The examples of a dataset that stand in any row, each once."""
+        """Examples of a dataset that occur in any row, each once."""
         num_read = np.count_nonzero(self._blend[0][: self._rows[-1]] == dataset)
         for number in range(min(int(num_read), len(self._datasets[dataset]))):
             yield self._example(dataset, number)
 
     @property
     def how(self) -> InstructionFormat:
-        """How an example becomes tokens."""
+        """The format of the examples."""
         return self._how
 
     def _encoded(self, row: int) -> list[EncodedExample]:
@@ -375,7 +375,7 @@ def _lay_out(
     step: int = 1,
     packed: bool = False,
 ) -> dict[str, Any]:
-    """Examples side by side in a row, each from a multiple of `step` tokens on."""
+    """Place examples side by side in a row, each starting at a multiple of `step` tokens."""
     length = how.sequence_length
     text = np.full(length + 1, eod, np.int64)
     trained = np.zeros(length + 1, bool)
@@ -384,7 +384,7 @@ def _lay_out(
     for number, example in enumerate(encoded):
         end = start + len(example.tokens)
         text[start:end], trained[start:end] = example.tokens, example.trained
-        trained[start] = False  # the example before has nothing to say of it
+        trained[start] = False  # the previous example must not predict it
         segments[start:end] = number
         start += _in_steps(len(example.tokens), step)
     row: dict[str, Any] = {"text": text, "loss_mask": trained[1:].astype(np.float32)}
@@ -405,7 +405,7 @@ def _passages_by_chunk(
     )
     tokens_LKR, mask_LKR = missing_neighbors(shape_LKR, eod)
     for chunk in range(shape_LKR[0]):
-        # A chunk's neighbors are read from its last token to the next chunk's last but one.
+        # A chunk's neighbors are attended from its last token to the next chunk's last but one.
         readers = segments[(chunk + 1) * how.chunk_length - 1 :][: how.chunk_length]
         owner = segments[chunk * how.chunk_length]
         if owner >= 0 and set(readers) <= {owner, -1}:

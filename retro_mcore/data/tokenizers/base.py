@@ -1,9 +1,9 @@
-"""Tokenizers that the database, the datasets and generation share, without megatron.
+"""Tokenizers shared by the database, the datasets and generation; independent of megatron.
 
-They describe themselves as Megatron's legacy tokenizers do (`unique_identifiers`), because the
-names of the neighbor directories are a hash of that description.
+Their `unique_identifiers` match those of Megatron's legacy tokenizers, because the names of the
+neighbor directories are a hash of them.
 
-Text never becomes a special token: one that a text mentions is written in ordinary tokens.
+Text never becomes a special token: a special token's name in a text is encoded as ordinary tokens.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from retro_mcore.json_text import replace_surrogates
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Attributes:
         name: The value of `--tokenizer-type` and of `retro_gpt_tokenizer_type`.
-        files: The files it was loaded from, in the order of Megatron's constructors.
-        unique_identifiers: Class, paths and options as Megatron's legacy tokenizer records them.
-        eod: Id of the token that ends a document.
-        bos: Id of the token that begins a text; None if there is none.
+        files: Files it was loaded from, in the order of Megatron's constructor arguments.
+        unique_identifiers: Class, paths and options, as Megatron's legacy tokenizer records them.
+        eod: Id of the end-of-document token.
+        bos: Id of the beginning-of-sequence token; None if there is none.
         adds_bos: Whether documents and prompts begin with `bos`; see `with_bos`.
         pad: Id of the padding token; None if there is none.
     """
@@ -66,25 +66,25 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def used_vocab_size(self) -> int:
-        """Number of token ids without the special ones at the end that nothing here writes."""
+        """Number of token ids, without unused special tokens at the end."""
 
     @abstractmethod
     def token_name(self, token: int) -> str:
-        """How the vocabulary writes a token, special ones too."""
+        """The token as spelled in the vocabulary, also for special tokens."""
 
     @abstractmethod
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, as the library makes them."""
+        """Ids of each text, as returned by the underlying library."""
 
     @abstractmethod
     def _decode(self, rows: list[list[int]]) -> list[str]:
-        """Text of each sequence of ids, as the library makes it."""
+        """Text of each sequence of ids, as returned by the underlying library."""
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, none of them special.
+        """Ids of each text, without special tokens.
 
-        Lone surrogates that stand for bytes of UTF-8, as in the arguments of a process whose locale
-        knows ASCII alone, become what the bytes mean; others U+FFFD.
+        Lone surrogates that stand for UTF-8 bytes are decoded; they occur in the arguments of a
+        process with an ASCII locale. Other lone surrogates become U+FFFD.
         """
         texts = list(texts)
         try:
@@ -97,10 +97,10 @@ class Tokenizer(ABC):
         return [self._speller.spell(row) for row in rows]
 
     def detokenize_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Text of each sequence of ids. BOS at the beginning is no text.
+        """Text of each sequence of ids, without a leading BOS.
 
-        A token that is EOD as well is BOS only where documents begin with it; else it ends the
-        document before, and is written as it is elsewhere in the sequence.
+        If BOS and EOD are one token, it counts as BOS only where documents begin with BOS.
+        Otherwise it ends the previous document, and is decoded as it is elsewhere in the sequence.
         """
         if not len(ids):
             return []
@@ -110,14 +110,14 @@ class Tokenizer(ABC):
         return self._decode(rows)
 
     def count_losses(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> dict[str, int]:
-        """What tokenizing has lost of some texts: characters that their tokens do not give back.
+        """Count characters that tokenization loses, by comparing each text with its decoded tokens.
 
-        `preprocess_corpus` adds the numbers up, and shows and records those that are not 0.
+        `preprocess_corpus` sums the counts, and reports and records those that are not 0.
 
         Returns:
-            Number by name: `texts_changed_by_tokenizer`, and characters in `removed_newlines`,
-            `removed_spaces` (other white space), `changed_characters` and `added_characters` (as
-            many as the text has become longer).
+            Counts by name: `texts_changed_by_tokenizer`, and numbers of characters in
+            `removed_newlines`, `removed_spaces` (other white space), `changed_characters` and
+            `added_characters` (by how much the text became longer).
         """
         counts: Counter[str] = Counter()
         for text, back in zip(texts, self.detokenize_batch(ids), strict=True):
@@ -126,7 +126,7 @@ class Tokenizer(ABC):
         return dict(counts)
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of `text`, none of them special."""
+        """Ids of `text`, without special tokens."""
         return self.tokenize_batch([text])[0]
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -135,11 +135,11 @@ class Tokenizer(ABC):
 
     @property
     def beginning(self) -> list[int]:
-        """What documents and prompts begin with: BOS, or nothing."""
+        """Tokens that every document and prompt begins with: BOS, or none."""
         return [self.bos] if self.adds_bos and self.bos is not None else []
 
     def with_bos(self, ids: Sequence[int]) -> list[int]:
-        """`ids` as a document or prompt begins: behind one BOS, if documents have it here."""
+        """`ids` with exactly one leading BOS, if documents begin with BOS; else unchanged."""
         beginning = self.beginning
         return list(ids) if list(ids[: len(beginning)]) == beginning else [*beginning, *ids]
 
@@ -154,23 +154,23 @@ class Tokenizer(ABC):
         """Set EOD and BOS.
 
         Args:
-            choice: What is asked for.
-            declared: What the directory says.
-            vocabulary: The tokens.
-            prefix: What the tokenizer itself puts before a text.
-            suffix: And behind it.
+            choice: The requested special tokens.
+            declared: The special tokens declared by the files of the directory.
+            vocabulary: The tokenizer's tokens.
+            prefix: Tokens that the tokenizer itself adds before a text.
+            suffix: Tokens that the tokenizer itself adds after a text.
         """
         choice = choice or SpecialTokenChoice()
         first = prefix[0] if len(prefix) == 1 else None
         self.eod = choose_eod(choice, declared, vocabulary)
-        # [CLS] … [SEP] is no BOS and EOD.
+        # [CLS] … [SEP] are not BOS and EOD.
         self.bos = choose_bos(choice, declared, vocabulary, None if len(suffix) else first)
         self.adds_bos = adds_bos(choice, declared, self.bos, first)
 
     def _refuse_unknown(self, file: Path, unknown: int | None) -> None:
-        """Refuse an EOD or BOS that also stands for characters without a token.
+        """Reject an EOD or BOS that is also the unknown token.
 
-        A tokenizer that can write any character never needs it for that.
+        A tokenizer that can encode every character never produces the unknown token.
         """
         if unknown in self._ends() and any(unknown in row for row in self._encode(_PROBES)):
             role, flag = ("EOD", "eod") if unknown == self.eod else ("BOS", "bos")
@@ -182,16 +182,16 @@ class Tokenizer(ABC):
             )
 
     def _ends(self) -> set[int]:
-        """EOD and BOS, which no text becomes."""
+        """EOD and BOS, which text is never encoded as."""
         return {self.eod} if self.bos is None else {self.eod, self.bos}
 
 
-#: Characters of every length in UTF-8, ordinary and rare.
+#: Common and rare characters of every length in UTF-8.
 _PROBES = ["".join(map(chr, range(0x20, 0x800))), "漢", "\ue000", "\U0001f389", "\U0010fffd"]
 
 
 def _differences(text: str, back: str) -> dict[str, int]:
-    """How a text differs from what its tokens give, by the numbers of its characters."""
+    """Count the characters in which a text differs from its decoded tokens."""
     before, after = Counter(text), Counter(back)
     lost = before - after
     newlines = sum(lost[sign] for sign in "\n\r")
@@ -213,7 +213,7 @@ def _without_surrogates(text: str) -> str:
 
 
 def _plain(ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Rows of Python integers; the Rust and C++ libraries take no others."""
+    """Convert rows to Python integers, the only kind that the Rust and C++ libraries accept."""
     return [
         row if type(row) is list and (not row or type(row[0]) is int) else list(map(int, row))
         for row in ids

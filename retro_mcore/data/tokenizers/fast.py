@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizers, which work in Rust: a tokenizer.json, or GPT-2's two files."""
+"""Hugging Face's Rust tokenizers, loaded from a tokenizer.json or from GPT-2's two files."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class FastTokenizer(Tokenizer):
     def _use(
         self, tokenizer: Any, file: Path, choice: SpecialTokenChoice | None, own_eod: int | None
     ) -> None:
-        """Take over a loaded tokenizer.
+        """Initialize from a loaded tokenizer.
 
         Args:
-            tokenizer: Of the library.
-            file: Where it was loaded from.
-            choice: Which tokens begin and end documents, where they were asked for.
-            own_eod: The token that ends a document by the kind of the file.
+            tokenizer: The library's tokenizer.
+            file: The file it was loaded from.
+            choice: The requested special tokens, if any.
+            own_eod: The end-of-document token that this kind of file implies.
         """
         self._tokenizer = tokenizer
         tokenizer.encode_special_tokens = True  # encode them as the text that they are
@@ -70,7 +70,7 @@ class FastTokenizer(Tokenizer):
         return str(self._tokenizer.id_to_token(token))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        # "Fast" leaves out offsets in the text, which nobody reads.
+        # The "fast" methods omit text offsets, which are not needed here.
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
@@ -83,8 +83,9 @@ class FastTokenizer(Tokenizer):
         return texts
 
     def _decode_bytes(self, row: list[int]) -> str:
-        """The text where some bytes are no whole character: the library marks all bytes that follow
-        each other then, the whole characters among them too."""
+        """Decode a row whose bytes include incomplete characters.
+
+        The library would replace the whole run of byte tokens, complete characters included."""
         tokens: list[str] = []
         waiting = bytearray()
         for each in row:
@@ -98,7 +99,7 @@ class FastTokenizer(Tokenizer):
         return self._tokenizer.decoder.decode([*tokens, *_whole_characters(waiting)])
 
     def _special_tokens(self, declared: DeclaredTokens) -> dict[int, str]:
-        """Id to text of the added tokens that are marked special, or are declared to be."""
+        """Map ids to the text of added tokens that are marked or declared special."""
         added = self._tokenizer.get_added_tokens_decoder()
         found = {each: token.content for each, token in added.items() if token.special}
         for text in declared.special:
@@ -107,7 +108,7 @@ class FastTokenizer(Tokenizer):
         return found
 
     def _pad(self, declared: DeclaredTokens, special: dict[int, str]) -> int | None:
-        """A token for padding alone; many models name their EOD."""
+        """The padding token, if it is not also EOD, as in many models."""
         _, named = declared.tokens.get("pad_token", ("", None))
         by_text = {text: each for each, text in special.items()}
         names = _PAD_NAMES if named is None else (named,)
@@ -116,7 +117,7 @@ class FastTokenizer(Tokenizer):
 
 
 class GPT2BPETokenizer(FastTokenizer):
-    """GPT-2's byte-level BPE; <|endoftext|> ends a document and is never read from text."""
+    """GPT-2's byte-level BPE. <|endoftext|> ends a document and is never produced from text."""
 
     name = "GPT2BPETokenizer"
 
@@ -140,7 +141,7 @@ class GPT2BPETokenizer(FastTokenizer):
 
 
 class HuggingFaceTokenizer(FastTokenizer):
-    """A tokenizer.json, or a directory that holds one."""
+    """A tokenizer.json, or a directory that contains one."""
 
     name = "HuggingFaceTokenizer"
 
@@ -151,10 +152,10 @@ class HuggingFaceTokenizer(FastTokenizer):
 
 
 def load_tokenizer_json(file: Path) -> Any:
-    """The library's tokenizer, which neither cuts nor pads.
+    """Load a tokenizer with truncation and padding switched off.
 
     Raises:
-        TokenizerError: it is something else.
+        TokenizerError: the file is not a usable tokenizer.json.
     """
     import tokenizers
 
@@ -176,7 +177,7 @@ def load_tokenizer_json(file: Path) -> Any:
 
 
 def _not_a_tokenizer(file: Path, error: Exception) -> TokenizerError:
-    """Why the library could not load a file, in our words where they say more than its own."""
+    """The reason why the library could not load a file, in clearer words where possible."""
     beside = file.with_name("tokenizer.json")
     mend = "Name a tokenizer.json or its directory"
     if file.name != beside.name and beside.is_file():
@@ -193,10 +194,10 @@ def _not_a_tokenizer(file: Path, error: Exception) -> TokenizerError:
 
 
 def tokenizer_json(path: Path) -> Path:
-    """The file, or the one in a model's directory.
+    """The path itself, or the tokenizer.json in a model directory.
 
     Raises:
-        TokenizerError: the directory has none; says which type of tokenizer it holds.
+        TokenizerError: the directory has no tokenizer.json; names the tokenizer type it holds.
     """
     file = path / "tokenizer.json"
     if not path.is_dir() or file.is_file():
@@ -211,10 +212,10 @@ def tokenizer_json(path: Path) -> Path:
 
 
 def bos_habit(directory: Path | str) -> bool | None:
-    """Whether the tokenizer in a model's directory begins texts with BOS.
+    """Whether the tokenizer in a model directory begins texts with BOS.
 
-    As `add_bos_token` of its configuration says, else as its tokenizer.json does; None where it
-    says neither.
+    Read from `add_bos_token` in its configuration, else from its tokenizer.json; None if neither
+    says.
 
     Raises:
         TokenizerError: a file is malformed.
@@ -232,7 +233,7 @@ def bos_habit(directory: Path | str) -> bool | None:
 
 
 def _ends_of(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer's post-processor puts before and behind a text."""
+    """Tokens that the tokenizer's post-processor adds before and after a text."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
     for start in range(len(whole) - len(plain) + 1):
@@ -242,29 +243,29 @@ def _ends_of(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _unknown(tokenizer: Any) -> int | None:
-    """The token that stands for what the vocabulary lacks."""
+    """Id of the unknown token."""
     token = getattr(tokenizer.model, "unk_token", None)
     if token:
         return tokenizer.token_to_id(token)
     if type(tokenizer.model).__name__ != "Unigram":
         return None
-    # Only its whole state says so.
+    # Only the serialized state shows it.
     return json.loads(tokenizer.model.__getstate__()).get("unk_id")
 
 
 def _state(part: Any) -> str:
-    """A part of a tokenizer as JSON."""
+    """A tokenizer component as JSON."""
     return part.__getstate__().decode() if part is not None else ""
 
 
 def _byte_tokens(vocabulary: dict[str, int]) -> dict[int, int]:
-    """Id to byte."""
+    """Map ids to bytes."""
     found = ((each, _BYTE.fullmatch(token)) for token, each in vocabulary.items())
     return {each: int(match[1], 16) for each, match in found if match}
 
 
 def _whole_characters(data: bytes | bytearray) -> list[str]:
-    """Bytes as tokens again, with marks in the place of what is no character."""
+    """Convert bytes back to byte tokens, with U+FFFD in place of invalid bytes."""
     tokens: list[str] = []
     for letter in data.decode(errors="replace"):
         tokens += [_MARK] if letter == _MARK else [f"<0x{byte:02X}>" for byte in letter.encode()]

@@ -1,4 +1,4 @@
-"""Tokenizers by Megatron's flags, and a project's own."""
+"""Load a tokenizer from Megatron's flags, or the tokenizer of a project."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def build_tokenizer(
     merge_file: Path | str | None = None,
     choice: SpecialTokenChoice | None = None,
 ) -> Tokenizer:
-    """Load a tokenizer by Megatron's flags.
+    """Load a tokenizer from Megatron's flags.
 
     Args:
         tokenizer_type: One of `TOKENIZER_TYPES`.
         model: A SentencePiece model, or a tokenizer.json or its directory.
         vocab_file: GPT-2's vocab.json.
         merge_file: GPT-2's merges.txt.
-        choice: Which tokens begin and end a document; None: as the tokenizer's files say.
+        choice: Requested BOS and EOD; None: as declared by the tokenizer's files.
 
     Raises:
-        TokenizerError: an unknown type, a flag that the type needs is not given, a bad file, or a
-            tokenizer that does not say which token ends a document.
+        TokenizerError: the type is unknown, a required flag is missing, a file is malformed, or
+            the tokenizer does not declare which token ends a document.
     """
     if tokenizer_type == GPT2BPETokenizer.name:
         if vocab_file is None or merge_file is None:
@@ -75,16 +75,15 @@ def build_tokenizer(
 def load_project_tokenizer(
     config: ProjectConfig, paths: ProjectPaths, choice: SpecialTokenChoice | None = None
 ) -> Tokenizer:
-    """The tokenizer that the project's tokens were made with.
+    """Load the tokenizer that the project's data was tokenized with.
 
     Args:
         config: The project's configuration.
         paths: The project.
-        choice: Which tokens begin and end its documents; None: as is recorded.
+        choice: Requested BOS and EOD; None: as recorded in the project.
 
     Raises:
-        TokenizerError: a file is missing, malformed, or not the one that the project was built
-            with.
+        TokenizerError: a file is missing, malformed, or not the one the project was built with.
     """
 
     def resolve(name: str | None) -> Path | None:
@@ -110,7 +109,7 @@ def load_project_tokenizer(
 
 
 def _check_configuration(config: ProjectConfig, paths: ProjectPaths) -> None:
-    """What `build_tokenizer` would call by its flags is told by config.json's keys."""
+    """Report problems by config.json key, where `build_tokenizer` would name flags."""
     kind = config.retro_gpt_tokenizer_type
     if kind not in TOKENIZER_TYPES:
         found = f"retro_gpt_tokenizer_type is {kind!r}"
@@ -125,10 +124,10 @@ def _check_configuration(config: ProjectConfig, paths: ProjectPaths) -> None:
 
 
 def recorded_choice(paths: ProjectPaths) -> SpecialTokenChoice:
-    """Which tokens begin and end the documents of a project that exists.
+    """The BOS and EOD of an existing project.
 
-    Projects of versions that recorded nothing have no BOS, and the EOD that these chose; other
-    writers' have the EOD that the tokenizer's files say.
+    Projects of early versions recorded neither: they have no BOS, and EOD as those versions chose
+    it. For projects of other programs, EOD is the one declared by the tokenizer's files.
     """
     settings = ProjectSettings.load(paths.root)
     return SpecialTokenChoice(

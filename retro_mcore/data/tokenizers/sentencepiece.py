@@ -16,15 +16,15 @@ from retro_mcore.data.tokenizers.special_tokens import (
 from retro_mcore.data.tokenizers.spelling import SPACE, Speller
 from retro_mcore.errors import TokenizerError
 
-#: User-defined symbols that are markup (<sep>, <|user|>, [INST]); others are spaces, digits, words.
+#: User-defined symbols that look like markup (<sep>, <|user|>, [INST]). Others are ordinary text.
 _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z][A-Z0-9_]*\]")
 
 
 class GPTSentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; its </s> ends a document, unless its directory names another piece.
+    """A SentencePiece model. </s> ends a document unless the model's directory declares another.
 
-    A model that normalizes nothing and can write bytes, such as `train_sentencepiece` makes, gives
-    any text back as it was: SentencePiece's own sign for a space is written in bytes.
+    Encoding is lossless for models without normalization and with byte fallback, such as those of
+    `train_sentencepiece`. SentencePiece's space symbol in a text is then encoded as bytes.
     """
 
     name = "GPTSentencePieceTokenizer"
@@ -88,13 +88,13 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return self._processor.decode(rows, num_threads=1)
 
     def _id_of(self, piece: str) -> int | None:
-        """SentencePiece answers with the unknown piece where it has none."""
+        """Id of a piece; None if absent, where SentencePiece returns the unknown piece."""
         found = int(self._processor.piece_to_id(piece))
         is_other = self._processor.is_unknown(found) or self._processor.is_unused(found)
         return None if is_other else found
 
     def _special_pieces(self, declared: DeclaredTokens) -> set[int]:
-        """Control pieces, and those user-defined ones that are declared special or are markup."""
+        """Control pieces, and user-defined pieces that are declared special or look like markup."""
         processor, found = self._processor, set()
         for each in range(self.vocab_size):
             if processor.is_control(each):
@@ -107,7 +107,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return found - {processor.unk_id()}
 
     def _bytes_of_space(self) -> list[int]:
-        """What writes SentencePiece's sign for a space, where a text can be cut around it."""
+        """Byte tokens of SentencePiece's space symbol, if a text can be split around it."""
         probe = "  a\n\tb\u2003 \ufb01 "
         ids = [self._id_of(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         pieces = self._processor.encode(["a", probe], num_threads=1)

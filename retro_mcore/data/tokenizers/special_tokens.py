@@ -1,7 +1,7 @@
-"""Which tokens begin and end a document, as a tokenizer's directory declares them.
+"""Choose the tokens that begin and end a document, from what a tokenizer's directory declares.
 
-Hugging Face's directories name them in several files. What they name is believed before any
-well-known name, and a token that text can produce is never taken for one.
+Hugging Face directories declare them in several files. Declarations take precedence over
+well-known names. A token that text can produce is never chosen.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from retro_mcore.json_text import JsonError, RepeatedKeyError, parse_json
 from retro_mcore.project.markers import fingerprint_of
 
 END_OF_TEXT = "<|endoftext|>"
-#: Files that declare special tokens, the most authoritative first; a project keeps copies of them.
+#: Files that declare special tokens, most authoritative first. A project keeps copies of them.
 DECLARING_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
     "config.json",
 )
-#: Names that the special tokens of well-known tokenizers have, for files that declare nothing.
+#: Special tokens of well-known tokenizers, used if the files declare none.
 _EOD_NAMES = (
     END_OF_TEXT,
     "</s>",
@@ -50,14 +50,14 @@ _ROLES = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask
 
 @dataclass(frozen=True)
 class SpecialTokenChoice:
-    """What is asked for, or recorded; None: as the tokenizer's own files say.
+    """Requested or recorded special tokens; None: as declared by the tokenizer's files.
 
     Attributes:
-        eod: The token that ends a document: its text, or its id.
-        bos: The token that begins one: its text, or its id.
-        add_bos: Whether documents and prompts begin with it.
-        first_known_eod: Choose EOD by name alone, as projects of earlier versions did.
-        own_eod: Believe the tokenizer's own file before its directory, as Megatron does.
+        eod: The end-of-document token, as text or id.
+        bos: The beginning-of-sequence token, as text or id.
+        add_bos: Whether documents and prompts begin with BOS.
+        first_known_eod: Choose EOD by well-known name only, as earlier versions did.
+        own_eod: Prefer the tokenizer's own file to its directory, as Megatron does.
     """
 
     eod: str | int | None = None
@@ -69,15 +69,15 @@ class SpecialTokenChoice:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What choosing asks of a tokenizer.
+    """The vocabulary information needed to choose special tokens.
 
     Attributes:
-        file: Where it was loaded from, for errors.
+        file: File it was loaded from, for error messages.
         id_of: Id of a token; None if it has no such token.
-        size: Ids are below.
-        names: Id to text of the special tokens (of what is added to a vocabulary, those so marked).
-        own_eod: What the tokenizer's own file says of EOD, where it has a place for it.
-        own_bos: The same of BOS.
+        size: Upper bound of the ids, exclusive.
+        names: Text of each special token by id; of added tokens, only those marked special.
+        own_eod: EOD according to the tokenizer's own file, if that file can declare it.
+        own_bos: BOS according to the tokenizer's own file, likewise.
     """
 
     file: Path
@@ -90,15 +90,15 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class DeclaredTokens:
-    """What the files of a directory say.
+    """Special tokens declared by the files of a directory.
 
     Attributes:
         directory: The directory.
-        tokens: Role ("eos_token") to the file that names it and the token; None: there is none.
-        ids: "eos_token_id" and "bos_token_id" to each file that gives it, and the ids.
-        add_bos: `add_bos_token`; None: not said.
-        special: Text of every token that is declared special.
-        not_special: Text of every added token that is declared to be none.
+        tokens: For each role ("eos_token"), the declaring file and the token; None: no such token.
+        ids: For "eos_token_id" and "bos_token_id", each declaring file with its ids.
+        add_bos: `add_bos_token`; None: not declared.
+        special: Text of every token declared special.
+        not_special: Text of every added token declared not special.
     """
 
     directory: Path
@@ -110,10 +110,10 @@ class DeclaredTokens:
 
     @classmethod
     def read(cls, directory: Path) -> DeclaredTokens:
-        """What the files in `directory` say; nothing where there are none.
+        """Read the files in `directory`; empty if there are none.
 
         Raises:
-            TokenizerError: a file is no JSON object, or names a token by something else than text.
+            TokenizerError: a file is not a JSON object, or declares a token that is not text.
         """
         tokens: dict[str, tuple[str, str | None]] = {}
         special: set[str] = set()
@@ -141,13 +141,13 @@ class DeclaredTokens:
         )
 
     def __bool__(self) -> bool:
-        """Whether anything was said."""
+        """Whether anything is declared."""
         said = self.tokens or self.ids or self.special or self.not_special
         return bool(said) or self.add_bos is not None
 
     @property
     def digest(self) -> str:
-        """A digest of what was said, not of where."""
+        """Digest of the declarations, independent of the directory."""
         tokens = {role: token for role, (_, token) in sorted(self.tokens.items())}
         ids = {role: [each for _, each in given] for role, given in sorted(self.ids.items())}
         more = [self.add_bos, sorted(self.special), sorted(self.not_special)]
@@ -155,13 +155,13 @@ class DeclaredTokens:
 
 
 def choose_eod(choice: SpecialTokenChoice, declared: DeclaredTokens, vocabulary: Vocabulary) -> int:
-    """The id of the token that ends a document.
+    """Choose the id of the end-of-document token.
 
-    What is asked for, else what the directory declares, else the special token with a well-known
-    name.
+    In order of precedence: the requested token, the token declared by the directory, the special
+    token with a well-known name.
 
     Raises:
-        TokenizerError: the token named does not exist, or none or several have a well-known name.
+        TokenizerError: the named token does not exist, or not exactly one has a well-known name.
     """
     if choice.eod is not None:
         return _asked("--eod-token", choice.eod, vocabulary)
@@ -194,16 +194,16 @@ def choose_bos(
     vocabulary: Vocabulary,
     prefix: int | None = None,
 ) -> int | None:
-    """The id of the token that begins a text; None if the tokenizer has none.
+    """Choose the id of the beginning-of-sequence token; None if the tokenizer has none.
 
     Args:
-        choice: What is asked for.
-        declared: What the directory says.
-        vocabulary: The tokens.
+        choice: The requested special tokens.
+        declared: The special tokens declared by the directory.
+        vocabulary: The tokenizer's tokens.
         prefix: The token that the tokenizer itself puts before a text, if it puts one there.
 
     Raises:
-        TokenizerError: the token asked for does not exist.
+        TokenizerError: the requested token does not exist.
     """
     if choice.bos is not None:
         return _asked("--bos-token", choice.bos, vocabulary)
@@ -224,10 +224,10 @@ def choose_bos(
 def adds_bos(
     choice: SpecialTokenChoice, declared: DeclaredTokens, bos: int | None, prefix: int | None
 ) -> bool:
-    """Whether texts begin with BOS: as asked for, else as declared, else as the tokenizer does.
+    """Whether texts begin with BOS: as requested, else as declared, else as the tokenizer does.
 
     Raises:
-        TokenizerError: it is asked for or declared, and there is no such token.
+        TokenizerError: BOS is requested or declared, but there is no such token.
     """
     if choice.add_bos and bos is None:
         raise TokenizerError(
@@ -265,7 +265,7 @@ def _declared_token(role: str, declared: DeclaredTokens, vocabulary: Vocabulary)
 
 
 def _declared_id(role: str, declared: DeclaredTokens, vocabulary: Vocabulary) -> int | None:
-    """Of a model's configuration, whose defaults name any id: only that of a special token."""
+    """The id in a model's configuration, if it is special; its defaults may name any token."""
     ids = (each for _, given in declared.ids.get(f"{role}_token_id", []) for each in given)
     return next((each for each in ids if each in vocabulary.names), None)
 
@@ -286,7 +286,7 @@ def _known(names: tuple[str, ...], vocabulary: Vocabulary) -> list[int]:
 
 
 def _first_known(vocabulary: Vocabulary) -> int | None:
-    """The first of the names that the first versions knew, be it special or not."""
+    """The first token with a name known to early versions, special or not."""
     names = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<EOD>", "[EOD]", "[SEP]")
     found = (vocabulary.id_of(name) for name in names)
     return next((each for each in found if each is not None), None)
@@ -304,7 +304,7 @@ def _undecided(known: list[int], vocabulary: Vocabulary) -> TokenizerError:
 
 
 def _listed(vocabulary: Vocabulary) -> str:
-    """The special tokens that may be chosen, the first of many."""
+    """The first special tokens that may be chosen, for error hints."""
     if not vocabulary.names:
         return ""
     names = [f"{text} ({token})" for token, text in sorted(vocabulary.names.items())]
@@ -320,7 +320,7 @@ def _read_object(path: Path, strict: bool = True) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise JsonError("not a JSON object")
     except (OSError, JsonError) as error:
-        # Otherwise a model's configuration that is malformed is another command's matter.
+        # A malformed model configuration is otherwise reported by the command that needs it.
         if not strict and not isinstance(error, RepeatedKeyError):
             return {}
         raise TokenizerError(path, str(error), "Restore the file") from error
@@ -328,7 +328,7 @@ def _read_object(path: Path, strict: bool = True) -> dict[str, Any]:
 
 
 def _content(path: Path, role: str, value: Any) -> str | None:
-    """A token's text: itself, or under "content" of a description."""
+    """The token's text, given directly or as "content" of an object."""
     if isinstance(value, dict):
         value = value.get("content")
     if value is None or isinstance(value, str):

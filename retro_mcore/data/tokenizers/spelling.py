@@ -1,21 +1,21 @@
-"""Special tokens that a text merely mentions, written out in ordinary ones."""
+"""Encode special-token names that occur in a text as ordinary tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-#: The sign for a space in the vocabularies of SentencePiece.
+#: The space symbol in SentencePiece vocabularies.
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class Speller:
-    """Replaces tokens that a text must never become by tokens of the same text.
+    """Replaces special tokens in encoded text with ordinary tokens of the same text.
 
     Args:
-        forbidden: Id to text.
+        forbidden: Text of each token to replace, by id.
         id_of: Id of an ordinary token; None if there is no such token.
-        byte_level: Whether tokens are written in GPT-2's letters for bytes.
-        unknown: What stands for a character that has no token.
+        byte_level: Whether tokens are spelled in GPT-2's byte-to-letter alphabet.
+        unknown: Token for characters that have no token.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Speller:
         return self._spelled[token]
 
     def _write(self, text: str) -> list[int]:
-        """The longest ordinary tokens from left to right, then bytes."""
+        """Encode greedily with the longest ordinary tokens, then with byte tokens."""
         letters = _byte_letters(text) if self._byte_level else text.replace(" ", SPACE)
         ids: list[int] = []
         while letters:
@@ -71,7 +71,7 @@ class Speller:
 
 
 def _byte_letters(text: str) -> str:
-    """The text's bytes in the letters that GPT-2 gave them."""
+    """The text's bytes in GPT-2's byte-to-letter alphabet."""
     return "".join(_BYTE_LETTERS[byte] for byte in text.encode())
 
 

@@ -1,4 +1,4 @@
-"""Training a SentencePiece model on a corpus."""
+"""Train a SentencePiece model on a corpus."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 from retro_mcore.errors import TokenizerError
 from retro_mcore.project.atomic import atomic_write
 
-#: Longest line, in bytes, that a SentencePiece model is trained on.
+#: Longest line that a SentencePiece model is trained on, in bytes.
 _LONGEST_LINE = 4192
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path | str) -> int:
-    """Train a byte-level-complete SentencePiece BPE model and write it to `path`.
+    """Train a SentencePiece BPE model with byte fallback and write it to `path`.
 
-    Nothing is normalized, and what has no piece is written in bytes: `GPTSentencePieceTokenizer`
-    gives any text back as it was. The same texts give the same file. A corpus too small for
-    `vocab_size` pieces gives fewer.
+    Text is not normalized, and characters without a piece become bytes, so
+    `GPTSentencePieceTokenizer` restores any text exactly. The same texts give the same file. A
+    corpus too small for `vocab_size` pieces yields fewer.
 
     Returns:
         The number of pieces.
 
     Raises:
-        TokenizerError: the texts hold no characters, or `vocab_size` has no room for the bytes and
-            the corpus's characters.
+        TokenizerError: the texts hold no characters, or `vocab_size` is too small for all bytes
+            and the corpus's characters.
     """
     import sentencepiece
 
@@ -65,10 +65,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path | str)
 
 
 class _TrainingLines:
-    """Lines that SentencePiece can learn from; keeps an error of `texts`.
+    """Lines suitable for SentencePiece training; records an error raised by `texts`.
 
-    SentencePiece reserves tabs, drops lines that are too long, and takes an exception of its
-    iterator for the end of the text.
+    SentencePiece reserves tabs, drops lines that are too long, and treats an exception in its
+    iterator as the end of the text.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -89,6 +89,6 @@ class _TrainingLines:
             yield from (line[start : start + width] for start in range(0, len(line), width))
 
     def raise_error(self) -> None:
-        """Raise what stopped the texts, if anything did."""
+        """Raise the error that stopped `texts`, if any."""
         if self._error is not None:
             raise self._error

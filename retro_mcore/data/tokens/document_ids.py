@@ -1,7 +1,7 @@
-"""Where each document came from: a side file of ids beside an indexed dataset.
+"""Origins of documents: a side file of ids beside an indexed dataset.
 
-`<prefix>.ids.hdf5` holds `utf8`, u8, all ids one after another, and `offsets`, u64 [documents + 1].
-Other readers of indexed datasets know nothing of it.
+`<prefix>.ids.hdf5` holds `utf8`, u8, all ids concatenated, and `offsets`, u64 [documents + 1].
+Other readers of indexed datasets ignore it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def ids_path(prefix: Path) -> Path:
 
 
 def pack_ids(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`ids` in UTF-8, u8, and the bytes of each, i64."""
-    # An id of a JSON line may hold half a surrogate pair.
+    """Concatenated UTF-8 of the ids, u8, and the length of each in bytes, i64."""
+    # An id from a JSON line may hold a lone surrogate.
     encoded = [value.encode("utf-8", "replace") for value in ids]
     lengths = np.array([len(value) for value in encoded], np.int64)
     return np.frombuffer(b"".join(encoded), np.uint8), lengths
 
 
 def write_ids(path: Path, lengths: np.ndarray, parts: Iterator[np.ndarray]) -> None:
-    """Write the side file from packed ids, a part in memory at a time.
+    """Write the side file from packed ids, with one part in memory at a time.
 
     Args:
-        path: Where to.
+        path: The side file.
         lengths: Bytes of every id, i64 [documents].
         parts: The bytes of consecutive ids, u8, in any number of pieces.
     """
@@ -49,7 +49,7 @@ def write_ids(path: Path, lengths: np.ndarray, parts: Iterator[np.ndarray]) -> N
 
 
 class DocumentIds:
-    """The ids of a dataset's documents, memory-mapped. Picklable.
+    """Memory-mapped ids of a dataset's documents. Picklable.
 
     Args:
         prefix: Path of the dataset, without .bin and .idx.
@@ -83,10 +83,10 @@ class DocumentIds:
 
 
 class DocumentNames:
-    """Names of documents in words, by dataset and document number. Picklable.
+    """Readable names of documents, by dataset and document number. Picklable.
 
     Args:
-        prefixes: Paths of the datasets, without .bin and .idx, in the order of their numbers.
+        prefixes: Paths of the datasets, without .bin and .idx, in dataset order.
 
     Raises:
         CorruptFileError: a side file is damaged.
@@ -102,12 +102,12 @@ class DocumentNames:
         return type(self), (self._prefixes,)
 
     def id_of(self, dataset: int, document: int) -> str | None:
-        """The document's id, None where its dataset has none."""
+        """The document's id; None if its dataset has no ids."""
         ids = self._ids[dataset]
         return None if ids is None else ids[document]
 
     def describe(self, dataset: int, document: int) -> str:
-        """`ID (document N of DATASET)`, without the id where there is none."""
+        """`ID (document N of DATASET)`, or without the id if there is none."""
         place = f"document {document} of {self._prefixes[dataset].name}"
         found = self.id_of(dataset, document)
         return place if found is None else f"{found} ({place})"

@@ -14,7 +14,7 @@ from retro_mcore.errors import TokenizerError
 
 
 def token_dtype(vocab_size: int) -> type[np.number]:
-    """The type that Megatron stores tokens of such a vocabulary in."""
+    """The dtype in which Megatron stores tokens of a vocabulary of this size."""
     from megatron.core.datasets.indexed_dataset import DType
 
     return DType.optimal_dtype(vocab_size)
@@ -26,10 +26,10 @@ def write_indexed_dataset(
     """Write one sequence per document; returns the number of documents.
 
     Args:
-        binary: Where the tokens go (.bin).
-        index: Where the index goes (.idx).
+        binary: Path of the tokens (.bin).
+        index: Path of the index (.idx).
         documents: Tokens of each document, end-of-document token included.
-        dtype: What tokens are stored as.
+        dtype: Storage type of the tokens.
 
     Raises:
         TokenizerError: a token id does not fit `dtype`.

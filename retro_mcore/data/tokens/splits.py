@@ -1,4 +1,4 @@
-"""Which documents belong to which split."""
+"""Assign documents to the training, validation and test splits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from retro_mcore.project.fields import percentages_of
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
-    """Percentages of training, validation and test documents.
+    """Parse the percentages of training, validation and test documents.
 
     Raises:
-        ConfigurationError: not three numbers that sum to 100 with a training part.
+        ConfigurationError: not three numbers that sum to 100, or the training part is empty.
     """
     percentages = percentages_of(split)
     if percentages is None:
@@ -24,7 +24,7 @@ def parse_split(split: str) -> tuple[float, float, float]:
 
 
 def document_ranges(split: str, num_documents: int) -> dict[Split, tuple[int, int]]:
-    """Documents [start, end) of each split, rounded as Megatron's dataset builder rounds."""
+    """Documents [start, end) of each split, rounded as in Megatron's dataset builder."""
     bounds, share = [0.0], [part / sum(parse_split(split)) for part in parse_split(split)]
     for part in share:
         bounds.append(bounds[-1] + part)
@@ -33,13 +33,13 @@ def document_ranges(split: str, num_documents: int) -> dict[Split, tuple[int, in
 
 
 def check_documents(split: str, num_documents: int, where: object) -> None:
-    """Refuse a split that asks for a part and leaves it no document.
+    """Reject a split that requests a part but gives it no document.
 
-    The retrieval database takes the first floor(percentage · documents) documents, so it needs one
-    of these too.
+    The retrieval database takes the first floor(percentage · documents) documents, so it needs at
+    least one, too.
 
     Raises:
-        ConfigurationError: naming the part and a split that works.
+        ConfigurationError: names the part and a split that works.
     """
     parts = parse_split(split)
     ranges = document_ranges(split, num_documents)

@@ -1,7 +1,7 @@
 """Memory-mapped tokens of a Megatron indexed dataset (.bin and .idx), read without megatron.
 
-The layout is in docs/data_formats.md. Sequences are addressed by number, and all tokens are one
-flat array, so that many chunks can be gathered in one call.
+docs/data_formats.md describes the layout. Sequences are addressed by number. All tokens form one
+flat array, so many chunks can be gathered in one call.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from retro_mcore.project.paths import ProjectPaths
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-#: Sequences that are looked at in one call.
+#: Sequences checked in one call.
 _CHECKED = 1 << 20
 _DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
 
 
 class TokenSource(Protocol):
-    """What the chunk database needs of a tokenized dataset.
+    """The tokenized dataset as the chunk database reads it.
 
     Attributes:
         tokens: All tokens, flat.
         starts: i64 [sequences], position of each sequence's first token in `tokens`.
-        lengths: i32 [sequences], tokens of each sequence.
-        num_documents: Number of documents (sequences, where a document is one sequence).
+        lengths: i32 [sequences], number of tokens of each sequence.
+        num_documents: Number of documents (equal to sequences if each document is one sequence).
     """
 
     tokens: np.ndarray
@@ -49,7 +49,7 @@ class TokenFile:
 
     Raises:
         ProjectError: a file is missing.
-        CorruptFileError: a file is of another format, or truncated.
+        CorruptFileError: a file has another format or is truncated.
     """
 
     def __init__(self, prefix: Path | str) -> None:
@@ -63,7 +63,7 @@ class TokenFile:
         arrays, offset = [], _HEADER.size
         for code, count in layout:
             array = np.memmap(idx, code, "r", offset, (count,)) if count else np.empty(0, code)
-            arrays.append(np.asarray(array))  # slices of numpy's own class cost ten times as much
+            arrays.append(np.asarray(array))  # slicing np.memmap is ten times as slow
             offset += array.nbytes
         self.lengths, pointers, document_indices = arrays
         self.starts = pointers // dtype.itemsize
@@ -77,7 +77,7 @@ class TokenFile:
         self.tokens = np.asarray(np.memmap(binary, dtype, "r") if needed else np.empty(0, dtype))
 
     def _check(self, idx: Path, pointers: np.ndarray, documents: np.ndarray, itemsize: int) -> None:
-        """Refuse an index that points elsewhere than from one sequence to the next."""
+        """Reject an index whose sequences are not contiguous."""
         found, position = None, 0
         for first in range(0, len(self), _CHECKED):
             lengths = self.lengths[first : first + _CHECKED].astype(np.int64)
@@ -129,20 +129,20 @@ class TokenFile:
 
 
 def bin_path(prefix: Path) -> Path:
-    """The tokens' file."""
+    """Path of the token file."""
     return prefix.with_name(f"{prefix.name}.bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    """The index file."""
+    """Path of the index file."""
     return prefix.with_name(f"{prefix.name}.idx")
 
 
 def open_token_files(config: ProjectConfig, paths: ProjectPaths) -> Sequence[TokenFile]:
-    """The project's datasets, in the order of `retro_gpt_data_path`.
+    """Open the project's datasets, in the order of `retro_gpt_data_path`.
 
-    All ranks call it, inside `raise_together`: each compares a share of the files with their
-    checksums.
+    All ranks must call this inside `raise_together`: each verifies the checksums of its share of
+    the files.
 
     Raises:
         ProjectError: a file is missing.

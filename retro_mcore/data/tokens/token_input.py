@@ -1,4 +1,4 @@
-"""Tokens that somebody has made already: Megatron .bin and .idx files as a corpus."""
+"""Already tokenized corpora: Megatron .bin and .idx files as input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from retro_mcore.errors import CorpusError, CorruptFileError, TokenizerError
 from retro_mcore.project.markers import signed_write
 from retro_mcore.project.space import require_space
 
-#: Tokens looked at in one call.
+#: Tokens checked in one call.
 _BATCH = 1 << 24
 
 
@@ -43,11 +43,11 @@ def find_token_input(source: Path) -> Path | None:
 
 
 def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
-    """Refuse tokens that cannot be `tokenizer`'s, or that are not one sequence per document.
+    """Reject tokens that do not fit `tokenizer`, or documents of more than one sequence.
 
     Raises:
-        TokenizerError: an id beyond the vocabulary, or documents without its end-of-document token.
-        CorpusError: documents of several sequences, or an empty one; the files are damaged.
+        TokenizerError: an id is beyond the vocabulary, or documents lack its end-of-document token.
+        CorpusError: a document is empty or has several sequences, or the files are damaged.
     """
     try:
         file = TokenFile(prefix)
@@ -105,18 +105,18 @@ def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
 
 
 def count_bos(prefix: Path, tokenizer: Tokenizer) -> tuple[int, int]:
-    """How many documents of a pair begin with the tokenizer's BOS, and how many hold any text."""
+    """Number of documents that begin with the tokenizer's BOS, and of those with any text."""
     file = TokenFile(prefix)
-    firsts = file.tokens[file.starts[file.lengths > 1]]  # one token is the document's end
+    firsts = file.tokens[file.starts[file.lengths > 1]]  # a single token is the end of the document
     bos = -1 if tokenizer.bos is None else tokenizer.bos
     return int(np.count_nonzero(firsts == bos)), len(firsts)
 
 
 def begin_with_bos(prefixes: Sequence[Path], tokenizer: Tokenizer) -> bool:
-    """Whether documents that somebody has tokenized begin with BOS.
+    """Whether the documents of already tokenized corpora begin with BOS.
 
     Raises:
-        TokenizerError: some do, others do not.
+        TokenizerError: some do and others do not.
     """
     counts = np.array([count_bos(prefix, tokenizer) for prefix in prefixes])
     with_bos, number = counts.sum(0).tolist()
@@ -132,9 +132,9 @@ def begin_with_bos(prefixes: Sequence[Path], tokenizer: Tokenizer) -> bool:
 
 
 def take_token_input(prefix: Path, target: Path, fingerprint: str) -> None:
-    """Put the pair at `target` (a prefix): hard links on the same file system, else copies.
+    """Hard-link the pair to `target` (a prefix), or copy it across file systems.
 
-    Ids of its documents come along where it has them.
+    Document ids are included if the pair has them.
     """
     given = (*([ids_path] if ids_path(prefix).is_file() else []), bin_path, idx_path)
     for path in given:

@@ -1,4 +1,4 @@
-"""A corpus as a Megatron indexed dataset: text is tokenized by all ranks, tokens are taken over."""
+"""Convert a corpus to a Megatron indexed dataset: text is tokenized on all ranks, tokens linked."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ from retro_mcore.project.shards import Shard, ShardReport, run_shards
 _BATCH = 256
 #: Tokens read in one call.
 _BLOCK = 1 << 20
-#: Version of a part's file: those of an interrupted run of an older version are made anew.
+#: Version of the part files. Parts of an interrupted run of an older version are rebuilt.
 _PART_FORMAT = 2
-#: Texts at the beginning of a part that are all compared with what their tokens give back, and
-#: which share is behind them (every 16th): comparing costs a third of tokenizing.
+#: Number of leading texts of a part that are all compared with their decoded tokens, and the step
+#: after them (every 16th). A comparison costs a third of tokenization.
 _ALL_COMPARED, _COMPARED_EVERY = 1024, 16
 
 
 @dataclass(frozen=True)
 class CorpusReader:
-    """How documents are read from JSON lines and text files.
+    """Settings for reading documents from JSON lines and text files.
 
     Attributes:
-        json_keys: Keys of a JSON line that hold the text.
+        json_keys: Keys of a JSON line that hold text.
         id_key: Key of a JSON line that holds its id.
-        cleaner: Applied to every text.
+        cleaner: Function applied to every text.
     """
 
     json_keys: Sequence[str] = ("text",)
@@ -61,21 +61,21 @@ class CorpusReader:
 def make_dataset(
     source: Path, target: Path, tokenizer: Tokenizer, reader: CorpusReader, fingerprint: str
 ) -> ShardReport | None:
-    """Write the indexed dataset of one corpus, its documents' ids and its counts; on all ranks.
+    """Write the indexed dataset of one corpus with its document ids and counts, on all ranks.
 
     Args:
         source: Text, a folder, or a .bin and .idx pair.
         target: Path of the dataset, without .bin and .idx.
-        tokenizer: Makes the tokens; of a pair: that made them.
+        tokenizer: Tokenizer to apply; for a pair, the one that produced its tokens.
         reader: How text is read.
-        fingerprint: What the dataset is made from.
+        fingerprint: Fingerprint of the dataset's inputs and options.
 
     Returns:
-        What was tokenized; None if the dataset was there already.
+        Report of the tokenized parts; None if the dataset already existed.
 
     Raises:
-        CorpusError: it is missing, empty or malformed.
-        TokenizerError: the tokens of a pair are not of `tokenizer`.
+        CorpusError: the corpus is missing, empty or malformed.
+        TokenizerError: the tokens of a pair do not fit `tokenizer`.
     """
     if _is_done(target, fingerprint):
         return None
@@ -86,12 +86,12 @@ def make_dataset(
 
 
 def empty_corpus(source: Path) -> CorpusError:
-    """The error of a corpus without text."""
+    """Error for a corpus without text."""
     return CorpusError(source, "holds no text", "Give documents that are not empty")
 
 
 def _is_done(target: Path, fingerprint: str) -> bool:
-    """Whether the .bin and .idx at `target` are complete; the same answer on every rank."""
+    """Whether the .bin and .idx at `target` are complete. All ranks get the same answer."""
     done = False
     with raise_together():
         if get_rank() == 0:
@@ -120,7 +120,7 @@ def _tokenize(
     parts = list_parts(source)
     parts_dir = target.with_name(f"{target.name}.parts")
     shards = [Shard(i, i + 1, parts_dir / f"{i}.zip") for i in range(len(parts))]
-    # Of files in a folder, what follows the folder's path; of a file, its name.
+    # Ids are relative: below the folder, or the file's name.
     root = f"{source if source.is_dir() else source.parent}/"
 
     def build(shard: Shard, path: Path) -> None:
@@ -139,7 +139,7 @@ def _tokenize(
 
 
 def token_dtype_of(tokenizer: Tokenizer) -> type[np.number]:
-    """The type that Megatron stores a tokenizer's tokens in."""
+    """The dtype in which Megatron stores a tokenizer's tokens."""
     setup_device()  # before megatron is imported, so that it gives no advice on GPUs
     return token_dtype(tokenizer.vocab_size)
 
@@ -152,11 +152,11 @@ def _join(
     fingerprint: str,
     found: CorpusFiles,
 ) -> None:
-    """The dataset and its side files from its parts."""
+    """Write the dataset and its side files from its parts."""
     with (
         signed_write(bin_path(target), fingerprint) as binary,
         signed_write(idx_path(target), fingerprint) as index,
-        # The innermost takes its name first: a dataset is never without its ids.
+        # The innermost file is renamed first, so a dataset always has its ids.
         signed_write(ids_path(target), fingerprint) as ids,
     ):
         number = write_indexed_dataset(binary, index, _documents(shards), dtype)
@@ -186,11 +186,11 @@ def _tokenize_part(
     path: Path,
     counts: Counter[str],
 ) -> None:
-    """Tokens, lengths, ids and counts of a part's documents; a batch in memory at a time."""
+    """Write tokens, lengths, ids and counts of a part's documents, one batch at a time."""
     waiting = iter(documents)
     ids: list[str] = []
     lengths: list[int] = []
-    # Not HDF5, which cannot grow a contiguous dataset, and crashes where a disk is full.
+    # Not HDF5: it cannot grow a contiguous dataset, and crashes when the disk is full.
     with zipfile.ZipFile(path, "w") as file:
         with file.open("tokens", "w", force_zip64=True) as tokens:
             while batch := list(itertools.islice(waiting, _BATCH)):
@@ -215,7 +215,7 @@ def _tokenize_part(
 
 
 def _compared(first: int, number: int) -> list[int]:
-    """Which of some texts are compared with their tokens; `first` others stand before them."""
+    """Indexes of the texts to compare with their tokens; `first` texts precede them."""
     return [
         place
         for place in range(number)
@@ -248,7 +248,7 @@ def _documents(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
         first = start = 0
         with zipfile.ZipFile(shard.path) as file, file.open("tokens") as stream:
             while first < len(ends):
-                # Whole documents, about a block of tokens at a time, but one at least.
+                # Whole documents, about one block of tokens at a time, but at least one.
                 last = max(int(np.searchsorted(ends, start + _BLOCK, side="right")), first + 1)
                 stop = int(ends[last - 1])
                 tokens = np.frombuffer(stream.read(4 * (stop - start)), np.int32)
