@@ -1,4 +1,4 @@
-"""Small arrays in .npy files of a project."""
+"""Small arrays of a project, stored as .npy files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from retro_mcore.errors import CorruptFileError
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array as .npy; a write that the system refuses says why, which `np.save` does not.
+    """Write an array as .npy. Unlike `np.save`, reports why the system refused a write.
 
     Raises:
-        OSError: with the system's number.
+        OSError: the write failed; carries the errno.
     """
     content = io.BytesIO()
     np.save(content, array)
@@ -23,13 +23,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path, shape: Sequence[int] | None, kind: str, mend: str) -> np.ndarray:
-    """Read an array of a shape (None: one axis, any length) and a kind (as `np.dtype.kind` has it).
+    """Read an array of the given shape (None: one axis, any length) and `np.dtype.kind`.
 
     Raises:
-        CorruptFileError: with `mend` as the way out.
+        CorruptFileError: the file holds something else; `mend` is the hint.
     """
     try:
-        # Mapped, so that no more is allocated than the file holds, whatever it claims.
+        # Memory-mapped, so a damaged header cannot cause an allocation larger than the file.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         found = f"holds {array.dtype} of shape {list(array.shape)}"
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes: files appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from typing import Any
 
 from retro_mcore.project.space import refused_write, refused_write_error
 
-#: Matches the temporary files of `atomic_write`, those that a killed process left included.
+#: Matches the temporary files of `atomic_write`, including those left by a killed process.
 TEMPORARY = ".*.tmp"
 
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Give a temporary path beside `path`; move it there if the body succeeds, else remove it.
+    """Yield a temporary path beside `path`; rename it to `path` if the body succeeds.
 
-    Missing parent directories are made. A reader never sees a partial file, and whatever `path`
-    held before stays until the new content is complete and on the disk.
+    If the body fails, the temporary file is removed. Missing parent directories are created.
+    Readers never see a partial file: the old content of `path` stays until the new content is
+    complete and on disk.
 
     Raises:
         ProjectError: the disk is full, or the system refuses the write for another reason.
     """
     path = Path(path)
-    # Jobs on several hosts may work on one project.
+    # Jobs on several hosts may share a project.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # a link would lead what is written to another file
+        temporary.unlink(missing_ok=True)  # writing through a link would change another file
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -40,7 +41,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         if refused_write(error) is None:
             raise
         size = temporary.stat().st_size if temporary.exists() else 0
-        temporary.unlink(missing_ok=True)  # first, so that the space it took counts as free
+        temporary.unlink(missing_ok=True)  # first, so that its space counts as free
         raise refused_write_error(path, error, size) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The project's configuration: config.json in upstream's keys, and our settings beside it."""
+"""The project's configuration: config.json with upstream's keys, and our own retro_mcore.json."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MEND = "Restore the file"
 
 @dataclass(frozen=True)
 class OtherDatabase:
-    """A database in the place of a project's own, and the neighbors that were found in it.
+    """A database used instead of the project's own, and the neighbors found in it.
 
     Attributes:
-        project_dir: The project that holds it, absolute or relative to this one.
-        neighbor_dirs: Split to directory name under this project's `query/`.
+        project_dir: The project that holds the database, absolute or relative to this one.
+        neighbor_dirs: Directory name under this project's `query/`, by split.
     """
 
     project_dir: str
@@ -33,17 +33,17 @@ class OtherDatabase:
 
 @dataclass
 class ProjectConfig:
-    """config.json: one field per key, named as Megatron's Retro names it.
+    """config.json: one field per key, with the names of Megatron's Retro.
 
-    Paths of tokenizer files are relative to the project directory, data prefixes to its `data/`.
+    Tokenizer paths are relative to the project directory, data prefixes to its `data/`.
 
     Attributes:
         retro_gpt_data_path: weight, prefix, weight, prefix … (weights are strings), or one prefix.
         retro_block_size: Rows per file of embeddings and of neighbors.
-        retro_neighbor_dirs: Split to directory name under `query/`, None where there is none.
-        retro_database: The database that was put in the place of the project's own (update_db);
-            None: its own. Other readers know nothing of it, and go on with the project's own.
-        unknown: Keys of other writers, kept as they are.
+        retro_neighbor_dirs: Directory name under `query/` by split; None for a split without one.
+        retro_database: The database that replaces the project's own (update_db); None: its own.
+            Other readers ignore this key and use the project's own.
+        unknown: Keys written by other programs, preserved unchanged.
     """
 
     retro_block_size: int
@@ -72,9 +72,9 @@ class ProjectConfig:
         """Read config.json, or args.json in older directories.
 
         Raises:
-            ProjectError: there is neither, or a key that is needed is missing.
-            CorruptFileError: the file is not a JSON object, or a value cannot be.
-            SeveralErrors: several of these; all of them are told.
+            ProjectError: there is neither, or a required key is missing.
+            CorruptFileError: the file is not a JSON object, or a value is invalid.
+            SeveralErrors: several of these; all are reported.
         """
         paths = ProjectPaths(project_dir)
         path = paths.written_config
@@ -112,23 +112,23 @@ class ProjectConfig:
         write_json(ProjectPaths(project_dir).config, {**unknown, **values}, sort_keys=True)
 
     def database_paths(self, project_dir: Path | str) -> ProjectPaths:
-        """The project whose database, index and embedder are used: most often, this one."""
+        """Paths of the project whose database, index and embedder are used; usually this one."""
         root = Path(project_dir)
         return ProjectPaths(root / self.retro_database.project_dir if self.retro_database else root)
 
     def neighbor_dir(self, split: Split) -> str | None:
-        """Name under `query/` of the split's neighbors in the database that is used."""
+        """Directory name under `query/` of the split's neighbors in the current database."""
         other = self.retro_database
         return (other.neighbor_dirs if other else self.retro_neighbor_dirs).get(split)
 
     @property
     def chunks_per_sample(self) -> int:
-        """L."""
+        """L, the number of chunks per sample."""
         return chunks_per_sample(self.retro_gpt_seq_length, self.retro_gpt_chunk_length)
 
     @property
     def blend(self) -> tuple[list[float], list[str]]:
-        """Weights as given (not normalized) and data prefixes."""
+        """Weights (as given, not normalized) and data prefixes."""
         path = self.retro_gpt_data_path
         if len(path) == 1:
             return [1.0], list(path)
@@ -136,23 +136,23 @@ class ProjectConfig:
 
     @property
     def num_train_samples(self) -> int:
-        """Samples of the training split."""
+        """Number of training samples."""
         return self.retro_gpt_train_samples
 
     @property
     def num_valid_samples(self) -> int:
-        """Samples of all evaluations that training makes, the one before its end included."""
+        """Number of validation samples of all evaluations during training, the last included."""
         batches = self.retro_gpt_train_samples // self.retro_gpt_global_batch_size
         evaluations = batches // self.retro_gpt_eval_interval + 1
         return evaluations * self.retro_gpt_eval_iters * self.retro_gpt_global_batch_size
 
     @property
     def num_test_samples(self) -> int:
-        """Samples of the evaluation after training."""
+        """Number of samples of the evaluation after training."""
         return self.retro_gpt_eval_iters * self.retro_gpt_global_batch_size
 
     def num_samples(self, split: Split) -> int:
-        """Samples of `split`."""
+        """Number of samples of `split`."""
         return {
             "train": self.num_train_samples,
             "valid": self.num_valid_samples,
@@ -161,9 +161,9 @@ class ProjectConfig:
 
 
 def _refuse_lost_settings(paths: ProjectPaths) -> None:
-    """Refuse a project of ours that lost retro_mcore.json, and with it BOS, EOD and the embedder.
+    """Reject a project of ours that lost retro_mcore.json, and with it BOS, EOD and the embedder.
 
-    Our stages write that file before their record; another writer leaves neither.
+    Our stages write that file before their record; other programs write neither.
     """
     if any(paths.stage_record(stage).is_file() for stage in ("preprocess_corpus", "update_db")):
         raise CorruptFileError(
@@ -176,32 +176,33 @@ def _refuse_lost_settings(paths: ProjectPaths) -> None:
 
 @dataclass
 class ProjectSettings:
-    """retro_mcore.json: what the pipeline needs to know and config.json has no key for.
+    """retro_mcore.json: pipeline settings that have no key in config.json.
 
     Attributes:
-        json_keys: Keys of a JSONL line that hold the text.
-        id_key: Key of a JSONL line that holds its id; None: a project of before it was kept here.
-        clean_text: Whether texts are mended with ftfy; None: likewise.
-        eod_id: The token that ends a document; None: by the tokenizer's well-known names, as
-            projects of earlier versions did.
-        bos_id: The token that begins a text; None: as the tokenizer's files say.
-        add_bos: Whether every document begins with it, and so every prompt.
-        whole_datasets: Datasets whose documents are all retrieved from, whatever the split says:
-            those that were appended, of which no sample is made.
-        grown_from: The project whose database this one's begins with, relative to this one.
-        growth: Chunks of the database each time that it was grown, without the last.
-        embedder: Name or path that the embedder was loaded by.
-        embedder_pooling: How its hidden states are pooled; None: as the model itself says.
-        embedding_dimension: Its dimension.
-        document_ends: What the embedder reads for an end of document inside a chunk. Projects that
-            were indexed before it was recorded keep the line break of that time.
+        json_keys: Keys of a JSONL line that hold text.
+        id_key: Key of a JSONL line that holds its id; None in projects of versions that did not
+            record it.
+        clean_text: Whether texts are cleaned with ftfy; None likewise.
+        eod_id: Id of the end-of-document token; None: chosen by the tokenizer's well-known names,
+            as in earlier versions.
+        bos_id: Id of the beginning-of-sequence token; None: as declared by the tokenizer's files.
+        add_bos: Whether every document, and so every prompt, begins with BOS.
+        whole_datasets: Datasets whose documents are all in the database, regardless of the split.
+            These are appended datasets, from which no samples are drawn.
+        grown_from: The project whose database this one extends, relative to this one.
+        growth: Number of chunks in the database before each extension.
+        embedder: Name or path that the embedder was loaded from.
+        embedder_pooling: Pooling of the embedder's hidden states; None: the model's own setting.
+        embedding_dimension: Dimension of the embeddings.
+        document_ends: Text that the embedder reads in place of an end of document inside a chunk.
+            Projects indexed before this was recorded keep the line break used then.
         index_string: Faiss factory string.
-        index_split: Whether the index stays in its parts, for ranks to share.
-        nprobe: Lists searched per query; None where the index has no lists.
-        ef_search: Breadth of a graph search; None where the index has no graph.
+        index_split: Whether the index is kept in parts for ranks to share.
+        nprobe: Lists searched per query; None if the index has no lists.
+        ef_search: Breadth of a graph search; None if the index has no graph.
         num_neighbors_query: Candidates searched per chunk, before the same-document filter.
         num_neighbors_save: Neighbors saved per chunk.
-        rerank: What the candidates were ordered by; None: their distance.
+        rerank: Method that ordered the candidates; None: by distance.
     """
 
     json_keys: list[str] = field(default_factory=lambda: ["text"])
@@ -227,12 +228,12 @@ class ProjectSettings:
 
     @classmethod
     def load(cls, project_dir: Path | str) -> ProjectSettings:
-        """Read retro_mcore.json; the defaults where there is none (another writer's directory).
+        """Read retro_mcore.json, or use defaults in a directory made by another program.
 
         Raises:
-            CorruptFileError: the file is not a JSON object, holds an unknown key, or a value that
-                cannot be; or it is missing in a directory that we made.
-            SeveralErrors: several of these; all of them are told.
+            CorruptFileError: the file is not a JSON object, or has an unknown key or an invalid
+                value; or it is missing from a directory that our stages made.
+            SeveralErrors: several of these; all are reported.
         """
         paths = ProjectPaths(project_dir)
         path = paths.settings
@@ -258,10 +259,10 @@ class ProjectSettings:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Read the JSON object in `path`.
 
     Raises:
-        CorruptFileError: it holds something else, or is missing.
+        CorruptFileError: the file holds something else, or is missing.
     """
     values = _read_json(path)
     if not isinstance(values, dict):
@@ -270,10 +271,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_json_list(path: Path) -> list[dict[str, Any]]:
-    """The JSON list of objects in `path`.
+    """Read the JSON list of objects in `path`.
 
     Raises:
-        CorruptFileError: it holds something else, or is missing.
+        CorruptFileError: the file holds something else, or is missing.
     """
     values = _read_json(path)
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):

@@ -1,4 +1,4 @@
-"""What the values of config.json and of retro_mcore.json may be."""
+"""Check the values of config.json and retro_mcore.json."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ _PATHS = (
 
 
 def needed_keys(kind: type) -> set[str]:
-    """Keys that config.json must have, of `ProjectConfig`."""
+    """Required keys of config.json, derived from `ProjectConfig`."""
     names = {field.name for field in fields(kind) if field.name.startswith("retro_gpt_")}
     return names - _OPTIONAL
 
 
 def config_problems(values: Mapping[str, Any], kind: type) -> dict[str, str]:
-    """What is wrong with config.json, by key; what is missing, and unknown keys, are passed over.
+    """Problems of config.json, by key. Missing and unknown keys are ignored.
 
     Args:
-        values: Its content.
+        values: Content of the file.
         kind: `ProjectConfig`.
     """
     known = {field.name for field in fields(kind)} - {"unknown"}
@@ -76,10 +76,10 @@ def config_problems(values: Mapping[str, Any], kind: type) -> dict[str, str]:
 
 
 def settings_problems(values: Mapping[str, Any], kind: type) -> dict[str, str]:
-    """What is wrong with retro_mcore.json, by key; unknown keys are passed over.
+    """Problems of retro_mcore.json, by key. Unknown keys are ignored.
 
     Args:
-        values: Its content.
+        values: Content of the file.
         kind: `ProjectSettings`.
     """
     problems = problems_of(values, kind, _SETTINGS_RANGES)
@@ -90,7 +90,7 @@ def settings_problems(values: Mapping[str, Any], kind: type) -> dict[str, str]:
 
 
 def _blend_problem(blend: Any) -> str | None:
-    """What is wrong with a list of weights and prefixes, or of one prefix."""
+    """The problem of a list of weights and prefixes, or of one prefix; None if it is valid."""
     if not isinstance(blend, list) or not (len(blend) == 1 or (blend and len(blend) % 2 == 0)):
         return f"is {show(blend)}, not a list of weight, prefix, weight, prefix …, or of one prefix"
     prefixes = blend if len(blend) == 1 else blend[1::2]
@@ -119,7 +119,7 @@ def _is_weight(weight: Any) -> bool:
 
 
 def _path_problem(path: str | None) -> str | None:
-    """Other writers' paths may be absolute; none has a reason to climb."""
+    """The problem of a path. Absolute paths are valid; paths that leave the project are not."""
     if path is None:
         return None
     if not path.strip():
@@ -152,7 +152,7 @@ def _bert_problem(name: str | None) -> str | None:
 
 
 _NO_SPLIT = "not three percentages that sum to 100, the first above 0, such as 98,2,0"
-#: What the values' types leave open; each tells what is wrong.
+#: Checks beyond the values' types. Each returns the problem, or None.
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(_PATHS, _path_problem),
     "retro_bert_tokenizer_type": _bert_problem,

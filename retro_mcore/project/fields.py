@@ -1,4 +1,4 @@
-"""Values of JSON compared with the types of a dataclass's fields."""
+"""Check JSON values against the field types of a dataclass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LONGEST_SHOWN = 60
 def problems_of(
     values: Mapping[str, Any], kind: type, ranges: Mapping[str, tuple[int, int]]
 ) -> dict[str, str]:
-    """What is wrong with the values that are there, by field; unknown names are passed over.
+    """Problems of the given values, by field. Missing fields and unknown names are ignored.
 
     Args:
-        values: By names of fields.
+        values: Values by field name.
         kind: The dataclass.
-        ranges: The least and the greatest of fields that are whole numbers.
+        ranges: Minimum and maximum of integer fields.
     """
     hints = get_type_hints(kind)
     problems = {}
@@ -35,24 +35,26 @@ def problems_of(
 
 
 def show(value: object) -> str:
-    """A value as JSON's reader knows it, cut where it is long."""
+    """The value in JSON notation, truncated if long."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a text that can be part of a path: no lone surrogate, no NUL."""
+    """Whether the value is text that a path may contain: no lone surrogate, no NUL."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff\0]", value)
 
 
 def percentages_of(split: object) -> tuple[float, float, float] | None:
-    """Percentages of training, validation and test documents, such as "98,2,0"; None if the text is
-    not three numbers that sum to 100, of which the first is at least 0.1."""
+    """Parse percentages of training, validation and test documents, such as "98,2,0".
+
+    None if they are not three numbers that sum to 100, with the first at least 0.1.
+    """
     try:
         parts = [float(part) for part in str(split).split(",")]
     except ValueError:
         return None
-    # Each bound is written so that NaN does not meet it.
+    # Each comparison is false for NaN.
     usable = len(parts) == 3 and all(0 <= part <= 100 for part in parts)
     if not (usable and abs(sum(parts) - 100) <= 1e-6 and parts[0] >= 0.1):
         return None
@@ -60,7 +62,7 @@ def percentages_of(split: object) -> tuple[float, float, float] | None:
 
 
 def _mismatch(value: Any, hint: Any) -> str | None:
-    """What was expected, if the value is something else."""
+    """The expected type in words, if the value does not match it; else None."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         expected = [_mismatch(value, argument) for argument in arguments]
@@ -92,7 +94,7 @@ def _is(value: Any, kind: Any) -> bool:
         return is_text(value)
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind  # a boolean is no number, and 512.0 no whole one
+    return type(value) is kind  # a boolean is not a number, and 512.0 is not an integer
 
 
 def _words(hint: Any) -> str:

@@ -1,4 +1,4 @@
-"""Datasets of HDF5 files as memory maps: contiguous datasets are plain bytes at an offset."""
+"""Memory-map datasets in HDF5 files: a contiguous dataset is plain bytes at an offset."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 from retro_mcore.errors import CorruptFileError
 
-#: What h5py raises on a file that is damaged, or that holds something else under a name.
+#: Exceptions that h5py raises for damaged files, or if a name refers to something else.
 _UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
-#: Bytes that a byte of a compressed file may stand for: deflate's utmost.
+#: Maximum expansion of a compressed byte: the limit of deflate.
 _DENSEST = 1032
 _KINDS = {"f": "floating-point numbers", "i": "integers", "u": "integers"}
 _MEND = "Build or restore it again"
@@ -20,27 +20,27 @@ _MEND = "Build or restore it again"
 def map_dataset(
     path: Path, name: str, kind: str | None = None, ndim: int | None = None, columns: int = 0
 ) -> np.ndarray:
-    """The dataset `name` of an HDF5 file, read-only, without copying.
+    """Map the dataset `name` of an HDF5 file, read-only and without copying.
 
-    A dataset that is not contiguous (another writer compressed it) is read whole.
+    A dataset that is not contiguous (compressed by another program) is read into memory.
 
     Args:
         path: The file.
-        name: Of the dataset.
-        kind: "f" for floating-point numbers, "i" for integers, signed or not; None: whatever.
-        ndim: Axes that it must have; None: any.
-        columns: Length of its last axis; 0: any.
+        name: Name of the dataset.
+        kind: "f" for floating-point numbers, "i" for integers, signed or not; None: any.
+        ndim: Required number of axes; None: any.
+        columns: Required length of the last axis; 0: any.
 
     Raises:
-        CorruptFileError: not an HDF5 file, truncated, without that dataset, or one of another type
-            or shape.
+        CorruptFileError: the file is not HDF5 or is truncated, or the dataset is missing or has
+            another type or shape.
     """
     try:
         with h5py.File(path, "r") as file:
             dataset = file[name]
             shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
             _check_type(path, name, shape, dtype, kind, ndim, columns)
-            # Before anything of that size is allocated or mapped.
+            # Checked before anything of that size is allocated or mapped.
             size, needed = path.stat().st_size, dataset.size * dtype.itemsize
             if offset is None and needed <= _DENSEST * size:
                 return dataset[:]
@@ -49,7 +49,7 @@ def map_dataset(
         raise CorruptFileError(path, f"unreadable ({reason})", _MEND) from error
     if offset is None or offset + needed > size:
         raise CorruptFileError(path, f"{size} bytes, too few for {name!r} of shape {shape}", _MEND)
-    # A plain array on the map: slices of numpy's own class cost ten times as much.
+    # A plain array on the map, since slicing np.memmap is ten times as slow.
     return np.asarray(np.memmap(path, dtype, "r", offset, shape))
 
 
@@ -72,7 +72,7 @@ def _check_type(
 
 
 def read_counts(path: Path) -> np.ndarray:
-    """The small dataset "counts" of a file, i64; empty where its writer counted nothing.
+    """Read the small dataset "counts" of a file, i64; empty if the writer counted nothing.
 
     Raises:
         CorruptFileError: the file is unreadable.

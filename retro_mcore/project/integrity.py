@@ -1,7 +1,7 @@
-"""Files compared with the checksums that were written with them, where a long run starts.
+"""Verify files against the checksums written with them, before a long run.
 
-The ranks share the files. Each reads its smallest ones first, as many bytes as take seconds; of the
-others the sizes are compared, and rank 0 says how many these are. `--verify` reads all of them.
+The ranks share the files. Each rank reads its smallest files first, for a few seconds. Only the
+sizes of the others are compared, and rank 0 reports how many. `--verify` reads all files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from retro_mcore.project.space import show_bytes
 
 _LOG = logging.getLogger(__name__)
 
-#: Bytes that a process reads of what one call is given: 4 to 20 seconds of SHA-256.
+#: Bytes that a process reads per call: 4 to 20 seconds of SHA-256.
 QUICK_BYTES = 8 << 30
 
 _everything: ContextVar[bool] = ContextVar("everything", default=False)
 _told: set[str] = set()
 
-#: The command that writes what is in a project's folder.
+#: The command that writes each folder of a project.
 COMMANDS = {
     "data": "preprocess_corpus",
     "tokenizer": "preprocess_corpus",
@@ -39,7 +39,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class SignedFile:
-    """A file, and what it was when it was written: its size in bytes and its SHA-256."""
+    """A file with its size in bytes and its SHA-256 when it was written."""
 
     path: Path
     size: int
@@ -48,7 +48,7 @@ class SignedFile:
 
 @contextmanager
 def verifying(everything: bool) -> Iterator[None]:
-    """Meanwhile files are read whole, whatever their size (`--verify`)."""
+    """Context in which files of any size are read completely (`--verify`)."""
     token = _everything.set(everything or _everything.get())
     try:
         yield
@@ -62,16 +62,16 @@ def verify_files(
     error: type[RetroError] = CorruptFileError,
     everything: bool = False,
 ) -> None:
-    """Refuse a file of which size or bytes differ. All ranks call it, inside `raise_together`.
+    """Reject files whose size or bytes differ. All ranks must call this in `raise_together`.
 
     Args:
         files: The files, the same on every rank.
-        mend: What to do about a file.
-        error: What is raised.
-        everything: Read them all, whatever their size.
+        mend: Returns the hint for a damaged file.
+        error: Type of error to raise.
+        everything: Read all files completely, whatever their size.
 
     Raises:
-        RetroError: of the kind `error`, on the rank whose share holds the file.
+        RetroError: a file differs; of type `error`, on the rank whose share holds the file.
         SeveralErrors: several files are damaged.
     """
     everything = everything or _everything.get()
@@ -90,10 +90,10 @@ def verify_files(
 
 
 def verify_project(paths: ProjectPaths, files: Iterable[Path], everything: bool = False) -> None:
-    """`verify_files` of what stages wrote; files without a completion marker are trusted.
+    """Apply `verify_files` to files written by stages. Files without a marker are trusted.
 
     Raises:
-        CorruptFileError: naming the file and the stage that makes it.
+        CorruptFileError: a file differs. Names the file and the stage that writes it.
     """
     signed = [file for path in files if (file := signed_file(path)) is not None]
 
@@ -106,12 +106,12 @@ def verify_project(paths: ProjectPaths, files: Iterable[Path], everything: bool 
 
 
 def signed_file(path: Path) -> SignedFile | None:
-    """`path` and what its completion marker says; None if it has none."""
+    """`path` with the size and checksum in its completion marker; None if it has no marker."""
     marker = read_marker(path)
     if marker is None:
         return None
     size, sha256 = marker.get("bytes"), marker.get("sha256")
-    # A damaged marker says what no file is.
+    # A damaged marker matches no file.
     return SignedFile(path, size if isinstance(size, int) else -1, str(sha256))
 
 
@@ -134,7 +134,7 @@ def _shares(files: Sequence[SignedFile]) -> list[list[SignedFile]]:
 
 
 def _num_read(share: Sequence[SignedFile], everything: bool) -> int:
-    """How many files of a share, from its first, are read whole."""
+    """Number of files of a share, from the first, that are read completely."""
     read = 0
     for number, file in enumerate(share):
         read += file.size

@@ -1,4 +1,4 @@
-"""One run at a time on a project directory."""
+"""Locks that allow one run at a time on a project directory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from retro_mcore.project.space import refused_write, refused_write_error
 
 
 class NoLocksError(ProjectError):
-    """The file system of a directory does not lock files."""
+    """The file system of a directory does not support locks."""
 
 
-#: Attempts, 50 ms apart, to share the lock.
+#: Number of attempts to share the lock, 50 ms apart.
 _PATIENCE = 20
 
 
@@ -32,24 +32,24 @@ _PATIENCE = 20
 def stage_lock(
     paths: ProjectPaths, stage: str, create: bool = False, job: str | None = None
 ) -> Iterator[None]:
-    """Run a stage while no other run works on the project; all ranks call it.
+    """Run a stage while no other run uses the project. All ranks must call this.
 
-    Rank 0 holds a flock on `PROJECT/.lock` for all of them. The system releases it when the
-    process ends, however it ends, so a killed run never has to be cleaned up after. What a killed
-    run was writing (`atomic_write`'s temporary files) is removed before the body runs. A disk that
-    fills up inside libraries that write by themselves is told as `atomic_write` tells it.
+    Rank 0 holds a flock on `PROJECT/.lock` for all ranks. The system releases it when the process
+    ends for any reason, so a killed run needs no cleanup. Temporary files of `atomic_write` left
+    by a killed run are removed before the body runs. Disk-full errors raised inside other libraries
+    are reported in the same way as in `atomic_write`.
 
-    Jobs of an array (`job`) share the project with one another, but with no other run: they hold
-    the lock together, and each the one of its own name. They leave the temporary files alone.
+    Jobs of an array (`job`) share the project with each other, but with no other run. They hold a
+    shared lock, and each also holds a lock named after itself. They keep the temporary files.
 
     Args:
-        paths: The project. One that does not exist is not locked, unless `create` makes it.
-        stage: Name of the command, for the other run's message.
-        create: Make the directory; removed again if the stage leaves it empty.
-        job: Which part of an array of jobs this is, such as "add-3-of-8".
+        paths: The project. A missing directory is not locked, unless `create` makes it.
+        stage: Name of the command, shown to other runs.
+        create: Create the directory; it is removed again if the stage leaves it empty.
+        job: Name of this job in an array of jobs, such as "add-3-of-8".
 
     Raises:
-        ProjectError: on every rank; another run holds the directory, or the disk is full.
+        ProjectError: another run holds the directory, or the disk is full. Raised on every rank.
     """
     held: list[tuple[Path, int]] = []
     made = False
@@ -85,7 +85,7 @@ def stage_lock(
 
 
 def _release(path: Path, descriptor: int) -> None:
-    """Remove the file, unless others hold it too, and let it go."""
+    """Remove the lock file, unless others hold it too, and release it."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
@@ -93,9 +93,9 @@ def _release(path: Path, descriptor: int) -> None:
 
 
 def _acquire(path: Path, stage: str, shared: bool = False) -> int:
-    """A locked file descriptor of `path`, which holds who we are."""
+    """Lock `path`, write this run's identity into it and return its file descriptor."""
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    # A job that ends holds the lock alone for a moment, to remove the file.
+    # A finishing job briefly holds the lock exclusively, to remove the file.
     patience = _PATIENCE if shared else 0
     while True:
         descriptor = _open(path)
@@ -119,11 +119,11 @@ def _acquire(path: Path, stage: str, shared: bool = False) -> int:
                 f"this file system cannot lock ({error.strerror})",
                 "Put the project on one with flock (NFS: version 4, without local_lock)",
             ) from error
-        # The last holder may have removed the file between our two calls: then ours has no name.
+        # The last holder may have removed the file between our two calls, leaving ours unlinked.
         if _is_named(descriptor, path):
             break
         os.close(descriptor)
-    if os.fstat(descriptor).st_nlink == 1:  # else it is some other file, too, which stays as it is
+    if os.fstat(descriptor).st_nlink == 1:  # else it is another file, which must not change
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
@@ -131,7 +131,7 @@ def _acquire(path: Path, stage: str, shared: bool = False) -> int:
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the lock file, which is made; never of a file that a link leads to."""
+    """Open the lock file, creating it if needed. Links are not followed."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -165,12 +165,12 @@ def _read_holder(descriptor: int) -> str:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
         return f"{owner['stage']}, process {owner['pid']} on {owner['host']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock, and has not written its name yet
+    except (ValueError, KeyError, TypeError):  # it has the lock, but has not written yet
         return "it has just started"
 
 
 def _remove_leftovers(paths: ProjectPaths) -> None:
-    """Temporary files of killed runs, in the directories that stages write to."""
+    """Remove temporary files of killed runs from the directories that stages write to."""
     folders = (paths.data, paths.tokenizer, paths.db, paths.index, paths.query, paths.stages)
     found = [file for folder in folders for file in folder.rglob(TEMPORARY)]
     for file in [*paths.root.glob(TEMPORARY), *found]:
@@ -179,21 +179,21 @@ def _remove_leftovers(paths: ProjectPaths) -> None:
 
 @contextmanager
 def directory_lock(directory: Path, command: str) -> Iterator[bool]:
-    """Keep a directory that is no project, such as a training's --save, to one run; all ranks.
+    """Lock a directory that is not a project, such as --save of a training. On all ranks.
 
-    As `stage_lock`: rank 0 holds it for all, and the system releases it when that process ends,
-    though processes that it forked (readers, writers) may outlive it. Temporary files that a
-    killed run left are removed first. Where the file system cannot lock, the body runs without.
+    As in `stage_lock`, rank 0 holds the lock for all ranks. The system releases it when that
+    process ends, even if processes that it forked (readers, writers) outlive it. Temporary files of
+    a killed run are removed first. Without file system support, the body runs unlocked.
 
     Args:
-        directory: Made if it does not exist.
-        command: For the other run's message.
+        directory: The directory; created if missing.
+        command: Name of the command, shown to other runs.
 
     Yields:
-        Whether the directory is this run's alone.
+        Whether the directory is locked.
 
     Raises:
-        ProjectError: on every rank; another run holds the directory.
+        ProjectError: another run holds the directory. Raised on every rank.
     """
     path, descriptor = directory / ".lock", None
     with raise_together():
@@ -217,7 +217,7 @@ def directory_lock(directory: Path, command: str) -> Iterator[bool]:
             _release(path, descriptor)
 
 
-#: Locks that end with this process, whatever becomes of those that it forked.
+#: Locks that end with this process, even if processes that it forked are still running.
 _kept_from_children: set[int] = set()
 
 

@@ -1,8 +1,8 @@
-"""Completion markers: a file counts as built only while its bytes are those that were written.
+"""Completion markers: a file counts as built only if its bytes are unchanged since writing.
 
-Beside `name` lies `name.done`, a JSON object with its size, checksum and the fingerprint of what
-it was built from. So a truncated, altered or foreign file is found before it is used. The marker is
-written just before the file takes its name: a file of ours is never without one.
+The marker of `name` is `name.done`, a JSON object with the file's size, its checksum and the
+fingerprint of its inputs. It reveals truncated, altered and foreign files before use. The marker is
+written just before the file is renamed into place, so a file of ours always has one.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from retro_mcore.project.space import require_space
 
 
 class FileState(Enum):
-    """What a marker says about its file."""
+    """State of a file according to its marker."""
 
     MISSING = "missing"
     COMPLETE = "complete"
     DAMAGED = "damaged"
 
 
-#: Checksums that this process has computed, by what a change of the file would change.
+#: Checksums computed by this process, keyed by file metadata that changes with the content.
 _computed: dict[tuple, str] = {}
-#: Nanoseconds: a file that was changed later than this before it was read may change again without
-#: another time of change (clocks of file systems tick some hundred times a second).
+#: Minimum age of a cached file, in nanoseconds. A file changed more recently may change again with
+#: the same timestamp, since file system clocks tick only some hundred times a second.
 _SETTLED = 2_000_000_000
 
 
 def checksum(path: Path | str) -> str:
-    """SHA-256 of a file's bytes. A file that has not changed since is not read again."""
+    """SHA-256 of a file's bytes, cached until the file changes."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         status = os.fstat(file.fileno())
@@ -56,13 +56,13 @@ def checksum(path: Path | str) -> str:
 
 
 def fingerprint_of(value: object) -> str:
-    """A short digest of a JSON-able value, independent of the order of keys."""
+    """A short digest of a JSON-serializable value, independent of key order."""
     encoded = json.dumps(value, sort_keys=True, default=str).encode()
     return hashlib.sha256(encoded).hexdigest()[:32]
 
 
 def marker_path(path: Path) -> Path:
-    """Where the marker of `path` lies."""
+    """Path of the marker of `path`."""
     return path.with_name(f"{path.name}.done")
 
 
@@ -82,12 +82,12 @@ def signed_write(path: Path, fingerprint: str = "") -> Iterator[Path]:
 
 
 def adopt(source: Path, target: Path, fingerprint: str) -> bool:
-    """Take over a complete file of another project as one built from `fingerprint`.
+    """Adopt a complete file of another project, marked as built from `fingerprint`.
 
-    A hard link on the same file system, else a copy.
+    Hard-links on the same file system, else copies.
 
     Returns:
-        Whether `target` is complete now; not where `source` is missing or damaged.
+        Whether `target` is complete now; False if `source` is missing or damaged.
     """
     if state_of(target, fingerprint) is FileState.COMPLETE:
         return True
@@ -103,7 +103,7 @@ def adopt(source: Path, target: Path, fingerprint: str) -> bool:
 
 
 def read_marker(path: Path) -> dict | None:
-    """What the marker of `path` holds: nothing if it is damaged; None if there is no marker."""
+    """Read the marker of `path`: empty if damaged, None if there is no marker."""
     try:
         marker = parse_json(marker_path(path).read_bytes())
     except FileNotFoundError:
@@ -116,8 +116,8 @@ def read_marker(path: Path) -> dict | None:
 def state_of(path: Path, fingerprint: str | None = None) -> FileState:
     """Compare `path` with its marker, reading all of its bytes.
 
-    A file without a marker is not ours, and counts as missing. With `fingerprint`, a file built
-    from something else counts as damaged.
+    A file without a marker is not ours, and counts as missing. If `fingerprint` is given, a file
+    built from other inputs counts as damaged.
     """
     marker = read_marker(path)
     if marker is None or not path.is_file():
@@ -130,12 +130,12 @@ def state_of(path: Path, fingerprint: str | None = None) -> FileState:
 
 
 def verify(path: Path, mend: str) -> None:
-    """Refuse a file that is missing or differs from its marker; one without a marker is trusted.
+    """Reject a file that is missing or differs from its marker.
 
-    Directories of other writers have no markers.
+    A file without a marker is trusted, since other programs write none.
 
     Raises:
-        CorruptFileError: with `mend` as the way out.
+        CorruptFileError: the file is missing or differs; `mend` is the hint.
     """
     if not path.is_file():
         raise CorruptFileError(path, "no such file", mend)
@@ -144,10 +144,10 @@ def verify(path: Path, mend: str) -> None:
 
 
 def verify_size(path: Path, mend: str) -> None:
-    """Refuse a file of another size than its marker says: truncated, or half exchanged.
+    """Reject a file whose size differs from its marker: truncated or partly replaced.
 
     Raises:
-        CorruptFileError: with `mend` as the way out.
+        CorruptFileError: the size differs; `mend` is the hint.
     """
     marker, size = read_marker(path), path.stat().st_size
     if marker is not None and marker.get("bytes") != size:
@@ -157,7 +157,7 @@ def verify_size(path: Path, mend: str) -> None:
 
 
 def digest_of(path: Path) -> str:
-    """Checksum of `path`: the marker's where the size agrees, else computed."""
+    """Checksum of `path`: from the marker if the size matches, else computed."""
     marker = read_marker(path)
     if marker and path.stat().st_size == marker.get("bytes") and "sha256" in marker:
         return str(marker["sha256"])

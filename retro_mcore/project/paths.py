@@ -1,12 +1,12 @@
-"""Where everything of a project directory lies (docs/data_formats.md)."""
+"""Paths of the files in a project directory (see docs/data_formats.md)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What the retired pipeline calls an index that is filled from per-shard codes. It names a
-#: directory; readers of either pipeline look for the added index below it.
+#: The retired pipeline's name for an index filled from per-shard codes. It is a directory name:
+#: readers of both pipelines look for the added index below it.
 INDEX_TYPE = "faiss-par-add"
 
 
@@ -25,7 +25,7 @@ class ProjectPaths:
 
     @property
     def config(self) -> Path:
-        """The configuration that Megatron's Retro reads too."""
+        """The configuration, which Megatron's Retro reads too."""
         return self.root / "config.json"
 
     @property
@@ -35,7 +35,7 @@ class ProjectPaths:
 
     @property
     def written_config(self) -> Path:
-        """The one of both that is there, the first by preference."""
+        """The existing one of the two; `config` if both exist."""
         return self.config if self.config.is_file() else self.legacy_config
 
     @property
@@ -65,7 +65,7 @@ class ProjectPaths:
 
     @property
     def dataset_infos(self) -> Path:
-        """Counts of documents and chunks per dataset."""
+        """Numbers of documents and chunks per dataset."""
         return self.db / "indexed_dataset_infos.json"
 
     def individual_db(self, prefix: str) -> Path:
@@ -93,12 +93,12 @@ class ProjectPaths:
 
     @property
     def held_out(self) -> Path:
-        """Embedded queries that recall is measured with."""
+        """Embedded queries used to measure recall."""
         return self.index / "held_out.hdf5"
 
     @property
     def index_choice(self) -> Path:
-        """Which index is built, and why."""
+        """Record of the chosen index and the reason."""
         return self.index / "choice.json"
 
     def index_dir(self, index_string: str) -> Path:
@@ -114,7 +114,7 @@ class ProjectPaths:
         return self.index_dir(index_string) / "added_1.000_1.000.faissindex"
 
     def index_parts(self, index_string: str) -> Path:
-        """Directory of the vectors that were added, a file per range of rows."""
+        """Directory of the added vectors, one file per range of rows."""
         return self.index_dir(index_string) / "parts"
 
     def recall_report(self, index_string: str) -> Path:
@@ -127,30 +127,32 @@ class ProjectPaths:
         return self.root / "query"
 
     def grown(self, name: str) -> Path:
-        """A project inside this one, whose database is this one's and more."""
+        """A project inside this one, whose database extends this one's."""
         return self.root / "updates" / name
 
     @property
     def token_counts(self) -> Path:
-        """In how many chunks of the database each token occurs, for BM25."""
+        """Number of database chunks in which each token occurs, for BM25."""
         return self.query / "token_counts.npy"
 
     @property
     def lock(self) -> Path:
-        """Held by the run that works on the project; absent while none does."""
+        """Lock file of the current run; absent if there is none."""
         return self.root / ".lock"
 
     @property
     def stages(self) -> Path:
-        """What each stage was run with."""
+        """Directory of the stage records."""
         return self.root / "stages"
 
     def stage_record(self, stage: str) -> Path:
-        """What one stage was run with."""
+        """Record of the options and inputs of one stage."""
         return self.stages / f"{stage}.json"
 
     def relative(self, path: Path) -> str:
-        """`path` as it is written in the configuration: relative to the project directory; as it is
-        where it lies elsewhere, as other writers' tokens may."""
+        """`path` as written in the configuration: relative to the project directory.
+
+        Unchanged if it is elsewhere, as tokens of other programs may be.
+        """
         inside = path.is_relative_to(self.root)
         return (path.relative_to(self.root) if inside else path).as_posix()

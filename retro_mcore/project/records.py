@@ -1,4 +1,4 @@
-"""What each stage of a project was run with, so that another configuration is refused by name."""
+"""Records of the options and inputs of each stage, to reject a different configuration by name."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def check_stage(
     inputs: Mapping[str, str],
     output: Path,
 ) -> str:
-    """Compare a stage with how it was run when it finished, if it ever did.
+    """Compare a stage's options and inputs with those of its last finished run, if any.
 
     Args:
         paths: The project.
         stage: Name of the command.
-        options: Flag to value, for each flag that changes what the stage writes.
-        inputs: What it reads, to a digest of the content.
-        output: Its final output; one without a completion marker is another writer's.
+        options: Values by flag, for every flag that changes what the stage writes.
+        inputs: Content digests by input.
+        output: The stage's final output; without a completion marker, another program wrote it.
 
     Returns:
-        A fingerprint of options and inputs, for the completion markers of what the stage writes.
+        Fingerprint of options and inputs, for the completion markers of the stage's files.
 
     Raises:
-        ProjectError: an option or an input differs, or the output is another writer's.
+        ProjectError: an option or input differs, or another program wrote the output.
     """
     record = paths.stage_record(stage)
     if record.is_file():
@@ -54,16 +54,15 @@ def finish_stage(
     inputs: Mapping[str, str],
     report: Mapping[str, Any] | None = None,
 ) -> None:
-    """Record how a stage was run, once it has finished. Rank 0 calls it.
+    """Record how a finished stage was run. Only rank 0 calls this.
 
     Args:
         paths: The project.
         stage: Name of the command.
         options: As given to `check_stage`.
         inputs: As given to `check_stage`.
-        report: What the stage counted: what was read and written, and what was dropped, cut,
-            replaced or repeated on the way (name to number). None keeps the report of the run
-            that made the files.
+        report: Counts by name of what was read, written, dropped, cut, replaced or repeated. None
+            keeps the report of the run that wrote the files.
     """
     record: dict[str, Any] = {"options": dict(options), "inputs": dict(inputs)}
     if report is None:
@@ -74,7 +73,7 @@ def finish_stage(
 
 
 def read_stage_record(path: Path) -> dict[str, dict[str, Any]]:
-    """What a finished stage recorded: `options`, `inputs`, and `report` where it counted.
+    """Read the record of a finished stage: `options`, `inputs`, and `report` if it has counts.
 
     Raises:
         CorruptFileError: the file holds something else.
@@ -92,17 +91,17 @@ def _recorded(paths: ProjectPaths, stage: str, name: str) -> dict[str, Any]:
 
 
 def stage_report(paths: ProjectPaths, stage: str) -> dict[str, Any]:
-    """What a finished stage counted; empty where it has not finished, or counted nothing."""
+    """Counts of a finished stage; empty if it has not finished or counted nothing."""
     return _recorded(paths, stage, "report")
 
 
 def recorded_inputs(paths: ProjectPaths, stage: str) -> dict[str, str]:
-    """The input digests of a finished stage; empty where it has not finished."""
+    """Input digests of a finished stage; empty if it has not finished."""
     return _recorded(paths, stage, "inputs")
 
 
 def recorded_options(paths: ProjectPaths, stage: str) -> dict[str, Any]:
-    """The flags that a finished stage was run with; empty where it has not finished."""
+    """Flags of a finished stage; empty if it has not finished."""
     return _recorded(paths, stage, "options")
 
 
@@ -138,10 +137,10 @@ def _show(value: Any) -> str:
 
 
 def require_stage(paths: ProjectPaths, output: Path, command: str) -> None:
-    """Refuse to go on without a previous stage's output.
+    """Require the output of an earlier stage.
 
     Raises:
-        ProjectError: naming the command that makes it.
+        ProjectError: it is missing. Names the command that writes it.
     """
     if not output.exists():
         raise ProjectError(
@@ -150,5 +149,5 @@ def require_stage(paths: ProjectPaths, output: Path, command: str) -> None:
 
 
 def input_digests(paths: ProjectPaths, files: list[Path]) -> dict[str, str]:
-    """Project-relative name to digest, for `inputs` of `begin_stage`."""
+    """Digests by project-relative name, for `inputs` of `check_stage`."""
     return {paths.relative(path): digest_of(path) for path in files}

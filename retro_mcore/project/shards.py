@@ -1,8 +1,8 @@
-"""Work cut into shards, one file each, shared by any number of ranks.
+"""Work divided into shards, one file each, shared by any number of ranks.
 
-A shard's content depends on its range alone, so the bytes are the same for every world size and
+A shard's content depends only on its range, so the bytes are the same for every world size and
 after every restart. Ranks take the next shard from a counter in torch.distributed's store, so a
-slow rank holds nobody back.
+slow rank does not delay the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _round = itertools.count()
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows [start, end) and the file that holds their result."""
+    """Rows [start, end) and the file with their result."""
 
     start: int
     end: int
@@ -35,7 +35,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a run over shards did, on all ranks together."""
+    """Result of a run over shards, on all ranks together."""
 
     total: int
     reused: int
@@ -43,7 +43,7 @@ class ShardReport:
 
     @property
     def built(self) -> int:
-        """Shards that this run built."""
+        """Number of shards that this run built."""
         return self.total - self.reused
 
     def __str__(self) -> str:
@@ -56,14 +56,13 @@ class ShardReport:
 
 
 def cut(directory: Path, count: int, shard_length: int, growth: Sequence[int] = ()) -> list[Shard]:
-    """Cut rows [0, count) into shards, named as upstream names them: zero-padded `start-end`.
+    """Divide rows [0, count) into shards with upstream's names: zero-padded `start-end`.
 
     Args:
-        directory: Where they lie.
-        count: Rows.
-        shard_length: Rows of a shard; the last one may be shorter.
-        growth: Numbers of rows that there were before; cut there too, so that the shards of that
-            time are among them.
+        directory: Directory of the shards.
+        count: Number of rows.
+        shard_length: Rows per shard; the last one may be shorter.
+        growth: Earlier numbers of rows. Shards also end there, so earlier shards are reused.
     """
     if count <= 0:
         return []
@@ -77,7 +76,7 @@ def cut(directory: Path, count: int, shard_length: int, growth: Sequence[int] = 
 
 
 def choose_shard_length(count: int, longest: int, shards: int = 64, shortest: int = 64) -> int:
-    """Rows per shard: enough shards to share among ranks, each neither tiny nor over `longest`."""
+    """Choose rows per shard: enough shards for all ranks, none tiny or longer than `longest`."""
     return min(longest, max(shortest, -(-count // shards)))
 
 
@@ -90,20 +89,20 @@ def run_shards(
     beside: Callable[[Shard], Path] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> ShardReport:
-    """Build the shards that are not there yet, on all ranks of `group`; ends with a barrier.
+    """Build the missing shards on all ranks of `group`. Ends with a barrier.
 
     Args:
         shards: All shards of the stage.
-        build: Writes a shard's file at the temporary path that it is given.
-        fingerprint: What the shards are built from; a file of another one is built anew.
-        description: Label of the progress.
-        row_bytes: Bytes that a row takes on the disk, where that is known beforehand.
-        beside: Another file that `build` writes itself (signed); a shard is there if both are.
-        group: Default: the world.
+        build: Writes a shard's file at the given temporary path.
+        fingerprint: Fingerprint of the inputs; files with another fingerprint are rebuilt.
+        description: Label of the progress bar.
+        row_bytes: Bytes per row on disk, if known in advance.
+        beside: A second (signed) file that `build` writes; a shard is complete only with both.
+        group: Process group; default: the world.
 
     Raises:
-        ProjectError: the shards that are missing would not fit on the disk; nothing is written.
-        RetroError: on all ranks, whichever rank met it.
+        ProjectError: the missing shards would not fit on the disk; nothing is written.
+        RetroError: any rank failed; raised on all ranks.
     """
     missing, report = missing_shards(shards, fingerprint, description, row_bytes, beside, group)
     with raise_together(group):
@@ -129,10 +128,10 @@ def missing_shards(
     beside: Callable[[Shard], Path] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[list[Shard], ShardReport]:
-    """Which shards are still to be built, and the report once they are; see `run_shards`.
+    """Shards still to build, and the report for when they are built; see `run_shards`.
 
     Raises:
-        ProjectError: they would not fit on the disk.
+        ProjectError: the shards would not fit on the disk.
     """
     states = states_of(shards, fingerprint, beside, group)
     found = list(zip(shards, states, strict=True))
@@ -153,7 +152,7 @@ def states_of(
     beside: Callable[[Shard], Path] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[FileState]:
-    """Compare shards with their markers, shared among all ranks of `group`; see `run_shards`."""
+    """Compare shards with their markers, divided among the ranks of `group`; see `run_shards`."""
     states: list[FileState] = [FileState.MISSING] * len(shards)
     rank, world = get_rank(group), get_world_size(group)
     with raise_together(group):
@@ -168,10 +167,10 @@ def require_shards(
     mend: str,
     beside: Callable[[Shard], Path] | None = None,
 ) -> None:
-    """Refuse to go on without shards of an earlier step; all ranks call it.
+    """Require the shards of an earlier step. All ranks must call this.
 
     Raises:
-        ProjectError: naming the first that is missing or damaged, with `mend` as the way out.
+        ProjectError: a shard is missing or damaged. Names the first one; `mend` is the hint.
     """
     states = states_of(shards, fingerprint, beside)
     for shard, state in zip(shards, states, strict=True):
@@ -181,7 +180,7 @@ def require_shards(
 
 @dataclass(frozen=True)
 class Share:
-    """What one of several jobs does of a step, by "I/N": the I-th of N, from 1.
+    """One job's share of a step, written "I/N": the I-th of N, counted from 1.
 
     Attributes:
         index: I - 1.
@@ -229,12 +228,11 @@ def _gather_states(
 
 
 def _take_turns(count: int, group: dist.ProcessGroup | None) -> Iterator[int]:
-    """Numbers below `count`, each given to one rank; whoever is free takes the next."""
+    """Numbers below `count`, each assigned to one rank: a free rank takes the next."""
     if get_world_size(group) == 1:
         yield from range(count)
         return
-    # The store is shared by all collectives of this kind, so each round counts under its own key.
-    # Ranks run the same sequence of rounds.
+    # All calls share the store, so each round has its own counter. Ranks run the same rounds.
     key = f"retro_mcore/shards/{next(_round)}"
     store = dist.distributed_c10d._get_default_store()
     while (index := store.add(key, 1) - 1) < count:

@@ -1,4 +1,4 @@
-"""Writes that the system refuses, told as what they are: what was needed, what is left."""
+"""Errors for writes that the system refuses, with the space needed and the space left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retro_mcore.errors import ProjectError, RetroError
 
-#: Faiss, HDF5 and SentencePiece carry the system's message in exceptions without a number.
+#: Faiss, HDF5 and SentencePiece raise exceptions with the system's message but without errno.
 _REFUSALS = {
     number: os.strerror(number)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
@@ -20,7 +20,7 @@ _MEND = f"Free space or enlarge the quota, {_KEPT}"
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that a new file at `path` could take."""
+    """Number of bytes available to a new file at `path`."""
     return shutil.disk_usage(_existing(path)).free
 
 
@@ -32,7 +32,7 @@ def _existing(path: Path) -> Path:
 
 
 def free_files(path: Path) -> int | None:
-    """Files that could be made at `path`; None where the file system has no limit of its own."""
+    """Number of files that can be created at `path`; None if the file system has no limit."""
     if not hasattr(os, "statvfs"):
         return None
     found = os.statvfs(_existing(path))
@@ -40,16 +40,16 @@ def free_files(path: Path) -> int | None:
 
 
 def require_space(path: Path, needed: int, what: str, files: int = 1) -> None:
-    """Refuse to begin what will not fit.
+    """Check that the disk has enough space before work begins.
 
     Args:
-        path: A file or directory on the disk in question; need not exist.
-        needed: Bytes that are still to be written.
-        what: What takes them, for the message.
-        files: Files that are still to be made.
+        path: A file or directory on that disk; need not exist.
+        needed: Bytes still to be written.
+        what: What needs the space, for the message.
+        files: Number of files still to be created.
 
     Raises:
-        ProjectError: fewer are free.
+        ProjectError: there is less space, or fewer files can be created.
     """
     free = free_bytes(path)
     if free < needed:
@@ -62,9 +62,9 @@ def require_space(path: Path, needed: int, what: str, files: int = 1) -> None:
 
 
 def refused_write(error: BaseException) -> int | None:
-    """The number (errno) by which the system refused a write, whichever library reports it.
+    """The errno of a write that the system refused, whichever library reports it.
 
-    None where the error is something else.
+    None if the error has another cause.
     """
     if isinstance(error, RetroError):
         return None
@@ -76,12 +76,12 @@ def refused_write(error: BaseException) -> int | None:
 
 
 def refused_write_error(path: Path, error: BaseException, written: int = 0) -> ProjectError:
-    """What to tell of a write to `path` that the system refused.
+    """The error to raise for a write to `path` that the system refused.
 
     Args:
         path: The file.
-        error: Of which `refused_write` knows the number.
-        written: Bytes that were written before, and are free again.
+        error: An error for which `refused_write` returns a number.
+        written: Bytes that were written before the error and are free again.
     """
     number = refused_write(error)
     if number in (errno.EACCES, errno.EPERM):
@@ -119,7 +119,7 @@ def _no_inodes(path: Path, found: str) -> ProjectError:
 
 
 def show_bytes(count: float) -> str:
-    """`count` in a unit that leaves one to three digits before the point."""
+    """`count` in a unit with one to three digits before the decimal point."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Comparing all files of a project with their checksums."""
+"""Verify all files of a project against their checksums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MARKER = ".done"
 
 
 def verify_whole_project(directory: str | Path) -> int:
-    """Compare a project's files, and return how many there are.
+    """Verify a project's files and return their number.
 
     Raises:
         RetroError: files are damaged or missing; all of them are named.
@@ -45,10 +45,10 @@ def _refuse(error: OSError) -> None:
 
 
 def _is_lost(path: Path) -> bool:
-    """Whether a missing file was made by a stage that finished.
+    """Whether a missing file was written by a finished stage.
 
-    A killed stage also leaves markers without files: they are written just before their files take
-    their names. Sample indexes are made again.
+    A killed stage also leaves markers without files, since a marker is written just before its
+    file is renamed into place. Missing sample indexes are not lost, since they are rebuilt.
     """
     for root in path.parents:
         paths = ProjectPaths(root)

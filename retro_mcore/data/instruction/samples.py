@@ -108,13 +108,13 @@ def encoder_passages(example: InstructionExample, how: InstructionFormat) -> tup
 
 @dataclass(frozen=True)
 class FittedExample:
-    """An example's words and tokens, cut to fit S.
+    """Text and tokens of an example, cut to fit S.
 
     Attributes:
-        example: Without the oldest turns that do not fit.
+        example: The example without the oldest turns that do not fit.
         prompt: The whole prompt, uncut.
         prompt_tokens: The part of it that fits, without the beginning of every example.
-        context_length: Tokens of the prompt's passages that stand in it.
+        context_length: Number of passage tokens in `prompt_tokens`.
         parts: Tokens after the prompt, and whether they are learned; `_join` cuts it at the end.
     """
 
@@ -240,20 +240,20 @@ def _join(
 
 
 class InstructionDataset(Dataset):
-    """A blend of datasets, one example a row, or several packed into one.
+    """A blend of datasets, with one example per row, or several packed into a row.
 
-    Which examples make up row i depends on the arguments alone, so that a position in the data is a
-    number, for any number of workers and ranks. Each dataset is read in an order of its own for
-    every epoch; the blend follows the weights as Megatron's blended datasets do.
+    The content of row i depends only on the arguments, so a position in the data is one number for
+    any number of workers and ranks. Each dataset is shuffled anew in every epoch. Datasets are
+    interleaved by weight, as in Megatron's blended datasets.
 
     Args:
         datasets: Examples of each dataset.
-        weights: How often each is read, relative to the others.
-        num_samples: Rows.
-        how: Words, lengths, passages.
-        tokenizer: The model's.
-        seed: Seed of the orders.
-        pack: Put as many examples into a row as fit; none of them sees another.
+        weights: Sampling weight of each dataset, relative to the others.
+        num_samples: Number of rows.
+        how: Prompt wording, lengths and passages.
+        tokenizer: The model's tokenizer.
+        seed: Seed of the shuffling.
+        pack: Pack as many examples into a row as fit; they do not attend to each other.
 
     Raises:
         CorpusError: a dataset is empty, or an example has no answer.
@@ -328,7 +328,7 @@ class InstructionDataset(Dataset):
         return examples[int(_permutation(self._seed, dataset, epoch, len(examples))[place])]
 
     def _pack(self) -> np.ndarray:
-        """The place in the blend where each row begins, i64 [rows + 1]: next fit, in its order."""
+        """Start of each row in the blend, i64 [rows + 1], by next-fit packing in blend order."""
         starts, used, place = [0], 0, 0
         while len(starts) <= self._num_samples:
             if place == len(self._blend[0]):
@@ -352,7 +352,7 @@ def _permutation(seed: int, dataset: int, epoch: int, size: int) -> np.ndarray:
 
 
 def blended_order(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The dataset i16 [n] of each place of a blend, and the sample of it i64 [n].
+    """Dataset i16 [n] and sample of that dataset i64 [n] at each position of a blend.
 
     Raises:
         ConfigurationError: a weight is not positive.
