@@ -173,7 +173,7 @@ class Shell:
         """Stop the server as its user does."""
         if self.server is not None:
             self.server.process.send_signal(signal.SIGINT)
-            assert self.server.process.wait(60) == 0
+            assert self.server.process.wait(120) == 0
         self.servers.close()
 
     def sbatch(self, line: str, words: list[str]) -> None:
