@@ -1,9 +1,9 @@
-"""Sample indexes kept in a project's data/cache, so that they are built once.
+"""Cache of sample indexes in a project's data/cache.
 
-They are named after what they are made from (the lengths of the documents and the settings), not
-after where the project lies: a project that was moved, copied or linked to finds its own, and one
-whose tokens were exchanged does not take the old ones. Each file has a completion marker. Where
-they cannot be kept, they are held in memory.
+Cache names depend on the inputs (document lengths and settings), not on the project's location. So
+a project that was moved, copied or linked finds its cache, and one whose tokens were replaced does
+not use a stale one. Each file has a completion marker. If the cache cannot be written, the indexes
+stay in memory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Arrays = tuple[np.ndarray, ...]
 
 
 class IndexCache:
-    """Arrays on disk, by name. Rank 0 writes them, and the others read them after it.
+    """Arrays on disk, by name. Rank 0 writes them before the other ranks read them.
 
     Args:
-        directory: Where they are kept; need not exist.
-        digests: Path of a dataset, without suffix, to a digest of its .idx.
+        directory: The cache directory; need not exist.
+        digests: Digest of each dataset's .idx, by dataset path without suffix.
 
     Attributes:
-        notes: What there is to say of it: damaged files, or a directory that cannot be written.
+        notes: Messages to report: damaged files, or a directory that cannot be written.
     """
 
     def __init__(self, directory: Path, digests: dict[str, str]) -> None:
@@ -38,12 +38,12 @@ class IndexCache:
         self.notes: list[str] = []
 
     def arrays(self, name: str, parts: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
-        """The arrays of `name`: memory-mapped if they are kept, or could be; else in memory.
+        """The arrays of `name`: memory-mapped if they are or can be cached, else in memory.
 
         Args:
-            name: Of everything that they depend on.
-            parts: A name for each.
-            build: Makes them.
+            name: Cache name, which covers everything the arrays depend on.
+            parts: Name of each array.
+            build: Builds the arrays.
         """
         paths = [self._directory / f"{name}-{part}.npy" for part in parts]
         if self._all_whole(paths):
@@ -60,23 +60,23 @@ class IndexCache:
             self._note(
                 f"sample indexes are not kept in {self._directory} ({reason}), but in memory"
             )
-            for path in paths:  # a damaged one would be read by the other ranks
+            for path in paths:  # the other ranks would read a damaged one
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
             return built
         return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
 
     def _all_whole(self, paths: Sequence[Path]) -> bool:
-        # What rank 0 finds damaged it writes again before the others look, if it can.
+        # If possible, rank 0 rewrites damaged files before the others check them.
         thoroughly = get_rank() == 0 or not os.access(self._directory, os.W_OK)
         try:
             states = [state_of(path) if thoroughly else _quick_state_of(path) for path in paths]
-        except OSError:  # no right to read them, or no directory
+        except OSError:  # no permission to read, or no directory
             return False
         if FileState.DAMAGED in states and get_rank() == 0:
             self._note(f"damaged sample indexes in {self._directory} are built again")
             for path in paths:
-                with suppress(OSError):  # without markers nobody takes them, written again or not
+                with suppress(OSError):  # files without markers are ignored
                     marker_path(path).unlink(missing_ok=True)
         return all(state is FileState.COMPLETE for state in states)
 

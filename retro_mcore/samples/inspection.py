@@ -1,4 +1,4 @@
-"""Samples and their neighbors, as a person reads them: as text, with distances and overlaps."""
+"""Human-readable samples and neighbors: decoded text with distances and token overlaps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class NeighborMeasures:
     Attributes:
         distances: f32 [n]; empty if no distances were saved.
         overlaps: f64 [n]: longest common token substring of chunk and neighbor, over M.
-        missing: Share of the neighbors that do not exist.
+        missing: Fraction of neighbors that do not exist.
     """
 
     distances: np.ndarray
@@ -50,8 +50,8 @@ class SampleInspector:
         project_dir: A project, after query_neighbors.
         split: The split.
         num_neighbors: Neighbors per chunk.
-        num_retrieved_chunks: Chunks per neighbor, itself included.
-        shortest_shared_run: Fewest tokens in a row that are marked as shared.
+        num_retrieved_chunks: Chunks per neighbor, including the neighbor itself.
+        shortest_shared_run: Minimum number of consecutive tokens marked as shared.
 
     Attributes:
         config: The project's configuration.
@@ -92,8 +92,8 @@ class SampleInspector:
         """Measure the neighbors of random chunks.
 
         Args:
-            num_chunks: Number of chunks; at most all.
-            seed: Seed of the choice.
+            num_chunks: Number of chunks to draw; at most all are used.
+            seed: Seed of the random choice.
         """
         total = len(self.dataset.neighbors)
         generator = np.random.default_rng(seed)
@@ -134,7 +134,7 @@ class SampleInspector:
         return tokens[chunk * self._length : (chunk + 1) * self._length]
 
     def show(self, number: int) -> SampleView:
-        """Show one sample with everything that was retrieved for it."""
+        """Show one sample with everything retrieved for it."""
         text, dataset_id, documents = self.dataset.samples.read(number)
         names = ", ".join(
             self._sample_names.id_of(dataset_id, int(document)) or str(document)
@@ -185,7 +185,7 @@ class SampleInspector:
     def _show_retrieved(
         self, chunk_id: int, tokens: np.ndarray, marked: np.ndarray
     ) -> list[Piece] | None:
-        """The text of a retrieved chunk; also marks the tokens that a sample's chunk shares.
+        """Text of a retrieved chunk. Also marks the tokens that the sample's chunk shares with it.
 
         Returns None for NO_NEIGHBOR: the document ends before this chunk.
         """
@@ -212,7 +212,7 @@ class SampleInspector:
 
 
 def _open_distances(paths: ProjectPaths, dataset: RetroDataset) -> SavedDistances | None:
-    """The distances of the saved neighbors; None for another writer's, who saves none."""
+    """Distances of the saved neighbors; None if another program wrote them without distances."""
     directory = dataset.neighbors.directory
     verify_project(paths, sorted(directory.glob("distances/*.hdf5")))
     if not (directory / "distances").is_dir():
@@ -221,15 +221,16 @@ def _open_distances(paths: ProjectPaths, dataset: RetroDataset) -> SavedDistance
 
 
 def split_text(tokenizer: Tokenizer, tokens: np.ndarray, marked: np.ndarray) -> list[Piece]:
-    """The text of `tokens`, cut where `marked` changes.
+    """Text of `tokens`, split where `marked` changes.
 
-    The pieces join to the text of all tokens. Some tokenizers drop a text's leading space, so
-    pieces are not decoded alone: the cuts are placed by the lengths of the texts up to them.
+    The pieces join to the text of all tokens. They are not decoded separately, since some
+    tokenizers drop a leading space. Instead, each cut is placed at the length of the text before
+    it.
     """
     ids = [int(token) for token in tokens]
     cuts = [0, *(np.flatnonzero(np.diff(marked)) + 1).tolist(), len(ids)]
     *heads, whole = tokenizer.detokenize_batch([ids[:cut] for cut in cuts[1:]])
-    # A character of several tokens may be cut in two: then its piece begins at the next whole one.
+    # A cut inside a character of several tokens moves to the next complete character.
     bounds = [0, *(_common_length(head, whole) for head in heads), len(whole)]
     return [
         (whole[start:end], bool(marked[cut]))
@@ -239,6 +240,6 @@ def split_text(tokenizer: Tokenizer, tokens: np.ndarray, marked: np.ndarray) -> 
 
 
 def _common_length(head: str, whole: str) -> int:
-    """Length of the longest common beginning, in characters."""
+    """Length of the longest common prefix, in characters."""
     pairs = zip(head, whole, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(head), len(whole)))

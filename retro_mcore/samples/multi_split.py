@@ -1,7 +1,6 @@
-"""Megatron's GPT dataset under the name and with the attributes that the retired Retro used.
+"""Megatron's GPT dataset with the class name and attributes of the retired Retro.
 
-Class names and attributes are hashed into the names of the neighbor directories. Importing this
-module imports megatron.
+Both are hashed into the names of the neighbor directories. Importing this module imports megatron.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ _PARTS = ("document_index", "sample_index", "shuffle_index")
 
 @dataclass
 class MultiSplitGPTDatasetConfig(GPTDatasetConfig):
-    """GPTDatasetConfig with the split that the project was preprocessed with.
+    """GPTDatasetConfig that also holds the split used in preprocessing.
 
     Attributes:
-        split_preprocessing: That split.
-        index_cache: Where sample indexes are kept; megatron's own caching is off.
+        split_preprocessing: The split used in preprocessing.
+        index_cache: Cache of sample indexes; megatron's own caching is disabled.
     """
 
     split_preprocessing: str | None = None
@@ -33,7 +32,7 @@ class MultiSplitGPTDatasetConfig(GPTDatasetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # None would be a directory beside the tokens, named after their path.
+        # None would create a directory beside the tokens, named after their path.
         self.path_to_cache = ""
 
 
@@ -57,7 +56,7 @@ class MultiSplitGPTDataset(GPTDataset):
         return cache.arrays(self._cache_name(cache), _PARTS, build)
 
     def _cache_name(self, cache: IndexCache) -> str:
-        """A name of all that the indexes depend on, which is not where the project lies."""
+        """Cache name of everything the indexes depend on, excluding the project's location."""
         described = dict(self.unique_identifiers)
         del described["tokenizer"]  # it names its files
         described["dataset_path"] = cache.digests[self.dataset_path]

@@ -1,10 +1,10 @@
-"""Whether saved neighbors are those of the samples: searched for the same settings and tokens.
+"""Check that saved neighbors belong to the samples: same settings and same tokens.
 
-Row i of the neighbors belongs to chunk i of the samples, in their order. Another seed, split, blend
-or corpus orders other samples, whose number may be the same. What the neighbors were searched for
-is known from the record of query_neighbors, or from the description that Megatron keeps with its
-sample indexes; where there is neither (another writer's directory, moved without its cache), from
-the name of the directory, and from the rule that no sample's neighbor is of its own documents.
+Row i of the neighbors belongs to chunk i of the samples. A different seed, split, blend or corpus
+gives different samples, possibly the same number of them. The search's settings are read from the
+record of query_neighbors, or from the description that Megatron saves with its sample indexes.
+Another program's directory that was moved without its cache has neither. Then the name of the
+directory is checked, and that no neighbor comes from the sample's own documents.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
 from retro_mcore.samples.neighbor_noise import from_documents
 from retro_mcore.samples.project_samples import GPTSamples
 
-#: `train_<md5>`, and behind it the digest of another database.
+#: `train_<md5>`, followed by the digest of another database, if one is used.
 _NAME = re.compile(r"(?P<split>train|valid|test)_(?P<hash>[0-9a-f]{32})(?P<tag>_[0-9a-f]{8})?")
 
 #: Samples whose documents are compared with those of their neighbors.
 _SAMPLES_TO_COMPARE = 256
 
-# The settings that decide which samples there are and in which order, and those that decide how
-# many.
+# Settings that determine the samples and their order, and settings that determine their number.
 _ORDER = (
     "retro_gpt_seed",
     "retro_gpt_split",
@@ -55,15 +54,14 @@ _NUMBER = (
 
 
 def check_neighbor_settings(paths: ProjectPaths, config: ProjectConfig) -> None:
-    """Refuse neighbors of another split, and those that our search found for other settings or
+    """Reject neighbors of another split, and neighbors that our search found for other settings or
     tokens.
 
-    Nothing else of the project need be open: what was changed after the search is told first, not
-    what follows from it.
+    Runs before anything else is opened, so the changed setting is reported rather than its effects.
 
     Raises:
-        ProjectError: naming the setting or file of the samples that was another one.
-        SeveralErrors: more than one was.
+        ProjectError: a setting or file of the samples differs. Names it.
+        SeveralErrors: more than one differs.
     """
     raise_problems(list(_of_other_splits(paths, config)))
     for split in SPLITS:
@@ -74,7 +72,7 @@ def check_neighbor_settings(paths: ProjectPaths, config: ProjectConfig) -> None:
 
 
 def _of_other_splits(paths: ProjectPaths, config: ProjectConfig) -> Iterator[RetroError]:
-    """Two splits may have samples of one number, and a directory's name says whose it is."""
+    """Problems of directories that belong to another split, according to their names."""
     seen: dict[str, Split] = {}
     for split in SPLITS:
         if not (directory := config.neighbor_dir(split)):
@@ -92,13 +90,13 @@ def _of_other_splits(paths: ProjectPaths, config: ProjectConfig) -> Iterator[Ret
 def open_neighbors(
     paths: ProjectPaths, config: ProjectConfig, split: Split, num_chunks: int | None = None
 ) -> SavedNeighbors:
-    """The neighbors that config.json names for a split, as many as its samples have chunks.
+    """Open the neighbors that config.json names for a split, one row per chunk of its samples.
 
     Args:
         paths: The project.
         config: Its configuration.
         split: One with neighbors.
-        num_chunks: Chunks of the database that they were found in; None: not looked at.
+        num_chunks: Number of chunks in the database that was searched; None: not checked.
 
     Raises:
         CorruptFileError: neighbors of some samples are missing.
@@ -121,18 +119,18 @@ def check_neighbors(
     neighbors: SavedNeighbors,
     database: ChunkDatabase,
 ) -> None:
-    """Refuse another writer's neighbors that were searched for other samples.
+    """Reject neighbors that another program searched for other samples.
 
     Args:
         paths: The project.
-        config: Its configuration, by which the samples were built.
+        config: The configuration that the samples were built with.
         samples: A split's samples.
         neighbors: From `open_neighbors`.
-        database: Where they were found.
+        database: The database that was searched.
 
     Raises:
-        ProjectError: naming what differs.
-        SeveralErrors: more than one does.
+        ProjectError: something differs. Names it.
+        SeveralErrors: several things differ.
     """
     name = _NAME.fullmatch(neighbors.directory.name)
     if _record(paths, neighbors.directory.name) is not None:
@@ -147,7 +145,7 @@ def check_neighbors(
 
 
 def _record(paths: ProjectPaths, directory: str) -> dict[str, Any] | None:
-    """What our search was run with, if it was ours."""
+    """The record of the search; None if another program ran it."""
     record = paths.stage_record(_stage(directory))
     return read_json_object(record) if record.is_file() else None
 
@@ -160,7 +158,7 @@ def _stage(directory: str) -> str:
 def _of_another_search(
     paths: ProjectPaths, directory: str, record: Mapping[str, Any]
 ) -> Iterator[RetroError]:
-    """Files that were copied from another project, with their markers, look whole."""
+    """Problems of files copied from another project with their markers, which look complete."""
     what = {"stage": _stage(directory), **{key: record.get(key) for key in ("options", "inputs")}}
     for file in sorted((paths.query / directory).glob("*.hdf5")):
         marker = read_marker(file)
@@ -187,7 +185,7 @@ def _differences_from_record(
             f"{', '.join(_NUMBER)} ask for {config.num_samples(split)} {split} samples",
             f"{then.num_samples(split)}",
         )
-    # One rank reads them; the others hear of it.
+    # One rank reads them and sends the result to the others.
     if get_rank() == 0:
         yield from _of_another_search(paths, str(config.neighbor_dir(split)), record)
     for prefix in config.blend[1] if get_rank() == 0 else ():
@@ -201,9 +199,9 @@ def _is_another(file: Path, searched: object) -> bool:
     if searched is None or not file.is_file():
         return False
     marker = read_marker(file)
-    if marker is not None:  # whether it is right is seen when the file is opened
+    if marker is not None:  # whether it is valid is checked when the file is opened
         return "sha256" in marker and marker["sha256"] != searched
-    # Another writer leaves no checksums of tokens, and they are not read for this.
+    # Other programs record no checksums of tokens, and the tokens are not read to compute them.
     return file.suffix == ".idx" and checksum(file) != searched
 
 
@@ -221,7 +219,7 @@ def _differences_from_description(
 
 
 def _outline(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What the samples follow from, without where the project lay and how things are written."""
+    """The settings that determine the samples, normalized and without the project's location."""
     datasets = [_mapping(dataset) for dataset in description.get("datasets", ())]
     keys = ("num_samples", "random_seed", "sequence_length", "split_matrix")
     return {
@@ -240,7 +238,7 @@ def _other_samples(subject: Path, now: str, then: object) -> ProjectError:
 
 
 def _meaning(key: str, value: Any) -> object:
-    """A setting's value, however it is written."""
+    """A setting's value, independent of its notation."""
     try:
         if key == "retro_gpt_split":
             return parse_split(str(value))
@@ -255,7 +253,7 @@ def _meaning(key: str, value: Any) -> object:
 
 
 def _description(paths: ProjectPaths, digest: str) -> dict[str, Any] | None:
-    """What Megatron wrote of the samples whose hash is `digest`, if it is still there."""
+    """Megatron's description of the samples with hash `digest`, if it still exists."""
     for file in sorted(paths.data.rglob(f"{digest}-BlendedDataset-*description.txt")):
         try:
             description = json.loads(file.read_text(encoding="utf-8"))

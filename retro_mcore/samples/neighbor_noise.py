@@ -1,8 +1,8 @@
-"""Neighbors left out, replaced or blurred at random in training, so that a model keeps its footing
-where retrieval finds little.
+"""Random changes to neighbors in training, which make a model robust to poor retrieval.
 
-What happens to a sample follows from the seed and the sample's number alone: every rank, any number
-of workers, and a resumed run see the same.
+Neighbors are dropped or replaced, and their tokens are replaced. The changes depend only on the
+seed and the sample's number, so they are the same on every rank, for any number of workers, and in
+a resumed run.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from retro_mcore.retrieval.filtering import from_documents
 
 @dataclass(frozen=True)
 class NeighborNoise:
-    """Probabilities of each change.
+    """Probabilities of the changes.
 
     Attributes:
-        seed: The project's.
-        drop_chunks: Of a chunk to lose all of its neighbors.
-        drop_neighbors: Of a neighbor to be left out.
-        replace_neighbors: Of a neighbor to become a random chunk of the database (left as it is
-            where the draw falls on the sample's own documents).
-        replace_tokens: Of a retrieved token to become another one of the sample's retrieved tokens.
+        seed: The project's seed.
+        drop_chunks: Probability that a chunk loses all its neighbors.
+        drop_neighbors: Probability that a neighbor is dropped.
+        replace_neighbors: Probability that a neighbor is replaced by a random chunk of the
+            database. It is kept if the random chunk is from the sample's own documents.
+        replace_tokens: Probability that a retrieved token is replaced by another retrieved token
+            of the sample.
     """
 
     seed: int
@@ -41,20 +42,20 @@ class NeighborNoise:
     def disturb_neighbors(
         self, index: int, ids: np.ndarray, database: ChunkDatabase, dataset: int, own: np.ndarray
     ) -> np.ndarray:
-        """A sample's neighbors, some of them left out or replaced.
+        """Drop or replace some of a sample's neighbors.
 
         Args:
             index: The sample's number.
             ids: i64 [L, K], NO_NEIGHBOR where there is none.
-            database: Where replacements come from.
+            database: Source of replacements.
             dataset: The sample's dataset.
-            own: The documents that the sample is cut from.
+            own: Documents that the sample is made from.
 
         Returns:
             i64 [L, K].
         """
         generator = self._generator(index, 0)
-        # Everything is drawn, whatever the probabilities: one of them does not move another's.
+        # All numbers are always drawn, so changing one probability does not affect the other draws.
         whole_chunks = generator.random((len(ids), 1)) < self.drop_chunks
         dropped = generator.random(ids.shape) < self.drop_neighbors
         replaced = generator.random(ids.shape) < self.replace_neighbors
@@ -63,12 +64,12 @@ class NeighborNoise:
         return np.where(whole_chunks | dropped, NO_NEIGHBOR, np.where(replaced, others, ids))
 
     def disturb_tokens(self, index: int, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """A sample's retrieved tokens, some of them exchanged for others of them.
+        """Replace some of a sample's retrieved tokens with others of its retrieved tokens.
 
         Args:
             index: The sample's number.
             tokens: i64, any shape.
-            mask: bool, the same shape, True where padded or missing; those stay.
+            mask: bool, the same shape, True where padded or missing; these are unchanged.
         """
         there = tokens[~mask]
         if self.replace_tokens == 0.0 or not len(there):

@@ -1,7 +1,7 @@
-"""How often the samples of a split pass over its documents.
+"""Count how often the samples of a split pass over its documents.
 
-Samples are cut from the documents of their split laid end to end, as many times over as it takes.
-A split of few documents is therefore repeated without a word, even inside one sample.
+Samples are cut from the concatenated documents of their split, which are repeated as often as
+needed. A split with few documents is therefore repeated silently, even within one sample.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class SplitPasses:
     Attributes:
         name: The split.
         datasets: Names of the datasets.
-        documents: Documents of each dataset.
-        tokens: Their tokens.
-        weights: Share of each dataset in the samples; those without documents have none.
-        samples: Samples that training or evaluation asks for; 0 without documents.
-        samples_at_once: Samples of one evaluation; of the training split, all.
+        documents: Number of documents of each dataset.
+        tokens: Number of tokens of each dataset.
+        weights: Share of each dataset in the samples; 0 for datasets without documents.
+        samples: Number of samples that training or evaluation requests; 0 without documents.
+        samples_at_once: Number of samples in one evaluation; all samples for the training split.
         sample_length: S.
     """
 
@@ -43,12 +43,12 @@ class SplitPasses:
 
     @property
     def passes(self) -> float:
-        """How often all samples together pass over the split (0 without samples)."""
+        """Number of passes of all samples over the split (0 without samples)."""
         return self.samples * self.sample_length / max(sum(self.tokens), 1)
 
     @property
     def passes_by_dataset(self) -> dict[str, float]:
-        """How often its samples pass over each dataset that has documents in the split."""
+        """Number of passes over each dataset that has documents in the split."""
         return {
             name: share * self.samples * self.sample_length / tokens
             for name, share, tokens in zip(self.datasets, self.weights, self.tokens, strict=True)
@@ -57,13 +57,13 @@ class SplitPasses:
 
     @property
     def most_passes_at_once(self) -> float:
-        """How often one evaluation passes over the dataset that it repeats most."""
+        """Number of passes of one evaluation over the dataset that it repeats most."""
         at_once = self.samples_at_once / max(self.samples, 1)
         return at_once * max(self.passes_by_dataset.values(), default=0.0)
 
     @property
     def unread(self) -> list[str]:
-        """Datasets whose weight is too small for a single sample."""
+        """Names of datasets whose weight is too small for a single sample."""
         if not self.samples:
             return []
         shares = zip(self.datasets, self.weights, self.tokens, strict=True)
@@ -71,7 +71,7 @@ class SplitPasses:
 
     @property
     def most_repeated_in_a_sample(self) -> float:
-        """Sample length over the tokens of the smallest dataset: above 1, a sample repeats it."""
+        """Sample length over the tokens of the smallest dataset; above 1, samples repeat it."""
         return max((self.sample_length / tokens for tokens in self.tokens if tokens), default=0.0)
 
     @property
@@ -84,7 +84,7 @@ class SplitPasses:
 
     @property
     def warning(self) -> str:
-        """What no sample reads, or is repeated in one sample or one evaluation; else empty."""
+        """Warning about datasets that are never read, or repeated in a sample or an evaluation."""
         if not self.samples:
             return ""
         if self.unread:
@@ -103,7 +103,7 @@ class SplitPasses:
 
     @property
     def report(self) -> dict[str, Any]:
-        """For the stage's record."""
+        """Counts for the stage's record."""
         return {
             "documents": sum(self.documents),
             "tokens": sum(self.tokens),
@@ -123,7 +123,7 @@ def _times(passes: float) -> str:
 
 
 def count_passes(config: ProjectConfig, datasets: Sequence[TokenSource]) -> list[SplitPasses]:
-    """Each split's documents and samples.
+    """Count each split's documents and samples.
 
     Args:
         config: The project's configuration.

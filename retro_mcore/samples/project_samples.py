@@ -1,8 +1,8 @@
-"""The samples that a model trains on, whose chunks the neighbors are searched for.
+"""The samples that a model trains on, for whose chunks neighbors are searched.
 
-They are those of Megatron's GPT datasets: megatron-core's own classes build them, under the class
-name and with the attributes that the retired Retro used, so order, content and the hash that names
-the neighbor directories are the same.
+They are Megatron's GPT samples, built by megatron-core's own classes with the class name and
+attributes of the retired Retro. So their order, their content and the hash in the names of the
+neighbor directories are unchanged.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class GPTSamples:
     """The samples of one split. Picklable.
 
     Attributes:
-        split: Which split.
-        blended: Megatron's blended dataset; it may hold a few more samples than are used.
-        num_samples: How many are used.
+        split: The split.
+        blended: Megatron's blended dataset, which may hold a few more samples than are used.
+        num_samples: Number of samples that are used.
     """
 
     split: Split
@@ -51,21 +51,21 @@ class GPTSamples:
         return self.num_samples
 
     def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
-        """One sample.
+        """Read one sample.
 
         Returns:
-            Tokens i64 [S+1] (those of the sample and the label of the last one), the number of its
-            dataset, and the documents that it is cut from, i64 [n].
+            Tokens i64 [S+1] (the sample and the label of its last token), the number of its
+            dataset, and the documents that it is made from, i64 [n].
         """
         sample = self.blended[index]
         return sample["text"], int(sample["dataset_id"]), sample["document_ids"]
 
     def tokens(self, index: int) -> np.ndarray:
-        """i64 [S+1]: the sample's tokens and the label of the last one."""
+        """Tokens i64 [S+1] of the sample, including the label of its last token."""
         return self.read(index)[0]
 
     def document_ids(self, index: int) -> np.ndarray:
-        """The documents that the sample is cut from, i64 [n]."""
+        """Documents that the sample is made from, i64 [n]."""
         return self.read(index)[2]
 
     @property
@@ -75,14 +75,14 @@ class GPTSamples:
 
     @property
     def description(self) -> str:
-        """What is hashed: Megatron's description of the blend, JSON."""
+        """Megatron's description of the blend as JSON, the input of the hash."""
         return str(self.blended.unique_description)
 
     def order_digest(self, count: int) -> str:
-        """A digest of which samples the first `count` are, and in which order.
+        """Digest of the identity and order of the first `count` samples.
 
-        Of their places in the tokens, at up to 65,536 of them: whatever reorders samples moves
-        nearly all of them.
+        Computed from the token positions of at most 65,536 samples, since any reordering moves
+        nearly all samples.
         """
         rows = np.unique(np.linspace(0, max(count - 1, 0), 65_536).astype(np.int64))[:count]
         of_dataset = np.asarray(self.blended.dataset_index)[rows]
@@ -98,12 +98,11 @@ class GPTSamples:
 
 @dataclass
 class RenumberedSamples:
-    """Samples whose datasets have other numbers in the database that is searched.
+    """Samples whose datasets have other numbers in the searched database.
 
     Attributes:
         samples: The split's samples.
-        numbers: The number in the database of each dataset; one that the database does not have
-            where it holds no such dataset.
+        numbers: Number of each dataset in the database; an unused number if it is not there.
     """
 
     samples: QuerySamples
@@ -121,14 +120,14 @@ class RenumberedSamples:
 def numbers_in_database(
     paths: ProjectPaths, config: ProjectConfig, source: ProjectPaths
 ) -> list[int]:
-    """The number in a database of each of a project's datasets, found by their tokens.
+    """Number in a database of each of a project's datasets, identified by their tokens.
 
-    A dataset that the database does not hold gets a number that it does not have either.
+    A dataset that is not in the database gets an unused number.
 
     Args:
         paths: The project.
         config: Its configuration.
-        source: The project whose database it is.
+        source: The project that owns the database.
     """
     prefixes = config.blend[1]
     if source.root == paths.root:
@@ -148,15 +147,15 @@ def build_gpt_samples(
     split: Split,
     tokenizer: Tokenizer | None = None,
 ) -> GPTSamples | None:
-    """The samples of one split; None if the split has no documents or no samples.
+    """Build the samples of one split; None if the split has no documents or no samples.
 
-    All ranks must call it: rank 0 writes the sample indexes to data/cache, if it can.
+    All ranks must call this. Rank 0 writes the sample indexes to data/cache if possible.
 
     Args:
         config: The project's configuration.
         paths: The project.
-        split: Which split.
-        tokenizer: The project's tokenizer, if it is loaded already.
+        split: The split.
+        tokenizer: The project's tokenizer, if already loaded.
     """
     return build_all_gpt_samples(config, paths, tokenizer)[split]
 
@@ -164,11 +163,11 @@ def build_gpt_samples(
 def build_all_gpt_samples(
     config: ProjectConfig, paths: ProjectPaths, tokenizer: Tokenizer | None = None
 ) -> dict[Split, GPTSamples | None]:
-    """The samples of every split; see `build_gpt_samples`.
+    """Build the samples of every split; see `build_gpt_samples`.
 
     Raises:
         ConfigurationError: a split of more than 0 percent has no documents.
-        ConfigurationError: the indexes of so many samples do not fit this machine's memory.
+        ConfigurationError: the sample indexes do not fit in this machine's memory.
         TokenizerError: the tokenizer is not the project's.
     """
     initialize()
@@ -178,7 +177,7 @@ def build_all_gpt_samples(
         _check_memory(config)
     digests = on_first_rank(lambda: _index_digests(config, paths))
     cache = IndexCache(paths.data_cache, digests)
-    # Only now: commands import this module for `--help` too, and megatron takes seconds.
+    # Imported late: `--help` imports this module too, and importing megatron takes seconds.
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
@@ -213,16 +212,16 @@ def build_all_gpt_samples(
 
 def _index_digests(config: ProjectConfig, paths: ProjectPaths) -> dict[str, str]:
     prefixes = [paths.data / prefix for prefix in config.blend[1]]
-    # Of the bytes, not of the marker: files of as many documents are of one size.
+    # Checksum of the bytes, since files with the same number of documents have the same size.
     return {str(prefix): checksum(idx_path(prefix)) for prefix in prefixes}
 
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Keep megatron from warning of what is meant so.
+    """Suppress megatron warnings about intended behavior.
 
-    A blend may be of one dataset: the neighbor directories' hashes are those of a blended dataset,
-    of one corpus too. And the indexes are kept by `IndexCache`.
+    A blend may have a single dataset, because the neighbor directories' hashes always describe a
+    blended dataset. And `IndexCache` caches the indexes, not megatron.
     """
     unwanted = ("Building a BlendedDataset", "Cannot save the", "Unable to save")
 
@@ -241,10 +240,10 @@ def _without_advice() -> Iterator[None]:
 
 
 def remove_truncated_cache(paths: ProjectPaths) -> list[Path]:
-    """Remove sample indexes that a killed run left half-written; returns their paths.
+    """Remove partly written sample indexes of a killed run and return their paths.
 
-    Megatron writes them in place and reuses whatever is there. The stage that writes them calls
-    this first, on rank 0, while no other run works on the project.
+    Megatron writes them in place and reuses whatever exists. The stage that writes them calls this
+    first, on rank 0, while no other run uses the project.
     """
     truncated = [path for path in sorted(paths.data_cache.glob("*.npy")) if not _is_whole(path)]
     for path in truncated:
@@ -257,17 +256,17 @@ def _is_whole(path: Path) -> bool:
         array = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError):
         return False
-    # Zeros after the header of a sparse file would pass, but megatron writes from front to back.
+    # A sparse file of zeros would pass, but megatron writes from front to back.
     return path.stat().st_size == array.offset + array.nbytes
 
 
-#: Bytes of all indexes, per sample: where it starts (8), its place in the order (8), its dataset
-#: (2) and its number there (8).
+#: Bytes of all indexes per sample: start (8), position in the order (8), dataset (2) and number in
+#: the dataset (8).
 _BYTES_PER_SAMPLE = 26
 
 
 def _check_memory(config: ProjectConfig) -> None:
-    # Megatron builds the indexes in memory; a number of samples that was mistyped would fill it.
+    # Megatron builds the indexes in memory, which a mistyped number of samples would exhaust.
     sizes = {split: config.num_samples(split) for split in SPLITS}
     needed = _BYTES_PER_SAMPLE * sum(sizes.values())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -283,7 +282,7 @@ def _check_memory(config: ProjectConfig) -> None:
 
 
 def _check_splits(config: ProjectConfig, paths: ProjectPaths) -> None:
-    # Megatron would count epochs of nothing without end.
+    # Megatron would loop forever, counting empty epochs.
     parts = parse_split(config.retro_gpt_split)
     for dataset, prefix in zip(open_token_files(config, paths), config.blend[1], strict=True):
         ranges = document_ranges(config.retro_gpt_split, len(dataset))

@@ -1,4 +1,4 @@
-"""Samples with the tokens that were retrieved for their chunks."""
+"""Samples with the tokens retrieved for their chunks."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from retro_mcore.samples.project_samples import GPTSamples, build_all_gpt_sample
 
 @dataclass
 class RetroDataset(Dataset):
-    """A split's samples, each with its chunks' retrieved tokens. Memory-mapped, picklable.
+    """A split's samples, each with the tokens retrieved for its chunks. Memory-mapped, picklable.
 
     Attributes:
         samples: The split's GPT samples.
-        neighbors: Saved neighbors, a row per chunk of every sample.
+        neighbors: Saved neighbors, one row per chunk of every sample.
         database: The retrieval database.
-        num_neighbors: K, at most what was saved.
-        num_retrieved_chunks: Chunks per neighbor: itself and those that follow it.
+        num_neighbors: K, at most the number saved.
+        num_retrieved_chunks: Chunks per neighbor: the neighbor itself and those after it.
         chunk_length: M.
-        eod: Id that pads short chunks and stands for missing ones (which are masked).
+        eod: Id used as padding for short and missing chunks (which are masked).
         noise: Random changes to the neighbors, for training.
 
     Raises:
-        ConfigurationError: more neighbors are asked for than were saved.
+        ConfigurationError: more neighbors are requested than were saved.
         CorruptFileError: neighbors of some samples are missing.
     """
 
@@ -89,7 +89,7 @@ class RetroDataset(Dataset):
         return self.samples.order_digest(count)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One sample.
+        """Read one sample.
 
         Returns:
             text: i64 [S+1].
@@ -98,7 +98,7 @@ class RetroDataset(Dataset):
             neighbor_mask: bool [L, K, R], True where padded or missing.
 
         Raises:
-            IndexError: no such sample.
+            IndexError: there is no such sample.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -127,19 +127,19 @@ def build_retro_datasets(
     num_retrieved_chunks: int = 2,
     train_noise: NeighborNoise | None = None,
 ) -> dict[Split, RetroDataset | None]:
-    """The datasets of a project's splits; None for a split without samples.
+    """Build the datasets of a project's splits; None for a split without samples.
 
-    The neighbor directories are those that config.json names, so a project that was moved works.
-    All ranks must call it.
+    The neighbor directories are those named in config.json, so a moved project works. All ranks
+    must call this.
 
     Args:
         project_dir: A project directory, after query_neighbors.
         num_neighbors: K.
-        num_retrieved_chunks: Chunks per neighbor, itself included.
-        train_noise: Random changes to the neighbors of the training samples alone.
+        num_retrieved_chunks: Chunks per neighbor, including the neighbor itself.
+        train_noise: Random changes to the neighbors, applied to training samples only.
 
     Raises:
-        ProjectError: a stage has not run; names the command.
+        ProjectError: a stage has not run. Names the command.
         CorruptFileError: a file is damaged.
         ConfigurationError: more neighbors are asked for than were saved.
         ProjectError: neighbors were searched for other samples.
@@ -153,7 +153,7 @@ def build_retro_datasets(
         for split in SPLITS:
             if directory := config.neighbor_dir(split):
                 verify_project(paths, sorted((paths.query / directory).glob("*.hdf5")))
-        # Before samples are built, which takes time: how many there are is a setting, too.
+        # Checked before the samples are built, which takes time. Their number is a setting, too.
         neighbors = {
             split: open_neighbors(paths, config, split, len(database))
             for split in SPLITS
