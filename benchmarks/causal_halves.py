@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import run_command
+from retro_mcore.cli.output import print_summary
 from retro_mcore.platform.attention import attend, attend_in_halves
 
 

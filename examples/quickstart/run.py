@@ -192,7 +192,7 @@ def run(size: Size, layout: Layout, source: Path | None, nproc: int) -> int:
 
 
 def _summarize(seconds: dict[str, float], layout: Layout) -> None:
-    from retro_mcore.cli.command import print_summary
+    from retro_mcore.cli.output import print_summary
 
     rows: dict[str, object] = {name: f"{value:6.1f} s" for name, value in seconds.items()}
     rows["total"] = f"{sum(seconds.values()):6.1f} s"

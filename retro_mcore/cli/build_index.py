@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import run_command
+from retro_mcore.cli.output import print_summary
 from retro_mcore.cli.project_options import ProjectOptions
 from retro_mcore.cli.tables.embedding import embedding_losses
 from retro_mcore.retrieval.index import AUTO, Recall

@@ -10,7 +10,7 @@ import dataclasses
 from importlib import import_module
 from typing import Any
 
-from retro_mcore.cli.command import command_in_python
+from retro_mcore.cli.log_files import command_in_python
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.training.options.run import model_options
 

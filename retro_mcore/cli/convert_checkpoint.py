@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from retro_mcore import distributed
 from retro_mcore.checkpoint.conversion.model_fields import Target
-from retro_mcore.cli.command import print_summary, run_command
-from retro_mcore.cli.flags import read_yaml
+from retro_mcore.cli.command import run_command
+from retro_mcore.cli.flag_sources import read_yaml
+from retro_mcore.cli.output import print_summary
 from retro_mcore.model.options import Origin
 from retro_mcore.platform import setup_device
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import run_command
+from retro_mcore.cli.output import print_summary
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import setup_device

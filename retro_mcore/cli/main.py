@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from retro_mcore.cli.command import closed_pipe_ends_quietly
+from retro_mcore.cli.output import closed_pipe_ends_quietly
 from retro_mcore.cli.utf8 import use_utf8
 from retro_mcore.errors import EXIT_CODE
 

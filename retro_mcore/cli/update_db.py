@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retro_mcore.cli import build_db, build_index, query_neighbors
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import run_command
+from retro_mcore.cli.output import print_summary
 from retro_mcore.cli.project_options import ProjectOptions
 from retro_mcore.data.corpus.counts import loss_rows
 from retro_mcore.stages.update_db import STAGE, UpdateDbConfig, UpdateDbReport, run

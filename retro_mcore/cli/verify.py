@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retro_mcore.checkpoint.verification import verify_run
-from retro_mcore.cli.command import print_summary, run_command
+from retro_mcore.cli.command import run_command
+from retro_mcore.cli.output import print_summary
 from retro_mcore.distributed import initialize, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.integrity import verifying

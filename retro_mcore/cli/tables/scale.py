@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from retro_mcore.cli.command import print_summary
+from retro_mcore.cli.output import print_summary
 from retro_mcore.distributed import get_rank
 from retro_mcore.retrieval.scale import Node, Rates, ScalePlan, StagePlan, Workload
 

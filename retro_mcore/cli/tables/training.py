@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from retro_mcore.cli.command import print_summary
+from retro_mcore.cli.output import print_summary
 
 if TYPE_CHECKING:
     from retro_mcore.training.loop.trainer import TrainingResult
