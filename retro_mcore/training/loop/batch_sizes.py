@@ -1,4 +1,4 @@
-"""The size of each iteration's batch, which may ramp up to the global batch size."""
+"""Batch size of each iteration, optionally ramped up to the global batch size."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from retro_mcore.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Batch sizes over a run, as megatron's calculator ramped them up until 0.17 (0.19 ignores the
-    option).
+    """Batch sizes over a run, ramped up as in megatron up to 0.17 (0.19 ignores the option).
 
-    The batch of an iteration follows from the samples consumed before it, so that a resumed run
-    goes on with the sizes of an uninterrupted one.
+    The batch size of an iteration depends on the samples consumed before it, so a resumed run has
+    the same sizes as an uninterrupted one.
 
     Attributes:
         global_batch_size: Samples per iteration, after the ramp.
-        rampup: (start, increment, samples), or None for one size throughout.
+        rampup: (start, increment, samples), or None for a constant size.
 
     Raises:
         ConfigurationError: the ramp does not lead to the global batch size.
@@ -41,10 +40,10 @@ class BatchSizes:
 
     @classmethod
     def of(cls, global_batch_size: int, rampup: Sequence[int] | None) -> BatchSizes:
-        """From --rampup-batch-size.
+        """Parse --rampup-batch-size.
 
         Raises:
-            ConfigurationError: it is not three numbers, or they do not fit the global batch.
+            ConfigurationError: not three numbers, or they do not fit the global batch.
         """
         if rampup is None:
             return cls(global_batch_size)
@@ -58,13 +57,13 @@ class BatchSizes:
 
     @property
     def sizes(self) -> list[int]:
-        """Every size that occurs, ascending."""
+        """All batch sizes that occur, ascending."""
         if self.rampup is None:
             return [self.global_batch_size]
         return list(range(self.rampup[0], self.global_batch_size + 1, self.rampup[1]))
 
     def after(self, consumed: int) -> int:
-        """Samples of the iteration that follows `consumed` ones."""
+        """Batch size of the iteration after `consumed` samples."""
         if self.rampup is None or self._is_past_ramp(consumed):
             return self.global_batch_size
         start, increment, samples = self.rampup
@@ -72,14 +71,14 @@ class BatchSizes:
         return start + increment * int(consumed / (samples / increments))
 
     def iterations(self, samples: int) -> tuple[int, int]:
-        """(whole iterations, samples they take) that `samples` suffice for."""
+        """Number of complete iterations that fit into `samples`, and the samples they consume."""
         done, consumed = self._ramp(max_samples=samples)
         size = self.global_batch_size if self._is_past_ramp(consumed) else samples + 1
         more = (samples - consumed) // size
         return done + more, consumed + more * size
 
     def consumed_after(self, iterations: int) -> int:
-        """Samples that the first `iterations` take."""
+        """Number of samples consumed by the first `iterations`."""
         done, consumed = self._ramp(max_iterations=iterations)
         return consumed + (iterations - done) * self.global_batch_size
 
@@ -89,7 +88,7 @@ class BatchSizes:
     def _ramp(
         self, max_samples: int | None = None, max_iterations: int | None = None
     ) -> tuple[int, int]:
-        """(iterations, samples) of the ramp, as far as the limits let it go."""
+        """(iterations, samples) of the ramp, up to the given limits."""
         if self.rampup is None:
             return 0, 0
         done = consumed = 0

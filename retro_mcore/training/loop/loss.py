@@ -1,4 +1,4 @@
-"""The training loss over the loss mask, in the form that Megatron's schedules need."""
+"""The masked training loss, in the form that Megatron's schedules expect."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.pipeline import schedule_kwargs
 from retro_mcore.samples.batch import RetroBatch
 
-#: What a micro batch reports: [sum of losses, number of tokens] (float32) and its samples.
+#: Report of a micro batch: [sum of losses, number of tokens] (float32) and its samples.
 LossReport = dict[str, Any]
 
 
 class NonFiniteLossError(RetroError):
-    """Loss or gradient became NaN or infinite; the weights have not been updated with it."""
+    """The loss or gradient became NaN or infinite; the weights were not updated with it."""
 
 
 def forward_step(
     positions: int, batches: Iterator[RetroBatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
-    """One forward pass, in the form that megatron's forward-backward functions call.
+    """Run one forward pass; called by megatron's forward-backward functions.
 
     Args:
-        positions: Of this rank in this iteration, masked ones included; the loss is divided by it.
-        batches: Its micro batches.
-        model: A stage.
+        positions: Number of positions on this rank in this iteration, masked ones included. The
+            loss is divided by it.
+        batches: This rank's micro batches.
+        model: A pipeline stage.
 
     Returns:
         The losses [B, S] and a function that reduces them.
@@ -56,7 +57,7 @@ def _share_of_loss(
 
 
 def masked_loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, LossReport]:
-    """Sum over the loss mask, number of tokens, and both for the report, as Megatron wants them."""
+    """Masked sum of the losses, number of tokens, and both for the report, as Megatron expects."""
     mask = batch.loss_mask.view(-1)
     loss = torch.sum(losses_BS.float().view(-1) * mask)
     num_tokens = mask.sum()
@@ -69,20 +70,20 @@ def masked_loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, L
 
 @contextmanager
 def token_mean(config: ModelParallelConfig, positions: int) -> Iterator[None]:
-    """While the body runs, gradients are those of the mean over the global batch's tokens.
+    """Context in which gradients are those of the mean loss over the global batch's tokens.
 
-    Micro batches and ranks may hold different numbers of tokens that count in the loss, so no
-    average of their averages will do. Each contributes its sum, over a number of positions that
-    is the same for all (which keeps float16's gradients in their range); when the ranks' gradients
-    have been averaged, they are multiplied by positions over tokens: by 1 where every position
-    counts.
+    Micro batches and ranks may differ in the number of tokens that count, so their means cannot be
+    averaged. Each contributes its sum divided by the same number of positions, which keeps float16
+    gradients in range. After the gradients are averaged over ranks, they are multiplied by
+    positions / tokens. This factor is 1 if every position counts.
 
     Args:
-        config: Of the first chunk; its `finalize_model_grads_func` finishes the gradients.
+        config: Configuration of the first virtual stage; its `finalize_model_grads_func` finishes
+            the gradients.
         positions: See `forward_step`.
     """
     finalize, per_token = config.finalize_model_grads_func, config.calculate_per_token_loss
-    # Then megatron's schedules leave the loss alone and count the tokens.
+    # With this, megatron's schedules do not scale the loss, and count the tokens.
     config.calculate_per_token_loss = True
     config.finalize_model_grads_func = finalize and partial(
         _finalize_token_mean, finalize, positions
@@ -104,7 +105,7 @@ def _finalize_token_mean(
 ) -> None:
     finalize(chunks, None, *args, **kwargs)
     ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    last = parallel_state.get_pipeline_model_parallel_last_rank()  # it alone has counted
+    last = parallel_state.get_pipeline_model_parallel_last_rank()  # only it has counted
     total = num_tokens.to(torch.float64)
     dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
     dist.all_reduce(total, group=ranks)
@@ -123,23 +124,23 @@ def forward_backward(
 ) -> list[LossReport]:
     """Run micro batches through megatron's forward-backward function.
 
-    Gradients are those of the mean over the tokens of all micro batches and data parallel ranks
-    that the loss masks let count, however these are divided.
+    Gradients are those of the mean loss over all unmasked tokens of all micro batches and data
+    parallel ranks, however these are divided.
 
     Args:
         chunks: This rank's stages of the model.
-        batches: The same on every stage; `num_microbatches` are taken.
-        num_microbatches: Of this step.
+        batches: Micro batches, the same on every stage; `num_microbatches` are consumed.
+        num_microbatches: Number of micro batches in this step.
         sequence_length: S.
         micro_batch_size: B.
         with_retrieval: Whether the batches hold retrieved tokens.
 
     Returns:
-        The micro batches' reports on the last pipeline stage, nothing on the others.
+        The micro batches' reports on the last pipeline stage, an empty list on the others.
     """
     config = get_model_config(chunks[0])
     positions = num_microbatches * micro_batch_size * sequence_length
-    # Every chunk reads the step's batches, each at its own pace.
+    # Every virtual stage reads the step's batches at its own pace.
     iterators = itertools.tee(itertools.islice(batches, num_microbatches), len(chunks))
     with token_mean(config, positions):
         reports = get_forward_backward_func()(
@@ -157,7 +158,7 @@ def forward_backward(
 def schedule_lengths(
     config: ModelParallelConfig, sequence_length: int, with_retrieval: bool
 ) -> dict[str, Any]:
-    """Lengths of what crosses pipeline stages, for megatron's forward-backward functions."""
+    """Arguments of megatron's forward-backward functions: lengths of the tensors between stages."""
     if isinstance(config, RetroConfig):
         return schedule_kwargs(config, sequence_length, with_retrieval)
     return {"seq_length": sequence_length}
@@ -165,11 +166,11 @@ def schedule_lengths(
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What all ranks know of an iteration's losses.
+    """An iteration's loss over all ranks.
 
     Attributes:
         loss: Mean per token over all micro batches and data parallel ranks.
-        stop: How many ranks want to stop.
+        stop: Number of ranks that want to stop.
     """
 
     loss: float
@@ -177,10 +178,10 @@ class StepLoss:
 
 
 def reduce_losses(reports: Sequence[LossReport], stop: bool = False) -> StepLoss:
-    """Losses and wishes to stop of all ranks, in one reduction.
+    """Reduce losses and stop requests of all ranks, in one reduction.
 
     Args:
-        reports: This rank's micro batches' (none but on a last stage).
+        reports: Reports of this rank's micro batches (empty except on a last stage).
         stop: Whether this rank wants to stop.
     """
     device = torch.cuda.current_device()
@@ -191,9 +192,9 @@ def reduce_losses(reports: Sequence[LossReport], stop: bool = False) -> StepLoss
 
 
 def sum_over_ranks(sums: Tensor, every: float = 0.0) -> list[float]:
-    """[sum of losses, number of tokens], which last stages have, and a number of every rank."""
+    """Sum over ranks: [sum of losses, number of tokens] of last stages, and a number per rank."""
     total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-    if parallel_state.get_tensor_model_parallel_rank() == 0:  # the others have the same
+    if parallel_state.get_tensor_model_parallel_rank() == 0:  # the other ranks hold the same values
         total[:2] = sums
     total[2] = every
     dist.all_reduce(total)
@@ -201,10 +202,10 @@ def sum_over_ranks(sums: Tensor, every: float = 0.0) -> list[float]:
 
 
 def check_finite(reports: Sequence[LossReport], loss: float, iteration: int) -> None:
-    """Stop at a loss that is NaN or infinite.
+    """Reject a loss that is NaN or infinite.
 
     Raises:
-        NonFiniteLossError: on every rank, naming the samples.
+        NonFiniteLossError: the loss is not finite. Raised on every rank; names the samples.
     """
     if math.isfinite(loss):
         return
@@ -213,12 +214,12 @@ def check_finite(reports: Sequence[LossReport], loss: float, iteration: int) -> 
 
 
 def non_finite(what: str, value: float, samples: Sequence[int], iteration: int) -> RetroError:
-    """The error for it, which every rank makes together.
+    """The error for a non-finite value. All ranks must call this together.
 
     Args:
         what: "loss" or "gradient norm".
         value: NaN or infinity.
-        samples: Of this rank, that it may come from.
+        samples: This rank's samples that may have caused it.
         iteration: The iteration.
     """
     return NonFiniteLossError(
@@ -230,7 +231,7 @@ def non_finite(what: str, value: float, samples: Sequence[int], iteration: int) 
 
 
 def samples_of_all_ranks(samples: Sequence[int]) -> list[int]:
-    """The samples that any rank names, in order."""
+    """The union of all ranks' samples, sorted."""
     gathered: list[Sequence[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, list(samples))
     return sorted({sample for part in gathered for sample in part})

@@ -39,10 +39,10 @@ from retro_mcore.training.setup.plan import TrainingPlan
 
 
 def share_embeddings(models: Sequence[GPTModel]) -> EmbeddingGroups:
-    """Give the copies of the embedding that a pipeline holds the same values.
+    """Synchronize the copies of the embedding in a pipeline.
 
     Returns:
-        The groups of ranks that hold them, for `build_optimizer`.
+        The groups of ranks that hold the copies, for `build_optimizer`.
     """
     config = models[0].config
     if not isinstance(config, RetroConfig):
@@ -59,12 +59,12 @@ def share_embeddings(models: Sequence[GPTModel]) -> EmbeddingGroups:
 def wrap_model(
     model: GPTModel, plan: TrainingPlan, disable_bucketing: bool = False
 ) -> DistributedDataParallel:
-    """Wrap the model in its precision, with gradients averaged over data parallel ranks."""
+    """Convert the model to its precision and wrap it in data parallelism."""
     config = model.config
     options = plan.options
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=options.use_distributed_optimizer,
-        # As Megatron: gradients are summed in fp32 when the model computes in bf16.
+        # As in Megatron, a bf16 model accumulates gradients in fp32.
         grad_reduce_in_fp32=options.bf16 or options.accumulate_allreduce_grads_in_fp32,
         **values_of(options, DATA_PARALLEL_FLAGS),
     )
@@ -75,9 +75,9 @@ def wrap_model(
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], groups: EmbeddingGroups, plan: TrainingPlan
 ) -> MegatronOptimizer:
-    """Build AdamW in megatron's wrapper for the precision and for the distributed optimizer.
+    """Build AdamW with megatron's wrappers for precision and the distributed optimizer.
 
-    Also sets in the stages' configurations how gradients are scaled and finished.
+    Also sets the stages' functions that scale and finalize gradients.
     """
     with naming_refusals():
         config = _optimizer_config(plan, chunks[0].config.params_dtype)
@@ -114,7 +114,7 @@ def _optimizer_config(plan: TrainingPlan, params_dtype: torch.dtype) -> Optimize
 
 
 def _overlap(chunks: Sequence[DistributedDataParallel], plan: TrainingPlan) -> None:
-    """Set when gradients are reduced: in a pipeline, on all stages together."""
+    """Set when gradients are reduced: in a pipeline, on all stages at the same time."""
     overlap_in_pipeline = (
         plan.options.overlap_grad_reduce and plan.options.pipeline_model_parallel_size > 1
     )
@@ -128,9 +128,9 @@ def _overlap(chunks: Sequence[DistributedDataParallel], plan: TrainingPlan) -> N
 
 @contextmanager
 def gathered_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """While the body runs, every rank's weights are those after the last step.
+    """Context in which every rank holds the weights after the last step.
 
-    With --overlap-param-gather they arrive during the next forward pass only.
+    With --overlap-param-gather they otherwise arrive only during the next forward pass.
     """
     overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapping:
@@ -143,13 +143,13 @@ def gathered_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None
 
 
 def _learning_rate_overrides(config: OptimizerConfig, scale: float) -> dict[Any, Any] | None:
-    """Under muP, the hidden weights' own learning rate; None: megatron's standard groups."""
+    """muP learning rate for the hidden weights; None for megatron's standard groups."""
     if scale == 1.0:
         return None
     rates: Any = {
         "max_lr": config.lr * scale,
         "min_lr": config.min_lr * scale,
-        "lr_mult": scale,  # by which checkpoints tell the groups apart
+        "lr_mult": scale,  # checkpoints identify the groups by it
     }
     return {
         **get_standard_config_overrides(config),
@@ -158,7 +158,7 @@ def _learning_rate_overrides(config: OptimizerConfig, scale: float) -> dict[Any,
 
 
 def build_scheduler(optimizer: MegatronOptimizer, plan: TrainingPlan) -> OptimizerParamScheduler:
-    """Megatron's schedule of learning rate and weight decay; its steps are samples."""
+    """Megatron's schedule of learning rate and weight decay, with samples as steps."""
     options, lengths = plan.options, plan.schedule
     decays = options.weight_decay_incr_style != "constant"
     return OptimizerParamScheduler(
@@ -180,26 +180,26 @@ def build_scheduler(optimizer: MegatronOptimizer, plan: TrainingPlan) -> Optimiz
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The learning rate of the next step (not of embeddings with --decoupled-lr)."""
+    """Learning rate of the next step (except that of embeddings with --decoupled-lr)."""
     groups = [group for group in optimizer.param_groups if group.get("default_config", True)]
     return float(groups[0]["lr"]) if groups else 0.0
 
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
-    """The factor by which the loss is multiplied; 1 except in fp16."""
+    """Factor that the loss is multiplied by; 1 except in fp16."""
     return float(optimizer.get_loss_scale())
 
 
 def take_step(optimizer: MegatronOptimizer) -> tuple[bool, float, int | None]:
-    """Take the optimizer's step with this iteration's gradients.
+    """Run an optimizer step with this iteration's gradients.
 
     Returns:
-        Whether the weights were updated (in fp16 not after an overflow), the gradient norm, and the
-        number of zeros in the gradient, if it is counted.
+        Whether the weights were updated (not after an fp16 overflow), the gradient norm, and the
+        number of zeros in the gradient, if counted.
 
     Raises:
-        InfiniteNormError: --check-for-nan-in-loss-and-grad, and the gradient norm is NaN or
-            infinite; the weights are as they were.
+        InfiniteNormError: the gradient norm is NaN or infinite, with
+            --check-for-nan-in-loss-and-grad. The weights are unchanged.
     """
     updated, norm, zeros = optimizer.step()
     return updated, float(norm or 0.0), None if zeros is None else int(zeros)

@@ -1,4 +1,4 @@
-"""What a run can resume, what it came to, and whether it is finished already."""
+"""Results of runs: which checkpoint to resume from, and whether a run is already finished."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from retro_mcore.training.setup.plan import TrainingPlan
 
 @dataclass
 class TrainingResult:
-    """What came of a run.
+    """Result of a run.
 
     Attributes:
         iteration: The last iteration.
         consumed_samples: Training samples seen.
-        train_losses: Mean loss of each iteration that this process ran (not of those before it
-            resumed), in nats per token.
+        train_losses: Mean loss of each iteration that this process ran (not of those before
+            resuming), in nats per token.
         valid_losses: (iteration, loss) of each validation.
         checkpoint: The last checkpoint, if any was saved.
-        loss_curve: The PNG, if one was drawn (on rank 0).
+        loss_curve: Path of the PNG, if one was drawn (on rank 0).
         seconds: Wall time of this run.
-        reused: Whether the run was already finished, and nothing was trained.
-        num_parameters: Of the whole model, over all ranks.
+        reused: Whether the run was already finished, so nothing was trained.
+        num_parameters: Number of parameters of the whole model, over all ranks.
         stopped_by: What ended the run early: "SIGTERM" or a flag; None if it ended as planned.
-        test_loss: Of the test samples, with --skip-train.
+        test_loss: Loss on the test samples, with --skip-train.
     """
 
     iteration: int
@@ -66,7 +66,7 @@ def checkpoint_to_resume(plan: TrainingPlan) -> Path | None:
     """The checkpoint to start from: that of --ckpt-step, else the latest; None if there is none.
 
     Raises:
-        CheckpointError: it is of another configuration, or a flag needs one and there is none.
+        CheckpointError: it has another configuration, or a flag needs one and there is none.
         ConfigurationError: --save holds a checkpoint that the run would overwrite.
     """
     options = plan.options
@@ -98,7 +98,7 @@ def _check_overwrites_nothing(options: TrainingOptions) -> None:
 
 
 def load_scope(plan: TrainingPlan) -> LoadScope:
-    """What the run takes from the checkpoint."""
+    """The parts of the checkpoint that the run loads."""
     options = plan.options
     return LoadScope(
         optimizer=not (options.finetune or options.no_load_optim),
@@ -111,7 +111,7 @@ def finished_run(plan: TrainingPlan) -> TrainingResult | None:
     """The result of a run that has already reached its last iteration; None if there is work left.
 
     Raises:
-        CheckpointError: the checkpoint in --load is of another configuration.
+        CheckpointError: the checkpoint in --load has another configuration.
         ConfigurationError: --save holds a checkpoint that the run would overwrite.
     """
     checkpoint = checkpoint_to_resume(plan)
@@ -130,7 +130,7 @@ def finished_run(plan: TrainingPlan) -> TrainingResult | None:
 
 
 def check_order(saved: Mapping[str, Any], samples: Samples, checkpoint: Path) -> None:
-    """Refuse to go on with samples of which those that were trained on are no longer the first.
+    """Check that the samples trained on so far are still the first samples, in the same order.
 
     Args:
         saved: The checkpoint's arguments.
@@ -138,7 +138,7 @@ def check_order(saved: Mapping[str, Any], samples: Samples, checkpoint: Path) ->
         checkpoint: Its directory.
 
     Raises:
-        CheckpointError: their order is another.
+        CheckpointError: the samples or their order have changed.
     """
     before = saved.get("sample_order")
     if before is None or not isinstance(samples, SamplesInOrder):
@@ -157,7 +157,7 @@ def check_order(saved: Mapping[str, Any], samples: Samples, checkpoint: Path) ->
 
 
 def order_of(samples: Samples, consumed: int) -> dict[str, Any]:
-    """What `check_order` needs to know of the samples that were trained on, for a checkpoint."""
+    """Description of the consumed samples for a checkpoint; see `check_order`."""
     if not isinstance(samples, SamplesInOrder):
         return {}
     order = {"samples": consumed, "digest": samples.order_digest(consumed)}
@@ -165,7 +165,7 @@ def order_of(samples: Samples, consumed: int) -> dict[str, Any]:
 
 
 def num_parameters(chunks: Sequence[torch.nn.Module]) -> int:
-    """Parameters of the whole model, over tensor and pipeline parallel ranks."""
+    """Number of parameters of the whole model, over tensor and pipeline parallel ranks."""
     sharded = replicated = 0
     for chunk in chunks:
         for parameter in chunk.parameters():

@@ -1,7 +1,7 @@
-"""Reading a project's samples in their order, from any point on, divided over data parallel ranks.
+"""Read a project's samples in order, from any position, divided among data parallel ranks.
 
-The order of the samples is the project's (its neighbors were queried in it), so a position in the
-data is one number: the samples consumed so far.
+The order is the project's, in which neighbors were queried. So a position in the data is one
+number: the number of samples consumed so far.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from retro_mcore.training.options.pretrain import DataOptions
 
 
 class Samples(Protocol):
-    """A split of a project: `samples[i]` as `collate` takes it, but for the sample's id."""
+    """A split of a project: `samples[i]` is an item for `collate`, without the sample's id."""
 
     def __len__(self) -> int: ...
 
@@ -35,26 +35,26 @@ class Samples(Protocol):
 
 @runtime_checkable
 class SamplesOfText(Protocol):
-    """Samples whose text can be read without their neighbors."""
+    """Samples whose text can be read without its neighbors."""
 
     def tokens(self, index: int) -> np.ndarray:
-        """i64 [S+1]: the sample's tokens and the label of the last one."""
+        """Tokens i64 [S+1] of the sample, including the label of its last token."""
 
 
 @runtime_checkable
 class SamplesInOrder(Protocol):
-    """Samples that can tell in which order they are."""
+    """Samples with a digest of their order."""
 
     def order_digest(self, count: int) -> str:
-        """A digest of which samples the first `count` are, and in which order."""
+        """Digest of the identity and order of the first `count` samples."""
 
 
 class NumberedSamples(Dataset):
-    """Samples that also say which they are.
+    """Samples that include their own number.
 
     Args:
         samples: The samples.
-        retrieval: False leaves out the neighbors of `SamplesOfText`.
+        retrieval: False omits the neighbors of `SamplesOfText`.
     """
 
     def __init__(self, samples: Samples, retrieval: bool = True) -> None:
@@ -71,16 +71,16 @@ class NumberedSamples(Dataset):
 
 
 class MicroBatchSampler(Sampler[list[int]]):
-    """Indices of this rank's micro batches: consecutive samples, dealt to the ranks in turn.
+    """Indexes of this rank's micro batches: consecutive samples, assigned to ranks in turn.
 
     Args:
         start: First sample.
-        stop: Sample after the last. A rest too small for a micro batch on every rank is left out
-            unless `keep_rest`.
+        stop: Sample after the last. A remainder too small for a micro batch on every rank is
+            dropped, unless `keep_rest`.
         micro_batch_size: B.
         rank: This data parallel rank.
         world_size: Number of data parallel ranks.
-        keep_rest: Also yield the rest; ranks may then get fewer or smaller batches than others.
+        keep_rest: Also yield the remainder; some ranks may then get fewer or smaller batches.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class MicroBatchSampler(Sampler[list[int]]):
 def read_batches(
     dataset: Dataset, sampler: MicroBatchSampler, num_workers: int, device: torch.device
 ) -> Iterator[RetroBatch]:
-    """Micro batches on `device`, read ahead by `num_workers` processes."""
+    """Yield micro batches on `device`, prefetched by `num_workers` processes."""
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -120,7 +120,7 @@ def read_batches(
         collate_fn=collate,
         worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
-        # A generator of its own: the loader draws from it, and the global one drives dropout,
+        # The loader gets its own generator. The global one drives dropout,
         # which must not depend on where a run was interrupted.
         generator=torch.Generator(),
     )
@@ -129,16 +129,16 @@ def read_batches(
 
 
 def project_flags(config: ProjectConfig) -> dict[str, Any]:
-    """The flags that a project fixes, and their values."""
+    """Flags that the project determines, with their values."""
     return {name: getattr(config, key) for name, key in stated("project", DataOptions).items()}
 
 
 def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
-    """Refuse flags that contradict the project.
+    """Reject flags that contradict the project.
 
     Raises:
-        ConfigurationError: naming the flag, its value and the project's.
-        SeveralErrors: naming all of them.
+        ConfigurationError: names the flag, its value and the project's value.
+        SeveralErrors: several flags contradict it; names all of them.
     """
     asked = {name: getattr(options, name) for name in project_flags(config)}
     raise_problems(
@@ -157,10 +157,10 @@ def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
 def number_of_iterations(
     options: DataOptions, config: ProjectConfig, sizes: BatchSizes
 ) -> tuple[int, int]:
-    """(iterations, samples) that the options ask for, as far as the project's samples suffice.
+    """Number of iterations and samples that the options request, within the project's samples.
 
     Raises:
-        ConfigurationError: more samples are asked for than the project has neighbors for.
+        ConfigurationError: more samples are requested than the project has neighbors for.
     """
     available, batch = config.retro_gpt_train_samples, config.retro_gpt_global_batch_size
     asked = options.train_iters * batch if options.train_iters else options.train_samples
@@ -199,7 +199,7 @@ def require_split(datasets: Mapping[Any, Any], split: str, project_dir: str) -> 
 
 
 def tokenizer_fingerprint(config: ProjectConfig, project_dir: str | Path) -> str:
-    """SHA-256 over the tokenizer's type and files, the same wherever the project lies."""
+    """SHA-256 of the tokenizer's type and files, independent of the project's location."""
     digest = hashlib.sha256(str(config.retro_gpt_tokenizer_type).encode())
     names: Sequence[str | None] = (
         config.retro_gpt_tokenizer_model,
@@ -217,14 +217,14 @@ def tokenizer_fingerprint(config: ProjectConfig, project_dir: str | Path) -> str
     return digest.hexdigest()
 
 
-#: Of a checkpoint's arguments: what began and ended the documents that it was trained on.
+#: Checkpoint argument with the BOS and EOD of the documents that it was trained on.
 DOCUMENT_TOKENS = "document_tokens"
 
 
 def document_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """What ends a project's documents (`eod`) and what begins them (`bos`, None for nothing).
+    """Tokens that end (`eod`) and begin (`bos`, may be None) a project's documents.
 
-    The tokenizer's files, which the fingerprint is of, leave a choice.
+    The tokenizer's files, and so the fingerprint, do not determine them.
     """
     return {"eod": tokenizer.eod, "bos": next(iter(tokenizer.beginning), None)}
 
@@ -232,18 +232,18 @@ def document_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
 def check_document_tokens(
     saved: Mapping[str, Any], here: Mapping[str, int | None] | None, project_dir: str | Path
 ) -> str | None:
-    """Refuse a project whose documents end otherwise than those that a model was trained on.
+    """Reject a project whose documents end differently from those that a model was trained on.
 
     Args:
-        saved: The arguments of the model's checkpoint; older ones do not say.
+        saved: The arguments of the model's checkpoint; older ones do not record these tokens.
         here: `document_tokens` of the project.
         project_dir: The project.
 
     Returns:
-        A warning where its documents begin otherwise.
+        A warning if the documents begin differently, else None.
 
     Raises:
-        TokenizerError: naming both tokens.
+        TokenizerError: the documents end differently. Names both tokens.
     """
     before = saved.get(DOCUMENT_TOKENS)
     if not isinstance(before, Mapping) or here is None or before == here:

@@ -1,4 +1,4 @@
-"""Lengths of the schedules of learning rate and weight decay, in samples."""
+"""Lengths of the learning rate and weight decay schedules, in samples."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from retro_mcore.training.options.optimizer import OptimizerOptions
 
 @dataclass(frozen=True)
 class ScheduleLengths:
-    """What megatron's OptimizerParamScheduler is told; its steps are samples.
+    """Lengths for megatron's OptimizerParamScheduler, with samples as steps.
 
     Attributes:
-        lr_warmup_samples: Until the highest learning rate.
-        lr_decay_samples: Until the lowest.
-        lr_wsd_decay_samples: WSD's decay, the last of them; None for other styles.
-        wd_incr_samples: Until the last weight decay, if it changes at all.
+        lr_warmup_samples: Samples until the maximum learning rate.
+        lr_decay_samples: Samples until the minimum learning rate.
+        lr_wsd_decay_samples: Samples of the final WSD decay; None for other styles.
+        wd_incr_samples: Samples until the final weight decay, if it changes.
     """
 
     lr_warmup_samples: int
@@ -26,7 +26,7 @@ class ScheduleLengths:
     wd_incr_samples: int
 
     def flags(self) -> dict[str, Any]:
-        """The flags that say the same in samples, for a run to resume."""
+        """Equivalent flags in samples, for resuming a run."""
         lengths = {name: value for name, value in asdict(self).items() if name.startswith("lr_")}
         iterations = {"lr_decay_iters": None, "lr_warmup_iters": 0, "lr_wsd_decay_iters": None}
         return {**lengths, **iterations, "lr_warmup_fraction": None}
@@ -35,10 +35,10 @@ class ScheduleLengths:
 def schedule_lengths(
     options: OptimizerOptions, global_batch_size: int, train_samples: int
 ) -> ScheduleLengths:
-    """Resolve iterations and fractions; an iteration counts as a whole global batch, as Megatron's.
+    """Convert iterations and fractions to samples. As in Megatron, an iteration is a global batch.
 
     Raises:
-        ConfigurationError: the warmup, or WSD's decay, does not fit into the decay's length.
+        ConfigurationError: the warmup or WSD decay does not fit into the length of the decay.
     """
     batch = global_batch_size
     decay = options.lr_decay_samples or (options.lr_decay_iters or 0) * batch or train_samples

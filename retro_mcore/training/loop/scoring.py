@@ -1,4 +1,4 @@
-"""Losses without gradients, under any layout: for validation and for evaluation."""
+"""Compute losses without gradients under any parallel layout, for validation and evaluation."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def token_losses(
     vocab_size: int | None = None,
     microbatches_per_step: int = 1,
 ) -> Iterator[tuple[RetroBatch, Tensor | None]]:
-    """The losses of each batch's tokens; the model is put into evaluation mode.
+    """Yield the token losses of each batch, with the model in evaluation mode.
 
-    They depend neither on how many rows pad the embedding nor on the layout.
+    The losses depend neither on padding rows of the embedding nor on the parallel layout.
 
     Args:
         chunks: This rank's stages of the model, on its device.
-        batches: The same on every rank of a model; data parallel ranks have their own.
-        vocab_size: Size of the tokenizer's vocabulary, over which the losses are; None: every row
-            of the model's.
-        microbatches_per_step: Batches of equal size that run together; more than one fills a
-            pipeline, and the interleaved schedule needs a multiple of the pipeline's size.
+        batches: The same on every rank of a model; each data parallel rank has its own.
+        vocab_size: Size of the tokenizer's vocabulary, over which losses are normalized; None:
+            all rows of the model's embedding.
+        microbatches_per_step: Number of equally sized batches to run together. More than one
+            fills a pipeline; the interleaved schedule needs a multiple of the pipeline's size.
 
     Yields:
         Each batch and its losses f32 [B, S] in nats, unmasked; None except on the last stage.
@@ -47,7 +47,7 @@ def token_losses(
         length, retrieval = step[0].tokens.shape[1], step[0].retrieved_tokens is not None
         reports = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, vocab_size),
-            # Every stage reads the step's batches, each at its own pace.
+            # Every stage reads the step's batches at its own pace.
             data_iterator=[iter(step) for _ in chunks],
             model=list(chunks),
             num_microbatches=len(step),
@@ -62,7 +62,7 @@ def token_losses(
 def _forward_step(
     vocab_size: int | None, batches: Iterator[RetroBatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
-    """Logits on the last stage, and the function that makes losses of them."""
+    """Logits on the last stage, and the function that computes losses from them."""
     batch = next(batches)
     reduce = partial(_report, batch, vocab_size, unwrap_model(model))
     return model(**batch.model_inputs()), reduce
@@ -71,7 +71,7 @@ def _forward_step(
 def _report(
     batch: RetroBatch, vocab_size: int | None, model: GPTModel, logits_BSV: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The form that megatron's schedules need; only the losses matter here."""
+    """The return value that megatron's schedules expect; only the losses are used here."""
     losses_BS = losses_of_logits(logits_BSV, batch.labels, vocab_size, model)
     return losses_BS.sum(), losses_BS.new_tensor(losses_BS.numel()).int(), {"losses": losses_BS}
 
@@ -82,10 +82,10 @@ def total_loss(
     microbatches_per_step: int = 1,
     vocab_size: int | None = None,
 ) -> tuple[float, int]:
-    """Summed loss and number of tokens over all batches of all data parallel ranks.
+    """Sum of losses and number of tokens over all batches of all data parallel ranks.
 
-    The ranks' batches may differ in number and size. The model is put back into the mode
-    (training or evaluation) that it came in. See `token_losses` for the arguments.
+    Ranks may have batches of different number and size. The model's mode (training or evaluation)
+    is restored. See `token_losses` for the arguments.
     """
     was_training = chunks[0].training
     total = torch.zeros(2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Losses far above the recent ones."""
+"""Detection of loss spikes: losses far above the recent ones."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from statistics import fmean, pstdev
 
 
 class SpikeDetector:
-    """Finds losses above the mean of the recent ones by several standard deviations.
+    """Detects losses several standard deviations above the mean of recent losses.
 
     Args:
-        window: Recent losses to compare with.
-        at_least: Losses to see before anything counts as a spike.
-        deviations: How far above the mean a spike is; also at least a hundredth of the mean.
+        window: Number of recent losses to compare with.
+        at_least: Number of losses required before the first spike can be detected.
+        deviations: Minimum distance of a spike from the mean, in standard deviations. The distance
+            must also be at least 1% of the mean.
     """
 
     def __init__(self, window: int = 100, at_least: int = 20, deviations: float = 6.0) -> None:
         self._losses: deque[float] = deque(maxlen=window)
         self._at_least, self._deviations = at_least, deviations
-        #: Mean of the losses that the last one was compared with.
+        #: Mean that the last loss was compared with.
         self.usual = float("nan")
 
     def add(self, loss: float) -> bool:
-        """Whether `loss` is a spike. It counts among the recent ones from now on."""
+        """Add `loss` to the recent losses, and return whether it is a spike."""
         is_spike = False
         if len(self._losses) >= self._at_least:
             self.usual = fmean(self._losses)

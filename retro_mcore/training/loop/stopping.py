@@ -1,4 +1,4 @@
-"""Why a run stops before its last iteration: a signal, the time, the exit interval."""
+"""Early stopping of a run: on a signal, a time limit, or the exit interval."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from retro_mcore.training.options.pretrain import ExitOptions
 
 
 class StopConditions:
-    """Watches for what ends a run early; used as a context manager around its loop.
+    """Detects conditions that end a run early. Use as a context manager around its loop.
 
-    Each rank sees only its own signals, so the ranks must agree: `wanted` goes into a sum over
-    all ranks, and all stop after the same iteration.
-
-    Args:
-        options: What to watch for.
+    Each rank sees only its own signals, so the ranks must agree: `wanted` is summed over all
+    ranks, and all stop after the same iteration.
     """
 
     def __init__(self, options: ExitOptions) -> None:
@@ -28,7 +25,7 @@ class StopConditions:
         self._started = time.monotonic()
 
     def __enter__(self) -> StopConditions:
-        # Python runs handlers in the main thread only, and sets them from there only.
+        # Python sets and runs signal handlers in the main thread only.
         in_main_thread = threading.current_thread() is threading.main_thread()
         if self._options.exit_signal_handler and in_main_thread:
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
@@ -48,24 +45,27 @@ class StopConditions:
 
     @property
     def wanted(self) -> bool:
-        """Whether this rank was told to stop, or its time is up."""
+        """Whether this rank received a stop signal or reached the time limit."""
         minutes = self._options.exit_duration_in_mins
         is_late = minutes is not None and time.monotonic() - self._started > 60 * minutes
         return self._signalled or is_late
 
     def reason(self) -> str:
-        """Why this rank wants to stop."""
+        """Reason why this rank wants to stop."""
         if self._signalled:
             return "SIGTERM"
         return "--exit-duration-in-mins" if self.wanted else "a signal or the time on another rank"
 
     def at_interval(self, iteration: int) -> bool:
-        """Whether the exit interval ends the run after this iteration."""
+        """Whether the run ends after this iteration because of the exit interval."""
         interval = self._options.exit_interval
         return bool(interval and iteration % interval == 0)
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """In a process that reads samples: leave SIGTERM, which a scheduler sends to every process of
-    a job, to the training process, which ends its readers itself."""
+    """Ignore SIGTERM in a data loader worker.
+
+    A scheduler sends SIGTERM to every process of a job. The training process handles it and ends
+    its workers itself.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Pretraining: the loop around megatron's forward-backward function, optimizer and checkpoints."""
+"""The training loop around megatron's forward-backward function, optimizer and checkpoints."""
 
 from __future__ import annotations
 
@@ -77,15 +77,16 @@ __all__ = ["Trainer", "TrainingResult", "checkpoint_to_resume", "finished_run", 
 
 
 class Trainer:
-    """One run of training.
+    """A training run.
 
     Args:
-        plan: What to do.
-        train_samples: The training split; samples are used in order, once.
+        plan: The resolved options of the run.
+        train_samples: The training split. Each sample is used once, in order.
         valid_samples: The validation split, or None for no validation. The same first
             eval_iters batches are used each time (docs/decisions/0011-training-entry-point.md).
-        device: Of this process.
-        alone: Whether no other run saves into --save; what runs before left there is removed.
+        device: Device of this process.
+        alone: Whether this run holds the lock on --save. Leftovers of earlier runs are then
+            removed.
 
     Raises:
         ConfigurationError: flags, project and number of processes do not fit together.
@@ -145,14 +146,14 @@ class Trainer:
 
     @property
     def has_loaded(self) -> bool:
-        """Whether the weights come from a checkpoint or from a GPT."""
+        """Whether the weights come from a checkpoint or a GPT model."""
         return self._result.checkpoint is not None or self._decoder is not None
 
     def train(self) -> TrainingResult:
-        """Train until the last iteration, or until something ends the run early.
+        """Train until the last iteration, or until the run is stopped early.
 
         Raises:
-            NonFiniteLossError: loss or gradient became NaN or infinite.
+            NonFiniteLossError: the loss or gradient became NaN or infinite.
         """
         progress, result = self._progress, self._result
         started = time.perf_counter()
@@ -181,7 +182,7 @@ class Trainer:
         return result
 
     def evaluate(self, test_samples: Samples | None) -> TrainingResult:
-        """Validation and test loss of the weights as they were loaded; nothing is trained or saved.
+        """Compute the validation and test loss of the loaded weights, without training or saving.
 
         Args:
             test_samples: The test split, or None.
@@ -225,7 +226,7 @@ class Trainer:
     def _train_step(
         self, batches: Iterator[RetroBatch], reporter: TrainingReporter, stop: bool
     ) -> bool:
-        """One iteration; returns whether any rank wants to stop after it."""
+        """Run one iteration, and return whether any rank wants to stop after it."""
         parts, progress, plan = self._parts, self._progress, self.plan
         samples = plan.batch_sizes.after(progress.consumed_samples)
         for chunk in parts.chunks:
@@ -247,7 +248,7 @@ class Trainer:
         return reduced.stop > 0
 
     def _update(self, reports: Sequence[LossReport], loss: float, samples: int) -> StepReport:
-        """Take the optimizer's step, unless loss or gradients forbid it."""
+        """Run the optimizer step, unless the loss or gradients are not finite."""
         parts, progress, options = self._parts, self._progress, self.plan.options
         iteration = progress.iteration + 1
         if options.check_for_nan_in_loss_and_grad and not self._may_overflow():
@@ -275,7 +276,7 @@ class Trainer:
         )
 
     def _may_overflow(self) -> bool:
-        """Whether an infinite loss may be float16's range, which a lower loss scale mends."""
+        """Whether an infinite loss may be an fp16 overflow, which a lower loss scale fixes."""
         options = self.plan.options
         lowest = options.loss_scale or options.min_loss_scale
         return options.fp16 and loss_scale(self._parts.optimizer) > lowest
@@ -295,7 +296,7 @@ class Trainer:
         reporter.validation(iteration, loss, math.exp(min(loss, 80.0)))
 
     def _loss_of(self, samples: Samples) -> float:
-        """Mean loss of a split's first eval_iters batches."""
+        """Mean loss over a split's first eval_iters batches."""
         stop = self.plan.project.retro_gpt_eval_iters * self.plan.global_batch_size
         batches = read_batches(self._numbered(samples), self._sampler(0, stop), 0, self._device)
         with gathered_weights(self._parts.chunks):
@@ -348,7 +349,7 @@ class Trainer:
 
 
 def _has_other_neighbors(saved: Mapping[str, Any], plan: TrainingPlan) -> bool:
-    """Whether the run to resume read neighbors of another search, as after update_db."""
+    """Whether the resumed run used neighbors of another search, for example before update_db."""
     before = (saved.get("data_contents") or {}).get("neighbors")
     now = plan.contents and plan.contents.neighbors
     resumes = plan.with_retrieval and not plan.options.finetune
@@ -359,10 +360,10 @@ def _training_parts(models: Sequence[GPTModel], plan: TrainingPlan) -> TrainingP
     groups = share_embeddings(models)
     if plan.options.freeze_decoder:
         freeze_decoder(models, plan)
-        groups = EmbeddingGroups()  # copies that are not trained have no gradients to sum
+        groups = EmbeddingGroups()  # frozen copies have no gradients to sum
     if plan.freeze_retrieval:
         freeze_retrieval(models)
-    # As Megatron: gradients of the first chunk alone are worth sending early.
+    # As in Megatron, only gradients of the first virtual stage are worth reducing early.
     chunks = [wrap_model(model, plan, index > 0) for index, model in enumerate(models)]
     optimizer = build_optimizer(chunks, groups, plan)
     return TrainingParts(chunks, optimizer, build_scheduler(optimizer, plan))
