@@ -1,8 +1,8 @@
-"""Pure chunk arithmetic: which token belongs to which chunk, and who attends to whose neighbors.
+"""Chunk arithmetic: which tokens form a chunk, and which positions attend to its neighbors.
 
-A sample of S tokens is cut into chunks of M. The neighbors of chunk i are retrieved with its
-tokens, so they may be seen from its last token on (Borgeaud et al. 2022, section 2.4 and
-Algorithm 1): M consecutive positions attend to the neighbors of one chunk.
+A sample of S tokens is divided into chunks of M tokens. Chunk i's neighbors are retrieved with its
+tokens, so they become visible at its last token (Borgeaud et al. 2022, section 2.4 and
+Algorithm 1). M consecutive positions attend to the neighbors of one chunk.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class ChunkGrid:
     Attributes:
         sequence_length: S, in tokens.
         chunk_length: M, in tokens.
-        alignment: "left": chunks start at token 0 and a trailing partial chunk has no neighbors
-            yet, so every prefix of a sequence has the grid of the whole. "right" (the retired
-            Megatron Retro): chunks end at the last token and the first one may be partial.
+        alignment: "left": chunks start at token 0, and a trailing partial chunk has no neighbors
+            yet. So every prefix of a sequence has the same chunks as the whole. "right" (the
+            retired Megatron Retro): chunks end at the last token, and the first may be partial.
     """
 
     sequence_length: int
@@ -43,14 +43,14 @@ class ChunkGrid:
 
     @property
     def first_attending(self) -> int:
-        """The first position that attends to neighbors (those of chunk 0)."""
+        """First position that attends to neighbors (those of chunk 0)."""
         if self.alignment == "left":
             return self.chunk_length - 1
         return (self.sequence_length - 1) % self.chunk_length
 
     @property
     def first_chunk_length(self) -> int:
-        """Number of tokens of chunk 0 (M but for a right-aligned grid's partial first chunk)."""
+        """Number of tokens in chunk 0: M, or fewer if a right-aligned grid has a partial chunk."""
         remainder = self.sequence_length % self.chunk_length
         return remainder if self.alignment == "right" and remainder else self.chunk_length
 
@@ -63,7 +63,7 @@ class ChunkGrid:
 
 
 def chunks_per_sample(sequence_length: int, chunk_length: int) -> int:
-    """L for training samples, which must hold whole chunks.
+    """L, the number of chunks in a training sample, which must hold whole chunks.
 
     Raises:
         ConfigurationError: S is not a positive multiple of M.

@@ -1,4 +1,4 @@
-"""Helpers around torch.distributed that take their process group, and work without one."""
+"""Helpers for torch.distributed that take a process group and also work without one."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Value = TypeVar("Value")
 
 
 def launched_by_torchrun() -> bool:
-    """Whether torchrun (or a scheduler that speaks its environment variables) started us."""
+    """Whether torchrun (or a scheduler with its environment variables) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def initialize(backend: str = "gloo", timeout_minutes: float = 60.0) -> None:
-    """Join the default process group; a process launched alone becomes a world of one.
+    """Join the default process group; a process launched alone becomes a world of size one.
 
-    Does nothing when the group exists. A world of one uses an in-memory store, so that no port is
-    needed. What is joined here is left at the interpreter's exit (`leave`).
+    Does nothing if the group exists. A world of size one uses an in-memory store, so it needs no
+    port. The group is destroyed when the interpreter exits (`leave`).
     """
     if dist.is_initialized():
         return
@@ -46,29 +46,29 @@ _before_leaving: list[Callable[[], None]] = []
 
 
 def before_leaving(function: Callable[[], None]) -> None:
-    """Let `leave` call `function` first: it gives up groups that it holds references to."""
+    """Register a function that `leave` calls first, to release its references to groups."""
     if function not in _before_leaving:
         _before_leaving.append(function)
 
 
 def leave() -> None:
-    """Give up every process group, and wait for the threads of those that nobody holds any more.
+    """Destroy all process groups, and wait for the threads of those without other references.
 
-    A thread of gloo may be the last to hold a collective's tensors, and with them Python objects.
-    If it releases them while the interpreter ends, Python ends that thread inside a C++ destructor,
-    which aborts the process (SIGABRT) after all of its work is done. So no such thread may be left
-    when the interpreter ends.
+    A gloo thread may hold the last reference to a collective's tensors and their Python objects. If
+    it releases them while the interpreter exits, Python ends the thread inside a C++ destructor,
+    which aborts the process (SIGABRT) after its work is done. So no such thread may remain when the
+    interpreter exits.
     """
     for function in _before_leaving:
         function()
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()  # models and optimizers, which hold groups, are full of reference cycles
+    gc.collect()  # models and optimizers hold groups and contain reference cycles
 
 
 def _leave_at_exit() -> None:
-    # After an uncaught exception the exit code is that of a failure anyway, and NCCL's groups may
-    # wait for ranks that never come.
+    # After an uncaught exception the exit code shows a failure anyway, and NCCL groups may
+    # wait for ranks that never arrive.
     if getattr(sys, "last_value", None) is None:
         leave()
 
@@ -84,7 +84,7 @@ def get_world_size(group: dist.ProcessGroup | None = None) -> int:
 
 
 def barrier(group: dist.ProcessGroup | None = None) -> None:
-    """Wait for every rank of `group`; nothing to wait for in a world of one."""
+    """Wait for every rank of `group`; no-op in a world of size one."""
     if get_world_size(group) > 1:
         dist.barrier(group)
 
@@ -92,7 +92,7 @@ def barrier(group: dist.ProcessGroup | None = None) -> None:
 def broadcast_object(
     value: object, group: dist.ProcessGroup | None = None, source_rank: int = 0
 ) -> object:
-    """The `value` of a rank of `group`, its first by default, on every rank."""
+    """Broadcast the `value` of a rank of `group`, by default its first, to every rank."""
     if get_world_size(group) == 1:
         return value
     box = [value]
@@ -102,7 +102,7 @@ def broadcast_object(
 
 
 def on_first_rank(compute: Callable[[], Value]) -> Value:
-    """What `compute` gives on rank 0, on every rank; its errors are raised on all of them."""
+    """Run `compute` on rank 0 and return its result, or raise its error, on every rank."""
     value = None
     with raise_together():
         if get_rank() == 0:
@@ -116,7 +116,7 @@ def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-    """The value of every rank of `group`, on each of them."""
+    """Gather the value of every rank of `group` on all of its ranks."""
     values = [value] * get_world_size(group)
     if len(values) > 1:
         dist.all_gather_object(values, value, group=group)
@@ -124,18 +124,18 @@ def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
 
 
 class PeerError(RuntimeError):
-    """Another rank failed with an error that is not the user's to mend."""
+    """Another rank failed with an error that the user cannot fix."""
 
 
 @contextmanager
 def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run the body on every rank; if it raises on any, raise on all, so nobody waits in vain.
+    """Run the body on every rank. If it raises on any rank, raise on all, so no rank hangs.
 
-    The body must not contain collectives of `group` after a point where one rank alone may raise.
+    The body must not use collectives of `group` after a point where only some ranks may raise.
 
     Raises:
-        RetroError: the first (by rank) user error that any rank met.
-        PeerError: another rank met some other exception; that rank re-raises its own.
+        RetroError: the first user error, by rank.
+        PeerError: another rank raised some other exception; that rank re-raises its own.
     """
     error: BaseException | None = None
     try:
@@ -166,9 +166,9 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 
 def print_error(error: RetroError) -> None:
-    """Print an error and its problems on stderr, a line each.
+    """Print an error and its problems to stderr, one line each.
 
-    An error that every rank raises is printed by the first one, any other by the rank that met it.
+    If every rank raises the error, only the first rank prints it.
     """
     rank = int(os.environ.get("RANK", 0))
     everywhere = error.raised_together or not dist.is_initialized()

@@ -1,41 +1,41 @@
-"""Errors that a user can mend: each names its subject, what was found, and what to do about it."""
+"""Errors that the user can fix. Each names its subject, what was found, and how to fix it."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
 
-#: Exit code of a command that stops on one of these errors.
+#: Exit code of a command that ends with one of these errors.
 EXIT_CODE = 2
 
 
 class RetroError(Exception):
-    """Base of every error that the user's input causes.
+    """Base class of all errors caused by the user's input.
 
     Args:
         subject: The file, flag, field or argument at fault, as the user would write it.
-        found: What is there.
-        mend: What was expected, or how to mend it.
+        found: What was found.
+        mend: What was expected, or how to fix it.
 
     Attributes:
-        raised_together: Whether every rank raises it, so that one of them may report it.
+        raised_together: Whether every rank raises the error, so one rank may report it for all.
     """
 
     raised_together = False
 
     def __init__(self, subject: object, found: str = "", mend: str = "") -> None:
-        # Megatron re-raises what a module's forward raised as `type(error)(message)`: then
+        # Megatron re-raises an error in a module's forward as `type(error)(message)`. Then
         # `subject` is the whole message.
         self.subject, self.found, self.mend = str(subject), found, mend
         super().__init__(f"{self.subject}: {found}. {mend}" if found or mend else self.subject)
 
     def __reduce__(self) -> tuple:
-        # Exceptions travel between ranks pickled; the default would pass the message alone.
+        # Exceptions are pickled to travel between ranks; by default only the message would be.
         return type(self), (self.subject, self.found, self.mend)
 
 
 class ConfigurationError(RetroError):
-    """A flag or a configuration field has a value that cannot work."""
+    """A flag or configuration field has an invalid value."""
 
 
 class CorpusError(RetroError):
@@ -43,15 +43,15 @@ class CorpusError(RetroError):
 
 
 class TokenizerError(RetroError):
-    """A tokenizer cannot be loaded, or is not the project's."""
+    """A tokenizer cannot be loaded, or does not match the project."""
 
 
 class ProjectError(RetroError):
-    """A project directory lacks a stage, or belongs to another configuration."""
+    """A project directory lacks a stage, or has another configuration."""
 
 
 class CorruptFileError(ProjectError):
-    """A file of the project is truncated, altered or of another format."""
+    """A project file is truncated, altered or in another format."""
 
 
 class CheckpointError(RetroError):
@@ -59,22 +59,22 @@ class CheckpointError(RetroError):
 
 
 class ShapeError(RetroError):
-    """A tensor does not have the shape that the model's configuration implies."""
+    """A tensor's shape does not match the model's configuration."""
 
 
 class MissingDependencyError(RetroError):
-    """An optional package is needed and not installed."""
+    """A required optional package is not installed."""
 
 
 class SystemRefusal(RetroError):
-    """The operating system refused to read or to write a file."""
+    """The operating system refused to read or write a file."""
 
 
 class SeveralErrors(ConfigurationError):
-    """More than one thing is wrong with one configuration; all of them are told together.
+    """Several problems of one configuration, reported together.
 
     Attributes:
-        problems: The errors, in the order in which they were found.
+        problems: The errors, in the order found.
     """
 
     def __init__(self, problems: Sequence[RetroError | str]) -> None:
@@ -87,7 +87,7 @@ class SeveralErrors(ConfigurationError):
 
 
 def raise_problems(problems: Sequence[RetroError]) -> None:
-    """Raise what was found: nothing, the one problem itself, or all of them as one error.
+    """Raise the problems: nothing if there are none, a single one itself, several as one error.
 
     Raises:
         RetroError: the only problem.
@@ -100,7 +100,7 @@ def raise_problems(problems: Sequence[RetroError]) -> None:
 
 
 def check_all(*checks: Callable[[], object]) -> None:
-    """Run every check, whatever the others find, and raise all that they find together.
+    """Run all checks, even if some fail, and raise their errors together.
 
     Raises:
         RetroError: the only problem.
@@ -117,7 +117,7 @@ def check_all(*checks: Callable[[], object]) -> None:
 
 _CHECK_PATH = "Check the path"
 _CHECK_RIGHTS = "Check the rights of the file and of the directories above it"
-_SEE_TO_DISK = "See to the file system, then repeat the command"
+_SEE_TO_DISK = "Check the file system, then repeat the command"
 _OPEN_FEWER = "Raise the limit of open files (ulimit -n)"
 _FREE_SPACE = "Free space or enlarge the quota, then repeat the command"
 _REFUSALS = {
@@ -140,9 +140,9 @@ _REFUSALS = {
 
 
 def system_refusal(error: BaseException) -> SystemRefusal | None:
-    """What the system said of a file, for the user; None if it is no such error.
+    """Convert an operating system error about a file for the user; None for other errors.
 
-    An error that names no file may be a fault of ours, and keeps its traceback.
+    An error that names no file may be a bug of ours, so it keeps its traceback.
     """
     if not isinstance(error, OSError) or error.errno not in _REFUSALS or error.filename is None:
         return None

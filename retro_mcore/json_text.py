@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: whatever it holds, reading it ends in a value or in one error."""
+"""Parse untrusted JSON: any input gives either a value or a `JsonError`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-#: The code points that UTF-16 uses in pairs; alone they are no characters.
+#: Surrogate code points, which UTF-16 uses in pairs; alone they are not characters.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class JsonError(ValueError):
-    """A text that is not JSON, or JSON that no sane writer makes; the message says which."""
+    """The text is not JSON, or is JSON beyond reasonable limits; the message says which."""
 
     @property
     def line(self) -> int:
-        """Number, from 1, of the line where reading ended; 1 where that is not known."""
+        """Line number, from 1, where parsing ended; 1 if unknown."""
         cause = self.__cause__
         if isinstance(cause, UnicodeDecodeError):
             return cause.object.count(b"\n", 0, cause.start) + 1
@@ -26,7 +26,7 @@ class JsonError(ValueError):
 
     @property
     def in_line(self) -> str:
-        """The same of a single line, whose number the reader knows: `Expecting value, column 7`."""
+        """Message without the line number, for single lines: `Expecting value, column 7`."""
         cause = self.__cause__
         if isinstance(cause, json.JSONDecodeError):
             return f"{cause.msg}, column {cause.colno}"
@@ -34,10 +34,10 @@ class JsonError(ValueError):
 
 
 def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank, with its number from 1, for `parse_json`.
+    """Yield each non-blank line with its number, from 1, for `parse_json`.
 
-    Only a line feed ends a line of JSON (a carriage return before it is white space). The other
-    ends of lines that `splitlines` knows, such as U+2028 and U+0085, may stand inside a string.
+    Lines end at line feeds only; a carriage return before one is white space. Other separators of
+    `splitlines`, such as U+2028 and U+0085, may occur inside a string.
     """
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.removeprefix(codecs.BOM_UTF8).strip():
@@ -45,35 +45,35 @@ def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class RepeatedKeyError(JsonError):
-    """An object has a key more than once, so which value counts is a guess."""
+    """An object has a key more than once, so its value is ambiguous."""
 
 
 class RecordWithRepeats(dict[str, Any]):
-    """An object that has some keys more than once; it holds the last value of each.
+    """An object with repeated keys; holds the last value of each.
 
     Attributes:
-        repeated: Those keys.
+        repeated: The repeated keys.
     """
 
     repeated: tuple[str, ...] = ()
 
 
 def parse_json(text: str | bytes, allow_nan: bool = False, unique_keys: bool = False) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
-    Bytes are UTF-8, with or without a byte order mark. NaN and infinities are refused, which
-    `json.loads` would accept, unless they are allowed: Python's own `json.dumps` writes them, and
-    where they stand under keys that nobody reads they do no harm.
+    Bytes are UTF-8, with or without a byte order mark. Unlike `json.loads`, NaN and infinities are
+    rejected by default. They can be allowed because `json.dumps` writes them, and under unused keys
+    they are harmless.
 
     Args:
         text: The JSON text.
-        allow_nan: Whether NaN and infinities are read.
-        unique_keys: Whether a key that an object has twice is refused. Otherwise the last one
-            counts, and the object is a `RecordWithRepeats`.
+        allow_nan: Accept NaN and infinities.
+        unique_keys: Reject objects with repeated keys. Otherwise the last value counts, and the
+            object is a `RecordWithRepeats`.
 
     Raises:
-        JsonError: not JSON, not UTF-8, nested too deeply, or a number of thousands of digits.
-        RepeatedKeyError: an object has a key twice, and that is refused.
+        JsonError: not JSON, not UTF-8, nested too deeply, or a number with thousands of digits.
+        RepeatedKeyError: an object has a repeated key, with `unique_keys`.
     """
     try:
         if isinstance(text, bytes):
@@ -118,7 +118,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
-    """Replace lone surrogates by U+FFFD; returns the text and how many were replaced.
+    """Replace lone surrogates with U+FFFD; returns the text and the number of replacements.
 
     JSON can write them (`"\\ud83d"`), and no encoding of text can.
     """
@@ -126,7 +126,7 @@ def replace_surrogates(text: str) -> tuple[str, int]:
 
 
 def has_surrogates(value: Any) -> bool:
-    """Whether a text anywhere in a JSON value holds a lone surrogate."""
+    """Whether any string in a JSON value contains a lone surrogate."""
     waiting = [value]
     while waiting:
         value = waiting.pop()

@@ -25,14 +25,14 @@ VARIABLE = "RETRO_LOG_LEVEL"
 #: It goes to the log file only.
 PRINTED = {"printed": True}
 
-#: Marks a record that alone makes no log file, so that a refused command leaves no trace.
+#: Marks a record that does not create a log file by itself, so a rejected command leaves no trace.
 CONTEXT = {"printed": True, "context": True}
 
 _LOG = logging.getLogger(__name__)
 _PACKAGE = "retro_mcore"
 _TIME = "%Y-%m-%d %H:%M:%S"
 
-#: Context around a line on the terminal, which hides progress bars meanwhile.
+#: Context in which terminal lines are written; it hides progress bars.
 _around_line: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
@@ -43,7 +43,7 @@ def write_lines_within(context: Callable[[], AbstractContextManager[object]]) ->
 
 
 class CommandLogs:
-    """Handlers of a running command; made by `command_logs`."""
+    """Log handlers of a running command, created by `command_logs`."""
 
     def __init__(self, terminal: bool) -> None:
         self._root, self._package = logging.getLogger(), logging.getLogger(_PACKAGE)
@@ -64,12 +64,12 @@ class CommandLogs:
             logging.captureWarnings(True)
 
     def add_file(self, folder: Path, name: str = "", made: Path | None = None) -> None:
-        """Log to `folder/logs/[NAME_]rank_0000.log` too.
+        """Also log to `folder/logs/[NAME_]rank_0000.log`.
 
         Args:
-            folder: The folder that the command writes to.
-            name: Tells apart commands that share the folder.
-            made: The file or folder without which there is no log file yet. Default: `folder`.
+            folder: The command's output folder.
+            name: Prefix that distinguishes commands which share the folder.
+            made: File or folder that must exist before the log file is created. Default: `folder`.
         """
         prefix = f"{name}_" if name else ""
         path = folder / "logs" / f"{prefix}rank_{_rank():04d}.log"
@@ -95,8 +95,8 @@ def command_logs(terminal: bool = True) -> Iterator[CommandLogs]:
     """Handle log records while the block runs.
 
     Args:
-        terminal: Write them to stderr: INFO and above on rank 0, WARNING and above on others.
-            A command within another leaves this to the outer one.
+        terminal: Also write them to stderr: INFO and above on rank 0, WARNING and above on others.
+            A command run by another command leaves this to the outer one.
     """
     logs = CommandLogs(terminal)
     logs.set_level(default_level())
@@ -107,7 +107,7 @@ def command_logs(terminal: bool = True) -> Iterator[CommandLogs]:
 
 
 def default_level() -> str:
-    """The level of the environment, or info."""
+    """The level set in the environment, or info."""
     level = os.environ.get(VARIABLE, "").lower()
     return level if level in LEVELS else "info"
 
@@ -117,7 +117,7 @@ def _rank() -> int:
 
 
 class _Terminal(logging.Handler):
-    """Writes to stderr, whatever that is at the time."""
+    """Writes to the current `sys.stderr`."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING if _rank() else logging.NOTSET)
@@ -131,16 +131,16 @@ class _Terminal(logging.Handler):
             with _around_line():
                 print(line, file=sys.stderr, flush=True)
         except BrokenPipeError:
-            raise  # the command ends quietly when nobody reads its output
+            raise  # a command whose output is no longer read ends quietly
         except Exception:
             self.handleError(record)
 
 
 class _RankFile(logging.Handler):
-    """Appends to a file, which is opened with the first record after `made` exists.
+    """Appends to a file, which is opened at the first record after `made` exists.
 
-    A mistyped path thus gets no log file. Earlier records wait, the latest 1000 of them. A file
-    that cannot be written costs one warning.
+    So a mistyped path gets no log file. The latest 1000 earlier records are kept until then. If the
+    file cannot be written, one warning is shown.
     """
 
     def __init__(self, path: Path, made: Path) -> None:
@@ -153,7 +153,7 @@ class _RankFile(logging.Handler):
         self.setFormatter(logging.Formatter(form, _TIME))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, or keep it until there is a folder to write to."""
+        """Write a record, or keep it until the folder exists."""
         if self._failed:
             return
         try:
@@ -181,5 +181,5 @@ class _RankFile(logging.Handler):
             self._path.parent.mkdir(exist_ok=True)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             self._descriptor = os.open(self._path, flags, 0o666)
-        while self._waiting:  # a line per write, so that processes do not mix theirs
+        while self._waiting:  # one write per line, so lines of several processes do not mix
             os.write(self._descriptor, self._waiting.popleft().encode("utf-8", "backslashreplace"))

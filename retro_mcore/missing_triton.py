@@ -1,4 +1,4 @@
-"""Megatron-Core where Triton is not installed."""
+"""Import Megatron-Core without Triton."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-#: Megatron-Core's one module of GPU kernels that it imports without asking for Triton.
+#: Megatron-Core's only module that imports Triton unconditionally.
 MODULE = "megatron.core.transformer.moe.paged_stash"
 
 
 def allow_missing_triton() -> None:
-    """Let megatron-core be imported without Triton (0.18 and later); before its first import.
+    """Allow importing megatron-core (0.18 and later) without Triton. Call before its first import.
 
-    Only an option of its mixture of experts calls the kernels. A call says what is missing.
+    Only a mixture-of-experts option uses the kernels. Calling them reports the missing package.
     """
     if importlib.util.find_spec("triton") is not None or MODULE in sys.modules:
         return

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, elsewhere a log line now and then."""
+"""Progress of long-running work: a bar on a terminal, and occasional log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ logs.write_lines_within(lambda: tqdm.external_write_mode(file=sys.stderr))
 
 
 class Progress:
-    """Counts steps; used as a context manager around them.
+    """Counts steps. Use as a context manager around them.
 
-    The first and the last step are always logged, others when `INTERVAL` has passed since the last
-    line. Where stderr is a terminal there is a bar too, and the lines go to the log file only.
+    The first and last steps are always logged, others when `INTERVAL` seconds have passed since the
+    last line. If stderr is a terminal, a bar is shown, and the lines go to the log file only.
 
     Args:
-        description: What the steps do.
+        description: Label of the steps.
         total: Number of steps.
-        initial: Steps that an earlier run did.
-        hidden: Show and log nothing; for all ranks but one.
+        initial: Number of steps completed by an earlier run.
+        hidden: Show and log nothing; set on all ranks but one.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Progress:
             self._log()
 
     def details(self, **values: str) -> None:
-        """Show values, such as the loss, with the next line."""
+        """Show values, such as the loss, in the next line."""
         self._details = ", ".join(f"{name} {value}" for name, value in values.items())
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
 
     def write(self, text: str) -> None:
-        """Print a line of output, on stdout. It takes the place of the next log line."""
+        """Print a line to stdout. It replaces the next log line."""
         if self._logged is not None:
             self._logged = time.monotonic()
         if self._bar is None:
@@ -115,12 +115,12 @@ class Progress:
 def track(
     items: Iterable[Item], description: str, total: int | None = None, hidden: bool = False
 ) -> Iterator[Item]:
-    """Yield `items`, with their progress; an item is done when the next one is asked for.
+    """Yield `items` and show progress. An item is done when the next one is requested.
 
     Args:
-        items: The work.
-        description: What is done with them.
-        total: Their number; None: their length.
+        items: The work items.
+        description: Label of the progress.
+        total: Number of items; None: `len(items)`.
         hidden: See `Progress`.
     """
     length = len(items) if total is None else total  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
-"""Operations of a training step, and the share of the device's peak that it reaches.
+"""FLOPs of a training step, and model FLOPs utilization (MFU).
 
-Counted are the matrix products that the model prescribes, a multiplication and an addition each;
-causal attention counts whole, as in PaLM (Chowdhery et al. 2022, appendix B). A backward pass is
-two forward passes; recomputation does not count. Utilisation (MFU) is these operations per
-second, divided by the devices' peak.
+Only the model's matrix products are counted, with a multiplication and an addition each. Causal
+attention is counted in full, as in PaLM (Chowdhery et al. 2022, appendix B). A backward pass
+counts as two forward passes, and recomputation is not counted. MFU is the FLOP/s divided by the
+devices' peak.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from retro_mcore.model.config import RetroConfig
 
-#: Dense bf16 10^12 operations/s by vendors' data sheets, by part of the device's name; the first
-#: that fits.
+#: Peak dense bf16 TFLOP/s from vendors' data sheets, by part of the device's name. The first match
+#: is used.
 _PEAK_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -31,11 +31,11 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, given_tflops: float | None = None) -> float | None:
-    """Operations/s that the device can reach; None where nobody knows (on CPU always).
+    """Peak FLOP/s of the device; None if unknown (always on CPU).
 
     Args:
         device: The device.
-        given_tflops: --device-peak-tflops.
+        given_tflops: Value of --device-peak-tflops.
     """
     if given_tflops is not None:
         return given_tflops * 1e12
@@ -50,12 +50,12 @@ def peak_flops(device: torch.device, given_tflops: float | None = None) -> float
 def training_flops_per_sample(
     config: TransformerConfig, sequence_length: int, vocab_size: int
 ) -> float:
-    """Operations of forward and backward pass, for one sample.
+    """FLOPs of the forward and backward pass for one sample.
 
     Args:
-        config: Of the whole model; a RetroConfig retrieves.
+        config: Configuration of the whole model; a RetroConfig includes retrieval.
         sequence_length: S.
-        vocab_size: Rows of the output layer.
+        vocab_size: Number of rows of the output layer.
     """
     return 3.0 * forward_flops_per_sample(config, sequence_length, vocab_size)
 
@@ -63,7 +63,7 @@ def training_flops_per_sample(
 def forward_flops_per_sample(
     config: TransformerConfig, sequence_length: int, vocab_size: int
 ) -> float:
-    """Operations of the forward pass, for one sample; arguments as above."""
+    """FLOPs of the forward pass for one sample. See `training_flops_per_sample`."""
     decoder = config.num_layers * _layer(config, sequence_length, sequence_length)
     logits = 2.0 * sequence_length * config.hidden_size * vocab_size
     retrieval = _retrieval(config, sequence_length) if isinstance(config, RetroConfig) else 0.0
@@ -71,7 +71,7 @@ def forward_flops_per_sample(
 
 
 def _layer(config: TransformerConfig, tokens: int, keys: int) -> float:
-    """Self-attention and MLP of one layer, for `tokens` that attend to `keys` each."""
+    """Self-attention and MLP of one layer, for `tokens` that each attend to `keys`."""
     wide = config.num_attention_heads * config.kv_channels
     narrow = config.num_query_groups * config.kv_channels
     projections = config.hidden_size * (2 * wide + 2 * narrow)
@@ -86,7 +86,7 @@ def _retrieval(config: RetroConfig, sequence_length: int) -> float:
     length = config.retro_retrieved_length or 0
     encoder = config.encoder_config()
     flops = encoder.num_layers * _layer(encoder, rows * length, length)
-    # The encoder's first layer attends to the chunk that retrieved.
+    # The encoder's first retrieval layer attends to the querying chunk.
     flops += _cross(
         encoder, config.hidden_size, rows * length, sequence_length, config.retro_chunk_length
     )
@@ -100,7 +100,7 @@ def _retrieval(config: RetroConfig, sequence_length: int) -> float:
 def _cross(
     config: TransformerConfig, key_value_size: int, tokens: int, key_tokens: int, keys: int
 ) -> float:
-    """Cross-attention of `tokens` to `keys` each, of `key_tokens` that are projected once."""
+    """Cross-attention of `tokens` to `keys` each, with `key_tokens` projected once."""
     wide = config.num_attention_heads * config.kv_channels
     narrow = config.num_query_groups * config.kv_channels
     queries = tokens * (2 * config.hidden_size * wide + 2 * keys * wide)

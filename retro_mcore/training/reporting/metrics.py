@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines, one per report, and the loss curve drawn from them."""
+"""Metrics of a run: one JSON line per report, and a plot of the loss curve."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """`metrics.jsonl`: records with `kind`, `iteration` and most often `loss`.
+    """`metrics.jsonl`: records with `kind`, `iteration` and usually `loss`.
 
-    Kinds are "train", "valid", "spike" and "data" (what there is to say of the samples). The loss
-    is missing where fp16 skipped every iteration of a report.
+    Kinds are "train", "valid", "spike" and "data" (notes on the samples). The loss is missing if
+    fp16 skipped every iteration of a report.
 
     Args:
         path: The file.
-        iteration: Where the run starts: later records, of an interrupted run, are dropped.
+        iteration: Starting iteration. Later records of an interrupted run are dropped.
     """
 
     def __init__(self, path: Path, iteration: int) -> None:
@@ -35,7 +35,7 @@ class MetricsFile:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        """Append a record; it is in the file when this returns, or nothing of it.
+        """Append a record atomically: all of it or nothing.
 
         Raises:
             OSError: the disk is full, or the file cannot be written.
@@ -43,7 +43,7 @@ class MetricsFile:
         with self.path.open("ab", buffering=0) as file:
             end, line = file.tell(), _line(record).encode()
             try:
-                while line:  # a full disk takes a part first
+                while line:  # a full disk may accept part of the line
                     line = line[file.write(line) :]
             except OSError:
                 file.truncate(end)
@@ -55,7 +55,7 @@ def _line(record: Record) -> str:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics file; a line cut short by a crash is left out."""
+    """Read the records of a metrics file. A line truncated by a crash is skipped."""
     records: list[Record] = []
     if not path.is_file():
         return records
@@ -71,7 +71,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def losses(records: Iterable[Record], kind: str) -> list[tuple[int, float]]:
-    """(iteration, loss) of the records of a kind that have a loss."""
+    """(iteration, loss) of all records of this kind with a loss."""
     return [
         (record["iteration"], record["loss"])
         for record in records
@@ -80,7 +80,7 @@ def losses(records: Iterable[Record], kind: str) -> list[tuple[int, float]]:
 
 
 def draw_loss_curve(records: Iterable[Record], path: Path) -> Path:
-    """Draw training and validation loss over iterations into a PNG; returns its path.
+    """Plot training and validation loss over iterations as a PNG, and return its path.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar, log lines, metrics. Only rank 0 shows and writes."""
+"""Progress of a training run: progress bar, log lines and metrics, on rank 0 only."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepReport:
-    """What an iteration came to.
+    """Result of an iteration.
 
     Attributes:
-        iteration: Its number, from 1.
-        consumed_samples: After it.
-        samples: Of it.
-        loss: Mean per token, in nats.
-        learning_rate: That it was made with.
-        grad_norm: Before clipping; 0 if it was skipped.
-        skipped: Whether the weights were left as they were, after an overflow in fp16.
-        loss_scale: In fp16.
-        num_zeros: In the gradient, with --log-num-zeros-in-grad.
+        iteration: Number of the iteration, from 1.
+        consumed_samples: Total number of samples after this iteration.
+        samples: Number of samples in this iteration.
+        loss: Mean loss per token, in nats.
+        learning_rate: Learning rate of this iteration.
+        grad_norm: Gradient norm before clipping; 0 if the iteration was skipped.
+        skipped: Whether the update was skipped because of an fp16 overflow.
+        loss_scale: Loss scale, in fp16.
+        num_zeros: Number of zeros in the gradient, with --log-num-zeros-in-grad.
     """
 
     iteration: int
@@ -57,7 +57,7 @@ class StepReport:
     num_zeros: int | None = None
 
     def record(self) -> Record:
-        """What metrics say of it; what does not apply is left out."""
+        """The iteration's metrics, without those that do not apply."""
         record: Record = {
             "kind": "train",
             "iteration": self.iteration,
@@ -80,7 +80,7 @@ class _Interval:
         self._loss = 0.0
 
     def add(self, step: StepReport) -> None:
-        """Count an iteration; the loss of a skipped one is left out of the mean."""
+        """Add an iteration. The mean loss excludes skipped iterations."""
         self.iterations += 1
         self.samples += step.samples
         if step.skipped:
@@ -96,18 +96,18 @@ class _Interval:
 
     @property
     def seconds(self) -> float:
-        """Wall time so far."""
+        """Wall time of the interval so far."""
         return max(time.perf_counter() - self.since, 1e-9)
 
 
 class TrainingReporter:
-    """Bar, log lines and metrics of a run; used as a context manager around its loop.
+    """Progress bar, log lines and metrics of a run. Use as a context manager around its loop.
 
     Args:
         plan: The run.
-        config: The model's, for its operations.
-        iteration: Iterations done before.
-        device: For model FLOPs utilisation.
+        config: The model's configuration, to count its FLOPs.
+        iteration: Number of iterations already completed.
+        device: The device, for model FLOPs utilization.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class TrainingReporter:
             self._log(step)
 
     def pause(self) -> None:
-        """Time until `resume` (validation, saving) does not count as training time."""
+        """Exclude the time until `resume` (validation, saving) from training time."""
         self._paused = time.perf_counter()
 
     def resume(self) -> None:
@@ -188,7 +188,7 @@ class TrainingReporter:
         self._to_sinks(record)
 
     def spike(self, step: StepReport, usual: float, samples: list[int]) -> None:
-        """Report a loss far above the usual, and the batch's samples."""
+        """Report a loss spike and the samples of its batch."""
         self._say(
             f"iteration {step.iteration}/{self._plan.train_iters} | loss spike: {step.loss:.4f}, "
             f"usually {usual:.4f} | grad norm {step.grad_norm:.3f} | samples {samples}"
@@ -204,7 +204,7 @@ class TrainingReporter:
         )
 
     def samples(self, iteration: int) -> None:
-        """Record what there is to say of a split's samples, such as how often they repeat."""
+        """Record notes on each split's samples, such as how often they repeat."""
         for split in self._plan.passes:
             if split.warning:
                 where = {"kind": "data", "iteration": iteration, "split": split.name}
@@ -215,7 +215,7 @@ class TrainingReporter:
         self._say(text)
 
     def draw(self) -> Path | None:
-        """Draw the loss curve of the whole run, interrupted parts included."""
+        """Plot the loss curve of the whole run, including interrupted parts."""
         if self._directory is None:
             return None
         records = read_metrics(self._directory / METRICS_FILE)
@@ -273,7 +273,7 @@ class TrainingReporter:
         return " | ".join(filter(None, parts))
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
-        """Print a line, and keep it in the log file."""
+        """Print a line and write it to the log file."""
         if self._active:
             self._progress.write(text)
             _LOG.log(level, "%s", text, extra=PRINTED)
@@ -282,7 +282,7 @@ class TrainingReporter:
         self._say(text, logging.WARNING)
 
     def _write(self, record: Record) -> None:
-        """Into metrics.jsonl. A full disk loses metrics; the checkpoints say when it stops us."""
+        """Write to metrics.jsonl. A full disk loses metrics; only a failed checkpoint ends a run."""
         if self._metrics is None:
             return
         try:

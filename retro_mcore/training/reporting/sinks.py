@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, through their own libraries."""
+"""Logging to TensorBoard and Weights & Biases, with their own libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from retro_mcore.training.setup.plan import TrainingPlan
 
 
 class Sink(Protocol):
-    """A place for metrics."""
+    """A destination for metrics."""
 
     def write(self, record: Record) -> None:
         """Take a record with `kind` and `iteration`."""
@@ -23,11 +23,12 @@ class Sink(Protocol):
 
 
 def open_sinks(plan: TrainingPlan, iteration: int) -> list[Sink]:
-    """The places that the flags name.
+    """Open the sinks that the flags request.
 
     Args:
         plan: The run.
-        iteration: Iterations done before; what an interrupted run wrote after it is dropped.
+        iteration: Number of iterations already completed. Later records of an interrupted run are
+            dropped.
 
     Raises:
         MissingDependencyError: a library is not installed.
@@ -42,10 +43,10 @@ def open_sinks(plan: TrainingPlan, iteration: int) -> list[Sink]:
 
 
 def check_sinks(tensorboard_dir: str | None, wandb_project: str) -> None:
-    """Refuse a place whose library is not installed, before anything is built.
+    """Check that the libraries of the requested sinks are installed, before anything is built.
 
     Raises:
-        MissingDependencyError: naming the flag.
+        MissingDependencyError: a library is missing. Names the flag.
     """
     if tensorboard_dir:
         _summary_writer()
@@ -83,7 +84,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run with the plan's configuration; WANDB_MODE=offline writes files to be synced later."""
+    """A run with the plan's configuration. WANDB_MODE=offline writes files for a later sync."""
 
     def __init__(self, plan: TrainingPlan) -> None:
         options = plan.options
