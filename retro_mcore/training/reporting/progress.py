@@ -282,7 +282,7 @@ class TrainingReporter:
         self._say(text, logging.WARNING)
 
     def _write(self, record: Record) -> None:
-        """Write to metrics.jsonl. A full disk loses metrics; only a failed checkpoint ends a run."""
+        """Write to metrics.jsonl. A full disk only loses metrics; failed checkpoints end a run."""
         if self._metrics is None:
             return
         try:
