@@ -1,9 +1,9 @@
-"""Words of answers in any script, for the metrics that compare them.
+"""Tokenize answers in any script into words, for metrics that compare them.
 
-Of ASCII texts these are the words that SQuAD's and ROUGE's own programs see. Beyond ASCII the same
-rules hold by Unicode's categories, on one normal form (NFKC), so that it does not matter how an
-accent is composed or whether a letter is full width. Scripts that write no spaces between words
-are taken character by character (with their combining marks).
+For ASCII texts the words are those of the official SQuAD and ROUGE programs. Beyond ASCII the same
+rules apply by Unicode category after NFKC normalization, so composed accents and full-width letters
+make no difference. Scripts without spaces between words are split into characters (with their
+combining marks).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 _ARTICLES = {"a", "an", "the"}
 
-#: Blocks of scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Han, kana …
+#: Unicode blocks of scripts without spaces: Thai, Lao, Tibetan, Burmese, Khmer, Han, kana …
 _UNSPACED = (
     (0x0E00, 0x0FFF),
     (0x1000, 0x109F),
@@ -37,7 +37,7 @@ _UNSPACED = (
 
 
 def normal_form(text: str) -> str:
-    """NFKC without case, and without characters that only format (such as a zero width space)."""
+    """Case-folded NFKC without format characters (such as a zero-width space)."""
     if text.isascii():
         return text.lower()
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -45,19 +45,19 @@ def normal_form(text: str) -> str:
 
 
 def answer_words(text: str) -> list[str]:
-    """Words as SQuAD compares them: without case, punctuation and (English) articles."""
+    """Words as in SQuAD: without case, punctuation and (English) articles."""
     words = _without_punctuation(normal_form(text)).split()
     return [piece for word in words if word not in _ARTICLES for piece in _split(word)]
 
 
 def words_with_articles(text: str) -> list[str]:
-    """As `answer_words`, and the articles."""
+    """Like `answer_words`, but with articles."""
     words = _without_punctuation(normal_form(text)).split()
     return [piece for word in words for piece in _split(word)]
 
 
 def join_words(words: list[str]) -> str:
-    """Words as one text; between characters of a script that writes no spaces there is none."""
+    """Join words with spaces, except between characters of scripts without spaces."""
     text = ""
     for before, word in zip(["", *words], words, strict=False):
         joined = not before or (_is_unspaced(before[0]) and _is_unspaced(word[0]))
@@ -66,9 +66,9 @@ def join_words(words: list[str]) -> str:
 
 
 def rouge_words(text: str) -> list[str]:
-    """Runs of letters and digits, as ROUGE's own tokenizer finds them in ASCII; not stemmed.
+    """Runs of letters and digits, as in ROUGE's own tokenizer for ASCII; not stemmed.
 
-    Beyond ASCII a symbol, such as an emoji, is a word of its own.
+    Beyond ASCII, a symbol such as an emoji is a separate word.
     """
     kept = "".join(_rouge_char(char) for char in normal_form(text))
     return [piece for word in kept.split() for piece in _split(word)]
@@ -90,7 +90,7 @@ def _rouge_char(char: str) -> str:
 
 
 def _split(word: str) -> Iterator[str]:
-    """A word, or its characters where the script does not say where words end."""
+    """The word itself, or its characters if the script has no spaces between words."""
     if word.isascii():
         yield word
         return

@@ -1,8 +1,7 @@
-"""Bits per byte of whole documents, the protocol of Borgeaud et al. 2022 (section 3).
+"""Bits per byte of whole documents, following Borgeaud et al. 2022 (section 3).
 
-Documents are read one by one through overlapping windows, and the loss is set against the bytes of
-their text, so that models with other tokenizers compare. Each chunk's share is kept, for the
-leakage curve.
+Each document is read through overlapping windows. The loss is divided by the bytes of its text, so
+models with different tokenizers are comparable. Losses are kept per chunk for the leakage curve.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from retro_mcore.retrieval.database import ChunkDatabase
 
 @dataclass(frozen=True)
 class TextLoss:
-    """The part of a measurement that one corpus of the blend makes up."""
+    """The part of a measurement for one corpus of the blend."""
 
     bits_per_byte: float
     loss: float
@@ -55,18 +54,18 @@ class BitsPerByte:
     Attributes:
         split: "valid" or "test".
         neighbors: "real", "shuffled", "random" or "none".
-        bits_per_byte: Loss in bits over bytes of text.
+        bits_per_byte: Loss in bits per byte of text.
         loss: Mean loss in nats per token.
         perplexity: exp(loss), per token.
-        num_tokens: Tokens predicted: all but each document's first.
-        num_bytes: Bytes of text that they stand for.
-        num_documents: Documents.
-        window: Tokens read at once.
-        stride: How far a window starts behind its predecessor.
+        num_tokens: Number of predicted tokens: all but each document's first.
+        num_bytes: Bytes of the text of these tokens.
+        num_documents: Number of documents.
+        window: Window length in tokens.
+        stride: Tokens from one window's start to the next.
         seconds: Wall time.
-        corpora: The same for each corpus, by its prefix; empty where there is only one.
-        num_documents_too_short: Documents left out, since they have fewer than two tokens.
-        num_tokens_not_predicted: First tokens of documents, which nothing precedes.
+        corpora: The same for each corpus, by prefix; empty if there is only one.
+        num_documents_too_short: Number of skipped documents with fewer than two tokens.
+        num_tokens_not_predicted: Number of first tokens, which have no context.
     """
 
     split: str
@@ -93,14 +92,14 @@ def summarize(
     stride: int,
     started: float,
 ) -> BitsPerByte:
-    """A measurement's numbers, for all documents and for each corpus.
+    """Summarize a measurement for all documents and for each corpus.
 
     Args:
         documents: The documents.
-        chunks: What their chunks cost.
-        neighbors: What the model was given.
-        window: Tokens read at once.
-        stride: How far windows advance.
+        chunks: Losses of their chunks.
+        neighbors: Kind of neighbors that the model read.
+        window: Window length in tokens.
+        stride: Tokens from one window's start to the next.
         started: `time.perf_counter()` before the measurement.
     """
     of_chunk = documents.corpus[documents.owners]
@@ -138,18 +137,18 @@ def _text_loss(chunks: ChunkLosses, chosen: NDArray[np.bool_], num_documents: in
 
 
 class DocumentEvaluation:
-    """The documents of one split, measured with several kinds of neighbors.
+    """Evaluates the documents of one split with several kinds of neighbors.
 
-    All ranks call its methods together.
+    All ranks must call its methods together.
 
     Args:
         documents: The documents.
-        tokenizer: The project's.
+        tokenizer: The project's tokenizer.
         database: The retrieval database.
         num_neighbors: K.
-        num_retrieved_chunks: Chunks per neighbor, itself included.
-        window: Tokens read at once.
-        stride: How far a window starts behind its predecessor.
+        num_retrieved_chunks: Chunks per neighbor, including the neighbor itself.
+        window: Window length in tokens.
+        stride: Tokens from one window's start to the next.
         project_dir: The project.
     """
 
@@ -183,19 +182,19 @@ class DocumentEvaluation:
         stride: int | None = None,
         limit: int | None = None,
     ) -> DocumentEvaluation:
-        """Of a project; windows are as long as its samples.
+        """Open the documents of a project. Windows have the length of its samples.
 
         Args:
             project_dir: The project, after build_index.
-            split: Which documents.
+            split: The split to evaluate.
             num_neighbors: K.
-            num_retrieved_chunks: Chunks per neighbor, itself included.
-            stride: How far a window starts behind its predecessor; default: half a window.
+            num_retrieved_chunks: Chunks per neighbor, including the neighbor itself.
+            stride: Tokens from one window's start to the next; default: half a window.
             limit: At most this many documents of each corpus.
 
         Raises:
             ProjectError: a stage has not run, or the split has no documents.
-            ConfigurationError: the stride is no multiple of M, or longer than a window.
+            ConfigurationError: the stride is not a multiple of M, or is longer than a window.
         """
         with raise_together():
             project = ProjectConfig.load(project_dir)
@@ -214,29 +213,29 @@ class DocumentEvaluation:
             )
 
     def search_neighbors(self, num_save: int, device: str) -> None:
-        """Search the chunks' neighbors, or read those of an earlier run; see `documents`."""
+        """Search the chunks' neighbors, or reuse those of an earlier run; see `documents`."""
         self._neighbors = search_document_neighbors(
             self.project_dir, self.documents, self.tokenizer, num_save, device
         )
 
     @cached_property
     def num_bytes(self) -> NDArray[np.int64]:
-        """Bytes of each chunk, i64 [chunks]; all ranks must ask for it together."""
+        """Bytes of each chunk, i64 [chunks]. All ranks must read this property together."""
         return chunk_bytes(self.documents, self.tokenizer)
 
     def measure(
         self, model: torch.nn.Module, kind: NeighborKind, batch_size: int, seed: int = 1234
     ) -> BitsPerByte:
-        """Bits per byte with one kind of neighbors; its chunks' losses are kept.
+        """Measure bits per byte with one kind of neighbors, and keep the chunks' losses.
 
         Args:
             model: This rank's stage, on its device.
-            kind: What each chunk is given; but for "none" after `search_neighbors`.
+            kind: Kind of neighbors; all but "none" require `search_neighbors` first.
             batch_size: Windows per forward pass.
-            seed: Of shuffling and draws.
+            seed: Seed of shuffling and random draws.
 
         Raises:
-            ConfigurationError: "shuffled" with one document.
+            ConfigurationError: "shuffled" with a single document.
         """
         started = time.perf_counter()
         given = None
@@ -252,7 +251,7 @@ class DocumentEvaluation:
             self.database,
             self.num_neighbors,
             self.num_retrieved_chunks,
-            # Sequence parallelism shares out the positions.
+            # Sequence parallelism divides the positions among ranks.
             divisor=parallel_state.get_tensor_model_parallel_world_size(),
         )
         self.losses[kind] = measure_chunk_losses(
@@ -267,11 +266,11 @@ class DocumentEvaluation:
         return summarize(self.documents, self.losses[kind], kind, self.window, self.stride, started)
 
     def leakage_curve(self, num_neighbors: int, alphas: Sequence[float]) -> list[LeakagePoint]:
-        """The curve over what was measured; see `leakage`.
+        """Compute the leakage curve of all measurements; see `leakage`.
 
         Args:
-            num_neighbors: Neighbors of each chunk that its overlap is measured against.
-            alphas: The curve's points.
+            num_neighbors: Neighbors per chunk used to measure its overlap.
+            alphas: Points of the curve.
         """
         assert self._neighbors is not None, "search_neighbors first"
         overlaps = chunk_overlaps(

@@ -24,8 +24,8 @@ class ChunkLosses:
 
     Attributes:
         losses: f64 [chunks], sum over the chunk's tokens in nats.
-        tokens: i64 [chunks], tokens that were predicted.
-        bytes: i64 [chunks], bytes that they stand for.
+        tokens: i64 [chunks], number of predicted tokens.
+        bytes: i64 [chunks], bytes of the text of these tokens.
     """
 
     losses: NDArray[np.float64]
@@ -33,7 +33,7 @@ class ChunkLosses:
     bytes: NDArray[np.int64]
 
     def bits_per_byte(self, chosen: NDArray[np.bool_] | slice = slice(None)) -> float:
-        """Of the chosen chunks; NaN where they hold no byte."""
+        """Bits per byte of the chosen chunks; NaN if they hold no bytes."""
         num_bytes = int(self.bytes[chosen].sum())
         return float(self.losses[chosen].sum() / math.log(2) / num_bytes) if num_bytes else math.nan
 
@@ -56,7 +56,8 @@ def measure_chunk_losses(
         num_bytes: i64 [chunks], from `chunk_bytes`.
         batch_size: Windows per forward pass.
         description: Label of the progress.
-        vocab_size: The tokenizer's, over which the losses are; None: every row of the model's.
+        vocab_size: The tokenizer's vocabulary size, over which losses are normalized; None: all
+            rows of the model's embedding.
     """
     batches = plan_batches(windows, batch_size)
     mine = range(

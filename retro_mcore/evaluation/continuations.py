@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, with neighbors of every chunk that is complete.
+"""Log-likelihoods of continuations, with neighbors for every complete chunk.
 
 Shapes: B texts, S their padded length, L chunks, K neighbors, R retrieved length, V vocabulary.
 """
@@ -22,21 +22,21 @@ from retro_mcore.retrieval.neighbors import RetrievedNeighbors
 from retro_mcore.samples.batch import position_ids, retrieved_inputs
 from retro_mcore.session import LoadedModel
 
-#: Chunks whose neighbors are remembered: the options of a question share its chunks.
+#: Number of chunks whose neighbors are cached: the options of a question share its chunks.
 _REMEMBERED = 10_000
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
 def pieces_of(pair: Pair, max_length: int) -> list[Pair]:
-    """A continuation as pieces that fit a window, each with the text before it as context.
+    """Split a continuation into pieces that fit a window, with the preceding text as context.
 
-    One that fits stays whole. Of a longer one every token is scored once, with at least half of the
-    window before it where there is as much.
+    A continuation that fits is one piece. In a longer one every token is scored once, with at least
+    half a window of context if there is that much.
 
     Args:
         pair: Tokens of context and continuation.
-        max_length: Tokens that the model reads at once.
+        max_length: Window length in tokens.
     """
     context, continuation = pair
     if len(continuation) <= max_length:
@@ -49,13 +49,13 @@ def pieces_of(pair: Pair, max_length: int) -> list[Pair]:
 
 
 class ContinuationScorer:
-    """Scores continuations in batches, divided over data parallel ranks.
+    """Scores continuations in batches, divided among data parallel ranks.
 
     Args:
-        loaded: The model; with a retriever each complete chunk gets its neighbors.
+        loaded: The model; with a retriever, each complete chunk gets its neighbors.
         batch_size: Texts per forward pass.
-        max_length: Tokens that the model reads at once. Longer contexts lose their beginning,
-            continuations longer than that are scored in pieces.
+        max_length: Window length in tokens. Longer contexts lose their beginning, and longer
+            continuations are scored in pieces.
     """
 
     def __init__(self, loaded: LoadedModel, batch_size: int, max_length: int | None = None) -> None:
@@ -66,14 +66,14 @@ class ContinuationScorer:
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair], description: str) -> list[tuple[float, bool]]:
-        """For each context and continuation: the log-likelihood in nats, and whether it is greedy.
+        """Log-likelihood of each continuation in nats, and whether it is the greedy one.
 
         Args:
             pairs: Tokens of context (at least one) and continuation.
             description: Label of the progress bar.
 
         Raises:
-            ConfigurationError: a context without tokens.
+            ConfigurationError: a context is empty.
         """
         if not all(context for context, _ in pairs):
             raise ConfigurationError("a context", "no tokens", "Begin it with BOS or EOD")
@@ -96,7 +96,7 @@ class ContinuationScorer:
         return [(float(a), bool(b)) for a, b in zip(likelihoods, greedy, strict=True)]
 
     def _score_batch(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """f64 [2, B]: log-likelihoods, and 1 where every token is the most likely."""
+        """f64 [2, B]: log-likelihoods, and 1 if every token is the most likely one, else 0."""
         texts = [
             [*context, *continuation][-self.max_length - 1 :] for context, continuation in pairs
         ]
@@ -119,10 +119,10 @@ class ContinuationScorer:
         return results
 
     def _logits(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[B, S, this rank's V]; rows are padded on the right, where causality hides it."""
+        """Logits [B, S, this rank's V]; rows are padded on the right, hidden by causality."""
         chunk_length = self._loaded.arguments.retro_chunk_length
         longest = max(map(len, inputs))
-        if self._loaded.retriever is not None:  # whole chunks, so that every grid is alike
+        if self._loaded.retriever is not None:  # whole chunks, so that all grids are the same
             longest = -(-longest // chunk_length) * chunk_length
         eod = self._loaded.tokenizer.eod
         rows = [[*row, *[eod] * (longest - len(row))] for row in inputs]
@@ -135,7 +135,7 @@ class ContinuationScorer:
     def _context(
         self, inputs: Sequence[Sequence[int]], num_chunks: int
     ) -> dict[str, torch.Tensor | None]:
-        """The model's arguments for what was retrieved."""
+        """The model's arguments for retrieved tokens."""
         chunk_length = self._loaded.arguments.retro_chunk_length
         chunks = [
             [
@@ -156,7 +156,7 @@ class ContinuationScorer:
         )
 
     def _search(self, chunks: Sequence[np.ndarray]) -> None:
-        """Search what is not known yet, on the model's first rank."""
+        """Search the neighbors of chunks that are not cached, on the model's first rank."""
         if len(self._known) > _REMEMBERED:
             self._known.clear()
         new = {chunk.tobytes(): chunk for chunk in chunks if chunk.tobytes() not in self._known}

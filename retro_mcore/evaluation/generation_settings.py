@@ -10,10 +10,10 @@ from typing import Any
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.sampling import SamplingOptions
 
-#: Names of the longest answer, the first that is given counts; as in the harness.
+#: Names of the maximum answer length. The first one given counts, as in the harness.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _KNOWN = {*_LENGTHS, "until", "do_sample", "temperature", "top_k", "top_p", "seed"}
-#: Settings that we do not have, with the values that ask for nothing.
+#: Unsupported settings, with values that have no effect and are accepted.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
@@ -31,12 +31,12 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How requests are answered that may share a batch.
+    """Generation settings; requests with equal settings may share a batch.
 
     Attributes:
         stop: Texts that end an answer; none is empty.
-        max_new_tokens: Longest answer; 0: every answer is empty.
-        sampling: How tokens are chosen; request i draws with seed + i.
+        max_new_tokens: Maximum tokens of an answer; 0: every answer is empty.
+        sampling: Sampling options; request i uses seed + i.
     """
 
     stop: tuple[str, ...]
@@ -47,16 +47,16 @@ class GenerationSettings:
 def read_settings(
     settings: Mapping[str, Any], max_new_tokens: int, seed: int, notes: Counter[str]
 ) -> GenerationSettings:
-    """A request's settings.
+    """Parse a request's settings.
 
     Args:
-        settings: The task's; null counts as left out.
-        max_new_tokens: Longest answer where they do not say.
-        seed: Seed where they do not say.
-        notes: Contradictions are counted here.
+        settings: Settings of the task; null means not given.
+        max_new_tokens: Default maximum tokens of an answer.
+        seed: Default seed.
+        notes: Counter of contradictory settings.
 
     Raises:
-        ConfigurationError: a value that means nothing, or a setting that we do not have; names it.
+        ConfigurationError: a value is invalid, or a setting is not supported. Names it.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     for name, value in given.items():
@@ -79,12 +79,12 @@ def _stop_texts(until: Any) -> tuple[str, ...]:
     for text in listed:
         if not isinstance(text, (str, type(None))):
             raise ConfigurationError("generation_kwargs until", repr(until), "Give a list of texts")
-    # An empty text would end every answer before it begins.
+    # An empty stop text would end every answer before it begins.
     return tuple(text for text in listed if text)
 
 
 def _sampling(given: Mapping[str, Any], seed: int, notes: Counter[str]) -> SamplingOptions:
-    """Greedy, unless a request says `do_sample` or gives a temperature."""
+    """Greedy, unless a request sets `do_sample` or a temperature."""
     do_sample = given.get("do_sample")
     if do_sample not in (None, True, False):
         raise ConfigurationError("generation_kwargs do_sample", repr(do_sample), "Give a boolean")
@@ -101,13 +101,13 @@ def _sampling(given: Mapping[str, Any], seed: int, notes: Counter[str]) -> Sampl
     if top_p > 1:
         raise ConfigurationError("generation_kwargs top_p", str(top_p), "Give a number from 0 to 1")
     top_k = int(_number("top_k", given.get("top_k", 0), whole=True))
-    if not top_p:  # only the likeliest token, as in transformers
+    if not top_p:  # only the most likely token, as in transformers
         return SamplingOptions(temperature=0.0, seed=seed)
     return SamplingOptions(temperature, top_k, top_p, seed)
 
 
 def _number(name: str, value: Any, whole: bool = False) -> float:
-    """A number from 0 on, also where a command line gave it as text."""
+    """A non-negative number, also if given as text on a command line."""
     try:
         number = float(value)
     except (TypeError, ValueError):

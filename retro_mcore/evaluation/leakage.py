@@ -1,9 +1,9 @@
-"""How much of a text the retrieved chunks already hold, and what that is worth to the model.
+"""Leakage of evaluation text into retrieved chunks, and its effect on the loss.
 
-Borgeaud et al. 2022, section 2.6: the overlap r of an evaluation chunk is its longest token
-substring that one of its neighbors (with continuation, as retrieved) holds too, over the chunk's
-length. Bits per byte over the chunks with r <= alpha, for a range of alpha, tell what is learned
-from what is copied.
+As in Borgeaud et al. 2022, section 2.6, the overlap r of an evaluation chunk is the length of the
+longest token substring it shares with a neighbor (including its continuation), divided by the
+chunk length. Bits per byte over the chunks with r <= alpha, for a range of alpha, separate learning
+from copying.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from retro_mcore.project.atomic import atomic_write
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.overlap import longest_common_runs
 
-#: The paper's range, from 8 of 64 tokens to all chunks.
+#: The paper's range, from 8 of 64 tokens to all.
 DEFAULT_ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-#: Chunks compared at once; bounds the memory.
+#: Chunks compared at once, which limits memory use.
 _BATCH = 512
 
 
@@ -36,10 +36,10 @@ class LeakagePoint:
     """A point of the curve.
 
     Attributes:
-        alpha: Largest overlap of the chunks that count.
-        num_chunks: How many those are.
-        num_bytes: Their bytes.
-        bits_per_byte: By kind of neighbors; NaN where no chunk is left.
+        alpha: Maximum overlap of the included chunks.
+        num_chunks: Number of included chunks.
+        num_bytes: Number of bytes of the included chunks.
+        bits_per_byte: Bits per byte by kind of neighbors; NaN if no chunk is included.
     """
 
     alpha: float
@@ -48,7 +48,7 @@ class LeakagePoint:
     bits_per_byte: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """The point with null where no chunk is left, since JSON knows no NaN."""
+        """The point as JSON, with null in place of NaN."""
         values = {k: None if v != v else v for k, v in self.bits_per_byte.items()}
         return {**asdict(self), "bits_per_byte": values}
 
@@ -60,16 +60,16 @@ def chunk_overlaps(
     num_neighbors: int,
     num_retrieved_chunks: int,
 ) -> NDArray[np.float64]:
-    """The overlap r of every chunk of the documents, f64 [chunks] from 0 to 1.
+    """Compute the overlap r of every chunk of the documents, f64 [chunks] from 0 to 1.
 
     All ranks share the work.
 
     Args:
         documents: The documents.
-        neighbors: Of their chunks.
+        neighbors: Neighbors of their chunks.
         database: The retrieval database.
-        num_neighbors: Neighbors that count.
-        num_retrieved_chunks: Chunks per neighbor, itself included.
+        num_neighbors: Number of neighbors to compare with.
+        num_retrieved_chunks: Chunks per neighbor, including the neighbor itself.
     """
     overlaps = np.zeros(documents.num_chunks)
     step = _BATCH * get_world_size()
@@ -92,7 +92,7 @@ def chunk_overlaps(
 
 
 def _chunk_tokens(documents: HeldOutDocuments, start: int, stop: int) -> np.ndarray:
-    """Tokens i64 [stop - start, M] of chunks, -1 where a chunk is short."""
+    """Tokens i64 [stop - start, M] of chunks; short chunks are padded with -1."""
     chunk_length, first_rows = documents.chunk_length, documents.first_rows
     tokens = np.full((stop - start, chunk_length), -1, np.int64)
     row = start
@@ -111,12 +111,12 @@ def leakage_curve(
     losses: Mapping[str, ChunkLosses],
     alphas: Sequence[float] = DEFAULT_ALPHAS,
 ) -> list[LeakagePoint]:
-    """Bits per byte over the chunks whose overlap is at most alpha.
+    """Compute bits per byte over the chunks whose overlap is at most alpha.
 
     Args:
         overlaps: From `chunk_overlaps`.
-        losses: By kind of neighbors.
-        alphas: The curve's points.
+        losses: Losses by kind of neighbors.
+        alphas: Points of the curve.
     """
     num_bytes = next(iter(losses.values())).bytes
     points = []
@@ -128,11 +128,11 @@ def leakage_curve(
 
 
 def plot_leakage(curves: Mapping[str, Sequence[LeakagePoint]], path: Path) -> None:
-    """Write the curves as a PNG: one line per split and kind of neighbors.
+    """Plot the curves as a PNG, with one line per split and kind of neighbors.
 
     Args:
         curves: Points by split.
-        path: The file.
+        path: The PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

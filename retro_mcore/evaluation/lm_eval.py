@@ -3,8 +3,8 @@
     python -m retro_mcore.cli.lm_eval run --model retro_mcore \\
         --model_args project_dir=project,load=checkpoints,retro_neighbors=live --tasks wikitext
 
-Under torchrun every rank runs the harness, and the model deals the requests out among them; the
-harness itself is told of one rank.
+Under torchrun every rank runs the harness, which sees only one rank. The model divides the requests
+among the ranks.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class RetroLM(TemplateLM):
         max_length: Tokens read at once. Default: the model's window. Longer contexts lose their
             beginning, which is told with their number.
         max_gen_toks: Longest answer, where a task does not say.
-        add_bos_token: Begin every text with the tokenizer's BOS, or with EOD where it has none.
-            Default: as the project's documents begin; where they have no BOS, only a text without
+        add_bos_token: Begin every text with the tokenizer's BOS, or with EOD if it has none.
+            Default: as the project's documents begin. If they have no BOS, only a text without
             context begins with a special token, EOD.
         seed: Of sampling, where a task asks for it; request i draws with seed + i.
         tensor_model_parallel_size: Ranks that share one model.
@@ -55,10 +55,10 @@ class RetroLM(TemplateLM):
         max_batch_size: Of no effect; the harness hands it to every model.
         retro_attention_gate: Scale of what the model reads in its neighbors. Default: as it was
             trained; a model that was tuned with 0 needs 1 here to read any.
-        others: Refused by name.
+        others: Rejected by name.
 
     Raises:
-        RetroError: an argument, the project or the checkpoint is at fault.
+        RetroError: an argument, the project or the checkpoint is invalid.
     """
 
     def __init__(
@@ -121,19 +121,19 @@ class RetroLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a document."""
+        """Id of the end-of-document token."""
         return self._loaded.tokenizer.eod
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context."""
+        """Id of the token that precedes a text without context."""
         bos = self._loaded.tokenizer.bos
         return bos if self._add_bos and bos is not None else self.eot_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text, after BOS where the model was told to add it."""
+        """Tokens of a text, after BOS if the model adds it."""
         tokens = self._loaded.tokenizer.tokenize(string)
         adds = self._add_bos if add_special_tokens is None else add_special_tokens
         return [self.prefix_token_id, *tokens] if adds else tokens
@@ -148,7 +148,7 @@ class RetroLM(TemplateLM):
         if not context:
             return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
         context_ids, continuation_ids = self._encode_pair(context, continuation)
-        if continuation and not continuation_ids:  # its letters joined the context's last token
+        if continuation and not continuation_ids:  # merged into the context
             continuation_ids = self.tok_encode(continuation, add_special_tokens=False)
         return context_ids or [self.prefix_token_id], continuation_ids
 
@@ -170,7 +170,7 @@ class RetroLM(TemplateLM):
         return results
 
     def _notes(self, pairs: Sequence[Encoded]) -> Counter[str]:
-        """What of the requests is not scored as it was put."""
+        """Count the requests that are not scored as given, by reason."""
         notes: Counter[str] = Counter()
         window = self._scorer.max_length
         for context, continuation in pairs:
@@ -189,7 +189,7 @@ class RetroLM(TemplateLM):
             notes[f"longer than the {trained} tokens of the training samples"] += 1
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, through windows that overlap as little as they can."""
+        """Log-likelihood of whole texts, through windows with minimal overlap."""
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -209,10 +209,10 @@ class RetroLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop text, requests of the same settings batched together.
+        """Generate texts up to a stop text. Requests with equal settings are batched together.
 
         Raises:
-            ConfigurationError: a request asks for what there is not; before any is answered.
+            ConfigurationError: a request has an unsupported setting; raised before any is answered.
         """
         from megatron.core import parallel_state
 
@@ -239,14 +239,14 @@ class RetroLM(TemplateLM):
 
     def _settings(self, given: Mapping[str, Any], notes: Counter[str]) -> GenerationSettings:
         settings = read_settings(given, self._max_gen_toks, self._seed, notes)
-        most = self._scorer.max_length // 2  # at least half of the window is the context's
+        most = self._scorer.max_length // 2  # at least half of the window is for the context
         if settings.max_new_tokens <= most:
             return settings
         notes[f"more than half of the window asked for: answers end after {most} tokens"] += 1
         return replace(settings, max_new_tokens=most)
 
     def _prompt(self, text: str, max_new_tokens: int, notes: Counter[str]) -> list[int]:
-        """Its tokens, as many of the last as leave room for the answer."""
+        """The last tokens of a text, as many as leave room for the answer."""
         tokens = self.tok_encode(text) or [self.prefix_token_id]
         room = self._scorer.max_length - max_new_tokens
         if len(tokens) > room:
@@ -257,7 +257,7 @@ class RetroLM(TemplateLM):
     def _batches(
         self, prompts: Sequence[Sequence[int]], settings: Sequence[GenerationSettings]
     ) -> Iterator[list[int]]:
-        """Numbers of requests of the same settings, the longest first."""
+        """Batches of request numbers with equal settings, longest first."""
 
         def key(number: int) -> str:
             return repr(settings[number])
@@ -270,7 +270,7 @@ class RetroLM(TemplateLM):
     def _generate(
         self, prompts: Mapping[int, list[int]], settings: GenerationSettings
     ) -> list[str]:
-        """Answers to the prompts of some requests, by their numbers."""
+        """Answers to the prompts, by request number."""
         from retro_mcore.inference.generation import generate
         from retro_mcore.inference.growing_text import new_text
         from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
@@ -281,7 +281,7 @@ class RetroLM(TemplateLM):
         requests = [
             GenerationRequest(
                 tokens=prompt,
-                # By the request's number, so that it does not matter which others are in its batch.
+                # Seeded by the request's number, so the rest of its batch does not matter.
                 sampling=replace(sampling, seed=sampling.seed + number),
                 stopping=StoppingOptions(settings.max_new_tokens, stop_strings=settings.stop),
                 neighbors=self._loaded.retriever,
@@ -294,7 +294,7 @@ class RetroLM(TemplateLM):
 
 
 def _require_numbers(**values: float | None) -> None:
-    """Refuse values that the harness read as text, and negative ones."""
+    """Reject values that the harness parsed as text, and negative ones."""
     problems: list[RetroError] = []
     for name, value in values.items():
         wanted = (int, float) if name == "retro_attention_gate" else int
@@ -305,14 +305,14 @@ def _require_numbers(**values: float | None) -> None:
 
 
 def _tell(notes: Counter[str], num_requests: int) -> None:
-    """What was cut or changed, each kind once with its number."""
+    """Report what was cut or changed, each kind once with its count."""
     if get_rank() == 0:
         for note, count in notes.items():
             _LOGGER.warning("%d of %d requests: %s", count, num_requests, note)
 
 
 def _union(answers: dict[int, str], group: dist.ProcessGroup) -> dict[int, str]:
-    """Every data parallel rank's answers, on all of them."""
+    """Merge the answers of all data parallel ranks, on every rank."""
     parts: list[dict[int, str]] = [{} for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(parts, answers, group=group)
     return {number: text for part in parts for number, text in part.items()}

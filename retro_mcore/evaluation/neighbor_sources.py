@@ -1,6 +1,6 @@
-"""Other neighbors than a chunk's own: those of another text, random ones, or none.
+"""Replacements for a chunk's own neighbors: those of another text, random ones, or none.
 
-Each is a function of the saved neighbors, the database and a seed, so every rank gives the same.
+Each depends only on the saved neighbors, the database and a seed, so all ranks get the same.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class NeighborRows(Protocol):
 
 @dataclass(frozen=True)
 class ShuffledNeighbors:
-    """Each chunk with the neighbors of another.
+    """Gives each chunk the neighbors of another chunk.
 
     Attributes:
         neighbors: The chunks' own neighbors.
-        donors: int64 [rows]: the row that each row is answered with.
+        donors: int64 [rows]: the row whose neighbors each row gets.
     """
 
     neighbors: NeighborRows
@@ -54,7 +54,7 @@ class ShuffledNeighbors:
 
     @property
     def num_saved(self) -> int:
-        """Neighbors per chunk."""
+        """Number of neighbors per chunk."""
         return self.neighbors.num_saved
 
     def rows(self, start: int, end: int) -> np.ndarray:
@@ -64,13 +64,13 @@ class ShuffledNeighbors:
 
 @dataclass(frozen=True)
 class RandomNeighbors:
-    """Each chunk with chunks of the database, drawn uniformly.
+    """Gives each chunk uniformly random chunks of the database.
 
     Attributes:
-        num_rows: Chunks that ask.
-        num_saved: Neighbors per chunk.
-        database_size: Chunks to draw from.
-        seed: Fixes the draws.
+        num_rows: Number of chunks that get neighbors.
+        num_saved: Number of neighbors per chunk.
+        database_size: Number of chunks to draw from.
+        seed: Seed of the draws.
     """
 
     num_rows: int
@@ -82,8 +82,8 @@ class RandomNeighbors:
         return self.num_rows
 
     def rows(self, start: int, end: int) -> np.ndarray:
-        """Neighbors i64 [end - start, num_saved]; a row's are the same however it is asked for."""
-        # Philox is a function of its counter: a row is drawn without those before it.
+        """Neighbors i64 [end - start, num_saved]. A row is the same for any range."""
+        # Philox depends only on its counter, so a row is drawn without the rows before it.
         return np.stack(
             [
                 np.random.Generator(np.random.Philox(key=self.seed, counter=[0, row, 0, 0]))
@@ -100,19 +100,18 @@ def change_neighbors(
     database_size: int,
     seed: int,
 ) -> NeighborRows:
-    """The neighbors to evaluate with.
+    """Choose the neighbors to evaluate with.
 
     Args:
-        neighbors: The chunks' own.
-        kind: "shuffled": each chunk gets those of a chunk of another owner. "random": chunks of
-            the database. Else the chunks' own.
+        neighbors: The chunks' own neighbors.
+        kind: "shuffled": those of a chunk of another owner. "random": random chunks of the
+            database. Otherwise the chunks' own.
         owners: int64 [rows]: the sample or document of each chunk, ascending from 0.
-        database_size: Chunks of the database.
-        seed: Seed of the shuffling and the draws.
+        database_size: Number of chunks in the database.
+        seed: Seed of shuffling and random draws.
 
     Raises:
-        ConfigurationError: a shuffling that gives no chunk its own sample's neighbors is
-            impossible.
+        ConfigurationError: no shuffling can give every chunk the neighbors of another owner.
     """
     if kind == "shuffled":
         return ShuffledNeighbors(neighbors, shuffled_rows(owners, seed))
@@ -131,7 +130,7 @@ def with_neighbors(dataset: RetroDataset, kind: NeighborKind, seed: int) -> Retr
 
 
 def check_can_shuffle(owners: NDArray[np.int64]) -> None:
-    """Refuse chunks that cannot all get those of another sample (or document).
+    """Check that every chunk can get the neighbors of another sample (or document).
 
     Args:
         owners: As for `shuffled_rows`.
@@ -151,16 +150,16 @@ def check_can_shuffle(owners: NDArray[np.int64]) -> None:
 def possible_kinds(
     kinds: Sequence[NeighborKind], owners: NDArray[np.int64], asked: bool
 ) -> list[NeighborKind]:
-    """The kinds that the chunks can be given, before any is measured.
+    """Select the possible kinds of neighbors, before any is measured.
 
     Args:
-        kinds: Those wanted.
-        owners: As for `shuffled_rows`.
-        asked: Whether somebody asked for them; else "shuffled" is left out where it is impossible,
-            and said so.
+        kinds: The kinds to measure.
+        owners: See `shuffled_rows`.
+        asked: Whether the user requested them. Otherwise an impossible "shuffled" is dropped with
+            a message.
 
     Raises:
-        ConfigurationError: "shuffled" was asked for, and is impossible.
+        ConfigurationError: "shuffled" was requested but is impossible.
     """
     if "shuffled" not in kinds:
         return [*kinds]
@@ -176,11 +175,11 @@ def possible_kinds(
 
 
 def shuffled_rows(owners: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """A permutation of all chunks that gives none a chunk of its own sample (or document).
+    """A permutation of all chunks that maps each to a chunk of another sample (or document).
 
     Args:
         owners: int64 [rows]: the sample of each chunk.
-        seed: Fixes the permutation.
+        seed: Seed of the permutation.
 
     Returns:
         int64 [rows]: the row of each chunk's donor.
@@ -193,9 +192,9 @@ def shuffled_rows(owners: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     donors = generator.permutation(len(owners))
     for row in np.flatnonzero(owners[donors] == owners):
         own = owners[row]
-        if owners[donors[row]] != own:  # fixed by an earlier exchange
+        if owners[donors[row]] != own:  # corrected by an earlier swap
             continue
-        # Exchanged with one of these, neither of the two has a donor in its own sample.
+        # After a swap with one of these, neither row has a donor in its own sample.
         others = np.flatnonzero((owners != own) & (owners[donors] != own))
         other = generator.choice(others)
         donors[row], donors[other] = donors[other], donors[row]

@@ -1,8 +1,9 @@
-"""Perplexity as Megatron validates: over the samples' loss mask.
+"""Perplexity as in Megatron's validation: over the samples' loss mask.
 
-With real, shuffled, random and no neighbors, on the same samples, so that the differences are
-retrieval's: real against none says what retrieval brings, real against shuffled and random that it
-is the neighbors' content that brings it. `bits_per_byte` holds the paper's protocol.
+It is measured with real, shuffled, random and no neighbors on the same samples, so all differences
+come from retrieval. Real against none shows the gain from retrieval. Real against shuffled and
+random shows that the gain comes from the neighbors' content. See `bits_per_byte` for the paper's
+protocol.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CorpusLoss:
-    """The part of a measurement that one corpus of the blend makes up."""
+    """The part of a measurement for one corpus of the blend."""
 
     loss: float
     perplexity: float
@@ -53,13 +54,13 @@ class Perplexity:
         neighbors: "real", "shuffled", "random" or "none".
         loss: Mean over the loss mask, in nats per token.
         perplexity: exp(loss).
-        num_tokens: Tokens that count in the loss.
-        num_samples: Samples they come from.
+        num_tokens: Number of tokens in the loss mask.
+        num_samples: Number of samples.
         seconds: Wall time.
-        corpora: The same for each corpus, by its prefix; empty where there is only one.
-        num_documents: Documents that the samples are cut from; None where that is not known.
-        num_distinct_tokens: Of num_tokens, those that are not repetitions: a split of fewer
-            tokens than its samples hold is read more than once.
+        corpora: The same for each corpus, by prefix; empty if there is only one.
+        num_documents: Number of documents in the samples; None if unknown.
+        num_distinct_tokens: `num_tokens` without repetitions. A split with fewer tokens than its
+            samples hold is read more than once.
     """
 
     split: str
@@ -75,7 +76,7 @@ class Perplexity:
 
     @property
     def repeats(self) -> float:
-        """How often a token is read, on average."""
+        """Average number of times that a token is read."""
         return self.num_tokens / self.num_distinct_tokens if self.num_distinct_tokens else 1.0
 
 
@@ -93,22 +94,22 @@ def measure_perplexity(
     vocab_size: int | None = None,
     distinct: DistinctText | None = None,
 ) -> Perplexity:
-    """Perplexity of the first `num_samples` samples, divided over data parallel ranks.
+    """Measure perplexity on the first `num_samples` samples, divided among data parallel ranks.
 
     Args:
         model: This rank's stage, on its device; see `load_model_from_checkpoint`.
         dataset: The split's samples.
         split: Its name.
-        neighbors: What each chunk is given: its own neighbors, those of a chunk of another
-            sample (by a permutation of all the split's chunks that `seed` fixes), random chunks
-            of the database, or nothing.
-        num_samples: Samples to evaluate.
+        neighbors: Neighbors of each chunk: its own, those of a chunk of another sample (a seeded
+            permutation of all the split's chunks), random chunks of the database, or none.
+        num_samples: Number of samples to evaluate.
         micro_batch_size: Samples per forward pass.
-        num_workers: Processes that read ahead.
-        seed: Seed of permutation and draws.
-        corpora: Prefixes of the blend's corpora, to tell them apart.
-        vocab_size: The tokenizer's, over which the losses are; None: every row of the model's.
-        distinct: The text that the samples are made of, for the result.
+        num_workers: Number of processes that prefetch samples.
+        seed: Seed of the permutation and random draws.
+        corpora: Prefixes of the blend's corpora, for results per corpus.
+        vocab_size: The tokenizer's vocabulary size, over which losses are normalized; None: all
+            rows of the model's embedding.
+        distinct: Amount of distinct text in the samples, for the result.
     """
     started = time.perf_counter()
     dataset = with_neighbors(dataset, neighbors, seed)
@@ -150,7 +151,7 @@ def measure_perplexity(
 
 
 def _corpus_loss(sums: np.ndarray) -> CorpusLoss:
-    """The result of sums [2, samples]: losses and tokens."""
+    """Compute the result from sums [2, samples]: losses and tokens."""
     loss_sum, num_tokens = sums.sum(1)
     loss = float(loss_sum / max(num_tokens, 1))
     return CorpusLoss(loss, perplexity_of(loss), int(num_tokens), sums.shape[1])
