@@ -8,7 +8,7 @@ from typing import Literal
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.training.options.pretrain import ParallelOptions
 
-#: Options that must be at least 1 where they are given.
+#: Options that must be at least 1 if given.
 _POSITIVE = (
     "micro_batch_size",
     "eval_iters",
@@ -39,8 +39,8 @@ class EvaluatePerplexityConfig:
     """Kinds of neighbors to measure with. Default: real, shuffled and none, as far as the model
     reads any; without shuffled where one text holds more than half of the chunks."""
     retro_attention_gate: float | None = None
-    """Factor on what the model reads in its neighbors. Default: the checkpoint's; a model that was
-    tuned with 0 needs 1 here to read any."""
+    """Scale of the cross-attention output. Default: the checkpoint's. A model tuned with 0 needs 1
+    to use its neighbors."""
     eval_iters: int | None = None
     """Global batches of samples to evaluate. Default: all samples of the split."""
     eval_documents: int | None = None
@@ -49,39 +49,39 @@ class EvaluatePerplexityConfig:
     """Number of tokens from one window's start to the next. Default: half a window, in whole
     chunks."""
     leakage: bool = False
-    """Also measure bits per byte by how much of a chunk its neighbors hold (protocol documents)."""
+    """Also measure bits per byte by overlap of chunks and neighbors (protocol documents)."""
     leakage_neighbors: int = 10
-    """Neighbors of each chunk that its overlap is measured against."""
+    """Number of neighbors per chunk used to measure its overlap."""
     leakage_alphas: list[float] = field(default_factory=list)
-    """Largest overlaps of the leakage curve, each from 0 to 1. Default: 0.125, 0.25, … 1."""
+    """Maximum overlaps of the leakage curve, each from 0 to 1. Default: 0.125, 0.25, … 1."""
     micro_batch_size: int = 4
-    """Samples or windows per process and forward pass."""
+    """Number of samples or windows per forward pass on each process."""
     num_workers: int = 0
-    """Processes that read samples, for each process."""
+    """Number of data loading workers per process."""
     seed: int = 1234
-    """Seed of the shuffling and of the draws."""
+    """Seed of shuffling and random draws."""
     output: str | None = None
     """JSON file of the samples' measurements. Default: perplexity.json in --load. Others lie beside
     it: bits_per_byte.json, leakage.json and leakage.png, or NAME.bits_per_byte.json, … for
     --output NAME.json (NAME_bits_per_byte.json, … for --output NAME)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto: CUDA where there is one, else the CPU."""
+    """Device to run on. auto: CUDA if available, else the CPU."""
     tensor_model_parallel_size: int = 1
-    """Processes that share one copy of the model; need not be as in training."""
+    """Number of tensor parallel processes; may differ from training."""
     sequence_parallel: bool = False
-    """Split the norms' activations over the tensor parallel processes."""
+    """Use sequence parallelism among the tensor parallel processes."""
     pipeline_model_parallel_size: int = 1
-    """Stages that the layers are divided into; need not be as in training."""
+    """Number of pipeline stages; may differ from training."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Implementation of the layers."""
+    """Implementation of the transformer layers."""
 
     @property
     def splits(self) -> tuple[Literal["valid", "test"], ...]:
-        """The splits that --split names."""
+        """The splits selected by --split."""
         return ("valid", "test") if self.split == "both" else (self.split,)
 
     def parallel(self) -> ParallelOptions:
-        """The layout that the model is loaded into."""
+        """The parallel layout that the model is loaded into."""
         return ParallelOptions(
             device=self.device,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
@@ -91,10 +91,10 @@ class EvaluatePerplexityConfig:
         )
 
     def check(self) -> None:
-        """Reject values out of range and options that contradict each other.
+        """Reject values out of range and conflicting options.
 
         Raises:
-            ConfigurationError: naming the flag.
+            ConfigurationError: a value is invalid. Names the flag.
         """
         for name in _POSITIVE:
             value = getattr(self, name)

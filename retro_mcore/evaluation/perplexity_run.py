@@ -1,4 +1,4 @@
-"""A whole perplexity evaluation: load a model, measure both protocols, write the results.
+"""Run a perplexity evaluation: load a model, measure both protocols, write the results.
 
 Import it after `setup_device`.
 """
@@ -45,8 +45,8 @@ class EvaluatePerplexityResult:
     Attributes:
         perplexities: One per split and kind of neighbors, over samples.
         bits_per_byte: One per split and kind of neighbors, over documents.
-        leakage: The curve of each split.
-        output: The JSON file of `perplexities`; `file_beside` names the others.
+        leakage: Leakage curve of each split.
+        output: The JSON file of `perplexities`; `file_beside` gives the names of the others.
     """
 
     perplexities: list[Perplexity]
@@ -63,7 +63,7 @@ class EvaluatePerplexityResult:
         )
 
     def write(self) -> None:
-        """Write everything that was measured; call it on one rank.
+        """Write all measurements. Call this on one rank only.
 
         Raises:
             ConfigurationError: a file cannot be written.
@@ -89,21 +89,21 @@ def _as_json(row: Perplexity) -> dict[str, Any]:
 
 
 def file_beside(output: Path, name: str) -> Path:
-    """The path of another result file, so that two outputs in one folder share no file.
+    """Path of another result file, distinct for each output in a folder.
 
     Args:
         output: The file of the samples' measurements.
-        name: The other file's name beside the default output.
+        name: Name of the other file for the default output.
     """
     if output.name == PERPLEXITY_FILE:
         return output.with_name(name)
     if output.suffix == ".json":
         return output.with_name(f"{output.name.removesuffix('.json')}.{name}")
-    return output.with_name(f"{output.name}_{name}")  # NAME and NAME.json share none
+    return output.with_name(f"{output.name}_{name}")  # NAME and NAME.json must have different files
 
 
 def _require_own_name(output: Path) -> None:
-    """Reject an output with the name of a file that lies beside another output."""
+    """Reject an output named like a result file of another output."""
     for name in (BITS_PER_BYTE_FILE, LEAKAGE_FILE, LEAKAGE_PLOT):
         if output.name == name or output.name.endswith((f".{name}", f"_{name}")):
             raise ConfigurationError(
@@ -120,11 +120,11 @@ def _result_files(config: EvaluatePerplexityConfig, output: Path) -> list[Path]:
 
 
 def run(config: EvaluatePerplexityConfig) -> EvaluatePerplexityResult:
-    """Measure a model's perplexity, on all ranks together. Nothing is written yet.
+    """Measure a model's perplexity on all ranks together. Does not write the results.
 
     Raises:
-        RetroError: configuration, project and checkpoint do not fit together, or the results could
-            not be written.
+        RetroError: configuration, project and checkpoint do not match, or the results could not be
+            written.
     """
     output = Path(config.output or Path(config.load) / PERPLEXITY_FILE)
     with raise_together():
@@ -158,7 +158,7 @@ def run(config: EvaluatePerplexityConfig) -> EvaluatePerplexityResult:
 
 
 def _check_splits(config: EvaluatePerplexityConfig, project: ProjectConfig) -> None:
-    """Reject a split that the project gives no documents to, or no samples."""
+    """Reject a split without documents or samples in the project."""
     parts = dict(zip(SPLITS, parse_split(project.retro_gpt_split), strict=True))
     for split in config.splits:
         subject = f"--split {config.split}"
@@ -204,7 +204,7 @@ def _neighbor_kinds(
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """Everything that both protocols share."""
+    """State shared by both protocols."""
 
     config: EvaluatePerplexityConfig
     project: ProjectConfig
@@ -212,7 +212,7 @@ class _Evaluation:
     kinds: list[NeighborKind]
 
     def measure_samples(self) -> list[Perplexity]:
-        """Megatron's validation loss of each split and kind of neighbors."""
+        """Measure Megatron's validation loss for each split and kind of neighbors."""
         arguments = self.loaded.arguments
         datasets = build_retro_datasets(
             self.config.project_dir,
@@ -257,7 +257,7 @@ class _Evaluation:
     def measure_documents(
         self, split: Literal["valid", "test"]
     ) -> tuple[list[BitsPerByte], list[LeakagePoint]]:
-        """Bits per byte of each kind of neighbors, and the leakage curve if it is asked for."""
+        """Measure bits per byte for each kind of neighbors, and the leakage curve if requested."""
         config, model = self.config, self.loaded.model
         documents = DocumentEvaluation.open(
             self.config.project_dir,
@@ -287,12 +287,12 @@ class _Evaluation:
         return rows, documents.leakage_curve(config.leakage_neighbors, alphas)
 
     def _num_searched(self, kinds: list[NeighborKind]) -> int:
-        """Neighbors to search for each chunk of the documents."""
+        """Number of neighbors to search for each chunk of the documents."""
         read = self.loaded.arguments.retro_num_neighbors if kinds != ["none"] else 0
         return max(read, self.config.leakage_neighbors if self.config.leakage else 0)
 
 
 def _report_fewer(asked: str, split: str, found: object) -> None:
-    """Warn that a split holds less than was asked for."""
+    """Warn that a split holds less than requested."""
     if get_rank() == 0:
         _LOG.warning("%s, but %s has %s: no more are read", asked, split, found)

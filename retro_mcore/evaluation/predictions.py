@@ -1,9 +1,8 @@
-"""Predictions of a test file, a JSON line per question, made by any number of ranks and restarts.
+"""Predictions for a test file, one JSON line per question, with any number of ranks and restarts.
 
-Questions are answered in batches of fixed places, and each batch is one file that appears whole,
-so a run that was killed goes on with the batches that are missing, on however many ranks. Since a
-batch is always the same questions, the answers do not depend on what interrupted them, and the
-final file has the same bytes.
+Questions are answered in fixed batches, and each batch is written atomically to one file. So a
+killed run resumes with the missing batches, on any number of ranks. Since a batch always holds the
+same questions, answers do not depend on interruptions, and the final file has the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from retro_mcore.progress import track
 from retro_mcore.project.atomic import atomic_write, write_json
 from retro_mcore.project.config import read_json_object
 
-#: Answers the questions of these places, in their order; all ranks of one model call it together.
+#: Answers the questions at these places, in order. All ranks of a model call it together.
 AnswerBatch = Callable[[Sequence[int]], list[dict[str, Any]]]
 
 
@@ -35,19 +34,19 @@ def predict(
     answer: AnswerBatch,
     description: str,
 ) -> list[dict[str, Any]]:
-    """Answer every question that has no answer yet, on all ranks, and read all answers.
+    """Answer every unanswered question on all ranks, and read all answers.
 
     Args:
-        path: The file of predictions (.jsonl), ordered by question. What is finished lies in
-            `<path>.parts` until then; `<path>.settings.json` says what it was made with.
-        num_questions: How many.
-        batch_size: Questions that are answered together.
-        settings: Everything that the answers depend on; JSON.
-        answer: Makes the answers of a batch.
+        path: The file of predictions (.jsonl), ordered by question. Until it is complete, finished
+            batches are in `<path>.parts`. `<path>.settings.json` records the settings.
+        num_questions: Number of questions.
+        batch_size: Questions per batch.
+        settings: Everything that the answers depend on, as JSON.
+        answer: Answers the questions of a batch.
         description: Label of the progress bar.
 
     Raises:
-        ConfigurationError: the file was made with other settings; names them.
+        ConfigurationError: the file was made with other settings. Names them.
         CorruptFileError: the file is damaged.
     """
     parts = path.with_name(f"{path.name}.parts")
@@ -58,7 +57,7 @@ def predict(
     if not path.exists():
         batches = range(-(-num_questions // batch_size))
         missing = [batch for batch in batches if not _part(parts, batch).exists()]
-        barrier()  # no rank writes before all ranks have looked
+        barrier()  # no rank writes before all ranks have checked
         first = parallel_state.get_data_parallel_rank()
         mine = missing[first :: parallel_state.get_data_parallel_world_size()]
         with raise_together():
@@ -96,7 +95,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         write_json(record, dict(settings))
         return
     before = read_json_object(record)
-    # As they would be read back: tuples have become lists.
+    # Normalized as JSON: tuples become lists.
     now = json.loads(json.dumps(dict(settings)))
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):

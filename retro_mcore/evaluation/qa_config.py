@@ -19,68 +19,68 @@ class EvaluateQaConfig:
     sample_input_file: str
     """Test file: a JSON list, or JSON lines, of questions with `answers` and passages."""
     output: str
-    """Directory for predictions (JSON lines) and scores.json."""
+    """Output directory for predictions (JSON lines) and scores.json."""
     project_dir: str | None = None
-    """Project directory: its tokenizer, database and index."""
+    """Project directory with tokenizer, database and index."""
     load: str | None = None
-    """Directory of the model's checkpoints; the latest answers."""
+    """Directory of the model's checkpoints; the latest is used."""
     predictions: str | None = None
     """Score this file instead of generating: a line of text, or of JSON with `pred`, per
     question."""
     task: str | None = None
-    """The dataset's name (nq, tqa, …), which decides the prompt. Default: the name of the test
-    file's directory."""
+    """Dataset name (nq, tqa, …), which selects the prompt. Default: the name of the test file's
+    directory."""
     passages: PassageKind = "retrieved"
     """The test file's passages: annotated (sub-paragraphs), retrieved (ctxs), or
     bert_pretrain_corpus."""
     ft_neighbours: int = 5
-    """Passages in the prompt."""
+    """Number of passages in the prompt."""
     prompt_format: PromptFormat = "reformat_prompt_retro"
-    """Words of the prompt."""
+    """Format of the prompt."""
     template_id: int = 0
-    """Another wording, 1 to 7, of reformat_prompt."""
+    """Alternative template of reformat_prompt, from 1 to 7."""
     retro_neighbors: Literal["live", "passages", "none"] = "none"
     """What the neighbor encoder reads. live: neighbors from the project's index. passages: the test
     file's, after those in the prompt. none: the encoder is off, as InstructRetro answers."""
     retro_attention_gate: float | None = None
-    """Scale of what the model reads in its neighbors. Default: the checkpoint's; a model that was
-    tuned with 0 needs 1 here to read any."""
+    """Scale of the cross-attention output. Default: the checkpoint's. A model tuned with 0 needs 1
+    to use its neighbors."""
     reuse_top: bool = False
-    """The encoder's passages begin with those in the prompt."""
+    """Also give the encoder the passages that are in the prompt."""
     ablate_retrieval: bool = False
-    """Answer with --retro-neighbors and again with the encoder off, and compare."""
+    """Answer with --retro-neighbors, then again with the encoder off, and compare."""
     num_gen: int | None = None
-    """Questions to answer, from the first. Default: all."""
+    """Number of questions to answer, from the first. Default: all."""
     max_new_tokens: int = 64
     """Longest answer."""
     stop: list[str] = field(default_factory=list)
-    """An answer ends before any of these texts."""
+    """Texts that end an answer; not included in it."""
     two_chunks: bool = False
-    """The prompt is the first chunk and the answer the second, whatever their lengths, as
-    InstructRetro's models were tuned."""
+    """Use the prompt as the first chunk and the answer as the second, whatever their lengths, as in
+    InstructRetro's tuning."""
     temperature: float = 0.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Sampling temperature; 0 takes the most likely token."""
     top_k: int = 0
-    """Draw from the k most likely tokens; 0: from all."""
+    """Sample from the k most likely tokens; 0: from all."""
     top_p: float = 1.0
-    """Draw from the most likely tokens that make up this much probability; 1: from all, 0: take the
-    most likely one."""
+    """Sample from the most likely tokens with this total probability; 1: from all, 0: take the most
+    likely one."""
     seed: int = 1234
-    """Seed of the draws (question i draws with seed + i) and of the confidence intervals."""
+    """Seed of sampling (question i uses seed + i) and of the confidence intervals."""
     micro_batch_size: int = 8
-    """Questions that are answered together; an interrupted run repeats at most these."""
+    """Number of questions per batch; an interrupted run repeats at most one batch."""
     legacy_scoring: bool = False
-    """Also score as the retired Retro's evaluate.py does."""
+    """Also compute the scores of the retired Retro's evaluate.py."""
     confidence_level: float = 0.95
-    """Of the confidence intervals."""
+    """Confidence level of the intervals."""
     num_resamples: int = 1000
-    """Resamples of the questions for the confidence intervals."""
+    """Number of bootstrap resamples for the confidence intervals."""
     tensor_model_parallel_size: int = 1
-    """Ranks that share one layer."""
+    """Number of tensor parallel ranks."""
     pipeline_model_parallel_size: int = 1
-    """Ranks that share out the layers; further ranks answer other questions."""
+    """Number of pipeline stages. Remaining ranks answer other questions (data parallel)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto: CUDA where there is one, else the CPU."""
+    """Device to run on. auto: CUDA if available, else the CPU."""
 
     @property
     def task_name(self) -> str:
@@ -95,7 +95,7 @@ class EvaluateQaConfig:
         return self.ft_neighbours > 0 or self.retro_neighbors == "passages"
 
     def parallel(self) -> ParallelOptions:
-        """The layout that the model is loaded into."""
+        """The parallel layout that the model is loaded into."""
         return ParallelOptions(
             device=self.device,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
@@ -103,10 +103,10 @@ class EvaluateQaConfig:
         )
 
     def check(self) -> None:
-        """Reject values out of range and options that contradict each other.
+        """Reject values out of range and conflicting options.
 
         Raises:
-            ConfigurationError: naming the flag.
+            ConfigurationError: a value is invalid. Names the flag.
         """
         if self.predictions is None:
             for flag, value in (("--project-dir", self.project_dir), ("--load", self.load)):

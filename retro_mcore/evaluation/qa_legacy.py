@@ -1,10 +1,13 @@
-"""Scores as the retired Retro's `evaluate.py` computes them, to compare with its numbers.
+"""Scores as computed by the retired Retro's `evaluate.py`, for comparison with its numbers.
 
-What differs from `qa_metrics`: F1 (with precision and recall) knows only the first answer, and
-replaces punctuation by spaces where exact match drops it; questions without an answer are left out;
-exact match takes an `answer` that is a string for a list of its letters; a ground truth whose path
-holds "dev" is cut to 3,000 questions; predictions of the wrong number are not noticed unless there
-are too many.
+Differences from `qa_metrics`:
+
+- F1 (with precision and recall) uses only the first answer. It replaces punctuation with spaces,
+  where exact match drops it.
+- Questions without an answer are skipped.
+- Exact match treats an `answer` that is a string as a list of its letters.
+- A ground truth whose path contains "dev" is truncated to 3,000 questions.
+- Too few predictions are not noticed, only too many.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from retro_mcore.errors import CorpusError
 from retro_mcore.json_text import JsonError, json_lines, parse_json
 
 _END_OF_TEXT = "<|endoftext|>"
-# Taken out of a prediction in this order before exact match.
+# Removed from a prediction in this order before exact match.
 _LEAD_INS = ("Answer:", "Answer: ", "????  ", "A: ", "A:")
 _DEV_QUESTIONS = 3000
 _PUNCTUATION = re.compile(r"""[!"#$%&()*+,-./:;<=>?@\[\]\\^`{|}~_']""")
@@ -46,7 +49,7 @@ def legacy_scores(predictions: Sequence[str], ground_truth: Path | str) -> Legac
     """Score predictions against a test file.
 
     Args:
-        predictions: One line of text per question, as `legacy_line` makes them.
+        predictions: One line of text per question, from `legacy_line`.
         ground_truth: The test file.
 
     Raises:
@@ -59,22 +62,22 @@ def legacy_scores(predictions: Sequence[str], ground_truth: Path | str) -> Legac
 
 
 def legacy_line(text: str) -> str:
-    """A generated text as the retired Retro writes it to its prediction file."""
+    """Format a generated text as in the retired Retro's prediction file."""
     if _END_OF_TEXT in text:
         text = text[: text.find(_END_OF_TEXT)].strip()
     return text.replace("\n", " ")
 
 
 def read_predictions(path: Path | str) -> list[str]:
-    """A file of predictions: `pred` of each JSON line, else each line of text.
+    """Read a file of predictions: `pred` of each JSON line, or each line of text.
 
     Raises:
-        CorpusError: it cannot be read; names the line.
+        CorpusError: the file cannot be read. Names the line.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
-        # Line ends of other systems too, as text files are read.
+        # With universal newlines, as for text files.
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(path, f"cannot be read ({error})", "Name a UTF-8 file") from error
@@ -115,7 +118,7 @@ def _exact_match(
 
 
 def _normalized(text: str) -> str:
-    """As SQuAD's program, which knows ASCII's punctuation alone."""
+    """Normalize like SQuAD's program, which knows only ASCII punctuation."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DROPPED)).split())
 
 
@@ -147,7 +150,7 @@ def _f1_scores(
 
 
 def _first_answer(record: Mapping[str, Any], path: Path, number: int) -> str | None:
-    """The answer that F1 knows; None where the question is left out."""
+    """The answer used for F1; None if the question is skipped."""
     if "answers" in record:
         answers = record["answers"] or [None]
         if not isinstance(answers, list | str):

@@ -1,8 +1,8 @@
-"""Scores of answers: exact match, F1, ROUGE, and accuracy where there are options to choose from.
+"""Metrics of answers: exact match, F1, ROUGE, and accuracy for multiple-choice questions.
 
 Exact match and F1 are SQuAD's (Rajpurkar et al. 2016): words are compared without case,
-punctuation and articles, and the best of the accepted answers counts. What a word is in other
-scripts, `answer_text` says. `qa_legacy` scores as the retired Retro did.
+punctuation and articles, and the best of the accepted answers counts. `answer_text` defines words
+in other scripts. `qa_legacy` computes the retired Retro's scores.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
-# "(B)" anywhere, or "B", "B." or "B) …" at the beginning; also full width, whose form is ASCII's.
+# "(B)" anywhere, or "B", "B." or "B) …" at the beginning. Full-width forms normalize to these.
 _LETTER = re.compile(r"\(([A-Z])\)|^\s*([A-Z])(?:\s*$|[.):\u3001\u3002])")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation and articles, words set apart by single spaces.
+    """Lower-case text without punctuation and articles, with single spaces between words.
 
-    Characters of scripts without spaces between words stand without spaces.
+    Characters of scripts without spaces between words are not separated.
     """
     return join_words(answer_words(text))
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction is one of the answers, as `normalize_answer` reads them."""
+    """1 if the prediction equals one of the answers after `normalize_answer`, else 0."""
     predicted = normalize_answer(prediction)
     return float(any(predicted == normalize_answer(answer) for answer in answers))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of words, against the answer that gives the most."""
+    """F1 of words against the best-matching answer: harmonic mean of precision and recall."""
     words = answer_words(prediction)
     return max(_f1(words, answer_words(answer)) for answer in answers)
 
@@ -60,10 +60,10 @@ def _f1(words: list[str], expected: list[str]) -> float:
 
 
 def rouge(prediction: str, answers: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L (Lin 2004): F measures, stemmed, of the best answer for each.
+    """ROUGE-1, -2 and -L (Lin 2004): stemmed F-measures, each against its best answer.
 
-    Of ASCII texts rouge-score's own numbers; its tokenizer sees nothing in other scripts, so words
-    are `rouge_words`, of which the ASCII ones are stemmed.
+    For ASCII texts these are rouge-score's own numbers. Its tokenizer ignores other scripts, so
+    words come from `rouge_words`, with ASCII words stemmed.
 
     Raises:
         MissingDependencyError: rouge-score is not installed.
@@ -85,7 +85,7 @@ def _rouge_scorer() -> Any:
 
 
 class _StemmedWords:
-    """A tokenizer of rouge-score's."""
+    """Tokenizer in the interface of rouge-score."""
 
     def __init__(self, stemmer: Any) -> None:
         self._stemmer = stemmer
@@ -94,17 +94,17 @@ class _StemmedWords:
         return [self._stem(word) for word in rouge_words(text)]
 
     def _stem(self, word: str) -> str:
-        # As rouge-score: only words of more than three letters.
+        # As in rouge-score, only words of more than three letters.
         return self._stemmer.stem(word) if word.isascii() and len(word) > 3 else word
 
 
 def chosen_option(text: str, choices: Sequence[str]) -> int | None:
-    """The option that a text names; None if it names none, or more than one.
+    """Index of the option that a text names; None if it names none or several.
 
-    As it is written, by its words, by its letter, or as the only one that it holds. Options of the
-    same words ("C" and "C++", "1" and "-1") are told apart by how they are written alone. An
-    option whose words are part of another's ("red" of "dark red") is not held where the other
-    stands.
+    An option is recognized by its exact text, by its words, by its letter, or as the only option
+    contained in the text. Options with the same words ("C" and "C++", "1" and "-1") are
+    distinguished by their exact text only. An option whose words are part of another's ("red" in
+    "dark red") does not count inside the other.
     """
     said = _option_words(text)
     if not said:
@@ -120,7 +120,7 @@ def chosen_option(text: str, choices: Sequence[str]) -> int | None:
 
 
 def _written_option(text: str, said: list[str], choices: Sequence[str]) -> int | None:
-    """The option that is all of a text."""
+    """Index of the option that equals the whole text."""
     written = _as_written(text)
     alike = [number for number, one in enumerate(choices) if _option_words(one) == said]
     same = [number for number in alike if _as_written(choices[number]) == written]
@@ -131,19 +131,19 @@ def _written_option(text: str, said: list[str], choices: Sequence[str]) -> int |
 
 
 def _as_written(text: str) -> str:
-    """On its normal form, without the mark that ends a sentence."""
+    """Normalized text without the punctuation mark at its end."""
     text = normal_form(text).strip()
     return text.rstrip(".!?\u3002") or text
 
 
 def _option_words(text: str) -> list[str]:
-    """Its words; where it is nothing but an article or punctuation ("A", "+"), that."""
+    """Words of an option, or the option itself if it is only an article or punctuation."""
     rest = text.strip().casefold()
     return answer_words(text) or words_with_articles(text) or ([rest] if rest else [])
 
 
 def _held(said: list[str], options: Sequence[list[str]]) -> list[int]:
-    """The options whose words stand in what is said, but for those inside a longer one."""
+    """Indexes of options whose words occur in the text, except inside a longer option."""
     spans = [
         (start, start + len(option), number)
         for number, option in enumerate(options)
@@ -160,7 +160,7 @@ def _held(said: list[str], options: Sequence[list[str]]) -> list[int]:
 
 
 def accuracy(prediction: str, example: InstructionExample) -> float:
-    """1 if the prediction names an option that is an accepted answer.
+    """1 if the prediction names an option that is an accepted answer, else 0.
 
     Raises:
         CorpusError: no answer is among the options.
@@ -169,10 +169,10 @@ def accuracy(prediction: str, example: InstructionExample) -> float:
 
 
 def correct_options(example: InstructionExample) -> set[int | None]:
-    """The options that the accepted answers name.
+    """Indexes of the options that the accepted answers name.
 
     Raises:
-        CorpusError: there is none.
+        CorpusError: they name none.
     """
     correct = {chosen_option(answer, example.choices) for answer in example.answers} - {None}
     if not correct:
@@ -185,20 +185,20 @@ def correct_options(example: InstructionExample) -> set[int | None]:
 
 
 def check_scorable(example: InstructionExample) -> None:
-    """Refuse an example that `score` would refuse, before its question is answered.
+    """Reject an example that cannot be scored, before its question is answered.
 
     Raises:
-        CorpusError: it has no answers, or options that none of them is among.
+        CorpusError: the example has no answers, or none of them is among its options.
         MissingDependencyError: rouge-score is not installed.
     """
     score("", example)
 
 
 def score(prediction: str, example: InstructionExample) -> dict[str, float]:
-    """Every metric that applies to an example, each from 0 to 1.
+    """Compute every applicable metric of an example, each from 0 to 1.
 
     Raises:
-        CorpusError: the example has no answers, or options that none of them is among.
+        CorpusError: the example has no answers, or none of them is among its options.
     """
     if not example.answers:
         raise CorpusError(example.source, "has no answers to score with", "Expected `answers`")

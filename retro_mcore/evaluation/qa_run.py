@@ -1,4 +1,4 @@
-"""A whole question answering evaluation: answer a test file, or read predictions, and score them.
+"""Run a question-answering evaluation: answer a test file, or read predictions, and score them.
 
 Import it after `setup_device`.
 """
@@ -48,14 +48,14 @@ class EvaluateQaResult:
     """Scores of a question answering evaluation.
 
     Attributes:
-        scores: By what the encoder read ("live", "passages", "none" or "predictions") and metric,
-            from 0 to 1.
-        difference: By metric: the first of these less the encoder off; with --ablate-retrieval.
-        legacy: As the retired Retro scores; with --legacy-scoring.
-        num_questions: Questions that were scored.
+        scores: Scores from 0 to 1, by neighbors ("live", "passages", "none" or "predictions") and
+            metric.
+        difference: First of these minus the encoder off, by metric; with --ablate-retrieval.
+        legacy: Scores of the retired Retro; with --legacy-scoring.
+        num_questions: Number of scored questions.
         output: The JSON file.
-        report: By what the encoder read: how many prompts, passages and answers were cut, how many
-            answers are empty or name no option.
+        report: Numbers of cut prompts, passages and answers, and of answers that are empty or name
+            no option; by neighbors.
     """
 
     scores: dict[str, dict[str, Estimate]]
@@ -66,10 +66,10 @@ class EvaluateQaResult:
     report: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def write(self, confidence_level: float) -> None:
-        """Write scores.json; call it on one rank.
+        """Write scores.json. Call this on one rank only.
 
         Args:
-            confidence_level: That of the confidence intervals, to be recorded.
+            confidence_level: Confidence level of the intervals, to be recorded.
 
         Raises:
             ConfigurationError: the file cannot be written.
@@ -79,11 +79,11 @@ class EvaluateQaResult:
 
 
 def run(config: EvaluateQaConfig) -> EvaluateQaResult:
-    """Answer and score, on all ranks together. The predictions are written, the scores not yet.
+    """Answer and score on all ranks together. Writes the predictions but not the scores.
 
     Raises:
-        CorpusError: the test file or the predictions are malformed; names the line or record.
-        RetroError: configuration, project and checkpoint do not fit together.
+        CorpusError: the test file or the predictions are malformed. Names the line or record.
+        RetroError: configuration, project and checkpoint do not match.
     """
     with raise_together():
         config.check()
@@ -136,7 +136,7 @@ def _given_predictions(
 def _answer(
     config: EvaluateQaConfig, examples: Sequence[InstructionExample]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answers, by what the encoder reads."""
+    """Answers, by neighbors."""
     with raise_together():
         sampling = SamplingOptions(config.temperature, config.top_k, config.top_p, config.seed)
         asked = QAOptions(
@@ -202,7 +202,7 @@ def _settings(
         "--passages": config.passages if config.needs_passages else None,
         "--load": None if checkpoint is None else str(checkpoint.absolute()),
         "--project-dir": str(Path(str(config.project_dir)).absolute()),
-        # Sums in another order may choose another token.
+        # A different summation order may lead to a different token.
         "--tensor-model-parallel-size": config.tensor_model_parallel_size,
         "--retro-neighbors": neighbors,
         "--retro-attention-gate": None if neighbors == "none" else config.retro_attention_gate,

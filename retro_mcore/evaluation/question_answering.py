@@ -1,4 +1,4 @@
-"""Answering the questions of a test file with a trained model, and scoring the answers."""
+"""Answer the questions of a test file with a trained model, and score the answers."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ QANeighbors = Literal["live", "passages", "none"]
 
 @dataclass(frozen=True)
 class QAOptions:
-    """How questions are put and answered.
+    """Options for asking and answering questions.
 
     Attributes:
         prompt_format: Wording of the prompt; see `data.instruction.prompts`.
-        template_id: Another wording of `reformat_prompt`.
-        num_context_passages: Passages of the test file in the prompt.
-        reuse_top: Give the encoder the best passages too, not only those after the prompt's.
-        max_new_tokens: Longest answer.
-        sampling: How tokens are chosen; question i draws with seed + i.
-        stop: An answer ends before any of these texts.
+        template_id: Alternative template of `reformat_prompt`.
+        num_context_passages: Number of passages of the test file in the prompt.
+        reuse_top: Also give the encoder the passages that are in the prompt.
+        max_new_tokens: Maximum tokens of an answer.
+        sampling: Sampling options; question i uses seed + i.
+        stop: Texts that end an answer; not included in it.
         two_chunks: The prompt is the first chunk and the answer the second, whatever their lengths,
-            as InstructRetro's models were tuned; else chunks have the model's length.
+            as in InstructRetro's tuning. Otherwise chunks have the model's length.
     """
 
     prompt_format: PromptFormat = "reformat_prompt_retro"
@@ -60,8 +60,8 @@ class QuestionAnswerer:
     Args:
         loaded: The model.
         examples: The test file's questions.
-        options: How they are put.
-        neighbors: What the encoder is given.
+        options: Options for asking and answering.
+        neighbors: Kind of neighbors for the encoder.
 
     Raises:
         ConfigurationError: the longest answer leaves no room for a prompt, or the model would not
@@ -96,7 +96,7 @@ class QuestionAnswerer:
         )
 
     def prompt_tokens(self, example: InstructionExample) -> list[int]:
-        """A question's prompt; passages are cut where it would not fit the window."""
+        """Tokens of a question's prompt. Passages are cut if it would not fit the window."""
         tokenizer = self._loaded.tokenizer
         return [*tokenizer.beginning, *fit_prompt(self._prompt(example), self._room, tokenizer)]
 
@@ -108,12 +108,12 @@ class QuestionAnswerer:
 
     @property
     def _room(self) -> int:
-        """Tokens of a prompt's text at most."""
+        """Maximum number of tokens for a prompt's text."""
         beginning = self._loaded.tokenizer.beginning
         return self._loaded.window - self._options.max_new_tokens - len(beginning)
 
     def _left_out(self, example: InstructionExample, num_prompt_tokens: int) -> dict[str, int]:
-        """Tokens of prompt, question and encoder's passages that the model is not given."""
+        """Numbers of tokens cut from the prompt, the question and the encoder's passages."""
         prompt, tokenize = self._prompt(example), self._loaded.tokenizer.tokenize
         num_prompt_tokens -= len(self._loaded.tokenizer.beginning)
         passages: tuple[str, ...] = ()
@@ -129,7 +129,7 @@ class QuestionAnswerer:
         }
 
     def answer(self, places: Sequence[int]) -> list[dict[str, Any]]:
-        """Predictions of the questions at these (consecutive) places."""
+        """Predictions for the questions at these (consecutive) places."""
         examples = [self._examples[place] for place in places]
         sampling = self._options.sampling
         requests = GenerationRequest(
@@ -167,10 +167,10 @@ class QuestionAnswerer:
 
 
 def report_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many answers were made of less than they should have been, or are cut or empty.
+    """Count answers whose input was cut, and answers that are cut or empty.
 
     Args:
-        rows: Predictions, as `QuestionAnswerer.answer` makes them.
+        rows: Predictions from `QuestionAnswerer.answer`.
     """
     return {
         "prompts_cut": sum(row.get("prompt_tokens_cut", 0) > 0 for row in rows),
@@ -182,7 +182,7 @@ def report_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def num_without_option(predictions: Sequence[str], examples: Sequence[InstructionExample]) -> int:
-    """Predictions that name none of their question's options."""
+    """Number of predictions that name none of their question's options."""
     return sum(
         bool(example.choices) and chosen_option(prediction, example.choices) is None
         for prediction, example in zip(predictions, examples, strict=True)
@@ -190,7 +190,7 @@ def num_without_option(predictions: Sequence[str], examples: Sequence[Instructio
 
 
 def question_of(example: InstructionExample) -> str:
-    """The question, or a chat's last."""
+    """The question, or the last one of a chat."""
     if not example.turns:
         return example.question
     return next(turn.content for turn in reversed(example.turns) if turn.role == "user")
@@ -199,7 +199,7 @@ def question_of(example: InstructionExample) -> str:
 def score_all(
     predictions: Sequence[str], examples: Sequence[InstructionExample]
 ) -> dict[str, list[float]]:
-    """Scores of every question, by metric; `accuracy` only of those with options.
+    """Scores of every question, by metric; `accuracy` only for those with options.
 
     Raises:
         CorpusError: a question has no usable answers.

@@ -1,7 +1,7 @@
-"""How often a split's samples hold the same tokens.
+"""Measure how often a split's samples repeat the same tokens.
 
-Megatron fills a split of fewer tokens than samples were asked for with further epochs of its
-documents, each in another order. A loss over such samples is a loss over few texts, read often.
+If a split has too few tokens for the requested samples, Megatron adds further epochs of its
+documents in new orders. A loss over such samples measures few texts many times.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Piece = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class DistinctText:
-    """The text that samples are made of.
+    """Amount of distinct text in samples.
 
     Attributes:
-        num_documents: Documents that they are cut from.
-        num_tokens: Tokens that are predicted, each counted once however often it is read.
+        num_documents: Number of documents in the samples.
+        num_tokens: Number of distinct predicted tokens.
     """
 
     num_documents: int
@@ -28,18 +28,18 @@ class DistinctText:
 
 
 def distinct_text(samples: Any, num_samples: int) -> DistinctText:
-    """The text that the first samples of a split predict.
+    """Measure the distinct text that the first samples of a split predict.
 
     Args:
         samples: A split's `GPTSamples`.
-        num_samples: How many of them.
+        num_samples: Number of samples.
     """
     pieces = [piece for index in range(num_samples) for piece in _pieces(samples.blended, index)]
     return DistinctText(len({piece[:2] for piece in pieces}), _num_distinct(pieces))
 
 
 def _pieces(blended: Any, index: int) -> Iterator[Piece]:
-    """The pieces of documents that a sample predicts: all of it but its first token."""
+    """Pieces of documents that a sample predicts: all but its first token."""
     corpus = int(blended.dataset_index[index])
     dataset = blended.datasets[corpus]
     number = int(blended.dataset_sample_index[index])
@@ -55,7 +55,7 @@ def _pieces(blended: Any, index: int) -> Iterator[Piece]:
 
 
 def _num_distinct(pieces: Sequence[Piece]) -> int:
-    """Tokens of the union of the pieces."""
+    """Number of tokens in the union of the pieces."""
     count, reached, of = 0, 0, (-1, -1)
     for corpus, document, begin, end in sorted(pieces):
         if (corpus, document) != of:

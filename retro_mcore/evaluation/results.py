@@ -1,4 +1,4 @@
-"""Results as JSON files: valid JSON whatever was measured, and written where one can write."""
+"""Write results as JSON files, which are valid JSON even for NaN and infinities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retro_mcore.project.atomic import write_json
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss); infinite where that is more than a number holds."""
+    """exp(loss), or infinity on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -21,7 +21,7 @@ def perplexity_of(loss: float) -> float:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with null in the place of NaN and infinities, which JSON does not know."""
+    """Replace NaN and infinities, which JSON lacks, with null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -32,7 +32,7 @@ def finite(value: Any) -> Any:
 
 
 def write_results(path: Path, value: Any) -> None:
-    """Write results; an earlier file stays until the new one is complete.
+    """Write results atomically: an earlier file stays until the new one is complete.
 
     Raises:
         ProjectError: the disk is full.
@@ -45,10 +45,10 @@ def write_results(path: Path, value: Any) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a place for results before the work is done, not after. Its folder is made.
+    """Check that results can be written to `path`, before the work begins. Creates the folder.
 
     Raises:
-        ConfigurationError: naming --output.
+        ConfigurationError: the file cannot be written. Names --output.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

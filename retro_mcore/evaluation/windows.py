@@ -1,8 +1,8 @@
-"""Documents as overlapping windows: every token but the first is predicted once.
+"""Divide documents into overlapping windows that predict every token but the first once.
 
-The first window of a document counts in full, every later one only for what its predecessor did
-not reach, so that those tokens have the overlap before them. Windows start at chunk boundaries, so
-a chunk is the same chunk, with the same neighbors, in each.
+The first window of a document is scored in full. Later windows score only tokens after the
+previous window, with the overlap as context. Windows start at chunk boundaries, so a chunk has the
+same tokens and neighbors in every window.
 
 Shapes: B windows of a batch, S their padded length, M chunk length, L chunks, K neighbors,
 R retrieved length.
@@ -27,13 +27,13 @@ from retro_mcore.samples.batch import RetroBatch
 
 
 class Window(NamedTuple):
-    """A part of a document that the model reads at once.
+    """A window of a document.
 
     Attributes:
         document: The document.
-        start: Its first token that is read.
-        length: Tokens that are read; the last one's successor is predicted too.
-        scored_from: The first of its positions whose prediction counts.
+        start: First token of the window.
+        length: Number of input tokens; the token after the last one is predicted too.
+        scored_from: First position whose prediction counts.
     """
 
     document: int
@@ -43,10 +43,10 @@ class Window(NamedTuple):
 
 
 def check_stride(stride: int, sequence_length: int, chunk_length: int) -> None:
-    """Refuse windows that would leave a gap or cut a chunk.
+    """Reject windows that would leave a gap or split a chunk.
 
     Raises:
-        ConfigurationError: naming the flag.
+        ConfigurationError: the stride is invalid. Names the flag.
     """
     if not 0 < stride <= sequence_length or stride % chunk_length:
         raise ConfigurationError(
@@ -57,12 +57,12 @@ def check_stride(stride: int, sequence_length: int, chunk_length: int) -> None:
 
 
 def plan_windows(lengths: Sequence[int], sequence_length: int, stride: int) -> list[Window]:
-    """The windows of documents of these lengths.
+    """Plan the windows of documents with these lengths.
 
     Args:
-        lengths: Tokens of each document, at least 2.
-        sequence_length: Tokens that the model reads at once.
-        stride: How far a window starts behind its predecessor.
+        lengths: Number of tokens of each document, at least 2.
+        sequence_length: Window length in tokens.
+        stride: Tokens from one window's start to the next.
     """
     windows = []
     for document, length in enumerate(lengths):
@@ -75,21 +75,21 @@ def plan_windows(lengths: Sequence[int], sequence_length: int, stride: int) -> l
 
 
 def plan_batches(windows: Sequence[Window], batch_size: int) -> list[list[Window]]:
-    """Batches of windows of similar lengths, the longest first."""
+    """Group windows of similar length into batches, longest first."""
     ordered = sorted(windows, key=lambda window: -window.length)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
 @dataclass(frozen=True)
 class WindowReader:
-    """Batches of windows, with the neighbors of their chunks.
+    """Reads batches of windows with the neighbors of their chunks.
 
     Attributes:
         documents: The documents.
-        neighbors: Those of each chunk of the documents; None reads without retrieval.
+        neighbors: Neighbors of each chunk of the documents; None disables retrieval.
         database: The retrieval database.
         num_neighbors: K.
-        num_retrieved_chunks: Chunks per neighbor, itself included.
+        num_retrieved_chunks: Chunks per neighbor, including the neighbor itself.
         divisor: Lengths are padded to a multiple of it (and of M).
     """
 
@@ -103,12 +103,12 @@ class WindowReader:
     def read(
         self, batches: Sequence[Sequence[Window]], numbers: Sequence[int], device: torch.device
     ) -> Iterator[RetroBatch]:
-        """The batches of these numbers, whose sample ids are the numbers of the windows there."""
+        """Read the batches with these numbers; their sample ids are indexes of the windows."""
         for number in numbers:
             yield self.batch(batches[number]).to(device)
 
     def batch(self, windows: Sequence[Window]) -> RetroBatch:
-        """One batch; its loss mask says what counts."""
+        """Build one batch; its loss mask marks the scored positions."""
         multiple = math.lcm(self.documents.chunk_length, self.divisor)
         padded = -(-max(window.length for window in windows) // multiple) * multiple
         tokens = np.full((len(windows), padded + 1), self.documents.eod, np.int64)
@@ -128,7 +128,7 @@ class WindowReader:
     def _retrieved(
         self, windows: Sequence[Window], num_chunks: int
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Tokens and mask [B, L, K, R]; chunks that a window does not complete have none."""
+        """Tokens and mask [B, L, K, R]; chunks incomplete in a window have no neighbors."""
         if self.neighbors is None:
             return None
         chunk_length, first_rows = self.documents.chunk_length, self.documents.first_rows
