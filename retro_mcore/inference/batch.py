@@ -1,8 +1,8 @@
-"""A batch of growing texts: requests join and leave it between two tokens.
+"""Continuous batching: requests join and leave a batch of growing texts between two tokens.
 
-Under tensor and pipeline parallelism every rank of the model adds the same requests and takes the
-same steps. The model's first rank retrieves, the first rank of its last stage samples, and the
-others receive neighbors and tokens, so that no difference in rounding can part them.
+Under tensor and pipeline parallelism every rank of the model adds the same requests and runs the
+same steps. The model's first rank retrieves, and the first rank of its last stage samples. The
+other ranks receive neighbors and tokens, so rounding differences cannot make ranks diverge.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class _Member:
-    """A request with what has become of it."""
+    """A request and its state."""
 
     request: GenerationRequest
     text: GeneratedText
@@ -50,7 +50,7 @@ class _Member:
 
     @cached_property
     def ending_tokens(self) -> torch.Tensor:
-        """The tokens that end the text; made once, since there may be many."""
+        """Tokens that end the text; cached, since there may be many."""
         return torch.tensor(list(self.endings))
 
 
@@ -59,17 +59,17 @@ _Choice = tuple[int, TokenLogprobs | None]
 
 
 class TextBatch:
-    """Texts that grow together, a token per step.
+    """Texts that grow together, one token per step.
 
-    What goes wrong with one text (its search, its logits, its stop strings) ends that text, with
-    its `error`, on every rank alike; the others go on.
+    A failure of one text (its search, its logits, its stop strings) ends only that text, with its
+    `error` set on every rank. The other texts continue.
 
     Args:
-        model: The model, or this rank's pipeline stage of it, in eval mode. Without neighbors any
-            GPTModel of ours will do.
-        tokenizer: Gives the end of a text (EOD) and the number of tokens that mean something.
-        max_batch_size: Most texts at a time.
-        max_length: Most tokens of a text; the model's window by default, and at most that.
+        model: The model, or this rank's pipeline stage of it, in eval mode. Without neighbors, any
+            of our GPTModels works.
+        tokenizer: Provides EOD and the number of valid tokens.
+        max_batch_size: Maximum number of texts at a time.
+        max_length: Maximum tokens of a text; by default, and at most, the model's window.
         decoder: Runs the model; by default a `CachedDecoder`.
     """
 
@@ -93,14 +93,14 @@ class TextBatch:
 
     @property
     def growing(self) -> list[GeneratedText]:
-        """The texts that have not ended."""
+        """Texts that have not ended."""
         return [member.text for member in self._members]
 
     def add(self, request: GenerationRequest) -> GeneratedText:
-        """Let a text join; it gets its first new token in the next step.
+        """Add a text; it gets its first new token in the next step.
 
         Args:
-            request: One that `check_request` has let pass.
+            request: A request accepted by `check_request`.
 
         Raises:
             ConfigurationError: there is no room.
@@ -124,15 +124,15 @@ class TextBatch:
         return text
 
     def drop(self, text: GeneratedText) -> None:
-        """Let a text go before it has ended."""
+        """Drop a text before it has ended."""
         text.finish_reason = text.finish_reason or "dropped"
         self._keep_growing()
 
     @torch.no_grad()
     def step(self) -> list[tuple[GeneratedText, int]]:
-        """Give every text one more token; returns who got which (nobody: the text has ended).
+        """Generate one token for every text; returns the texts that got one, with their tokens.
 
-        A text that fails has ended, and has an `error`.
+        A text without a token has ended. A failed text has ended with an `error`.
         """
         if not self._members:
             return []
@@ -158,7 +158,7 @@ class TextBatch:
         return self._model.config.retro_chunk_length
 
     def _retrieve(self) -> None:
-        """Give the chunks that are complete and have no neighbors yet theirs."""
+        """Retrieve neighbors for complete chunks that have none yet."""
         wanted = [
             (member, chunk)
             for member in self._members
@@ -180,7 +180,7 @@ class TextBatch:
     def _search_all(
         self, wanted: Sequence[tuple[_Member, CompletedChunk]]
     ) -> list[RetrievedNeighbors | Exception]:
-        """The neighbors of chunks, those of one source searched together."""
+        """Search neighbors of chunks, with one search per source."""
         places: dict[int, list[int]] = {}
         for place, (member, _) in enumerate(wanted):
             places.setdefault(id(member.request.neighbors), []).append(place)
@@ -195,7 +195,7 @@ class TextBatch:
     def _search(
         self, source: NeighborSource, chunks: Sequence[CompletedChunk]
     ) -> list[RetrievedNeighbors | Exception]:
-        """Each chunk's neighbors; if they cannot be searched together, one after another."""
+        """Search each chunk's neighbors: together if possible, else one by one."""
 
         def search(some: Sequence[CompletedChunk]) -> list[RetrievedNeighbors]:
             found = source.neighbors_of(some)
@@ -210,7 +210,7 @@ class TextBatch:
         return [found if isinstance(found, Exception) else found[0] for found in alone]
 
     def _attempt(self, action: Callable[[], _T]) -> _T | Exception:
-        """The result of an action, or its error in a form that other ranks can receive."""
+        """The result of an action, or its error in a picklable form for other ranks."""
         try:
             return action()
         except Exception as error:  # ends the text that it belongs to
@@ -225,7 +225,7 @@ class TextBatch:
         member.text.finish_reason = "failed"
 
     def _chunks_of(self, member: _Member, ahead: bool = False) -> list[CompletedChunk]:
-        """The chunks without neighbors that are complete; or ahead of that, whose query is."""
+        """Complete chunks without neighbors; with `ahead`, chunks whose query is complete."""
         text, source = member.text, member.request.neighbors
         lead = source.lead if isinstance(source, Prefetching) and not text.two_chunks else 0
         stop = len(text.tokens) + (lead if ahead else 0)
@@ -238,16 +238,16 @@ class TextBatch:
         ]
 
     def _expect(self, members: Sequence[_Member]) -> None:
-        """Let sources that can search ahead begin."""
+        """Start searches in sources that can search ahead."""
         for member in members:
             source = member.request.neighbors
             if isinstance(source, Prefetching) and get_rank(self._group) == 0:
                 chunks = self._chunks_of(member, ahead=True)
-                # What cannot begin now fails when its result is asked for.
+                # A search that cannot start fails when its result is requested.
                 self._attempt(lambda source=source, chunks=chunks: source.expect(chunks))  # type: ignore[misc]
 
     def _keep_growing(self) -> None:
-        """Let go the texts that have ended."""
+        """Remove texts that have ended."""
         for member in self._members:
             source = member.request.neighbors
             if member.text.finish_reason is not None and isinstance(source, Prefetching):
@@ -281,7 +281,7 @@ class TextBatch:
         return get_rank(self._group) == self._sampling_rank
 
     def _choose(self, logits_BV: torch.Tensor | None) -> list[_Choice | Exception]:
-        """The next tokens, chosen by the sampling rank, or why there is none."""
+        """The next tokens chosen by the sampling rank, or the errors instead."""
         choices: object = None
         if self._samples():
             assert logits_BV is not None
@@ -308,7 +308,7 @@ class TextBatch:
         return token, token_logprobs(logits_V[None], [token], request.top_logprobs)[0]
 
     def _accept(self, member: _Member, choice: _Choice) -> bool:
-        """Add a token to its text; False if it ended the text instead."""
+        """Add a token to its text; False if the token ends the text instead."""
         token, logprobs = choice
         text, stopping = member.text, member.request.stopping
         if token in member.endings:
@@ -341,7 +341,7 @@ class TextBatch:
 
 
 def _sampling_rank(model: RetroModel, group: dist.ProcessGroup | None) -> int:
-    """The place in `group` of the last stage's first tensor-parallel rank."""
+    """Rank in `group` of the last stage's first tensor parallel rank."""
     size = get_world_size(group)
     if size == 1:
         return 0

@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 
 class Decoder(Protocol):
-    """Runs the model over growing texts."""
+    """Computes the logits of growing texts."""
 
     def next_logits(self, texts: Sequence[GeneratedText]) -> torch.Tensor | None:
-        """The logits [B, V] of each text's next token; None on pipeline stages but the last."""
+        """Logits [B, V] of each text's next token; None except on the last pipeline stage."""
         ...
 
     def prompt_logits(self, text: GeneratedText) -> torch.Tensor | None:
-        """The logits [S, V] at every token of a text; None on stages but the last."""
+        """Logits [S, V] at every token of a text; None except on the last pipeline stage."""
         ...
 
 
 class CachedDecoder:
     """A `Decoder` that runs the model over new tokens only.
 
-    The texts of a call say what to do. A new text is a prompt and runs in one pass, a known text
-    has one more token, and a missing text is forgotten. So texts may join and leave at any time.
+    The texts of each call determine the work. A new text is a prompt and runs in one pass. A known
+    text has one more token. A missing text is removed. So texts may join and leave at any time.
 
     Under tensor and pipeline parallelism every rank of the model calls it with the same texts.
 
@@ -52,12 +52,12 @@ class CachedDecoder:
         model: The model, or this rank's pipeline stage of it, in eval mode and on whole sequences
             (`platform.parallel.whole_sequences`). Without neighbors any GPTModel from
             `get_gpt_decoder_block_spec` will do.
-        pad_id: The token that fills the rows of shorter prompts; it changes nothing.
-        max_batch_size: Most texts at a time.
-        max_length: Most tokens of a text; the model's window by default.
+        pad_id: Token that pads shorter prompts; it does not affect results.
+        max_batch_size: Maximum number of texts at a time.
+        max_length: Maximum tokens of a text; the model's window by default.
 
     Raises:
-        ConfigurationError: the model has attention that the cache does not know, interleaved
+        ConfigurationError: the model has attention that the cache does not support, interleaved
             pipeline stages, or sequence parallelism.
     """
 
@@ -91,7 +91,7 @@ class CachedDecoder:
         return torch.stack([logits[text] for text in texts])
 
     def prompt_logits(self, text: GeneratedText) -> torch.Tensor | None:
-        """The logits [S, V] at every token of a text, apart from the texts that grow."""
+        """Logits [S, V] at every token of a text, without affecting the growing texts."""
         decoder = CachedDecoder(self._model, self._pad_id, 1, len(text.tokens))
         hidden_SBD = decoder._run_prompts([text])
         return None if hidden_SBD is None else decoder._logits(hidden_SBD)[:, 0]
@@ -142,7 +142,7 @@ class CachedDecoder:
     def _run(
         self, tokens_BS: torch.Tensor, texts: Sequence[GeneratedText], starts: Sequence[int]
     ) -> torch.Tensor | None:
-        """One pass of this rank's stage; on the last one its output [S, B, D]."""
+        """Run this rank's stage once; returns the output [S, B, D] on the last stage."""
         model, config, current = self._model, self._model.config, self._context.current
         neighbors = self._plan_neighbors(texts, starts)
         hidden = None
@@ -176,7 +176,7 @@ class CachedDecoder:
     def _plan_neighbors(
         self, texts: Sequence[GeneratedText], starts: Sequence[int]
     ) -> RetrievedNeighbors | None:
-        """Tell the context which chunks the pass completes; returns their neighbors, [N, K, R]."""
+        """Register chunks that the pass completes in the context; returns neighbors [N, K, R]."""
         chunks, found = [], []
         for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
             if not text.neighbors:
@@ -193,7 +193,7 @@ class CachedDecoder:
         return neighbors
 
     def _angles(self) -> torch.Tensor | None:
-        """The rotary embedding of the new positions, [S, B, 1, C]."""
+        """Rotary embedding of the new positions, [S, B, 1, C]."""
         if self._model.position_embedding_type != "rope":
             return None
         angles = self._model.rotary_pos_emb(self._context.max_sequence_length)
@@ -218,7 +218,7 @@ class CachedDecoder:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """The type of states that pass from stage to stage."""
+        """Dtype of the states sent between stages."""
         config = self._model.config
         return torch.float32 if config.fp32_residual_connection else config.params_dtype
 
@@ -236,14 +236,14 @@ class CachedDecoder:
 
 
 class FullRecomputation:
-    """A `Decoder` that runs every text from its first token, each time.
+    """A `Decoder` that recomputes every text from its first token in each step.
 
-    It goes through the model's own forward pass, and so is what the cache is checked against;
-    pipeline stages and texts of two chunks run as prompts of an empty cache.
+    It uses the model's own forward pass, so it is the reference for the cache. Pipeline stages and
+    two-chunk texts run as prompts of an empty cache.
 
     Args:
         model: The model, or this rank's pipeline stage of it, in eval mode.
-        pad_id: The token that fills the rows of shorter texts; it changes nothing.
+        pad_id: Token that pads shorter texts; it does not affect results.
     """
 
     def __init__(self, model: RetroModel, pad_id: int) -> None:
@@ -260,7 +260,7 @@ class FullRecomputation:
         return self._run(texts)[torch.arange(len(texts), device=self._device), lengths_B - 1]
 
     def prompt_logits(self, text: GeneratedText) -> torch.Tensor | None:
-        """The logits [S, V] at every token of a text; None on pipeline stages but the last."""
+        """Logits [S, V] at every token of a text; None except on the last pipeline stage."""
         if self._needs_prefill([text]):
             return CachedDecoder(self._model, self._pad_id, 1).prompt_logits(text)
         return self._run([text])[0, : len(text.tokens)]
@@ -270,7 +270,7 @@ class FullRecomputation:
         return stages > 1 or any(text.two_chunks for text in texts)
 
     def _run(self, texts: Sequence[GeneratedText]) -> torch.Tensor:
-        """The logits [B, S, V] at every position, padding included."""
+        """Logits [B, S, V] at every position, including padding."""
         tokens_BS = self._padded_tokens(texts)
         position_ids_BS = torch.arange(tokens_BS.shape[1], device=self._device).expand_as(tokens_BS)
         logits_BSV = self._model(
@@ -284,10 +284,10 @@ class FullRecomputation:
 
     def _padded_tokens(self, texts: Sequence[GeneratedText]) -> torch.Tensor:
         config = self._model.config
-        # Sequence parallelism shares out the positions, so they must divide.
+        # Sequence parallelism divides the positions, so their number must be divisible.
         multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         if isinstance(config, RetroConfig) and config.retro_chunk_alignment == "right":
-            # Whole chunks, as in training: there a right-aligned grid is the left-aligned one.
+            # Whole chunks, as in training, where right-aligned and left-aligned grids are the same.
             multiple = math.lcm(multiple, config.retro_chunk_length)
         longest = max(len(text.tokens) for text in texts)
         padded_length = -(-longest // multiple) * multiple
@@ -297,7 +297,7 @@ class FullRecomputation:
     def _neighbors(
         self, texts: Sequence[GeneratedText], sequence_length: int
     ) -> dict[str, torch.Tensor | None]:
-        """The model's context arguments; empty as long as no text has neighbors."""
+        """The model's context arguments; empty while no text has neighbors."""
         if not any(text.neighbors for text in texts):
             return {}
         num_chunks = self._model.config.chunk_grid(sequence_length).num_chunks

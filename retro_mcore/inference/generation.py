@@ -1,8 +1,8 @@
-"""Text from a Retro model: each completed chunk gets its neighbors once, each step adds a token.
+"""Generate text with a Retro model: neighbors are retrieved once for each completed chunk.
 
-`generate` continues a batch of prompts, which may differ in length. The pieces behind it: a
-`TextBatch` (batch.py) steps over the texts, asks a `Decoder` (decoders.py) for the next logits and
-a `NeighborSource` (neighbors.py) for the neighbors of completed chunks.
+`generate` continues a batch of prompts, which may differ in length. It runs the steps of a
+`TextBatch` (batch.py), which gets the next logits from a `Decoder` (decoders.py) and the neighbors
+of completed chunks from a `NeighborSource` (neighbors.py).
 
 Under tensor and pipeline parallelism every rank of the model calls `generate` with the same
 arguments and gets the same texts. See docs/generation.md.
@@ -43,7 +43,7 @@ __all__ = [
     "generate",
 ]
 
-#: Called with the prompt's place in the batch and its new token, as soon as there is one.
+#: Called with the prompt's index in the batch and its new token, as soon as it is generated.
 TokenCallback = Callable[[int, int], None]
 
 
@@ -58,20 +58,19 @@ def generate(
     """Continue a batch of prompts.
 
     Args:
-        model: The model, or this rank's pipeline stage of it. Without neighbors any GPTModel of
-            ours will do. It runs in eval mode and without sequence parallelism; both are as they
-            were afterwards.
-        tokenizer: Gives the end of a text (EOD) and the number of tokens that mean something; with
-            stop strings also `detokenize`.
-        requests: The prompts and how each is continued; see `GenerationRequest.for_prompts`. Their
-            lengths may differ.
+        model: The model, or this rank's pipeline stage of it. Without neighbors, any of our
+            GPTModels works. It runs in eval mode and without sequence parallelism; both settings
+            are restored.
+        tokenizer: Provides EOD and the number of valid tokens; with stop strings also `detokenize`.
+        requests: The prompts with their options; see `GenerationRequest.for_prompts`. Their lengths
+            may differ.
         use_cache: False recomputes every text from its start for each token.
         on_token: Called on every rank for each new token.
 
     Raises:
-        ConfigurationError: an empty or foreign prompt, a text longer than the model's window, or
-            an option out of range.
-        RetroError: a source of neighbors failed, or the logits are not numbers.
+        ConfigurationError: a prompt is empty or has invalid tokens, a text is longer than the
+            model's window, or an option is out of range.
+        RetroError: a source of neighbors failed, or the logits are not finite.
     """
     if not requests:
         raise ConfigurationError("--prompt", "no prompt", "Give at least one")
@@ -90,7 +89,7 @@ def continue_checked(
     use_cache: bool = True,
     on_token: TokenCallback | None = None,
 ) -> list[GeneratedText]:
-    """Continue requests that `check_request` has accepted; see `generate`."""
+    """Continue requests already accepted by `check_request`; see `generate`."""
     with evaluating(model), whole_sequences(model):
         return _run(model, tokenizer, requests, use_cache, on_token)
 
@@ -121,7 +120,7 @@ def _run(
 
 @contextmanager
 def evaluating(model: RetroModel) -> Iterator[None]:
-    """The model in eval mode; as it was afterwards."""
+    """Context in which the model is in eval mode; its mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:

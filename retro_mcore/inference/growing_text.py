@@ -1,4 +1,4 @@
-"""New tokens as new text, piece by piece: for streams, and for strings that end a text."""
+"""Incremental detokenization, for streams and stop strings."""
 
 from __future__ import annotations
 
@@ -8,46 +8,47 @@ from itertools import takewhile
 from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.inference.texts import GeneratedText
 
-#: What a tokenizer puts in the place of bytes that are no character, or not yet.
+#: Replacement character that tokenizers write for invalid or incomplete characters.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-#: Tokens before a new one that it is detokenized with.
+#: Number of preceding tokens with which a new token is detokenized.
 _CONTEXT = 8
-#: Most tokens of a character: the bytes of UTF-8.
+#: Maximum tokens per character: the bytes of UTF-8.
 _LONGEST_CHARACTER = 4
 
 
 class GrowingText:
-    """The text of what is added to a prompt.
+    """Text added to a prompt, token by token.
 
-    A token costs the detokenization of the few tokens around it. A character whose bytes are spread
-    over several tokens waits for its last one; one that the prompt begins belongs to what is added.
+    Each token costs the detokenization of a few tokens around it. A character whose bytes span
+    several tokens appears with the last one. A character that the prompt begins belongs to the
+    added text.
 
     Args:
-        tokenizer: Turns tokens into text.
+        tokenizer: Converts tokens to text.
         prompt: The prompt's tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        # Some tokens before the new ones: their text depends on what they follow.
+        # A few preceding tokens, since the text of a token depends on them.
         self._tokens = _context(tokenizer, prompt)
         self._start, self._shown = 0, len(self._tokens)
         self.text = ""
 
     def add(self, token: int) -> str:
-        """Text that a token adds; empty if it ends inside a character."""
+        """Add a token, and return its text; empty if it ends inside a character."""
         self._tokens.append(token)
         before, piece = self._piece()
         return "" if piece.endswith(INCOMPLETE) or not piece else self._show(before, piece)
 
     def finish(self) -> str:
-        """Text that is still waiting."""
+        """Return the remaining text."""
         return self._show(*self._piece())
 
     def _piece(self) -> tuple[str, str]:
         before = self._tokenizer.detokenize(self._tokens[self._start : self._shown])
         now = self._tokenizer.detokenize(self._tokens[self._start :])
-        # Not by the length of what was before: the mark at its end may have become a character.
+        # Not by the previous length, since a mark at its end may have become a character.
         return before, now[shared_length(before, now) :]
 
     def _show(self, before: str, piece: str) -> str:
@@ -59,9 +60,9 @@ class GrowingText:
 
 
 def _context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """The last tokens of a prompt, from the beginning of a character on.
+    """The last tokens of a prompt, starting at a character boundary.
 
-    Byte tokens of Llama-like tokenizers are no text at all if the first one is amid a character.
+    Byte tokens of Llama-like tokenizers decode to no text if the first one is inside a character.
     """
     for extra in range(_LONGEST_CHARACTER):
         window = list(prompt[-_CONTEXT - extra :])
@@ -74,7 +75,7 @@ def _context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
 
 
 def prompt_text(tokenizer: Tokenizer, tokens: Sequence[int], prompt_length: int) -> str:
-    """The prompt, without the character that its end begins if what follows completes it."""
+    """Text of the prompt, without a character at its end that later tokens complete."""
     text = tokenizer.detokenize(tokens[:prompt_length])
     if not text.endswith(INCOMPLETE):
         return text
@@ -87,26 +88,26 @@ def prompt_text(tokenizer: Tokenizer, tokens: Sequence[int], prompt_length: int)
 
 
 def shared_length(first: str, second: str) -> int:
-    """How many characters two texts begin with together."""
+    """Length of the common prefix of two texts, in characters."""
     if second.startswith(first):
         return len(first)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))  # noqa: B905
 
 
 def find_stop(text: str, stop_strings: Sequence[str], searched: int = 0) -> int | None:
-    """Where the first of the stop strings begins; None: nowhere.
+    """Start of the first stop string in a text; None if there is none.
 
     Args:
         text: The text.
-        stop_strings: The strings.
-        searched: Characters that have been searched. Strings that end within them do not count.
+        stop_strings: The stop strings.
+        searched: Number of characters already searched. Strings that end within them are ignored.
     """
     places = [text.find(stop, max(0, searched - len(stop) + 1)) for stop in stop_strings]
     return min((place for place in places if place >= 0), default=None)
 
 
 def held_back(text: str, stop_strings: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
+    """Number of characters at the end of `text` that may begin a stop string."""
     longest = max(map(len, stop_strings), default=0)
     for length in range(min(longest - 1, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stop_strings):
@@ -115,13 +116,13 @@ def held_back(text: str, stop_strings: Sequence[str]) -> int:
 
 
 class SafeStream:
-    """The new text of a prompt for whoever reads along: never a stop string, nor a part of one.
+    """Streams the new text of a prompt, without stop strings or parts of them.
 
     Args:
-        tokenizer: Turns tokens into text.
+        tokenizer: Converts tokens to text.
         prompt: The prompt's tokens.
         stop_strings: Strings that end the text.
-        min_new_tokens: Number of new tokens before which they do not.
+        min_new_tokens: Minimum number of new tokens before stop strings apply.
     """
 
     def __init__(
@@ -137,16 +138,16 @@ class SafeStream:
 
     @property
     def grown_text(self) -> str:
-        """The text so far, shown or held back."""
+        """All new text so far, shown or held back."""
         return self._growing.text
 
     @property
     def shown_text(self) -> str:
-        """All that may be shown so far."""
+        """All new text that may be shown so far."""
         return self._growing.text[: self._shown]
 
     def add(self, token: int) -> str:
-        """Text that may be shown now."""
+        """Add a token, and return the text that may be shown now."""
         self._growing.add(token)
         self._missing_tokens -= 1
         text = self._growing.text
@@ -155,7 +156,7 @@ class SafeStream:
         return self._show(len(text) - held_back(text, self._stop_strings))
 
     def finish(self) -> str:
-        """The rest; up to the stop string, if there is one."""
+        """Return the remaining text, up to the stop string if there is one."""
         self._growing.finish()
         return self._show(len(self._growing.text))
 
@@ -170,7 +171,7 @@ class SafeStream:
 
 
 def new_text(tokenizer: Tokenizer, text: GeneratedText) -> str:
-    """The generated text, up to its stop string if there is one."""
+    """Generated text, up to its stop string if there is one."""
     if text.stop_text is not None:
         return text.stop_text
     stream = SafeStream(tokenizer, text.tokens[: text.prompt_length])

@@ -16,8 +16,8 @@ class Prompt:
 
     Attributes:
         text: The prompt.
-        neighbors: The texts to read instead of retrieved neighbors; None: as the options say.
-        source: The file and line that it comes from, if any.
+        neighbors: Texts to use instead of retrieved neighbors; None: according to the options.
+        source: File and line of the prompt, if any.
     """
 
     text: str
@@ -25,7 +25,7 @@ class Prompt:
     source: str | None = field(default=None, compare=False)
 
     def problem(self, error: RetroError) -> RetroError:
-        """The error with the prompt's file and line."""
+        """Add the prompt's file and line to an error."""
         if self.source is None:
             return error
         return type(error)(f"{self.source}: {error.subject}", error.found, error.mend)
@@ -34,10 +34,10 @@ class Prompt:
 def prompts_of_flags(
     prompt: str | None, prompt_file: str | None, neighbors: Sequence[str] | None
 ) -> list[Prompt]:
-    """The prompts that --prompt, --prompt-file and --neighbors name.
+    """Prompts from --prompt, --prompt-file and --neighbors.
 
     Raises:
-        ConfigurationError: naming the flag, or the file and its line.
+        ConfigurationError: a prompt is missing or invalid. Names the flag, or the file and line.
     """
     if (prompt is None) == (prompt_file is None):
         raise ConfigurationError(
@@ -57,10 +57,10 @@ def prompts_of_flags(
 
 
 def read_prompt_file(path: Path) -> list[Prompt]:
-    """The prompts of a file: one per line of a .jsonl file, else the whole text is one.
+    """Read the prompts of a file: one per line of a .jsonl file, else the whole text as one prompt.
 
     Raises:
-        ConfigurationError: the file is missing, empty or malformed; names the line.
+        ConfigurationError: the file is missing, empty or malformed. Names the line.
     """
     subject = f"--prompt-file {path}"
     try:
@@ -84,7 +84,7 @@ def _prompt_of_line(subject: str, line: bytes) -> Prompt:
         raise ConfigurationError(subject, f"invalid JSON ({error.in_line})", mend) from error
     if has_surrogates(value):
         found = "half of a surrogate pair (such as \\ud83d), which is no character"
-        raise ConfigurationError(subject, found, "Mend the text")
+        raise ConfigurationError(subject, found, "Fix the text")
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ConfigurationError(subject, "no text under the key 'prompt'", mend)

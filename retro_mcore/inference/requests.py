@@ -1,4 +1,4 @@
-"""Requests to generation: what to continue, how to draw, when to stop."""
+"""Generation requests: prompt, sampling options and stopping conditions."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class StoppingOptions:
-    """When a text ends.
+    """Conditions that end a text.
 
     Attributes:
-        max_new_tokens: Where it stops that does not end by itself.
-        min_new_tokens: Number of tokens before which it does not end: EOD and stop tokens are not
-            drawn, and stop strings are not looked for.
-        stop_tokens: Tokens that end it, besides EOD; they do not belong to it.
-        stop_strings: Strings that end it; they and what follows do not belong to its text.
+        max_new_tokens: Maximum number of new tokens.
+        min_new_tokens: Minimum number of new tokens. Until then, EOD and stop tokens are not
+            sampled, and stop strings are ignored.
+        stop_tokens: Tokens that end the text besides EOD; not included in it.
+        stop_strings: Strings that end the text; not included in it.
 
     Raises:
-        ConfigurationError: a value out of range.
+        ConfigurationError: a value is out of range.
     """
 
     max_new_tokens: int = 64
@@ -61,21 +61,21 @@ class StoppingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """A prompt, and how it is continued.
+    """A prompt with the options for its continuation.
 
     Attributes:
-        tokens: The prompt, at least one token; empty in a request that `for_prompts` fills in.
-        sampling: How tokens are drawn; its seed is this text's own.
-        adjustments: Penalties and biases on the logits before that.
-        stopping: When the text ends.
-        neighbors: Where neighbors come from; None: retrieval off.
-        number: The name by which `neighbors` knows the prompt.
+        tokens: The prompt, at least one token; empty in a request for `for_prompts`.
+        sampling: Sampling options, with the seed of this text.
+        adjustments: Penalties and biases applied to the logits before sampling.
+        stopping: Conditions that end the text.
+        neighbors: Source of neighbors; None disables retrieval.
+        number: Number that identifies the prompt to `neighbors`.
         two_chunks: The prompt is the first chunk, the answer the second, whatever their lengths.
-        top_logprobs: Keep log-probabilities: of each new token (0), and of the n likeliest (n).
-        prompt_logprobs: Keep those of the prompt's tokens too.
+        top_logprobs: Record log-probabilities of each new token (0) and of the n likeliest (n).
+        prompt_logprobs: Also record log-probabilities of the prompt's tokens.
 
     Raises:
-        ConfigurationError: a value out of range.
+        ConfigurationError: a value is out of range.
     """
 
     tokens: Sequence[int] = ()
@@ -97,13 +97,13 @@ class GenerationRequest:
         prompts: Sequence[Sequence[int]],
         neighbors: Sequence[NeighborSource | None] | None = None,
     ) -> list[GenerationRequest]:
-        """Requests like this one, numbered from 0.
+        """Copies of this request for several prompts, numbered from 0.
 
-        Prompt i draws with this seed + i, so its text does not depend on its companions.
+        Prompt i uses this seed + i, so its text does not depend on the other prompts.
 
         Args:
             prompts: Tokens of each prompt.
-            neighbors: A source for each prompt; None: this request's for all.
+            neighbors: Source of neighbors for each prompt; None: this request's source for all.
         """
         sources = [self.neighbors] * len(prompts) if neighbors is None else neighbors
         return [
@@ -119,9 +119,9 @@ class GenerationRequest:
 
 
 def num_tokens(model: RetroModel, tokenizer: Vocabulary) -> int:
-    """The tokens that can be read and drawn: those of the tokenizer that have a row in the model.
+    """Number of usable tokens: those of the tokenizer that have a row in the model's embedding.
 
-    The embedding's other rows are padding, which no softmax counts.
+    Further rows of the embedding are padding, which is excluded from the softmax.
     """
     return min(tokenizer.vocab_size, model.vocab_size)
 
@@ -129,16 +129,16 @@ def num_tokens(model: RetroModel, tokenizer: Vocabulary) -> int:
 def check_request(
     request: GenerationRequest, model: RetroModel, tokenizer: Vocabulary, max_length: int
 ) -> None:
-    """Refuse what cannot be generated; whatever passes joins a batch without harm to its others.
+    """Reject a request that cannot be generated, before it can affect the rest of a batch.
 
     Args:
         request: The request.
         model: The model, or this rank's part of it.
-        tokenizer: The project's.
-        max_length: Most tokens of a text.
+        tokenizer: The project's tokenizer.
+        max_length: Maximum tokens of a text.
 
     Raises:
-        ConfigurationError: naming the flag, the field or the prompt.
+        ConfigurationError: the request is invalid. Names the flag, the field or the prompt.
     """
     _check_prompt(request, num_tokens(model, tokenizer))
     _check_length(request, max_length)
@@ -225,7 +225,7 @@ def _check_neighbors(request: GenerationRequest, model: RetroModel) -> None:
 
 
 def _short(number: int) -> str:
-    """A number for a message, whatever its size."""
+    """A number for a message, abbreviated if huge."""
     if abs(number) < 10**20:
         return str(number)
     return f"a number of {int(number).bit_length()} bits"

@@ -1,4 +1,4 @@
-"""Sampling a token from logits: greedy, temperature, top-k and top-p (nucleus), seeded."""
+"""Seeded sampling of tokens from logits: greedy, temperature, top-k and top-p (nucleus)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from retro_mcore.inference.texts import TokenLogprobs
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen; the names are Megatron's.
+    """Sampling options, with Megatron's names.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the most likely token (greedy).
-        top_k: Only the k most likely tokens stay; 0 keeps all.
-        top_p: Only the smallest set of tokens whose probabilities sum to at least p stays, after
-            top-k (Holtzman et al. 2020); 1 keeps all, 0 the most likely token alone.
-        seed: Prompt i of a batch draws from its own generator, seeded with `seed + i`.
+        temperature: Divisor of the logits; 0 takes the most likely token (greedy).
+        top_k: Keep only the k most likely tokens; 0 keeps all.
+        top_p: After top-k, keep only the smallest set of tokens whose probabilities sum to at least
+            p (Holtzman et al. 2020); 1 keeps all, 0 only the most likely token.
+        seed: Seed; prompt i of a batch has its own generator, seeded with `seed + i`.
 
     Raises:
-        ConfigurationError: a value out of range.
+        ConfigurationError: a value is out of range.
     """
 
     temperature: float = 1.0
@@ -45,7 +45,7 @@ class SamplingOptions:
             raise ConfigurationError("--seed", str(self.seed), "Give a number from 0 to 2^64 - 1")
 
     def generators(self, num_prompts: int) -> list[torch.Generator]:
-        """One random stream per prompt, so that no prompt's text depends on its companions."""
+        """One random generator per prompt, so a prompt's text does not depend on the others."""
         return [
             torch.Generator().manual_seed((self.seed + row) % 2**64) for row in range(num_prompts)
         ]
@@ -56,12 +56,12 @@ class LogitAdjustments:
     """Penalties and biases on the logits before a token is chosen, as OpenAI defines them.
 
     Attributes:
-        frequency_penalty: Taken from a token's logit for each time that the new text holds it.
-        presence_penalty: Taken once from the logit of a token that the new text holds.
-        logit_bias: Added to the logits of these tokens.
+        frequency_penalty: Subtracted from a token's logit for each occurrence in the new text.
+        presence_penalty: Subtracted once from the logit of a token that occurs in the new text.
+        logit_bias: Bias added to the logit, by token.
 
     Raises:
-        ConfigurationError: a value that is no number.
+        ConfigurationError: a value is not a number.
     """
 
     frequency_penalty: float = 0.0
@@ -78,7 +78,7 @@ class LogitAdjustments:
                 raise ConfigurationError("logit_bias", f"{value} for token {token}", "Give numbers")
 
     def apply(self, logits_V: torch.Tensor, new_tokens: Sequence[int]) -> torch.Tensor:
-        """The adjusted logits, fp64 on the CPU; the given ones themselves if nothing changes."""
+        """The adjusted logits, fp64 on the CPU; the unmodified input if nothing changes."""
         penalized = self.frequency_penalty or self.presence_penalty
         counts = Counter(new_tokens) if penalized else {}
         if not self.logit_bias and not counts:
@@ -96,17 +96,17 @@ class LogitAdjustments:
 
     @cached_property
     def _bias(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and what is added to their logits; made once, since there may be many."""
+        """Tokens and their biases as tensors; cached, since there may be many."""
         values = torch.tensor(list(self.logit_bias.values()), dtype=torch.float64)
         return torch.tensor(list(self.logit_bias)), values
 
 
 def next_token_probabilities(logits_BV: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-    """The distribution to draw from, `[B, V]` in fp64 on the CPU: equal on every device."""
+    """The sampling distribution `[B, V]`, in fp64 on the CPU to be equal on every device."""
     logits_BV = logits_BV.detach().to("cpu", torch.float64)
     if options.temperature == 0:
         return torch.nn.functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).double()
-    # The largest becomes 0, which every temperature leaves as it is; the others may become -inf.
+    # The largest becomes 0, which no temperature changes; the others may become -inf.
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / options.temperature
     if 0 < options.top_k < logits_BV.shape[-1]:
         kept_BK = logits_BV.topk(options.top_k, dim=-1)
@@ -119,7 +119,7 @@ def next_token_probabilities(logits_BV: torch.Tensor, options: SamplingOptions) 
 
 def _nucleus(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-    # A token stays while those before it do not yet reach top_p; the first always stays.
+    # A token is kept while the tokens before it sum to less than top_p; the first always is.
     reached_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
     reached_BV[..., 0] = False
     kept_BV = torch.zeros_like(sorted_BV).scatter(
@@ -129,10 +129,10 @@ def _nucleus(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def require_numbers(logits_V: torch.Tensor) -> None:
-    """Refuse logits that no token can be chosen by.
+    """Reject logits from which no token can be chosen.
 
     Raises:
-        CheckpointError: NaN, or an infinity where the largest should be.
+        CheckpointError: a logit is NaN, or the largest is infinite.
     """
     if not torch.isfinite(logits_V.max()):
         raise CheckpointError(
@@ -145,7 +145,7 @@ def require_numbers(logits_V: torch.Tensor) -> None:
 def token_logprobs(
     logits_SV: torch.Tensor, tokens: Sequence[int], num_top: int
 ) -> list[TokenLogprobs]:
-    """The log-probabilities of `tokens`, one per row of the logits, and of the likeliest.
+    """Log-probabilities of `tokens`, one per row of the logits, and of the most likely tokens.
 
     Raises:
         CheckpointError: the logits are not numbers.
@@ -167,7 +167,7 @@ def token_logprobs(
 def sample(
     logits_BV: torch.Tensor, options: SamplingOptions, generators: list[torch.Generator]
 ) -> list[int]:
-    """One token per row of `logits_BV`, drawn with that row's generator."""
+    """Sample one token per row of `logits_BV` with that row's generator."""
     if options.temperature == 0:
         return logits_BV.argmax(-1).tolist()
     probabilities_BV = next_token_probabilities(logits_BV, options)

@@ -1,4 +1,4 @@
-"""The texts that grow: what every part of generation shares."""
+"""Growing texts, the data shared by all parts of generation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FinishReason = Literal["eod", "stop", "length", "dropped", "failed"]
 
 
 class TokenLogprobs(NamedTuple):
-    """How likely a token was, before temperature, top-k and top-p.
+    """Log-probabilities of a token, before temperature, top-k and top-p.
 
     Attributes:
         token: The token.
-        logprob: Its natural log-probability.
+        logprob: Natural log-probability of the token.
         top: The most likely tokens and their log-probabilities, best first.
     """
 
@@ -26,24 +26,24 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(eq=False)
 class GeneratedText:
-    """A prompt and what has been added to it.
+    """A prompt and its generated continuation.
 
-    A text grows, so it equals only itself, and may be a dictionary's key.
+    Compared and hashed by identity, since it changes as it grows.
 
     Attributes:
         tokens: The prompt's tokens, then the new ones (without the EOD or stop token that ends the
             text, but with the tokens of a stop string).
-        prompt_length: How many of them are the prompt.
-        neighbors: One entry (N = 1) for each completed chunk that was given neighbors.
+        prompt_length: Number of prompt tokens.
+        neighbors: One entry (N = 1) for each completed chunk with neighbors.
         finish_reason: "eod", "stop" (a stop token or string), "length" for `max_new_tokens`,
-            "dropped", or "failed"; None while it grows.
-        two_chunks: The prompt is the first chunk and the answer the second, whatever their lengths;
-            else chunks have the model's length.
-        logprobs: Log-probabilities of the new tokens, if asked for.
-        prompt_logprobs: Those of the prompt's tokens from the second on, if asked for.
-        stop_text: The new text before the stop string, once one has ended it.
-        end_logprob: Log-probability of the EOD or stop token that has ended it, if asked for.
-        error: Why it could not go on, once it has failed.
+            "dropped", or "failed"; None while the text grows.
+        two_chunks: The prompt is the first chunk and the answer the second, whatever their lengths.
+            Otherwise chunks have the model's length.
+        logprobs: Log-probabilities of the new tokens, if requested.
+        prompt_logprobs: Log-probabilities of the prompt's tokens from the second on, if requested.
+        stop_text: The new text before the stop string, if one has ended the text.
+        end_logprob: Log-probability of the EOD or stop token that ended the text, if requested.
+        error: The error, if the text has failed.
     """
 
     tokens: list[int]
@@ -59,23 +59,23 @@ class GeneratedText:
 
     @property
     def new_tokens(self) -> list[int]:
-        """The tokens that were generated."""
+        """The generated tokens."""
         return self.tokens[self.prompt_length :]
 
     @property
     def mean_logprob(self) -> float:
-        """Log-probability per token, of what was generated and of what ended it."""
+        """Mean log-probability per token, including the token that ended the text."""
         values = [entry.logprob for entry in self.logprobs]
         values += [] if self.end_logprob is None else [self.end_logprob]
         return sum(values) / len(values) if values else 0.0
 
     def chunks(self, chunk_length: int, start: int = 0, stop: int | None = None) -> list[range]:
-        """The positions of the chunks that are completed by tokens from `start` to `stop`.
+        """Positions of the chunks completed by tokens from `start` to `stop`.
 
         Args:
-            chunk_length: The model's.
-            start: First token counted.
-            stop: End of the tokens counted; the text's by default.
+            chunk_length: The model's chunk length.
+            start: First token to consider.
+            stop: End of the tokens to consider; by default the end of the text.
         """
         stop = len(self.tokens) if stop is None else stop
         if self.two_chunks:

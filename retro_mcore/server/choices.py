@@ -1,6 +1,6 @@
-"""The text of an answer as its tokens come, and where each token stands in it.
+"""Build the text of an answer token by token, with the position of each token.
 
-Whole answers and streams are both made here, so that they are the same.
+Complete answers and streams are both built here, so they are identical.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from retro_mcore.inference.growing_text import (
 )
 from retro_mcore.inference.texts import TokenLogprobs
 
-#: Tokens before a new one that its alternatives are detokenized with.
+#: Number of preceding tokens with which a token's alternatives are detokenized.
 _CONTEXT = 8
 
 
@@ -28,10 +28,10 @@ class PlacedToken:
     """A token in the text of a choice.
 
     Attributes:
-        place: Its number among the text's tokens, the prompt's included.
-        text: What it adds to the text. A character of several tokens belongs to the last of them.
-        offset: Where that begins, in characters.
-        logprobs: Its log-probabilities; None: it follows nothing.
+        place: Index among the text's tokens, including the prompt's.
+        text: Text that the token adds. A character of several tokens belongs to the last of them.
+        offset: Start of that text, in characters.
+        logprobs: Log-probabilities of the token; None for the first token.
     """
 
     place: int
@@ -41,18 +41,18 @@ class PlacedToken:
 
 
 class ChoiceText:
-    """The text of one choice, and its tokens once their text has been shown.
+    """The text of one choice, and its tokens once their text is shown.
 
-    Every token's text is a slice of the choice's text, and the slices joined are all of it.
+    Every token's text is a slice of the choice's text, and the slices join to all of it.
 
     Args:
-        tokenizer: Turns tokens into text.
+        tokenizer: Converts tokens to text.
         prompt: The prompt's tokens.
-        num_start_tokens: How many of them the server put before the client's text; they are not
-            shown.
+        num_start_tokens: Number of tokens that the server added before the client's text; they are
+            not shown.
         echo: Begin with the prompt.
         stop_strings: Strings that end the text.
-        min_new_tokens: Until there are so many, they do not.
+        min_new_tokens: Minimum number of new tokens before stop strings apply.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class ChoiceText:
         self._prompt_text: str | None = None if echo else ""
         self._ends_inside = echo and tokenizer.detokenize(prompt).endswith(INCOMPLETE)
         self.text = ""
-        # Of the tokens that are to be told, in order: their ends in the answer (without the
-        # prompt), and how many of them no later token can extend.
+        # Tokens to report, in order: their ends in the answer (without the prompt), and how many
+        # of them no later token can extend.
         self._ends: list[int] = []
         self._logprobs: list[TokenLogprobs | None] = []
         self._settled = self._told = self._told_end = 0
         self._prompt_tokens: list[PlacedToken] = []
 
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> str:
-        """What may be shown after a new token."""
+        """Add a token, and return the text that may be shown now."""
         self._tokens.append(token)
         grown = len(self._stream.grown_text)
         piece = self._stream.add(token)
@@ -88,11 +88,11 @@ class ChoiceText:
         if len(self._stream.grown_text) > grown:
             self._settled = len(self._ends)
         if self._prompt_text is None and self._ends_inside and not self._stream.grown_text:
-            return ""  # the prompt's last character is still open
+            return ""  # the prompt's last character is incomplete
         return self._show(piece)
 
     def finish(self) -> str:
-        """The rest, up to a stop string if there is one."""
+        """The remaining text, up to a stop string if there is one."""
         piece = self._stream.finish()
         if self._ends:
             self._ends[-1] = len(self._stream.grown_text)
@@ -101,11 +101,11 @@ class ChoiceText:
 
     @property
     def begun(self) -> bool:
-        """Whether the prompt, if it is shown, has been."""
+        """Whether the prompt, if it is shown at all, has been shown."""
         return self._prompt_text is not None
 
     def score_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None:
-        """Tell the prompt's tokens too; `logprobs` are those from the second on."""
+        """Also report the prompt's tokens; `logprobs` starts at the second one."""
         scores: list[TokenLogprobs | None] = [None, *logprobs]
         growing = GrowingText(self._tokenizer, self._tokens[: self._num_start_tokens])
         ends = [0] * self._num_start_tokens
@@ -122,12 +122,12 @@ class ChoiceText:
         ]
 
     def take_prompt_tokens(self) -> list[PlacedToken]:
-        """The prompt's tokens, once."""
+        """Take the prompt's tokens; empty after the first call."""
         taken, self._prompt_tokens = self._prompt_tokens, []
         return taken
 
     def take_tokens(self, ended: bool = False) -> list[PlacedToken]:
-        """The new tokens whose text has been shown since the last call; with `ended` all others."""
+        """Take new tokens whose text was shown since the last call; with `ended` all remaining."""
         offset, taken = len(self._prompt_text or ""), []
         shown = len(self.text) - offset
         was_cut = len(self._stream.grown_text) > shown
@@ -158,7 +158,7 @@ class ChoiceText:
         return self._prompt_text
 
     def logprobs(self, placed: Sequence[PlacedToken]) -> dict[str, Any]:
-        """Log-probabilities of consecutive tokens in OpenAI's shape."""
+        """Log-probabilities of consecutive tokens in OpenAI's format."""
         scores = [token.logprobs for token in placed]
         return {
             "tokens": [token.text for token in placed],
@@ -171,9 +171,9 @@ class ChoiceText:
         }
 
     def _named(self, placed: PlacedToken, score: TokenLogprobs) -> dict[str, float]:
-        """Alternatives by the text that each would add.
+        """Alternatives, keyed by the text that each would add.
 
-        One that would add no whole character, or the same as a likelier one, is named by its id.
+        The id is the key if that text has no complete character, or equals a likelier one's.
         """
         context = self._tokens[max(0, placed.place - _CONTEXT) : placed.place]
         before = self._tokenizer.detokenize(context)

@@ -1,8 +1,7 @@
-"""OpenAI's completions in our terms: what a client may ask, and what it is answered.
+"""OpenAI-compatible completions: requests and responses.
 
-Fields beyond OpenAI's: top_k, min_tokens, stop_token_ids, neighbors, retrieve, two_chunks. A field
-that is not supported is refused by its name, unless its value asks for nothing; null stands for a
-field's default.
+Fields beyond OpenAI's: top_k, min_tokens, stop_token_ids, neighbors, retrieve, two_chunks. An
+unsupported field is rejected by name, unless its value has no effect. Null means a field's default.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
 from retro_mcore.inference.texts import GeneratedText
 from retro_mcore.server.choices import ChoiceText
 
-#: OpenAI's fields that we do not have, with the values that ask for nothing.
+#: Unsupported OpenAI fields, with values that have no effect and are accepted.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
 _FINISH_REASONS = {"eod": "stop", "stop": "stop", "length": "length", "dropped": "stop"}
 _TOKEN_ID = re.compile(r"[0-9]{1,19}")
 
-#: Texts to stop at are searched for in whatever is written, for all clients in one thread.
+#: Limit, since stop strings are searched in all new text, in one thread for all clients.
 _MOST_STOPS, _LONGEST_STOP = 64, 1000
 
 _Stop = Annotated[str, Strict(), Field(max_length=_LONGEST_STOP)]
@@ -42,14 +41,14 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 
 
 def _without_nulls(values: Any) -> Any:
-    """The fields that are given: null stands for the default."""
+    """Drop null fields, which mean the default."""
     if not isinstance(values, dict):
         return values
     return {key: value for key, value in values.items() if value is not None}
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides the text."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -61,7 +60,7 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """The body of a request for completions."""
+    """Body of a completion request."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -144,7 +143,7 @@ class CompletionRequest(BaseModel):
 
     @property
     def num_texts(self) -> int:
-        """Texts that are generated for each prompt."""
+        """Number of texts generated for each prompt."""
         return self.n if self.best_of is None else self.best_of
 
     @property
@@ -174,7 +173,7 @@ class CompletionRequest(BaseModel):
         return self.neighbors[prompt] if self._for_each_prompt else self.neighbors  # type: ignore
 
     def generation_requests(self, tokens: Sequence[int]) -> list[GenerationRequest]:
-        """What to generate for one prompt: `num_texts` texts, without neighbors yet."""
+        """Generation requests for one prompt: `num_texts` texts, without neighbors yet."""
         seed = secrets.randbits(62) if self.seed is None else self.seed
         stopping = StoppingOptions(
             self.max_tokens, self.min_tokens, tuple(self.stop_token_ids), self.stop_strings
@@ -197,22 +196,22 @@ class CompletionRequest(BaseModel):
         ]
 
 
-#: What a message about a mistake may begin with.
+#: Possible prefixes of a validation message.
 FIELDS = {*CompletionRequest.model_fields, *_UNSUPPORTED}
 
 
 class Answer:
-    """Builds the objects of one answer, whole or as a stream's chunks.
+    """Builds the objects of one response, complete or as stream chunks.
 
     Args:
-        request: What was asked.
-        model_name: The name of the model that is served.
-        tokenizer: Its tokenizer.
+        request: The request.
+        model_name: Name of the served model.
+        tokenizer: The model's tokenizer.
         retriever: Describes neighbors by source and text; None without live retrieval.
-        chunk_length: The model's.
-        num_start_tokens: For each prompt, the tokens that the server put before it.
-        neighbors_cut: For each prompt, how many of its given neighbors the model reads only the
-            beginning of; None where none were given.
+        chunk_length: The model's chunk length.
+        num_start_tokens: Number of tokens that the server added before each prompt.
+        neighbors_cut: For each prompt, the number of given neighbors that were cut to fit; None if
+            none were given.
     """
 
     def __init__(
@@ -236,7 +235,7 @@ class Answer:
         }
 
     def whole(self, texts: Sequence[GeneratedText]) -> dict[str, Any]:
-        """The answer to a request without `stream`; `num_texts` texts of each prompt are given."""
+        """The response without streaming, from `num_texts` texts of each prompt."""
         size = self._request.num_texts
         choices: list[dict[str, Any]] = []
         for prompt, start in enumerate(range(0, len(texts), size)):
@@ -251,7 +250,7 @@ class Answer:
         return best[: self._request.n]
 
     def choice_text(self, prompt: int, tokens: Sequence[int]) -> ChoiceText:
-        """The text of a choice, before its first new token."""
+        """Start the text of a choice, before its first new token."""
         asked = self._request
         return ChoiceText(
             self._tokenizer,
@@ -270,7 +269,7 @@ class Answer:
         logprobs: dict[str, Any] | None = None,
         neighbors: list[dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
-        """A chunk of a stream; with `text` the last one of its choice."""
+        """A stream chunk; with `text`, the last one of its choice."""
         reason = None if text is None else _FINISH_REASONS[text.finish_reason or "length"]
         choice = {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": reason}
         if neighbors:
@@ -281,11 +280,11 @@ class Answer:
         return {**self._head, "choices": [choice]}
 
     def last(self, texts: Sequence[GeneratedText]) -> dict[str, Any]:
-        """The chunk of a stream that tells the usage."""
+        """The stream chunk with the usage."""
         return {**self._head, "choices": [], "usage": self.usage(texts)}
 
     def usage(self, texts: Sequence[GeneratedText]) -> dict[str, int]:
-        """Tokens read and written, those of texts that were not the best included."""
+        """Numbers of prompt and completion tokens, including texts that are not returned."""
         read = sum(text.prompt_length for text in texts[:: self._request.num_texts])
         written = sum(len(text.new_tokens) for text in texts)
         return {
@@ -313,9 +312,9 @@ class Answer:
     def neighbors(
         self, text: GeneratedText, first: int = 0, end: int | None = None
     ) -> list[dict[str, Any]]:
-        """The chunks with neighbors from number `first` on: the query, and what was read with it.
+        """Chunks from number `first` on with their neighbors: the query and the retrieved texts.
 
-        Neighbors that were searched have a source, a distance and a continuation.
+        Retrieved neighbors have a source, a distance and a continuation.
         """
         places = text.chunks(self._chunk_length)
         return [
@@ -346,7 +345,7 @@ class Answer:
 def error_body(
     message: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
+    """An error in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

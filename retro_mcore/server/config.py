@@ -16,7 +16,7 @@ from retro_mcore.errors import (
 
 _KEY_VARIABLE = "RETRO_MCORE_API_KEY"
 _MAX_PORT = 65535
-#: The least value of each option.
+#: Minimum value of each option.
 _LEAST = {
     **dict.fromkeys(("max_batch_size", "max_tokens", "max_texts", "max_body_bytes"), 1),
     **dict.fromkeys(("receive_seconds", "max_length"), 1),
@@ -28,7 +28,7 @@ def require_server_libraries() -> None:
     """Check that FastAPI and uvicorn are installed.
 
     Raises:
-        MissingDependencyError: naming the extra to install.
+        MissingDependencyError: one is missing. Names the extra to install.
     """
     try:
         import fastapi  # noqa: F401
@@ -44,36 +44,36 @@ class ServerConfig:
     """Configuration of the server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; by default this machine alone can call."""
+    """Address to listen on. The default accepts connections from this machine only."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0 chooses a free one."""
     api_key_file: str | None = None
-    """File whose first line is the key."""
+    """File with the API key in its first line."""
     model_name: str | None = None
-    """What clients call the model; by default the name of the --load directory."""
+    """Model name for clients. Default: the name of the --load directory."""
     max_batch_size: int = 8
-    """Texts that grow together."""
+    """Maximum number of texts generated at the same time."""
     max_waiting: int = 64
-    """Texts that may wait for room; more are answered 429."""
+    """Maximum number of waiting texts; further requests are answered with 429."""
     max_length: int | None = None
-    """Most tokens of a text, prompt and answer; by default the model's window."""
+    """Maximum tokens of a text, prompt and answer together. Default: the model's window."""
     max_tokens: int = 2048
-    """Most new tokens that a request may ask for."""
+    """Maximum number of new tokens that a request may ask for."""
     max_texts: int = 32
-    """Most texts (prompts times n) of a request; never more than can grow and wait."""
+    """Maximum texts (prompts times n) per request, at most as many as can be generated and wait."""
     max_body_bytes: int = 1 << 20
-    """Largest request."""
+    """Maximum size of a request body, in bytes."""
     receive_seconds: int = 30
-    """Within which a request must have arrived."""
+    """Time limit for receiving a request, in seconds."""
     shutdown_seconds: int = 10
-    """How long requests may go on after a signal to stop."""
+    """Time for running requests to finish after a stop signal, in seconds."""
 
     def check(self) -> None:
         """Reject values out of range.
 
         Raises:
-            ConfigurationError: naming the flag.
-            SeveralErrors: more than one.
+            ConfigurationError: a value is out of range. Names the flag.
+            SeveralErrors: several values are out of range.
         """
         problems: list[RetroError] = []
         for name, smallest in _LEAST.items():
@@ -86,7 +86,7 @@ class ServerConfig:
         raise_problems(problems)
 
     def api_key(self) -> str | None:
-        """The key that clients must send; None: none.
+        """The key that clients must send; None if no key is required.
 
         Raises:
             ConfigurationError: --api-key-file cannot be read, or its first line is empty.
@@ -106,7 +106,7 @@ class ServerConfig:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can connect."""
+        """Whether only clients on this machine can connect."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:

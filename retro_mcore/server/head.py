@@ -1,4 +1,4 @@
-"""HEAD requests are answered like GET, without the body."""
+"""Answer HEAD requests like GET, without the body."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class HeadAsGet:
-    """ASGI middleware that passes HEAD requests on as GET and drops the body of the answer."""
+    """ASGI middleware that handles HEAD requests as GET and drops the response body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,6 +1,6 @@
-"""An HTTP server for completions: OpenAI's interface, retrieved sources, a page to try it.
+"""HTTP server for completions: OpenAI-compatible API, retrieved sources, and a demo page.
 
-`build_app` makes the application; it needs the `serve` extra (FastAPI, uvicorn).
+`build_app` builds the application. It needs the `serve` extra (FastAPI, uvicorn).
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from retro_mcore.server.web_page import PAGE, PAGE_POLICY
 
 @dataclass(frozen=True)
 class ServerParts:
-    """What the server works with.
+    """Components of the server.
 
     Attributes:
-        service: Generates.
-        tokenize: Prompts to tokens, with BOS if that is asked for.
-        tokenizer: The project's.
-        model_name: What clients know the model by.
-        chunk_length: The model's.
+        service: Generates texts.
+        tokenize: Converts prompts to tokens, with BOS if requested.
+        tokenizer: The project's tokenizer.
+        model_name: Model name for clients.
+        chunk_length: The model's chunk length.
         search: Live retrieval, or None.
-        retriever: What describes its neighbors, or None.
-        given: Texts by the number of a prompt, to a source of neighbors; None: the model has none.
-        two_chunks: Unless a request says otherwise.
+        retriever: Describes retrieved neighbors, or None.
+        given: Makes a source of neighbors from texts by prompt number; None if the model reads no
+            neighbors.
+        two_chunks: Default of the request field `two_chunks`.
     """
 
     service: GenerationService
@@ -61,14 +62,15 @@ class ServerParts:
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What clients may ask for.
+    """Limits on requests.
 
     Attributes:
-        max_body_bytes: Size of a request.
-        max_texts: Prompts times `n` of a request.
-        max_tokens: New tokens of a text.
-        max_prompt_chars: Characters of a prompt, which is refused unread beyond; None: no limit.
-        receive_seconds: Within which a request must have arrived.
+        max_body_bytes: Maximum size of a request.
+        max_texts: Maximum number of texts (prompts times `n`) per request.
+        max_tokens: Maximum number of new tokens per text.
+        max_prompt_chars: Maximum characters of a prompt, checked before tokenization; None: no
+            limit.
+        receive_seconds: Time limit for receiving a request.
     """
 
     max_body_bytes: int = 1 << 20
@@ -84,14 +86,14 @@ def build_app(
     api_key: str | None = None,
     allowed_hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
-    """The application.
+    """Build the application.
 
     Args:
-        parts: What it works with; the service is started and closed with the application.
-        limits: What clients may ask for.
+        parts: Components of the server. The service is started and closed with the application.
+        limits: Limits on requests.
         api_key: The bearer token that clients must send, if any.
-        allowed_hosts: Names by which clients may call the server; on a loopback address its own
-            alone, so that no page from elsewhere reaches it through a name of its own.
+        allowed_hosts: Accepted Host names. On a loopback address only the server's own, which
+            prevents DNS rebinding by foreign pages.
     """
     limits = limits or ServerLimits()
 
@@ -141,7 +143,7 @@ def build_app(
         check_key(request, api_key)
         value = await read_json(request, limits.max_body_bytes, limits.receive_seconds)
         events = Events(parts.service)
-        # Away from the event loop: a large request is much to check and to tokenize.
+        # Outside the event loop, since checking and tokenizing a large request takes long.
         asked, jobs, answer = await asyncio.to_thread(_prepare, value, parts, limits, events)
         _submit(parts.service, jobs)
         if asked.stream:
@@ -154,9 +156,9 @@ def build_app(
 
 
 def _request_body() -> dict[str, Any]:
-    """What OpenAPI says of a request for completions."""
+    """OpenAPI description of a completion request."""
     schema = CompletionRequest.model_json_schema()
-    # Definitions stand in the schema itself, where a document's readers do not look for them.
+    # Definitions are in the schema itself, where OpenAPI readers do not look for them.
     definitions = schema.pop("$defs")
     stream_options = schema["properties"]["stream_options"]
     stream_options["anyOf"] = [definitions["StreamOptions"], {"type": "null"}]
@@ -181,10 +183,10 @@ def _handle_errors(app: FastAPI) -> None:
 def _prepare(
     value: Any, parts: ServerParts, limits: ServerLimits, events: Events
 ) -> tuple[CompletionRequest, list[Job], Answer]:
-    """What is asked, a job for each text in the order of the choices, and who answers.
+    """The parsed request, one job per text in the order of choices, and its answer builder.
 
     Raises:
-        RequestError: it cannot be generated.
+        RequestError: the request cannot be generated.
     """
     asked = parse_request(value)
     _check_model(asked.model, parts.model_name)
@@ -242,9 +244,9 @@ def _check_limits(asked: CompletionRequest, limits: ServerLimits) -> None:
 def _prompt_tokens(
     prompts: Sequence[str] | Sequence[list[int]], parts: ServerParts
 ) -> tuple[list[list[int]], list[int]]:
-    """Each prompt's tokens, and how many of them were put before the client's text.
+    """Tokens of each prompt, and the number of tokens added before the client's text.
 
-    A text without tokens begins with the start token alone.
+    An empty text consists of the start token only.
     """
     if not isinstance(prompts[0], str):
         return list(prompts), [0] * len(prompts)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""Connections that send nothing do not keep others out.
+"""Prevent idle connections from blocking others.
 
-uvicorn waits for a request's headers for ever, and its limit_concurrency counts idle connections.
-Here a request's headers must arrive in time, and where there are too many connections, the one that
-has been idle for longest makes room.
+uvicorn waits forever for a request's headers, and its limit_concurrency counts idle connections.
+Here a request's headers must arrive in time. If there are too many connections, the one that has
+been idle longest is closed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def timed_protocol(receive_seconds: float, max_connections: int) -> type[H11Protocol]:
-    """A protocol for `uvicorn.Config(http=…)`.
+    """Create a protocol class for `uvicorn.Config(http=…)`.
 
     Args:
-        receive_seconds: Within which the headers of a request must arrive, from the connection's
+        receive_seconds: Time limit for the headers of a request, from the start of the connection
             or the request's first byte.
-        max_connections: Connections beyond which idle ones are closed.
+        max_connections: Number of connections above which idle ones are closed.
     """
 
     class TimedProtocol(H11Protocol):
@@ -48,17 +48,17 @@ def timed_protocol(receive_seconds: float, max_connections: int) -> type[H11Prot
 
         @property
         def is_between_requests(self) -> bool:
-            """Whether no request's headers have arrived, or the last one is answered."""
+            """Whether no headers have arrived yet, or the last request is answered."""
             return self.cycle is None or self.cycle.response_complete
 
         @property
         def is_receiving(self) -> bool:
-            """Whether the client has to send before anything can be done for it."""
+            """Whether the server is waiting for the client to send."""
             return self.is_between_requests or self.cycle.more_body
 
         @property
         def waits_since(self) -> float:
-            """Since when the headers of a request have been awaited."""
+            """Time since which the headers of a request are awaited."""
             return self._waits_since
 
         def _wait(self) -> None:

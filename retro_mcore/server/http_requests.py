@@ -1,4 +1,4 @@
-"""From the bytes of an HTTP request to what is asked: whatever a stranger sends is checked."""
+"""Parse and validate HTTP requests from untrusted clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from retro_mcore.json_text import JsonError, parse_json, replace_surrogates
 from retro_mcore.server.completions import FIELDS, CompletionRequest
 from retro_mcore.server.streams import RequestError
 
-#: Our flags by the fields that clients know.
+#: Request fields that correspond to our flags.
 _FIELD_OF_FLAG = {
     "--max-new-tokens": "max_tokens",
     "--min-new-tokens": "min_tokens",
@@ -29,7 +29,7 @@ _FIELD_OF_FLAG = {
     "--logprobs": "logprobs",
     "--retro-neighbors": "retrieve",
 }
-#: Fields of several types, of which the first mistake would name the first type alone.
+#: Fields of several types, where the first validation error would name only the first type.
 _EXPECTED = {
     "prompt": "expected a text, a list of texts, a list of token ids, or a list of such lists",
     "stop": "expected a text or a list of texts, each of at most 1000 characters",
@@ -38,15 +38,15 @@ _EXPECTED = {
 
 
 def check_key(request: Request, api_key: str | None) -> None:
-    """Refuse a request without the server's key.
+    """Reject a request without the server's key.
 
     Raises:
-        RequestError: 401.
+        RequestError: the key is missing or wrong (401).
     """
     if api_key is None:
         return
     scheme, _, sent = request.headers.get("authorization", "").partition(" ")
-    # Headers are decoded as Latin-1, which any bytes are.
+    # Headers are decoded as Latin-1, which accepts any bytes.
     same = hmac.compare_digest(sent.strip().encode("latin-1"), api_key.encode())
     if scheme.lower() != "bearer" or not same:
         raise RequestError(
@@ -55,15 +55,15 @@ def check_key(request: Request, api_key: str | None) -> None:
 
 
 async def read_json(request: Request, max_bytes: int, seconds: float) -> Any:
-    """The value that a request's body holds.
+    """Read the JSON value in a request's body.
 
     Args:
         request: The request.
-        max_bytes: Largest body.
-        seconds: Within which it must have arrived.
+        max_bytes: Maximum size of the body.
+        seconds: Time limit for receiving it.
 
     Raises:
-        RequestError: another content type (415), too large (413), too slow (408), or not JSON.
+        RequestError: wrong content type (415), too large (413), too slow (408), or not JSON.
     """
     _check_content_type(request.headers.get("content-type", ""))
     try:
@@ -80,7 +80,7 @@ async def read_json(request: Request, max_bytes: int, seconds: float) -> Any:
 
 
 def _check_content_type(value: str) -> None:
-    # A type that a form of another site cannot send.
+    # Forms of other sites cannot send this content type.
     header = Message()
     header["Content-Type"] = value
     if not value or header.get_content_type() != "application/json":
@@ -104,10 +104,10 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def parse_request(value: Any) -> CompletionRequest:
-    """What is asked.
+    """Parse a completion request.
 
     Raises:
-        RequestError: 400, naming the first field at fault.
+        RequestError: a field is invalid (400). Names the first one.
     """
     _check_text(value)
     try:
@@ -117,7 +117,7 @@ def parse_request(value: Any) -> CompletionRequest:
 
 
 def _check_text(value: Any) -> None:
-    """Refuse strings that no encoding of text can hold: halves of surrogate pairs."""
+    """Reject strings with lone surrogates, which cannot be encoded."""
     waiting: list[tuple[Any, str | None]] = [(value, None)]
     while waiting:
         one, field = waiting.pop()
@@ -133,7 +133,7 @@ def _check_text(value: Any) -> None:
 
 
 def _invalid(error: ValidationError) -> RequestError:
-    """The first mistake, with the name of its field."""
+    """The first validation error, with the name of its field."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = [str(part) for part in first["loc"]]
     field = place[0][:80] if place else None
@@ -147,7 +147,7 @@ def _invalid(error: ValidationError) -> RequestError:
 
 
 def refused(error: RetroError) -> RequestError:
-    """A request that cannot be generated, in the client's words."""
+    """Convert an error into a request error with the client's field names."""
     subject = error.subject
     param = _FIELD_OF_FLAG.get(subject, subject if subject in FIELDS else None)
     if subject.startswith("prompt"):

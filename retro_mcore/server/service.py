@@ -1,8 +1,8 @@
-"""Generation for many clients at once: a thread that steps over one batch, which requests join.
+"""Continuous batching for many clients: one thread steps a batch that requests join.
 
-A request joins the running batch at its next token; one that finds no room waits in line. Under
-tensor and pipeline parallelism the first rank tells the others, before each step, who joins and
-who leaves.
+A request joins the running batch at the next token, or waits in a queue if there is no room. Under
+tensor and pipeline parallelism, the first rank tells the others before each step which requests
+join and leave.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from retro_mcore.retrieval.neighbors import Prefetching
 
 _LOG = logging.getLogger(__name__)
 
-#: How long an idle service waits before it tells the other ranks that it still lives, in seconds.
+#: Interval of heartbeats from an idle service to the other ranks, in seconds.
 _HEARTBEAT = 5.0
 
 
 class BusyError(RuntimeError):
-    """As many requests as allowed are running and waiting."""
+    """The maximum number of requests is already running and waiting."""
 
 
 class ClosedError(RuntimeError):
@@ -41,14 +41,14 @@ class ClosedError(RuntimeError):
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A text has got a token; None: it has ended, or its `error` says why it could not go on.
+    """A new token of a text, or its end (`token` is None), or its failure (`error`).
 
     Attributes:
-        text: The text, which grows on meanwhile.
+        text: The text, which may keep growing.
         token: The token.
-        logprobs: The token's, if asked for.
-        num_neighbors: Chunks that had neighbors when the token came.
-        error: What went wrong; there is no text then.
+        logprobs: Log-probabilities of the token, if requested.
+        num_neighbors: Number of chunks with neighbors at the time of the token.
+        error: The failure; there is no text then.
     """
 
     text: GeneratedText | None
@@ -60,11 +60,11 @@ class TokenEvent:
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way; `on_event` is called in the service's thread.
+    """A submitted request.
 
     Attributes:
-        request: Its number is the service's to give.
-        on_event: Called for each token, and once at the end.
+        request: The request; the service assigns its number.
+        on_event: Called in the service's thread for each token, and once at the end.
     """
 
     request: GenerationRequest
@@ -74,7 +74,7 @@ class Job:
 
 @dataclass
 class _Commands:
-    """What all ranks do before a step."""
+    """Commands that all ranks execute before a step."""
 
     add: list[GenerationRequest] = field(default_factory=list)
     drop: list[int] = field(default_factory=list)
@@ -82,28 +82,29 @@ class _Commands:
 
 
 class _FirstRankOnly(Prefetching):
-    """Stands for a source of neighbors on the ranks that never ask it."""
+    """Placeholder for a source of neighbors on ranks that never search."""
 
     def __init__(self, lead: int) -> None:
         self.lead = lead
 
     def expect(self, chunks: Any) -> None:
-        """Nothing: the first rank does."""
+        """Do nothing; only the first rank searches."""
 
     def neighbors_of(self, chunks: Any) -> Any:
-        """Never called: the first rank asks."""
+        """Never called, since only the first rank searches."""
         raise AssertionError("neighbors were asked for on a rank that is not the first")
 
 
 class GenerationService:
-    """Runs requests of many clients in one batch, in a thread of its own.
+    """Runs requests of many clients in one batch, in its own thread.
 
     Args:
-        model: In eval mode, and on whole sequences (`platform.parallel.whole_sequences`).
-        tokenizer: Its tokenizer.
-        max_batch_size: Requests that grow together.
-        max_waiting: Requests that may wait for room beyond these.
-        max_length: Most tokens of a text; the model's window by default.
+        model: The model, in eval mode and on whole sequences
+            (`platform.parallel.whole_sequences`).
+        tokenizer: The model's tokenizer.
+        max_batch_size: Maximum number of running requests.
+        max_waiting: Maximum number of waiting requests.
+        max_length: Maximum tokens of a text; the model's window by default.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class GenerationService:
         return TextBatch(self._model, self._tokenizer, self._max_batch_size, self.max_length)
 
     def start(self) -> None:
-        """Begin to serve, on the first rank."""
+        """Start the thread, on the first rank."""
         self._thread = threading.Thread(target=self._serve, name="generation", daemon=True)
         self._thread.start()
 
@@ -143,16 +144,16 @@ class GenerationService:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it stopped by itself: its thread died, or a rank of the model is gone."""
+        """Whether the service failed: its thread died, or a rank of the model is gone."""
         return self._failed
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests that grow, and that wait."""
+        """Numbers of running and waiting requests."""
         return len(self._running), len(self._waiting)
 
     def submit(self, jobs: list[Job]) -> None:
-        """Let jobs join, all or none.
+        """Submit jobs, all or none.
 
         Raises:
             RetroError: one of the requests cannot be generated.
@@ -174,7 +175,7 @@ class GenerationService:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Let a job go, wherever it is; nothing happens if it has ended."""
+        """Cancel a running or waiting job; no effect if it has ended."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -183,7 +184,7 @@ class GenerationService:
                 self._changed.notify()
 
     def close(self, timeout: float | None = None) -> None:
-        """Stop: what is running ends with an error, on every rank. Idempotent."""
+        """Stop the service on every rank; running requests end with an error. Idempotent."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -191,7 +192,7 @@ class GenerationService:
             self._thread.join(timeout)
 
     def follow(self) -> None:
-        """Do what the first rank does, on the other ranks, until it stops."""
+        """Follow the first rank's commands on another rank, until it stops."""
         while True:
             commands = broadcast_object(None, self._group)
             assert isinstance(commands, _Commands)
@@ -201,7 +202,7 @@ class GenerationService:
     def _serve(self) -> None:
         try:
             self._serve_until_closed()
-        except BaseException:  # the thread is lost, and whoever waits must hear of it
+        except BaseException:  # the thread is lost, so waiting clients must be notified
             self._failed = True
             _LOG.critical("generation has stopped", exc_info=True)
         with self._changed:
@@ -214,7 +215,7 @@ class GenerationService:
     def _serve_until_closed(self) -> None:
         device = next(self._model.parameters()).device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # a thread has a current device of its own
+            torch.cuda.set_device(device)  # the current CUDA device is per thread
         alive = True
         while alive:
             commands = self._next_commands()
@@ -223,7 +224,7 @@ class GenerationService:
             alive = self._obey(commands)
 
     def _next_commands(self) -> _Commands:
-        """Wait until there is something to do, and take what can be done."""
+        """Wait for work, and take the commands that can be executed."""
         with self._changed:
             if not (self._waiting or self._running or self._dropped or self._closing):
                 self._changed.wait(_HEARTBEAT)
@@ -244,7 +245,7 @@ class GenerationService:
         return replace(request, neighbors=_FirstRankOnly(lead))
 
     def _obey(self, commands: _Commands) -> bool:
-        """Do what the commands say and take a step; False if that was the last one."""
+        """Execute the commands and a step; False if that was the last one."""
         if commands.close:
             return False
         for number in commands.drop:
@@ -254,7 +255,8 @@ class GenerationService:
         try:
             added = self._batch.step()
         except Exception as error:
-            # Not of one text alone. Another rank may have gone on, so several cannot.
+            # Not the failure of a single text. Only a single rank can recover, since other ranks
+            # may have advanced.
             if get_world_size(self._group) > 1:
                 raise
             _LOG.exception("generation failed")
@@ -268,7 +270,7 @@ class GenerationService:
     def _add(self, request: GenerationRequest) -> None:
         try:
             self._texts[request.number] = self._batch.add(request)
-        except Exception as error:  # of this request alone, on every rank
+        except Exception as error:  # affects only this request, on every rank
             _LOG.exception("a request could not join")
             job = self._running.pop(request.number, None)
             if job is not None:
@@ -281,7 +283,7 @@ class GenerationService:
             self._batch.drop(text)
 
     def _tell(self, added: list[tuple[GeneratedText, int]]) -> None:
-        """Events for the clients; on the other ranks there is nobody to tell."""
+        """Send events to the clients; on other ranks there are none."""
         tokens = dict(added)
         for number, text in list(self._texts.items()):
             job = self._running.get(number)
@@ -317,5 +319,5 @@ def _ending(text: GeneratedText) -> TokenEvent:
 
 
 def is_first_rank(model: Any) -> bool:
-    """Whether this rank serves and the others follow."""
+    """Whether this rank serves, while the others follow."""
     return get_rank(model_parallel_group(model)) == 0

@@ -1,4 +1,4 @@
-"""Serving a loaded model over HTTP until a signal stops it. Import it after `setup_device`."""
+"""Serve a loaded model over HTTP until a signal stops it. Import after `setup_device`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def serve(loaded: GenerationModel, config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT; all ranks call it, and the first one listens.
+    """Serve until SIGTERM or SIGINT. All ranks must call this; the first one listens.
 
     Args:
         loaded: The model.
-        config: A configuration whose `check` has passed.
+        config: A configuration that passed `check`.
 
     Raises:
         ConfigurationError: --max-length is longer than the model's window.
@@ -43,7 +43,7 @@ def serve(loaded: GenerationModel, config: ServerConfig) -> None:
         config.max_length,
     )
     if not is_first_rank(loaded.model):
-        # torchrun's signal goes to every rank; the first one stops the others.
+        # torchrun signals every rank, but the first one stops the others.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         service.follow()
@@ -54,7 +54,7 @@ def serve(loaded: GenerationModel, config: ServerConfig) -> None:
 def build_server_app(
     config: ServerConfig, loaded: GenerationModel, service: GenerationService
 ) -> Any:
-    """Build the application that answers requests."""
+    """Build the HTTP application."""
     parts = ServerParts(
         service=service,
         tokenize=loaded.tokenize,
@@ -79,14 +79,14 @@ def build_server_app(
 
 
 def _name_of(loaded: GenerationModel) -> str:
-    """The name of the directory that the checkpoint was loaded from."""
+    """Name of the checkpoint's directory."""
     return "retro" if loaded.checkpoint is None else loaded.checkpoint.parent.resolve().name
 
 
 def _most_chars(tokenizer: Tokenizer, max_length: int) -> int:
-    """Most characters of a prompt as long as the window."""
+    """Maximum number of characters in a prompt that fits the window."""
     texts = tokenizer.detokenize_batch([[token] for token in range(tokenizer.vocab_size)])
-    # Some tokenizers drop spaces, of which a short text may have many.
+    # Some tokenizers drop spaces, so a short prompt may have many more characters.
     return max(10_000, max_length * max(map(len, texts)))
 
 
@@ -104,7 +104,7 @@ def _listen(config: ServerConfig, app: Any) -> None:
         http=timed_protocol(config.receive_seconds, max_connections),
         h11_max_incomplete_event_size=64 * 1024,
     )
-    # uvicorn raises the signal again when it has shut down; that must not kill us.
+    # uvicorn raises the signal again after shutdown, which must not kill this process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     if not config.is_loopback and config.api_key() is None:

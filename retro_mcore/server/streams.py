@@ -1,4 +1,4 @@
-"""From the service's thread to an HTTP answer: whole, or as server-sent events."""
+"""Pass events from the service's thread to an HTTP response: complete, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INVALID, SERVER = "invalid_request_error", "server_error"
 
 
 class RequestError(Exception):
-    """A request that is answered with an error."""
+    """An error that is sent as the response to a request."""
 
     def __init__(
         self,
@@ -33,17 +33,17 @@ class RequestError(Exception):
         self.status, self.body = status, error_body(message, kind, param, code)
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The HTTP response."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else None
         if self.status == 401:
             headers = {"WWW-Authenticate": "Bearer"}
-        if self.status in (408, 413):  # the rest of the request is not read
+        if self.status in (408, 413):  # the rest of the request stays unread
             headers = {"Connection": "close"}
         return JSONResponse(self.body, self.status, headers)
 
 
 class Events:
-    """What the service's thread tells, in the event loop of the server."""
+    """Events of the service's thread, received in the server's event loop."""
 
     def __init__(self, service: GenerationService) -> None:
         self.service = service
@@ -51,17 +51,17 @@ class Events:
         self._queue: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
 
     def listener(self, index: int) -> Callable[[TokenEvent], None]:
-        """Puts the events of a job into the queue."""
+        """Create a callback that queues the events of a job."""
 
         def tell(event: TokenEvent) -> None:
-            # The loop is gone if the server was stopped before the service.
+            # The loop is closed if the server stopped before the service.
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
         return tell
 
     async def next(self, timeout: float | None = None) -> tuple[int, TokenEvent] | None:
-        """The next event; None after `timeout` seconds without one."""
+        """Wait for the next event; None after `timeout` seconds."""
         try:
             index, event = await asyncio.wait_for(self._queue.get(), timeout)
         except asyncio.TimeoutError:
@@ -79,7 +79,7 @@ def _failure(error: Exception) -> RequestError:
 
 
 async def finish(request: Request, events: Events, jobs: list[Job]) -> list[GeneratedText]:
-    """Wait for all texts; a client that has gone away takes its jobs with it."""
+    """Wait for all texts. If the client disconnects, its jobs are cancelled."""
     texts: dict[int, GeneratedText] = {}
     try:
         while len(texts) < len(jobs):
@@ -98,7 +98,7 @@ async def finish(request: Request, events: Events, jobs: list[Job]) -> list[Gene
 async def stream(
     asked: CompletionRequest, answer: Answer, events: Events, jobs: list[Job]
 ) -> AsyncIterator[str]:
-    """Server-sent events: what each token adds, then the ends, then [DONE]."""
+    """Yield server-sent events: the text that each token adds, the ends, then [DONE]."""
     choices = [_StreamedChoice(index, job, asked, answer) for index, job in enumerate(jobs)]
     texts: dict[int, GeneratedText] = {}
     try:
@@ -108,7 +108,7 @@ async def stream(
             index, event = found
             assert event.text is not None
             choice = choices[index]
-            if choice.scores_prompt:  # much to name, away from the event loop
+            if choice.scores_prompt:  # may take long, so outside the event loop
                 pieces = await asyncio.to_thread(choice.pieces, event.text, event)
             else:
                 pieces = choice.pieces(event.text, event)
@@ -131,7 +131,7 @@ def _event(value: dict[str, Any]) -> str:
 
 
 class _StreamedChoice:
-    """The chunks of one text of a stream."""
+    """Builds the stream chunks of one text."""
 
     def __init__(self, index: int, job: Job, asked: CompletionRequest, answer: Answer) -> None:
         self._index, self._asked, self._answer = index, asked, answer
@@ -140,9 +140,9 @@ class _StreamedChoice:
         self.scores_prompt = asked.echo and asked.logprobs is not None
 
     def pieces(self, text: GeneratedText, event: TokenEvent) -> list[dict[str, Any]]:
-        """What to send for an event: a token, or the end.
+        """Chunks to send for an event: a token, or the end.
 
-        Only the event says how far the text has come; `text` itself grows on meanwhile.
+        Uses only the event's own state, because `text` itself keeps growing.
         """
         ended = event.token is None
         if event.token is None:

@@ -1,6 +1,6 @@
-"""The server's page: type a prompt, see the text grow with its neighbors beside it.
+"""The server's demo page: type a prompt, and watch the text grow beside its neighbors.
 
-One document that loads nothing; whatever comes from the server is put in as text, never as markup.
+The page loads no other resources. Content from the server is inserted as text, never as markup.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ PAGE = (
     '<meta name="viewport" content="width=device-width">'
     f"<style>{_STYLE}</style></head><body>{_BODY}<script>{_SCRIPT}</script></body></html>"
 )
-#: What the browser may do with the page: run this script, call this server, nothing else.
+#: Content security policy: run this script and call this server, nothing else.
 PAGE_POLICY = (
     f"default-src 'none'; style-src 'sha256-{_hash(_STYLE)}'; "
     f"script-src 'sha256-{_hash(_SCRIPT)}'; "
