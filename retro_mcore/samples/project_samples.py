@@ -282,7 +282,7 @@ def _check_memory(config: ProjectConfig) -> None:
 
 
 def _check_splits(config: ProjectConfig, paths: ProjectPaths) -> None:
-    # Megatron would loop forever, counting empty epochs.
+    # Megatron would count empty epochs forever.
     parts = parse_split(config.retro_gpt_split)
     for dataset, prefix in zip(open_token_files(config, paths), config.blend[1], strict=True):
         ranges = document_ranges(config.retro_gpt_split, len(dataset))

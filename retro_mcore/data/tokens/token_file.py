@@ -72,7 +72,7 @@ class TokenFile:
         needed = int(self.lengths.sum(dtype=np.int64)) * dtype.itemsize
         if binary.stat().st_size != needed:
             raise CorruptFileError(
-                binary, f"{binary.stat().st_size} bytes, not {needed}", "Run preprocess_corpus anew"
+                binary, f"{binary.stat().st_size} bytes, not {needed}", "Run preprocess_corpus again"
             )
         self.tokens = np.asarray(np.memmap(binary, dtype, "r") if needed else np.empty(0, dtype))
 
@@ -98,7 +98,7 @@ class TokenFile:
         ):
             found = f"its documents do not cover its {len(self)} sequences"
         if found:
-            raise CorruptFileError(idx, found, "Restore the file, or run preprocess_corpus anew")
+            raise CorruptFileError(idx, found, "Restore the file, or run preprocess_corpus again")
 
     @staticmethod
     def _read_header(idx: Path) -> tuple[np.dtype, int, int]:

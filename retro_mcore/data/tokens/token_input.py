@@ -60,7 +60,7 @@ def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
             "Make it without --split-sentences: a document must be one sequence",
         )
     if not len(file) or file.lengths.min() <= 0:
-        raise CorpusError(idx_path(prefix), "holds an empty document, or none", "Make it anew")
+        raise CorpusError(idx_path(prefix), "holds an empty document, or none", "Create it again")
     ends = file.starts + file.lengths
     if file.starts.min() < 0 or ends.max() > len(file.tokens):
         raise CorpusError(
