@@ -72,7 +72,9 @@ class TokenFile:
         needed = int(self.lengths.sum(dtype=np.int64)) * dtype.itemsize
         if binary.stat().st_size != needed:
             raise CorruptFileError(
-                binary, f"{binary.stat().st_size} bytes, not {needed}", "Run preprocess_corpus again"
+                binary,
+                f"{binary.stat().st_size} bytes, not {needed}",
+                "Run preprocess_corpus again",
             )
         self.tokens = np.asarray(np.memmap(binary, dtype, "r") if needed else np.empty(0, dtype))
 
