@@ -80,6 +80,40 @@ def test_slurm_script_runs_dry():
         assert row in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "code"),
+    [
+        ("save: {0}\nload: '{0}'  # same\n", [], 0),
+        ("", ["--save", "{0}", "--load={0}"], 0),
+        ("save: other\nload: other\n", ["--save={0}", "--load", "{0}"], 0),
+        ("", [], 2),
+        ("save: {0}\n", [], 2),
+        ("load: {0}\nsave: {0}\n", ["--save", "other"], 2),
+    ],
+)
+def test_slurm_script_requeues_a_run_that_saved(tmp_path, text, flags, code):
+    config, run, tools = tmp_path / "c.yaml", tmp_path / "run", tmp_path / "tools"
+    config.write_text(text.format(run))
+    tools.mkdir()
+    run.mkdir()
+    tracker = run / "latest_checkpointed_iteration.txt"
+    commands = {"srun": f"echo 5 > {tracker}", "scontrol": "echo $*", "python": "exit 1"}
+    for name, body in commands.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    script = ROOT / "examples" / "slurm" / "pretrain.sbatch"
+    done = subprocess.run(
+        ["bash", str(script), str(config), *(flag.format(run) for flag in flags)],
+        env={"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_JOB_ID": "7",
+             "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "n1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert ("requeue 7" in done.stdout) == (code == 0)
+    assert ("error: save and load" in done.stderr) == (code == 2)
+
+
 def test_a_project_says_what_it_fixes(megatron, capsys):
     flags = ["--project-dir", str(built_project()), "--num-layers", "6", "--hidden-size", "32",
              "--num-attention-heads", "4", "--lr", "1e-3", "--micro-batch-size", "1"]  # fmt: skip
