@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 from typing import Any
 
 from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.server.config import ServerConfig
 from retro_mcore.server.http import ServerLimits, ServerParts, build_app
@@ -25,7 +27,8 @@ def serve(loaded: GenerationModel, config: ServerConfig) -> None:
         config: A configuration that passed `check`.
 
     Raises:
-        ConfigurationError: --max-length is longer than the model's window.
+        ConfigurationError: --max-length is longer than the model's window, or the first rank cannot
+            listen on --host and --port.
     """
     if config.max_length is not None and config.max_length > loaded.window:
         raise ConfigurationError(
@@ -35,6 +38,9 @@ def serve(loaded: GenerationModel, config: ServerConfig) -> None:
         )
     longest = config.max_length or loaded.window
     warn_beyond_training(loaded.arguments, longest, "prompts and answers")
+    with raise_together():
+        if is_first_rank(loaded.model):
+            _require_free_address(config)
     service = GenerationService(
         loaded.model,
         loaded.tokenizer,
@@ -88,6 +94,22 @@ def _most_chars(tokenizer: Tokenizer, max_length: int) -> int:
     texts = tokenizer.detokenize_batch([[token] for token in range(tokenizer.vocab_size)])
     # Some tokenizers drop spaces, so a short prompt may have many more characters.
     return max(10_000, max_length * max(map(len, texts)))
+
+
+def _require_free_address(config: ServerConfig) -> None:
+    """Bind the address once: uvicorn itself would end the process with another exit code."""
+    try:
+        socket.create_server((config.host, config.port), family=_family(config)).close()
+    except OSError as error:
+        raise ConfigurationError(
+            f"--host {config.host} --port {config.port}",
+            f"cannot listen there ({error.strerror or error})",
+            "Choose another port, or 0 for a free one, and an address of this machine",
+        ) from error
+
+
+def _family(config: ServerConfig) -> socket.AddressFamily:
+    return socket.getaddrinfo(config.host or None, config.port, type=socket.SOCK_STREAM)[0][0]
 
 
 def _listen(config: ServerConfig, app: Any) -> None:

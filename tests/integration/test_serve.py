@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from retro_mcore.cli.generate import GenerateOptions, generate
+from retro_mcore.cli.serve import main as serve_main
 from tests.integration.browser import browser
 from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project, documents
@@ -103,6 +105,16 @@ def _port(process: subprocess.Popen) -> int:
             threading.Thread(target=process.stdout.read, daemon=True).start()
             return int(found[1])
     raise AssertionError("".join(lines))
+
+
+def test_a_taken_port_is_one_line_and_exit_code_2(capfd):
+    flags = ["--project-dir", str(built_project()), "--load", small_checkpoint()]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert serve_main([*flags, "--device", "cpu", "--port", port]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: --host 127.0.0.1 --port {port}: cannot listen there")
 
 
 @pytest.fixture(scope="module")
