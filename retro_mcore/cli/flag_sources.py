@@ -71,7 +71,7 @@ def _flags(options_type: type, values: Mapping[str, object], given: Sequence[str
         if value is None or key in names or f"no_{key}" in names:
             continue
         flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, bool):
+        if isinstance(value, bool) and key in defaults:
             if value != defaults[key]:
                 flags.append(flag if value else f"--no-{key.replace('_', '-')}")
         else:

@@ -129,6 +129,14 @@ def test_bad_options_of_every_command(flags, variable, found, capsys, monkeypatc
     assert capsys.readouterr().err.startswith(found)
 
 
+def test_a_level_that_yaml_reads_as_a_switch_is_refused(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("log_level: off\n")
+    assert (
+        run_command(Options, print, ["--project-dir", "p", "--config", f"{tmp_path}/c.yaml"]) == 2
+    )
+    assert capsys.readouterr().err.startswith("error: --log-level: 'False'. Choose one of debug, ")
+
+
 def test_a_stage_logs_into_its_project(tmp_path, capsys):
     def build_db(options):
         logging.getLogger("retro_mcore.work").info("working")
