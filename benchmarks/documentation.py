@@ -117,7 +117,7 @@ def make_project(corpus: Corpus, project: Path, chunks: int, samples: int) -> Pa
     preprocess_corpus(
         PreprocessCorpusOptions(
             str(project),
-            [str(text)],
+            input=[str(text)],
             tokenizer_type="GPT2BPETokenizer",
             vocab_file=str(corpus.vocab_file),
             merge_file=str(corpus.merge_file),

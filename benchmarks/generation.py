@@ -254,19 +254,19 @@ def share_of(
 ) -> float:
     """Of one kind of retrieval."""
     from retro_mcore.inference.generation import generate
+    from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
     from retro_mcore.inference.sampling import SamplingOptions
 
     prompt = retriever.tokenizer.tokenize("The with statement is used to wrap the execution of")
     start = time.perf_counter()
-    generate(
-        model,
-        retriever.tokenizer,
-        [prompt],
-        max_new_tokens=options.retrieval_tokens,
-        min_new_tokens=options.retrieval_tokens,
+    length = options.retrieval_tokens
+    request = GenerationRequest(
+        prompt,
         sampling=SamplingOptions(seed=1),
+        stopping=StoppingOptions(max_new_tokens=length, min_new_tokens=length),
         neighbors=search,
     )
+    generate(model, retriever.tokenizer, [request])
     seconds = time.perf_counter() - start
     search.close()
     return search.waited_seconds / seconds

@@ -61,11 +61,13 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Any:
     from retro_mcore.training.setup.plan import make_plan
 
     if options.project_dir:
+        from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+        from retro_mcore.project.paths import ProjectPaths
         from retro_mcore.samples.retro_dataset import build_retro_datasets
 
         project = ProjectConfig.load(options.project_dir)
         samples = build_retro_datasets(options.project_dir, 2, 2)["train"]
-        vocabulary = project.retro_gpt_vocab_size
+        vocabulary = load_project_tokenizer(project, ProjectPaths(options.project_dir)).vocab_size
     else:
         vocabulary = 2048
         project = random_project(options)

@@ -54,7 +54,7 @@ def make_project(folder: Path, train_iters: int) -> Path:
     preprocess_corpus(
         PreprocessCorpusOptions(
             str(project),
-            [str(corpus)],
+            input=[str(corpus)],
             vocab_size=512,
             seq_length=256,
             retro_chunk_length=32,
