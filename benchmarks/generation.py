@@ -261,7 +261,7 @@ def share_of(
     start = time.perf_counter()
     length = options.retrieval_tokens
     request = GenerationRequest(
-        prompt,
+        tokens=prompt,
         sampling=SamplingOptions(seed=1),
         stopping=StoppingOptions(max_new_tokens=length, min_new_tokens=length),
         neighbors=search,
