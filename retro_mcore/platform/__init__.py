@@ -1,16 +1,17 @@
-"""Where megatron-core runs: on CUDA as it is, or on CPU and gloo through `use_cpu`."""
+"""Megatron-Core on this machine: devices, backends, patches, differences between releases.
+
+Only names are defined here, so that modules for `--help` load without torch.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from retro_mcore.distributed import before_leaving
-from retro_mcore.errors import ConfigurationError
-from retro_mcore.platform.cpu import is_cpu_in_use, use_cpu
-from retro_mcore.platform.groups import leave_model_parallel
+if TYPE_CHECKING:
+    from retro_mcore.platform.cpu import is_cpu_in_use, use_cpu
+    from retro_mcore.platform.device import distributed_backend, setup_device
+    from retro_mcore.platform.groups import leave_model_parallel
 
 __all__ = [
     "distributed_backend",
@@ -20,29 +21,16 @@ __all__ = [
     "use_cpu",
 ]
 
-before_leaving(leave_model_parallel)
-
-Device = Literal["auto", "cpu", "cuda"]
-
-
-def setup_device(device: Device = "auto") -> torch.device:
-    """Choose the device of this process: CUDA where there is one, else the CPU.
-
-    On CUDA nothing is patched; the process takes the device of its LOCAL_RANK.
-
-    Raises:
-        ConfigurationError: "cuda" was asked for and there is none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("--device", "cuda, but torch finds no CUDA device", "Use cpu")
-    if device == "cpu" or is_cpu_in_use() or not torch.cuda.is_available():
-        use_cpu()
-        return torch.device("cpu")
-    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(local)
-    return local
+_HOMES = {
+    "distributed_backend": "device",
+    "is_cpu_in_use": "cpu",
+    "leave_model_parallel": "groups",
+    "setup_device": "device",
+    "use_cpu": "cpu",
+}
 
 
-def distributed_backend() -> str:
-    """The torch.distributed backend that fits the device: gloo on CPU, NCCL on CUDA."""
-    return "gloo" if is_cpu_in_use() else "nccl"
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,6 +29,8 @@ from megatron.core.tensor_parallel import random
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+import retro_mcore.platform.groups  # noqa: F401 (ends the threads of groups at exit)
+
 
 def async_save_arguments() -> dict[str, Any]:
     """Arguments of `dist_checkpointing.save` for asynchronous saving by megatron itself.

@@ -7,6 +7,8 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
+from retro_mcore.distributed import before_leaving
+
 
 def leave_model_parallel() -> None:
     """Give up megatron's groups, and their threads: megatron forgets them without ending them.
@@ -25,3 +27,6 @@ def leave_model_parallel() -> None:
         if group is not None:  # the default group stays
             with suppress(ValueError, AssertionError):  # megatron did end some
                 dist.destroy_process_group(group)
+
+
+before_leaving(leave_model_parallel)

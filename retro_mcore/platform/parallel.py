@@ -12,6 +12,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
+import retro_mcore.platform.groups  # noqa: F401 (ends the threads of groups at exit)
+
 
 def unwrap_model(model: torch.nn.Module) -> GPTModel:
     """The model inside megatron's wrappers."""
