@@ -15,7 +15,7 @@ class RetroError(Exception):
     Args:
         subject: The file, flag, field or argument at fault, as the user would write it.
         found: What was found.
-        mend: What was expected, or how to fix it.
+        hint: What was expected, or how to fix it.
 
     Attributes:
         raised_together: Whether every rank raises the error, so one rank may report it for all.
@@ -23,15 +23,15 @@ class RetroError(Exception):
 
     raised_together = False
 
-    def __init__(self, subject: object, found: str = "", mend: str = "") -> None:
+    def __init__(self, subject: object, found: str = "", hint: str = "") -> None:
         # Megatron re-raises an error in a module's forward as `type(error)(message)`. Then
         # `subject` is the whole message.
-        self.subject, self.found, self.mend = str(subject), found, mend
-        super().__init__(f"{self.subject}: {found}. {mend}" if found or mend else self.subject)
+        self.subject, self.found, self.hint = str(subject), found, hint
+        super().__init__(f"{self.subject}: {found}. {hint}" if found or hint else self.subject)
 
     def __reduce__(self) -> tuple:
         # Exceptions are pickled to travel between ranks; by default only the message would be.
-        return type(self), (self.subject, self.found, self.mend)
+        return type(self), (self.subject, self.found, self.hint)
 
 
 class ConfigurationError(RetroError):

@@ -67,12 +67,12 @@ def verify_checkpoint(checkpoint: Path) -> None:
     path = checkpoint / CHECKSUMS_FILE
     if not path.is_file():
         return
-    mend = "Restore the file, or load an earlier checkpoint (--ckpt-step)"
+    hint = "Restore the file, or load an earlier checkpoint (--ckpt-step)"
     files = [
         SignedFile(checkpoint / name, entry["bytes"], entry["sha256"])
         for name, entry in _read(path).items()
     ]
-    verify_files(files, lambda _: mend, CheckpointError)
+    verify_files(files, lambda _: hint, CheckpointError)
 
 
 def _read(path: Path) -> Checksums:

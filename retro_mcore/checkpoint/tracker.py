@@ -28,7 +28,7 @@ def read_tracker(directory: str | Path) -> int | str | None:
     tracker = Path(directory) / TRACKER
     if not tracker.is_file():
         if tracker.exists() or tracker.is_symlink():
-            raise CheckpointError(tracker, "is no file that can be read", _mend(directory))
+            raise CheckpointError(tracker, "is no file that can be read", _hint(directory))
         return None
     with tracker.open("rb") as file:
         content = file.read(_LONGEST + 1)
@@ -38,7 +38,7 @@ def read_tracker(directory: str | Path) -> int | str | None:
     # As bytes: isdigit() takes other scripts' digits for some, and int() blanks and underscores.
     if not re.fullmatch(r"[0-9]{1,18}", text):
         shown = f"{text[:_LONGEST]!a}" if text else "nothing"
-        raise CheckpointError(tracker, f"names {shown}, not an iteration", _mend(directory))
+        raise CheckpointError(tracker, f"names {shown}, not an iteration", _hint(directory))
     return int(text)
 
 
@@ -56,7 +56,7 @@ def tracked_checkpoint(directory: str | Path) -> Path | None:
         raise CheckpointError(
             Path(directory) / TRACKER,
             f"names {str(named)!r}, which is not there",
-            _mend(directory),
+            _hint(directory),
         )
     return path
 
@@ -67,6 +67,6 @@ def existing_checkpoints(directory: str | Path) -> list[str]:
     return sorted(name for name in found if _CHECKPOINT.fullmatch(name))
 
 
-def _mend(directory: str | Path) -> str:
+def _hint(directory: str | Path) -> str:
     there = ", ".join(existing_checkpoints(directory))
     return f"Write into it which one to load, of {there}" if there else "No checkpoint is there"

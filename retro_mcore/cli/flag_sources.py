@@ -41,7 +41,7 @@ def read_yaml(flag: str, path: Path) -> dict[str, object]:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{flag} {path}", f"not YAML ({reason})", "Mend it") from error
+        raise ConfigurationError(f"{flag} {path}", f"not YAML ({reason})", "Fix it") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigurationError(
             f"{flag} {path}", "not a mapping of options", "Write `option: value` lines"

@@ -28,7 +28,7 @@ class Prompt:
         """Add the prompt's file and line to an error."""
         if self.source is None:
             return error
-        return type(error)(f"{self.source}: {error.subject}", error.found, error.mend)
+        return type(error)(f"{self.source}: {error.subject}", error.found, error.hint)
 
 
 def prompts_of_flags(
@@ -77,19 +77,19 @@ def read_prompt_file(path: Path) -> list[Prompt]:
 
 
 def _prompt_of_line(subject: str, line: bytes) -> Prompt:
-    mend = 'Each line is an object {"prompt": "some text"}, perhaps with {"neighbors": ["text"]}'
+    hint = 'Each line is an object {"prompt": "some text"}, perhaps with {"neighbors": ["text"]}'
     try:
         value = parse_json(line, allow_nan=True, unique_keys=True)
     except JsonError as error:
-        raise ConfigurationError(subject, f"invalid JSON ({error.in_line})", mend) from error
+        raise ConfigurationError(subject, f"invalid JSON ({error.in_line})", hint) from error
     if has_surrogates(value):
         found = "half of a surrogate pair (such as \\ud83d), which is no character"
         raise ConfigurationError(subject, found, "Fix the text")
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
-        raise ConfigurationError(subject, "no text under the key 'prompt'", mend)
+        raise ConfigurationError(subject, "no text under the key 'prompt'", hint)
     neighbors = value.get("neighbors")
     is_list = isinstance(neighbors, list) and all(isinstance(one, str) for one in neighbors)
     if neighbors is not None and not is_list:
-        raise ConfigurationError(subject, "'neighbors' is not a list of texts", mend)
+        raise ConfigurationError(subject, "'neighbors' is not a list of texts", hint)
     return Prompt(prompt, neighbors, subject)

@@ -22,11 +22,11 @@ def save_array(path: Path, array: np.ndarray) -> None:
     path.write_bytes(content.getbuffer())
 
 
-def load_array(path: Path, shape: Sequence[int] | None, kind: str, mend: str) -> np.ndarray:
+def load_array(path: Path, shape: Sequence[int] | None, kind: str, hint: str) -> np.ndarray:
     """Read an array of the given shape (None: one axis, any length) and `np.dtype.kind`.
 
     Raises:
-        CorruptFileError: the file holds something else; `mend` is the hint.
+        CorruptFileError: the file holds something else; `hint` is the hint.
     """
     try:
         # Memory-mapped, so a damaged header cannot cause an allocation larger than the file.
@@ -34,9 +34,9 @@ def load_array(path: Path, shape: Sequence[int] | None, kind: str, mend: str) ->
         found = f"holds {array.dtype} of shape {list(array.shape)}"
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
-        raise CorruptFileError(path, f"unreadable ({reason})", mend) from error
+        raise CorruptFileError(path, f"unreadable ({reason})", hint) from error
     wanted = "one axis" if shape is None else str(list(shape))
     fits = len(array.shape) == 1 if shape is None else array.shape == tuple(shape)
     if not fits or array.dtype.kind not in kind:
-        raise CorruptFileError(path, f"{found}, not {wanted}", mend)
+        raise CorruptFileError(path, f"{found}, not {wanted}", hint)
     return np.array(array)

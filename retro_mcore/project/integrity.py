@@ -58,7 +58,7 @@ def verifying(everything: bool) -> Iterator[None]:
 
 def verify_files(
     files: Sequence[SignedFile],
-    mend: Callable[[Path], str],
+    hint: Callable[[Path], str],
     error: type[RetroError] = CorruptFileError,
     everything: bool = False,
 ) -> None:
@@ -66,7 +66,7 @@ def verify_files(
 
     Args:
         files: The files, the same on every rank.
-        mend: Returns the hint for a damaged file.
+        hint: Returns the hint for a damaged file.
         error: Type of error to raise.
         everything: Read all files completely, whatever their size.
 
@@ -82,7 +82,7 @@ def verify_files(
     for number, file in enumerate(share):
         found = _problem(file, number < num_read)
         if found is not None:
-            problems.append(error(file.path, found, mend(file.path)))
+            problems.append(error(file.path, found, hint(file.path)))
     raise_problems(problems)
     unread = [file for share in shares for file in share[_num_read(share, everything) :]]
     if unread and get_rank() == 0:
@@ -97,12 +97,12 @@ def verify_project(paths: ProjectPaths, files: Iterable[Path], everything: bool 
     """
     signed = [file for path in files if (file := signed_file(path)) is not None]
 
-    def mend(path: Path) -> str:
+    def hint(path: Path) -> str:
         folder = path.relative_to(paths.root).parts[0] if path.is_relative_to(paths.root) else ""
         command = COMMANDS.get(folder, "the stage that made it")
         return f"Run {command} --project-dir {paths.root} again, or restore the file"
 
-    verify_files(signed, mend, everything=everything)
+    verify_files(signed, hint, everything=everything)
 
 
 def signed_file(path: Path) -> SignedFile | None:

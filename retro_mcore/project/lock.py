@@ -137,17 +137,17 @@ def _open(path: Path) -> int:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if path.is_symlink() or path.exists():
-            found, mend = f"cannot be locked ({error.strerror})", "Remove it"
+            found, hint = f"cannot be locked ({error.strerror})", "Remove it"
             if path.is_symlink():
                 found = "is a symbolic link, not the project's lock"
             elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                mend = "Make the project directory and this file writable"
+                hint = "Make the project directory and this file writable"
         else:
-            found, mend = (
+            found, hint = (
                 f"cannot be made ({error.strerror})",
                 "Make the project directory writable",
             )
-        raise ProjectError(path, found, mend) from error
+        raise ProjectError(path, found, hint) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ProjectError(path, "is no file, but something else", "Remove it")

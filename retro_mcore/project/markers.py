@@ -129,30 +129,30 @@ def state_of(path: Path, fingerprint: str | None = None) -> FileState:
     return FileState.COMPLETE if checksum(path) == marker.get("sha256") else FileState.DAMAGED
 
 
-def verify(path: Path, mend: str) -> None:
+def verify(path: Path, hint: str) -> None:
     """Reject a file that is missing or differs from its marker.
 
     A file without a marker is trusted, since other programs write none.
 
     Raises:
-        CorruptFileError: the file is missing or differs; `mend` is the hint.
+        CorruptFileError: the file is missing or differs; `hint` is the hint.
     """
     if not path.is_file():
-        raise CorruptFileError(path, "no such file", mend)
+        raise CorruptFileError(path, "no such file", hint)
     if marker_path(path).exists() and state_of(path) is not FileState.COMPLETE:
-        raise CorruptFileError(path, "its bytes differ from its completion marker", mend)
+        raise CorruptFileError(path, "its bytes differ from its completion marker", hint)
 
 
-def verify_size(path: Path, mend: str) -> None:
+def verify_size(path: Path, hint: str) -> None:
     """Reject a file whose size differs from its marker: truncated or partly replaced.
 
     Raises:
-        CorruptFileError: the size differs; `mend` is the hint.
+        CorruptFileError: the size differs; `hint` is the hint.
     """
     marker, size = read_marker(path), path.stat().st_size
     if marker is not None and marker.get("bytes") != size:
         raise CorruptFileError(
-            path, f"is damaged: {size} bytes, {marker.get('bytes')} were written", mend
+            path, f"is damaged: {size} bytes, {marker.get('bytes')} were written", hint
         )
 
 

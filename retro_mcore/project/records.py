@@ -112,7 +112,7 @@ def _compare(
     options: Mapping[str, Any],
     inputs: Mapping[str, str],
 ) -> None:
-    mend = "Repeat the command as it was run before, or use another --project-dir"
+    hint = "Repeat the command as it was run before, or use another --project-dir"
     before = recorded.get("options", {})
     for option in sorted({*options, *before}):
         was, asked = before.get(option), options.get(option)
@@ -120,7 +120,7 @@ def _compare(
             raise ProjectError(
                 option,
                 f"{paths.root} was built by {stage} with {_show(was)}, asked for {_show(asked)}",
-                mend,
+                hint,
             )
     recorded_inputs = recorded.get("inputs", {})
     for name in sorted({*inputs, *recorded_inputs}):

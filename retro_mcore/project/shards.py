@@ -164,18 +164,18 @@ def states_of(
 def require_shards(
     shards: Sequence[Shard],
     fingerprint: str,
-    mend: str,
+    hint: str,
     beside: Callable[[Shard], Path] | None = None,
 ) -> None:
     """Require the shards of an earlier step. All ranks must call this.
 
     Raises:
-        ProjectError: a shard is missing or damaged. Names the first one; `mend` is the hint.
+        ProjectError: a shard is missing or damaged. Names the first one; `hint` is the hint.
     """
     states = states_of(shards, fingerprint, beside)
     for shard, state in zip(shards, states, strict=True):
         if state is not FileState.COMPLETE:
-            raise ProjectError(shard.path, f"is {state.value}", mend)
+            raise ProjectError(shard.path, f"is {state.value}", hint)
 
 
 @dataclass(frozen=True)

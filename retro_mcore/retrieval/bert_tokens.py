@@ -73,15 +73,15 @@ def load_word_piece(vocab_file: Path | str, lower_case: bool) -> Any:
     """
     from tokenizers import BertWordPieceTokenizer
 
-    mend = "Name a BERT vocab.txt, or restore the file"
+    hint = "Name a BERT vocab.txt, or restore the file"
     if not Path(vocab_file).is_file():
-        raise TokenizerError(vocab_file, "no such file", mend)
+        raise TokenizerError(vocab_file, "no such file", hint)
     try:
         tokenizer = BertWordPieceTokenizer(str(vocab_file), lowercase=lower_case)
     except Exception as error:  # tokenizers has no class of its own
-        raise TokenizerError(vocab_file, str(error).splitlines()[0], mend) from error
+        raise TokenizerError(vocab_file, str(error).splitlines()[0], hint) from error
     if tokenizer.token_to_id("[UNK]") is None:  # found out only at the first unknown word
-        raise TokenizerError(vocab_file, "[UNK] token not found in the vocabulary", mend)
+        raise TokenizerError(vocab_file, "[UNK] token not found in the vocabulary", hint)
     return tokenizer
 
 

@@ -64,15 +64,15 @@ class ChunkDatabase:
             config = ProjectConfig.load(paths.root)
         path = paths.merged_db(name)
         require_stage(paths, path, "build_db")
-        mend = f"Run build_db --project-dir {paths.root} again"
+        hint = f"Run build_db --project-dir {paths.root} again"
         if get_rank() == 0:  # one rank reads it through
-            verify(path, mend)
+            verify(path, hint)
         database = cls(path, open_token_files(config, paths))
         if get_rank() == 0:
-            database._require_rows(config.retro_gpt_chunk_length, mend)
+            database._require_rows(config.retro_gpt_chunk_length, hint)
         return database
 
-    def _require_rows(self, chunk_length: int, mend: str) -> None:
+    def _require_rows(self, chunk_length: int, hint: str) -> None:
         """Reject chunks that the datasets do not have.
 
         In a database of hundreds of millions of chunks, only evenly spaced batches are checked.
@@ -96,7 +96,7 @@ class ChunkDatabase:
                     self.path,
                     f"chunk {first + row} is {self.chunks[first + row, :4].tolist()} (dataset, "
                     f"document, first token, end), which the data does not have",
-                    mend,
+                    hint,
                 )
 
     def __len__(self) -> int:

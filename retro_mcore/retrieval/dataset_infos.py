@@ -30,18 +30,18 @@ def read_dataset_infos(paths: ProjectPaths) -> list[DatasetInfo]:
     Raises:
         CorruptFileError: the file is missing, or holds impossible values.
     """
-    path, mend = paths.dataset_infos, f"Run build_db --project-dir {paths.root} again"
+    path, hint = paths.dataset_infos, f"Run build_db --project-dir {paths.root} again"
     if not path.is_file():
-        raise CorruptFileError(path, "no such file", mend)
-    verify(path, mend)
+        raise CorruptFileError(path, "no such file", hint)
+    verify(path, hint)
     try:
         infos = [DatasetInfo(**values) for values in read_json_list(path)]
     except (TypeError, CorruptFileError) as error:
         found = getattr(error, "found", "lacks a key, or has an unknown one")
-        raise CorruptFileError(path, found, mend) from error
+        raise CorruptFileError(path, found, hint) from error
     for info in infos:
         counts = [value for name, value in vars(info).items() if name.startswith("n_")]
         whole = all(type(count) is int and count >= 0 for count in counts)
         if not whole or not info.n_chunks_sampled <= info.n_chunks_train <= info.n_chunks:
-            raise CorruptFileError(path, f"the counts of {info.prefix!r} cannot be", mend)
+            raise CorruptFileError(path, f"the counts of {info.prefix!r} cannot be", hint)
     return infos

@@ -142,10 +142,10 @@ def load_reranker(
     """
     if rerank is None:
         return None
-    mend = f"Remove it, and run query_neighbors --project-dir {paths.root} again"
-    verify(paths.token_counts, mend)
+    hint = f"Remove it, and run query_neighbors --project-dir {paths.root} again"
+    verify(paths.token_counts, hint)
     shape = None if vocab_size is None else (vocab_size + 2,)
-    counts = load_array(paths.token_counts, shape, "f", mend)
+    counts = load_array(paths.token_counts, shape, "f", hint)
     if not (np.isfinite(counts).all() and (counts >= 0).all() and counts[-2:].all()):
-        raise CorruptFileError(paths.token_counts, "holds what are no counts", mend)
+        raise CorruptFileError(paths.token_counts, "holds what are no counts", hint)
     return BM25(database, counts, chunk_length)

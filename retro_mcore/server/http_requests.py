@@ -152,7 +152,7 @@ def refused(error: RetroError) -> RequestError:
     param = _FIELD_OF_FLAG.get(subject, subject if subject in FIELDS else None)
     if subject.startswith("prompt"):
         param = "prompt"
-    found, mend = error.found, error.mend
+    found, hint = error.found, error.hint
     for flag, field in _FIELD_OF_FLAG.items():
-        found, mend = found.replace(flag, field), mend.replace(flag, field)
-    return RequestError(400, f"{param or subject}: {found}. {mend}", param=param)
+        found, hint = found.replace(flag, field), hint.replace(flag, field)
+    return RequestError(400, f"{param or subject}: {found}. {hint}", param=param)

@@ -294,11 +294,11 @@ def _too_small(args: argparse.Namespace) -> Iterator[RetroError]:
 
 
 def _refusals(args: argparse.Namespace) -> Iterator[RetroError]:
-    for name, (neutral, mend) in _REFUSED.items():
+    for name, (neutral, hint) in _REFUSED.items():
         value = getattr(args, name, None)
         if value not in neutral:
             found = "given" if value is True else str(value)
-            yield ConfigurationError(_given.get(name, (flag_of(name), None))[0], found, mend)
+            yield ConfigurationError(_given.get(name, (flag_of(name), None))[0], found, hint)
 
 
 def _unknown(args: argparse.Namespace) -> Iterator[RetroError]:

@@ -50,7 +50,7 @@ def put_weights(
     vocab_size: int | None = None,
     fresh: Iterable[str] = (),
     source: object = "the checkpoint",
-    mend: str = "Build the model with the checkpoint's own arguments",
+    hint: str = "Build the model with the checkpoint's own arguments",
     named: Callable[[str], str] = str,
 ) -> list[str]:
     """Copy whole weights into this rank's parts of a model; all ranks call it together.
@@ -61,7 +61,7 @@ def put_weights(
         vocab_size: The tokenizer's. If given, the checkpoint may pad its vocabulary otherwise.
         fresh: Regular expressions of parameters that keep their values if `weights` lacks them.
         source: The checkpoint, for the error.
-        mend: What to do about it, for the error.
+        hint: What to do about it, for the error.
         named: Our parameter names to the checkpoint's, for the error.
 
     Returns:
@@ -89,7 +89,7 @@ def put_weights(
             else:
                 problems.append(f"missing {named(local)}")
         if problems:
-            raise CheckpointError(source, "; ".join(sorted(set(problems))), mend)
+            raise CheckpointError(source, "; ".join(sorted(set(problems))), hint)
     with raise_together(), torch.no_grad():
         for model, name, tensor in own:
             if local_name(name) in weights:

@@ -51,7 +51,7 @@ def load_state_dict(
         weights,
         vocab_size,
         source="upstream state dict",
-        mend="Build the model with RetroConfig.from_upstream and the checkpoint's own arguments",
+        hint="Build the model with RetroConfig.from_upstream and the checkpoint's own arguments",
         named=lambda name: to_upstream_name(name, first),
     )
 

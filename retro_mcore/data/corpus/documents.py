@@ -175,12 +175,12 @@ def _read_text(file: Path, counts: Counter[str]) -> str:
     return _decode(file, data, "Convert it to UTF-8", counts)
 
 
-def _decode(where: object, data: bytes, mend: str, counts: Counter[str]) -> str:
+def _decode(where: object, data: bytes, hint: str, counts: Counter[str]) -> str:
     """Decode UTF-8 and remove the byte order mark, which is not part of the text."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CorpusError(where, _not_utf8(error), mend) from error
+        raise CorpusError(where, _not_utf8(error), hint) from error
     counts["byte_order_marks_removed"] += text.startswith("\ufeff")
     return text.removeprefix("\ufeff")
 
@@ -208,8 +208,8 @@ def _read_lines(
                 text = _text_of_record(record, json_keys)
             except CorpusError as error:
                 where = f"{path}:{_line_number(path, begin)}"
-                found, mend = _several_lines(path, line) or (error.found, error.mend)
-                raise CorpusError(where, found, mend) from error
+                found, hint = _several_lines(path, line) or (error.found, error.hint)
+                raise CorpusError(where, found, hint) from error
             given = _id_of_record(record, id_key)
             counts["documents_without_id"] += given is None and bool(text.strip())
             yield Document(text, f"{path}:{begin}" if given is None else given)
@@ -229,8 +229,8 @@ def _record_of_line(line: bytes, counts: Counter[str]) -> dict[str, Any]:
         record = parse_json(text, allow_nan=True)
     except JsonError as error:
         found = "NUL bytes, which no JSON holds" if "\0" in text else error.in_line
-        mend = "Fix or remove the line; each document must be one line of JSON"
-        raise CorpusError("", f"invalid JSON ({found})", mend) from error
+        hint = "Fix or remove the line; each document must be one line of JSON"
+        raise CorpusError("", f"invalid JSON ({found})", hint) from error
     if not isinstance(record, dict):
         found = f"not a JSON object but {type(record).__name__}"
         raise CorpusError("", found, 'Write a line like {"text": "…"} for each document')
@@ -259,11 +259,11 @@ def _several_lines(path: Path, line: bytes) -> tuple[str, str] | None:
         found, convert = "an object over several lines, not one on each line", "jq -c ."
     else:
         return None
-    mend = f"Write JSON lines, such as with: {convert}"
+    hint = f"Write JSON lines, such as with: {convert}"
     if path.suffix.lower() not in COMPRESSED:
         target = path.with_suffix(".lines.jsonl" if path.suffix == ".jsonl" else ".jsonl")
-        mend += f" {shlex.quote(str(path))} > {shlex.quote(str(target))}"
-    return f"invalid JSON lines: it holds {found}", mend
+        hint += f" {shlex.quote(str(path))} > {shlex.quote(str(target))}"
+    return f"invalid JSON lines: it holds {found}", hint
 
 
 def _begins_list(line: bytes) -> bool:

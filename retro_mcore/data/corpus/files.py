@@ -94,8 +94,8 @@ def find_corpus_files(source: Path | str) -> CorpusFiles:
     if not is_file:
         found = "neither a file nor a folder" if is_there else "no such file or folder"
         raise CorpusError(source, found, "Check --input")
-    if not is_json(source) and (mend := _FOREIGN.get(source.suffix.lower())):
-        raise CorpusError(source, f"a {source.suffix} file is not read as text", mend)
+    if not is_json(source) and (hint := _FOREIGN.get(source.suffix.lower())):
+        raise CorpusError(source, f"a {source.suffix} file is not read as text", hint)
     return CorpusFiles((source,))
 
 

@@ -179,9 +179,9 @@ def load_tokenizer_json(file: Path) -> Any:
 def _not_a_tokenizer(file: Path, error: Exception) -> TokenizerError:
     """The reason why the library could not load a file, in clearer words where possible."""
     beside = file.with_name("tokenizer.json")
-    mend = "Name a tokenizer.json or its directory"
+    hint = "Name a tokenizer.json or its directory"
     if file.name != beside.name and beside.is_file():
-        mend = f"Name {beside}"
+        hint = f"Name {beside}"
     try:
         values = parse_json(file.read_bytes(), allow_nan=True)
         holds = values.get("model") if isinstance(values, dict) else None
@@ -190,7 +190,7 @@ def _not_a_tokenizer(file: Path, error: Exception) -> TokenizerError:
         found = str(reason)
     except OSError as reason:
         found = reason.strerror or str(reason)
-    return TokenizerError(file, f"not a tokenizer.json ({' '.join(found.split())})", mend)
+    return TokenizerError(file, f"not a tokenizer.json ({' '.join(found.split())})", hint)
 
 
 def tokenizer_json(path: Path) -> Path:
@@ -202,13 +202,13 @@ def tokenizer_json(path: Path) -> Path:
     file = path / "tokenizer.json"
     if not path.is_dir() or file.is_file():
         return file if path.is_dir() else path
-    mend = "Save the model's fast tokenizer there: save_pretrained makes a tokenizer.json"
+    hint = "Save the model's fast tokenizer there: save_pretrained makes a tokenizer.json"
     if (path / "tokenizer.model").is_file():
-        mend = f"Use GPTSentencePieceTokenizer --tokenizer-model {path / 'tokenizer.model'}"
+        hint = f"Use GPTSentencePieceTokenizer --tokenizer-model {path / 'tokenizer.model'}"
     elif (path / "vocab.json").is_file():
         files = f"--vocab-file {path / 'vocab.json'} --merge-file {path / 'merges.txt'}"
-        mend = f"Use GPT2BPETokenizer {files}"
-    raise TokenizerError(path, "has no tokenizer.json", mend)
+        hint = f"Use GPT2BPETokenizer {files}"
+    raise TokenizerError(path, "has no tokenizer.json", hint)
 
 
 def bos_habit(directory: Path | str) -> bool | None:

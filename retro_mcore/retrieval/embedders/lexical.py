@@ -88,9 +88,9 @@ class LexicalEmbedder(Embedder):
         """
         if not path.is_file():
             raise ProjectError(path, "no such file", "Run build_index --embedder lexical first")
-        mend = "Run build_index --embedder lexical again"
-        verify(path, mend)
-        return cls(load_array(path, (_BUCKETS,), "u", mend))
+        hint = "Run build_index --embedder lexical again"
+        verify(path, hint)
+        return cls(load_array(path, (_BUCKETS,), "u", hint))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         vectors = np.zeros((len(texts), _DIMENSION), np.float32)

@@ -125,7 +125,7 @@ class IndexBuild:
             ProjectError: embeddings are missing.
             ConfigurationError: no index reaches the recall wanted, or Faiss cannot train it.
         """
-        require_shards(self.embedded.shards, self.embedded.fingerprint, self._mend("embed"))
+        require_shards(self.embedded.shards, self.embedded.fingerprint, self._hint("embed"))
         with raise_together():
             if get_rank() == 0 and self._trained() is None:
                 self._choose_and_train()
@@ -189,7 +189,7 @@ class IndexBuild:
         """
         empty = self._trained()
         if empty is None:
-            raise ProjectError(self.paths.index_choice, "no trained index", self._mend("train"))
+            raise ProjectError(self.paths.index_choice, "no trained index", self._hint("train"))
         folder = self.paths.index_parts(self.choice.string)  # type: ignore[union-attr]
         kind = kind_of(load_index(empty))
         return cut_parts(folder, len(self.embeddings), kind, self.block_size)
@@ -209,7 +209,7 @@ class IndexBuild:
             held_out = Shard(0, 0, self.paths.held_out)
         needed = {s.start: s for p in parts for s in self.embeddings.shards_of(p.start, p.end)}
         inputs = [held_out, *needed.values()]
-        require_shards(inputs, self.embedded.fingerprint, self._mend("embed"))
+        require_shards(inputs, self.embedded.fingerprint, self._hint("embed"))
         queries = read_held_out(self.paths.held_out)
         trained = load_index(self.paths.empty_index(self.choice.string))  # type: ignore[union-attr]
 
@@ -230,7 +230,7 @@ class IndexBuild:
         """
         with raise_together():
             parts = self.parts()
-        require_shards(parts, self.fingerprint, self._mend("add"), exact_path)
+        require_shards(parts, self.fingerprint, self._hint("add"), exact_path)
         outcome: Recall | None = None
         with raise_together():
             if get_rank() == 0:
@@ -273,7 +273,7 @@ class IndexBuild:
         lists, graph = num_lists(trained), has_graph(trained)
         return tune(measure, lists, graph, wanted.recall, wanted.nprobe, wanted.ef_search)
 
-    def _mend(self, step: str) -> str:
+    def _hint(self, step: str) -> str:
         return f"Run build_index --project-dir {self.paths.root} --stage {step} first"
 
 
@@ -304,5 +304,5 @@ def read_recall(paths: ProjectPaths, index_string: str) -> Recall:
         values["at"] = {int(k): float(value) for k, value in values["at"].items()}
         return Recall(**values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        mend = f"Remove {path.name} and run build_index again"
-        raise CorruptFileError(path, "is no report of a recall", mend) from error
+        hint = f"Remove {path.name} and run build_index again"
+        raise CorruptFileError(path, "is no report of a recall", hint) from error

@@ -70,8 +70,8 @@ class IndexChoice:
         try:
             return cls(**read_json_object(path))
         except TypeError as error:
-            mend = f"Remove {path.name} and run build_index again"
-            raise CorruptFileError(path, "is no choice of an index", mend) from error
+            hint = f"Remove {path.name} and run build_index again"
+            raise CorruptFileError(path, "is no choice of an index", hint) from error
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,10 @@ class Embeddings:
             shard = self.shards[index]
             rows = map_dataset(shard.path, "data", "f", 2)
             if len(rows) != shard.end - shard.start:
-                raise CorruptFileError(shard.path, f"holds {len(rows)} vectors", _mend(shard))
+                raise CorruptFileError(shard.path, f"holds {len(rows)} vectors", _hint(shard))
             if index and rows.shape[1] != self.dimension:
                 raise CorruptFileError(
-                    shard.path, f"holds vectors of dimension {rows.shape[1]}", _mend(shard)
+                    shard.path, f"holds vectors of dimension {rows.shape[1]}", _hint(shard)
                 )
             file = self._files[index] = rows
         return file
@@ -125,7 +125,7 @@ class Embeddings:
             raise CorruptFileError(
                 shard.path,
                 f"{len(wrong)} vectors are NaN, infinite or too large, those of {list_rows(wrong)}",
-                _mend(shard),
+                _hint(shard),
             )
 
     def range(self, start: int, end: int) -> np.ndarray:
@@ -137,7 +137,7 @@ class Embeddings:
         return [shard for shard in self.shards if shard.start < end and start < shard.end]
 
 
-def _mend(shard: Shard) -> str:
+def _hint(shard: Shard) -> str:
     return f"Remove {shard.path.name} and run build_index again"
 
 

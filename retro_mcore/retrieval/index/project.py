@@ -41,9 +41,9 @@ class ProjectIndex:
     def __init__(
         self, paths: ProjectPaths, settings: ProjectSettings, num_vectors: int, block_size: int
     ) -> None:
-        self._mend = f"Run build_index --project-dir {paths.root}"
+        self._hint = f"Run build_index --project-dir {paths.root}"
         if settings.index_string is None or settings.embedder is None:
-            raise ProjectError(paths.settings, "names no index", f"{self._mend} first")
+            raise ProjectError(paths.settings, "names no index", f"{self._hint} first")
         self._paths, self._settings, self._count = paths, settings, num_vectors
         self._empty = paths.empty_index(settings.index_string)
         self._added = paths.added_index(settings.index_string)
@@ -71,9 +71,9 @@ class ProjectIndex:
             CorruptFileError: a file is missing.
         """
         for file in self.files:
-            verify_present(file, self._mend)
+            verify_present(file, self._hint)
             # Otherwise its digest would differ, as if the index had been exchanged.
-            verify_size(file, f"{self._mend} again")
+            verify_size(file, f"{self._hint} again")
         if not self._parts and not marker_path(self._added).is_file():
             load_index(self._added, mapped=True)  # nothing else shows damage
         if self._parts:
@@ -98,25 +98,25 @@ class ProjectIndex:
         if self._parts:
             mine = self._parts[get_rank() :: get_world_size()] if together else self._parts
             for file in [self._empty, *(part.path for part in mine)]:
-                verify(file, f"{self._mend} again")
+                verify(file, f"{self._hint} again")
             index = load_parts(self._empty, mine, *breadth)
             wanted = sum(part.end - part.start for part in mine)
         else:
             for file in self.files if get_rank() == 0 or not share else []:
-                verify(file, f"{self._mend} again")
+                verify(file, f"{self._hint} again")
             index, wanted = load_index(self._added, *breadth, mapped=True), self._count
         for part in getattr(index, "parts", [index]):
             if settings.embedding_dimension not in (None, part.d):
                 raise CorruptFileError(
                     self.files[-1],
                     f"holds vectors of dimension {part.d}, not {settings.embedding_dimension}",
-                    f"{self._mend} again",
+                    f"{self._hint} again",
                 )
         if index.ntotal != wanted:
             raise ProjectError(
                 self._added,
                 f"holds {index.ntotal} chunks, but the database {wanted}",
-                f"{self._mend} again",
+                f"{self._hint} again",
             )
         if gpu and num_gpus() and not self._parts:
             index = to_gpu_for_search(index, k, settings.nprobe)
@@ -127,11 +127,11 @@ class ProjectIndex:
         return index
 
 
-def verify_present(path: Path, mend: str) -> None:
+def verify_present(path: Path, hint: str) -> None:
     """Reject a missing file.
 
     Raises:
-        ProjectError: the file is missing; `mend` says what to run.
+        ProjectError: the file is missing; `hint` says what to run.
     """
     if not path.is_file():
-        raise ProjectError(path, "no such file", f"{mend} again")
+        raise ProjectError(path, "no such file", f"{hint} again")

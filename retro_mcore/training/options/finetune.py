@@ -114,12 +114,12 @@ class FinetuneOptions(
             raise ConfigurationError(
                 "--load", "not given", "Name the pretrained checkpoint, with --finetune"
             )
-        for flag, given, mend in (
+        for flag, given, hint in (
             ("--load-gpt", self.load_gpt, "Continue its pretraining with pretrain_retro.py first"),
             ("--freeze-decoder", self.freeze_decoder, "Instruction tuning trains the decoder"),
         ):
             if given:
-                raise ConfigurationError(flag, "given to finetune_retro", mend)
+                raise ConfigurationError(flag, "given to finetune_retro", hint)
         if self.ft_neighbours < 0:
             raise ConfigurationError("--ft-neighbours", str(self.ft_neighbours), "Give 0 or more")
         if self.retro_attention_gate == 0.0:

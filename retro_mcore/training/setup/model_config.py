@@ -89,7 +89,7 @@ def naming_flags() -> Iterator[None]:
 
 
 def _with_flags(error: RetroError) -> RetroError:
-    parts = (error.subject, error.found, error.mend)
+    parts = (error.subject, error.found, error.hint)
     return type(error)(*(_FIELDS.sub(lambda match: flag_of(match[0]), part) for part in parts))
 
 

@@ -114,7 +114,7 @@ def test_files_of_other_kinds_are_counted(corpus):
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "hint"),
     [
         ("table.csv", "JSON lines"),
         ("table.TSV", "JSON lines"),
@@ -127,10 +127,10 @@ def test_files_of_other_kinds_are_counted(corpus):
         ("book.txt.gz", "Decompress"),
     ],
 )
-def test_a_file_that_is_no_text_by_its_name(tmp_path, name, mend):
+def test_a_file_that_is_no_text_by_its_name(tmp_path, name, hint):
     """`--input table.csv` became a single document."""
     (tmp_path / name).write_text("a,b\n")
-    with pytest.raises(CorpusError, match=rf"{name}: a \.\w+ file is not read as text\. .*{mend}"):
+    with pytest.raises(CorpusError, match=rf"{name}: a \.\w+ file is not read as text\. .*{hint}"):
         find_corpus_files(tmp_path / name)
 
 

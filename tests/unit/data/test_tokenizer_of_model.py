@@ -37,17 +37,17 @@ def test_it_tokenizes_as_transformers_does(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "mend"),
+    ("files", "hint"),
     [
         (["tokenizer.model"], "GPTSentencePieceTokenizer --tokenizer-model"),
         (["vocab.json", "merges.txt"], "GPT2BPETokenizer --vocab-file"),
         ([], "tokenizer.json"),
     ],
 )
-def test_a_directory_without_it_says_which_type_to_use(tmp_path, files, mend):
+def test_a_directory_without_it_says_which_type_to_use(tmp_path, files, hint):
     for name in files:
         (tmp_path / name).write_text("{}")
-    with pytest.raises(TokenizerError, match=mend):
+    with pytest.raises(TokenizerError, match=hint):
         build_tokenizer("HuggingFaceTokenizer", tmp_path)
 
 
@@ -71,4 +71,4 @@ def test_another_file_of_the_directory_is_told_by_what_it_lacks(tmp_path, conten
         build_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer_config.json")
     assert caught.value.subject == str(tmp_path / "tokenizer_config.json")
     assert found in str(caught.value)
-    assert caught.value.mend == f"Name {right}"
+    assert caught.value.hint == f"Name {right}"
