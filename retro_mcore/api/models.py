@@ -17,6 +17,7 @@ from retro_mcore.evaluation.perplexity_config import EvaluatePerplexityConfig
 from retro_mcore.inference.prompt_files import Prompt
 from retro_mcore.inference.sampling import SamplingOptions
 from retro_mcore.platform import distributed_backend, setup_device
+from retro_mcore.project.integrity import verifying
 from retro_mcore.training.options.pretrain import ParallelOptions
 from retro_mcore.training.options.run import PretrainOptions, model_options
 
@@ -45,8 +46,8 @@ def pretrain(options: PretrainOptions) -> TrainingResult:
     initialize(distributed_backend())
     from retro_mcore.training import pretraining
 
-    _, result = pretraining.pretrain(options, device)
-    return result
+    with verifying(options.verify):
+        return pretraining.pretrain(options, device)[1]
 
 
 def load_model(

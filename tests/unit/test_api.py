@@ -13,8 +13,10 @@ import pytest
 
 import retro_mcore
 from retro_mcore.api.project import Project
+from retro_mcore.cli.commands import pretrain_retro
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.evaluation.perplexity_config import EvaluatePerplexityConfig
+from retro_mcore.project import integrity
 from retro_mcore.stages.build_db import BuildDbConfig
 from retro_mcore.stages.build_index import BuildIndexConfig
 from retro_mcore.stages.preprocess_corpus import PreprocessCorpusConfig
@@ -90,3 +92,20 @@ def test_generate_names_arguments_that_cannot_work():
     for given, name in (({"micro_batch_size": 0}, "micro_batch_size"), ({}, "prompts")):
         with pytest.raises(ConfigurationError, match=name):
             retro_mcore.generate(None, [], **given)
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("function", [retro_mcore.pretrain, pretrain_retro])
+def test_training_from_python_honors_verify(function, monkeypatch):
+    read_whole = []
+
+    def pretrain(options, device):
+        read_whole.append(integrity._everything.get())
+        raise ProjectError("project", "is not trained on", "")
+
+    monkeypatch.setattr("retro_mcore.training.pretraining.pretrain", pretrain)
+    sizes = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 1, "lr": 1e-3}
+    for verify in (True, False):
+        with pytest.raises(ProjectError, match="is not trained on"):
+            function(project_dir="p", micro_batch_size=1, device="cpu", verify=verify, **sizes)
+    assert read_whole == [True, False]
