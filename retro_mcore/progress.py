@@ -65,7 +65,7 @@ class Progress:
         self._done += steps
         if self._bar is not None:
             self._bar.update(steps)
-        if self._is_due() and self._done < self._total:
+        if self._is_due() and self._initial < self._done < self._total:
             self._log()
 
     def details(self, **values: str) -> None:

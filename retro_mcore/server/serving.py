@@ -101,9 +101,10 @@ def _require_free_address(config: ServerConfig) -> None:
     try:
         socket.create_server((config.host, config.port), family=_family(config)).close()
     except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]  # Python repeats the address
         raise ConfigurationError(
             f"--host {config.host} --port {config.port}",
-            f"cannot listen there ({error.strerror or error})",
+            f"cannot listen there ({reason})",
             "Choose another port, or 0 for a free one, and an address of this machine",
         ) from error
 

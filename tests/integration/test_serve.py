@@ -114,7 +114,8 @@ def test_a_taken_port_is_one_line_and_exit_code_2(capfd):
         assert serve_main([*flags, "--device", "cpu", "--port", port]) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1
-    assert errors[0].startswith(f"error: --host 127.0.0.1 --port {port}: cannot listen there")
+    found = f"error: --host 127.0.0.1 --port {port}: cannot listen there (Address already in use)."
+    assert errors[0].startswith(found)
 
 
 @pytest.fixture(scope="module")

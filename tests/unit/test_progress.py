@@ -96,6 +96,13 @@ def test_nothing_is_said_where_hidden_or_nothing_is_to_do(total, lines):
     assert lines() == []
 
 
+def test_no_steps_are_no_line(seconds, lines):
+    with Progress("embed", 2) as progress:
+        progress.update(0)
+        assert lines() == []
+        progress.update(2)
+
+
 def test_a_pipe_gets_lines():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
