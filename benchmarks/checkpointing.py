@@ -85,13 +85,13 @@ def _build(arguments: argparse.Namespace) -> Any:
         share_embeddings,
         wrap_model,
     )
-    from retro_mcore.training.setup.build import build_model_chunks
+    from retro_mcore.training.setup.build import build_model_stages
     from retro_mcore.training.setup.initialize import initialize_parallel, set_seeds
 
     initialize_parallel()
     set_seeds(1234)
     plan = _plan(arguments)
-    models = build_model_chunks(plan.arguments, plan.options, plan.options)
+    models = build_model_stages(plan.arguments, plan.options, plan.options)
     groups = share_embeddings(models)
     chunks = [wrap_model(model, plan) for model in models]
     optimizer = build_optimizer(chunks, groups, plan)

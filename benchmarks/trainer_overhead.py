@@ -116,15 +116,15 @@ def sides(trainer: Any) -> dict[str, Callable[[], None]]:
     ready = list(itertools.islice(trainer._train_batches(), 16))
     bare_batches, read_batches = itertools.cycle(ready), trainer._train_batches()
     reporter = trainer._reporter().__enter__()
-    for chunk in parts.chunks:
+    for chunk in parts.stages:
         chunk.train()
 
     def bare() -> None:
-        for chunk in parts.chunks:
+        for chunk in parts.stages:
             chunk.zero_grad_buffer()
         parts.optimizer.zero_grad()
         forward_backward(
-            parts.chunks,
+            parts.stages,
             bare_batches,
             1,
             plan.sequence_length,

@@ -79,8 +79,8 @@ def load_checkpoint(
     takes_random_state = scope.random_state and _same_layout(common["args"])
     request = state_dict(parts, True, scope.optimizer, takes_random_state)
     state = load_state(request, checkpoint)
-    for index, chunk in enumerate(parts.chunks):
-        unwrap_model(chunk).load_state_dict(state[model_key(index, parts.chunks)])
+    for index, stage in enumerate(parts.stages):
+        unwrap_model(stage).load_state_dict(state[model_key(index, parts.stages)])
     if scope.optimizer:
         _load_optimizer(parts, state["optimizer"], common["opt_param_scheduler"], checkpoint)
     else:

@@ -42,7 +42,7 @@ class TrainingProgress:
 class TrainingParts:
     """What a checkpoint holds the state of."""
 
-    chunks: list[DistributedDataParallel]
+    stages: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -51,8 +51,8 @@ def state_dict(
     parts: TrainingParts, is_loading: bool, optimizer: bool = True, random_state: bool = True
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
-        model_key(index, parts.chunks): unwrap_model(chunk).sharded_state_dict(metadata=METADATA)
-        for index, chunk in enumerate(parts.chunks)
+        model_key(index, parts.stages): unwrap_model(stage).sharded_state_dict(metadata=METADATA)
+        for index, stage in enumerate(parts.stages)
     }
     if optimizer:
         allocate_adam_state(parts.optimizer)
@@ -65,9 +65,9 @@ def state_dict(
     return state
 
 
-def model_key(index: int, chunks: Sequence[object]) -> str:
+def model_key(index: int, stages: Sequence[object]) -> str:
     """As Megatron names them: `model`, or `model0`, `model1`, … in the interleaved schedule."""
-    return "model" if len(chunks) == 1 else f"model{index}"
+    return "model" if len(stages) == 1 else f"model{index}"
 
 
 #: What megatron and torch raise for a checkpoint; the latter's is no Exception.

@@ -51,7 +51,7 @@ def run(**options):
     (optimizer,) = trainer._parts.optimizer.chained_optimizers
     adam = optimizer.optimizer.state.values()
     return losses, {
-        "weights": digest(*trainer._parts.chunks[0].parameters()),
+        "weights": digest(*trainer._parts.stages[0].parameters()),
         "moments": digest(*(state[name] for state in adam for name in sorted(state))),
         "random states": digest(*random_states()),
         "schedule": trainer._parts.scheduler.num_steps,
@@ -108,7 +108,7 @@ def test_deterministic_mode_uses_deterministic_kernels(megatron):
         use_deterministic_algorithms()
         trainer = small_trainer(deterministic_mode=True)
         assert torch.are_deterministic_algorithms_enabled()
-        assert trainer._parts.chunks[0].config.deterministic_mode
+        assert trainer._parts.stages[0].config.deterministic_mode
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -86,7 +86,7 @@ def build(sizes, weights=None, **flags):
     from retro_mcore.checkpoint.conversion.model_weights import put_weights
     from retro_mcore.checkpoint.conversion.weights import Weight
     from retro_mcore.training.options.pretrain import ParallelOptions
-    from retro_mcore.training.setup.build import build_model_chunks
+    from retro_mcore.training.setup.build import build_model_stages
     from retro_mcore.training.setup.initialize import initialize_parallel, set_seeds
 
     layout = ParallelOptions(device="cpu", **sizes)
@@ -96,7 +96,7 @@ def build(sizes, weights=None, **flags):
         layout.num_virtual_stages_per_pipeline_rank,
     )
     set_seeds(1234)
-    chunks = build_model_chunks(arguments(**flags), layout)
+    chunks = build_model_stages(arguments(**flags), layout)
     if weights is not None:
         put_weights(chunks, {name: Weight.of(tensor) for name, tensor in weights.items()})
     return chunks

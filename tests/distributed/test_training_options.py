@@ -42,7 +42,7 @@ FROZEN = {
 
 
 def weights(trainer):
-    named = [item for chunk in trainer._parts.chunks for item in chunk.named_parameters()]
+    named = [item for chunk in trainer._parts.stages for item in chunk.named_parameters()]
     return {name.removeprefix("module."): value.detach().clone() for name, value in named}
 
 
@@ -73,7 +73,7 @@ def poisoned(**layout):
     """What stops a run whose second iteration meets a token with a weight that is no number."""
     trainer = small_trainer(**layout, untie_embeddings_and_output_weights=True)
     trainer._train_samples = OnePoisonedSample(TRAIN_SAMPLES)
-    for name, parameter in trainer._parts.chunks[0].named_parameters():
+    for name, parameter in trainer._parts.stages[0].named_parameters():
         if name.endswith("word_embeddings.weight"):
             with torch.no_grad():
                 parameter[VOCABULARY] = math.nan

@@ -98,24 +98,24 @@ def token_mean(config: ModelParallelConfig, positions: int) -> Iterator[None]:
 def _finalize_token_mean(
     finalize: Callable,
     positions: int,
-    chunks: Sequence[Any],
+    stages: Sequence[Any],
     num_tokens: Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    finalize(chunks, None, *args, **kwargs)
+    finalize(stages, None, *args, **kwargs)
     ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
     last = parallel_state.get_pipeline_model_parallel_last_rank()  # only it has counted
     total = num_tokens.to(torch.float64)
     dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
     dist.all_reduce(total, group=ranks)
     factor = positions * ranks.size() / total.clamp(min=1)
-    for chunk in chunks:
-        chunk.scale_gradients(factor)
+    for stage in stages:
+        stage.scale_gradients(factor)
 
 
 def forward_backward(
-    chunks: Sequence[torch.nn.Module],
+    stages: Sequence[torch.nn.Module],
     batches: Iterator[RetroBatch],
     num_microbatches: int,
     sequence_length: int,
@@ -128,7 +128,7 @@ def forward_backward(
     parallel ranks, however these are divided.
 
     Args:
-        chunks: This rank's stages of the model.
+        stages: This rank's stages of the model.
         batches: Micro batches, the same on every stage; `num_microbatches` are consumed.
         num_microbatches: Number of micro batches in this step.
         sequence_length: S.
@@ -138,15 +138,15 @@ def forward_backward(
     Returns:
         The micro batches' reports on the last pipeline stage, an empty list on the others.
     """
-    config = get_model_config(chunks[0])
+    config = get_model_config(stages[0])
     positions = num_microbatches * micro_batch_size * sequence_length
     # Every virtual stage reads the step's batches at its own pace.
-    iterators = itertools.tee(itertools.islice(batches, num_microbatches), len(chunks))
+    iterators = itertools.tee(itertools.islice(batches, num_microbatches), len(stages))
     with token_mean(config, positions):
         reports = get_forward_backward_func()(
             forward_step_func=partial(forward_step, positions),
             data_iterator=list(iterators),
-            model=list(chunks),
+            model=list(stages),
             num_microbatches=num_microbatches,
             micro_batch_size=micro_batch_size,
             forward_only=False,

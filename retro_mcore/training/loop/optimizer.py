@@ -73,22 +73,22 @@ def wrap_model(
 
 
 def build_optimizer(
-    chunks: Sequence[DistributedDataParallel], groups: EmbeddingGroups, plan: TrainingPlan
+    stages: Sequence[DistributedDataParallel], groups: EmbeddingGroups, plan: TrainingPlan
 ) -> MegatronOptimizer:
     """Build AdamW with megatron's wrappers for precision and the distributed optimizer.
 
     Also sets the stages' functions that scale and finalize gradients.
     """
     with naming_refusals():
-        config = _optimizer_config(plan, chunks[0].config.params_dtype)
-    overrides = _learning_rate_overrides(config, learning_rate_scale(chunks[0].config))
-    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+        config = _optimizer_config(plan, stages[0].config.params_dtype)
+    overrides = _learning_rate_overrides(config, learning_rate_scale(stages[0].config))
+    optimizer = get_megatron_optimizer(config, list(stages), config_overrides=overrides)
     if plan.options.check_for_nan_in_loss_and_grad:
         refuse_infinite_norms(optimizer)
-    for chunk in chunks:
-        chunk.config.grad_scale_func = optimizer.scale_loss
-        chunk.config.finalize_model_grads_func = finalize_model_grads_with(groups)
-    _overlap(chunks, plan)
+    for stage in stages:
+        stage.config.grad_scale_func = optimizer.scale_loss
+        stage.config.finalize_model_grads_func = finalize_model_grads_with(groups)
+    _overlap(stages, plan)
     return optimizer
 
 
@@ -113,33 +113,33 @@ def _optimizer_config(plan: TrainingPlan, params_dtype: torch.dtype) -> Optimize
     )
 
 
-def _overlap(chunks: Sequence[DistributedDataParallel], plan: TrainingPlan) -> None:
+def _overlap(stages: Sequence[DistributedDataParallel], plan: TrainingPlan) -> None:
     """Set when gradients are reduced: in a pipeline, on all stages at the same time."""
     overlap_in_pipeline = (
         plan.options.overlap_grad_reduce and plan.options.pipeline_model_parallel_size > 1
     )
-    no_sync = [chunk.no_sync for chunk in chunks]
-    grad_sync = [chunk.start_grad_sync for chunk in chunks]
-    for chunk in chunks:
-        chunk.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    no_sync = [stage.no_sync for stage in stages]
+    grad_sync = [stage.start_grad_sync for stage in stages]
+    for stage in stages:
+        stage.config.no_sync_func = no_sync if len(stages) > 1 else no_sync[0]
         if overlap_in_pipeline:
-            chunk.config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+            stage.config.grad_sync_func = grad_sync if len(stages) > 1 else grad_sync[0]
 
 
 @contextmanager
-def gathered_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+def gathered_weights(stages: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Context in which every rank holds the weights after the last step.
 
     With --overlap-param-gather they otherwise arrive only during the next forward pass.
     """
-    overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
-    for chunk in overlapping:
-        chunk.disable_forward_pre_hook()
+    overlapping = [stage for stage in stages if stage.ddp_config.overlap_param_gather]
+    for stage in overlapping:
+        stage.disable_forward_pre_hook()
     try:
         yield
     finally:
-        for chunk in overlapping:
-            chunk.enable_forward_pre_hook()
+        for stage in overlapping:
+            stage.enable_forward_pre_hook()
 
 
 def _learning_rate_overrides(config: OptimizerConfig, scale: float) -> dict[Any, Any] | None:

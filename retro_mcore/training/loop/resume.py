@@ -164,11 +164,11 @@ def order_of(samples: Samples, consumed: int) -> dict[str, Any]:
     return {"sample_order": order, "project_train_samples": len(samples)}
 
 
-def num_parameters(chunks: Sequence[torch.nn.Module]) -> int:
+def num_parameters(stages: Sequence[torch.nn.Module]) -> int:
     """Number of parameters of the whole model, over tensor and pipeline parallel ranks."""
     sharded = replicated = 0
-    for chunk in chunks:
-        for parameter in chunk.parameters():
+    for stage in stages:
+        for parameter in stage.parameters():
             if getattr(parameter, "shared", False):  # a copy of another stage's
                 continue
             if getattr(parameter, "tensor_model_parallel", False):

@@ -20,7 +20,7 @@ from retro_mcore.training.loop.loss import masked_loss, schedule_lengths, sum_ov
 
 @torch.no_grad()
 def token_losses(
-    chunks: Sequence[torch.nn.Module],
+    stages: Sequence[torch.nn.Module],
     batches: Iterable[RetroBatch],
     vocab_size: int | None = None,
     microbatches_per_step: int = 1,
@@ -30,7 +30,7 @@ def token_losses(
     The losses depend neither on padding rows of the embedding nor on the parallel layout.
 
     Args:
-        chunks: This rank's stages of the model, on its device.
+        stages: This rank's stages of the model, on its device.
         batches: The same on every rank of a model; each data parallel rank has its own.
         vocab_size: Size of the tokenizer's vocabulary, over which losses are normalized; None:
             all rows of the model's embedding.
@@ -40,16 +40,16 @@ def token_losses(
     Yields:
         Each batch and its losses f32 [B, S] in nats, unmasked; None except on the last stage.
     """
-    for chunk in chunks:
-        chunk.eval()
-    config, remaining = get_model_config(chunks[0]), iter(batches)
+    for stage in stages:
+        stage.eval()
+    config, remaining = get_model_config(stages[0]), iter(batches)
     while step := list(itertools.islice(remaining, microbatches_per_step)):
         length, retrieval = step[0].tokens.shape[1], step[0].retrieved_tokens is not None
         reports = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, vocab_size),
             # Every stage reads the step's batches at its own pace.
-            data_iterator=[iter(step) for _ in chunks],
-            model=list(chunks),
+            data_iterator=[iter(step) for _ in stages],
+            model=list(stages),
             num_microbatches=len(step),
             micro_batch_size=len(step[0].tokens),
             forward_only=True,
@@ -77,7 +77,7 @@ def _report(
 
 
 def total_loss(
-    chunks: Sequence[torch.nn.Module],
+    stages: Sequence[torch.nn.Module],
     batches: Iterable[RetroBatch],
     microbatches_per_step: int = 1,
     vocab_size: int | None = None,
@@ -87,12 +87,12 @@ def total_loss(
     Ranks may have batches of different number and size. The model's mode (training or evaluation)
     is restored. See `token_losses` for the arguments.
     """
-    was_training = chunks[0].training
+    was_training = stages[0].training
     total = torch.zeros(2, dtype=torch.float64)
-    for batch, losses_BS in token_losses(chunks, batches, vocab_size, microbatches_per_step):
+    for batch, losses_BS in token_losses(stages, batches, vocab_size, microbatches_per_step):
         if losses_BS is not None:
             total += masked_loss(batch, losses_BS)[2]["sums"].to("cpu", torch.float64)
-    for chunk in chunks:
-        chunk.train(was_training)
+    for stage in stages:
+        stage.train(was_training)
     loss_sum, num_tokens, _ = sum_over_ranks(total)
     return loss_sum, int(num_tokens)

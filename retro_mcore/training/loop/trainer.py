@@ -62,7 +62,7 @@ from retro_mcore.training.loop.spikes import SpikeDetector
 from retro_mcore.training.loop.stopping import StopConditions
 from retro_mcore.training.reporting.progress import StepReport, TrainingReporter
 from retro_mcore.training.reporting.sinks import check_sinks
-from retro_mcore.training.setup.build import build_model_chunks
+from retro_mcore.training.setup.build import build_model_stages
 from retro_mcore.training.setup.freezing import freeze_decoder, freeze_retrieval
 from retro_mcore.training.setup.gpt_contents import contents_of_gpt
 from retro_mcore.training.setup.initialize import (
@@ -118,7 +118,7 @@ class Trainer:
                     check_order(saved, train_samples, checkpoint)
             self._num_microbatches = set_batch_sizes(plan.batch_sizes, options.micro_batch_size)
             set_seeds(plan.project.retro_gpt_seed)
-            models = build_model_chunks(plan.arguments, options, options)
+            models = build_model_stages(plan.arguments, options, options)
             check_sinks(options.tensorboard_dir, options.wandb_project)
             if get_rank() == 0:
                 plan.save_options()
@@ -178,7 +178,7 @@ class Trainer:
                     result.loss_curve = reporter.draw()
         result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
         result.seconds = time.perf_counter() - started
-        result.num_parameters = num_parameters(self._parts.chunks)
+        result.num_parameters = num_parameters(self._parts.stages)
         return result
 
     def evaluate(self, test_samples: Samples | None) -> TrainingResult:
@@ -195,13 +195,13 @@ class Trainer:
             result.test_loss = self._loss_of(test_samples)
         result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
         result.seconds = time.perf_counter() - started
-        result.num_parameters = num_parameters(self._parts.chunks)
+        result.num_parameters = num_parameters(self._parts.stages)
         return result
 
     def _loop(self, stop: StopConditions, reporter: TrainingReporter) -> None:
         batches = self._train_batches()
-        for chunk in self._parts.chunks:
-            chunk.train()
+        for stage in self._parts.stages:
+            stage.train()
         while self._progress.iteration < self.plan.train_iters:
             told_to_stop = self._train_step(batches, reporter, stop.wanted)
             self._report_saved(self._saver.finish(wait=False), reporter)
@@ -229,11 +229,11 @@ class Trainer:
         """Run one iteration, and return whether any rank wants to stop after it."""
         parts, progress, plan = self._parts, self._progress, self.plan
         samples = plan.batch_sizes.after(progress.consumed_samples)
-        for chunk in parts.chunks:
-            chunk.zero_grad_buffer()
+        for stage in parts.stages:
+            stage.zero_grad_buffer()
         parts.optimizer.zero_grad()
         reports = forward_backward(
-            parts.chunks,
+            parts.stages,
             batches,
             self._num_microbatches * samples // plan.global_batch_size,
             plan.sequence_length,
@@ -299,9 +299,9 @@ class Trainer:
         """Mean loss over a split's first eval_iters batches."""
         stop = self.plan.project.retro_gpt_eval_iters * self.plan.global_batch_size
         batches = read_batches(self._numbered(samples), self._sampler(0, stop), 0, self._device)
-        with gathered_weights(self._parts.chunks):
+        with gathered_weights(self._parts.stages):
             loss_sum, num_tokens = total_loss(
-                self._parts.chunks,
+                self._parts.stages,
                 batches,
                 self._num_microbatches,
                 self.plan.arguments.vocab_size,
@@ -316,7 +316,7 @@ class Trainer:
         if self._gpt_contents is not None:
             args.gpt_contents = self._gpt_contents
         self._report_saved(self._saver.finish(), reporter)
-        with gathered_weights(self._parts.chunks):
+        with gathered_weights(self._parts.stages):
             self._report_saved(self._saver.save(self._parts, self._progress, args), reporter)
 
     def _report_saved(self, checkpoint: Path | None, reporter: TrainingReporter) -> None:
@@ -342,7 +342,7 @@ class Trainer:
         return NumberedSamples(samples, retrieval=self.plan.with_retrieval)
 
     def _reporter(self) -> TrainingReporter:
-        config = self._parts.chunks[0].config
+        config = self._parts.stages[0].config
         with raise_together():
             return TrainingReporter(self.plan, config, self._progress.iteration, self._device)
         raise AssertionError("unreachable: raise_together does not swallow errors")
@@ -364,6 +364,6 @@ def _training_parts(models: Sequence[GPTModel], plan: TrainingPlan) -> TrainingP
     if plan.freeze_retrieval:
         freeze_retrieval(models)
     # As in Megatron, only gradients of the first virtual stage are worth reducing early.
-    chunks = [wrap_model(model, plan, index > 0) for index, model in enumerate(models)]
-    optimizer = build_optimizer(chunks, groups, plan)
-    return TrainingParts(chunks, optimizer, build_scheduler(optimizer, plan))
+    stages = [wrap_model(model, plan, index > 0) for index, model in enumerate(models)]
+    optimizer = build_optimizer(stages, groups, plan)
+    return TrainingParts(stages, optimizer, build_scheduler(optimizer, plan))

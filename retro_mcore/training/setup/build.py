@@ -27,14 +27,14 @@ __all__ = [
     "arguments_from",
     "build_config",
     "build_model",
-    "build_model_chunks",
+    "build_model_stages",
     "default_ffn_hidden_size",
     "number_of_positions",
     "padded_vocab_size",
 ]
 
 
-def build_model_chunks(
+def build_model_stages(
     arguments: ModelArguments,
     parallel: ParallelOptions,
     recompute: RecomputeOptions | None = None,

@@ -212,7 +212,7 @@ def test_half_precision_main_weights_follow_the_loaded_ones(tmp_path):
 
 
 def parameters(trainer):
-    return [value.tolist() for value in trainer._parts.chunks[0].parameters()]
+    return [value.tolist() for value in trainer._parts.stages[0].parameters()]
 
 
 def adam_state(trainer):

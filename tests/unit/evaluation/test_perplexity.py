@@ -23,7 +23,7 @@ def test_the_loss_is_the_mean_over_all_tokens_whatever_the_batches(neighbors):
     from retro_mcore.evaluation.perplexity import measure_perplexity
     from retro_mcore.samples.batch import collate
 
-    model = small_trainer(**NO_DROPOUT)._parts.chunks[0].module
+    model = small_trainer(**NO_DROPOUT)._parts.stages[0].module
     samples = RandomSamples(5)
     measured = [
         measure_perplexity(model, samples, "valid", neighbors, num_samples=5, micro_batch_size=size)

@@ -106,7 +106,7 @@ def parts_with_padded_buckets(megatron, monkeypatch):
     sizes = {"retro_encoder_num_layers": 1, "ffn_hidden_size": 60}
     trainer = small_trainer(**NO_DROPOUT, **sizes, use_distributed_optimizer=True)
     parts = trainer._parts
-    for index, parameter in enumerate(parts.chunks[0].parameters()):
+    for index, parameter in enumerate(parts.stages[0].parameters()):
         parameter.main_grad.copy_(torch.full_like(parameter, 1e-3 * (index + 1)))
     parts.optimizer.step()
     return parts
@@ -116,7 +116,7 @@ def test_an_infinite_gradient_norm_stops_the_step_before_the_weights_change(mega
     from retro_mcore.platform.optimizer_state import InfiniteNormError
 
     trainer = small_trainer(**NO_DROPOUT)
-    optimizer, (model,) = trainer._parts.optimizer, trainer._parts.chunks
+    optimizer, (model,) = trainer._parts.optimizer, trainer._parts.stages
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.main_grad.fill_(1e-3)
@@ -161,7 +161,7 @@ def test_saved_moments_are_the_parameters_own(parts_with_padded_buckets):
     (buffer,) = inner.buffers
     assert len(buffer.buckets) > 1
     assert buffer.buckets[0].numel_unpadded < buffer.buckets[0].grad_data.numel()
-    model = unwrap_model(parts.chunks[0])
+    model = unwrap_model(parts.stages[0])
     sharded = model.sharded_state_dict(metadata=METADATA)
     with unpadded_bucket_offsets(parts.optimizer):
         state = inner.sharded_param_state_fully_reshardable(sharded, metadata=METADATA)

@@ -18,7 +18,7 @@ ENCODER = {
 
 def shapes(trainer):
     """The parameters' shapes by name."""
-    parameters = trainer._parts.chunks[0].module.named_parameters()
+    parameters = trainer._parts.stages[0].module.named_parameters()
     return {name: tuple(parameter.shape) for name, parameter in parameters}
 
 

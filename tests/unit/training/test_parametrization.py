@@ -19,7 +19,7 @@ def rates(trainer):
     parts = trainer._parts
     groups = parts.optimizer.param_groups
     rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
-    return {name: rate_of[id(p)] for name, p in parts.chunks[0].module.named_parameters()}
+    return {name: rate_of[id(p)] for name, p in parts.stages[0].module.named_parameters()}
 
 
 def test_hidden_weights_learn_slower_under_mup():
@@ -49,7 +49,7 @@ def test_resumed_equals_uninterrupted(tmp_path, distributed):
 
 def test_the_norm_after_cross_attention_trains_with_a_frozen_decoder():
     trainer = small_trainer(**MUP, freeze_decoder=True)
-    learning = {n for n, p in trainer._parts.chunks[0].module.named_parameters() if p.requires_grad}
+    learning = {n for n, p in trainer._parts.stages[0].module.named_parameters() if p.requires_grad}
     assert "decoder.layers.1.cross_attn_bda.norm.weight" in learning
     assert not any("mlp_bda" in name and name.startswith("decoder") for name in learning)
 

@@ -31,7 +31,7 @@ def test_operations_are_those_that_pytorch_counts(shape):
     from retro_mcore.training.reporting.flops import forward_flops_per_sample
 
     trainer = small_trainer(**NO_DROPOUT, **SHAPES[shape])
-    (chunk,) = trainer._parts.chunks
+    (chunk,) = trainer._parts.stages
     batch = next(trainer._train_batches())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         chunk.eval()(**batch.model_inputs(), labels=batch.labels)

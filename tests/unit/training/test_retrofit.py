@@ -40,7 +40,7 @@ def trainer(path, **changes):
 
 
 def model_of(trainer):
-    return trainer._parts.chunks[0].module
+    return trainer._parts.stages[0].module
 
 
 def test_a_run_starts_from_the_gpt_and_resumes_from_itself(megatron, tmp_path, capsys):

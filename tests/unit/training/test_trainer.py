@@ -31,7 +31,7 @@ def uninterrupted(tmp_path_factory, megatron):
 
 def weights(trainer):
     parts = trainer._parts
-    state = {name: value.clone() for name, value in parts.chunks[0].named_parameters()}
+    state = {name: value.clone() for name, value in parts.stages[0].named_parameters()}
     for index, moments in enumerate(parts.optimizer.chained_optimizers[0].optimizer.state.values()):
         state.update({f"{index}.{name}": value.clone() for name, value in moments.items()})
     return state
@@ -123,7 +123,7 @@ def test_a_nan_loss_names_iteration_and_samples():
 
     trainer = small_trainer(untie_embeddings_and_output_weights=True)
     trainer._train_samples = OnePoisonedSample(TRAIN_SAMPLES)
-    model = trainer._parts.chunks[0]
+    model = trainer._parts.stages[0]
     with torch.no_grad():
         model.module.embedding.word_embeddings.weight[VOCABULARY] = math.nan
     before = [parameter.clone() for parameter in model.parameters()]

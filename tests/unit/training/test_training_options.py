@@ -28,7 +28,7 @@ def records(directory, kind="train"):
 
 
 def parameters(trainer):
-    chunk = trainer._parts.chunks[0].module
+    chunk = trainer._parts.stages[0].module
     named = ((name.removeprefix("module."), value) for name, value in chunk.named_parameters())
     return {name: value.detach().clone() for name, value in named}
 
@@ -102,7 +102,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step():
     from retro_mcore.training.loop.loss import NonFiniteLossError
 
     trainer = small_trainer()
-    (weight, *_) = trainer._parts.chunks[0].module.decoder.parameters()
+    (weight, *_) = trainer._parts.stages[0].module.decoder.parameters()
     weight.register_hook(lambda gradient: gradient * math.inf)
     before = parameters(trainer)
     with pytest.raises(NonFiniteLossError, match=r"gradient norm is \w+ on samples \[0, 1, 2, 3\]"):
