@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -49,6 +50,8 @@ def documents_result(tmp_path_factory):
             leakage=True,
         )
     )
+    # Other tests search the documents with other options.
+    shutil.copytree(built_project() / "query" / "valid_documents", folder / "valid_documents")
     return folder, result
 
 
@@ -111,7 +114,7 @@ def test_no_neighbor_comes_from_the_chunks_own_document(documents_result):
     from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
 
     documents = HeldOutDocuments.open(built_project(), "valid", 1)
-    saved = SavedNeighbors(built_project() / "query" / "valid_documents")
+    saved = SavedNeighbors(documents_result[0] / "valid_documents")
     assert (len(saved), saved.num_saved) == (documents.num_chunks, 10)
     found = ChunkDatabase.open(built_project()).documents(saved.rows(0, len(saved)))[..., 1]
     assert not set(found.ravel().tolist()) & set(documents.number.tolist())
