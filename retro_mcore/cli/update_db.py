@@ -11,7 +11,9 @@ from retro_mcore.cli.command import run_command
 from retro_mcore.cli.output import print_summary
 from retro_mcore.cli.project_options import ProjectOptions
 from retro_mcore.data.corpus.counts import loss_rows
-from retro_mcore.stages.update_db import STAGE, UpdateDbConfig, UpdateDbReport, run
+from retro_mcore.stages.build_db import BuildDbReport
+from retro_mcore.stages.build_index import BuildIndexReport
+from retro_mcore.stages.update_db import STAGE, StageReport, UpdateDbConfig, UpdateDbReport, run
 
 
 @dataclass
@@ -27,20 +29,24 @@ class UpdateDbOptions(UpdateDbConfig, ProjectOptions):
 
 
 def update_db(options: UpdateDbOptions) -> UpdateDbReport:
-    """Run the stage and print its summary; see `retro_mcore.stages.update_db.run`."""
-    report = run(options.project_dir, options)
+    """Run the stage and print summaries; see `retro_mcore.stages.update_db.run`."""
+    report = run(options.project_dir, options, on_stage=print_stage)
     print_report(report)
     return report
 
 
+def print_stage(report: StageReport) -> None:
+    """Print the summary of a stage that has finished."""
+    if isinstance(report, BuildDbReport):
+        build_db.print_report(report)
+    elif isinstance(report, BuildIndexReport):
+        build_index.print_report(report)
+    else:
+        query_neighbors.print_report(report)
+
+
 def print_report(report: UpdateDbReport) -> None:
-    """Print the summaries of a run: of the stages that it ran, then its own."""
-    if report.database is not None:
-        build_db.print_report(report.database)
-    if report.index is not None:
-        build_index.print_report(report.index)
-    if report.neighbors is not None:
-        query_neighbors.print_report(report.neighbors)
+    """Print the summary of the whole run."""
     rows = {
         "retrieved from": f"{report.num_chunks} chunks, {report.num_before} before",
         "database": report.project,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from retro_mcore.data.corpus.counts import read_counts, total
 from retro_mcore.data.corpus.documents import text_cleaner
@@ -56,6 +56,12 @@ class UpdateDbConfig:
     """Device that the embedder runs on: auto, cpu or cuda."""
 
 
+#: Report of a stage that update_db runs.
+StageReport: TypeAlias = (
+    build_db.BuildDbReport | build_index.BuildIndexReport | query_neighbors.QueryNeighborsReport
+)
+
+
 @dataclass(frozen=True)
 class UpdateDbReport:
     """Database that a project was switched to.
@@ -79,12 +85,17 @@ class UpdateDbReport:
     neighbors: query_neighbors.QueryNeighborsReport | None = None
 
 
-def run(project: Project, config: UpdateDbConfig) -> UpdateDbReport:
+def run(
+    project: Project,
+    config: UpdateDbConfig,
+    on_stage: Callable[[StageReport], None] = lambda report: None,
+) -> UpdateDbReport:
     """Grow or exchange the database that a project's samples retrieve from; on all ranks.
 
     Args:
         project: Project directory, after query_neighbors.
         config: Configuration of this stage.
+        on_stage: Called with the report of each stage as soon as that stage has finished.
 
     Raises:
         ProjectError: the project, or the other one, lacks a stage; they do not fit; another run
@@ -105,13 +116,14 @@ def run(project: Project, config: UpdateDbConfig) -> UpdateDbReport:
             before = ChunkDatabase.open(paths.root)
         database, index, neighbors = None, None, None
         if config.append:
-            target, database, index = _grow(config, paths, project_config)
+            target, database, index = _grow(config, paths, project_config, on_stage)
         else:
             target = ProjectPaths(str(config.exchange))
         if target.root == paths.root:
             _return(paths, project_config)
         else:
             neighbors = _switch(config, paths, project_config, target)
+            on_stage(neighbors)
         with raise_together():
             now = ChunkDatabase.open(paths.root)
     counts = stage_report(target, STAGE) if config.append else {}
@@ -128,7 +140,10 @@ def _check(config: UpdateDbConfig) -> None:
 
 
 def _grow(
-    config: UpdateDbConfig, paths: ProjectPaths, project_config: ProjectConfig
+    config: UpdateDbConfig,
+    paths: ProjectPaths,
+    project_config: ProjectConfig,
+    on_stage: Callable[[StageReport], None],
 ) -> tuple[ProjectPaths, build_db.BuildDbReport, build_index.BuildIndexReport]:
     """Make a project inside this one, with the new documents behind the old, up to its index."""
     with raise_together():
@@ -151,6 +166,7 @@ def _grow(
         make_grown_project(base, grown, sources, prefixes, reader, made_from)
         _record(grown, prefixes, reader, clean)
     database = build_db.run(grown, _restored(base, build_db.STAGE, build_db.BuildDbConfig))
+    on_stage(database)
     index_config = _restored(base, build_index.STAGE, build_index.BuildIndexConfig)
     # The index that the old documents are in, by its own name: "auto" could choose another.
     index_config = replace(
@@ -160,7 +176,9 @@ def _grow(
         ef_search=settings.ef_search,
         device=config.device,
     )
-    return grown, database, build_index.run(grown, index_config)
+    index = build_index.run(grown, index_config)
+    on_stage(index)
+    return grown, database, index
 
 
 def _reader(

@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron.core.transformer import MLATransformerConfig
 
+from retro_mcore.checkpoint.conversion.architecture import LACKED
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, RetroError, check_all, raise_problems
 from retro_mcore.model.config import RetroConfig
@@ -47,23 +48,16 @@ _ELSEWHERE = "Leave it out, or use tools/pretrain_retro.py"
 
 #: Arguments that are refused, with the values that ask for nothing, and what to do.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    **{name: ((*_OFF, *neutral), _OTHER_MODEL) for name, neutral in LACKED.items()},
     **dict.fromkeys(
         (
-            *("num_experts", "multi_latent_attention", "mtp_num_layers", "use_mup"),
-            *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
-            *("hybrid_layer_pattern", "hybrid_override_pattern", "is_hybrid_model"),
-            *("experimental_attention_variant", "linear_attention_freq", "linear_attention_type"),
-            *("window_size", "window_attn_skip_freq", "qk_l2_norm", "qk_clip", "no_rope_freq"),
-            *("attention_output_gate", "mrope_section", "glu_linear_offset", "openai_gelu"),
-            *("activation_func_clamp_value", "apply_residual_connection_post_layernorm"),
-            *("fp4", "use_kitchen_attention", "kitchen_config_file", "kitchen_recipe_number"),
-            *("enable_hyper_connections", "te_precision_config_file", "use_legacy_models"),
+            *("window_size", "qk_clip", "openai_gelu", "fp4", "use_kitchen_attention"),
+            *("kitchen_config_file", "kitchen_recipe_number", "te_precision_config_file"),
+            "use_legacy_models",
         ),
         (_OFF, _OTHER_MODEL),
     ),
-    "softmax_type": ((None, "vanilla"), _OTHER_MODEL),
     "position_embedding_type": ((None, "learned_absolute", "rope"), "Use one of these"),
-    "rope_type": ((None, "rope"), _OTHER_MODEL),
     "transformer_impl": ((None, "local", "transformer_engine"), "Use one of these"),
     "context_parallel_size": ((None, 1), "Use tensor parallelism: nothing here divides samples"),
     "expert_model_parallel_size": ((None, 1), _OTHER_MODEL),

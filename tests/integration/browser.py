@@ -70,7 +70,7 @@ def browser() -> Iterator[Page]:
     """A browser for as long as the body runs; the test is skipped where there is none."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
-        pytest.skip(f"none of {', '.join(NAMES)} is installed")
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
     (to_read, to_write), (from_read, from_write) = os.pipe(), os.pipe()
     # The browser reads from descriptor 3 and writes to 4.
     command = (

@@ -14,14 +14,17 @@ from retro_mcore.errors import CheckpointError
 
 # Arguments of training and its data that conversion keeps; Megatron calls them the same.
 _OF_TRAINING = ("seed", "bf16", "fp16", "document_tokens")
-# Megatron's arguments for computations that our model lacks, with the values that turn them off.
-_LACKED: dict[str, tuple[Any, ...]] = {
+#: Megatron's arguments for computations that our model lacks, with the values that turn them off
+#: besides None, False and 0. Refused by conversion and inside Megatron-LM's trainer.
+LACKED: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("learned_absolute", "rope"),
+    "rope_type": ("rope",),
     "normalization": ("LayerNorm", "RMSNorm"),
+    "qk_l2_norm": (),
     "num_experts": (),
     "num_moe_experts": (),
     "multi_latent_attention": (),
-    "mtp_num_layers": (0,),
+    "mtp_num_layers": (),
     "apply_residual_connection_post_layernorm": (),
     "softmax_scale": (),
     "softmax_type": ("vanilla",),
@@ -31,9 +34,11 @@ _LACKED: dict[str, tuple[Any, ...]] = {
     "quick_geglu": (),
     "swiglu_limit": (),
     "activation_func_clamp_value": (),
-    "glu_linear_offset": (0.0,),
+    "glu_linear_offset": (),
     "experimental_attention_variant": (),
     "linear_attention_freq": (),
+    "linear_attention_type": (),
+    "enable_hyper_connections": (),
     "heterogeneous_layers_config_path": (),
     "heterogeneous_layers_config_encoded_json": (),
     "hybrid_override_pattern": (),
@@ -90,8 +95,8 @@ def _window_flags(values: Mapping[str, Any], source: object) -> Flags:
 def _refuse_lacked(values: Mapping[str, Any], source: object) -> None:
     found = [
         f"{name} {values[name]!r}"
-        for name, neutral in _LACKED.items()
-        if values.get(name) not in (None, False, *neutral)
+        for name, neutral in LACKED.items()
+        if values.get(name) not in (None, False, 0, *neutral)
     ]
     if found:
         raise CheckpointError(

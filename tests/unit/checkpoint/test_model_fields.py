@@ -281,6 +281,10 @@ def test_the_same_said_in_other_words_is_written(option, target):
         {"no_rope_freq": 4},
         {"window_attn_skip_freq": 2, "window_size": (127, 0)},
         {"apply_residual_connection_post_layernorm": True},
+        {"qk_l2_norm": True},
+        {"rope_type": "yarn"},
+        {"linear_attention_type": "gated_delta_net"},
+        {"enable_hyper_connections": True},
     ],
 )
 def test_megatrons_own_options_that_we_lack_are_refused_by_name(argument):

@@ -35,6 +35,8 @@ from retro_mcore.retrieval.rerank import load_reranker
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.retro_dataset import build_retro_datasets
 from retro_mcore.stages import query_neighbors as query_command
+from retro_mcore.stages import update_db as update_stage
+from retro_mcore.stages.update_db import UpdateDbConfig
 from tests.unit.data.projects import documents, forget_neighbors, preprocess_options, write_corpus
 
 
@@ -201,7 +203,8 @@ def test_neighbors_are_searched_as_before(
         "retro_mcore.stages.query_neighbors.query_other_database",
         lambda *given: searched.append(given[1]),
     )
-    update_db(UpdateDbOptions(str(project), append=[str(folder / "more.jsonl")], **asked))
+    asked = UpdateDbConfig(append=[str(folder / "more.jsonl")], **asked)
+    update_stage.run(project, asked)
     (options,) = searched
     assert {name: getattr(options, name) for name in expected} == expected
 
@@ -261,6 +264,17 @@ def test_an_interrupted_update_leaves_the_old_in_use(
     update_db(options)
     assert all(report.reused == report.total for report in built)  # searched before the last one
     assert (samples(project)["neighbor_chunks"] != before["neighbor_chunks"]).any()
+
+
+def test_finished_stages_are_shown_even_if_a_later_one_fails(folder, monkeypatch, capsys):
+    """Their counts would be lost from the log of a run that is killed in the search."""
+    monkeypatch.setattr("retro_mcore.stages.query_neighbors.query_other_database", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        update_db(UpdateDbOptions(str(folder / "project"), append=[str(folder / "more.jsonl")]))
+    printed = capsys.readouterr().out
+    assert "build_db" in printed
+    assert "build_index" in printed
+    assert "query_neighbors" not in printed
 
 
 def _interrupt(*args: object, **kwargs: object) -> None:
