@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 #: Exit code of a command that ends with one of these errors.
 EXIT_CODE = 2
@@ -97,6 +97,24 @@ def raise_problems(problems: Sequence[RetroError]) -> None:
         raise problems[0]
     if problems:
         raise SeveralErrors(problems)
+
+
+def flag_of(option: str) -> str:
+    """The flag of an option as the user writes it: `--seq-length` for `seq_length`."""
+    return f"--{option.replace('_', '-')}"
+
+
+def too_small(options: object, least: Mapping[str, int]) -> Iterator[ConfigurationError]:
+    """Yield an error for each number below its least value; None is not a number.
+
+    Args:
+        options: An object with the options as attributes.
+        least: The least value of each option to check.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            yield ConfigurationError(flag_of(name), str(value), f"Choose at least {bound}")
 
 
 def check_all(*checks: Callable[[], object]) -> None:

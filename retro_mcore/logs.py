@@ -163,7 +163,9 @@ class _RankFile(logging.Handler):
         except OSError as error:
             self._failed = True
             reason = error.strerror or error
-            _LOG.warning("log file %s cannot be written (%s): going on", self._path, reason)
+            _LOG.warning(
+                "log file %s cannot be written (%s): continuing without it", self._path, reason
+            )
         except Exception:
             self.handleError(record)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from retro_mcore.cli.flag_spellings import option_names
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.training.options.run import model_options
 
 
@@ -70,7 +70,7 @@ def _flags(options_type: type, values: Mapping[str, object], given: Sequence[str
     for key, value in values.items():
         if value is None or key in names or f"no_{key}" in names:
             continue
-        flag = f"--{key.replace('_', '-')}"
+        flag = flag_of(key)
         if isinstance(value, bool) and key in defaults:
             if value != defaults[key]:
                 flags.append(flag if value else f"--no-{key.replace('_', '-')}")

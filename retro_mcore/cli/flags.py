@@ -19,7 +19,7 @@ from retro_mcore.cli.flag_spellings import (
     without_redundant_switches,
 )
 from retro_mcore.cli.help import print_help
-from retro_mcore.errors import ConfigurationError, raise_problems
+from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 
 Options = TypeVar("Options")
 
@@ -117,6 +117,6 @@ def _refuse_empty_paths(options: object) -> None:
         value = getattr(options, field.name)
         given = value if isinstance(value, list) else [value]
         if "" in given and value != field.default:
-            flag = f"--{field.name.replace('_', '-')}"
+            flag = flag_of(field.name)
             problems.append(ConfigurationError(flag, "an empty path", "Name a file or a directory"))
     raise_problems(problems)

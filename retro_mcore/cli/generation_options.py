@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from retro_mcore.distributed import initialize
-from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.errors import ConfigurationError, RetroError, flag_of, raise_problems
 from retro_mcore.platform import distributed_backend, setup_device
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def check_retrieval_flags(options: GenerationModelOptions, neighbors_given: bool
     instead = "--neighbors" if neighbors_given else f"--retro-neighbors {options.retro_neighbors}"
     searches = options.retro_neighbors == "live" and not neighbors_given
     for name, least, default in (("retrieval_interval", 1, 1), ("retrieval_lead", 0, 0)):
-        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        value, flag = getattr(options, name), flag_of(name)
         if value < least:
             problems.append(ConfigurationError(flag, str(value), f"Give {least} or more"))
         elif value != default and not searches:

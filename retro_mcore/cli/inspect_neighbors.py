@@ -13,7 +13,7 @@ import numpy as np
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.output import print_summary
 from retro_mcore.distributed import initialize
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, raise_problems, too_small
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.retrieval.neighbor_page import render
@@ -106,10 +106,7 @@ def inspect_neighbors(options: InspectNeighborsOptions) -> InspectedNeighbors:
 
 
 def _check_options(options: InspectNeighborsOptions) -> None:
-    for name, least in _LEAST.items():
-        if getattr(options, name) < least:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigurationError(flag, str(getattr(options, name)), f"Give {least} or more")
+    raise_problems(list(too_small(options, _LEAST)))
 
 
 def _choose(options: InspectNeighborsOptions, count: int) -> list[int]:

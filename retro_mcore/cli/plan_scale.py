@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.tables.scale import print_plan
 from retro_mcore.distributed import initialize
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
@@ -77,10 +77,14 @@ def plan_scale(options: PlanScaleOptions) -> ScalePlan:
         ConfigurationError: a number is out of range.
         ProjectError: the project has no database to measure with.
     """
-    for name in _POSITIVE:
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ConfigurationError(f"--{name.replace('_', '-')}", str(value), "Give more than 0")
+    values = {name: getattr(options, name) for name in _POSITIVE}
+    raise_problems(
+        [
+            ConfigurationError(flag_of(name), str(value), "Give more than 0")
+            for name, value in values.items()
+            if value is not None and not value > 0
+        ]
+    )
     work = _workload(options)
     rates, work = _rates(options, work)
     node = Node(options.gpus_per_node, options.cores_per_node, options.node_memory * 1e9)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, raise_problems, too_small
 from retro_mcore.training.options.pretrain import ParallelOptions
 
 #: Options that must be at least 1 if given.
@@ -95,18 +96,14 @@ class EvaluatePerplexityConfig:
 
         Raises:
             ConfigurationError: a value is invalid. Names the flag.
+            SeveralErrors: several values are invalid.
         """
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise ConfigurationError(flag, str(value), "Choose at least 1")
+        raise_problems([*too_small(self, dict.fromkeys(_POSITIVE, 1)), *self._problems()])
+
+    def _problems(self) -> Iterator[ConfigurationError]:
         for alpha in self.leakage_alphas:
             if not 0 <= alpha <= 1:
-                raise ConfigurationError("--leakage-alphas", str(alpha), "Give numbers from 0 to 1")
-        self._check_protocol()
-
-    def _check_protocol(self) -> None:
+                yield ConfigurationError("--leakage-alphas", str(alpha), "Give numbers from 0 to 1")
         of_documents = {
             "--leakage": self.leakage,
             "--overlapping-eval": self.overlapping_eval is not None,
@@ -114,12 +111,12 @@ class EvaluatePerplexityConfig:
         }
         for flag, given in of_documents.items():
             if given and self.protocol == "samples":
-                raise ConfigurationError(
+                yield ConfigurationError(
                     flag, "given with --protocol samples", "Add --protocol documents, or both"
                 )
         if self.leakage_alphas and not self.leakage:
-            raise ConfigurationError("--leakage-alphas", "given without --leakage", "Add --leakage")
+            yield ConfigurationError("--leakage-alphas", "given without --leakage", "Add --leakage")
         if self.eval_iters is not None and self.protocol == "documents":
-            raise ConfigurationError(
+            yield ConfigurationError(
                 "--eval-iters", "given with --protocol documents", "Give --eval-documents"
             )

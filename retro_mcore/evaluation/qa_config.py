@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from retro_mcore.data.instruction.examples import PassageKind
 from retro_mcore.data.instruction.prompts import PromptFormat
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, raise_problems, too_small
 from retro_mcore.training.options.pretrain import ParallelOptions
+
+_LEAST = {
+    "num_gen": 1,
+    "max_new_tokens": 1,
+    "micro_batch_size": 1,
+    "num_resamples": 1,
+    "ft_neighbours": 0,
+}
 
 
 @dataclass(kw_only=True)
@@ -107,35 +116,31 @@ class EvaluateQaConfig:
 
         Raises:
             ConfigurationError: a value is invalid. Names the flag.
+            SeveralErrors: several values are invalid.
         """
+        raise_problems([*too_small(self, _LEAST), *self._problems()])
+
+    def _problems(self) -> Iterator[ConfigurationError]:
         if self.predictions is None:
             for flag, value in (("--project-dir", self.project_dir), ("--load", self.load)):
                 if value is None:
-                    raise ConfigurationError(
+                    yield ConfigurationError(
                         flag, "not given", "Give it, or --predictions to score"
                     )
         if self.ablate_retrieval and self.retro_neighbors == "none":
-            raise ConfigurationError(
+            yield ConfigurationError(
                 "--ablate-retrieval",
                 "there is no retrieval to switch off with --retro-neighbors none",
                 "Add --retro-neighbors live or passages",
             )
         if self.ablate_retrieval and self.predictions is not None:
-            raise ConfigurationError("--ablate-retrieval", "given with --predictions", "Give one")
-        for flag in ("num_gen", "max_new_tokens", "micro_batch_size", "num_resamples"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ConfigurationError(
-                    f"--{flag.replace('_', '-')}", str(value), "Give at least 1"
-                )
-        if self.ft_neighbours < 0:
-            raise ConfigurationError("--ft-neighbours", str(self.ft_neighbours), "Give 0 or more")
+            yield ConfigurationError("--ablate-retrieval", "given with --predictions", "Give one")
         if not 0 < self.confidence_level < 1:
-            raise ConfigurationError(
+            yield ConfigurationError(
                 "--confidence-level", str(self.confidence_level), "Give a number between 0 and 1"
             )
         if self.reuse_top and (self.predictions or self.retro_neighbors != "passages"):
             found = "given, but the encoder reads none of the test file's passages"
-            raise ConfigurationError("--reuse-top", found, "Add --retro-neighbors passages")
+            yield ConfigurationError("--reuse-top", found, "Add --retro-neighbors passages")
         if "" in self.stop:
-            raise ConfigurationError("--stop", "an empty text", "Give texts to stop at")
+            yield ConfigurationError("--stop", "an empty text", "Give texts to stop at")

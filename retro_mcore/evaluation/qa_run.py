@@ -14,7 +14,7 @@ from typing import Any
 from retro_mcore import session
 from retro_mcore.data.instruction.examples import InstructionExample, read_examples
 from retro_mcore.distributed import broadcast_object, get_rank, raise_together
-from retro_mcore.errors import CorpusError
+from retro_mcore.errors import CorpusError, flag_of
 from retro_mcore.evaluation.bootstrap import Estimate, estimate_mean
 from retro_mcore.evaluation.predictions import predict
 from retro_mcore.evaluation.qa_config import EvaluateQaConfig
@@ -206,7 +206,7 @@ def _settings(
         "--tensor-model-parallel-size": config.tensor_model_parallel_size,
         "--retro-neighbors": neighbors,
         "--retro-attention-gate": None if neighbors == "none" else config.retro_attention_gate,
-        **{f"--{name.replace('_', '-')}": value for name, value in asdict(asked).items()},
+        **{flag_of(name): value for name, value in asdict(asked).items()},
         "--sampling": sampling,
     }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, too_small
 
 Metadata: TypeAlias = dict[str, Any]
 
@@ -205,11 +205,7 @@ def stated(key: str, options: type) -> dict[str, Any]:
 
 def below_minimum(options: Any) -> Iterator[ConfigurationError]:
     """An error for every number below its minimum, naming the flag."""
-    for name, smallest in stated("at_least", type(options)).items():
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            flag = "--" + name.replace("_", "-")
-            yield ConfigurationError(flag, str(value), f"Choose at least {smallest}")
+    return too_small(options, stated("at_least", type(options)))
 
 
 def out_of_range(values: Any, options: type) -> Iterator[ConfigurationError]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.model.option_traits import (
     MEGATRON,
     at_least,
@@ -262,7 +262,7 @@ class ModelOptions(RetroOptions, DecoderOptions):
             ConfigurationError: naming the flag.
         """
         names = ("squared_relu", "openai_gelu", "swiglu")
-        given = ["--" + name.replace("_", "-") for name in names if getattr(self, name)]
+        given = [flag_of(name) for name in names if getattr(self, name)]
         if len(given) > 1:
             raise ConfigurationError(given[0], f"given together with {given[1]}", "Choose one")
         if self.group_query_attention and self.num_query_groups is None:

@@ -12,6 +12,7 @@ from retro_mcore.errors import (
     MissingDependencyError,
     RetroError,
     raise_problems,
+    too_small,
 )
 
 _KEY_VARIABLE = "RETRO_MCORE_API_KEY"
@@ -75,12 +76,7 @@ class ServerConfig:
             ConfigurationError: a value is out of range. Names the flag.
             SeveralErrors: several values are out of range.
         """
-        problems: list[RetroError] = []
-        for name, smallest in _LEAST.items():
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-            if value is not None and value < smallest:
-                at_least = f"Give at least {smallest}" if smallest else "Give 0 or more"
-                problems.append(ConfigurationError(flag, str(value), at_least))
+        problems: list[RetroError] = list(too_small(self, _LEAST))
         if self.port > _MAX_PORT:
             problems.append(ConfigurationError("--port", str(self.port), f"At most {_MAX_PORT}"))
         raise_problems(problems)

@@ -10,7 +10,7 @@ from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenize
 from retro_mcore.data.tokens.splits import check_documents
 from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path, open_token_files
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
-from retro_mcore.errors import ProjectError, raise_problems
+from retro_mcore.errors import ProjectError, raise_problems, too_small
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.lock import stage_lock
@@ -19,7 +19,7 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import check_stage, finish_stage, input_digests, require_stage
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.database_build import DatabaseReport, build_database
-from retro_mcore.stages.configuration import Project, project_paths, too_small
+from retro_mcore.stages.configuration import Project, project_paths
 
 STAGE = "build_db"
 #: Chunks of each dataset, files that were built, and whether the merged databases were there.

@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
-from retro_mcore.errors import ConfigurationError, CorruptFileError, raise_problems
+from retro_mcore.errors import (
+    ConfigurationError,
+    CorruptFileError,
+    flag_of,
+    raise_problems,
+    too_small,
+)
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.integrity import verifying
 from retro_mcore.project.lock import stage_lock
@@ -21,7 +27,7 @@ from retro_mcore.retrieval.index.build import IndexBuild, IndexOptions, read_rec
 from retro_mcore.retrieval.index.embeddings import count_embedded
 from retro_mcore.retrieval.index.gpu import num_gpus
 from retro_mcore.retrieval.index.inherited import InheritedIndex
-from retro_mcore.stages.configuration import Project, flag_of, project_paths, too_small
+from retro_mcore.stages.configuration import Project, project_paths
 from retro_mcore.stages.database_embedding import (
     DatabaseEmbedding,
     EmbeddedDatabase,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.errors import CorruptFileError, flag_of
 from retro_mcore.project.fields import problems_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import recorded_options
@@ -22,24 +21,6 @@ _RENAMED = {"index_str": "index"}
 def project_paths(project: Project) -> ProjectPaths:
     """Paths of a project that is given in any of the accepted forms."""
     return project if isinstance(project, ProjectPaths) else ProjectPaths(project)
-
-
-def flag_of(field: str) -> str:
-    """Flag of a configuration's field: `seq_length` to `--seq-length`."""
-    return f"--{field.replace('_', '-')}"
-
-
-def too_small(config: object, least: Mapping[str, int]) -> Iterator[ConfigurationError]:
-    """Errors for the numbers that lie below their least value; None is no number.
-
-    Args:
-        config: Configuration of a stage.
-        least: Least value of each field to check.
-    """
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and value < bound:
-            yield ConfigurationError(flag_of(name), str(value), f"Give at least {bound}")
 
 
 def recorded_config(paths: ProjectPaths, stage: str, kind: type[Config]) -> Config | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
-from retro_mcore.errors import ConfigurationError, ProjectError, raise_problems
+from retro_mcore.errors import ConfigurationError, ProjectError, raise_problems, too_small
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import SPLITS, OtherDatabase, ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.integrity import verifying
@@ -33,7 +33,7 @@ from retro_mcore.samples.project_samples import (
     numbers_in_database,
     remove_truncated_cache,
 )
-from retro_mcore.stages.configuration import Project, project_paths, too_small
+from retro_mcore.stages.configuration import Project, project_paths
 
 STAGE = "query_neighbors"
 _LEAST = {"num_neighbors_query": 1, "num_neighbors_save": 1, "embed_batch_size": 1}

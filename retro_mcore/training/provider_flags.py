@@ -23,13 +23,12 @@ from megatron.core.transformer import MLATransformerConfig
 
 from retro_mcore.checkpoint.conversion.architecture import LACKED
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
-from retro_mcore.errors import ConfigurationError, RetroError, check_all, raise_problems
+from retro_mcore.errors import ConfigurationError, RetroError, check_all, flag_of, raise_problems
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.option_traits import model_traits, names_there, stated
 from retro_mcore.model.options import DecoderOptions, ModelOptions
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.training.options.megatron import flag_of
 from retro_mcore.training.options.model_sizes import padded_vocab_size
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.pretrain import DataOptions

@@ -10,7 +10,7 @@ from typing import Any
 
 from retro_mcore.checkpoint.conversion.model_fields import DECODER_FLAGS, MODEL_FIELDS, Flags
 from retro_mcore.checkpoint.conversion.weights import Weights
-from retro_mcore.errors import CheckpointError
+from retro_mcore.errors import CheckpointError, flag_of
 
 # Arguments of training and its data that conversion keeps; Megatron calls them the same.
 _OF_TRAINING = ("seed", "bf16", "fp16", "document_tokens")
@@ -193,7 +193,7 @@ def check_decoder(found: Mapping[str, Any], wanted: Mapping[str, Any], source: o
             continue
         if name == "apply_layernorm_1p" and wanted["normalization"] == "RMSNorm":
             continue
-        problems.append(f"--{name.replace('_', '-')} is {wanted[name]}, expected {found[name]}")
+        problems.append(f"{flag_of(name)} is {wanted[name]}, expected {found[name]}")
     if problems:
         raise CheckpointError(
             f"--load-gpt {source}",

@@ -14,8 +14,7 @@ from retro_mcore.data.tokenizers.loading import (
     HuggingFaceTokenizer,
 )
 from retro_mcore.data.tokens.splits import parse_split
-from retro_mcore.errors import ConfigurationError, RetroError, TokenizerError
-from retro_mcore.stages.configuration import flag_of, too_small
+from retro_mcore.errors import ConfigurationError, RetroError, TokenizerError, flag_of, too_small
 
 _LEAST = {
     "global_batch_size": 1,

@@ -19,11 +19,10 @@ from retro_mcore.data.tokenizers.special_tokens import DECLARING_FILES, Declared
 from retro_mcore.data.tokens.token_file import bin_path
 from retro_mcore.data.tokens.token_input import begin_with_bos
 from retro_mcore.distributed import barrier, get_rank, raise_together
-from retro_mcore.errors import TokenizerError
+from retro_mcore.errors import TokenizerError, flag_of
 from retro_mcore.project.markers import FileState, checksum, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.bert_tokens import default_bert_vocab
-from retro_mcore.stages.configuration import flag_of
 from retro_mcore.stages.preprocessing.config import PreprocessCorpusConfig
 from retro_mcore.stages.preprocessing.corpora import Corpora
 

@@ -16,7 +16,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from retro_mcore.data.tokenizers.base import Tokenizer
-from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError, raise_problems
+from retro_mcore.errors import (
+    ConfigurationError,
+    ProjectError,
+    TokenizerError,
+    flag_of,
+    raise_problems,
+)
 from retro_mcore.model.option_traits import stated
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.samples.batch import RetroBatch, collate
@@ -144,7 +150,7 @@ def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
     raise_problems(
         [
             ConfigurationError(
-                "--" + name.replace("_", "-"),
+                flag_of(name),
                 f"{asked[name]}, but config.json of {options.project_dir} says {of_project}",
                 "Leave the flag out, or preprocess another project with this value",
             )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from retro_mcore.errors import ConfigurationError, raise_problems
+from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.model.option_traits import at_least, needs, stated
-from retro_mcore.training.options.megatron import flag_of
 
 
 @dataclass(kw_only=True)

@@ -66,11 +66,6 @@ OPTIMIZER_FLAGS: dict[str, str] = {
 }
 
 
-def flag_of(name: str) -> str:
-    """The flag of an option: `--seq-length` of `seq_length`."""
-    return "--" + name.replace("_", "-")
-
-
 def values_of(options: object, flags: Mapping[str, str]) -> dict[str, Any]:
     """Values of the options, by field of megatron's dataclass."""
     return {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
-from retro_mcore.training.options.megatron import flag_of
+from retro_mcore.errors import ConfigurationError, RetroError, flag_of, raise_problems
 
 
 @dataclass(kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.model.option_traits import at_least
-from retro_mcore.training.options.megatron import OptimizerFlags, flag_of
+from retro_mcore.training.options.megatron import OptimizerFlags
 
 
 @dataclass(kw_only=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
-from retro_mcore.errors import ConfigurationError, check_all, raise_problems
+from retro_mcore.errors import ConfigurationError, check_all, flag_of, raise_problems
 from retro_mcore.model.option_traits import at_least, below_minimum, of_project
 from retro_mcore.model.options import ModelOptions
 from retro_mcore.training.options.checkpoints import CheckpointOptions, ReproducibilityOptions
 from retro_mcore.training.options.logging import LoggingOptions
-from retro_mcore.training.options.megatron import DataParallelFlags, flag_of
+from retro_mcore.training.options.megatron import DataParallelFlags
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.optimizer import OptimizerOptions
 from retro_mcore.training.options.parallel import ParallelOptions, RecomputeOptions

@@ -9,7 +9,7 @@ from typing import Any
 from retro_mcore.checkpoint.conversion.formats import open_checkpoint
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import get_world_size
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.options.run import PretrainOptions
@@ -110,7 +110,7 @@ def _project(options: PretrainOptions) -> tuple[ProjectConfig, int, int]:
     for name, value in needed.items():
         if value is None:
             raise ConfigurationError(
-                f"--{name.replace('_', '-')}",
+                flag_of(name),
                 f"not given, and {Path(options.project_dir)} is no project yet",
                 "--dry-run needs it",
             )

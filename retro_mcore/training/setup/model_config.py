@@ -16,17 +16,12 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import openai_gelu
 
-from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.errors import ConfigurationError, RetroError, flag_of, raise_problems
 from retro_mcore.model.config import RetroConfig, check_rates
 from retro_mcore.model.option_traits import model_traits, passed_to
 from retro_mcore.model.options import DecoderOptions, ModelArguments, ModelOptions, RetroOptions
 from retro_mcore.platform import is_cpu_in_use
-from retro_mcore.training.options.megatron import (
-    LAYER_FLAGS,
-    flag_of,
-    naming_refusals,
-    values_of,
-)
+from retro_mcore.training.options.megatron import LAYER_FLAGS, naming_refusals, values_of
 from retro_mcore.training.options.model_sizes import (
     check_divisible,
     default_ffn_hidden_size,

@@ -12,7 +12,13 @@ from typing import Any, Protocol
 
 import yaml
 
-from retro_mcore.errors import CheckpointError, ConfigurationError, check_all, raise_problems
+from retro_mcore.errors import (
+    CheckpointError,
+    ConfigurationError,
+    check_all,
+    flag_of,
+    raise_problems,
+)
 from retro_mcore.model.option_traits import model_traits
 from retro_mcore.model.options import ModelArguments, ModelOptions
 from retro_mcore.project.atomic import atomic_write
@@ -27,7 +33,7 @@ from retro_mcore.training.loop.sample_reader import (
     tokenizer_fingerprint,
 )
 from retro_mcore.training.loop.schedule import ScheduleLengths, schedule_lengths
-from retro_mcore.training.options.megatron import PRECISION_FLAGS, flag_of
+from retro_mcore.training.options.megatron import PRECISION_FLAGS
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.pretrain import OptimizerOptions, TrainingOptions
 from retro_mcore.training.setup.build import number_of_positions, padded_vocab_size

@@ -12,6 +12,9 @@ import pytest
 from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main
 from retro_mcore.errors import ConfigurationError, SeveralErrors
+from retro_mcore.evaluation.perplexity_config import EvaluatePerplexityConfig
+from retro_mcore.evaluation.qa_config import EvaluateQaConfig
+from retro_mcore.server.config import ServerConfig
 from tests.unit.data.projects import built_project
 
 
@@ -141,3 +144,29 @@ def test_the_python_configuration_names_its_fields(megatron):
         "retro_num_neighbors",
         "num_layers",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (
+            EvaluatePerplexityConfig(
+                project_dir="p", load="m", micro_batch_size=0, leakage_alphas=[2.0], leakage=True
+            ),
+            ["--micro-batch-size: 0", "--leakage-alphas: 2.0", "--leakage: given with"],
+        ),
+        (
+            EvaluateQaConfig(
+                sample_input_file="f", output="o", num_gen=0, confidence_level=2.0, stop=[""]
+            ),
+            ["--num-gen: 0", "--confidence-level: 2.0", "--stop: an empty", "--load: not given"],
+        ),
+        (ServerConfig(port=99_999, max_tokens=0), ["--port: 99999", "--max-tokens: 0"]),
+    ],
+)
+def test_all_impossible_options_of_a_command_are_reported_together(options, flags):
+    """Whoever fixes one flag per start of a big model waits for each."""
+    with pytest.raises(SeveralErrors) as caught:
+        options.check()
+    reported = "\n".join(map(str, caught.value.problems))
+    assert [flag for flag in flags if flag not in reported] == []
