@@ -10,9 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from retro_mcore.errors import ConfigurationError
 
 Alignment = Literal["left", "right"]
+
+#: Where documents begin in the samples of a project: at a chunk's start, or right after the
+#: document before them.
+SampleLayout = Literal["aligned", "packed"]
 
 #: Chunk id of a neighbor or continuation that does not exist.
 NO_NEIGHBOR = -1
@@ -75,3 +81,18 @@ def chunks_per_sample(sequence_length: int, chunk_length: int) -> int:
             "Choose a sequence length that is a multiple of --retro-chunk-length",
         )
     return sequence_length // chunk_length
+
+
+def padding_mask(tokens: np.ndarray, chunk_length: int, eod: int) -> np.ndarray:
+    """Which tokens of aligned documents are padding: in each chunk, all after the first EOD.
+
+    Args:
+        tokens: [..., n·M], beginning at a chunk's start.
+        chunk_length: M.
+        eod: Id of the end-of-document token, which is also the padding.
+
+    Returns:
+        bool, of the shape of `tokens`.
+    """
+    is_end = tokens.reshape(-1, chunk_length) == eod
+    return (is_end.cumsum(axis=-1) > is_end).reshape(tokens.shape)

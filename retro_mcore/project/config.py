@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from retro_mcore.chunking import chunks_per_sample
+from retro_mcore.chunking import SampleLayout, chunks_per_sample
 from retro_mcore.errors import CorruptFileError, ProjectError, raise_problems
 from retro_mcore.json_text import parse_json
 from retro_mcore.project.atomic import write_json
@@ -187,6 +187,11 @@ class ProjectSettings:
             as in earlier versions.
         bos_id: Id of the beginning-of-sequence token; None: as declared by the tokenizer's files.
         add_bos: Whether every document, and so every prompt, begins with BOS.
+        samples: "aligned": every document begins a chunk, so a sample's chunks are chunks of the
+            database. "packed": documents follow one another without gaps.
+        chunk_neighbor_dirs: In an aligned project, the directories under `query/` that hold the
+            neighbors of all chunks of the merged databases, by database ("train", "valid"); None
+            until they are searched.
         whole_datasets: Datasets whose documents are all in the database, regardless of the split.
             These are appended datasets, from which no samples are drawn.
         grown_from: The project whose database this one extends, relative to this one.
@@ -211,6 +216,8 @@ class ProjectSettings:
     eod_id: int | None = None
     bos_id: int | None = None
     add_bos: bool = False
+    samples: SampleLayout = "packed"
+    chunk_neighbor_dirs: dict[str, str] | None = None
     whole_datasets: list[str] = field(default_factory=list)
     grown_from: str | None = None
     growth: list[int] = field(default_factory=list)

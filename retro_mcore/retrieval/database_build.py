@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.data.tokens.layout import ends_and_padding
 from retro_mcore.data.tokens.token_file import TokenFile, TokenSource
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError, TokenizerError
@@ -64,6 +65,7 @@ def build_database(
     fingerprint: str,
     chunk_fingerprints: Sequence[str],
     whole_datasets: Sequence[str] = (),
+    aligned: bool = False,
 ) -> DatabaseReport:
     """Cut every document into chunks (all ranks), then merge them (rank 0).
 
@@ -78,6 +80,8 @@ def build_database(
         fingerprint: Fingerprint of what the database is built from.
         chunk_fingerprints: Fingerprint of what each dataset's chunks are made from.
         whole_datasets: Datasets whose documents are all retrieved from.
+        aligned: Whether chunks are cut where samples of padded documents have theirs; see
+            `_aligned_chunks`.
 
     Raises:
         TokenizerError: the tokens are not of `tokenizer`.
@@ -86,6 +90,7 @@ def build_database(
     weights, prefixes = config.blend
     infos, reports, all_shards = [], [], []
     train_share = float(config.retro_gpt_split.split(",")[0]) / 100
+    cut_chunks = _aligned_chunks if aligned else _packed_chunks
     for ratio, prefix, dataset, made_from in zip(
         weights, prefixes, datasets, chunk_fingerprints, strict=True
     ):
@@ -97,7 +102,9 @@ def build_database(
         all_shards.append(shards)
 
         def build(shard: Shard, path: Path, dataset: TokenFile = dataset) -> None:
-            _build_shard(shard, path, dataset, tokenizer, counter, config.retro_gpt_chunk_length)
+            length = config.retro_gpt_chunk_length
+            chunks = cut_chunks(dataset, shard, tokenizer, length)
+            _build_shard(shard, path, dataset, tokenizer, counter, chunks)
 
         num_chunks = (-(-dataset.lengths // config.retro_gpt_chunk_length)).sum(dtype=np.int64)
         row_bytes = 16 * float(num_chunks) / max(num_docs, 1)
@@ -133,18 +140,41 @@ def chunk_bounds(lengths: np.ndarray, chunk_length: int) -> tuple[np.ndarray, ..
     return sequence, start, np.minimum(start + chunk_length, lengths[sequence])
 
 
+def _packed_chunks(
+    dataset: TokenSource, shard: Shard, tokenizer: Tokenizer, chunk_length: int
+) -> tuple[np.ndarray, ...]:
+    """Cut the texts of a shard's documents from their first token on; as `chunk_bounds`."""
+    first_token, lengths = _texts_of(dataset, shard, tokenizer)
+    document, start, end = chunk_bounds(lengths, chunk_length)
+    return document, start + first_token[document], end + first_token[document]
+
+
+def _aligned_chunks(
+    dataset: TokenSource, shard: Shard, tokenizer: Tokenizer, chunk_length: int
+) -> tuple[np.ndarray, ...]:
+    """Cut a shard's padded documents every M tokens; as `chunk_bounds`.
+
+    BOS, EOD and padding are no text, so the first chunk lacks BOS, and a chunk without text does
+    not exist.
+    """
+    lengths = dataset.lengths[shard.start : shard.end].astype(np.int64)
+    ends = ends_and_padding(dataset, shard.start, shard.end, chunk_length, tokenizer.eod)
+    document, start, end = chunk_bounds(lengths - ends, chunk_length)
+    start = np.maximum(start, _begun(dataset, shard, tokenizer, lengths - ends)[document])
+    text = start < end
+    return document[text], start[text], end[text]
+
+
 def _build_shard(
     shard: Shard,
     path: Path,
     dataset: TokenFile,
     tokenizer: Tokenizer,
     counter: BertTokenCounter,
-    chunk_length: int,
+    bounds: tuple[np.ndarray, ...],
 ) -> None:
-    """Chunks of documents [start, end) of one dataset."""
-    first_token, lengths = _texts_of(dataset, shard, tokenizer)
-    document, start, end = chunk_bounds(lengths, chunk_length)
-    start, end = start + first_token[document], end + first_token[document]
+    """Write the chunks of documents [start, end) of one dataset, cut at `bounds`."""
+    document, start, end = bounds
     counts = np.empty(len(document), np.uint32)
     for first in range(0, len(document), _BATCH):
         last = min(first + _BATCH, len(document))
@@ -154,7 +184,7 @@ def _build_shard(
         )  # fmt: skip
     chunks = np.stack([document + shard.start, start, end, counts], axis=1).astype(np.uint32)
     valid = counts > 0
-    per_document = np.bincount(document[valid], minlength=len(lengths))
+    per_document = np.bincount(document[valid], minlength=shard.end - shard.start)
     with h5py.File(path, "w") as file:
         for name, rows in (("chunks_valid", chunks[valid]), ("chunks_invalid", chunks[~valid])):
             file[name] = rows if len(rows) else np.empty(0, np.uint32)  # upstream's empty shape
@@ -175,12 +205,27 @@ def _texts_of(
     starts = dataset.starts[shard.start : shard.end]
     last = np.maximum(starts + lengths - 1, 0)
     lengths = lengths - ((lengths > 0) & (dataset.tokens[last] == tokenizer.eod))
-    if not tokenizer.adds_bos:
-        return np.zeros_like(lengths), lengths
-    # An empty document at the end of the file has no token to look at.
-    first = np.minimum(starts, max(len(dataset.tokens) - 1, 0))
-    begun = ((lengths > 0) & (dataset.tokens[first] == tokenizer.bos)).astype(np.int64)
+    begun = _begun(dataset, shard, tokenizer, lengths)
     return begun, lengths - begun
+
+
+def _begun(
+    dataset: TokenSource, shard: Shard, tokenizer: Tokenizer, lengths: np.ndarray
+) -> np.ndarray:
+    """Tokens before the text in each of the shard's sequences, i64: 1 for BOS, else 0.
+
+    Args:
+        dataset: The tokens.
+        shard: Some of its sequences.
+        tokenizer: The project's tokenizer.
+        lengths: Tokens of each sequence, without those that end it.
+    """
+    if not tokenizer.adds_bos:
+        return np.zeros_like(lengths)
+    # An empty document at the end of the file has no token to look at.
+    starts = dataset.starts[shard.start : shard.end]
+    first = np.minimum(starts, max(len(dataset.tokens) - 1, 0))
+    return ((lengths > 0) & (dataset.tokens[first] == tokenizer.bos)).astype(np.int64)
 
 
 def _count_batch(

@@ -70,6 +70,7 @@ def run(project: Project, config: BuildDbConfig) -> BuildDbReport:
             fingerprint,
             [_chunk_fingerprint(inputs, prefix) for prefix in inputs.prefixes],
             inputs.whole_datasets,
+            inputs.aligned,
         )
         if get_rank() == 0:
             finish_stage(paths, STAGE, options, inputs.digests)
@@ -84,6 +85,7 @@ class _Inputs:
     paths: ProjectPaths
     config: ProjectConfig
     whole_datasets: list[str]
+    aligned: bool
     prefixes: list[Path]
     datasets: Sequence[TokenFile]
     tokenizer: Tokenizer
@@ -105,12 +107,13 @@ class _Inputs:
         tokenizer = load_project_tokenizer(config, paths)
         counter = BertTokenCounter(bert, config.retro_bert_tokenizer_type != "BertWordPieceCase")
         datasets = open_token_files(config, paths)
-        whole = ProjectSettings.load(paths.root).whole_datasets
+        settings = ProjectSettings.load(paths.root)
+        whole, aligned = settings.whole_datasets, settings.samples == "aligned"
         for prefix, dataset in zip(config.blend[1], datasets, strict=True):
             if prefix not in whole:
                 check_documents(config.retro_gpt_split, len(dataset), prefix)
         digests = input_digests(paths, [*files, *tokenizer.files, bert])
-        return cls(paths, config, whole, prefixes, datasets, tokenizer, counter, digests)
+        return cls(paths, config, whole, aligned, prefixes, datasets, tokenizer, counter, digests)
 
 
 def _recorded_options(inputs: _Inputs, config: BuildDbConfig) -> dict[str, object]:
@@ -123,6 +126,7 @@ def _recorded_options(inputs: _Inputs, config: BuildDbConfig) -> dict[str, objec
         "--retro-index-ntrain": config.retro_index_ntrain,
         "--retro-doc-block-size": config.retro_doc_block_size,
         **({"whole_datasets": whole} if whole else {}),
+        **({"samples": "aligned"} if inputs.aligned else {}),
     }
 
 
@@ -132,4 +136,5 @@ def _chunk_fingerprint(inputs: _Inputs, prefix: Path) -> str:
     own = {relative(bin_path(prefix)), relative(idx_path(prefix))}
     others = {name for name in inputs.digests if name.startswith("data/")} - own
     used = {name: digest for name, digest in inputs.digests.items() if name not in others}
-    return fingerprint_of(["chunks", inputs.config.retro_gpt_chunk_length, used])
+    aligned = ["aligned"] if inputs.aligned else []
+    return fingerprint_of(["chunks", inputs.config.retro_gpt_chunk_length, used, *aligned])

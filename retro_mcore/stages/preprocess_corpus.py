@@ -67,7 +67,8 @@ def _preprocess(paths: ProjectPaths, config: PreprocessCorpusConfig) -> Preproce
     corpora, choice = inputs.corpora, inputs.choice
     setup = TokenizerSetup(config, paths, corpora, choice, inputs.fingerprint)
     tokenizer, files = setup.prepare()
-    reused = corpora.tokenize(paths, tokenizer, inputs.fingerprint)
+    multiple = config.document_multiple
+    reused = corpora.tokenize(paths, tokenizer, inputs.fingerprint, multiple)
     with raise_together():
         datasets = [TokenFile(paths.data / prefix) for prefix in corpora.prefixes]
         for source, dataset in zip(corpora.sources, datasets, strict=True):

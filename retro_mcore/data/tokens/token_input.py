@@ -138,9 +138,14 @@ def take_token_input(prefix: Path, target: Path, fingerprint: str) -> None:
     """
     given = (*([ids_path] if ids_path(prefix).is_file() else []), bin_path, idx_path)
     for path in given:
-        with signed_write(path(target), fingerprint) as temporary:
-            try:
-                os.link(path(prefix).resolve(), temporary)
-            except OSError:
-                require_space(target.parent, path(prefix).stat().st_size, path(prefix).name)
-                shutil.copyfile(path(prefix), temporary)
+        link_or_copy(path(prefix), path(target), fingerprint)
+
+
+def link_or_copy(source: Path, target: Path, fingerprint: str) -> None:
+    """Hard-link a file to `target` with a completion marker, or copy it across file systems."""
+    with signed_write(target, fingerprint) as temporary:
+        try:
+            os.link(source.resolve(), temporary)
+        except OSError:
+            require_space(target.parent, source.stat().st_size, source.name)
+            shutil.copyfile(source, temporary)

@@ -20,10 +20,12 @@ from retro_mcore.data.corpus.files import CorpusFiles, find_corpus_files, readab
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.data.tokens.document_ids import ids_path, pack_ids, write_ids
 from retro_mcore.data.tokens.indexed_dataset import token_dtype, write_indexed_dataset
-from retro_mcore.data.tokens.token_file import bin_path, idx_path
+from retro_mcore.data.tokens.layout import DocumentLayout
+from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path
 from retro_mcore.data.tokens.token_input import (
     check_token_input,
     find_token_input,
+    link_or_copy,
     take_token_input,
 )
 from retro_mcore.distributed import barrier, broadcast_object, get_rank, raise_together
@@ -59,7 +61,12 @@ class CorpusReader:
 
 
 def make_dataset(
-    source: Path, target: Path, tokenizer: Tokenizer, reader: CorpusReader, fingerprint: str
+    source: Path,
+    target: Path,
+    tokenizer: Tokenizer,
+    reader: CorpusReader,
+    fingerprint: str,
+    multiple: int = 1,
 ) -> ShardReport | None:
     """Write the indexed dataset of one corpus with its document ids and counts, on all ranks.
 
@@ -69,20 +76,25 @@ def make_dataset(
         tokenizer: Tokenizer to apply; for a pair, the one that produced its tokens.
         reader: How text is read.
         fingerprint: Fingerprint of the dataset's inputs and options.
+        multiple: Documents are padded with EOD to a multiple of this number of tokens.
 
     Returns:
         Report of the tokenized parts; None if the dataset already existed.
 
     Raises:
         CorpusError: the corpus is missing, empty or malformed.
-        TokenizerError: the tokens of a pair do not fit `tokenizer`.
+        TokenizerError: the tokens of a pair do not fit `tokenizer`, or documents that are padded
+            hold EOD in their text.
     """
+    layout = DocumentLayout(multiple, tokenizer.eod)
+    with raise_together():
+        layout.check_bos(tokenizer)
     if _is_done(target, fingerprint):
         return None
     given = find_token_input(source)
     if given is not None:
-        return _take_tokens(given, target, tokenizer, fingerprint)
-    return _tokenize(source, target, tokenizer, reader, fingerprint)
+        return _take_tokens(given, target, tokenizer, fingerprint, layout)
+    return _tokenize(source, target, tokenizer, reader, fingerprint, layout)
 
 
 def empty_corpus(source: Path) -> CorpusError:
@@ -101,20 +113,49 @@ def _is_done(target: Path, fingerprint: str) -> bool:
 
 
 def _take_tokens(
-    source: Path, target: Path, tokenizer: Tokenizer, fingerprint: str
+    source: Path, target: Path, tokenizer: Tokenizer, fingerprint: str, layout: DocumentLayout
 ) -> ShardReport | None:
-    """Check and link or copy a .bin and .idx."""
+    """Check a .bin and .idx, and link, copy or pad them."""
     with raise_together():
         if get_rank() == 0:
             check_token_input(source, tokenizer)
-            take_token_input(source, target, fingerprint)
-            counts_path(target).unlink(missing_ok=True)
+            if layout.multiple == 1:
+                take_token_input(source, target, fingerprint)
+                counts_path(target).unlink(missing_ok=True)
+            else:
+                _pad_tokens(source, target, token_dtype_of(tokenizer), fingerprint, layout)
     barrier()
     return ShardReport(1, 0, ())
 
 
+def _pad_tokens(
+    source: Path,
+    target: Path,
+    dtype: type[np.number],
+    fingerprint: str,
+    layout: DocumentLayout,
+) -> None:
+    """Write the documents of a .bin and .idx with padding."""
+    counts, file = Counter[str](), TokenFile(source)
+    documents = (file.sequence(number) for number in range(len(file)))
+    if ids_path(source).is_file():
+        link_or_copy(ids_path(source), ids_path(target), fingerprint)
+    with (
+        signed_write(bin_path(target), fingerprint) as binary,
+        signed_write(idx_path(target), fingerprint) as index,
+    ):
+        laid = layout.lay(layout.cut(documents, bin_path(source), counts), source, counts)
+        write_indexed_dataset(binary, index, laid, dtype)
+        write_counts(target, counts, {})
+
+
 def _tokenize(
-    source: Path, target: Path, tokenizer: Tokenizer, reader: CorpusReader, fingerprint: str
+    source: Path,
+    target: Path,
+    tokenizer: Tokenizer,
+    reader: CorpusReader,
+    fingerprint: str,
+    layout: DocumentLayout,
 ) -> ShardReport:
     found = find_corpus_files(source)
     parts = list_parts(source)
@@ -132,7 +173,8 @@ def _tokenize(
     report = run_shards(shards, build, made_from, f"tokenize {source.name}")
     with raise_together():
         if get_rank() == 0:
-            _join(source, shards, target, token_dtype_of(tokenizer), fingerprint, found)
+            dtype = token_dtype_of(tokenizer)
+            _join(source, shards, target, dtype, fingerprint, found, layout)
             shutil.rmtree(parts_dir)
     barrier()
     return report
@@ -151,20 +193,23 @@ def _join(
     dtype: type[np.number],
     fingerprint: str,
     found: CorpusFiles,
+    layout: DocumentLayout,
 ) -> None:
     """Write the dataset and its side files from its parts."""
+    padding = Counter[str]()
     with (
         signed_write(bin_path(target), fingerprint) as binary,
         signed_write(idx_path(target), fingerprint) as index,
         # The innermost file is renamed first, so a dataset always has its ids.
         signed_write(ids_path(target), fingerprint) as ids,
     ):
-        number = write_indexed_dataset(binary, index, _documents(shards), dtype)
+        documents = layout.lay(_documents(shards), source, padding)
+        number = write_indexed_dataset(binary, index, documents, dtype)
         if not number:
             raise empty_corpus(source)
         lengths = np.concatenate([_read(shard, "id_lengths") for shard in shards])
         write_ids(ids, lengths, (_read(shard, "ids") for shard in shards))
-        counts = sum((_counts(shard) for shard in shards), found.counts)
+        counts = sum((_counts(shard) for shard in shards), found.counts) + padding
         counts["documents"] = number
         counts["repeated_ids"] = number - _num_distinct_ids(shards)
         root = source if source.is_dir() else source.parent

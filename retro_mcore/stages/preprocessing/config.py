@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
-from retro_mcore.chunking import chunks_per_sample
+from retro_mcore.chunking import SampleLayout, chunks_per_sample
 from retro_mcore.data.tokenizers.loading import (
     TOKENIZER_TYPES,
     GPTSentencePieceTokenizer,
@@ -66,6 +67,9 @@ class PreprocessCorpusConfig:
     """Number of documents that a tokenizer is trained on, from the beginning of the inputs."""
     bert_vocab_file: str | None = None
     """WordPiece vocabulary that the database counts tokens with (default: MiniLM's)."""
+    samples: SampleLayout = "packed"
+    """aligned: every document begins a chunk and is padded to whole chunks, so its chunks are
+    searched once for all samples. packed: documents follow one another, as in Megatron."""
     seq_length: int = 512
     """Tokens per sample."""
     retro_chunk_length: int = 64
@@ -111,6 +115,11 @@ class PreprocessCorpusConfig:
             return HuggingFaceTokenizer.name
         return GPTSentencePieceTokenizer.name
 
+    @property
+    def document_multiple(self) -> int:
+        """Number of tokens that documents are padded to a multiple of; 1: not padded."""
+        return self.retro_chunk_length if self.samples == "aligned" else 1
+
 
 def problems_of(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
     """Errors for all values that cannot work."""
@@ -127,6 +136,8 @@ def problems_of(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
         yield ConfigurationError("--seed", str(config.seed), "Give less than 2^32")
     if not 0 < config.train_epochs < math.inf:
         yield ConfigurationError("--train-epochs", str(config.train_epochs), "Give more than 0")
+    if config.samples not in get_args(SampleLayout):
+        yield ConfigurationError("--samples", repr(config.samples), "Choose aligned or packed")
     if not config.input:
         yield ConfigurationError("--input", "none given", "Name a file or a folder")
     if not config.json_keys:
@@ -165,6 +176,9 @@ def text_options(config: PreprocessCorpusConfig) -> dict[str, object]:
     # Only if set, so that projects of versions without these flags stay valid.
     if config.clean_text:
         options["--clean-text"] = True
+    if config.samples != "packed":
+        options["--samples"] = config.samples
+        options["--retro-chunk-length"] = config.retro_chunk_length
     if config.id_key != "id":
         options["--id-key"] = config.id_key
     for name in ("eod_token", "bos_token", "add_bos_token"):

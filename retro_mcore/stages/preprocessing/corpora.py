@@ -68,15 +68,23 @@ class Corpora:
             if not found:
                 raise empty_corpus(source)
 
-    def tokenize(self, paths: ProjectPaths, tokenizer: Tokenizer, fingerprint: str) -> bool:
+    def tokenize(
+        self, paths: ProjectPaths, tokenizer: Tokenizer, fingerprint: str, multiple: int
+    ) -> bool:
         """Write the dataset of each input, on all ranks; returns whether all were there.
+
+        Args:
+            paths: The project.
+            tokenizer: Its tokenizer.
+            fingerprint: Fingerprint of the inputs and the options.
+            multiple: Documents are padded to a multiple of this number of tokens.
 
         Raises:
             CorpusError: an input is missing, empty or malformed.
             TokenizerError: given tokens are not the tokenizer's.
         """
         made = [
-            make_dataset(source, paths.data / prefix, tokenizer, self.reader, fingerprint)
+            make_dataset(source, paths.data / prefix, tokenizer, self.reader, fingerprint, multiple)
             for source, prefix in zip(self.sources, self.prefixes, strict=True)
         ]
         return all(shards is None for shards in made)
