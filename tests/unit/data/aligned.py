@@ -10,7 +10,8 @@ from tests.unit.data.projects import documents, preprocess_options, write_corpus
 from tests.unit.data.tokenizer_shapes import begins_with, byte_level, save
 
 M = 16
-#: One token per digit and tab, so the lengths are those of the tokens. Two texts have chunks without words.
+#: One token per digit and tab, so lengths in characters are lengths in tokens. Some chunks have no
+#: words.
 TEXTS = [
     *("7" * length for length in (1, M - 2, M - 1, M, M + 1, 2 * M - 1, 2 * M, 2 * M + 1)),
     "start" + "\t" * 3 * M + "end",

@@ -9,7 +9,7 @@ from retro_mcore.chunking import padding_mask
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
 from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.data.corpus.counts import read_counts
-from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import build_tokenizer, load_project_tokenizer
 from retro_mcore.data.tokens.indexed_dataset import write_indexed_dataset
 from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path, open_token_files
 from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError
@@ -110,19 +110,14 @@ def test_tokens_given_are_padded_like_text(project, tmp_path):
 
 
 def test_an_end_inside_a_text_is_refused(tmp_path):
-    tokenizer_model = str(save_tokenizer(tmp_path, False))
+    tokenizer_model = save_tokenizer(tmp_path, False)
+    end = build_tokenizer("HuggingFaceTokenizer", tokenizer_model).eod
     target = tmp_path / "given"
-    rows = [np.array([40, 41, 1]), np.array([40, 1, 41, 1]), np.array([50, 1])]
+    rows = [np.array(row) for row in ([40, 41, end], [40, end, 41, end], [50, end])]
     write_indexed_dataset(bin_path(target), idx_path(target), rows, np.uint16)
-    changes = {"tokenizer_model": tokenizer_model, "samples": "aligned", "eod_token": "1"}
+    changes: dict = {"tokenizer_model": str(tokenizer_model), "samples": "aligned"}
     options = preprocess_options(tmp_path / "project", target, **changes)
-    with pytest.raises(TokenizerError, match=r"document 1 holds the end-of-document token \(1\)"):
-        preprocess_corpus(options)
-    # The digit 7 as the token that ends documents.
-    corpus = write_corpus(tmp_path / "corpus.jsonl", ["no such digit", "here: 7", *TEXTS])
-    changes["eod_token"] = "7"
-    options = preprocess_options(tmp_path / "other", corpus, **changes)
-    with pytest.raises(TokenizerError, match=r"before its end.*--samples packed"):
+    with pytest.raises(TokenizerError, match=rf"document 1 holds .* token \({end}\) before"):
         preprocess_corpus(options)
 
 
