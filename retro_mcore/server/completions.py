@@ -33,7 +33,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {"suffix": (None, "")}
 _FINISH_REASONS = {"eod": "stop", "stop": "stop", "length": "length", "dropped": "stop"}
 _TOKEN_ID = re.compile(r"[0-9]{1,19}")
 
-#: Limit, since stop strings are searched in all new text, in one thread for all clients.
+#: Limited because one thread searches all new text of all clients for stop strings.
 _MOST_STOPS, _LONGEST_STOP = 64, 1000
 
 _Stop = Annotated[str, Strict(), Field(max_length=_LONGEST_STOP)]
@@ -54,7 +54,7 @@ class StreamOptions(BaseModel):
 
     include_usage: StrictBool = False
     include_obfuscation: StrictBool = False
-    """Of no effect: pieces are not padded to hide their lengths."""
+    """Has no effect: pieces are never padded to hide their lengths."""
 
     _given = model_validator(mode="before")(_without_nulls)
 
@@ -66,37 +66,37 @@ class CompletionRequest(BaseModel):
 
     model: StrictStr | None = None
     prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] = ""
-    """A text, or tokens, or a list of either; the empty text begins at the start token."""
+    """A text or a list of token ids, or a list of either. Empty text: only the start token."""
     max_tokens: StrictInt = Field(16, ge=0, lt=2**31)
     min_tokens: StrictInt = Field(0, ge=0, lt=2**31)
     temperature: Number = Field(1.0, ge=0)
     top_p: Number = Field(1.0, ge=0, le=1)
     top_k: StrictInt = Field(0, ge=-1)
-    """0 and -1 draw from all tokens."""
+    """Sample from the k most likely tokens only; 0 and -1 allow all tokens."""
     frequency_penalty: Number = Field(0.0, ge=-2, le=2)
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
     logit_bias: dict[StrictStr, Annotated[Number, Field(ge=-100, le=100)]] = {}
-    """By token id: what is added to its logit."""
+    """Bias added to the logit of each token, by token id."""
     n: StrictInt = Field(1, ge=1, le=128)
     best_of: StrictInt | None = Field(None, ge=1, le=128)
-    """Texts to generate for each prompt; the n with the highest mean log-probability are answered.
-    Default: n."""
+    """Number of texts to generate for each prompt; the n with the highest mean log-probability are
+    returned. Default: n."""
     seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
     stop: _Stop | list[_Stop] | None = None
-    """At most 64 texts, which are looked for after each token."""
+    """Texts that end the generation, at most 64. Checked after each token."""
     stop_token_ids: list[StrictInt] = []
     logprobs: StrictInt | None = Field(None, ge=0, le=20)
     echo: StrictBool = False
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     user: StrictStr | None = None
-    """Names the client's user; it changes nothing, as at OpenAI."""
+    """Identifier of the client's user. Accepted as in OpenAI's API, but has no effect."""
     neighbors: list[StrictStr] | list[list[StrictStr]] | None = None
-    """Texts to read as neighbors instead of retrieved ones: for all prompts, or a list for each."""
+    """Texts to use instead of retrieved neighbors: one list for all prompts, or one list each."""
     retrieve: StrictBool = True
-    """False: no neighbors, but for those given."""
+    """Retrieve neighbors. False: use only the neighbors given in the request, if any."""
     two_chunks: StrictBool | None = None
-    """The prompt is the first chunk, the answer the second; None: as the server was started."""
+    """Make the prompt the first chunk, the answer the second. Default: the server's setting."""
 
     @model_validator(mode="before")
     @classmethod
