@@ -22,11 +22,11 @@ class BackgroundRetrieval(Prefetching):
 
     Args:
         source: The search; called from that thread only, one call at a time.
-        interval: Search for every n-th chunk of a text; the chunks between reuse the neighbors of
-            the chunk before them.
-        lead: Number of tokens at the end of a chunk that the search leaves out, so it runs while
-            they are generated. 0: search with the whole chunk, as in training; generation then
-            waits for the search at the end of each chunk.
+        interval: Search for every n-th chunk of a text; the chunks in between reuse the neighbors
+            of the previous chunk.
+        lead: Number of tokens at the end of a chunk that the search ignores, so that it can run
+            while they are generated. 0: search with the whole chunk, as in training; generation
+            then waits for the search at the end of each chunk.
 
     Attributes:
         waited_seconds: Time that generation has waited for searches.
@@ -42,7 +42,7 @@ class BackgroundRetrieval(Prefetching):
             raise ConfigurationError("--retrieval-lead", str(lead), "Give 0 or more")
         self._source, self._interval, self.lead = source, interval, lead
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="retrieval")
-        # By prompt and chunk: the search that covers it, and its place among the search's chunks.
+        # By prompt and chunk: the search that covers it, and its index among the search's chunks.
         self._searches: dict[int, dict[int, tuple[Future[RetrievedNeighbors], int]]] = {}
         self.waited_seconds = 0.0
 
@@ -77,5 +77,5 @@ class BackgroundRetrieval(Prefetching):
         self._searches.pop(prompt, None)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)

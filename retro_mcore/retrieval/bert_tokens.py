@@ -13,11 +13,11 @@ import numpy as np
 
 from retro_mcore.errors import MissingDependencyError, TokenizerError
 
-#: Most words whose count is remembered; beyond that, all are forgotten.
+#: Maximum number of cached word counts; beyond that, the cache is cleared.
 _MOST_WORDS = 1 << 18
 #: Ends a text. WordPiece drops it; a text that contains it is counted alone.
 _END = "\0"
-#: Runs that are tokenized in one text.
+#: Number of runs that are tokenized in one text.
 _RUNS_PER_CALL = 256
 _SPECIAL = re.compile(r"\[(UNK|SEP|PAD|CLS|MASK)\]")
 
@@ -31,7 +31,7 @@ _SPACED = bytes(byte if byte in _LETTERS else ord(" ") for byte in range(256))
 
 
 class _Numbers(dict[str, int]):
-    """Numbers words in the order met; `new` are those met since it was cleared."""
+    """Numbers words in order of first occurrence; `new` has those added since it was cleared."""
 
     def __init__(self, known: dict[str, int]) -> None:
         super().__init__(known)
@@ -78,9 +78,9 @@ def load_word_piece(vocab_file: Path | str, lower_case: bool) -> Any:
         raise TokenizerError(vocab_file, "no such file", hint)
     try:
         tokenizer = BertWordPieceTokenizer(str(vocab_file), lowercase=lower_case)
-    except Exception as error:  # tokenizers has no class of its own
+    except Exception as error:  # tokenizers raises no specific class
         raise TokenizerError(vocab_file, str(error).splitlines()[0], hint) from error
-    if tokenizer.token_to_id("[UNK]") is None:  # found out only at the first unknown word
+    if tokenizer.token_to_id("[UNK]") is None:  # otherwise detected only at the first unknown word
         raise TokenizerError(vocab_file, "[UNK] token not found in the vocabulary", hint)
     return tokenizer
 
@@ -90,18 +90,18 @@ class BertTokenCounter:
 
     WordPiece never joins text across white space, so a text's count is the sum of its words'.
     It does not join across ASCII punctuation either, and each punctuation mark is one token. So
-    words, and the runs of letters and digits in them, are tokenized once and then remembered.
+    words, and the runs of letters and digits in them, are tokenized once and then cached.
 
     Args:
         vocab_file: A BERT vocab.txt.
-        lower_case: Whether the vocabulary is of lower-cased text.
+        lower_case: Whether the vocabulary is for lower-cased text.
 
     Raises:
         TokenizerError: the file does not exist, or holds something else.
     """
 
     def __init__(self, vocab_file: Path | str, lower_case: bool = True) -> None:
-        # Unwrapped: the class around it lacks encode_batch_fast.
+        # The inner tokenizer: the wrapper class lacks encode_batch_fast.
         self._tokenizer = load_word_piece(vocab_file, lower_case)._tokenizer
         self._words, self._runs = _Memo(self._count_words), _Memo(self._count_runs)
 
@@ -109,7 +109,7 @@ class BertTokenCounter:
         """Number of tokens of each text, i64 [texts]."""
         if any(_END in text for text in texts):
             return self._count_whole(texts)
-        # WordPiece treats only these four as white space; split() would take more.
+        # WordPiece treats only these four as white space; split() would split at more.
         joined = f" {_END} ".join(texts).replace("\n", " ").replace("\t", " ").replace("\r", " ")
         numbers, counts = self._words.of(joined.split(" "))
         totals = np.bincount(np.cumsum(numbers == 0), counts, len(texts)).astype(np.int64)

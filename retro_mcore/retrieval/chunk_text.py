@@ -10,8 +10,8 @@ import numpy as np
 
 from retro_mcore.data.tokenizers.loading import Tokenizer
 
-#: Text for the ends of documents inside a chunk: a line break, or whatever the tokenizer writes,
-#: as Megatron's Retro does (nothing, with a SentencePiece model).
+#: Text for document ends inside a chunk: a line break, or whatever the tokenizer decodes EOD to, as
+#: in Megatron's Retro (nothing, with a SentencePiece model).
 DocumentEnds = Literal["line break", "detokenized"]
 
 
@@ -20,7 +20,7 @@ def chunk_texts(
     chunks: Sequence[np.ndarray],
     document_ends: DocumentEnds = "line break",
 ) -> list[str]:
-    """Decode each chunk. BOS at the beginning of a document is no text."""
+    """Decode each chunk. BOS at the beginning of a document is not text."""
     eod = tokenizer.eod
     rows = [chunk.tolist() for chunk in chunks]
     if tokenizer.adds_bos:

@@ -25,7 +25,7 @@ from retro_mcore.project.records import require_stage
 
 #: Rows checked in one call.
 _ROWS = 1 << 20
-#: Most calls; a larger database is checked only in places.
+#: Maximum number of calls; of a larger database, only evenly spaced batches are checked.
 _BATCHES = 64
 
 
@@ -55,7 +55,7 @@ class ChunkDatabase:
             own: Open the project's own database even if another one is used in its place.
 
         Raises:
-            ProjectError: the database was not built yet; names the command.
+            ProjectError: the database has not been built; names the command.
             CorruptFileError: the database is damaged.
         """
         config = ProjectConfig.load(project_dir)
@@ -65,7 +65,7 @@ class ChunkDatabase:
         path = paths.merged_db(name)
         require_stage(paths, path, "build_db")
         hint = f"Run build_db --project-dir {paths.root} again"
-        if get_rank() == 0:  # one rank reads it through
+        if get_rank() == 0:  # one rank reads all of it
             verify(path, hint)
         database = cls(path, open_token_files(config, paths))
         if get_rank() == 0:
@@ -83,7 +83,7 @@ class ChunkDatabase:
             dataset, document, start, end, _ = self.chunks[first : first + _ROWS].T.astype(np.int64)
             wrong = (dataset < 0) | (dataset >= len(counts)) | (document < 0)
             wrong |= (start < 0) | (end <= start) | (end > start + chunk_length)
-            # A dataset's chunks are adjacent, so a batch covers few of many datasets.
+            # A dataset's chunks are adjacent, so a batch covers only a few datasets.
             for index in np.flatnonzero(np.bincount(dataset[~wrong])).tolist():
                 source = self.token_sources[index]
                 mine = ~wrong & (dataset == index)
@@ -192,7 +192,8 @@ class ChunkDatabase:
 
 
 def _windows(tokens: np.ndarray, first: np.ndarray, length: int) -> np.ndarray:
-    """The `length` tokens from each of `first` on, [n, length]; arbitrary beyond the last token."""
+    """`length` tokens from each position in `first`, [n, length]; arbitrary beyond the last
+    token."""
     count = len(tokens) - length + 1
     if len(first) and count > first.max():
         # Whole rows are copied, not tokens one by one.

@@ -1,4 +1,4 @@
-"""Build the chunk database: cut documents into chunks of M tokens, in upstream's files."""
+"""Build the chunk database: cut documents into chunks of M tokens, in upstream's file format."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from retro_mcore.project.space import require_space
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.dataset_infos import DatasetInfo
 
-#: Documents per file upstream; fewer for a small corpus, so ranks can share it.
+#: Upstream's number of documents per file; fewer for a small corpus, so ranks can share it.
 LONGEST_DOCUMENT_BLOCK = 100_000
 MERGED = ("sampled", "train", "valid")
-#: Chunks decoded and counted in one call.
+#: Number of chunks decoded and counted in one call.
 _BATCH = 4096
 
 
@@ -50,7 +50,7 @@ class DatabaseReport:
 
     @property
     def num_invalid_chunks(self) -> int:
-        """Chunks left out because they hold no words."""
+        """Chunks excluded because they contain no words."""
         return sum(info.n_chunks_invalid for info in self.infos)
 
 
@@ -76,15 +76,15 @@ def build_database(
         tokenizer: Its tokenizer.
         counter: Counts BERT tokens; a chunk without any is invalid.
         num_sampled: Chunks to train the index on; None: all training chunks.
-        document_block_size: Documents per file; None: chosen from their number.
+        document_block_size: Documents per file; None: chosen by their number.
         fingerprint: Fingerprint of what the database is built from.
         chunk_fingerprints: Fingerprint of what each dataset's chunks are made from.
-        whole_datasets: Datasets whose documents are all retrieved from.
+        whole_datasets: Datasets whose documents all go into the retrieval database.
         aligned: Whether chunks are cut where samples of padded documents have theirs; see
             `_aligned_chunks`.
 
     Raises:
-        TokenizerError: the tokens are not of `tokenizer`.
+        TokenizerError: the tokens were not made by `tokenizer`.
         ConfigurationError: the split leaves no training chunks, or too few to sample.
     """
     weights, prefixes = config.blend
@@ -108,7 +108,7 @@ def build_database(
 
         num_chunks = (-(-dataset.lengths // config.retro_gpt_chunk_length)).sum(dtype=np.int64)
         row_bytes = 16 * float(num_chunks) / max(num_docs, 1)
-        # Longest first, so no rank works on a long one while the others wait.
+        # Longest first, so that no rank still works on a long one while the others wait.
         starts = np.array([shard.start for shard in shards], np.int64)
         tokens = np.add.reduceat(dataset.lengths, starts, dtype=np.int64)
         by_length = [shards[i] for i in np.argsort(-tokens, kind="stable")]
@@ -154,7 +154,7 @@ def _aligned_chunks(
 ) -> tuple[np.ndarray, ...]:
     """Cut a shard's padded documents every M tokens; as `chunk_bounds`.
 
-    BOS, EOD and padding are no text, so the first chunk lacks BOS, and a chunk without text does
+    BOS, EOD and padding are not text, so the first chunk lacks BOS, and a chunk without text does
     not exist.
     """
     lengths = dataset.lengths[shard.start : shard.end].astype(np.int64)
@@ -198,7 +198,7 @@ def _texts_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Start and length of the text in each of the shard's sequences, both i64.
 
-    A final end-of-document token is no text. Neither is BOS if the project's documents begin with
+    A final end-of-document token is not text. Neither is BOS if the project's documents begin with
     it.
     """
     lengths = dataset.lengths[shard.start : shard.end].astype(np.int64)
@@ -222,7 +222,7 @@ def _begun(
     """
     if not tokenizer.adds_bos:
         return np.zeros_like(lengths)
-    # An empty document at the end of the file has no token to look at.
+    # An empty document at the end of the file has no first token.
     starts = dataset.starts[shard.start : shard.end]
     first = np.minimum(starts, max(len(dataset.tokens) - 1, 0))
     return ((lengths > 0) & (dataset.tokens[first] == tokenizer.bos)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Counts of documents and chunks per dataset, kept beside the chunk database."""
+"""Counts of documents and chunks per dataset, stored with the chunk database."""
 
 from __future__ import annotations
 

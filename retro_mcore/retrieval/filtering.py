@@ -10,9 +10,9 @@ import numpy as np
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.retrieval.database import ChunkDatabase
 
-#: Slots of the table in which a sample's documents are marked; a power of two.
+#: Number of slots in the table that marks a sample's documents; a power of two.
 _SLOTS = 1 << 22
-#: Candidates checked beyond those wanted, before all are.
+#: Number of extra candidates that are checked first, before checking all.
 _SPARE = 12
 
 
@@ -24,7 +24,7 @@ class SampleRows:
         start: First row.
         end: Row after the last one.
         dataset: The sample's dataset.
-        documents: i64, documents of that dataset that the sample is cut from.
+        documents: i64, documents of that dataset that the sample contains.
     """
 
     start: int
@@ -36,7 +36,7 @@ class SampleRows:
 class DocumentFilter:
     """Drops candidates from a sample's own documents.
 
-    A continuation belongs to its neighbor's document, so a neighbor passes together with it.
+    A continuation belongs to its neighbor's document, so it needs no check of its own.
 
     Args:
         database: The retrieval database.
@@ -71,7 +71,7 @@ class DocumentFilter:
         """
         documents = self.documents(np.maximum(candidates, 0))
         own = np.empty(candidates.shape, bool)
-        # Marking a sample's documents in a table is faster than comparing with each.
+        # Marking a sample's documents in a table is faster than comparing with each of them.
         folded = documents if self._total <= _SLOTS else documents & (_SLOTS - 1)
         for sample in samples:
             mine = self._first_document[sample.dataset] + sample.documents
@@ -79,7 +79,7 @@ class DocumentFilter:
             self._marked[slots] = True
             self._marked.take(folded[sample.start : sample.end], out=own[sample.start : sample.end])
             self._marked[slots] = False
-            if self._total > _SLOTS:  # others may share a slot
+            if self._total > _SLOTS:  # other documents may share a slot
                 rows = own[sample.start : sample.end]
                 rows &= np.isin(documents[sample.start : sample.end], mine)
         return own

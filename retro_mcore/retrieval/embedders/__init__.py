@@ -1,4 +1,4 @@
-"""Text embedders: they turn the text of a chunk into the vector that the index is searched by.
+"""Text embedders, which turn the text of a chunk into the vector that the index searches by.
 
 `build_embedder` picks the kind from the name and imports only that kind's module.
 """
@@ -19,13 +19,13 @@ from retro_mcore.retrieval.embedders.base import (
     Pooling,
 )
 
-#: Whether a name is of a kind of model, and the embedder of (name, batch size, device, pooling).
+#: A test whether a name belongs to this kind, and a builder (name, batch size, device, pooling).
 Recognizer = Callable[[str], bool]
 Builder = Callable[[str, int, str | None, Pooling | None], Embedder]
 
 #: Modules for special kinds of models; each defines `is_of_kind` and `build` as above.
 _MODULES = ("retro_mcore.retrieval.embedders.megatron_bert",)
-#: Kinds that other packages registered; they are asked first.
+#: Kinds registered by other packages; these take precedence.
 _registered: list[tuple[Recognizer, Builder]] = []
 
 
@@ -33,9 +33,9 @@ def register_embedder(is_of_kind: Recognizer, build: Builder) -> None:
     """Let `build_embedder` build embedders that this package does not know.
 
     Args:
-        is_of_kind: Whether a name stands for such a model.
-        build: Returns the embedder of a name, batch size, device and pooling. Needs a `half()` to
-            be used with --embed-fp16.
+        is_of_kind: Returns whether a name belongs to such a model.
+        build: Builds the embedder from name, batch size, device and pooling. It must have `half()`
+            to be used with --embed-fp16.
     """
     if all(known is not is_of_kind for known, _ in _registered):
         _registered.append((is_of_kind, build))
@@ -61,7 +61,7 @@ def build_embedder(
         weights: File of the lexical embedder's weights.
 
     Raises:
-        ConfigurationError: no such model, or options that do not go together.
+        ConfigurationError: there is no such model, or options are incompatible.
         MissingDependencyError: a package that the embedder needs is not installed.
         ProjectError: the lexical embedder has no weights yet.
     """

@@ -1,4 +1,4 @@
-"""The interface of text embedders, and embedding each distinct text once."""
+"""Interface of text embedders, and a function that embeds each distinct text once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from retro_mcore.retrieval.vectors import EmbeddingCounts, as_vectors, require_usable
 
 Pooling = Literal["mean", "cls"]
-#: The encoder that is installed as a package, so it needs no download.
+#: The encoder that is installed as a package and needs no download.
 DEFAULT_EMBEDDER = "minilm"
 #: The embedder that needs no model.
 LEXICAL_EMBEDDER = "lexical"
@@ -21,10 +21,10 @@ class Embedder(ABC):
     """Turns texts into vectors.
 
     Attributes:
-        name: Name that it was built by, recorded in the project.
+        name: Name that it was built from, recorded in the project.
         dimension: Length of a vector.
-        max_tokens: Most tokens of a text that are read, special ones included; the rest is cut.
-            None: no limit.
+        max_tokens: Maximum number of tokens read, including special tokens; the rest is cut. None:
+            no limit.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Embedder(ABC):
         """
 
     def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
-        """Count the tokens of each text, i64 [n], special ones included; None if unknown."""
+        """Count the tokens of each text, including special tokens, i64 [n]; None if unknown."""
         return None
 
 
@@ -51,7 +51,7 @@ def embed_by_length(
 ) -> np.ndarray:
     """Embed texts in batches of similar length, f32 [n, dimension].
 
-    Long texts come first: padding is small, and a batch too large for the memory fails at once.
+    Long texts come first, so padding is small and a batch too large for memory fails immediately.
 
     Args:
         texts: Texts in any order.
@@ -80,11 +80,11 @@ def embed_unique(
         embedder: The embedder.
         texts: Texts of consecutive chunks.
         counts: Counts to add to.
-        first: Number of the first chunk, for an error.
-        what: Name of a text, for an error.
+        first: Number of the first chunk, for error messages.
+        what: Name of a text, for error messages.
 
     Raises:
-        ConfigurationError: the vectors have another shape, or are NaN, infinite or too large.
+        ConfigurationError: the vectors have the wrong shape, or are NaN, infinite or too large.
     """
     place: dict[str, int] = {}
     rows = [place.setdefault(text, len(place)) for text in texts]

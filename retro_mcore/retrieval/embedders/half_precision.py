@@ -15,7 +15,7 @@ class HalfPrecision(Embedder):
     """An embedder in half precision; texts whose vectors overflow are embedded in single precision.
 
     Args:
-        embedder: An embedder with `half()`, and with `full()` if it can go back.
+        embedder: An embedder with `half()`, and with `full()` if it can switch back.
 
     Attributes:
         in_full: Number of texts so far that half precision could not hold.

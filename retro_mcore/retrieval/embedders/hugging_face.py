@@ -38,18 +38,18 @@ def model_path(name_or_path: str) -> str:
 
 
 def token_limit(tokens: float | None) -> int | None:
-    """A model's limit of tokens; None if it has none, or states it as a huge number."""
+    """A model's maximum number of tokens; None if it has none or states a huge number."""
     return int(tokens) if tokens is not None and 0 < tokens < 1 << 31 else None
 
 
 def count_tokens_of(tokenizer: Any, texts: Sequence[str]) -> np.ndarray | None:
-    """Count tokens, special ones included, by a transformers tokenizer; None for any other."""
+    """Count tokens, including special tokens, with a transformers tokenizer; None for any other."""
     from transformers import PreTrainedTokenizerBase
 
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return None
     if not len(texts):
         return np.empty(0, np.int64)
-    # Not verbose: it would warn about the long texts that are counted here.
+    # Not verbose: it would warn about the long texts counted here.
     ids = tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
     return np.array([len(row) for row in ids], np.int64)

@@ -1,10 +1,10 @@
 """An embedder that needs no model: hashed TF-IDF through a random projection.
 
 Words and pairs of neighboring words are hashed into buckets. Buckets are weighted by how rare they
-are in the database and projected by random signs to a fixed dimension. This keeps inner products up
-to noise (Johnson-Lindenstrauss; Achlioptas 2003, "Database-friendly random projections"). All
-arithmetic before the last normalization is on integers, so vectors have the same bytes in every
-process and on every machine.
+are in the database and projected by random signs to a fixed dimension. This preserves inner
+products up to noise (Johnson-Lindenstrauss; Achlioptas 2003, "Database-friendly random
+projections"). All arithmetic before the last normalization uses integers, so vectors are bitwise
+identical in every process and on every machine.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def buckets_of(text: str) -> np.ndarray:
-    """The buckets of all words and pairs of neighboring words, with repetitions, i64 [n]."""
+    """Buckets of all words and pairs of neighboring words, with repetitions, i64 [n]."""
     words = [word.encode() for word in _WORD.findall(text.lower())]
     pairs = [b"%b %b" % pair for pair in itertools.pairwise(words)]
     return np.array([crc32(feature) % _BUCKETS for feature in words + pairs], np.int64)
 
 
 def count_texts(texts: Iterable[str]) -> np.ndarray:
-    """Count the texts that each bucket occurs in, and in a last place all texts, i64 [buckets + 1].
+    """Count the texts that contain each bucket, i64 [buckets + 1]; the last entry counts all texts.
 
-    Counts of parts of the texts add up to the counts of all.
+    Counts of subsets of the texts can be added.
     """
     counts = np.zeros(_BUCKETS + 1, np.int64)
     for text in texts:
@@ -54,7 +54,7 @@ def count_texts(texts: Iterable[str]) -> np.ndarray:
 def weights_of(counts: np.ndarray) -> np.ndarray:
     """Inverse document frequencies in fixed point, u16 [buckets], from `count_texts`."""
     total = int(counts[-1])
-    # Few distinct counts: a logarithm each, rounded far above the last bit of any machine's.
+    # One logarithm per distinct count, rounded far more coarsely than machines differ.
     seen, where = np.unique(counts[:-1], return_inverse=True)
     weights = [round(_SCALE * (1 + math.log((1 + total) / (1 + int(n))))) for n in seen]
     return np.array(weights, np.uint16)[where]

@@ -17,7 +17,7 @@ from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.lexical import count_texts, weights_of
 
-#: Most chunks that words are counted in.
+#: Maximum number of chunks in which words are counted.
 _COUNTED_CHUNKS = 200_000
 _BATCH = 1024
 
@@ -25,13 +25,13 @@ _BATCH = 1024
 def save_lexical_weights(
     database: ChunkDatabase, tokenizer: Tokenizer, path: Path, fingerprint: str
 ) -> None:
-    """Count how rare words are in evenly spaced chunks and save the weights; all ranks count.
+    """Count words in evenly spaced chunks on all ranks, and save their weights.
 
     Args:
         database: The retrieval database.
         tokenizer: The project's.
         path: File of the weights; one with the same fingerprint is kept.
-        fingerprint: Fingerprint of what they are made from.
+        fingerprint: Fingerprint of their inputs.
     """
     with raise_together():
         saved = get_rank() == 0 and state_of(path, fingerprint) is FileState.COMPLETE

@@ -1,7 +1,7 @@
-"""Loading encoders of Hugging Face's libraries: whole, or refused by name.
+"""Load encoders with Hugging Face's libraries, refusing incomplete ones.
 
-The libraries fill what a folder lacks: weights with random numbers, new ones each time, and a
-tokenizer's words with one unknown token. The vectors look like any others.
+The libraries replace what a folder lacks: missing weights by new random numbers each time, and a
+tokenizer's words by one unknown token. The resulting vectors look like any others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def loading_whole(name: str) -> Iterator[None]:
     logger.setLevel(min(level, logging.WARNING) if level else logging.WARNING)
     try:
         yield
-    except Exception as error:  # what a damaged folder raises, only the libraries know
+    except Exception as error:  # a damaged folder may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise cannot_load(name, reason) from error
     finally:
@@ -59,7 +59,7 @@ def loading_whole(name: str) -> Iterator[None]:
 
 
 def require_words(name: str, tokenizer: Any) -> None:
-    """Refuse a tokenizer that knows special tokens alone, as one without its files does.
+    """Refuse a tokenizer that knows only special tokens, which happens if its files are missing.
 
     Raises:
         ConfigurationError: names the embedder.
@@ -70,9 +70,9 @@ def require_words(name: str, tokenizer: Any) -> None:
 
 
 def num_positions(model: Any) -> int | None:
-    """Tokens that a model has positions for; None where it has no such limit.
+    """Number of tokens that a model has positions for; None if it has no such limit.
 
-    RoBERTa and its kin number positions from behind that of padding, and have fewer than rows.
+    RoBERTa-like models number positions from the one after padding's, so they have fewer than rows.
     """
     rows = getattr(model.config, "max_position_embeddings", None)
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
@@ -81,7 +81,7 @@ def num_positions(model: Any) -> int | None:
 
 
 class _Warnings(logging.Handler):
-    """Keeps the names of weights that transformers says it made itself."""
+    """Collects the names of weights that transformers reports as newly initialized."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

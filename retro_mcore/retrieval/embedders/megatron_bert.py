@@ -40,14 +40,15 @@ class MegatronBertEmbedder(Embedder):
     Every rank holds the whole model on its own device. All ranks must build it together.
 
     Args:
-        name: Folder of the checkpoint, or of its tracker file. Its `vocab.txt` is the tokenizer's;
-            without one, the installed MiniLM package's is, which is BERT-base-uncased's.
+        name: Folder of the checkpoint, or of its tracker file. Its `vocab.txt` is used for the
+            tokenizer; without one, that of the installed MiniLM package, which is
+            BERT-base-uncased's.
         batch_size: Texts per forward pass.
         device: "cpu", "cuda" …; None: CUDA if available.
         pooling: "mean" (default), or "cls": the first hidden state.
 
     Raises:
-        CheckpointError: it cannot be read, or is of another model.
+        CheckpointError: it cannot be read, or belongs to another model.
         ConfigurationError: megatron-core runs with tensor or pipeline parallelism.
     """
 
@@ -67,7 +68,7 @@ class MegatronBertEmbedder(Embedder):
         self._device = setup_device("cpu" if device == "cpu" else "auto")
         arguments = vars(read_common(checkpoint).get("args") or _no_arguments(checkpoint))
         verify_checkpoint(checkpoint)
-        # Only now: the data pipeline imports megatron for such a checkpoint alone.
+        # Imported late: the data pipeline imports megatron only for such a checkpoint.
         from retro_mcore.retrieval.embedders import megatron_bert_model as bert
 
         bert.join_megatron()

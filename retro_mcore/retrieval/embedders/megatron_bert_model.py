@@ -48,7 +48,7 @@ def load_bert(checkpoint: Path, arguments: dict[str, Any]) -> BertModel:
     """Build the model that a checkpoint's arguments describe, with the checkpoint's weights.
 
     Raises:
-        CheckpointError: it is damaged, or of another model.
+        CheckpointError: it is damaged, or belongs to another model.
     """
     metadata = read_metadata(checkpoint)
     check_files(checkpoint, metadata)

@@ -15,7 +15,7 @@ from retro_mcore.retrieval.embedders.loading import loading_whole, num_positions
 
 
 class PooledEncoder(Embedder):
-    """A Hugging Face encoder such as BERT, its last hidden states pooled; not normalized.
+    """A Hugging Face encoder such as BERT with pooled last hidden states, not normalized.
 
     Args:
         name_or_path: "minilm", a folder, or a hub name.
@@ -25,7 +25,7 @@ class PooledEncoder(Embedder):
 
     Raises:
         MissingDependencyError: transformers or the MiniLM package is not installed.
-        ConfigurationError: no such model.
+        ConfigurationError: there is no such model.
     """
 
     def __init__(

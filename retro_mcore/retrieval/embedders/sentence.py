@@ -23,7 +23,7 @@ class SentenceEncoder(Embedder):
 
     Raises:
         MissingDependencyError: sentence-transformers or the MiniLM package is not installed.
-        ConfigurationError: no such model.
+        ConfigurationError: there is no such model.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SentenceEncoder(Embedder):
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         if not len(texts):
             return np.empty((0, self.dimension), np.float32)
-        # sentence-transformers sorts by length before it cuts batches, so padding is small.
+        # sentence-transformers sorts by length before batching, so padding is small.
         vectors = self._model.encode(
             list(texts),
             batch_size=self._batch_size,
