@@ -1,4 +1,4 @@
-"""The rates of `scale`, measured on this machine with a project's own chunks."""
+"""Rates for `scale`, measured on this machine with a project's own chunks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from retro_mcore.retrieval.embedders import build_embedder
 from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER, Embedder
 from retro_mcore.retrieval.scale import Rates
 
-#: Chunks that are embedded; tokenizing is faster and gets so many times more.
+#: Number of chunks that are embedded; tokenizing is faster and gets this many times more.
 _EMBEDDED, _TIMES = 512, 32
-#: Texts embedded before the clock starts.
+#: Number of texts embedded before timing starts.
 _WARM_UP = 32
 
 
@@ -33,7 +33,7 @@ def measure_rates(
         device: Device of the embedder: "cpu", "cuda" …
 
     Returns:
-        Rates per second, the others being the default, and the embedder's dimension.
+        Rates per second (defaults for those not measured), and the embedder's dimension.
 
     Raises:
         ProjectError: build_db has not run.
@@ -56,7 +56,7 @@ def measure_rates(
 def _text_rates(
     database: ChunkDatabase, ids: np.ndarray, tokenizer: Tokenizer, counter: BertTokenCounter
 ) -> tuple[float, float]:
-    """Chunks cut and tokens made per second of one core."""
+    """Chunks and tokens per second on one core."""
     tokens = [chunk.tolist() for chunk in database.tokens(ids)]
     start = time.process_time()
     texts = tokenizer.detokenize_batch(tokens)

@@ -1,4 +1,4 @@
-"""The page of `inspect_neighbors`: one HTML file that needs nothing beside it."""
+"""The page of `inspect_neighbors`, one self-contained HTML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search the neighbors of every chunk of a split's samples, and save them (query_neighbors)."""
+"""Search and save the neighbors of every chunk of a split's samples (query_neighbors)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from retro_mcore.retrieval.query_chunks import QuerySamples, read_chunks
 from retro_mcore.retrieval.rerank import BM25
 from retro_mcore.retrieval.vectors import EmbeddingCounts
 
-#: Chunks that are embedded, searched and filtered at a time; bounds the memory.
+#: Number of chunks embedded, searched and filtered at a time; bounds the memory.
 BATCH = 4096
-#: Default candidates per chunk, before those of its own documents are dropped.
+#: Default number of candidates per chunk, before those of its own documents are dropped.
 NUM_QUERY = 200
-#: Factor by which a search with too few neighbors widens.
+#: Factor by which a search that finds too few neighbors is widened.
 _MORE = 4
 
 #: Number of query chunks that cannot all fall into empty lists of an index.
@@ -51,10 +51,10 @@ class NeighborSearch:
         tokenizer: The project's tokenizer.
         embedder: The embedder that the index was built with.
         chunk_length: M.
-        num_query: Candidates searched per chunk; more if too few are from other documents.
+        num_query: Number of candidates per chunk; more if too few are from other documents.
         num_save: Neighbors saved per chunk, none from the sample's own documents.
         rerank: Orders the remaining candidates; None: by distance.
-        document_ends: Text that the embedder reads for an end of document inside a chunk.
+        document_ends: Text that the embedder reads at a document end inside a chunk.
     """
 
     database: ChunkDatabase
@@ -70,7 +70,7 @@ class NeighborSearch:
         self.filter = DocumentFilter(self.database)
 
     def shard(self, samples: QuerySamples, shard: Shard, path: Path, fingerprint: str) -> Steps:
-        """Write one shard's neighbors to `path`, and their distances, a batch at a time.
+        """Write one shard's neighbors to `path`, and their distances, one batch at a time.
 
         Yields:
             A request to search; expects the result to be sent in.
@@ -113,7 +113,7 @@ class NeighborSearch:
         neighbors, kept = self.select(chunks, candidates, distances, owners)
         k = self.num_query
         while k < len(self.database):
-            # Too few, though the index found as many as requested: long own documents.
+            # Too few because many candidates are from the sample's own documents.
             short = np.flatnonzero(
                 (neighbors[:, -1] == NO_NEIGHBOR) & (candidates[:, -1] != NO_NEIGHBOR)
             )
@@ -149,7 +149,7 @@ class QueryCounts(EmbeddingCounts):
     """Counts of the chunks that neighbors were searched for.
 
     Attributes:
-        chunks_short: Chunks with fewer neighbors than are saved.
+        chunks_short: Chunks with fewer neighbors than requested.
         chunks_without: Chunks without any.
     """
 
@@ -174,7 +174,8 @@ def require_found(
         distances: f32 [n, k].
         ids: i64 [n, k].
         database: The database that the ids belong to.
-        may_be_empty: Whether all rows may be empty, as for those that found nothing before.
+        may_be_empty: Whether all rows may be empty, as in a repeated search for rows that found
+            nothing.
 
     Raises:
         CorruptFileError: ids are beyond the database, distances are NaN or infinite, or many rows
@@ -212,7 +213,7 @@ def query_split(
         samples: Samples of the split.
         index: The database's index; a SharedIndex if ranks share it.
         shards: Ranges of rows (chunks).
-        fingerprint: Fingerprint of what the neighbors are made from.
+        fingerprint: Fingerprint of the inputs of the neighbors.
         description: Label of the progress bar.
     """
 
@@ -237,7 +238,7 @@ def _query_together(
     shards: Sequence[Shard],
     fingerprint: str,
 ) -> None:
-    """Build each shard on one rank while all ranks search for one another in step."""
+    """Build each shard on one rank, while all ranks search each other's queries in lockstep."""
 
     def mine() -> Steps:
         for shard in shards[get_rank() :: get_world_size()]:
@@ -275,5 +276,6 @@ def answer(steps: Generator[Request, Found, Any], index: Any) -> Any:
 
 def distances_path(shard: Shard) -> Path:
     """File of the distances of a file of neighbors."""
-    # In its own folder: other readers take every .hdf5 file beside the neighbors for neighbors.
+    # A separate folder, since other readers read every .hdf5 file next to the neighbors as
+    # neighbors.
     return shard.path.parent / "distances" / shard.path.name

@@ -1,7 +1,7 @@
 """The Faiss index over the embeddings of the retrieval database.
 
-embeddings -> choice -> training -> filling (parts, then one index of them) -> recall; faiss_search
-reads what files holds.
+The steps are embeddings, choice, training, filling (parts, merged into one index) and recall.
+`faiss_search` searches the indexes that `files` reads.
 """
 
 from retro_mcore.retrieval.index.choice import AUTO, IndexChoice, choose_index, parse_bytes

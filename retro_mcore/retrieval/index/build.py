@@ -1,6 +1,6 @@
 """The steps that build a project's index: embed, train, add, merge.
 
-Each step can run by itself; embed and add can be shared by any number of jobs in any order. A
+Each step can run by itself; embed and add can be divided among any number of jobs in any order. A
 step's output depends only on the project and the options, so its bytes do not depend on how the
 work was divided.
 """
@@ -47,12 +47,12 @@ from retro_mcore.retrieval.index.training import (
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """The index that is wanted.
+    """The requested index.
 
     Attributes:
         string: Faiss factory string, or "auto".
-        memory: Bytes that the index may take; None: most of the machine's.
-        recall: Recall@2 to reach.
+        memory: Bytes that the index may take; None: most of the machine's memory.
+        recall: Target recall@2.
         nprobe: Lists to search; None: measured.
         ef_search: Breadth of graph searches; None: measured.
         on_disk: Keep the lists in a file of their own.
@@ -80,7 +80,7 @@ class IndexBuild:
         block_size: The project's rows per file.
         fingerprint: Fingerprint of the embeddings and options that the index is made from.
         wanted: The index to build.
-        inherited: Index of the project that this one was grown from, if it may be reused.
+        inherited: Index of the project that this one was extended from, if it may be reused.
     """
 
     paths: ProjectPaths
@@ -123,7 +123,7 @@ class IndexBuild:
 
         Raises:
             ProjectError: embeddings are missing.
-            ConfigurationError: no index reaches the recall wanted, or Faiss cannot train it.
+            ConfigurationError: no index reaches the target recall, or Faiss cannot train it.
         """
         require_shards(self.embedded.shards, self.embedded.fingerprint, self._hint("embed"))
         with raise_together():
@@ -158,13 +158,13 @@ class IndexBuild:
     def _choose(self) -> IndexChoice:
         wanted = self.wanted
         if wanted.string != AUTO:
-            make_index(wanted.string, self.embeddings.dimension)  # raises if it cannot be
+            make_index(wanted.string, self.embeddings.dimension)  # raises if it cannot be built
             return IndexChoice(wanted.string, "as --index says", on_disk=wanted.on_disk)
         memory = wanted.memory or usable_memory()
         return choose_index(self.embeddings, memory, wanted.recall, wanted.on_disk)
 
     def _place(self, choice: IndexChoice, index: Any) -> IndexChoice:
-        """Put the index on the disk if asked to, or if memory cannot hold it."""
+        """Put the index on disk if requested, or if it does not fit into memory."""
         wanted = self.wanted
         kind, needed = kind_of(index), stored_bytes(index, len(self.embeddings))
         if wanted.split and kind is IndexKind.WHOLE:
@@ -197,8 +197,8 @@ class IndexBuild:
     def add(self, share: Share | None = None) -> ShardReport:
         """Add vectors, one file per part, on all ranks; with `share`, only that job's parts.
 
-        The exact neighbors of the held-out queries in each part are saved beside it, to measure
-        the recall.
+        The exact neighbors of the held-out queries in each part are saved with it, to measure the
+        recall.
 
         Raises:
             ProjectError: the index is not trained, or embeddings are missing.
@@ -283,7 +283,7 @@ def exact_path(part: Shard) -> Path:
 
 
 def training_rows_of(paths: ProjectPaths) -> np.ndarray:
-    """Rows of train.hdf5 that sampled.hdf5 holds: the first of each dataset, i64 [rows]."""
+    """Rows of train.hdf5 that sampled.hdf5 contains, the first ones of each dataset, i64 [rows]."""
     rows, start = [], 0
     for info in read_dataset_infos(paths):
         rows.append(np.arange(start, start + info.n_chunks_sampled))

@@ -1,4 +1,4 @@
-"""Choosing an index: what fits the memory, and reaches the recall on a sample of the vectors."""
+"""Choose an index that fits into memory and reaches the recall on a sample of the vectors."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from retro_mcore.retrieval.index.training import make_index
 AUTO = "auto"
 #: Up to this many vectors, an exact search is cheap enough to do without lists.
 _LARGEST_WITHOUT_LISTS = 50_000
-#: Comparing with all vectors at once, as matrix products, costs about an eighth per vector of what
-#: scanning lists does: lists are worth it where less than this share of them is scanned.
+#: Exhaustive search uses matrix products and costs about an eighth per vector of scanning lists. So
+#: lists pay off only if less than this fraction of them is scanned.
 _WORTHWHILE_SHARE = 1 / 8
-#: From this many lists on a graph finds the nearest ones faster than comparing all.
+#: From this many lists on, a graph finds the nearest lists faster than comparing all.
 _FEWEST_LISTS_FOR_GRAPH = 8192
-#: Faiss wants this many training vectors per list to place it well.
+#: Training vectors per list that Faiss needs for good centroids.
 _VECTORS_PER_LIST = 39
 _GRAPH_NEIGHBORS = 32
-#: From this many vectors on, codes are worth the training of a rotation.
+#: From this many vectors on, training a rotation for the codes pays off.
 _FEWEST_ROTATED = 20_000_000
 _SAMPLE = 32_768
 _SAMPLE_QUERIES = 400
@@ -52,7 +52,7 @@ class IndexChoice:
         string: Faiss factory string.
         reason: Why it was chosen, in words.
         num_bytes: Memory of its vectors, lists and centroids; None if unknown.
-        on_disk: Whether its lists lie in a file of their own and are searched there.
+        on_disk: Whether its lists are in a separate file and are searched there.
     """
 
     string: str
@@ -76,7 +76,8 @@ class IndexChoice:
 
 @dataclass(frozen=True)
 class _Code:
-    """A way to store vectors: the factory string's last part, its bytes, a rotation before it."""
+    """A way to store vectors: last part of the factory string, bytes per vector, rotation before
+    it."""
 
     string: str
     num_bytes: int
@@ -107,7 +108,7 @@ def usable_memory() -> int:
 
 
 def num_lists_for(num_vectors: int) -> int:
-    """About 4·sqrt(n) lists, a power of two, each with enough vectors to train it on.
+    """Number of lists: about 4·sqrt(n), a power of two, with enough training vectors for each.
 
     Faiss's guidelines for choosing an index; 0: no lists.
     """
@@ -122,7 +123,7 @@ def _well_trained_lists(num_vectors: int) -> int:
 
 
 def index_bytes(num_vectors: int, dimension: int, code_bytes: int) -> int:
-    """Bytes that the automatic index with such codes takes in memory."""
+    """Bytes of memory that the automatic index takes with these codes."""
     lists = num_lists_for(num_vectors)
     graph = lists * 8 * _GRAPH_NEIGHBORS if lists >= _FEWEST_LISTS_FOR_GRAPH else 0
     ids = 8 * num_vectors if lists else 0
@@ -132,17 +133,18 @@ def index_bytes(num_vectors: int, dimension: int, code_bytes: int) -> int:
 def choose_index(
     embeddings: Embeddings, memory: int, recall: float, on_disk: bool = False
 ) -> IndexChoice:
-    """The most exact index that fits the memory, if it reaches the recall.
+    """Choose the most exact index that fits into memory, if it reaches the recall.
 
     Lossy codes are tried on evenly spaced vectors with exhaustive search, so the measured loss is
-    theirs alone. Lists lose nothing that searching more of them cannot make up for; they are left
-    out if that would cost more than an exhaustive search. Recall falls as vectors get denser, so it
-    is also measured at a quarter of the sample, and the fall is extrapolated to all vectors.
+    due to the codes alone. Losses due to lists can be avoided by searching more lists; lists are
+    omitted if that would cost more than an exhaustive search. Recall falls as vectors get denser,
+    so it is also measured at a quarter of the sample, and the decrease is extrapolated to all
+    vectors.
 
     Args:
         embeddings: The database's vectors.
         memory: Bytes that the index may take.
-        recall: Recall@2 wanted, against exact search.
+        recall: Target recall@2, relative to exact search.
         on_disk: Whether its lists stay on disk, so vectors need no memory.
 
     Raises:
@@ -204,12 +206,12 @@ def _codes(count: int, dimension: int) -> Iterator[_Code]:
     for size in (128, 96, 64, 48, 32, 24, 16, 12, 8, 4):
         if dimension % size == 0 and size < dimension // 2:
             rotation = f"OPQ{size}" if count >= _FEWEST_ROTATED else ""
-            # np: without the long training for Hamming distances, which is not used.
+            # np: no polysemous training, which takes long and only serves Hamming distances.
             yield _Code(f"PQ{size}np", size, rotation)
 
 
 class _Trial:
-    """Measures the recall of codes on a sample, each once."""
+    """Measures the recall of codes on a sample, once for each."""
 
     def __init__(self, embeddings: Embeddings) -> None:
         self.count, self.dimension = len(embeddings), embeddings.dimension
@@ -224,9 +226,10 @@ class _Trial:
         return self._known[code]
 
     def lists_pay_off(self, recall: float) -> bool:
-        """Whether scanning a worthwhile share of lists of the sample reaches the recall.
+        """Whether the recall is reached by scanning few enough lists of the sample.
 
-        The share hardly falls with the number of vectors: it shows whether they form clusters.
+        The fraction needed hardly depends on the number of vectors; it shows whether they form
+        clusters.
         """
         lists = _well_trained_lists(len(self._vectors))
         index = make_index(f"IVF{lists},Flat", self.dimension)

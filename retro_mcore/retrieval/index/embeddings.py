@@ -1,4 +1,4 @@
-"""Embeddings of the retrieval database and of the queries that recall is measured with."""
+"""Embeddings of the retrieval database, and of the queries used to measure recall."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
 from retro_mcore.retrieval.vectors import EmbeddingCounts, list_rows, unusable
 
-#: Queries that recall is measured with.
+#: Number of queries used to measure recall.
 NUM_HELD_OUT = 500
 
 
@@ -63,7 +63,7 @@ class EmbeddingFiles:
 
     Attributes:
         shards: All files, in order.
-        fingerprint: Fingerprint of what they are made from.
+        fingerprint: Fingerprint of their inputs.
     """
 
     shards: Sequence[Shard]
@@ -118,7 +118,8 @@ class Embeddings:
         return result
 
     def _require_usable(self, file: int, ids: np.ndarray, vectors: np.ndarray) -> None:
-        """Reject NaN and infinite vectors, which older versions and other programs may keep."""
+        """Reject NaN and infinite vectors, which older versions and other programs may have
+        stored."""
         wrong = ids[unusable(vectors)]
         if len(wrong):
             shard = self.shards[file]
@@ -143,7 +144,7 @@ def _hint(shard: Shard) -> str:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Queries to measure recall with.
+    """Queries for measuring recall.
 
     Attributes:
         vectors: f32 [n, dimension].
@@ -164,7 +165,8 @@ def embed_held_out(
     fingerprint: str,
     document_ends: DocumentEnds = "line break",
 ) -> None:
-    """Embed evenly spaced chunks of held-out documents, and of the database if those are too few.
+    """Embed evenly spaced chunks of held-out documents, plus some of the database if there are too
+    few.
 
     Raises:
         ConfigurationError: the embedder returns vectors that cannot be searched.

@@ -1,4 +1,4 @@
-"""Search in a Faiss index, with the same bytes on any number of threads and ranks."""
+"""Search a Faiss index, with bitwise identical results on any number of threads and ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.retrieval.index.library import faiss_library, worker_threads
 
-#: Queries per call of Faiss.
+#: Number of queries per call of Faiss.
 _QUERIES = 128
 
 
@@ -21,7 +21,7 @@ def search(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
     Args:
         index: A Faiss index, or anything with the same `search(vectors, k)`.
         vectors: f32 [n, dimension].
-        k: Neighbors wanted.
+        k: Number of neighbors.
 
     Returns:
         Distances f32 [n, k] and ids i64 [n, k], nearest first, equal distances in the order of
@@ -77,7 +77,7 @@ class PartedIndex:
 
     @property
     def ntotal(self) -> int:
-        """Number of vectors, by Faiss's name."""
+        """Number of vectors, under Faiss's name."""
         return sum(part.ntotal for part in self.parts)
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

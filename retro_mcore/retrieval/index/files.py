@@ -1,4 +1,5 @@
-"""Faiss indexes on disk: whole, or with their vectors apart; read by mapping them into memory."""
+"""Faiss indexes on disk, with their vectors in the same or separate files, and memory-mapped
+reading."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ def load_index(
         path: A .faissindex file.
         nprobe: Lists to search, for an index that has lists.
         ef_search: Breadth of the graph search, for an index that has a graph.
-        mapped: Map vectors and lists into memory, read-only: processes of a machine share them,
-            and they may exceed its memory. Lists in a file of their own always are.
+        mapped: Memory-map vectors and lists, read-only: processes on a machine share them, and they
+            may exceed its memory. Lists in a separate file are always mapped.
 
     Raises:
         CorruptFileError: Faiss cannot read it.
@@ -53,18 +54,18 @@ def load_index(
 
 
 def _search_from_threads(lists: Any) -> None:
-    """Turn off the read-ahead of mapped lists: its threads serve only one search at a time."""
+    """Turn off read-ahead for mapped lists, since its threads serve only one search at a time."""
     if isinstance(lists, faiss_library().OnDiskInvertedLists):
         lists.prefetch_nthread = 0
 
 
 def lists_path(path: Path) -> Path:
-    """File of an on-disk index's lists, beside the index."""
+    """File with the lists of an on-disk index, in the same folder."""
     return path.with_suffix(".ivfdata")
 
 
 def _is_flat(path: Path) -> bool:
-    """Whether the index is flat, which Faiss maps in another way than lists."""
+    """Whether the index is flat, which Faiss maps differently from lists."""
     with path.open("rb") as file:
         return file.read(4) in (b"IxF2", b"IxFI", b"IxFl")
 
@@ -99,7 +100,7 @@ def read_lists(path: Path, mapped: bool) -> Any:
 
 
 def replace_lists(index: Any, lists: Any) -> None:
-    """Give an index other inverted lists; it keeps them alive."""
+    """Replace the inverted lists of an index, which keeps them alive."""
     inner = innermost(index)
     inner.replace_invlists(lists, False)
     index.referenced_objects = [lists]
@@ -122,7 +123,7 @@ def load_parts(
     nprobe: int | None = None,
     ef_search: int | None = None,
 ) -> Any:
-    """Open the vectors of some parts as one index, mapped into memory.
+    """Open the vectors of some parts as one memory-mapped index.
 
     Args:
         empty: The trained index.

@@ -28,11 +28,11 @@ from retro_mcore.retrieval.index.gpu import to_gpu
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads, worker_threads
 from retro_mcore.retrieval.index.training import IndexKind, has_graph, innermost, kind_of
 
-#: Block of flat vectors that Faiss multiplies at once; parts of whole blocks keep its rounding.
+#: Faiss multiplies flat vectors in blocks of this size; parts of whole blocks keep its rounding.
 _FLAT_BLOCK = 1024
 _SHORTEST_PART = 8 * _FLAT_BLOCK
 _LONGEST_PART = 16384 * _FLAT_BLOCK
-#: Vectors that one thread encodes in one call.
+#: Number of vectors that one thread encodes in one call.
 _ENCODED = 4096
 _ADD_BATCH = 65_536
 
@@ -43,7 +43,7 @@ def cut_parts(directory: Path, count: int, kind: IndexKind, block_size: int) -> 
     Args:
         directory: Directory of the files.
         count: Number of vectors.
-        kind: Kind of the index; one that cannot be merged is a single part.
+        kind: Kind of the index; an index that cannot be merged has a single part.
         block_size: The project's rows per file; parts are at least this long, up to a limit.
     """
     shortest = min(_SHORTEST_PART, block_size)
@@ -65,7 +65,7 @@ def add_part(
     Args:
         trained: The trained index; its vectors are replaced.
         embeddings: The database's vectors.
-        part: Which rows.
+        part: The rows to add.
         path: The file to write.
         gpu: Place and encode on GPUs if they support such an index.
     """
@@ -110,7 +110,7 @@ def add_rows(index: Any, vectors: np.ndarray, rows: np.ndarray) -> None:
     kind = kind_of(index)
     if kind is IndexKind.WHOLE:
         with faiss_threads(1 if has_graph(index) else faiss_library().omp_get_max_threads()):
-            index.add(vectors)  # threads would race in building a graph
+            index.add(vectors)  # threads would race when building a graph
         return
     pieces = [vectors[start : start + _ENCODED] for start in range(0, len(vectors), _ENCODED)]
     codes = np.concatenate(list(worker_threads().map(_encode, repeat(index), pieces)))
@@ -138,7 +138,7 @@ def stored_bytes(index: Any, count: int) -> int:
         return count * (int(inner.code_size) + 8)
     try:
         return count * int(inner.sa_code_size())
-    except RuntimeError:  # not every index has codes of one size
+    except RuntimeError:  # not every index has codes of fixed size
         return 0
 
 
@@ -163,17 +163,17 @@ def merge_parts(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: st
                 inner.invlists.merge_from(read_lists(part.path, mapped=False), 0)
                 inner.ntotal = inner.invlists.compute_ntotal()
             else:
-                source = load_index(part.path)  # kept alive beside its innermost index
+                source = load_index(part.path)  # keep it alive together with its innermost index
                 innermost(index).merge_from(innermost(source))
         set_total(index, innermost(index).ntotal)
         save_index(index, temporary)
 
 
 def merge_on_disk(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: str) -> None:
-    """One index of all parts whose lists lie in a file of their own, searched where it lies.
+    """Merge all parts into an on-disk index, whose lists are in a separate file and searched there.
 
-    Both the parts and the result are mapped, so memory holds no more of them than it has room for.
-    The index names its lists without a folder: a reader looks beside it.
+    Both the parts and the result are memory-mapped, so they may exceed the memory. The index refers
+    to its lists without a folder, so readers look in the folder of the index.
 
     Args:
         empty: The trained index, which has lists.

@@ -7,7 +7,7 @@ from typing import Any
 
 from retro_mcore.retrieval.index.library import faiss_library
 
-#: Most lists and neighbors that Faiss searches on a GPU.
+#: Maximum number of lists and of neighbors that Faiss searches on a GPU.
 _MOST_LISTS = _MOST_NEIGHBORS = 2048
 
 
@@ -33,7 +33,8 @@ def to_gpu(index: Any) -> Any | None:
 
 
 def to_gpu_for_search(index: Any, k: int, nprobe: int | None) -> Any:
-    """`index` on this rank's GPU where it can search there as asked, else as it is."""
+    """Copy `index` to this rank's GPU if it can search there as requested; otherwise return it as
+    it is."""
     if k > _MOST_NEIGHBORS or (nprobe or 0) > _MOST_LISTS:
         return index
     return to_gpu(index) or index

@@ -1,7 +1,7 @@
-"""The index work that a grown project inherits: embeddings and training.
+"""Embeddings and index training that an extended project inherits.
 
-A grown database begins with the rows of the one it was grown from (`stages.grown_project`). The
-embeddings of those rows still hold, and the index trained on them is filled, not trained again.
+An extended database begins with the rows of the old one (`stages.grown_project`). Their embeddings
+are still valid. The index trained on them is filled again, but not trained again.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from retro_mcore.project.records import recorded_options
 from retro_mcore.project.shards import Shard, cut
 from retro_mcore.retrieval.database import ChunkDatabase
 
-#: Rows compared in one call.
+#: Number of rows compared in one call.
 _BATCH = 1 << 22
 
 
 class InheritedIndex:
-    """The embeddings and the trained index of the project that a database was grown from.
+    """The embeddings and the trained index of the project that a database was extended from.
 
     Args:
-        paths: The grown project.
+        paths: The extended project.
         settings: Its settings; `grown_from` names the other project.
 
     Raises:
@@ -48,7 +48,7 @@ class InheritedIndex:
 
     @classmethod
     def of(cls, paths: ProjectPaths, settings: ProjectSettings) -> InheritedIndex | None:
-        """The inheritance of a project; None if its database was not grown from another."""
+        """What a project inherits; None if its database was not extended from another."""
         return cls(paths, settings) if settings.grown_from else None
 
     def embedded_with(self, options: Mapping[str, Any]) -> bool:
@@ -66,7 +66,7 @@ class InheritedIndex:
         adopt(self._base.lexical_weights, self._paths.lexical_weights, fingerprint)
 
     def link_trained_index(self, index_string: str, fingerprint: str) -> bool:
-        """Link the trained index. Returns whether there was one of that name."""
+        """Link the trained index. Returns whether there is one with that string."""
         theirs = self._base.empty_index(index_string)
         return adopt(theirs, self._paths.empty_index(index_string), fingerprint)
 

@@ -1,4 +1,4 @@
-"""Faiss itself: how it is imported, how many threads it gets, what its errors say."""
+"""Faiss itself: import, number of threads, error messages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from retro_mcore.errors import MissingDependencyError
 
 @cache
 def faiss_library() -> ModuleType:
-    """The module `faiss`, set so that results do not depend on how many rows a call is given.
+    """The module `faiss`, configured so that results do not depend on the number of rows per call.
 
-    Flat distances always come from matrix products (Faiss takes another path for small calls,
-    which rounds otherwise), and the k best always from a heap (which keeps the lower id of two at
-    one distance, where the reservoir of large k keeps either).
+    Flat distances always come from matrix products. (For small calls Faiss would use other code,
+    which rounds differently.) The k best always come from a heap, which keeps the lower id of two
+    at the same distance. (Faiss's reservoir for large k may keep either.)
     """
     try:
         import faiss
@@ -51,10 +51,10 @@ def faiss_threads(count: int) -> Iterator[ModuleType]:
 
 @cache
 def worker_threads() -> ThreadPoolExecutor:
-    """Threads that call Faiss side by side, each with one thread inside Faiss.
+    """Threads that call Faiss in parallel, each with one thread inside Faiss.
 
-    Matrix products round by how they are shared among threads. Calls of fixed size, each on one
-    thread, give the same bytes on any number of cores.
+    Rounding of matrix products depends on how they are divided among threads. Calls of fixed size
+    on one thread each give the same bytes on any number of cores.
     """
     faiss = faiss_library()
     return ThreadPoolExecutor(

@@ -1,4 +1,4 @@
-"""A project's finished index, as its settings name it."""
+"""A project's finished index, as named by its settings."""
 
 from __future__ import annotations
 
@@ -72,25 +72,25 @@ class ProjectIndex:
         """
         for file in self.files:
             verify_present(file, self._hint)
-            # Otherwise its digest would differ, as if the index had been exchanged.
+            # Otherwise its digest would differ, as if the index had been replaced.
             verify_size(file, f"{self._hint} again")
         if not self._parts and not marker_path(self._added).is_file():
-            load_index(self._added, mapped=True)  # nothing else shows damage
+            load_index(self._added, mapped=True)  # nothing else detects damage
         if self._parts:
             parts = fingerprint_of([digest_of(file) for file in self.files])
             return {self._paths.relative(self._parts[0].path.parent): parts}
         return {self._paths.relative(file): digest_of(file) for file in self.files}
 
     def open(self, share: bool = False, k: int = 0, gpu: bool = False) -> Any:
-        """Open the index, mapped into memory, with the measured breadth of search.
+        """Open the index memory-mapped, with the measured breadth of search.
 
         Args:
             share: If the index is in parts, open some on each rank, and search together.
-            k: Neighbors to search; a GPU may not be able to search that many.
+            k: Number of neighbors to search; GPUs have a limit.
             gpu: Search on this rank's GPU if Faiss has one and the index fits.
 
         Raises:
-            ProjectError: the index does not hold the database's chunks.
+            ProjectError: the index does not contain the database's chunks.
             CorruptFileError: a file is damaged; if all ranks open all of it, on rank 0 only.
         """
         settings, together = self._settings, share and get_world_size() > 1

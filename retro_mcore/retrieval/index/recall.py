@@ -1,4 +1,4 @@
-"""Recall of an index against exact search, and the breadth of search that it needs."""
+"""Recall of an index relative to exact search, and the breadth of search that it needs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.training import has_graph, num_lists
 
 RECALL_AT = (1, 2, 10)
-#: The K whose recall decides: the neighbors that the paper's models read.
+#: The decisive recall is at this K, the number of neighbors that the paper's models read.
 DECISIVE = 2
 _BATCH = 65_536
-#: Rounding of a squared distance in single precision, per root of the dimension and per unit of the
-#: squared lengths that it is the difference of: a few last bits.
+#: Rounding error of a squared distance in single precision, a few last bits: relative to the
+#: squared lengths that are subtracted, and to the square root of the dimension.
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 _BROADEST_GRAPH = 4096
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of the exact nearest neighbors that the index finds.
+    """Fraction of the exact nearest neighbors that the index finds.
 
     A neighbor counts as found if another at the same distance is (see `recall_at`).
 
@@ -58,10 +58,10 @@ class Recall:
 def exact_neighbors(
     embeddings: Embeddings, queries: HeldOut, part: Shard
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the nearest rows of one part by exhaustive search, a batch of rows at a time.
+    """Find the nearest rows of one part by exhaustive search, one batch of rows at a time.
 
     Returns:
-        Distances f32 and rows i64 [queries, max(RECALL_AT)], a query's own row left out.
+        Distances f32 and rows i64 [queries, max(RECALL_AT)], excluding a query's own row.
     """
     width = max(RECALL_AT)
     distances = np.full((len(queries.vectors), width), np.inf, np.float32)
@@ -97,7 +97,7 @@ class RecallMeasure:
     """Measures an index by the exact neighbors of held-out queries.
 
     Args:
-        index: Anything that `search` takes.
+        index: Anything that `search` accepts.
         queries: The queries.
         exact: Their exact neighbors, from `read_exact`.
         embeddings: The database's vectors, for true distances.
@@ -142,14 +142,14 @@ def tune(
 ) -> Recall:
     """Find the narrowest search that reaches `target`, or the broadest if none does.
 
-    nprobe doubles until recall@2 is reached, and is then bisected within the last step. Then
-    efSearch shrinks as long as the recall holds. Given values are not changed.
+    nprobe is doubled until recall@2 is reached, then bisected within the last step. Then efSearch
+    is reduced as long as the recall holds. Given values are not changed.
 
     Args:
         measure: Measures the index.
         lists: Number of lists, if it has any.
         graph: Whether it has a graph.
-        target: Recall@2 wanted.
+        target: Target recall@2.
         nprobe: Lists to search.
         ef_search: Breadth of the graph search.
     """
@@ -182,7 +182,8 @@ def tune(
 def _narrow_graph(
     measure: RecallMeasure, nprobe: int | None, target: float, ef_search: int | None
 ) -> Recall:
-    """Find the smallest efSearch, a power of two, that reaches the target, or else the best."""
+    """Find the smallest efSearch, a power of two, that reaches the target; the best one if none
+    does."""
     if ef_search is not None:
         return measure(nprobe, ef_search)
     ef_search, best = 16, None
@@ -204,7 +205,7 @@ def measure_recall(
     ef_search: int | None = None,
     target: float = 0.95,
 ) -> Recall:
-    """Compare with exact search in this process, and choose the breadth that is not given."""
+    """Compare with exact search in this process, and choose the breadth unless given."""
     _, exact = exact_neighbors(embeddings, queries, Shard(0, len(embeddings), Path()))
     measure = RecallMeasure(index, queries, exact, embeddings)
     return tune(measure, num_lists(index), has_graph(index), target, nprobe, ef_search)
@@ -241,18 +242,18 @@ def rounding_of(queries: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
 def recall_at(
     k: int, found: np.ndarray, exact: np.ndarray, rounding: np.ndarray | float = 0.0
 ) -> float:
-    """Share of the k nearest neighbors that were found.
+    """Fraction of the k nearest neighbors that were found.
 
-    Measured by distance, as ann-benchmarks does: a row counts if it is no farther than the k-th
-    exact neighbor. Among rows at one distance, exact search returns any, too, and within rounding
-    the processor decides which row is nearer.
+    Measured by distance, as in ann-benchmarks: a row counts if it is no farther away than the k-th
+    exact neighbor. Among rows at the same distance, exact search may return any of them, too.
+    Within rounding, the processor decides which row is nearer.
 
     Args:
         k: Number of neighbors.
         found: True distances of the rows found [n, at least k], in any order, infinite where
             missing.
-        exact: True distances of the exact neighbors [n, at least k], likewise.
-        rounding: Differences that do not count, per query.
+        exact: True distances of the exact neighbors [n, at least k], in the same form.
+        rounding: Differences to ignore, per query.
     """
     there = np.isfinite(exact[:, :k]).sum(axis=1)
     farthest = np.where(np.isfinite(exact[:, :k]), exact[:, :k], -np.inf).max(axis=1, initial=0.0)

@@ -28,13 +28,14 @@ class SharedIndex:
         self.local, self.ntotal, self.d, self._group = local, ntotal, dimension, group
 
     def search_together(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Search this rank's queries on all ranks; a rank may have any number, also none.
+        """Search this rank's queries on all ranks; a rank may have any number of queries, even
+        none.
 
         Each rank searches the queries of all ranks in its part and sends back the results.
 
         Args:
             vectors: f32 [n, dimension].
-            k: Neighbors wanted by this rank.
+            k: Number of neighbors for this rank's queries.
         """
         world, rank = get_world_size(self._group), get_rank(self._group)
         asked: list[tuple[int, int]] = [(0, 0)] * world
@@ -55,7 +56,7 @@ class SharedIndex:
         return result
 
     def _gather(self, part: torch.Tensor, destination: int) -> np.ndarray:
-        """Gather every rank's columns side by side on the rank `destination` of the world."""
+        """Gather the columns of every rank, side by side, on world rank `destination`."""
         parts = None
         if dist.get_rank() == destination:
             parts = [torch.empty_like(part) for _ in range(get_world_size(self._group))]

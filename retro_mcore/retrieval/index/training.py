@@ -1,4 +1,4 @@
-"""Train an index: coarse lists, transforms and codes, from a sample of the vectors."""
+"""Train an index (coarse lists, transforms and codes) on a sample of the vectors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads, message_of
 
-#: Vectors per list that Faiss uses in k-means, or in training codes without lists.
+#: Number of vectors per list that Faiss uses for k-means, or for training codes without lists.
 _VECTORS_PER_LIST = 256
 _VECTORS_FOR_CODES = 65_536
-#: Up to this many vectors, threads would wait for one another more than work.
+#: Up to this many vectors, threads would spend most of their time waiting for one another.
 _FEW_VECTORS = 10_000
 
 
@@ -24,15 +24,15 @@ class IndexKind(Enum):
 
     #: Inverted lists: parts are merged list by list.
     LISTS = "lists"
-    #: A row of codes, searched exhaustively: parts are joined end to end.
+    #: An array of codes, searched exhaustively: parts are concatenated.
     CODES = "codes"
-    #: Graphs and whatever else cannot be merged: filled by one process.
+    #: Graphs and everything else that cannot be merged: filled by one process.
     WHOLE = "whole"
 
 
 _LISTS = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer")
 _CODES = ("IndexFlat", "IndexFlatL2", "IndexPQ", "IndexScalarQuantizer")
-#: Coarse quantizers that hold their centroids and nothing else to train.
+#: Coarse quantizers that need no training beyond their centroids.
 _QUANTIZERS = ("IndexFlat", "IndexFlatL2", "IndexHNSWFlat")
 
 
@@ -78,18 +78,18 @@ def train_index(
 ) -> Any:
     """Train a Faiss index on rows of the database; no vectors are added.
 
-    Rounding in training depends on the number of threads. So it uses all of the machine's cores
-    (one for few vectors), however many ranks share them.
+    Rounding in training depends on the number of threads. So it uses all cores of the machine (one
+    core for few vectors), no matter how many ranks share them.
 
     Args:
         index_string: Faiss factory string.
         embeddings: The database's vectors.
-        sample: Rows to train on; evenly spaced ones among them if Faiss would not use all.
+        sample: Rows to train on; evenly spaced ones of them if Faiss would not use all.
         memory: Bytes that the training vectors may take.
         gpu: Cluster on the GPUs.
 
     Raises:
-        ConfigurationError: Faiss rejects the string, or there are too few vectors to train on.
+        ConfigurationError: Faiss rejects the string, or there are too few training vectors.
     """
     index = make_index(index_string, embeddings.dimension)
     if index.is_trained:
@@ -121,7 +121,7 @@ def training_rows(
 
 
 def _train(index: Any, vectors: np.ndarray, gpu: bool) -> None:
-    """Train transforms, then lists, then codes: Faiss's own order."""
+    """Train transforms, then lists, then codes, as Faiss does."""
     faiss = faiss_library()
     inner = innermost(index)
     if kind_of(index) is not IndexKind.LISTS:
@@ -165,7 +165,7 @@ def _mark_trained(index: Any) -> None:
 
 
 def num_lists(index: Any) -> int | None:
-    """Number of lists; None for an index without."""
+    """Number of lists; None for an index without lists."""
     try:
         return int(faiss_library().extract_index_ivf(index).nlist)
     except RuntimeError:
@@ -173,7 +173,7 @@ def num_lists(index: Any) -> int | None:
 
 
 def has_graph(index: Any) -> bool:
-    """Whether a search walks a graph, over the vectors or over the lists."""
+    """Whether a search walks a graph over the vectors or over the lists."""
     faiss = faiss_library()
     graph = innermost(index)
     if num_lists(index) is not None:
