@@ -14,9 +14,9 @@ from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.hdf5 import map_dataset
 
-#: Name of a file of rows [start, end); others, such as renamed copies, are not read.
+#: Name of a file with rows [start, end); other files, such as renamed copies, are not read.
 _ROWS = re.compile(r"(\d+)-(\d+)")
-#: Rows whose ids are checked on opening; all others are checked when read.
+#: Number of rows whose ids are checked when opening; all others are checked when read.
 _LOOKED_AT = 1 << 16
 _MEND = "Run query_neighbors again"
 
@@ -26,11 +26,12 @@ class SavedNeighbors:
 
     Args:
         directory: A directory under `query/`.
-        num_chunks: Chunks of the database, which all ids must be below; None: not checked.
+        num_chunks: Number of chunks in the database, an upper bound of the ids; None: not checked.
 
     Raises:
         ProjectError: the directory is missing or empty.
-        CorruptFileError: a file is unreadable or of another type, rows are missing, or an id is not
+        CorruptFileError: a file is unreadable or of the wrong type, rows are missing, or an id is
+            not
             in the database.
     """
 
@@ -44,7 +45,7 @@ class SavedNeighbors:
             raise ProjectError(self.directory, "holds no neighbors", "Run query_neighbors first")
         self._paths = [path for _, _, path in bounds]
         self._files: list[np.ndarray] = []
-        # Shared by all files: every process opens them all, and there may be thousands.
+        # Shared by all files, since every process opens all of them, and there may be thousands.
         self._looked_at = max(_LOOKED_AT // len(bounds), 1)
         expected = 0
         for start, end, path in bounds:
@@ -104,8 +105,8 @@ class SavedNeighbors:
 class SavedDistances(SavedNeighbors):
     """The distances of a split's neighbors as the index returned them, NaN for missing neighbors.
 
-    An L2 index returns squared distances, and a compressing index approximate ones. Directories of
-    other writers have no distances.
+    An L2 index returns squared distances, and a compressing index approximate ones. Directories
+    from other programs have no distances.
 
     Args:
         directory: The directory of the neighbors, under `query/`.
@@ -121,7 +122,7 @@ class SavedDistances(SavedNeighbors):
         super().__init__(Path(directory) / "distances")
 
     def of(self, neighbors: SavedNeighbors) -> SavedDistances:
-        """Check that these are the distances of `neighbors`, and return them.
+        """Check that these distances belong to `neighbors`, and return them.
 
         Raises:
             CorruptFileError: they belong to other rows.

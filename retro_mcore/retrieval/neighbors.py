@@ -1,4 +1,4 @@
-"""Sources of a generated text's neighbors: a live search, or the caller.
+"""Sources of neighbors for a generated text: a live search, or the caller.
 
 Shapes: N chunks requested, M chunk length, K neighbors, R retrieved length.
 """
@@ -17,7 +17,7 @@ from retro_mcore.errors import ConfigurationError, ShapeError
 
 
 class CompletedChunk(NamedTuple):
-    """A chunk of a growing text that is complete."""
+    """A complete chunk of a growing text."""
 
     prompt: int
     chunk: int
@@ -26,16 +26,16 @@ class CompletedChunk(NamedTuple):
 
 @dataclass(frozen=True)
 class RetrievedNeighbors:
-    """The neighbors of N chunks, as the model reads them.
+    """The neighbors of N chunks, in the form that the model reads.
 
     Attributes:
         tokens: int64 [N, K, R].
         mask: bool [N, K, R]; True for padding or a missing neighbor.
-        ids: int64 [N, K], rows of the chunk database, or None if they come from elsewhere.
+        ids: int64 [N, K], rows of the chunk database; None if they are not from a database.
         distances: float32 [N, K] of the search, or None.
 
     Raises:
-        ShapeError: the arrays do not fit together.
+        ShapeError: the arrays' shapes do not match.
     """
 
     tokens: np.ndarray
@@ -56,7 +56,7 @@ class RetrievedNeighbors:
 
     @classmethod
     def join(cls, parts: Sequence[RetrievedNeighbors]) -> RetrievedNeighbors:
-        """Concatenate the chunks of several."""
+        """Concatenate the chunks of several objects."""
         ids = [part.ids for part in parts if part.ids is not None]
         distances = [part.distances for part in parts if part.distances is not None]
         return cls(
@@ -73,13 +73,13 @@ class RetrievedNeighbors:
         """The neighbors of the chunks of several texts, without ids and distances.
 
         Args:
-            texts: For each of B texts the neighbors of its first chunks (N = 1 each); one of them
-                has some.
-            num_chunks: L, chunks per text; those beyond a text's neighbors have none.
-            pad_id: The token in the place of a missing neighbor, which is masked.
+            texts: For each of B texts, the neighbors of its first chunks (N = 1 each). At least one
+                text has some.
+            num_chunks: L, chunks per text; further chunks of a text have no neighbors.
+            pad_id: Token in place of a missing neighbor, which is masked.
 
         Returns:
-            N = B * L, text by text.
+            N = B * L, ordered by text.
         """
         shape_KR = next(found.tokens.shape[1:] for text in texts for found in text)
         tokens, mask = missing_neighbors((len(texts), num_chunks, *shape_KR), pad_id)
@@ -110,7 +110,7 @@ class NeighborSource(Protocol):
 class Prefetching(NeighborSource):
     """A `NeighborSource` that can start a search before its result is needed."""
 
-    #: Tokens at a chunk's end that its search leaves out, so it starts earlier.
+    #: Number of tokens at a chunk's end that its search ignores, so it can start earlier.
     lead: int = 0
 
     def expect(self, chunks: Sequence[CompletedChunk]) -> None:
@@ -122,17 +122,17 @@ class Prefetching(NeighborSource):
 
 
 class GivenNeighbors:
-    """Neighbors that the caller chose, as a `NeighborSource`.
+    """Neighbors chosen by the caller, as a `NeighborSource`.
 
     Args:
-        neighbors: Neighbors of each prompt's first chunks, by the prompt's place in the batch;
+        neighbors: Neighbors of each prompt's first chunks, by the prompt's index in the batch;
             other chunks and prompts have none.
         num_neighbors: K of the model.
         retrieved_length: R of the model.
         pad_id: Token in place of a missing neighbor; masked.
 
     Raises:
-        ShapeError: K or R of the neighbors are not the model's.
+        ShapeError: K or R of the neighbors differ from the model's.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class SameNeighbors:
 
     Args:
         neighbors: Neighbors of one chunk (N = 1).
-        num_cut: Number of neighbors that are the beginnings of longer texts.
+        num_cut: Number of neighbors that are only the beginning of a longer text.
     """
 
     def __init__(self, neighbors: RetrievedNeighbors, num_cut: int = 0) -> None:
@@ -176,7 +176,7 @@ class SameNeighbors:
         self.num_cut = num_cut
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
-        """These neighbors, once for each chunk."""
+        """Repeat these neighbors for each chunk."""
         return RetrievedNeighbors.join([self._neighbors] * len(chunks))
 
 
@@ -188,7 +188,8 @@ def num_longer(texts: Sequence[str], tokenizer: Tokenizer, retrieved_length: int
 def neighbors_from_texts(
     texts: Sequence[str], tokenizer: Tokenizer, num_neighbors: int, retrieved_length: int
 ) -> RetrievedNeighbors:
-    """Make texts the neighbors of one chunk (N = 1): cut or padded to R tokens, padding masked.
+    """Use texts as the neighbors of one chunk (N = 1): cut or padded to R tokens, with masked
+    padding.
 
     Args:
         texts: At most K texts; missing ones are masked.

@@ -1,4 +1,4 @@
-"""Tokens that two chunks share in one run: the leakage measure of Borgeaud et al. 2022."""
+"""Runs of tokens that two chunks share, the leakage measure of Borgeaud et al. 2022."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-#: Pairs compared at once.
+#: Number of pairs compared at once.
 _ROWS = 512
 
 
@@ -21,7 +21,7 @@ def longest_common_runs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         i64 [n].
     """
     longest = np.zeros(len(first), np.int64)
-    # A block of runs stays in the processor's cache, and short runs fit into a byte.
+    # A block of runs fits into the processor's cache, and lengths of short runs fit into a byte.
     fits_byte = min(first.shape[1], second.shape[1]) < 256
     for start in range(0, len(first), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -32,14 +32,14 @@ def longest_common_runs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _longest_runs(first: np.ndarray, second: np.ndarray, dtype: Any) -> np.ndarray:
-    # Transposed, so that every operation runs over contiguous memory; 32 bits hold any token.
+    # Transposed, so that operations use contiguous memory; any token fits into 32 bits.
     first_AN = np.ascontiguousarray(first.T, np.int32)
     second_BN = np.ascontiguousarray(second.T, np.int32)
-    second_BN[second_BN < 0] = -2  # equal to no padding of the first
+    second_BN[second_BN < 0] = -2  # never equal to padding of `first`
     run_BN: np.ndarray = np.zeros((len(second_BN) + 1, len(first)), dtype)
     longest_BN = np.zeros_like(run_BN)
     for token_N in first_AN:
-        # The run that ends here extends the one that ended a token earlier in both.
+        # A run that ends here extends the run that ended one token earlier in both.
         run_BN[1:] = (run_BN[:-1] + dtype(1)) * (token_N == second_BN)
         np.maximum(longest_BN, run_BN, out=longest_BN)
     return longest_BN.max(0)

@@ -1,8 +1,8 @@
-"""Opening a search in the database that a project retrieves from.
+"""Open a search over the database that a project retrieves from.
 
-One way for all that search: query_neighbors (`neighbor_search`), live retrieval (`retriever`), and
-the evaluation of held-out documents. The search uses the embedder, index and breadth that the
-database's index was built with, and the order that the project's neighbors were saved in.
+Used by query_neighbors (`neighbor_search`), live retrieval (`retriever`) and the evaluation of
+held-out documents. The search uses the embedder, index and breadth with which the database's index
+was built, and the same order of candidates as the project's saved neighbors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ProjectSearch:
     Attributes:
         paths: The project.
         config: Its configuration.
-        settings: Its settings: number of candidates, order.
-        source: The project that the database belongs to; most often, the same.
+        settings: Its settings: number of candidates, order of candidates.
+        source: The project that the database belongs to; usually the same project.
         source_config: Its configuration.
         source_settings: Its settings: embedder, index, breadth of search.
         database: The chunk database.
@@ -54,7 +54,7 @@ class ProjectSearch:
         """Load the embedder that the index was built with; see `build_embedder`.
 
         Raises:
-            ProjectError: its vectors have another dimension than those of the index.
+            ProjectError: its vectors and those of the index have different dimensions.
         """
         settings = self.source_settings
         embedder = load_project_embedder(settings, self.source, batch_size, device, half)
@@ -68,7 +68,7 @@ class ProjectSearch:
         return embedder
 
     def load_reranker(self, rerank: str | None, tokenizer: Tokenizer) -> BM25 | None:
-        """Load what candidates are ordered by; see `rerank.load_reranker`."""
+        """Load the reranker, if any; see `rerank.load_reranker`."""
         chunk_length = self.config.retro_gpt_chunk_length
         return load_reranker(rerank, self.source, self.database, chunk_length, tokenizer.vocab_size)
 
@@ -77,7 +77,7 @@ class ProjectSearch:
         return wanted or min(NUM_QUERY, len(self.database))
 
     def token_digests(self) -> dict[str, str]:
-        """Digests of the project's tokens, whose chunks are searched for."""
+        """Digests of the project's tokens, whose chunks are the queries."""
         prefixes = [self.paths.data / prefix for prefix in self.config.blend[1]]
         files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
         return input_digests(self.paths, files)

@@ -1,9 +1,9 @@
-"""Reordering candidates by BM25 over their tokens.
+"""Reorder candidates by BM25 over their tokens.
 
 Doostmohammadi et al. 2023, "Surface-based retrieval reduces perplexity of retrieval-augmented
-language models": reranking Retro's dense candidates by BM25 is cheap and brings part of the gain of
-a search by BM25. BM25 libraries index a whole corpus. Here, a few candidates of each query are
-scored straight from the token file, and no index is built.
+language models": reranking Retro's dense candidates by BM25 is cheap and gives part of the gain of
+a BM25 search. BM25 libraries index a whole corpus. Here, a few candidates of each query are scored
+directly from the token file, without an index.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import input_digests
 from retro_mcore.retrieval.database import ChunkDatabase
 
-#: Robertson and Zaragoza 2009: how fast repetitions saturate, how much length counts.
+#: Robertson and Zaragoza 2009: saturation of repetitions, and weight of the length.
 K1, B = 1.2, 0.75
-#: Chunks that document frequencies are counted in.
+#: Number of chunks in which document frequencies are counted.
 _COUNTED = 1_000_000
 _COUNT_BATCH = 8192
 
 
 def count_tokens(database: ChunkDatabase, vocab_size: int) -> np.ndarray:
-    """Count the chunks of the database that each token occurs in, f64 [vocab_size + 2].
+    """Count the chunks of the database that contain each token, f64 [vocab_size + 2].
 
     In a large database, evenly spaced chunks are counted. The last two entries are the number of
     chunks and their mean length.
@@ -100,7 +100,7 @@ class BM25:
         return (frequency / (frequency + norm[:, None])) @ weights
 
     def order(self, queries: Sequence[np.ndarray], candidates: np.ndarray) -> np.ndarray:
-        """The order [rows, n] that sorts each row's candidates [rows, n] by falling score.
+        """Order [rows, n] that sorts each row's candidates [rows, n] by descending score.
 
         Equal scores keep their order, and NO_NEIGHBOR (trailing) stays last.
         """
@@ -128,10 +128,10 @@ def load_reranker(
     chunk_length: int,
     vocab_size: int | None = None,
 ) -> BM25 | None:
-    """Load what candidates are ordered by; None: their distance.
+    """Load the reranker of a project; None: candidates are ordered by distance.
 
     Args:
-        rerank: `ProjectSettings.rerank` of the project whose chunks are searched for.
+        rerank: `ProjectSettings.rerank` of the project whose chunks are the queries.
         paths: The project whose database is searched.
         database: That database.
         chunk_length: M.

@@ -1,8 +1,8 @@
-"""Live retrieval: the neighbors of a chunk or text in the project's database.
+"""Live retrieval of the neighbors of a chunk or text in the project's database.
 
-The search is the one that built the project's training neighbors: the same text for a chunk, the
-same embedder, index and breadth, and the same order by BM25 if any. Nothing is filtered, since the
-text being written belongs to no document of the database.
+The search is the same as for the project's training neighbors: same text of a chunk, same embedder,
+index and breadth, and same BM25 order if any. Nothing is filtered, since the text being generated
+belongs to no document of the database.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from retro_mcore.retrieval.project_search import open_search
 
 @dataclass(frozen=True)
 class NeighborDescription:
-    """A neighbor, described for people.
+    """A neighbor in human-readable form.
 
     Attributes:
-        id: Its row in the chunk database.
+        id: Row in the chunk database.
         distance: Distance of the embeddings, in the index's metric.
         text: The neighbor's own chunk.
-        continuation: The text of the chunks that follow it; empty at its document's end.
-        dataset: Prefix of the dataset that holds its document.
-        document: The document's place in that dataset.
-        source: The document in words; begins with its id if it has one.
+        continuation: Text of the chunks that follow it; empty at the end of its document.
+        dataset: Prefix of the dataset that contains its document.
+        document: Index of the document in that dataset.
+        source: Description of the document; begins with its id if it has one.
     """
 
     id: int
@@ -63,9 +63,9 @@ class Retriever:
         device: Where the embedder runs ("cpu", "cuda"); None: CUDA if available.
 
     Raises:
-        ProjectError: a stage has not run, or the index is not of this database.
+        ProjectError: a stage has not run, or the index belongs to another database.
         ConfigurationError: K or the number of retrieved chunks is not positive.
-        TokenizerError: the tokenizer is not the project's.
+        TokenizerError: the tokenizer differs from the project's.
         CorruptFileError: a file is damaged.
     """
 
@@ -138,7 +138,7 @@ class Retriever:
         return self.search_tokens([chunk.tokens for chunk in chunks])
 
     def describe(self, retrieved: RetrievedNeighbors) -> list[list[NeighborDescription]]:
-        """Describe the neighbors that a search found, per chunk, in the order found."""
+        """Describe the neighbors that a search found, per chunk, in the same order."""
         assert retrieved.ids is not None
         assert retrieved.distances is not None
         return [

@@ -1,6 +1,6 @@
-"""Plan the disk, memory and time of a retrieval database by arithmetic, without touching data.
+"""Estimate the disk space, memory and time of a retrieval database, without reading data.
 
-A plan is only as good as its rates, which are per core, GPU or node. The defaults are published or
+Estimates are only as good as the rates per core, GPU or node. The defaults are published or
 measured; see docs/scaling.md.
 """
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from retro_mcore.errors import ConfigurationError
 
-#: Most vectors and lists by Faiss's guidelines for choosing an index; the last as used for Retro.
+#: Maximum number of vectors, and lists, by Faiss's guidelines; the last as used for Retro.
 _LISTS = ((10_000_000, 65_536), (100_000_000, 262_144), (1_000_000_000, 1_048_576))
 _MOST_LISTS = 4_194_304
 _LARGEST_FLAT = 50_000
 _LARGEST_PLAIN_LISTS = 1_000_000
 _LARGEST_UNCOMPRESSED = 20_000_000
-#: Bytes of a product quantizer's code, and dimensions that vectors are reduced to before it.
+#: Bytes of a product quantizer's code, and the dimension to which vectors are reduced before.
 _CODE_BYTES, _REDUCED = 64, 128
 #: Training vectors per list: 600M for 2^22 lists (InstructRetro).
 _TRAINING_PER_LIST = 143
@@ -30,7 +30,7 @@ class Workload:
     """The database to build, and the samples to search neighbors for.
 
     Attributes:
-        tokens: Tokens of the documents that are retrieved from.
+        tokens: Tokens of the documents in the database.
         training_tokens: Tokens of the samples whose neighbors are searched.
         chunk_length: M.
         document_tokens: Mean length of a document; its last chunk is half full on average.
@@ -90,10 +90,10 @@ class StagePlan:
         name: Command and step.
         worker: Unit of the hours: core, GPU or node.
         hours: Hours of one worker.
-        nodes: Nodes needed to finish in the time wanted.
-        ranks: Processes to start on all nodes together.
-        disk: Bytes left on the disk.
-        memory: Bytes that one process needs for the data.
+        nodes: Nodes needed to finish in time.
+        ranks: Processes to start, in total over all nodes.
+        disk: Bytes that remain on disk.
+        memory: Bytes that one process needs for its data.
     """
 
     name: str
@@ -114,8 +114,8 @@ class ScalePlan:
         query_chunks: Chunks whose neighbors are searched.
         index: Faiss factory string.
         training_vectors: Vectors that the index is trained on.
-        index_bytes: The index, in memory or on the disk.
-        index_shares: Nodes over which an index is split that one node cannot hold.
+        index_bytes: Size of the index, in memory or on disk.
+        index_shares: Number of nodes over which the index is split if one node cannot hold it.
         stages: Stages in order.
     """
 
@@ -129,7 +129,7 @@ class ScalePlan:
 
     @property
     def disk(self) -> float:
-        """Bytes on the disk after all stages."""
+        """Bytes on disk after all stages."""
         return sum(stage.disk for stage in self.stages)
 
 
@@ -137,7 +137,7 @@ def parse_count(flag: str, text: str) -> float:
     """Read a number that may end in K, M, B or T.
 
     Raises:
-        ConfigurationError: it is something else, or not above 0.
+        ConfigurationError: it is not a number, or not above 0.
     """
     unit = _SUFFIXES.get(text[-1:].upper(), 1.0)
     try:
@@ -178,7 +178,7 @@ def plan_scale(
         work: The work to plan.
         rates: Speed of the machines.
         node: One machine.
-        hours: Most hours per stage; decides the numbers of nodes and ranks.
+        hours: Maximum hours per stage, which determines the numbers of nodes and ranks.
     """
     rates, node = rates or Rates(), node or Node()
     chunks = count_chunks(work)
@@ -210,7 +210,7 @@ def plan_scale(
             chunks * (16 + 20) + 20 * training + documents * (16 + 24), 2**30,
         ),
         stage("build_index: embed", worker, chunks, rates.embedded, vector * chunks, 2**31),
-        # Published for the largest: under 4 hours of a node for 600M vectors.
+        # Published for the largest index: under 4 hours on one node for 600M vectors.
         stage("build_index: train", "node", training, 600e6 / (4 * 3600), 0, vector * training),
         stage("build_index: add, merge", "core", chunks, rates.added, index_bytes, 2**31),
         stage("query_neighbors: embed", worker, queries, rates.embedded, 0, 2**31),

@@ -1,7 +1,7 @@
-"""Checks that vectors can be searched: right shape, finite, and small enough for distances.
+"""Check that vectors can be searched: correct shape, finite, and small enough for distances.
 
-A NaN or infinite vector is near nothing. Its chunk would find no neighbors and never be found, and
-nothing would report an error.
+A NaN or infinite vector is close to nothing. Its chunk would find no neighbors and never be found,
+without an error.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from retro_mcore.errors import ConfigurationError
 
-#: Squared lengths from here on may overflow a squared distance in single precision.
+#: From this squared length on, squared distances may overflow single precision.
 _LONGEST = float(np.finfo(np.float32).max) / 8
-#: Most ids that an error names.
+#: Maximum number of ids in an error message.
 _NAMED = 5
 
 
@@ -24,12 +24,13 @@ class EmbeddingCounts:
     """Counts of chunks that were embedded.
 
     Attributes:
-        chunks: Chunks counted; 0 if a version embedded them that counted nothing.
-        chunks_cut: Chunks longer than the embedder reads.
+        chunks: Chunks counted; 0 if they were embedded by a version without counts.
+        chunks_cut: Chunks longer than the embedder can read.
         tokens: Tokens of all chunks, as the embedder's tokenizer counts them.
         tokens_cut: Tokens that the embedder did not read.
-        in_full: Texts whose half-precision vectors overflowed, embedded in single precision.
-        zero: Chunks with a vector of zeros, which is equally far from all vectors of one length.
+        in_full: Texts embedded in single precision, because their half-precision vectors
+            overflowed.
+        zero: Chunks with a zero vector, which is equally far from all vectors of the same length.
     """
 
     chunks: int = 0
@@ -40,7 +41,7 @@ class EmbeddingCounts:
     zero: int = 0
 
     def add(self, others: Sequence[int] | np.ndarray) -> None:
-        """Add counts in the order of the fields, as `to_array` gives them."""
+        """Add counts in the order of the fields, as returned by `to_array`."""
         for field, value in zip(fields(self), others, strict=False):
             setattr(self, field.name, getattr(self, field.name) + int(value))
 
@@ -50,7 +51,7 @@ class EmbeddingCounts:
 
     @property
     def cut_share(self) -> str:
-        """Share of chunks and tokens that were cut, in words; empty if nothing was."""
+        """Message about the fraction of chunks and tokens that were cut; empty if none were."""
         if not self.chunks_cut:
             return ""
         return (
@@ -70,7 +71,7 @@ def as_vectors(vectors: object, count: int, dimension: int, embedder: str) -> np
     """Convert an embedder's result to f32 [count, dimension].
 
     Raises:
-        ConfigurationError: the result is no matrix of real numbers of that shape.
+        ConfigurationError: the result is not a matrix of real numbers with that shape.
     """
     try:
         found = np.asarray(vectors)
@@ -104,7 +105,7 @@ def require_usable(
         what: Name of a row, such as "chunk".
 
     Raises:
-        ConfigurationError: some cannot; names their number and the first of them.
+        ConfigurationError: some cannot; the error gives their number and names the first.
     """
     wrong = np.flatnonzero(unusable(vectors))
     if not len(wrong):
@@ -119,6 +120,6 @@ def require_usable(
 
 
 def list_rows(rows: np.ndarray, what: str = "chunk") -> str:
-    """Name the first few rows for an error: "chunks 3, 17, 20 ..."."""
+    """Name the first few rows for an error message: "chunks 3, 17, 20 ..."."""
     numbers = ", ".join(map(str, rows[:_NAMED].tolist()))
     return f"{what}{'s' if len(rows) > 1 else ''} {numbers}{' ...' if len(rows) > _NAMED else ''}"

@@ -25,13 +25,13 @@ class RetroBatch:
         tokens: int64 [B, S].
         labels: int64 [B, S], the next token of each position.
         loss_mask: float32 [B, S], 1 where a position counts in the loss: everywhere in
-            pretraining, where documents are packed without masking, as Megatron does unless told
-            otherwise; on the answers in instruction tuning.
+            pretraining, where documents are packed without masking, as Megatron does by default; on
+            the answers in instruction tuning.
         position_ids: int64 [B, S], from 0 in each sample.
         retrieved_tokens: int64 [B*L*K, R], row (b*L + i)*K + j; None without retrieval.
         retrieved_mask: bool [B*L*K, R], True where there is only padding; None without retrieval.
         sample_ids: The samples' indices in their dataset, for error messages.
-        segments: int64 [B, S], equal where tokens may see one another; None: everywhere.
+        segments: int64 [B, S], equal for tokens that may attend to one another; None: all may.
     """
 
     tokens: Tensor
@@ -59,7 +59,7 @@ class RetroBatch:
             neighbors: Retrieved tokens int64 and mask bool, [B, L, K, R] or [B*L, K, R]; None
                 without retrieval.
             loss_mask: float32 [B, S]; None: every position counts.
-            segments: int64 [B, S]; positions start again with every segment.
+            segments: int64 [B, S]; positions restart in every segment.
             sample_ids: The samples' indices in their dataset.
         """
         tokens = text[:, :-1].contiguous()
@@ -80,13 +80,13 @@ class RetroBatch:
         )
 
     def to(self, device: torch.device) -> RetroBatch:
-        """This batch on `device`."""
+        """Copy this batch to `device`."""
         if device.type == "cpu":
             return self
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> RetroBatch:
-        """This batch in page-locked memory; the DataLoader calls it where it was asked to."""
+        """Copy this batch to page-locked memory; called by the DataLoader if pinning is on."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> RetroBatch:
@@ -96,7 +96,7 @@ class RetroBatch:
         return replace(self, **tensors)
 
     def model_inputs(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of the model's forward pass but the labels."""
+        """Keyword arguments of the model's forward pass, except the labels."""
         inputs: dict[str, Tensor | None] = {
             "input_ids": self.tokens,
             "position_ids": self.position_ids,
@@ -129,7 +129,7 @@ def segment_mask(segments_BS: Tensor) -> Tensor:
 
 
 def segment_positions(segments_BS: Tensor) -> Tensor:
-    """int64 [B, S]: positions that start again with every segment."""
+    """int64 [B, S]: positions, which restart in every segment."""
     position_BS = position_ids(segments_BS)
     starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
     starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
@@ -146,7 +146,7 @@ _OPTIONAL = ("neighbor_tokens", "neighbor_mask", "loss_mask", "segments")
 
 
 def collate(samples: Sequence[Mapping]) -> RetroBatch:
-    """Samples of a dataset into a batch.
+    """Collate samples of a dataset into a batch.
 
     Args:
         samples: Each with `text` int64 [S+1] and `sample_id`; with retrieval also

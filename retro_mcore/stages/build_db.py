@@ -22,7 +22,7 @@ from retro_mcore.retrieval.database_build import DatabaseReport, build_database
 from retro_mcore.stages.configuration import Project, project_paths
 
 STAGE = "build_db"
-#: Chunks of each dataset, files that were built, and whether the merged databases were there.
+#: Chunks of each dataset, files that were built, and whether the merged databases existed already.
 BuildDbReport = DatabaseReport
 _LEAST = {"retro_index_ntrain": 1, "retro_doc_block_size": 1}
 
@@ -32,9 +32,10 @@ class BuildDbConfig:
     """Configuration of `build_db`."""
 
     retro_index_ntrain: int | None = None
-    """Number of chunks that the index is trained on, shared by the data weights (default: all)."""
+    """Number of chunks that the index is trained on, distributed by the data weights (default:
+    all)."""
     retro_doc_block_size: int | None = None
-    """Documents per file (default: from the number of documents)."""
+    """Documents per file (default: depends on the number of documents)."""
 
 
 def run(project: Project, config: BuildDbConfig) -> BuildDbReport:
@@ -48,7 +49,7 @@ def run(project: Project, config: BuildDbConfig) -> BuildDbReport:
         ProjectError: preprocess_corpus has not run, the database was built with another
             configuration, another run works on the project, or the disk is full.
         CorruptFileError: the tokens are damaged.
-        TokenizerError: the tokenizer is not the project's.
+        TokenizerError: the tokenizer differs from the project's.
     """
     initialize()
     paths = project_paths(project)
@@ -117,7 +118,7 @@ class _Inputs:
 
 
 def _recorded_options(inputs: _Inputs, config: BuildDbConfig) -> dict[str, object]:
-    """Everything that decides the chunks, for the stage's record."""
+    """Everything that determines the chunks, for the stage's record."""
     project, whole = inputs.config, inputs.whole_datasets
     return {
         "retro_gpt_chunk_length": project.retro_gpt_chunk_length,
@@ -131,7 +132,7 @@ def _recorded_options(inputs: _Inputs, config: BuildDbConfig) -> dict[str, objec
 
 
 def _chunk_fingerprint(inputs: _Inputs, prefix: Path) -> str:
-    """Fingerprint of one dataset's chunks; other datasets and their weights have no part in it."""
+    """Fingerprint of one dataset's chunks; other datasets and the weights do not affect it."""
     relative = inputs.paths.relative
     own = {relative(bin_path(prefix)), relative(idx_path(prefix))}
     others = {name for name in inputs.digests if name.startswith("data/")} - own

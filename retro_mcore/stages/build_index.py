@@ -37,13 +37,13 @@ from retro_mcore.stages.database_embedding import (
 STAGE = "build_index"
 Step = Literal["embed", "train", "add", "merge"]
 STEPS: tuple[Step, ...] = ("embed", "train", "add", "merge")
-#: Steps that the jobs of an array can share.
+#: Steps that can be divided among array jobs.
 _SHARED_STEPS = ("embed", "add")
 _LEAST = {"embed_batch_size": 1, "nprobe": 1, "ef_search": 1}
 #: Training a large index keeps the other ranks waiting.
 _TIMEOUT_MINUTES = 24 * 60.0
-#: Options of the index that are recorded if they differ from the default, so that projects made
-#: before an option existed can go on.
+#: Options of the index that are recorded only if they differ from the default, so that projects
+#: built before an option existed remain valid.
 _RECORDED = (
     "index", "nprobe", "ef_search", "index_memory", "index_recall", "on_disk", "split_index",
 )  # fmt: skip
@@ -58,7 +58,7 @@ class BuildIndexConfig:
     a sentence-transformers or Hugging Face model or of a Megatron BERT checkpoint, or a hub
     name."""
     embedder_pooling: Literal["mean", "cls"] | None = None
-    """Pooling of a Hugging Face model (default: the model's own, else mean)."""
+    """Pooling of a Hugging Face model (default: the model's own, otherwise mean)."""
     embed_fp16: bool = False
     """Embed in half precision. Needs a GPU."""
     embed_batch_size: int = 16
@@ -68,29 +68,29 @@ class BuildIndexConfig:
     recall."""
     index_memory: str | None = None
     """Memory that the index may take when it is searched, such as 24G (default: three quarters of
-    this machine's). A named index that takes more stays on disk."""
+    this machine's memory). A named index that needs more stays on disk."""
     index_recall: float = 0.95
-    """Recall@2 to reach, against exact search. Decides nprobe, efSearch and the automatic
+    """Target recall@2, relative to exact search. Determines nprobe, efSearch and the automatic
     index."""
     nprobe: int | None = None
     """Lists to search per query (default: measured)."""
     ef_search: int | None = None
-    """Breadth of graph searches (default: measured)."""
+    """Breadth of graph searches, Faiss's efSearch (default: measured)."""
     on_disk: bool = False
-    """Keep the lists in a file that is searched on disk. The automatic index then compresses
-    nothing."""
+    """Keep the lists in a file that is searched on disk. The automatic index then does not compress
+    vectors."""
     split_index: bool = False
-    """Leave the index in parts, which the ranks of query_neighbors share."""
+    """Keep the index in parts, which are divided among the ranks of query_neighbors."""
     faiss_gpu: bool = True
-    """Use GPUs if Faiss has any."""
+    """Use GPUs if Faiss supports them."""
     stage: Step | None = None
     """Run only one step (default: all)."""
     shard: str | None = None
-    """Share of --stage embed or add to run, as I/N: the I-th of N jobs of an array."""
+    """Part of --stage embed or add to run, as I/N: the I-th of N array jobs."""
     device: str = "auto"
     """Device of the embedder: auto, cpu or cuda."""
     verify: bool = False
-    """Check the checksums of all files that are read, however large (default: up to 8 GiB per
+    """Verify the checksums of all files that are read, however large (default: up to 8 GiB per
     process)."""
 
     @property
@@ -110,7 +110,7 @@ class BuildIndexReport:
 
     Attributes:
         config: The configuration of the run.
-        choice: The index that was chosen; None before the step "train".
+        choice: The chosen index; None before the step "train".
         embedded: Result of the step "embed"; None if it did not run.
         parts: Files of the step "add"; None if it did not run.
         recall: The measured recall; None before the step "merge".
@@ -199,7 +199,7 @@ class _Run:
         )
 
     def _inherit(self, embedding_options: dict[str, Any]) -> InheritedIndex | None:
-        """The index of the project that this one was grown from; its embeddings are linked."""
+        """The index of the project that this one was extended from; its embeddings are linked."""
         inherited = InheritedIndex.of(self._paths, self._settings)
         if inherited is None or not inherited.embedded_with(embedding_options):
             return None
@@ -273,7 +273,7 @@ def _embedding_options(config: BuildIndexConfig, project: ProjectConfig) -> dict
         "--embedder": config.embedder,
         "--embed-batch-size": config.embed_batch_size,
         "retro_block_size": project.retro_block_size,
-        # Only if set, so that projects made before they existed can go on.
+        # Only if set, so that projects built before they existed remain valid.
         **({"--embedder-pooling": pooling} if (pooling := config.embedder_pooling) else {}),
         **({"--embed-fp16": True} if config.embed_fp16 else {}),
     }

@@ -1,4 +1,4 @@
-"""Helpers for the configurations of all stages: the project, bounds of numbers, records."""
+"""Helpers for the configurations of all stages: project, bounds of numbers, records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retro_mcore.project.records import recorded_options
 Config = TypeVar("Config")
 #: A project directory, as every stage's `run` takes it.
 Project = str | Path | ProjectPaths
-#: Options by the name that an older version recorded them under.
+#: Options by the name under which an older version recorded them.
 _RENAMED = {"index_str": "index"}
 
 
@@ -24,10 +24,10 @@ def project_paths(project: Project) -> ProjectPaths:
 
 
 def recorded_config(paths: ProjectPaths, stage: str, kind: type[Config]) -> Config | None:
-    """Configuration that a finished stage was run with; None if the stage has no record.
+    """Configuration with which a finished stage was run; None if the stage has no record.
 
-    Options that the record lacks have their defaults: a stage leaves out most of those, and older
-    versions did not have them all. Entries that are not flags are settings of other files.
+    Options that are not in the record have their default values. Entries that are not flags are
+    settings of other files.
 
     Args:
         paths: The project.
@@ -35,8 +35,7 @@ def recorded_config(paths: ProjectPaths, stage: str, kind: type[Config]) -> Conf
         kind: Its configuration.
 
     Raises:
-        CorruptFileError: the record holds an option that the stage does not have, or a value of
-            another type.
+        CorruptFileError: the record has an unknown option, or a value of the wrong type.
     """
     record = paths.stage_record(stage)
     if not record.is_file():

@@ -1,5 +1,4 @@
-"""The first step of build_index: embed the chunk database, and the queries that recall is
-measured with."""
+"""The first step of build_index: embed the chunk database, and the queries for measuring recall."""
 
 from __future__ import annotations
 
@@ -37,13 +36,13 @@ class EmbedderOptions:
 
 @dataclass(frozen=True)
 class EmbeddedDatabase:
-    """The result of embedding a database, or one job's share of it.
+    """The result of embedding a database, or one job's part of it.
 
     Attributes:
         files: Files that were built or reused.
         num_chunks: Chunks of the database.
         counts: What happened to the chunks.
-        max_tokens: Most tokens of a chunk that the embedder reads; None: no limit.
+        max_tokens: Maximum number of tokens that the embedder reads; None: no limit.
     """
 
     files: ShardReport
@@ -63,8 +62,8 @@ class DatabaseEmbedding:
         made_from: The options and inputs that embeddings depend on.
 
     Attributes:
-        embedded: The files, with the fingerprint of what they are made from.
-        document_ends: Text that the embedder reads for an end of document inside a chunk.
+        embedded: The files, with the fingerprint of their inputs.
+        document_ends: Text that the embedder reads at a document end inside a chunk.
     """
 
     def __init__(
@@ -79,14 +78,14 @@ class DatabaseEmbedding:
         count, length = len(database), config.retro_block_size
         shards = cut(paths.embeddings, count, length, settings.growth)
         self.document_ends = _document_ends(settings, shards, fingerprint_of([*made_from]))
-        # The line break of earlier versions is not named, so their files keep their fingerprint.
+        # The line break of earlier versions is not recorded, so their files keep their fingerprint.
         named = [] if self.document_ends == "line break" else [self.document_ends]
         self.embedded = EmbeddingFiles(shards, fingerprint_of([*made_from, *named]))
 
     def run(self, options: EmbedderOptions, share: Share | None) -> EmbeddedDatabase:
-        """Embed the database, or one job's share of it; all ranks call it.
+        """Embed the database, or one job's part of it; all ranks call it.
 
-        The first job embeds the queries that recall is measured with, too.
+        The first job also embeds the queries for measuring recall.
         """
         fingerprint = self.embedded.fingerprint
         with raise_together():
@@ -133,12 +132,12 @@ class DatabaseEmbedding:
 
 
 def _document_ends(settings: ProjectSettings, shards: Sequence[Shard], before: str) -> DocumentEnds:
-    """Megatron's way, unless the project was indexed, or begun, by a version with line breaks.
+    """Use Megatron's text, unless a version with line breaks indexed the project, or began to.
 
     Args:
         settings: The project's.
         shards: Files of the embeddings.
-        before: Their fingerprint in versions that knew only line breaks.
+        before: Their fingerprint in versions that only had line breaks.
     """
     if settings.embedder is not None:
         return settings.document_ends

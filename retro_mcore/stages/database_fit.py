@@ -1,4 +1,4 @@
-"""Whether a project's samples can retrieve from another project's database."""
+"""Check that a project's samples can retrieve from another project's database."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from retro_mcore.project.paths import ProjectPaths
 
 
 def check_database_fits(paths: ProjectPaths, config: ProjectConfig, target: ProjectPaths) -> None:
-    """Compare chunk length, tokenizer and beginnings of documents.
+    """Compare chunk length, tokenizer and whether documents begin with BOS.
 
     Args:
         paths: The project with the samples.
@@ -43,7 +43,7 @@ def check_database_fits(paths: ProjectPaths, config: ProjectConfig, target: Proj
 def _check_beginnings(
     paths: ProjectPaths, mine: Tokenizer, target: ProjectPaths, theirs: Tokenizer
 ) -> None:
-    """Refuse neighbors whose documents begin otherwise than those that the model reads."""
+    """Refuse neighbors whose documents use BOS differently from those that the model reads."""
     if mine.beginning == theirs.beginning:
         return
     found, other = (

@@ -1,6 +1,6 @@
-"""Project whose database holds another project's documents, then new ones.
+"""Create a project whose database has another project's documents, followed by new ones.
 
-It is a project directory of its own, so every stage runs on it as on any other, and can be
+It is a complete project directory, so every stage runs on it as on any other, and can be
 interrupted and resumed. Tokens, tokenizer, chunks, embeddings and the trained index of the old
 documents are hard links. Nothing in the old project changes.
 """
@@ -33,15 +33,15 @@ def make_grown_project(
     reader: CorpusReader,
     fingerprint: str,
 ) -> None:
-    """Write everything that build_db needs of the grown project, on all ranks.
+    """Write everything that build_db needs for the extended project, on all ranks.
 
     Args:
-        base: The project whose database is grown, after build_index.
-        grown: The project to make or to resume.
-        sources: New corpora, in any form that preprocess_corpus takes.
+        base: The project whose database is extended, after build_index.
+        grown: The project to create or to resume.
+        sources: New corpora, in any form that preprocess_corpus accepts.
         prefixes: Names of their datasets.
         reader: How text is read.
-        fingerprint: Fingerprint of what the new datasets are made from.
+        fingerprint: Fingerprint of the inputs of the new datasets.
 
     Raises:
         CorpusError: a source is missing, empty or malformed.
@@ -83,7 +83,8 @@ def _take_over_inputs(base: ProjectPaths, grown: ProjectPaths, config: ProjectCo
 
 
 def _take_over(source: Path, target: Path) -> None:
-    """Link a file that other stages have checked; another writer's file gets its marker here."""
+    """Link a file that other stages have verified; a file from another program gets a marker
+    here."""
     if state_of(target) is FileState.COMPLETE:
         return
     if adopt(source, target, ""):
@@ -95,7 +96,7 @@ def _take_over(source: Path, target: Path) -> None:
 
 
 def _take_over_chunks(base: ProjectPaths, grown: ProjectPaths, config: ProjectConfig) -> None:
-    """Link chunks of the old datasets; build_db takes those whose fingerprint is the same."""
+    """Link chunks of the old datasets; build_db reuses those with the same fingerprint."""
     for prefix in config.blend[1]:
         for file in sorted(base.individual_db(prefix).glob("*.hdf5")):
             target = grown.individual_db(prefix) / file.name
@@ -105,7 +106,7 @@ def _take_over_chunks(base: ProjectPaths, grown: ProjectPaths, config: ProjectCo
 
 
 def _read_fingerprint(path: Path) -> str:
-    """Fingerprint of what a file was built from, by its marker."""
+    """Fingerprint of a file's inputs, from its marker."""
     return str(read_json_object(marker_path(path)).get("fingerprint", ""))
 
 

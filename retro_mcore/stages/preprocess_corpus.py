@@ -1,4 +1,4 @@
-"""Stage `preprocess_corpus`: text to tokens, and the configuration that later stages read."""
+"""Stage `preprocess_corpus`: tokenize text, and write the configuration that later stages read."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from retro_mcore.stages.preprocessing.tokenizer import (
 __all__ = ["STAGE", "PreprocessCorpusConfig", "PreprocessCorpusReport", "run"]
 
 STAGE = "preprocess_corpus"
-#: Part of the fingerprint of tokens. In earlier versions, special tokens in a text were tokens,
-#: and no document had BOS.
+#: Part of the fingerprint of tokens. In earlier versions, special tokens mentioned in a text became
+#: special tokens, and no document had BOS.
 _TEXT_VERSION = "text is never special"
 
 
@@ -43,13 +43,13 @@ def run(project: Project, config: PreprocessCorpusConfig) -> PreprocessCorpusRep
     """Tokenize the inputs and write config.json, on all ranks together.
 
     Args:
-        project: Project directory, which is made if there is none.
+        project: Project directory, created if it does not exist.
         config: Configuration of this stage.
 
     Raises:
         CorpusError: an input is missing, empty or malformed.
         TokenizerError: the tokenizer cannot be loaded or trained.
-        ConfigurationError: a configuration that cannot work.
+        ConfigurationError: the configuration is invalid.
         ProjectError: the project was built with another configuration or other inputs, another
             run works on it, or the disk is full.
     """
@@ -99,7 +99,7 @@ def _preprocess(paths: ProjectPaths, config: PreprocessCorpusConfig) -> Preproce
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Everything that the tokens are made from, compared with an earlier run's."""
+    """Everything that determines the tokens, compared with an earlier run's."""
 
     corpora: Corpora
     choice: SpecialTokenChoice

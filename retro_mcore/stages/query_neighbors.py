@@ -49,7 +49,7 @@ class QueryNeighborsConfig:
     num_neighbors_save: int = 20
     """Neighbors to save per chunk."""
     rerank: Literal["bm25"] | None = None
-    """Order the candidates by BM25 over their tokens before the best are saved."""
+    """Rerank the candidates by BM25 over their tokens before the best are saved."""
     embed_batch_size: int = 16
     """Chunks per forward pass of the embedder."""
     embed_fp16: bool = False
@@ -57,9 +57,9 @@ class QueryNeighborsConfig:
     device: str = "auto"
     """Device of the embedder: auto, cpu or cuda."""
     faiss_gpu: bool = True
-    """Search on GPUs if Faiss has any."""
+    """Search on GPUs if Faiss supports them."""
     verify: bool = False
-    """Check the checksums of all files that are read, however large (default: up to 8 GiB per
+    """Verify the checksums of all files that are read, however large (default: up to 8 GiB per
     process)."""
 
 
@@ -70,10 +70,10 @@ class QueryNeighborsReport:
     Attributes:
         config: The configuration of the run.
         reports: Files that were built or reused.
-        num_chunks: Chunks whose neighbors were searched.
+        num_chunks: Number of chunks whose neighbors were searched.
         counts: What happened to the chunks.
         num_candidates: Candidates searched per chunk.
-        max_tokens: Most tokens of a chunk that the embedder reads; None: no limit.
+        max_tokens: Maximum number of tokens that the embedder reads; None: no limit.
     """
 
     config: QueryNeighborsConfig
@@ -209,7 +209,7 @@ class _Run:
 
     def _query(self, split: Split, samples: GPTSamples, report: QueryNeighborsReport) -> str:
         """Search one split and add it to the report. Returns its directory's name."""
-        # A finished directory keeps its name in a project that was moved.
+        # A finished directory keeps its name if the project was moved.
         kept = self._project.retro_neighbor_dirs.get(split)
         name = (kept or f"{split}_{samples.description_hash}") + self._tag
         rows = len(samples) * self._project.chunks_per_sample
@@ -259,7 +259,7 @@ def _recorded_options(
         "--embed-batch-size": config.embed_batch_size,
         "--nprobe of build_index": settings.nprobe,
         "--ef-search of build_index": settings.ef_search,
-        # The following only if set, so that projects made before they existed can go on.
+        # The following only if set, so that projects built before they existed remain valid.
         **({"--embed-fp16": True} if config.embed_fp16 else {}),
         **({"--rerank": config.rerank} if config.rerank else {}),
         **(
@@ -276,16 +276,16 @@ def _recorded_options(
 
 
 def _place(source: ProjectPaths, paths: ProjectPaths) -> str:
-    """Path of another project: relative if it lies inside this one, so both can be moved."""
+    """Path of another project; relative if it is inside this one, so that both can be moved."""
     inside = source.root.is_relative_to(paths.root)
     return paths.relative(source.root) if inside else str(source.root)
 
 
 def _refuse_finished(paths: ProjectPaths) -> None:
-    """Reject a project that another program finished: it has neighbors, but no index of ours.
+    """Reject a project finished by another program, which has neighbors but no index of ours.
 
     Raises:
-        ProjectError: it has neighbors of every split that config.json names.
+        ProjectError: it has neighbors for every split that config.json names.
     """
     config = ProjectConfig.load(paths.root)
     if ProjectSettings.load(paths.root).index_string is not None:
@@ -301,7 +301,8 @@ def _refuse_finished(paths: ProjectPaths) -> None:
 
 
 def _first_output(config: ProjectConfig, paths: ProjectPaths) -> Path:
-    """A file of the neighbors that config.json names; one that does not exist if there is none."""
+    """A file of the neighbors that config.json names; a path that does not exist if there is
+    none."""
     names = [name for name in config.retro_neighbor_dirs.values() if name is not None]
     files = [file for name in names for file in sorted((paths.query / name).glob("*.hdf5"))]
     return files[0] if files else paths.query / "none"

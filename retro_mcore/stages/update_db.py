@@ -33,30 +33,30 @@ class UpdateDbConfig:
     """Configuration of `update_db`: `append` or `exchange`, and how to search."""
 
     append: list[str] = field(default_factory=list)
-    """New documents, as preprocess_corpus --input takes them."""
+    """New documents, in any form that preprocess_corpus --input accepts."""
     exchange: str | None = None
-    """Another project, after build_index, whose database replaces this one's; this project itself:
-    back to its own database."""
+    """Another project, after build_index, whose database replaces this one's. The project itself:
+    return to its own database."""
     json_keys: list[str] = field(default_factory=list)
-    """Keys of a JSON line of --append that hold the text (default: as for the project)."""
+    """Keys of a JSON line of --append that contain the text (default: as for the project)."""
     id_key: str | None = None
-    """Key of a JSON line of --append that holds its id (default: as for the project)."""
+    """Key of a JSON line of --append that contains its id (default: as for the project)."""
     clean_text: bool = False
-    """Fix broken characters of --append with ftfy, even if the project's were not fixed."""
+    """Clean texts of --append with ftfy, even if the project's were not cleaned."""
     num_neighbors_query: int | None = None
-    """Candidates searched per chunk (default: as before; where that was the default, 200, or all
-    of a smaller database)."""
+    """Candidates to search per chunk (default: as before; if that was the default, 200, or all of a
+    smaller database)."""
     num_neighbors_save: int | None = None
-    """Neighbors saved per chunk (default: as before)."""
+    """Neighbors to save per chunk (default: as before)."""
     embed_batch_size: int | None = None
     """Chunks per forward pass of the embedder (default: as before)."""
     embed_fp16: bool = False
     """Embed the samples' chunks in half precision, on a GPU, even if they were not before."""
     device: str = "auto"
-    """Device that the embedder runs on: auto, cpu or cuda."""
+    """Device of the embedder: auto, cpu or cuda."""
 
 
-#: Report of a stage that update_db runs.
+#: Report of a stage run by update_db.
 StageReport: TypeAlias = (
     build_db.BuildDbReport | build_index.BuildIndexReport | query_neighbors.QueryNeighborsReport
 )
@@ -67,11 +67,11 @@ class UpdateDbReport:
     """Database that a project was switched to.
 
     Attributes:
-        project: Project whose database is used now.
-        num_chunks: Chunks that are retrieved from now.
-        num_before: Chunks that were retrieved from before.
-        report: Counts of what was read, dropped and replaced of `append`, by name.
-        database: Report of build_db on the grown project; None without `append`.
+        project: Project whose database is now used.
+        num_chunks: Number of chunks in the new database.
+        num_before: Number of chunks in the database used before.
+        report: Counts of what was read, dropped and replaced in `append`, by name.
+        database: Report of build_db on the extended project; None without `append`.
         index: Report of build_index on it; None without `append`.
         neighbors: Report of query_neighbors; None if the project returned to its own database.
     """
@@ -90,7 +90,7 @@ def run(
     config: UpdateDbConfig,
     on_stage: Callable[[StageReport], None] = lambda report: None,
 ) -> UpdateDbReport:
-    """Grow or exchange the database that a project's samples retrieve from; on all ranks.
+    """Extend or exchange the database that a project's samples retrieve from, on all ranks.
 
     Args:
         project: Project directory, after query_neighbors.
@@ -98,9 +98,9 @@ def run(
         on_stage: Called with the report of each stage as soon as that stage has finished.
 
     Raises:
-        ProjectError: the project, or the other one, lacks a stage; they do not fit; another run
-            works on the project, or the disk is full.
-        ConfigurationError: a configuration that cannot work.
+        ProjectError: a stage has not run on one of the projects, the projects do not match, another
+            run works on the project, or the disk is full.
+        ConfigurationError: the configuration is invalid.
         CorpusError: an input is missing, empty or malformed.
     """
     initialize()
@@ -145,7 +145,8 @@ def _grow(
     project_config: ProjectConfig,
     on_stage: Callable[[StageReport], None],
 ) -> tuple[ProjectPaths, build_db.BuildDbReport, build_index.BuildIndexReport]:
-    """Make a project inside this one, with the new documents behind the old, up to its index."""
+    """Create a project inside this one, with the new documents after the old ones, up to its
+    index."""
     with raise_together():
         base = project_config.database_paths(paths.root)
         settings = ProjectSettings.load(base.root)
@@ -168,7 +169,7 @@ def _grow(
     database = build_db.run(grown, _restored(base, build_db.STAGE, build_db.BuildDbConfig))
     on_stage(database)
     index_config = _restored(base, build_index.STAGE, build_index.BuildIndexConfig)
-    # The index that the old documents are in, by its own name: "auto" could choose another.
+    # The old documents' index by name, because "auto" could choose another.
     index_config = replace(
         index_config,
         index=settings.index_string or index_config.index,
@@ -184,8 +185,8 @@ def _grow(
 def _reader(
     config: UpdateDbConfig, base: ProjectPaths, settings: ProjectSettings
 ) -> tuple[CorpusReader, bool]:
-    """Reader of the new documents, by default the project's own; and whether it cleans texts."""
-    # Older projects have these in the record of the stage alone.
+    """Reader of the new documents, by default the project's own, and whether it cleans texts."""
+    # Older projects have these only in the record of the stage.
     recorded = recorded_options(base, "preprocess_corpus")
     id_key, clean = settings.id_key, settings.clean_text
     if id_key is None:
@@ -220,7 +221,7 @@ def _record(
 
 
 def _restored(base: ProjectPaths, stage: str, kind: type[Config]) -> Config:
-    """Configuration that the old project was built with."""
+    """Configuration with which the old project was built."""
     restored = recorded_config(base, stage, kind)
     if restored is None:
         raise ProjectError(
@@ -246,12 +247,12 @@ def _switch(
 def _query_config(
     config: UpdateDbConfig, paths: ProjectPaths
 ) -> query_neighbors.QueryNeighborsConfig:
-    """Configuration of the project's own search, with the changes that are asked for."""
+    """Configuration of the project's own search, with the requested changes."""
     kind = query_neighbors.QueryNeighborsConfig
     before = recorded_config(paths, query_neighbors.STAGE, kind) or kind()
     settings = ProjectSettings.load(paths.root)
     candidates = settings.num_neighbors_query
-    # The default of one database is not that of another.
+    # The default depends on the database.
     if candidates == min(NUM_QUERY, len(ChunkDatabase.open(paths.root, own=True))):
         candidates = None
     return kind(

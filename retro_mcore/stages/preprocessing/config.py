@@ -35,16 +35,16 @@ class PreprocessCorpusConfig:
 
     input: list[str]
     """JSONL files (also .gz, .zst), text files, folders of these (links are followed), or Megatron
-    .bin/.idx pairs. Each becomes a dataset of its own."""
+    .bin/.idx pairs. Each becomes a separate dataset."""
     input_weights: list[float] = field(default_factory=list)
-    """Share of each input in the samples (default: equal)."""
+    """Weight of each input in the samples (default: equal)."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
-    """Keys of a JSON line that hold the text. Several are joined by an empty line."""
+    """Keys of a JSON line that contain the text. Several texts are joined by an empty line."""
     id_key: str = "id"
-    """Key of a JSON line that holds its id, shown as a neighbor's source (lines without it: file
-    and byte)."""
+    """Key of a JSON line that contains its id, shown as a neighbor's source (lines without one:
+    file and byte)."""
     clean_text: bool = False
-    """Fix broken characters with ftfy: mojibake, control characters, HTML entities."""
+    """Clean texts with ftfy: mojibake, control characters, HTML entities."""
     tokenizer_type: str | None = None
     """GPTSentencePieceTokenizer, GPT2BPETokenizer or HuggingFaceTokenizer (default: trained
     SentencePiece)."""
@@ -55,18 +55,18 @@ class PreprocessCorpusConfig:
     merge_file: str | None = None
     """GPT-2's merges.txt."""
     eod_token: str | None = None
-    """Token that ends a document, by text or id (default: as the tokenizer's files say)."""
+    """Token that ends a document, as text or id (default: from the tokenizer's files)."""
     bos_token: str | None = None
-    """Token that begins a text, by text or id (default: as the tokenizer's files say)."""
+    """Token that begins a text, as text or id (default: from the tokenizer's files)."""
     add_bos_token: bool | None = None
-    """Begin every document with BOS, and every prompt later (default: as the tokenizer does; for
-    inputs that are tokens: as they are)."""
+    """Begin every document, and later every prompt, with BOS (default: as the tokenizer does; for
+    tokenized inputs: as they do)."""
     vocab_size: int = 8192
-    """Vocabulary size of a tokenizer that is trained. Lowered for a small corpus."""
+    """Vocabulary size of a trained tokenizer. Reduced for a small corpus."""
     tokenizer_training_documents: int = 1_000_000
-    """Number of documents that a tokenizer is trained on, from the beginning of the inputs."""
+    """Number of documents to train a tokenizer on, from the beginning of the inputs."""
     bert_vocab_file: str | None = None
-    """WordPiece vocabulary that the database counts tokens with (default: MiniLM's)."""
+    """WordPiece vocabulary for counting the tokens of chunks (default: MiniLM's)."""
     samples: SampleLayout = "packed"
     """aligned: every document begins a chunk and is padded to whole chunks, so its chunks are
     searched once for all samples. packed: documents follow one another, as in Megatron."""
@@ -77,9 +77,9 @@ class PreprocessCorpusConfig:
     split: str = "90,5,5"
     """Percentages of training, validation and test documents."""
     train_samples: int | None = None
-    """Number of training samples in the whole training (default: set by --train-epochs)."""
+    """Number of samples in the whole training (default: determined by --train-epochs)."""
     train_epochs: float = 1.0
-    """Passes over the training documents, from which the number of samples follows."""
+    """Passes over the training documents, which determine the number of samples."""
     global_batch_size: int = 8
     """Samples per training step."""
     eval_interval: int = 1000
@@ -89,15 +89,15 @@ class PreprocessCorpusConfig:
     seed: int = 1234
     """Seed for the order of the samples."""
     retro_block_size: int | None = None
-    """Rows per file of embeddings and neighbors (default: from the number of samples)."""
+    """Rows per file of embeddings and neighbors (default: depends on the number of samples)."""
 
     @property
     def trains_tokenizer(self) -> bool:
-        """Whether no tokenizer is given, so that the corpus trains one."""
+        """Whether no tokenizer is given, so that one is trained on the corpus."""
         return self.tokenizer_model is None and self.vocab_file is None
 
     def chosen_tokenizer_type(self) -> str:
-        """Type that is given, or that follows from the model's file.
+        """Type that is given, or inferred from the tokenizer's file.
 
         Raises:
             TokenizerError: the type is unknown.
@@ -122,7 +122,7 @@ class PreprocessCorpusConfig:
 
 
 def problems_of(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
-    """Errors for all values that cannot work."""
+    """Errors for all invalid values."""
     for check in (
         lambda: chunks_per_sample(config.seq_length, config.retro_chunk_length),
         lambda: parse_split(config.split),
@@ -159,7 +159,7 @@ def problems_of(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
 
 
 def text_options(config: PreprocessCorpusConfig) -> dict[str, object]:
-    """Options that decide the tokens, by flag, for the stage's record.
+    """Options that determine the tokens, by flag, for the stage's record.
 
     Raises:
         TokenizerError: the tokenizer's type is unknown.
@@ -188,7 +188,7 @@ def text_options(config: PreprocessCorpusConfig) -> dict[str, object]:
 
 
 def sample_options(config: PreprocessCorpusConfig) -> dict[str, object]:
-    """Options that decide the samples, by flag, for the stage's record."""
+    """Options that determine the samples, by flag, for the stage's record."""
     return {
         "--input-weights": config.input_weights,
         "--seq-length": config.seq_length,

@@ -17,11 +17,11 @@ from retro_mcore.stages.preprocessing.config import PreprocessCorpusConfig
 
 @dataclass(frozen=True)
 class Corpora:
-    """All inputs, in the order they were given.
+    """All inputs, in the given order.
 
     Attributes:
         sources: Path of each.
-        prefixes: Name of the dataset that each becomes.
+        prefixes: Name of each input's dataset.
         reader: How text is read.
     """
 
@@ -50,7 +50,7 @@ class Corpora:
         return digest_inputs(self.sources, recorded)
 
     def given_tokens(self) -> dict[Path, Path]:
-        """Inputs that are tokens already: source to the path of its .bin and .idx."""
+        """Inputs that are already tokenized: source to the path of its .bin and .idx."""
         found = {source: find_token_input(source) for source in self.sources}
         return {source: prefix for source, prefix in found.items() if prefix is not None}
 
@@ -71,7 +71,7 @@ class Corpora:
     def tokenize(
         self, paths: ProjectPaths, tokenizer: Tokenizer, fingerprint: str, multiple: int
     ) -> bool:
-        """Write the dataset of each input, on all ranks; returns whether all were there.
+        """Write the dataset of each input, on all ranks; returns whether all existed already.
 
         Args:
             paths: The project.
@@ -81,7 +81,7 @@ class Corpora:
 
         Raises:
             CorpusError: an input is missing, empty or malformed.
-            TokenizerError: given tokens are not the tokenizer's.
+            TokenizerError: given tokens do not match the tokenizer.
         """
         made = [
             make_dataset(source, paths.data / prefix, tokenizer, self.reader, fingerprint, multiple)

@@ -27,7 +27,7 @@ def make_project_config(
     datasets: Sequence[TokenFile],
     files: TokenizerFiles,
 ) -> ProjectConfig:
-    """Configuration of the project, with the neighbors that an earlier one names.
+    """Configuration of the project, including the neighbors named by an earlier one.
 
     Args:
         config: Configuration of the stage.
@@ -37,7 +37,7 @@ def make_project_config(
         files: Files of the tokenizers.
 
     Raises:
-        ConfigurationError: more samples than can be numbered.
+        ConfigurationError: there are more samples than can be numbered.
     """
     train_samples = config.train_samples or _samples_of_epochs(config, datasets)
     weights = config.input_weights or [1.0] * len(prefixes)
@@ -66,7 +66,7 @@ def make_project_config(
         retro_neighbor_dirs={"train": None, "valid": None, "test": None},
     )
     _check_numbers(made, config)
-    if paths.config.is_file():  # query_neighbors and update_db have filled these in
+    if paths.config.is_file():  # set by query_neighbors and update_db
         before = ProjectConfig.load(paths.root)
         made.retro_neighbor_dirs = before.retro_neighbor_dirs
         made.retro_database = before.retro_database
@@ -85,13 +85,13 @@ def save_project(
         made: Configuration of the project.
         config: Configuration of the stage.
         paths: The project.
-        tokenizer: Tokenizer whose special tokens are recorded; None: leave those on record.
+        tokenizer: Tokenizer whose special tokens are recorded; None: keep the recorded ones.
 
     Raises:
         TokenizerError: the tokenizer that was recorded cannot be loaded.
     """
     made.save(paths.root)
-    # Settings that were lost are made again.
+    # Lost settings are restored.
     known = paths.settings.is_file()
     settings = ProjectSettings.load(paths.root) if known else ProjectSettings()
     settings.json_keys = config.json_keys
@@ -116,7 +116,7 @@ def _check_numbers(made: ProjectConfig, config: PreprocessCorpusConfig) -> None:
 
 
 def _samples_of_epochs(config: PreprocessCorpusConfig, datasets: Sequence[TokenFile]) -> int:
-    """Samples of `train_epochs` passes over the training documents, in whole batches."""
+    """Number of samples for `train_epochs` passes over the training documents, in whole batches."""
     tokens = 0
     for dataset in datasets:
         start, end = document_ranges(config.split, len(dataset))["train"]

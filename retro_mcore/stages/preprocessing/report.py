@@ -22,7 +22,7 @@ class PreprocessCorpusReport:
         num_documents: Documents of all datasets.
         num_tokens: Tokens of all datasets.
         vocab_size: Token ids of the tokenizer.
-        reused: Whether all datasets were there already.
+        reused: Whether all datasets existed already.
         report: Counts of what was read, dropped, replaced and repeated; see docs/data_formats.md.
         passes: Samples of each split, and how often they repeat its documents.
         tokenizer_type: Type of the tokenizer.

@@ -1,4 +1,4 @@
-"""Tokenizer of a project: its files are copied or trained, its special tokens chosen."""
+"""Set up a project's tokenizer: copy or train its files, and choose its special tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from retro_mcore.stages.preprocessing.corpora import Corpora
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Tokenizers' files in the project, relative to it; None where the type has none."""
+    """Files of the tokenizers, relative to the project; None where the type has none."""
 
     type: str
     model: str | None
@@ -41,14 +41,14 @@ class TokenizerFiles:
 def special_token_choice(
     config: PreprocessCorpusConfig, paths: ProjectPaths, stage: str
 ) -> SpecialTokenChoice:
-    """Special tokens that are asked for; those on record if the stage has finished before."""
+    """Requested special tokens; the recorded ones if the stage has finished before."""
     if paths.stage_record(stage).is_file() and paths.settings.is_file():
         return recorded_choice(paths)
     return SpecialTokenChoice(config.eod_token, config.bos_token, config.add_bos_token)
 
 
 def tokenizer_digests(config: PreprocessCorpusConfig, choice: SpecialTokenChoice) -> dict[str, str]:
-    """Digest of each file that a tokenizer is given by, by flag.
+    """Digest of each given tokenizer file, by flag.
 
     Raises:
         TokenizerError: a file is missing.
@@ -84,14 +84,14 @@ def require_tokenizer(config: PreprocessCorpusConfig, corpora: Corpora) -> None:
 
 @dataclass(frozen=True)
 class TokenizerSetup:
-    """Puts the tokenizers of a project into place.
+    """Sets up the tokenizers of a project.
 
     Attributes:
         config: Configuration of the stage.
         paths: The project.
         corpora: Inputs, which train a tokenizer if none is given.
         choice: Special tokens.
-        fingerprint: Fingerprint of what the tokens are made from.
+        fingerprint: Fingerprint of the inputs of the tokens.
     """
 
     config: PreprocessCorpusConfig
@@ -104,8 +104,8 @@ class TokenizerSetup:
         """Copy or train the tokenizers' files, then load the tokenizer; on all ranks.
 
         Raises:
-            TokenizerError: the tokenizer cannot be loaded or trained, or does not fit the tokens
-                that are given.
+            TokenizerError: the tokenizer cannot be loaded or trained, or does not match the given
+                tokens.
             CorpusError: a corpus to train on is malformed.
         """
         with raise_together():
@@ -141,7 +141,7 @@ class TokenizerSetup:
         )
 
     def _copy_given(self, given: str | None, declares: bool = False) -> str | None:
-        """Copy a tokenizer's file, and those beside it that declare special tokens."""
+        """Copy a tokenizer's file, and the files in its folder that declare special tokens."""
         if given is None:
             return None
         file = _file_of(given)
@@ -171,7 +171,7 @@ class TokenizerSetup:
         return get_rank() == 0 and state_of(target, self.fingerprint) is not FileState.COMPLETE
 
     def _follow_given_tokens(self, tokenizer: Tokenizer) -> None:
-        """Let given tokens decide whether the documents of the project begin with BOS."""
+        """Let tokenized inputs determine whether the project's documents begin with BOS."""
         asked, given = self.config.add_bos_token, list(self.corpora.given_tokens().values())
         if not given or (self.choice.add_bos is not None and asked is not False):
             return
