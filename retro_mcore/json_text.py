@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+#: Characters that end a line for `str.splitlines`, and that JSON strings may hold as they are.
+_SEPARATORS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
 #: Surrogate code points, which UTF-16 uses in pairs; alone they are not characters.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -42,6 +44,11 @@ def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.removeprefix(codecs.BOM_UTF8).strip():
             yield number, line
+
+
+def json_line(value: Any) -> str:
+    """The value as JSON without any character that a reader may take for the end of a line."""
+    return json.dumps(value, ensure_ascii=False).translate(_SEPARATORS)
 
 
 class RepeatedKeyError(JsonError):

@@ -37,8 +37,8 @@ class GenerateOptions(GenerationModelOptions):
     """With --prompt: texts that the model reads as the neighbors of every chunk, instead of
     retrieved ones."""
     prompt_file: str | None = None
-    """Instead of --prompt: a text file that is one prompt, or a .jsonl file with {"prompt": …}
-    and perhaps {"neighbors": […]} in each line."""
+    """Instead of --prompt: a text file that is one prompt, or a .jsonl or .json file with
+    {"prompt": …} and perhaps {"neighbors": […]} in each line."""
     output: str | None = None
     """Also write prompts, texts, neighbors and log-probabilities into this .jsonl file."""
     max_new_tokens: int = 64

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError, CorruptFileError
-from retro_mcore.json_text import json_lines, parse_json
+from retro_mcore.json_text import json_line, json_lines, parse_json
 from retro_mcore.progress import track
 from retro_mcore.project.atomic import atomic_write, write_json
 from retro_mcore.project.config import read_json_object
@@ -111,7 +111,7 @@ def _part(parts: Path, batch: int) -> Path:
 
 
 def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = "".join(json_line(line) + "\n" for line in lines)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -35,6 +35,7 @@ from retro_mcore.evaluation.question_answering import (
 )
 from retro_mcore.evaluation.results import require_writable, write_results
 from retro_mcore.inference.sampling import SamplingOptions
+from retro_mcore.project.lock import directory_lock
 from retro_mcore.project.markers import checksum
 from retro_mcore.session import LoadedModel
 
@@ -83,7 +84,8 @@ def run(config: EvaluateQaConfig) -> EvaluateQaResult:
 
     Raises:
         CorpusError: the test file or the predictions are malformed. Names the line or record.
-        RetroError: configuration, project and checkpoint do not match.
+        RetroError: configuration, project and checkpoint do not match; or another run answers into
+            the same folder.
     """
     with raise_together():
         config.check()
@@ -94,7 +96,8 @@ def run(config: EvaluateQaConfig) -> EvaluateQaResult:
         with raise_together():
             rows = {"predictions": _given_predictions(config, examples)}
     else:
-        rows = _answer(config, examples)
+        with directory_lock(Path(config.output), "evaluate_qa"):
+            rows = _answer(config, examples)
     result: object = None
     with raise_together():
         if get_rank() == 0:

@@ -9,6 +9,9 @@ from pathlib import Path
 from retro_mcore.errors import ConfigurationError, RetroError
 from retro_mcore.json_text import JsonError, has_surrogates, json_lines, parse_json
 
+#: Suffixes of files with several prompts, or compressed ones, that would be read as one text.
+_OTHER_FORMATS = (".ndjson", ".jsonlines", ".jl", ".csv", ".tsv", ".yaml", ".yml", ".gz", ".zst")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -57,14 +60,18 @@ def prompts_of_flags(
 
 
 def read_prompt_file(path: Path) -> list[Prompt]:
-    """Read the prompts of a file: one per line of a .jsonl file, else the whole text as one prompt.
+    """Read the prompts of a file: JSON lines (.jsonl, .json) or one text (.txt, any other suffix).
 
     Raises:
-        ConfigurationError: the file is missing, empty or malformed. Names the line.
+        ConfigurationError: the file is missing, empty, malformed, or named as another format.
+            Names the line.
     """
     subject = f"--prompt-file {path}"
+    if path.suffix.lower() in _OTHER_FORMATS:
+        hint = "Write JSON lines (.jsonl), or a text (.txt)"
+        raise ConfigurationError(subject, f"a {path.suffix} file is not read as prompts", hint)
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() in (".jsonl", ".json"):
             lines = json_lines(path.read_bytes())
             prompts = [_prompt_of_line(f"{subject}:{n}", line) for n, line in lines]
         else:

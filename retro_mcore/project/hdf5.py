@@ -38,6 +38,7 @@ def map_dataset(
     try:
         with h5py.File(path, "r") as file:
             dataset = file[name]
+            _check_is_inside(path, name, file, dataset)
             shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
             _check_type(path, name, shape, dtype, kind, ndim, columns)
             # Checked before anything of that size is allocated or mapped.
@@ -51,6 +52,12 @@ def map_dataset(
         raise CorruptFileError(path, f"{size} bytes, too few for {name!r} of shape {shape}", _MEND)
     # A plain array on the map, since slicing np.memmap is ten times as slow.
     return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+
+def _check_is_inside(path: Path, name: str, file: h5py.File, dataset: h5py.Dataset) -> None:
+    """Reject a dataset whose numbers are in another file, at offsets of that file."""
+    if dataset.file != file or dataset.external or dataset.is_virtual:
+        raise CorruptFileError(path, f"{name!r} refers to another file", _MEND)
 
 
 def _check_type(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from fastapi.responses import JSONResponse
 
 from retro_mcore.errors import RetroError
 from retro_mcore.inference.texts import GeneratedText
+from retro_mcore.json_text import json_line
 from retro_mcore.server.completions import DONE, Answer, CompletionRequest, error_body
 from retro_mcore.server.service import ClosedError, GenerationService, Job, TokenEvent
 
@@ -127,7 +127,7 @@ async def stream(
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json_line(value)}\n\n"
 
 
 class _StreamedChoice:

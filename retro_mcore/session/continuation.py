@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from retro_mcore.inference.generation import GeneratedText, TokenCallback, conti
 from retro_mcore.inference.growing_text import new_text
 from retro_mcore.inference.prompt_files import Prompt
 from retro_mcore.inference.requests import GenerationRequest, check_request, require_new_tokens
+from retro_mcore.json_text import json_line
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.retrieval.neighbors import SameNeighbors
 from retro_mcore.session.generation import GenerationModel
@@ -130,7 +130,7 @@ def write_continuations(
 ) -> None:
     """Write a .jsonl file with one object per prompt; call it on one rank."""
     with atomic_write(path) as file:
-        lines = [json.dumps(_record(result, loaded), ensure_ascii=False) for result in results]
+        lines = [json_line(_record(result, loaded)) for result in results]
         file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

@@ -186,8 +186,8 @@ def _reader(
     config: UpdateDbConfig, base: ProjectPaths, settings: ProjectSettings
 ) -> tuple[CorpusReader, bool]:
     """Reader of the new documents, by default the project's own, and whether it cleans texts."""
-    # Older projects have these only in the record of the stage.
-    recorded = recorded_options(base, "preprocess_corpus")
+    # Older projects have these only in the record of the stage, which grown projects lack.
+    recorded = recorded_options(_origin(base), "preprocess_corpus")
     id_key, clean = settings.id_key, settings.clean_text
     if id_key is None:
         id_key = str(recorded.get("--id-key", "id"))
@@ -200,6 +200,15 @@ def _reader(
         text_cleaner() if clean else None,
     )
     return reader, clean
+
+
+def _origin(paths: ProjectPaths) -> ProjectPaths:
+    """The project that preprocess_corpus made, if this one has grown from it."""
+    seen = set()
+    while paths.root not in seen and (base := ProjectSettings.load(paths.root).grown_from):
+        seen.add(paths.root)
+        paths = ProjectPaths((paths.root / base).resolve())
+    return paths
 
 
 def _record(

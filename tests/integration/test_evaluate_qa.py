@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from retro_mcore.cli.evaluate_qa import EvaluateQaOptions, evaluate_qa, main
-from retro_mcore.errors import ConfigurationError, CorpusError
+from retro_mcore.errors import ConfigurationError, CorpusError, ProjectError
+from retro_mcore.project.lock import directory_lock
 from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project
 from tests.unit.evaluation.questions import records, write_test_file
@@ -161,6 +162,13 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(options, tmp_path, 
     # A finished run is scored again without a model's work.
     monkeypatch.setattr(question_answering, "generate", None)
     evaluate_qa(options(temperature=0.8, num_resamples=10))
+
+
+def test_two_runs_into_one_folder_are_refused(options, tmp_path):
+    """The first to finish removed the other's answers."""
+    lock = directory_lock(tmp_path / "output", "evaluate_qa")
+    with lock, pytest.raises(ProjectError, match="another run works on it: evaluate_qa"):
+        evaluate_qa(options())
 
 
 def test_more_questions_than_there_are_are_not_taken_silently(options, tmp_path, capsys):

@@ -24,6 +24,7 @@ from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import CheckpointError
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.lock import directory_lock
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.loop.sample_reader import (
     DOCUMENT_TOKENS,
@@ -78,6 +79,7 @@ def convert(
     Raises:
         CheckpointError: the original cannot be read, does not state enough about its model, or
             there is a checkpoint in `save`.
+        ProjectError: another run writes into `save`.
         ConfigurationError: the target would compute something else.
     """
     checkpoint = open_checkpoint(load)
@@ -97,9 +99,10 @@ def convert(
     iteration = checkpoint.common.get("iteration")
     if not isinstance(iteration, int):  # "release", or none
         iteration = 0
-    path = write_checkpoint(
-        Path(save), target, args, flags, checkpoint.weights, tensor_parallel_size, iteration
-    )
+    with directory_lock(Path(save), "convert_checkpoint"):
+        path = write_checkpoint(
+            Path(save), target, args, flags, checkpoint.weights, tensor_parallel_size, iteration
+        )
     number = sum(weight.numel for weight in checkpoint.weights.values())
     notes = [*checkpoint.notes, *notes_on_target(target, flags)]
     if project_dir is not None:

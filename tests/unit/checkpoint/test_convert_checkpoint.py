@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from retro_mcore.errors import CheckpointError, ConfigurationError, SeveralErrors
+from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError, SeveralErrors
+from retro_mcore.project.lock import directory_lock
 from tests.unit.checkpoint.test_upstream import load_case, run_case
 from tests.unit.training.small import CHUNK_LENGTH, VOCABULARY, small_trainer
 
@@ -125,6 +126,14 @@ def test_there_and_back_is_lossless(megatron, tmp_path, target, name):
         assert torch.equal(back["model"][key], tensor), key
     for key, value in vars(megatron_args(case)).items():
         assert getattr(back["args"], key) == value, key
+
+
+def test_a_directory_that_another_run_writes_into_is_refused(megatron, tmp_path):
+    save_torch_format(tmp_path / "theirs", load_case("l6_k1"))
+    lock = directory_lock(tmp_path / "ours", "pretrain_retro")
+    with lock, pytest.raises(ProjectError, match="another run works on it: pretrain_retro"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    convert(tmp_path / "theirs", tmp_path / "ours")
 
 
 def test_ours_goes_through_every_format(megatron, tmp_path):

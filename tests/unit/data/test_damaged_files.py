@@ -471,3 +471,25 @@ def test_hdf5_files_with_surprises(tmp_path):
             3,
             ProjectConfig.load(built_project()).retro_block_size,
         )
+
+
+@pytest.mark.parametrize("kind", ["link", "raw bytes", "virtual"])
+def test_ids_in_another_file_are_refused(tmp_path, kind):
+    """The offset of a linked dataset is one in its own file: here, other bytes are there."""
+    ids = np.arange(10).reshape(5, 2)
+    path, other = tmp_path / "0-5.hdf5", tmp_path / "other.h5"
+    other.write_bytes(ids.tobytes())
+    if kind != "raw bytes":
+        with h5py.File(other, "w") as file:
+            file["ids"] = ids
+    with h5py.File(path, "w") as file:
+        if kind == "link":
+            file["neighbors"], file["padding"] = h5py.ExternalLink(str(other), "/ids"), ids
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout(ids.shape, ids.dtype)
+            layout[:] = h5py.VirtualSource(str(other), "ids", ids.shape)
+            file.create_virtual_dataset("neighbors", layout)
+        else:
+            file.create_dataset("neighbors", ids.shape, ids.dtype, external=str(other))
+    with pytest.raises(CorruptFileError, match=r"0-5.hdf5: 'neighbors' refers to another file"):
+        SavedNeighbors(tmp_path)

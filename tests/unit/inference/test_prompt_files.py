@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.prompt_files import Prompt, read_prompt_file
+from retro_mcore.json_text import json_line
 from tests.unit.data import any_json
 
 
@@ -68,3 +69,28 @@ def test_any_file_is_prompts_or_one_error(scratch, data, name):
         assert "\n" not in str(found)
     else:
         assert all(prompt.text.encode() for prompt in found)
+
+
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.JSONL"])
+def test_other_names_of_json_lines(tmp_path, name):
+    """The lines were one prompt, with their braces."""
+    path = tmp_path / name
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert [prompt.text for prompt in read_prompt_file(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["prompts.ndjson", "prompts.csv", "prompts.jsonl.gz"])
+def test_other_formats_are_refused(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("prompt\na\n")
+    with pytest.raises(ConfigurationError, match=r"file is not read as prompts\. Write JSON lines"):
+        read_prompt_file(path)
+
+
+def test_written_lines_hold_no_other_line_end():
+    """Clients split with `str.splitlines`, which also cuts at U+2028."""
+    value = {"text": "a\u2028b\u2029c\x85d\x0ce\x1cf\ré🙂", "of": ["\u2028"]}
+    line = json_line(value)
+    assert line.splitlines() == [line]
+    assert "é🙂" in line
+    assert json.loads(line) == value

@@ -36,7 +36,7 @@ from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.retro_dataset import build_retro_datasets
 from retro_mcore.stages import query_neighbors as query_command
 from retro_mcore.stages import update_db as update_stage
-from retro_mcore.stages.update_db import UpdateDbConfig
+from retro_mcore.stages.update_db import UpdateDbConfig, _reader
 from tests.unit.data.projects import documents, forget_neighbors, preprocess_options, write_corpus
 
 
@@ -172,6 +172,19 @@ def test_new_documents_are_read_as_the_old(
     assert DocumentIds(prefix)[0] == "https://a"
     report = stage_report(ProjectPaths(grown), "update_db")
     assert report["empty_documents"] == report["documents"] == report["cleaned_documents"] == 1
+
+
+def test_a_grown_project_of_before_is_read_as_its_origin(folder: Path) -> None:
+    """The second update of a project whose settings lack --id-key read the ids of the default."""
+    origin, grown = ProjectPaths(folder / "project"), ProjectPaths(folder / "project/updates/a")
+    settings = dataclasses.replace(ProjectSettings.load(origin.root), id_key=None, clean_text=None)
+    settings.save(origin.root)
+    record = json.loads(origin.stage_record("preprocess_corpus").read_text())
+    record["options"] |= {"--id-key": "url", "--clean-text": True}
+    origin.stage_record("preprocess_corpus").write_text(json.dumps(record))
+    dataclasses.replace(settings, grown_from="../..").save(grown.root)
+    reader, clean = _reader(UpdateDbConfig(), grown, ProjectSettings.load(grown.root))
+    assert (reader.id_key, clean) == ("url", True)
 
 
 @pytest.mark.parametrize(
