@@ -26,14 +26,14 @@ def estimate_mean(
     num_resamples: int = 1000,
     seed: int = 1234,
 ) -> Estimate:
-    """The mean of one score, with the bootstrap's percentile interval (Efron 1979).
+    """Compute the mean of one score and its percentile bootstrap interval (Efron 1979).
 
-    The difference of two systems on the same questions is the mean of the differences: pass those.
+    To compare two systems on the same questions, pass the differences of their scores.
 
     Args:
-        values: A score per question.
-        confidence_level: Share of intervals that hold the true mean.
-        num_resamples: Resamples of the questions.
+        values: One score per question.
+        confidence_level: Fraction of intervals that contain the true mean.
+        num_resamples: Number of resamples of the questions.
         seed: Seed of the resampling.
 
     Raises:
@@ -49,12 +49,12 @@ def estimate_mean(
             "scipy", "not installed", "Install retro-mcore[eval]"
         ) from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all values alike: an interval of no width
+        warnings.simplefilter("ignore")  # all values are equal, so the interval has no width
         interval = bootstrap(
             (np.asarray(values, np.float64),),
             np.mean,
             n_resamples=num_resamples,
-            batch=64,  # bounds the memory of many questions
+            batch=64,  # limits memory use for many questions
             confidence_level=confidence_level,
             method="percentile",
             rng=np.random.default_rng(seed),

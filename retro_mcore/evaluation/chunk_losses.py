@@ -33,7 +33,7 @@ class ChunkLosses:
     bytes: NDArray[np.int64]
 
     def bits_per_byte(self, chosen: NDArray[np.bool_] | slice = slice(None)) -> float:
-        """Bits per byte of the chosen chunks; NaN if they hold no bytes."""
+        """Bits per byte of the chosen chunks; NaN if they contain no bytes."""
         num_bytes = int(self.bytes[chosen].sum())
         return float(self.losses[chosen].sum() / math.log(2) / num_bytes) if num_bytes else math.nan
 
@@ -47,7 +47,7 @@ def measure_chunk_losses(
     description: str,
     vocab_size: int | None = None,
 ) -> ChunkLosses:
-    """Read the documents through their windows, divided over data parallel ranks.
+    """Read the documents through their windows, divided among data parallel ranks.
 
     Args:
         model: This rank's stage, on its device.
@@ -55,7 +55,7 @@ def measure_chunk_losses(
         windows: From `plan_windows`.
         num_bytes: i64 [chunks], from `chunk_bytes`.
         batch_size: Windows per forward pass.
-        description: Label of the progress.
+        description: Label of the progress bar.
         vocab_size: The tokenizer's vocabulary size, over which losses are normalized; None: all
             rows of the model's embedding.
     """
@@ -86,7 +86,7 @@ def _add_to_chunks(
 ) -> None:
     first_rows, chunk_length = documents.first_rows, documents.chunk_length
     for window, losses_S, mask_S in zip(windows, losses_BS, mask_BS, strict=True):
-        # Position p predicts the token after it.
+        # Position p predicts the next token.
         predicted = window.start + 1 + np.arange(window.length)
         rows = first_rows[window.document] + predicted // chunk_length
         np.add.at(sums[0], rows, losses_S[: window.length])

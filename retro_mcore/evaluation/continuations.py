@@ -32,7 +32,7 @@ def pieces_of(pair: Pair, max_length: int) -> list[Pair]:
     """Split a continuation into pieces that fit a window, with the preceding text as context.
 
     A continuation that fits is one piece. In a longer one every token is scored once, with at least
-    half a window of context if there is that much.
+    half a window of context if available.
 
     Args:
         pair: Tokens of context and continuation.

@@ -30,7 +30,7 @@ from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
 from retro_mcore.samples.project_samples import RenumberedSamples, numbers_in_database
 
-#: Tokens before a chunk that are decoded with it: some tokenizers drop a text's first space.
+#: Number of preceding tokens decoded with a chunk, since some tokenizers drop a leading space.
 _DECODING_CONTEXT = 8
 
 
@@ -47,8 +47,8 @@ class HeldOutDocuments:
         lengths: Tokens of each document without the final EOD, i64 [documents].
         chunk_length: M.
         eod: The token that ends a document.
-        num_too_short: Documents left out because they have fewer than two tokens.
-        num_in_split: Documents of each corpus, including those that a limit leaves out.
+        num_too_short: Number of documents skipped because they have fewer than two tokens.
+        num_in_split: Number of documents of each corpus, including those beyond a limit.
     """
 
     split: Split
@@ -96,7 +96,7 @@ class HeldOutDocuments:
             project_dir: The project.
             split: "valid" or "test".
             eod: The tokenizer's end-of-document token.
-            limit: Most documents to take from the beginning of each corpus.
+            limit: Maximum number of documents to read from the beginning of each corpus.
 
         Raises:
             ProjectError: the split has no document to evaluate.
@@ -167,7 +167,8 @@ def search_document_neighbors(
 ) -> SavedNeighbors:
     """Search the neighbors of every chunk of the documents as query_neighbors does.
 
-    No neighbor comes from the chunk's own document. All ranks share the work. The neighbors are
+    No neighbor comes from the chunk's own document. The work is divided among all ranks. The
+    neighbors are
     saved in `query/<split>_documents` of the project, and reused for the same documents, index and
     number of neighbors.
 
@@ -189,7 +190,7 @@ def search_document_neighbors(
             breadth = search.num_candidates(search.settings.num_neighbors_query)
             num_query = min(max(breadth, num_save), len(search.database))
             fingerprint = _fingerprint(search, documents, num_save, num_query)
-            # The EOD behind a short chunk is padding, so it is a line break here: no text.
+            # The EOD after a short chunk is padding. As a line break it adds no text.
             neighbor_search = NeighborSearch(
                 search.database,
                 tokenizer,
@@ -220,7 +221,7 @@ def search_document_neighbors(
 def _fingerprint(
     search: ProjectSearch, documents: HeldOutDocuments, num_save: int, num_query: int
 ) -> str:
-    """Fingerprint of what the documents' neighbors are made from."""
+    """Fingerprint of the inputs of the documents' neighbors."""
     settings, rerank = search.source_settings, search.settings.rerank
     breadth = search.num_candidates(search.settings.num_neighbors_query)
     usual = breadth == search.num_candidates(None)
@@ -238,7 +239,7 @@ def _fingerprint(
 
 
 def _remove_others(directory: Path, names: set[str]) -> None:
-    """Remove files of other numbers of chunks, which would be read beside these."""
+    """Remove files for a different number of chunks, which would be read together with these."""
     for path in [*directory.glob("*.hdf5*"), *directory.glob("distances/*.hdf5*")]:
         if path.name.removesuffix(".done") not in names:
             path.unlink()
@@ -247,8 +248,8 @@ def _remove_others(directory: Path, names: set[str]) -> None:
 def chunk_bytes(documents: HeldOutDocuments, tokenizer: Tokenizer) -> NDArray[np.int64]:
     """Count the UTF-8 bytes of each chunk's text, i64 [chunks].
 
-    A document's first token is left out, since nothing precedes it to predict it from. So a
-    document's bytes add up to its text without that token. All ranks share the work.
+    A document's first token is excluded, since it has no context. So a document's bytes add up to
+    its text without that token. The work is divided among all ranks.
     """
     first_rows = documents.first_rows
     counts = np.zeros(documents.num_chunks, np.int64)
@@ -264,8 +265,8 @@ def _bytes_of_chunks(tokens: list[int], chunk_length: int, tokenizer: Tokenizer)
     starts = [max(start, 1) for start in range(0, len(tokens), chunk_length)]
     ends = [*starts[1:], len(tokens)]
     contexts = [max(0, start - _DECODING_CONTEXT) for start in starts]
-    # A character cut in two counts as a three-byte mark at the end of one piece and again at the
-    # beginning of the next, where the mark in the context cancels it.
+    # A character that is cut in two counts as a three-byte mark at the end of one piece and again
+    # at the beginning of the next. There the mark in the context cancels it.
     before = tokenizer.detokenize_batch(
         [tokens[a:b] for a, b in zip(contexts, starts, strict=True)]
     )

@@ -43,18 +43,18 @@ class RetroLM(TemplateLM):
         retro_neighbors: "live": neighbors of each complete chunk, from the project's index.
             "none": the encoder is off.
         batch_size: Requests per forward pass.
-        max_length: Tokens read at once. Default: the model's window. Longer contexts lose their
-            beginning, which is told with their number.
-        max_gen_toks: Longest answer, where a task does not say.
+        max_length: Maximum tokens per pass. Default: the model's window. The beginning of longer
+            contexts is cut, which is reported with their number.
+        max_gen_toks: Maximum tokens of an answer, unless a task sets it.
         add_bos_token: Begin every text with the tokenizer's BOS, or with EOD if it has none.
             Default: as the project's documents begin. If they have no BOS, only a text without
             context begins with a special token, EOD.
-        seed: Of sampling, where a task asks for it; request i draws with seed + i.
+        seed: Seed of sampling, if a task requests sampling; request i uses seed + i.
         tensor_model_parallel_size: Ranks that share one model.
         device: "auto", "cpu" or "cuda".
-        max_batch_size: Of no effect; the harness hands it to every model.
-        retro_attention_gate: Scale of what the model reads in its neighbors. Default: as it was
-            trained; a model that was tuned with 0 needs 1 here to read any.
+        max_batch_size: Has no effect; the harness passes it to every model.
+        retro_attention_gate: Scale of the cross-attention output. Default: the checkpoint's. A
+            model tuned with 0 needs 1 to use its neighbors.
         others: Rejected by name.
 
     Raises:
@@ -144,7 +144,7 @@ class RetroLM(TemplateLM):
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def _encode(self, context: str, continuation: str) -> Encoded:
-        """At least one token of context, and all of the continuation's."""
+        """At least one context token, and all tokens of the continuation."""
         if not context:
             return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
         context_ids, continuation_ids = self._encode_pair(context, continuation)
@@ -170,7 +170,7 @@ class RetroLM(TemplateLM):
         return results
 
     def _notes(self, pairs: Sequence[Encoded]) -> Counter[str]:
-        """Count the requests that are not scored as given, by reason."""
+        """Count the requests that are not scored unchanged, by reason."""
         notes: Counter[str] = Counter()
         window = self._scorer.max_length
         for context, continuation in pairs:

@@ -26,7 +26,8 @@ NEIGHBOR_KINDS: tuple[NeighborKind, ...] = ("real", "shuffled", "random", "none"
 
 
 class NeighborRows(Protocol):
-    """Neighbors of consecutive chunks: `data.neighbors.SavedNeighbors`, and what is made of it."""
+    """Neighbors of consecutive chunks: `retrieval.neighbor_tables.SavedNeighbors`, or derived from
+    it."""
 
     def __len__(self) -> int: ...
 

@@ -37,8 +37,8 @@ class EvaluatePerplexityConfig:
     retro_eval_neighbors: list[Literal["real", "shuffled", "random", "none"]] = field(
         default_factory=list
     )
-    """Kinds of neighbors to measure with. Default: real, shuffled and none, as far as the model
-    reads any; without shuffled where one text holds more than half of the chunks."""
+    """Kinds of neighbors to measure with. Default: real, shuffled and none; only none if the model
+    reads no neighbors, and no shuffled if one text has more than half of the chunks."""
     retro_attention_gate: float | None = None
     """Scale of the cross-attention output. Default: the checkpoint's. A model tuned with 0 needs 1
     to use its neighbors."""
@@ -62,8 +62,9 @@ class EvaluatePerplexityConfig:
     seed: int = 1234
     """Seed of shuffling and random draws."""
     output: str | None = None
-    """JSON file of the samples' measurements. Default: perplexity.json in --load. Others lie beside
-    it: bits_per_byte.json, leakage.json and leakage.png, or NAME.bits_per_byte.json, … for
+    """JSON file of the samples' measurements. Default: perplexity.json in --load. Other files are
+    in the same folder: bits_per_byte.json, leakage.json and leakage.png, or
+    NAME.bits_per_byte.json, … for
     --output NAME.json (NAME_bits_per_byte.json, … for --output NAME)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on. auto: CUDA if available, else the CPU."""

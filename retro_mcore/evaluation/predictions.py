@@ -22,7 +22,7 @@ from retro_mcore.progress import track
 from retro_mcore.project.atomic import atomic_write, write_json
 from retro_mcore.project.config import read_json_object
 
-#: Answers the questions at these places, in order. All ranks of a model call it together.
+#: Answers the questions with these indexes, in order. All ranks of a model call it together.
 AnswerBatch = Callable[[Sequence[int]], list[dict[str, Any]]]
 
 

@@ -197,7 +197,7 @@ def _settings(
     if asked.sampling.top_p == 0:  # greedy
         sampling["temperature"] = 0.0
     if asked.sampling.top_p == 1:
-        sampling["top_p"] = 0.0  # as it has always been recorded
+        sampling["top_p"] = 0.0  # as in earlier records
     return {
         "--sample-input-file": checksum(config.sample_input_file),
         "--num-gen": config.num_gen,

@@ -87,7 +87,7 @@ class QuestionAnswerer:
         self._loaded, self._examples, self._options = loaded, examples, options
         self._neighbors = neighbors
         self._format = InstructionFormat(
-            sequence_length=loaded.arguments.retro_chunk_length * 2,  # of no matter here
+            sequence_length=loaded.arguments.retro_chunk_length * 2,  # irrelevant here
             num_context_passages=options.num_context_passages,
             num_encoder_passages=loaded.arguments.retro_num_neighbors,
             reuse_top=options.reuse_top,
@@ -129,7 +129,7 @@ class QuestionAnswerer:
         }
 
     def answer(self, places: Sequence[int]) -> list[dict[str, Any]]:
-        """Predictions for the questions at these (consecutive) places."""
+        """Predictions for the questions with these (consecutive) indexes."""
         examples = [self._examples[place] for place in places]
         sampling = self._options.sampling
         requests = GenerationRequest(

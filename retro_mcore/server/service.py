@@ -1,6 +1,6 @@
 """Continuous batching for many clients: one thread steps a batch that requests join.
 
-A request joins the running batch at the next token, or waits in a queue if there is no room. Under
+A request joins the running batch at the next token, or waits in a queue if the batch is full. Under
 tensor and pipeline parallelism, the first rank tells the others before each step which requests
 join and leave.
 """

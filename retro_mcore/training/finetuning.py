@@ -1,4 +1,5 @@
-"""A whole run of instruction tuning: plan it, train or resume. Import it after `setup_device`."""
+"""A complete run of instruction tuning: plan, then train or resume. Import it after
+`setup_device`."""
 
 from __future__ import annotations
 
@@ -25,14 +26,14 @@ from retro_mcore.training.setup.finetune_plan import (
 
 
 def finetune(options: FinetuneOptions, device: torch.device) -> tuple[FinetunePlan, TrainingResult]:
-    """Tune, or resume, or find that the tuning is already finished; on all ranks together.
+    """Tune or resume, unless the run is already finished. All ranks call it together.
 
     Args:
         options: The run's configuration.
-        device: Where it trains, from `setup_device`.
+        device: Device to train on, from `setup_device`.
 
     Raises:
-        RetroError: options, data, checkpoint and processes do not fit together.
+        RetroError: options, data, checkpoint and processes do not match.
     """
     with distributed.raise_together():
         project = ProjectConfig.load(options.project_dir)

@@ -1,4 +1,4 @@
-"""The flags of checkpoints and of reproducible runs; Megatron's names where it has one."""
+"""Flags of checkpoints and of reproducible runs, with Megatron's names if it has the flag."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ from retro_mcore.model.option_traits import at_least, needs, stated
 
 @dataclass(kw_only=True)
 class CheckpointOptions:
-    """Checkpoints: where they are saved and loaded, and what is taken from them."""
+    """Checkpoints: where they are saved and loaded, and which parts are loaded."""
 
     save: str | None = None
     """Directory for checkpoints, metrics and the loss curve. Default: nothing is saved."""
     save_interval: int | None = field(default=None, metadata=at_least(1) | needs("save"))
     """Iterations between checkpoints. Default: only the last."""
     async_save: bool = field(default=False, metadata=needs("save"))
-    """Write checkpoints in the background while training goes on."""
+    """Write checkpoints in the background while training continues."""
     keep_last_n: int | None = field(default=None, metadata=at_least(1) | needs("save"))
-    """Keep this many of the latest checkpoints. Default: all (with --save-retain-interval: one)."""
+    """Number of latest checkpoints to keep. Default: all (with --save-retain-interval: one)."""
     save_retain_interval: int | None = field(default=None, metadata=at_least(1) | needs("save"))
-    """Keep also the checkpoints at multiples of this many iterations, and remove others."""
+    """Also keep the checkpoints at multiples of this number of iterations, and remove all
+    others."""
     load: str | None = None
     """Directory to resume from, if it holds a checkpoint; usually the same as --save."""
     load_gpt: str | None = None
-    """GPT checkpoint (Megatron's, or a Hugging Face directory) to take a new run's decoder from;
-    without --no-retrieval, encoder and cross-attention start from new weights. The model's flags
-    come from it too; flags given beside it must agree, except dropout."""
+    """GPT checkpoint (Megatron's, or a Hugging Face directory) that provides a new run's decoder.
+    Unless --no-retrieval is given, encoder and cross-attention are newly initialized. The model
+    flags are also taken from it; those given explicitly must agree, except dropout."""
     ckpt_step: int | None = field(default=None, metadata=needs("load"))
     """Iteration of the checkpoint to load. Default: the one named in the tracker file."""
     use_checkpoint_args: bool = field(default=False, metadata=needs("load"))
-    """Take the model's options from the checkpoint in --load; contradicting flags are refused."""
+    """Take the model options from the checkpoint in --load; contradicting flags are refused."""
     finetune: bool = field(default=False, metadata=needs("load"))
     """Load only the weights, and start from iteration 0 with a new optimizer and schedule."""
     no_load_optim: bool = field(default=False, metadata=needs("load"))
-    """Start with a new optimizer and schedule."""
+    """Start with a new optimizer and schedule instead of the checkpoint's."""
     no_load_rng: bool = field(default=False, metadata=needs("load"))
-    """Start with random states from the seed."""
+    """Initialize the random states from the seed instead of the checkpoint."""
     verify: bool = False
-    """Compare the checksums of all files that are read, however large. Default: a process reads at
-    most 8 GiB of the project and of the checkpoint for that, and of larger files compares sizes."""
+    """Verify the checksums of all files that are read, however large. Default: each process reads
+    at most 8 GiB of the project and 8 GiB of the checkpoint, and compares only the sizes of the
+    other files."""
 
     def check_checkpoints(self) -> None:
         """Reject flags that would have no effect.
@@ -59,7 +61,7 @@ class CheckpointOptions:
 
     @property
     def needs_checkpoint(self) -> str | None:
-        """The flag, if any, that has no meaning where --load holds no checkpoint."""
+        """The flag, if any, that makes no sense if --load contains no checkpoint."""
         for name, needed in stated("needs", CheckpointOptions).items():
             if needed == "load" and getattr(self, name):
                 return flag_of(name)
@@ -68,7 +70,8 @@ class CheckpointOptions:
 
 @dataclass(kw_only=True)
 class ReproducibilityOptions:
-    """Reproducibility, bit for bit."""
+    """Bitwise reproducibility."""
 
     deterministic_mode: bool = False
-    """Use deterministic kernels only: the same run gives the same bits. Slower on GPUs."""
+    """Use only deterministic kernels, so that repeated runs are bitwise identical. Slower on
+    GPUs."""

@@ -16,7 +16,7 @@ from retro_mcore.training.options.pretrain import ExitOptions
 
 @dataclass(kw_only=True)
 class InstructionDataOptions:
-    """Data of instruction tuning."""
+    """Data for instruction tuning."""
 
     project_dir: str
     """Project directory, for the tokenizer and the chunk length."""
@@ -33,51 +33,52 @@ class InstructionDataOptions:
     train_iters: int = field(metadata=at_least(1))
     """Iterations to train."""
     seq_length: int | None = None
-    """Tokens per sample. Default: those that the model was trained with."""
+    """Tokens per sample. Default: as in the model's training."""
     eval_interval: int = field(default=200, metadata=at_least(1))
     """Iterations between validations."""
     eval_iters: int = field(default=100, metadata=at_least(1))
     """Batches per validation, at most one pass over the data."""
     num_workers: int = field(default=2, metadata=at_least(0))
-    """Processes that read samples ahead."""
+    """Number of processes that prefetch samples."""
     seed: int = 1234
     """Seed for sample order and dropout."""
 
 
 @dataclass(kw_only=True)
 class SampleFormatOptions:
-    """How examples become samples. A run can be resumed only with the same options."""
+    """How examples become samples. To resume a run, these options must be the same."""
 
     prompt_format: Literal["reformat_prompt_retro", "reformat_prompt", "reformat_prompt_short"] = (
         "reformat_prompt_retro"
     )
-    """Wording of the prompts, by the name of the function in the InstructRetro release."""
+    """Prompt wording, by function name in the InstructRetro release."""
     template_id: int = 0
-    """1 to 7: another wording of reformat_prompt (the release's flan_format)."""
+    """Alternative wording of reformat_prompt (the release's flan_format), from 1 to 7."""
     passages: Literal["annotated", "retrieved", "bert_pretrain_corpus"] = "annotated"
-    """Passages of question records: sub-paragraphs, ctxs, or bert_pretrain_corpus_neighbours."""
+    """Passages to read from question records: sub-paragraphs, ctxs, or
+    bert_pretrain_corpus_neighbours."""
     longform_answer: bool = False
-    """Learn the `longform_answer` of question records, and leave out those without one."""
+    """Train on the `longform_answer` of question records, and skip records without one."""
     ft_neighbours: int = 1
-    """Passages in the decoder's context."""
+    """Number of passages in the decoder's context."""
     reuse_top: bool = False
-    """Give the encoder the best passages too, not only those after the decoder's."""
+    """Also give the encoder the passages in the decoder's context, not only those after them."""
     loss_on: Literal["last-answer", "answers", "everything"] = "last-answer"
-    """Tokens that the loss counts: the last answer, every answer of a chat, or all."""
+    """Tokens that count in the loss: the last answer, every answer of a chat, or all."""
     pack_samples: bool = False
-    """Fill each sample with as many examples as fit; none attends to another."""
+    """Put as many examples into each sample as fit; examples do not attend to each other."""
 
 
 @dataclass(kw_only=True)
 class FinetuneModelOptions:
-    """Options of the model that may differ from those it was trained with."""
+    """Model options that may differ from those in pretraining."""
 
     retro_attention_gate: float = 0.0
-    """Scale of the cross-attention's output. 0, as in InstructRetro: passages stand only in the
+    """Scale of the cross-attention output. 0, as in InstructRetro: passages are only in the
     decoder's context, and encoder and cross-attention are not trained. Otherwise the encoder reads
     the passages that follow those in the context (RETRO++)."""
     retro_num_neighbors: int | None = None
-    """Passages for the encoder. Default: the number that the model was trained with."""
+    """Number of passages for the encoder. Default: as in the model's training."""
     hidden_dropout: float = 0.0
     """Dropout of hidden states in the decoder."""
     attention_dropout: float = 0.0
@@ -104,7 +105,7 @@ class FinetuneOptions(
     """All options of instruction tuning."""
 
     def check(self) -> None:
-        """Reject options that are wrong whatever the data is.
+        """Reject options that are invalid for any data.
 
         Raises:
             ConfigurationError: naming the flag.

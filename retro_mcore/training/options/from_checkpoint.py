@@ -14,10 +14,9 @@ from retro_mcore.model.options import ModelOptions
 
 
 def model_options_of_checkpoint(load: str | None, ckpt_step: int | None = None) -> dict[str, Any]:
-    """The options that define the model which a checkpoint holds, by name.
+    """Options that define a checkpoint's model, by name.
 
-    Those given beside --use-checkpoint-args must not differ; `TrainingPlan.check_resumes` sees to
-    that.
+    Explicitly given options must not differ; `TrainingPlan.check_resumes` checks this.
 
     Args:
         load: Value of --load.
@@ -37,14 +36,15 @@ def model_options_of_checkpoint(load: str | None, ckpt_step: int | None = None) 
 def model_options_of_gpt(
     load_gpt: str, load: str | None = None, ckpt_step: int | None = None
 ) -> dict[str, Any]:
-    """The options of the GPT that --load-gpt names, by name; of a run to resume, its own.
+    """Options of the GPT in --load-gpt, by name; when resuming, those of the run itself.
 
-    Those given beside --load-gpt must not differ, except dropout;
-    `retro_mcore.training.setup.retrofit.gpt_arguments` sees to that.
+    Explicitly given options must not differ, except dropout;
+    `retro_mcore.training.setup.retrofit.gpt_arguments` checks this.
 
     Args:
         load_gpt: Value of --load-gpt.
-        load: Value of --load: a checkpoint in it is resumed, and the GPT is not needed.
+        load: Value of --load. If it contains a checkpoint, that is resumed and the GPT is not
+            needed.
         ckpt_step: Value of --ckpt-step.
 
     Raises:

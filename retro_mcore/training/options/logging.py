@@ -10,19 +10,18 @@ from retro_mcore.model.option_traits import at_least
 
 @dataclass(kw_only=True)
 class LoggingOptions:
-    """Logs and metrics. metrics.jsonl and the loss curve lie in --save."""
+    """Logs and metrics. metrics.jsonl and the loss curve are in --save."""
 
     log_interval: int = field(default=100, metadata=at_least(1))
     """Iterations between log lines and metrics."""
     check_for_nan_in_loss_and_grad: bool = True
-    """Stop at a loss or gradient that is NaN or infinite, before the weights are updated."""
+    """Stop if the loss or gradient is NaN or infinite, before the weights are updated."""
     check_for_spiky_loss: bool = True
     """Report losses far above the recent ones, with the batch's samples."""
     log_num_zeros_in_grad: bool = False
     """Log the number of zeros in the gradient."""
     device_peak_tflops: float | None = None
-    """Peak of the device in 10^12 operations/s, for model FLOPs utilisation. Default: from a table
-    of GPUs."""
+    """Peak TFLOP/s of the device, for model FLOPs utilization. Default: from a table of GPUs."""
     tensorboard_dir: str | None = None
     """Directory for TensorBoard."""
     tensorboard_log_interval: int = field(default=1, metadata=at_least(1))

@@ -1,7 +1,7 @@
-"""Flags made from the configuration dataclasses of the installed megatron-core.
+"""Flags generated from the configuration dataclasses of the installed megatron-core.
 
-Names, types, defaults and help are read without importing megatron, so `--help` stays fast. A field
-that the installed release lacks gives no flag.
+Names, types, defaults and help are read without importing megatron, so `--help` stays fast. Fields
+missing in the installed release have no flag.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ OPTIMIZER_FLAGS: dict[str, str] = {
 
 
 def values_of(options: object, flags: Mapping[str, str]) -> dict[str, Any]:
-    """Values of the options, by field of megatron's dataclass."""
+    """Option values, by field of megatron's dataclass."""
     return {
         field: getattr(options, flag) for flag, field in flags.items() if hasattr(options, flag)
     }
@@ -75,10 +75,10 @@ def values_of(options: object, flags: Mapping[str, str]) -> dict[str, Any]:
 
 @contextmanager
 def naming_refusals() -> Iterator[None]:
-    """Report values that one of megatron's configurations rejects as errors of the user.
+    """Report values rejected by megatron's configurations as configuration errors.
 
     Raises:
-        ConfigurationError: with what megatron says.
+        ConfigurationError: with megatron's message.
     """
     try:
         yield
@@ -101,7 +101,7 @@ def _options_class(name: str, doc: str, flags: Mapping[str, str], *sources: str)
         kw_only=True,
         namespace={"__doc__": doc},
     )
-    made.__module__ = __name__  # where pickle finds it
+    made.__module__ = __name__  # so that pickle finds it
     return made
 
 

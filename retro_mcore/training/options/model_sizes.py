@@ -1,4 +1,4 @@
-"""Sizes that follow from the model's options, and whether they divide over the processes."""
+"""Sizes derived from the model options, and checks that they are divisible among the processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from retro_mcore.training.options.parallel import ParallelOptions
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """The vocabulary rounded up so that every tensor parallel rank gets the same, aligned part.
+    """Vocabulary size, rounded up so that every tensor parallel rank gets an equal, aligned part.
 
     >>> padded_vocab_size(50257, 128, 8)
     51200
@@ -18,7 +18,8 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_
 
 
 def default_ffn_hidden_size(options: ModelOptions) -> int:
-    """Megatron's rule: 4 hidden sizes; with a gated MLP two thirds of it, in multiples of 64."""
+    """Megatron's default MLP size: 4 hidden sizes; for a gated MLP two thirds of it, a multiple of
+    64."""
     if options.ffn_hidden_size is not None:
         return options.ffn_hidden_size
     if options.swiglu:
@@ -27,7 +28,7 @@ def default_ffn_hidden_size(options: ModelOptions) -> int:
 
 
 def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
-    """Reject sizes that do not divide by the heads or the tensor parallel size.
+    """Reject sizes that are not divisible by the heads or the tensor parallel size.
 
     Raises:
         ConfigurationError: naming the flag.

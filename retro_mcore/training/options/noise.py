@@ -1,4 +1,4 @@
-"""Flags of the noise on neighbors; see `samples/neighbor_noise.py`."""
+"""Flags of neighbor noise; see `samples/neighbor_noise.py`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from retro_mcore.errors import ConfigurationError, RetroError, flag_of, raise_pr
 
 @dataclass(kw_only=True)
 class NeighborNoiseOptions:
-    """Noise on neighbors, in training only, so that the model does not rely on retrieval alone."""
+    """Neighbor noise, in training only, so that the model does not rely on retrieval alone."""
 
     retro_drop_chunks: float = 0.0
-    """Share of chunks that lose all of their neighbors."""
+    """Probability that a chunk loses all its neighbors."""
     retro_drop_neighbors: float = 0.0
-    """Share of neighbors that are left out."""
+    """Probability that a neighbor is dropped."""
     retro_replace_neighbors: float = 0.0
-    """Share of neighbors that become a random chunk of the database."""
+    """Probability that a neighbor is replaced by a random chunk of the database."""
     retro_replace_tokens: float = 0.0
-    """Share of retrieved tokens that become another token of the sample's neighbors."""
+    """Probability that a retrieved token is replaced by another token of the sample's neighbors."""
 
     def check_neighbor_noise(self, no_retrieval: bool) -> None:
-        """Reject shares outside 0 to 1, and noise without neighbors.
+        """Reject probabilities outside 0 to 1, and noise without neighbors.
 
         Raises:
             ConfigurationError: naming the flag.

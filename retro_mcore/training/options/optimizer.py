@@ -12,38 +12,38 @@ from retro_mcore.training.options.megatron import OptimizerFlags
 
 @dataclass(kw_only=True)
 class OptimizerOptions(OptimizerFlags):
-    """AdamW, its schedules of learning rate and weight decay, and gradient clipping."""
+    """AdamW, schedules of learning rate and weight decay, and gradient clipping."""
 
     lr: float
-    """Highest learning rate."""
+    """Maximum learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay; WSD stays at --lr until its decay at the end."""
     lr_decay_iters: int | None = field(default=None, metadata=at_least(1))
-    """Iterations until --min-lr. Default: all iterations."""
+    """Iterations until --min-lr is reached. Default: all iterations."""
     lr_decay_samples: int | None = field(default=None, metadata=at_least(1))
-    """Samples until --min-lr (instead of iterations)."""
+    """Samples until --min-lr is reached (instead of iterations)."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """Shape of WSD's decay."""
     lr_wsd_decay_iters: int | None = field(default=None, metadata=at_least(1))
-    """Iterations of WSD's decay, the last of --lr-decay-iters."""
+    """Iterations of WSD's decay, at the end of --lr-decay-iters."""
     lr_wsd_decay_samples: int | None = field(default=None, metadata=at_least(1))
     """Samples of WSD's decay (instead of iterations)."""
     lr_warmup_fraction: float | None = None
-    """Share of the decay's length in which the learning rate rises linearly."""
+    """Length of the linear warmup, as a fraction of the decay length."""
     lr_warmup_iters: int = 0
-    """Iterations in which the learning rate rises linearly (instead of the fraction)."""
+    """Length of the linear warmup in iterations (instead of the fraction)."""
     lr_warmup_samples: int = 0
-    """Samples in which the learning rate rises linearly (instead of the fraction)."""
+    """Length of the linear warmup in samples (instead of the fraction)."""
     lr_warmup_init: float = 0.0
     """Learning rate at the start of the warmup."""
     weight_decay: float = 0.01
-    """AdamW's weight decay (not on biases and norms)."""
+    """AdamW's weight decay (not applied to biases and norms)."""
     start_weight_decay: float | None = None
-    """Weight decay of the first iteration, with --weight-decay-incr-style linear or cosine."""
+    """Weight decay at the start, with --weight-decay-incr-style linear or cosine."""
     end_weight_decay: float | None = None
-    """Weight decay of the last iteration, with the same styles."""
+    """Weight decay at the end, with --weight-decay-incr-style linear or cosine."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the change from --start-weight-decay to --end-weight-decay."""
     adam_beta1: float = 0.9
@@ -53,11 +53,11 @@ class OptimizerOptions(OptimizerFlags):
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0 turns clipping off."""
+    """Maximum norm of the whole gradient; 0 disables clipping."""
     use_distributed_optimizer: bool = False
-    """Divide the optimizer's state over the data parallel processes."""
+    """Divide the optimizer state among the data parallel processes."""
     accumulate_allreduce_grads_in_fp32: bool = False
-    """Sum gradients in fp32 with --fp16 too. Always on with --bf16."""
+    """Accumulate gradients in fp32 with --fp16 too. Always on with --bf16."""
     freeze_decoder: bool = False
     """Train only the neighbor encoder, the cross-attentions and their norms."""
 

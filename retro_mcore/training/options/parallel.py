@@ -1,4 +1,4 @@
-"""Flags of the layout over processes, the precision, and recomputation."""
+"""Flags of the parallel layout, the precision, and recomputation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from retro_mcore.training.options.megatron import LayerFlags
 
 @dataclass(kw_only=True)
 class ParallelOptions(LayerFlags):
-    """Layout of the model over processes, and its precision."""
+    """Parallel layout and precision of the model."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on; auto: CUDA if available, else the CPU."""
     tensor_model_parallel_size: int = field(default=1, metadata=at_least(1))
-    """Number of processes that each layer is split over."""
+    """Number of processes over which each layer is split."""
     sequence_parallel: bool = False
-    """Split the activations of norms and dropouts over the tensor parallel processes."""
+    """Split the activations of norms and dropout among the tensor parallel processes (sequence
+    parallelism)."""
     pipeline_model_parallel_size: int = field(default=1, metadata=at_least(1))
     """Number of pipeline stages."""
     num_virtual_stages_per_pipeline_rank: int | None = field(default=None, metadata=at_least(1))
@@ -35,11 +36,11 @@ class ParallelOptions(LayerFlags):
     tp_comm_overlap: bool = False
     """Not supported: Transformer Engine's buffers have one length; text and neighbors differ."""
     no_overlap_p2p_communication: bool = False
-    """In the interleaved schedule, do not overlap transfers between stages with computation."""
+    """Do not overlap transfers between stages with computation in the interleaved schedule."""
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
     """Transformer Engine's attention kernels."""
     no_bias_gelu_fusion: bool = False
-    """Do not fuse bias and GELU. (Fusions are on with Transformer Engine, off elsewhere.)"""
+    """Do not fuse bias and GELU. (Fusions are on with Transformer Engine, otherwise off.)"""
     no_bias_swiglu_fusion: bool = False
     """Do not fuse bias and SwiGLU."""
     no_bias_dropout_fusion: bool = False
@@ -47,11 +48,11 @@ class ParallelOptions(LayerFlags):
     no_rope_fusion: bool = False
     """Do not fuse the rotary embedding."""
     no_gradient_accumulation_fusion: bool = False
-    """Do not fuse the accumulation of weight gradients into their products (needs Apex)."""
+    """Do not fuse the accumulation of weight gradients into the matrix products (needs Apex)."""
     no_masked_softmax_fusion: bool = False
-    """No effect: attention is fused whole, or not at all."""
+    """Has no effect: the whole attention is fused, or nothing."""
     no_persist_layer_norm: bool = False
-    """No effect: norms are Transformer Engine's or PyTorch's."""
+    """Has no effect: norms are those of Transformer Engine or PyTorch."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of the layers; auto: Transformer Engine if installed, on CUDA."""
     bf16: bool = False
@@ -59,7 +60,8 @@ class ParallelOptions(LayerFlags):
     fp16: bool = False
     """Compute in float16, with fp32 main weights and dynamic loss scaling."""
     use_cpu_initialization: bool = False
-    """Initialise weights on the CPU: the same weights for every layout. Always on without a GPU."""
+    """Initialize weights on the CPU, so that they are the same for every layout. Always on without
+    a GPU."""
 
     def check_precision(self) -> None:
         """Reject --bf16 with --fp16, and fp8 without bf16."""
@@ -91,7 +93,7 @@ class RecomputeOptions:
     """Recomputation, which trades time for activation memory."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers (full) or the core attention (selective) in the backward pass."""
+    """Recompute whole layers (full) or chosen modules (selective) in the backward pass."""
     recompute_method: Literal["uniform", "block"] | None = None
     """With full: all layers in groups (uniform), or the first layers one by one (block)."""
     recompute_num_layers: int | None = field(default=None, metadata=at_least(1))

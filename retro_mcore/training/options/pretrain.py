@@ -1,4 +1,4 @@
-"""The flags of training, grouped by concern; Megatron's names, and its defaults where it has one.
+"""Training flags, grouped by topic, with Megatron's names, and its defaults if it has one.
 
 This module imports neither torch nor megatron, so that `--help` is fast and a command can choose
 its device before megatron is loaded.
@@ -34,18 +34,18 @@ __all__ = [
 
 @dataclass(kw_only=True)
 class DataOptions:
-    """Samples. Options that the project fixes may be repeated here; other values are refused."""
+    """Samples. Options fixed by the project may be repeated here; other values are refused."""
 
     project_dir: str
     """The project directory."""
     micro_batch_size: int = field(metadata=at_least(1))
     """Samples per process and forward pass."""
     train_iters: int | None = field(default=None, metadata=at_least(1))
-    """Iterations to train. Default: as many as the samples suffice for."""
+    """Iterations to train. Default: as many as the project's samples allow."""
     train_samples: int | None = field(default=None, metadata=at_least(1))
-    """Samples to train on (instead of --train-iters), at most the project's."""
+    """Samples to train on (instead of --train-iters), at most the number in the project."""
     num_workers: int = field(default=2, metadata=at_least(0))
-    """Number of processes that read samples, per training process; with 0 it reads them itself."""
+    """Number of processes that read samples, per training process; 0: it reads them itself."""
     seq_length: int | None = field(default=None, metadata=of_project("retro_gpt_seq_length"))
     """Tokens per sample. Fixed by the project."""
     retro_chunk_length: int | None = field(
@@ -57,8 +57,8 @@ class DataOptions:
     )
     """Samples per iteration. Fixed by the project."""
     rampup_batch_size: list[int] | None = None
-    """START INCREMENT SAMPLES: begin with a batch of START and grow it by INCREMENT at a time to
-    the global batch, over SAMPLES samples."""
+    """START INCREMENT SAMPLES: start with a batch size of START, and increase it in steps of
+    INCREMENT to the global batch size over SAMPLES samples."""
     eval_interval: int | None = field(default=None, metadata=of_project("retro_gpt_eval_interval"))
     """Iterations between validations. Fixed by the project."""
     eval_iters: int | None = field(default=None, metadata=of_project("retro_gpt_eval_iters"))
@@ -66,7 +66,7 @@ class DataOptions:
     seed: int | None = field(default=None, metadata=of_project("retro_gpt_seed"))
     """Seed for weights, dropout and data order. Fixed by the project."""
     split: str | None = field(default=None, metadata=of_project("retro_gpt_split"))
-    """Shares of training, validation and test documents. Fixed by the project."""
+    """Percentages of training, validation and test documents. Fixed by the project."""
     tokenizer_type: str | None = field(
         default=None, metadata=of_project("retro_gpt_tokenizer_type")
     )
@@ -75,14 +75,14 @@ class DataOptions:
 
 @dataclass(kw_only=True)
 class ExitOptions:
-    """Conditions under which a run saves and stops early, to be resumed."""
+    """Conditions under which a run saves and stops early, so that it can be resumed."""
 
     exit_interval: int | None = field(default=None, metadata=at_least(1))
-    """Save and stop after an iteration that is a multiple of this; a later run resumes."""
+    """Save and stop at the next iteration that is a multiple of this; rerun to resume."""
     exit_duration_in_mins: float | None = None
     """Save and stop after this many minutes."""
     exit_signal_handler: bool = True
-    """Save and stop, with exit code 0, when SIGTERM arrives (preemption, a time limit)."""
+    """Save and stop with exit code 0 on SIGTERM (preemption, time limit)."""
 
 
 @dataclass(kw_only=True)
@@ -102,7 +102,7 @@ class TrainingOptions(
     """All options of a training run."""
 
     def check(self) -> None:
-        """Reject options that are wrong whatever the project is, all of them together.
+        """Reject options that are invalid for any project, all together.
 
         Raises:
             ConfigurationError: naming the flag.

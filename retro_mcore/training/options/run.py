@@ -1,4 +1,4 @@
-"""Options of a whole pretraining run."""
+"""Options of a pretraining run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from retro_mcore.training.options.pretrain import TrainingOptions
 class PretrainOptions(TrainingOptions):
     """Configuration of a pretraining run.
 
-    Options have the names of Megatron's flags. What the project's config.json fixes need not be
-    given, and is refused if it differs.
+    Options have the names of Megatron's flags. Options fixed by the project's config.json may be
+    omitted, and are refused if they differ.
     """
 
     skip_train: bool = False
-    """Train nothing: report the loaded model's loss on the first --eval-iters batches of the
+    """Do not train. Report the loaded model's loss on the first --eval-iters batches of the
     validation and test samples. evaluate_perplexity measures more."""
     world_size: int | None = None
-    """Number of processes for --dry-run; a real run with another number is refused."""
+    """Number of processes for --dry-run; a real run with a different number is refused."""
     vocab_size: int | None = None
     """The tokenizer's vocabulary size. Fixed by the project."""
 
 
 def model_options(options_type: type, options: Mapping[str, object]) -> dict[str, object]:
-    """Options of the model in the checkpoint of --use-checkpoint-args or --load-gpt, by name.
+    """Model options from the checkpoint of --use-checkpoint-args or --load-gpt, by name.
 
     Args:
         options_type: Dataclass of all options.
-        options: Given options, by name. Without those two the result is empty.
+        options: Given options, by name. Without these two flags the result is empty.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -42,10 +42,10 @@ def model_options(options_type: type, options: Mapping[str, object]) -> dict[str
     of_load = bool(options.get("use_checkpoint_args"))
     if not of_load and not (load_gpt and known.issuperset(("load_gpt", "num_layers"))):
         return {}
-    from retro_mcore.training.options import from_checkpoint  # only now: it takes a while
+    from retro_mcore.training.options import from_checkpoint  # takes a while to import
 
     if of_load:
         return from_checkpoint.model_options_of_checkpoint(load, step)  # type: ignore[arg-type]
     if options.get("dry_run") and not Path(str(load_gpt)).exists():
-        return {}  # a run may be planned before its GPT is there
+        return {}  # a run may be planned before its GPT exists
     return from_checkpoint.model_options_of_gpt(str(load_gpt), load, step)  # type: ignore[arg-type]
