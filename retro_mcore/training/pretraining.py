@@ -1,4 +1,4 @@
-"""A whole pretraining run: plan it, train or resume, or evaluate a loaded model.
+"""A complete pretraining run: plan, then train, resume, or evaluate a loaded model.
 
 Import it after `setup_device`.
 """
@@ -29,14 +29,14 @@ from retro_mcore.training.setup.plan import TrainingPlan, make_plan
 
 
 def pretrain(options: PretrainOptions, device: torch.device) -> tuple[TrainingPlan, TrainingResult]:
-    """Train, or resume, or find that the training is already finished; on all ranks together.
+    """Train or resume, unless the run is already finished. All ranks call it together.
 
     Args:
         options: The run's configuration.
-        device: Where it trains, from `setup_device`.
+        device: Device to train on, from `setup_device`.
 
     Raises:
-        RetroError: options, project, checkpoint and processes do not fit together.
+        RetroError: options, project, checkpoint and processes do not match.
     """
     paths = ProjectPaths(options.project_dir)
     with distributed.raise_together():
@@ -61,7 +61,7 @@ def pretrain(options: PretrainOptions, device: torch.device) -> tuple[TrainingPl
 
 
 def _check(options: PretrainOptions, vocab_size: int) -> None:
-    """Reject options that differ from what the run itself fixes."""
+    """Reject options that differ from the run's actual values."""
     for flag, given, fixed in (
         ("--vocab-size", options.vocab_size, vocab_size),
         ("--world-size", options.world_size, distributed.get_world_size()),
@@ -75,10 +75,10 @@ def _check(options: PretrainOptions, vocab_size: int) -> None:
 
 
 def save_lock(command: str, save: str | None) -> AbstractContextManager[bool]:
-    """Keep --save to this run, if it has one; yields whether that could be done.
+    """Lock --save for this run, if given; yields whether the lock is held.
 
     Raises:
-        ProjectError: another run trains into it.
+        ProjectError: another run uses it.
     """
     return nullcontext(True) if save is None else directory_lock(Path(save), command)
 

@@ -1,7 +1,7 @@
 """Retro's flags in Megatron-LM's parser, and checks of Megatron-LM's own flags.
 
-A flag of Megatron-LM that would change the model or its data is honoured or refused by name. A flag
-that is not known to be honoured is refused, because new releases add flags.
+A Megatron-LM flag that would change the model or its data is honored or refused by name. Unknown
+flags are refused too, because new releases add flags.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from retro_mcore.training.options.model_sizes import padded_vocab_size
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.pretrain import DataOptions
 
-#: Megatron-LM's arguments that the project fixes, and its keys.
+#: Megatron-LM's arguments that the project fixes, and the project's keys for them.
 FIXED: dict[str, str] = {
     name: key for name, key in stated("project", DataOptions).items() if name != "tokenizer_type"
 }
-#: Needs no files: of a tokenizer, Megatron-LM's trainer needs the size of the vocabulary alone.
+#: Needs no files, since Megatron-LM's trainer only needs the tokenizer's vocabulary size.
 _TOKENIZER = "NullTokenizer"
 
 _OFF = (None, False, 0)
@@ -45,7 +45,7 @@ _OTHER_MODEL = "Leave it out: Retro's layers and its GPT's do not have it"
 _OTHER_DATA = "Leave it out: the project's samples are read, as their neighbors were searched"
 _ELSEWHERE = "Leave it out, or use tools/pretrain_retro.py"
 
-#: Arguments that are refused, with the values that ask for nothing, and what to do.
+#: Refused arguments, with the values that have no effect, and a hint.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     **{name: ((*_OFF, *neutral), _OTHER_MODEL) for name, neutral in LACKED.items()},
     **dict.fromkeys(
@@ -76,7 +76,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "check_for_spiky_loss": (_OFF, "Leave it out: losses are only checked for being finite"),
     "full_validation": (_OFF, "Leave it out: Megatron-LM itself fails with these datasets"),
     "yaml_cfg": (_OFF, "Give flags: the file would overrule Retro's"),
-    # Such as muP: a learning rate for each parameter, which Megatron-LM's optimizer lacks.
+    # Such as muP: learning rates per parameter, which Megatron-LM's optimizer lacks.
     **{
         name: (_OFF, _ELSEWHERE)
         for name, traits in model_traits(ModelOptions).items()
@@ -84,7 +84,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     },
 }
 
-#: Fields of Megatron's configurations that Retro's layers honour, or that change no number.
+#: Fields of Megatron's configurations that Retro's layers honor, or that do not change results.
 _HONOURED = {
     *names_there("config", DecoderOptions).values(),
     *("num_query_groups", "ffn_hidden_size", "add_bias_linear", "perform_initialization"),
@@ -108,12 +108,12 @@ _HONOURED_FAMILIES = (
     *("nccl_", "symmetric_ar_", "flash_attention_", "activation_offload_", "retro_"),
 )
 
-#: What was given on the command line: flag and default, by the argument's name.
+#: Flags given on the command line: flag and default, by the argument's name.
 _given: dict[str, tuple[str, Any]] = {}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add Retro's flags: every option of our model and of noise on neighbors whose name says so."""
+    """Add Retro's flags: every --retro-* option of our model and of neighbor noise."""
     group = parser.add_argument_group("retro")
     group.add_argument("--retro-project-dir", required=True, help="Project directory.")
     group.add_argument("--retro-add-retriever", action="store_true",
@@ -151,7 +151,7 @@ def _keywords(kind: Any) -> dict[str, Any]:
 
 
 def _docstrings(options: type) -> dict[str, str]:
-    """The text below each field, those of base classes too."""
+    """Docstrings of all fields, including those of base classes."""
     texts: dict[str, str] = {}
     for part in reversed([each for each in options.__mro__ if dataclasses.is_dataclass(each)]):
         texts |= _own_docstrings(part)
@@ -173,7 +173,7 @@ def _own_docstrings(options: type) -> dict[str, str]:
 
 
 def remember_given(parser: argparse.ArgumentParser) -> None:
-    """Keep which of the parser's flags the command line gives, for `check_arguments`."""
+    """Record which of the parser's flags are on the command line, for `check_arguments`."""
     words = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
     _given.clear()
     for action in parser._actions:
@@ -184,11 +184,11 @@ def remember_given(parser: argparse.ArgumentParser) -> None:
 def project_arguments(directory: str | Path) -> dict[str, Any]:
     """Values that a project fixes, under the names of Megatron-LM's arguments.
 
-    The size of the vocabulary is the project's; Megatron-LM's own tokenizers would need files that
-    it may want to download, and count otherwise.
+    The vocabulary size is the project's. Megatron-LM's own tokenizers would need files, which they
+    may try to download, and count differently.
 
     Raises:
-        ProjectError: it is no project directory.
+        ProjectError: it is not a project directory.
         TokenizerError: its tokenizer cannot be loaded.
     """
     project, paths = ProjectConfig.load(directory), ProjectPaths(directory)
@@ -202,10 +202,10 @@ def project_arguments(directory: str | Path) -> dict[str, Any]:
 
 
 def size_vocabulary(args: argparse.Namespace) -> None:
-    """Set `padded_vocab_size` to what fits the project's tokenizer, as in our own trainer.
+    """Set `padded_vocab_size` for the project's tokenizer, as in our own trainer.
 
-    Megatron-LM has set it by the tokenizer that it built; one given by flag, or of a checkpoint
-    whose arguments are used, stays if the vocabulary fits.
+    Megatron-LM has set it for the tokenizer that it built. A value from a flag, or from a
+    checkpoint whose arguments are used, is kept if the vocabulary fits.
 
     Raises:
         ConfigurationError: it does not.
@@ -238,7 +238,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Reject flags that contradict the project or that Retro's layers would ignore.
 
     Raises:
-        ConfigurationError: naming the flag, or all flags that are at fault.
+        ConfigurationError: a flag is invalid. Names all such flags.
     """
     problems: list[RetroError] = [*_contradictions(args), *_refusals(args), *_unknown(args)]
     if getattr(args, "pipeline_model_parallel_size", 1) > 1 and args.retro_add_retriever:
@@ -278,7 +278,7 @@ def _contradictions(args: argparse.Namespace) -> Iterator[RetroError]:
 
 
 def _too_small(args: argparse.Namespace) -> Iterator[RetroError]:
-    """Sizes of the encoder and numbers of neighbors below 1, of which 0 would mean the default."""
+    """Errors for encoder sizes and numbers of neighbors below 1, where 0 would mean the default."""
     for field, keywords in _flags_of(ModelOptions):
         value = getattr(args, field, None)
         is_number = keywords.get("type") is int and "nargs" not in keywords
@@ -295,7 +295,7 @@ def _refusals(args: argparse.Namespace) -> Iterator[RetroError]:
 
 
 def _unknown(args: argparse.Namespace) -> Iterator[RetroError]:
-    """Flags given on the command line that set a field of the model's which is not known here."""
+    """Flags on the command line that set an unknown field of the model."""
     fields = {field.name for field in dataclasses.fields(MLATransformerConfig)}
     honoured = _HONOURED | {field.name for field in dataclasses.fields(RetroConfig)} - fields
     for name, (flag, default) in _given.items():

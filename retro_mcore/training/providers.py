@@ -1,4 +1,4 @@
-"""Retro inside Megatron-LM's own trainer: what its `pretrain()` is given.
+"""Retro for Megatron-LM's own trainer: the functions to pass to its `pretrain()`.
 
     # pretrain_retro.py, where `megatron.training` can be imported: megatron-core's wheels from 0.17
     # on hold it, of earlier releases only a checkout of Megatron-LM does
@@ -9,19 +9,20 @@
 
 or, where you call `pretrain()` yourself, `model_provider`, `train_valid_test_datasets_provider`,
 `forward_step` and `extra_args_provider` of this module. Retro's flags keep the names that they had
-there; those of the project (sequence length, batch size, size of the vocabulary, ...) default to
-its config.json. `provider_flags` says which of Megatron-LM's own flags are honoured, and refuses
+there; those fixed by the project (sequence length, batch size, vocabulary size, ...) default to its
+config.json. `provider_flags` lists which of Megatron-LM's own flags are honored, and refuses
 others.
 
 Signatures are those of Megatron-LM 0.16 to 0.19. `pretrain()` takes the functions first up to
 0.17, a container of configurations first from 0.18 on, and the model provider by name from 0.19
 on; `main` tells them apart.
 
-Not covered, and refused: pipeline parallelism of Retro (Megatron-LM's schedules are not told the
-shape of what crosses stages; use tools/pretrain_retro.py), context parallelism, other kinds of
-layers (experts, latent attention, further predictions, ...), and data other than the project's.
-Not covered: Megatron-LM's fault injection and rerun machine, and its FLOPs estimate, which counts
-a GPT.
+Not supported, and refused: pipeline parallelism for Retro (Megatron-LM's schedules do not know the
+shape of the tensors between stages; use tools/pretrain_retro.py), context parallelism, other kinds
+of layers (experts, latent attention, multi-token prediction, ...), and data other than the
+project's.
+Not supported: Megatron-LM's fault injection and rerun state machine, and its FLOPs estimate, which
+counts only a GPT.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ from retro_mcore.training.provider_flags import (
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Retro's flags, for Megatron-LM's parser.
 
-    With --retro-project-dir on the command line, what the project fixes becomes the default of
-    Megatron-LM's own flags.
+    With --retro-project-dir on the command line, Megatron-LM's own flags default to the project's
+    values.
     """
     end_refusals_in_one_line()
     add_flags(parser)
@@ -86,21 +87,21 @@ def model_provider(
     config: Any = None,
     pg_collection: Any = None,
 ) -> GPTModel:
-    """The model, from Megatron-LM's arguments.
+    """Build the model from Megatron-LM's arguments.
 
-    `--spec retro_mcore.model.specs get_retro_decoder_block_spec` is the default; another function
-    of a config, use_transformer_engine and vp_stage may be named.
+    `--spec retro_mcore.model.specs get_retro_decoder_block_spec` is the default. Another function
+    of config, use_transformer_engine and vp_stage may be given.
 
     Args:
         pre_process: Whether this stage embeds.
         post_process: Whether this stage computes logits.
-        vp_stage: Virtual pipeline stage (not covered).
-        config: A RetroConfig (or, for the GPT, a TransformerConfig) to use in place of the
-            arguments'. Megatron-LM from 0.17 on passes it.
-        pg_collection: Process groups; Megatron-LM from 0.17 on passes them.
+        vp_stage: Virtual pipeline stage (not supported).
+        config: A RetroConfig (for the GPT, a TransformerConfig) to use instead of the arguments.
+            Passed by Megatron-LM from 0.17 on.
+        pg_collection: Process groups, passed by Megatron-LM from 0.17 on.
 
     Raises:
-        ConfigurationError: naming the argument that cannot work.
+        ConfigurationError: an argument is invalid. Names it.
     """
     args = _megatron().get_args()
     check_arguments(args)
@@ -132,14 +133,14 @@ def _config(args: argparse.Namespace) -> Any:
 
     if not args.retro_add_retriever:
         return core_transformer_config_from_args(args)
-    # Megatron-LM takes the arguments that are called as fields of the configuration.
+    # Megatron-LM uses the arguments that have the names of the configuration's fields.
     for name, value in _retro_fields(args).items():
         setattr(args, name, value)
     return core_transformer_config_from_args(args, RetroConfig)
 
 
 def _retro_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of the configuration that no argument gives a value: the origin's, or the defaults."""
+    """Fields of the configuration without an argument: values of the origin, or defaults."""
     defaults = {
         field.name: field.default
         for field in fields(RetroConfig)
@@ -155,14 +156,14 @@ def _retro_fields(args: argparse.Namespace) -> dict[str, Any]:
 def train_valid_test_datasets_provider(
     train_val_test_num_samples: Any, vp_stage: int | None = None
 ) -> tuple[Any, Any, Any]:
-    """The project's datasets. Every rank reads its samples itself.
+    """Build the project's datasets. Every rank reads its samples itself.
 
     Args:
-        train_val_test_num_samples: Samples that Megatron-LM is going to take of each.
-        vp_stage: Megatron-LM passes it in the interleaved schedule.
+        train_val_test_num_samples: Number of samples that Megatron-LM will read from each.
+        vp_stage: Virtual pipeline stage, passed by Megatron-LM in the interleaved schedule.
 
     Raises:
-        ConfigurationError: more samples are wanted than the project has neighbors for.
+        ConfigurationError: more samples are requested than the project has neighbors for.
         ProjectError: a stage of the project is missing.
     """
     args = _megatron().get_args()
@@ -194,7 +195,7 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 def forward_step(
     data_iterator: Iterator[Mapping[str, Tensor]], model: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
-    """One forward pass: the losses, and the function that Megatron's schedules reduce them by."""
+    """Run a forward pass. Returns the losses, and the function with which Megatron reduces them."""
     args, timers = _megatron().get_args(), _megatron().get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, args.retro_add_retriever)
@@ -204,11 +205,11 @@ def forward_step(
 
 
 def get_batch(data_iterator: Iterator[Mapping[str, Tensor]], retrieval: bool) -> RetroBatch:
-    """A micro batch on this process's device, from samples that torch's default collate stacked.
+    """Build a micro batch on this process's device, from samples stacked by torch's collate.
 
     Args:
-        data_iterator: Gives `text` [B, S+1], `neighbor_tokens` and `neighbor_mask` [B, L, K, R].
-        retrieval: Whether neighbors are wanted.
+        data_iterator: Yields `text` [B, S+1], `neighbor_tokens` and `neighbor_mask` [B, L, K, R].
+        retrieval: Whether to include neighbors.
     """
     data, device = next(data_iterator), torch.device(torch.cuda.current_device())
     neighbors = None
@@ -229,7 +230,7 @@ def _megatron() -> Any:
     """Megatron-LM's training package.
 
     Raises:
-        MissingDependencyError: this is not a checkout of Megatron-LM.
+        MissingDependencyError: `megatron.training` is not installed.
     """
     try:
         import megatron.training
@@ -243,17 +244,17 @@ def _megatron() -> Any:
 
 
 def end_refusals_in_one_line() -> None:
-    """Make an uncaught `RetroError` end this process as it ends our commands.
+    """Make an uncaught `RetroError` end this process as in our commands.
 
-    Its message is printed without a traceback, and the exit code is 2. Other errors are left to the
-    hook that was there.
+    Its message is printed without a traceback, and the exit code is 2. Other errors go to the
+    previous hook.
     """
     if not isinstance(sys.excepthook, _RefusalHook):
         sys.excepthook = _RefusalHook(sys.excepthook)
 
 
 class _RefusalHook:
-    """An excepthook for errors of ours, before another one."""
+    """Handles our errors, and passes others to the previous excepthook."""
 
     def __init__(self, others: Callable[..., Any]) -> None:
         self._others = others
@@ -269,10 +270,10 @@ class _RefusalHook:
 
 
 def main() -> None:
-    """Call the `pretrain()` of the Megatron-LM that is installed, whatever its signature.
+    """Call `pretrain()` of the installed Megatron-LM, whatever its signature.
 
     Raises:
-        RetroError: a flag, the project or the installation is at fault.
+        RetroError: a flag, the project or the installation is invalid.
     """
     end_refusals_in_one_line()
     pretrain = _megatron().pretrain
@@ -282,7 +283,7 @@ def main() -> None:
         "model_type": ModelType.encoder_or_decoder,
         "forward_step_func": forward_step,
     }
-    # Saving does not run the script again, so it needs no `__main__` guard.
+    # Saving does not rerun the script, so it needs no `__main__` guard.
     with results_through_a_file():
         if not takes_configurations(pretrain):
             pretrain(**named, extra_args_provider=extra_args_provider)
@@ -291,7 +292,7 @@ def main() -> None:
         from megatron.training.arguments import parse_and_validate_args
 
         args = parse_and_validate_args(extra_args_provider=extra_args_provider)
-        check_arguments(args)  # before anything of the model is built
+        check_arguments(args)  # before any part of the model is built
         pretrain(pretrain_cfg_container_from_args(args), **named)
 
 

@@ -133,7 +133,7 @@ def forward_backward(
         num_microbatches: Number of micro batches in this step.
         sequence_length: S.
         micro_batch_size: B.
-        with_retrieval: Whether the batches hold retrieved tokens.
+        with_retrieval: Whether the batches contain retrieved tokens.
 
     Returns:
         The micro batches' reports on the last pipeline stage, an empty list on the others.
@@ -194,7 +194,7 @@ def reduce_losses(reports: Sequence[LossReport], stop: bool = False) -> StepLoss
 def sum_over_ranks(sums: Tensor, every: float = 0.0) -> list[float]:
     """Sum over ranks: [sum of losses, number of tokens] of last stages, and a number per rank."""
     total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-    if parallel_state.get_tensor_model_parallel_rank() == 0:  # the other ranks hold the same values
+    if parallel_state.get_tensor_model_parallel_rank() == 0:  # the other ranks have the same values
         total[:2] = sums
     total[2] = every
     dist.all_reduce(total)

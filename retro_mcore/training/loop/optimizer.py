@@ -186,7 +186,7 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
 
 
 def loss_scale(optimizer: MegatronOptimizer) -> float:
-    """Factor that the loss is multiplied by; 1 except in fp16."""
+    """Factor by which the loss is multiplied; 1 except in fp16."""
     return float(optimizer.get_loss_scale())
 
 

@@ -169,7 +169,7 @@ def num_parameters(stages: Sequence[torch.nn.Module]) -> int:
     sharded = replicated = 0
     for stage in stages:
         for parameter in stage.parameters():
-            if getattr(parameter, "shared", False):  # a copy of another stage's
+            if getattr(parameter, "shared", False):  # a copy of another stage's parameter
                 continue
             if getattr(parameter, "tensor_model_parallel", False):
                 sharded += parameter.numel()

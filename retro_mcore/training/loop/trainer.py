@@ -89,7 +89,7 @@ class Trainer:
             removed.
 
     Raises:
-        ConfigurationError: flags, project and number of processes do not fit together.
+        ConfigurationError: flags, project and number of processes do not match.
         CheckpointError: the checkpoint to resume from belongs to another configuration.
     """
 
@@ -173,7 +173,7 @@ class Trainer:
             reporter.samples(self._progress.iteration)
             self._loop(stop, reporter)
             self._report_saved(self._saver.finish(), reporter)
-            if result.stopped_by is None:  # else every second counts
+            if result.stopped_by is None:  # otherwise every second matters
                 with raise_together():
                     result.loss_curve = reporter.draw()
         result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples

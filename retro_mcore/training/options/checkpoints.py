@@ -21,8 +21,7 @@ class CheckpointOptions:
     keep_last_n: int | None = field(default=None, metadata=at_least(1) | needs("save"))
     """Number of latest checkpoints to keep. Default: all (with --save-retain-interval: one)."""
     save_retain_interval: int | None = field(default=None, metadata=at_least(1) | needs("save"))
-    """Also keep the checkpoints at multiples of this number of iterations, and remove all
-    others."""
+    """Also keep checkpoints at multiples of this number of iterations; remove all others."""
     load: str | None = None
     """Directory to resume from, if it holds a checkpoint; usually the same as --save."""
     load_gpt: str | None = None
@@ -48,8 +47,8 @@ class CheckpointOptions:
         """Reject flags that would have no effect.
 
         Raises:
-            ConfigurationError: naming the flag.
-            SeveralErrors: naming all of them.
+            ConfigurationError: an option is invalid. Names the flag.
+            SeveralErrors: several options are invalid. Names all of them.
         """
         raise_problems(
             [
@@ -73,5 +72,4 @@ class ReproducibilityOptions:
     """Bitwise reproducibility."""
 
     deterministic_mode: bool = False
-    """Use only deterministic kernels, so that repeated runs are bitwise identical. Slower on
-    GPUs."""
+    """Use only deterministic kernels, so repeated runs are bitwise identical. Slower on GPUs."""

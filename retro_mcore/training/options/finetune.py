@@ -55,8 +55,7 @@ class SampleFormatOptions:
     template_id: int = 0
     """Alternative wording of reformat_prompt (the release's flan_format), from 1 to 7."""
     passages: Literal["annotated", "retrieved", "bert_pretrain_corpus"] = "annotated"
-    """Passages to read from question records: sub-paragraphs, ctxs, or
-    bert_pretrain_corpus_neighbours."""
+    """Passages of question records: sub-paragraphs, ctxs, or bert_pretrain_corpus_neighbours."""
     longform_answer: bool = False
     """Train on the `longform_answer` of question records, and skip records without one."""
     ft_neighbours: int = 1
@@ -108,7 +107,7 @@ class FinetuneOptions(
         """Reject options that are invalid for any data.
 
         Raises:
-            ConfigurationError: naming the flag.
+            ConfigurationError: an option is invalid. Names the flag.
         """
         raise_problems([*below_minimum(self)])
         if self.load is None:

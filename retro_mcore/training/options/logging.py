@@ -37,7 +37,7 @@ class LoggingOptions:
         """Reject an incomplete configuration of Weights & Biases.
 
         Raises:
-            ConfigurationError: naming the flag.
+            ConfigurationError: an option is invalid. Names the flag.
         """
         if self.wandb_project and not self.wandb_exp_name:
             raise ConfigurationError(

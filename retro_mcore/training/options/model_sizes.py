@@ -18,8 +18,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_
 
 
 def default_ffn_hidden_size(options: ModelOptions) -> int:
-    """Megatron's default MLP size: 4 hidden sizes; for a gated MLP two thirds of it, a multiple of
-    64."""
+    """Megatron's MLP size: 4 hidden sizes; for gated MLPs two thirds of it, a multiple of 64."""
     if options.ffn_hidden_size is not None:
         return options.ffn_hidden_size
     if options.swiglu:
@@ -31,7 +30,7 @@ def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
     """Reject sizes that are not divisible by the heads or the tensor parallel size.
 
     Raises:
-        ConfigurationError: naming the flag.
+        ConfigurationError: an option is invalid. Names the flag.
     """
     heads = arguments.num_attention_heads
     groups = arguments.num_query_groups or heads

@@ -24,8 +24,8 @@ class NeighborNoiseOptions:
         """Reject probabilities outside 0 to 1, and noise without neighbors.
 
         Raises:
-            ConfigurationError: naming the flag.
-            SeveralErrors: naming all of them.
+            ConfigurationError: an option is invalid. Names the flag.
+            SeveralErrors: several options are invalid. Names all of them.
         """
         problems: list[RetroError] = []
         for field in fields(NeighborNoiseOptions):

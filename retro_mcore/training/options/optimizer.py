@@ -65,7 +65,7 @@ class OptimizerOptions(OptimizerFlags):
         """Reject learning rates, warmups and weight decays that contradict each other.
 
         Raises:
-            ConfigurationError: naming the flag.
+            ConfigurationError: an option is invalid. Names the flag.
         """
         if not self.lr >= self.min_lr >= 0 or self.lr == 0:
             raise ConfigurationError(

@@ -19,8 +19,7 @@ class ParallelOptions(LayerFlags):
     tensor_model_parallel_size: int = field(default=1, metadata=at_least(1))
     """Number of processes over which each layer is split."""
     sequence_parallel: bool = False
-    """Split the activations of norms and dropout among the tensor parallel processes (sequence
-    parallelism)."""
+    """Split the activations of norms and dropout among the tensor parallel processes."""
     pipeline_model_parallel_size: int = field(default=1, metadata=at_least(1))
     """Number of pipeline stages."""
     num_virtual_stages_per_pipeline_rank: int | None = field(default=None, metadata=at_least(1))
@@ -60,8 +59,7 @@ class ParallelOptions(LayerFlags):
     fp16: bool = False
     """Compute in float16, with fp32 main weights and dynamic loss scaling."""
     use_cpu_initialization: bool = False
-    """Initialize weights on the CPU, so that they are the same for every layout. Always on without
-    a GPU."""
+    """Initialize weights on the CPU, equal for every layout. Always on without a GPU."""
 
     def check_precision(self) -> None:
         """Reject --bf16 with --fp16, and fp8 without bf16."""

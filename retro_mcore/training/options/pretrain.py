@@ -105,7 +105,7 @@ class TrainingOptions(
         """Reject options that are invalid for any project, all together.
 
         Raises:
-            ConfigurationError: naming the flag.
+            ConfigurationError: an option is invalid. Names the flag.
         """
         check_all(
             self.check_checkpoints,

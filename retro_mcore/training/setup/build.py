@@ -1,4 +1,4 @@
-"""Building the model from its arguments: for training, and again from a checkpoint alone."""
+"""Build a model from its arguments, for training or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def build_model_stages(
     parallel: ParallelOptions,
     recompute: RecomputeOptions | None = None,
 ) -> list[GPTModel]:
-    """This rank's stages of the model: one, or with the interleaved schedule several.
+    """Build this rank's stages of the model: one, or several with the interleaved schedule.
 
     Raises:
-        ConfigurationError: naming the field or flag.
+        ConfigurationError: a value is invalid. Names the field or flag.
     """
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     stages = [None] if virtual is None else list(range(virtual))
@@ -55,13 +55,13 @@ def build_model(
     recompute: RecomputeOptions | None = None,
     vp_stage: int | None = None,
 ) -> GPTModel:
-    """This rank's part of the model, on its device, with initial weights.
+    """Build this rank's part of the model, on its device, with initial weights.
 
-    Megatron's groups and seeds must have been set up. With `no_retrieval` it is the same decoder
+    Megatron's groups and seeds must be set up first. With `no_retrieval`, it is the same decoder
     without encoder and cross-attention.
 
     Raises:
-        ConfigurationError: naming the field or flag.
+        ConfigurationError: a value is invalid. Names the field or flag.
     """
     config = build_config(arguments, parallel, recompute or RecomputeOptions())
     engine = uses_transformer_engine(parallel)
@@ -84,6 +84,6 @@ def build_model(
 
 
 def arguments_from(values: dict[str, Any]) -> ModelArguments:
-    """Model arguments from a checkpoint's, whose other entries are left alone."""
+    """Extract the model arguments from a checkpoint's arguments."""
     names = {field.name for field in fields(ModelArguments)}
     return ModelArguments(**{name: value for name, value in values.items() if name in names})

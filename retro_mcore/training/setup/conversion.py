@@ -1,6 +1,6 @@
-"""Conversion of a checkpoint: its model's options, completed and checked, and its weights written.
+"""Convert a checkpoint: complete and check the model options, and write the weights.
 
-Formats and names are in `retro_mcore.checkpoint.conversion`.
+`retro_mcore.checkpoint.conversion` defines formats and names.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Conversion:
         source: Format of the original.
         path: The checkpoint that was written.
         num_parameters: Parameters of the whole model.
-        flags: Options of the model and facts about its checkpoint.
-        notes: Remarks for the user.
+        flags: Options of the model, and facts about its checkpoint.
+        notes: Notes for the user.
     """
 
     source: str
@@ -71,9 +71,9 @@ def convert(
         load: Directory of the original.
         save: Directory to write to.
         target: Format to write.
-        given: Flags from the user, which win over the checkpoint's.
-        origin_given: Whether the user named the origin, and so accepts other numerics.
-        tensor_parallel_size: Files to write, in formats with a file per rank.
+        given: Flags from the user, which override the checkpoint's.
+        origin_given: Whether the user named the origin, and so accepts different numerics.
+        tensor_parallel_size: Number of files to write, in formats with one file per rank.
         project_dir: Project whose documents are compared with the model's.
 
     Raises:
@@ -88,7 +88,7 @@ def convert(
         flags |= _within_window(flags)
     check_window(target, flags)
     arguments = _model_arguments(flags, load)
-    # Resolved sizes stay: Megatron's arguments have no defaults for them.
+    # Keep resolved sizes, because Megatron's arguments have no defaults for them.
     flags |= {name: value for name, value in arguments.items() if value is not None}
     check_origin(target, flags, origin_given)
     dtype = next(iter(checkpoint.weights.values())).dtype
@@ -114,7 +114,7 @@ def flags_of_project(directory: str) -> Flags:
     """Flags that a project fixes for the models trained on it.
 
     Raises:
-        ProjectError: it is no project directory.
+        ProjectError: it is not a project directory.
         TokenizerError: its tokenizer cannot be loaded.
     """
     project = ProjectConfig.load(directory)
@@ -130,13 +130,13 @@ def flags_of_project(directory: str) -> Flags:
 
 
 def _within_window(flags: Flags) -> Flags:
-    """The longest texts of a model with a sliding window: those that fit it."""
+    """Longest text of a model with a sliding window: one window."""
     window, length = flags.get("sliding_window"), flags.get("seq_length")
     return {"seq_length": window} if window and length and length > window else {}
 
 
 def _model_arguments(flags: Flags, load: str) -> Flags:
-    """All arguments of the model; defaults only for those that do not change what it computes."""
+    """All arguments of the model, with defaults only for those that do not change its results."""
     missing = [name for name in _needed(flags) if flags.get(name) is None]
     if missing:
         raise CheckpointError(
@@ -161,7 +161,7 @@ def _model_arguments(flags: Flags, load: str) -> Flags:
 
 
 def _needed(flags: Flags) -> Iterator[str]:
-    """Options whose defaults would go unnoticed if they were wrong."""
+    """Options whose defaults would be silently wrong."""
     kinds = {"always"}
     kinds |= {"rotary"} if flags["position_embedding_type"] == "rope" else set()
     kinds |= set() if flags["no_retrieval"] else {"retrieval"}
@@ -169,7 +169,7 @@ def _needed(flags: Flags) -> Iterator[str]:
 
 
 def _as_trained(arguments: ModelArguments) -> ModelArguments:
-    """Sizes equal to the defaults become defaults, so a run with the usual flags can resume."""
+    """Turn sizes equal to the defaults into defaults, so a run with the usual flags can resume."""
     heads = arguments.num_attention_heads
     usual = {
         "num_query_groups": heads,
@@ -184,7 +184,7 @@ def _as_trained(arguments: ModelArguments) -> ModelArguments:
 
 
 def _our_arguments(flags: Flags, arguments: Flags) -> dict[str, Any]:
-    """Arguments as our trainer saves them."""
+    """Arguments in the form that our trainer saves."""
     tokens = {DOCUMENT_TOKENS: flags[DOCUMENT_TOKENS]} if DOCUMENT_TOKENS in flags else {}
     return {
         **arguments,

@@ -1,6 +1,6 @@
-"""A run's data by content, so that it is not resumed on other data of the same names.
+"""Compare a run's data by content, so that it is not resumed on other data of the same name.
 
-A project may be moved, and a dataset be found under another path; its bytes decide.
+A project or dataset may be moved; only its bytes matter.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class DatasetContents:
     """One dataset of a blend.
 
     Attributes:
-        name: Its name in messages.
-        weight: Its share of the blend.
+        name: Name used in messages.
+        weight: Weight in the blend.
         files: Name to `quick_digest`, in the order in which they are read.
-        name_matters: Whether the name decides what a sample is (a prompt's wording).
+        name_matters: Whether the name affects the samples (wording of the prompts).
     """
 
     name: str
@@ -44,7 +44,7 @@ class DataContents:
 
     Attributes:
         datasets: The blend.
-        neighbors: Of the neighbors' files; None without retrieval from a project.
+        neighbors: Digest of the neighbor files; None without retrieval from a project.
     """
 
     datasets: tuple[DatasetContents, ...]
@@ -59,7 +59,7 @@ class DataContents:
         return {"datasets": datasets, "neighbors": self.neighbors}
 
     def differences(self, saved: Mapping[str, Any], checkpoint: Path) -> Iterator[CheckpointError]:
-        """Differences from a checkpoint's contents, which keep it from being resumed on these.
+        """Differences from a checkpoint's contents that prevent resuming.
 
         Args:
             saved: Its `record`.
@@ -84,7 +84,7 @@ class DataContents:
 def _changed(mine: DatasetContents, theirs: Mapping[str, Any]) -> str:
     pairs = zip(mine.files.items(), theirs["files"].values(), strict=False)
     changed = [name for (name, digest), before in pairs if digest != before]
-    # A .idx follows from its .bin, most often; a dataset may also have more files, or fewer.
+    # A changed .bin usually has a changed .idx; a dataset may also have more or fewer files.
     return changed[0] if changed else mine.name
 
 
@@ -111,7 +111,7 @@ def contents_of_project(config: ProjectConfig, paths: ProjectPaths) -> DataConte
 
 
 def contents_of_blend(parts: Sequence[BlendPart]) -> DataContents:
-    """Contents of the files that instruction tuning trains on.
+    """Contents of the files used in instruction tuning.
 
     Raises:
         ProjectError: a file is missing.
@@ -138,14 +138,14 @@ def _datasets(
 
 
 def quick_digest(path: Path, blocks: int = 1024) -> str:
-    """A digest of a file's size and bytes; of a large file, of evenly spaced blocks.
+    """Digest of a file's size and bytes; for a large file, of evenly spaced blocks.
 
     Args:
         path: The file.
-        blocks: Of 64 KiB each: of a file that has more, so many are read.
+        blocks: Maximum number of blocks of 64 KiB to read.
 
     Raises:
-        ProjectError: there is no such file.
+        ProjectError: the file does not exist.
     """
     if not path.is_file():
         raise ProjectError(path, "no such file", "Restore it")

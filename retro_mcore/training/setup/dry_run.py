@@ -1,4 +1,4 @@
-"""Dry runs: parameters, memory and operations of a training run, without starting it."""
+"""Dry runs: parameters, memory and FLOPs of a training run, without starting it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class DryRun:
         plan: Its configuration.
         world_size: Number of processes.
         num_microbatches: Microbatches per process and iteration.
-        parameters: Parameters of the whole model.
-        memory: Bytes on the process that needs most.
-        flops_per_token: Training operations per token: forward and backward pass.
+        parameters: Number of parameters of the whole model.
+        memory: Bytes on the process that needs the most.
+        flops_per_token: FLOPs per token: forward and backward pass.
     """
 
     plan: TrainingPlan
@@ -46,7 +46,7 @@ class DryRun:
 
     @property
     def copies(self) -> int:
-        """Copies of the model that the processes hold."""
+        """Number of model copies on all processes."""
         options = self.plan.options
         return self.world_size // (
             options.tensor_model_parallel_size * options.pipeline_model_parallel_size
@@ -56,10 +56,10 @@ class DryRun:
 def dry_run(options: PretrainOptions) -> DryRun:
     """Plan a run. Call it after `setup_device`.
 
-    The project need not exist yet: then the options that it would fix must be given.
+    The project need not exist yet. Then the options that it would fix must be given.
 
     Raises:
-        ConfigurationError: an option cannot work, contradicts the project, or is missing.
+        ConfigurationError: an option is invalid, contradicts the project, or is missing.
     """
     project, vocabulary, used = _project(options)
     plan = make_plan(options, project, vocabulary, used)
@@ -95,7 +95,7 @@ def dry_run(options: PretrainOptions) -> DryRun:
 
 
 def _project(options: PretrainOptions) -> tuple[ProjectConfig, int, int]:
-    """The project, the size of its vocabulary and how much of it can occur; or as options say."""
+    """Project configuration, vocabulary size and usable ids, from the project or the options."""
     paths = ProjectPaths(options.project_dir)
     if paths.config.is_file() or paths.legacy_config.is_file():
         project = ProjectConfig.load(options.project_dir)
@@ -132,7 +132,7 @@ def _project(options: PretrainOptions) -> tuple[ProjectConfig, int, int]:
 
 
 def _vocabulary_of_gpt(options: PretrainOptions) -> int | None:
-    """Vocabulary size of the GPT that --load-gpt names, if it is there."""
+    """Vocabulary size of the GPT in --load-gpt, if it exists."""
     if options.load_gpt is None or not Path(options.load_gpt).exists():
         return None
     flags = open_checkpoint(options.load_gpt, compare=False).flags
@@ -140,7 +140,7 @@ def _vocabulary_of_gpt(options: PretrainOptions) -> int | None:
 
 
 def _copies(options: PretrainOptions) -> tuple[int, int]:
-    """Number of processes, and of copies of the model that they hold."""
+    """Number of processes, and of model copies on them."""
     needed = options.tensor_model_parallel_size * options.pipeline_model_parallel_size
     processes = options.world_size or max(get_world_size(), needed)
     if processes % needed:

@@ -1,8 +1,8 @@
-"""Parameters and memory per process of a run, counted without building the model.
+"""Parameters and memory per process, computed without building the model.
 
-Parameters are exact. So are weights, gradients and optimizer state. Activations are an estimate in
-the manner of Korthikanti et al. 2022 (section 4): what each layer keeps for its backward pass, with
-an attention that keeps no probabilities (flash, or PyTorch's).
+Parameters, weights, gradients and optimizer state are exact. Activations are an estimate following
+Korthikanti et al. 2022 (section 4): the tensors that each layer keeps for its backward pass, with
+an attention that keeps no probabilities (flash attention, or PyTorch's).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Parameters:
         embedding: Word and position embeddings, and untied output weights.
         decoder: The GPT's layers and final norm.
         retrieval: Neighbor encoder, cross-attentions and their norms.
-        copies: Tied copies of embeddings that other stages have.
+        copies: Tied copies of embeddings on other stages.
     """
 
     embedding: int
@@ -36,7 +36,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """Parameters of the model; copies do not count."""
+        """Parameters of the model, excluding copies."""
         return self.embedding + self.decoder + self.retrieval
 
 
@@ -51,7 +51,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it; the allocator's own share and the communication library's come on top."""
+        """The sum. The allocator and the communication library need additional memory."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -147,12 +147,12 @@ def estimate_memory(
     """Bytes on the process that needs most.
 
     Args:
-        config: Of the model, with its layout.
+        config: Configuration of the model, with its layout.
         arguments: Of the model.
         micro_batch_size: B.
-        num_microbatches: Of each step; a pipeline keeps several at once.
-        data_parallel_size: Copies of the model.
-        distributed_optimizer: Whether they share the optimizer's state.
+        num_microbatches: Number of micro batches per step; a pipeline keeps several at once.
+        data_parallel_size: Number of model copies.
+        distributed_optimizer: Whether the copies share the optimizer state.
     """
     stages = [
         _stage_memory(config, arguments, rank, micro_batch_size, num_microbatches,
@@ -184,7 +184,7 @@ def _stage_memory(
         kept = min(num_microbatches, pipeline - rank)
         activations += kept * micro_batch_size * _activations(config, arguments, layers, last)
     low = config.bf16 or config.fp16
-    # Low precision: weights of 2 bytes, gradients and main weights of 4; Adam's moments of 4 each.
+    # Low precision: 2 bytes for weights; 4 each for gradients, main weights and Adam's moments.
     state = 12 if low else 8
     gradient = 2 if config.fp16 else 4
     return Memory(
@@ -198,25 +198,25 @@ def _stage_memory(
 def _activations(
     config: TransformerConfig, arguments: ModelArguments, layers: range, last: bool
 ) -> int:
-    """Elements that one sample's forward pass keeps on a stage."""
+    """Number of elements that one sample's forward pass keeps on a stage."""
     tokens, parts = arguments.seq_length, config.tensor_model_parallel_size
     full = config.recompute_granularity == "full"
     kept = len(layers) * (_boundary(config, tokens) if full else _layer_kept(config, tokens))
     kept += _layer_kept(config, tokens) if full else 0
     if isinstance(config, RetroConfig):
         kept += _retrieval_kept(config, tokens, layers, full)
-    if last:  # logits in 2 bytes, and in 4 for the loss
+    if last:  # logits with 2 bytes, and with 4 for the loss
         kept += 3 * tokens * arguments.padded_vocab_size // parts
     return kept
 
 
 def _boundary(config: TransformerConfig, tokens: int) -> int:
-    """Bytes that cross from layer to layer."""
+    """Bytes passed from layer to layer."""
     return tokens * config.hidden_size // _sequence_parts(config)
 
 
 def _layer_kept(config: TransformerConfig, tokens: int) -> int:
-    """Inputs of norms, of linear layers, of attention and of the activation."""
+    """Inputs of norms, linear layers, attention and activation."""
     wide, narrow = _widths(config, config.tensor_model_parallel_size)
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
     inner = 2 * wide + 2 * narrow + ffn * (3 if config.gated_linear_unit else 2)
@@ -234,7 +234,7 @@ def _retrieval_kept(config: RetroConfig, tokens: int, layers: range, full: bool)
     if config.retro_layer_numbers[0] in layers:
         of_encoder = encoder.num_layers * _layer_kept(encoder, retrieved)
         of_encoder += 2 * _boundary(encoder, retrieved) + retrieved * 2 * wide
-        kept += of_encoder  # recomputed with the layer that calls it: needed whole at once
+        kept += of_encoder  # recomputed together with the layer that calls it, so needed completely
     return kept
 
 

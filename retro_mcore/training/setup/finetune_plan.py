@@ -1,7 +1,7 @@
-"""Instruction tuning: the plan of a pretrained model's training on question and chat data.
+"""Plan of instruction tuning: training a pretrained model on question and chat data.
 
-The loop is `training.loop.trainer`'s; only the data and the options of the model that may differ
-from the pretrained one's are other.
+It uses the loop of `training.loop.trainer`. Only the data and some model options differ from
+pretraining.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class FinetunePlan(TrainingPlan):
     """A plan of instruction tuning.
 
     Attributes:
-        command: The flags as they were given.
-        how: How an example becomes tokens.
+        command: The flags as given.
+        how: How examples become tokens.
     """
 
     command: FinetuneOptions
@@ -55,14 +55,14 @@ class FinetunePlan(TrainingPlan):
 
     @property
     def freeze_retrieval(self) -> bool:
-        """Whether encoder and cross-attention stay as they are: nothing would train them."""
+        """Whether encoder and cross-attention are not trained, since they get no gradients."""
         return not self.with_retrieval and not self.arguments.no_retrieval
 
     def check_layers(self) -> None:
-        """Reject packing if attention cannot keep the examples of a sample apart.
+        """Reject packing if attention cannot separate the examples of a sample.
 
         Raises:
-            ConfigurationError: --pack-samples with layers of Transformer Engine.
+            ConfigurationError: --pack-samples with Transformer Engine layers.
         """
         if self.command.pack_samples and uses_transformer_engine(self.options):
             raise ConfigurationError(
@@ -77,7 +77,7 @@ class FinetunePlan(TrainingPlan):
         return super().configuration() | {name: getattr(self.command, name) for name in names}
 
     def resolved_options(self) -> dict[str, Any]:
-        """The command's flags, with the sequence length that was found."""
+        """The command's flags, with the resolved sequence length."""
         model = {name: getattr(self.arguments, name) for name in _model_flags()}
         if not self.with_retrieval:
             model.pop("retro_num_neighbors")
@@ -99,8 +99,8 @@ def make_finetune_plan(
 ) -> FinetunePlan:
     """Resolve the flags with the model's checkpoint.
 
-    Where --save holds a checkpoint of this run already, the run resumes it, whatever --load says:
-    a job that is started again needs no other flags.
+    If --save already contains a checkpoint of this run, the run resumes from it, whatever --load
+    says. So a restarted job needs no other flags.
 
     Args:
         command: The flags.
@@ -108,8 +108,8 @@ def make_finetune_plan(
         vocab_size: Size of its tokenizer's vocabulary.
 
     Raises:
-        ConfigurationError: a flag cannot work.
-        CheckpointError: --load holds no checkpoint, or one of another tokenizer.
+        ConfigurationError: a flag is invalid.
+        CheckpointError: --load contains no checkpoint, or one with another tokenizer.
     """
     command.check()
     if command.save is not None and latest_iteration(command.save) is not None:
@@ -131,11 +131,11 @@ def make_finetune_plan(
 def build_instruction_datasets(
     plan: FinetunePlan, tokenizer: Tokenizer
 ) -> tuple[InstructionDataset, InstructionDataset | None]:
-    """The blend that is trained on, and the one for validation if there is any.
+    """Blend for training, and blend for validation if there is one.
 
     Raises:
         CorpusError: a file is missing or malformed, or an example has no answer.
-        ConfigurationError: --data-path is no blend.
+        ConfigurationError: --data-path is not a blend.
     """
     parts = _parts(plan.command)
     train = _blend(plan, parts["train"], plan.train_samples, tokenizer)
@@ -145,7 +145,7 @@ def build_instruction_datasets(
 
 
 def _parts(command: FinetuneOptions) -> dict[str, list[BlendPart]]:
-    """The blend of each split; that of validation may be empty."""
+    """Blend of each split; that of validation may be empty."""
     train = parse_blend(command.data_path, command.data_folder)
     if command.valid_data_path is not None:
         return {"train": train, "valid": parse_blend(command.valid_data_path, command.data_folder)}
@@ -158,7 +158,7 @@ def count_all_cuts(
     datasets: Sequence[InstructionDataset | None],
     tokenizer: Tokenizer,
 ) -> tuple[InstructionCuts, ...]:
-    """Cuts in the examples that a run reads, by split; every rank counts a part of them.
+    """Count the cuts in the examples that a run reads, by split; every rank counts a part of them.
 
     Args:
         plan: The run.
@@ -210,7 +210,7 @@ def _training_options(
     positions = saved["max_position_embeddings"]
     if model.get("position_embedding_type") == "rope":
         positions = max(positions or 0, length)
-    # What the project fixes in pretraining is this command's own here.
+    # Options that the project fixes in pretraining are this command's own here.
     own = dict.fromkeys(stated("project", TrainingOptions))
     return TrainingOptions(
         **{
@@ -229,7 +229,7 @@ def _model_flags() -> list[str]:
 
 
 def _as_project(command: FinetuneOptions, project: ProjectConfig, length: int) -> ProjectConfig:
-    """The project with this run's data in the place of its own."""
+    """The project, with this run's data instead of its own."""
     return replace(
         project,
         retro_gpt_seq_length=length,

@@ -1,4 +1,4 @@
-"""Whether a model and a project belong together."""
+"""Check that a model and a project match."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from retro_mcore.training.loop.sample_reader import tokenizer_fingerprint
 
 
 def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
-    """Reject a model that was trained with another tokenizer than the project's.
+    """Reject a model trained with a different tokenizer from the project's.
 
     Raises:
-        TokenizerError: naming both.
+        TokenizerError: the tokenizers differ. Names both.
     """
     theirs = tokenizer_fingerprint(project, project_dir)
     if arguments.tokenizer_fingerprint != theirs:
@@ -26,10 +26,10 @@ def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_d
 
 
 def check_chunk_length(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
-    """Reject a project whose chunks have another length than the model's.
+    """Reject a project with a different chunk length from the model's.
 
     Raises:
-        ConfigurationError: naming both lengths.
+        ConfigurationError: the lengths differ. Names both.
     """
     if project.retro_gpt_chunk_length != arguments.retro_chunk_length:
         raise ConfigurationError(
@@ -46,7 +46,7 @@ def check_sample_length(
     """Reject a project whose samples are longer than the model can read.
 
     Raises:
-        ConfigurationError: samples are longer than the model's positions or its window.
+        ConfigurationError: samples are longer than the model's positions or window.
     """
     longer = project.retro_gpt_seq_length > arguments.seq_length
     if longer and arguments.position_embedding_type == "learned_absolute":

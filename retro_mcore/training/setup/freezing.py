@@ -1,4 +1,4 @@
-"""Training a part of the model: retrieval alone, or all but retrieval."""
+"""Train only part of the model: only retrieval, or everything except retrieval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.training.setup.plan import TrainingPlan
 
-# What trains with --freeze-decoder: the encoder, cross-attention and the norm before it.
+# Trained with --freeze-decoder: the encoder, cross-attention and the norm before it.
 _RETRIEVAL_PARTS = (
     "neighbor_encoder.",
     ".cross_attention.",
@@ -21,7 +21,7 @@ _RETRIEVAL_PARTS = (
 
 
 def freeze_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> None:
-    """Leave only the neighbor encoder, the cross-attentions and their norms to be trained.
+    """Freeze everything except the neighbor encoder, the cross-attentions and their norms.
 
     Raises:
         ConfigurationError: the model has no retrieval.
@@ -36,14 +36,14 @@ def freeze_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> None:
             parameter.requires_grad_(any(part in f".{name}" for part in _RETRIEVAL_PARTS))
         if pipeline:
             _keep_something_to_train(model)
-        # Backward passes through stages and recomputed layers begin and end with hidden states,
-        # which must ask for gradients although no weight before them does.
+        # Backward passes of stages and recomputed layers begin and end with hidden states. These
+        # must require gradients although no weight before them does.
         if model.pre_process and (pipeline or plan.options.recompute_granularity == "full"):
             model.embedding.register_forward_hook(_ask_for_gradients)
 
 
 def freeze_retrieval(models: Sequence[GPTModel]) -> None:
-    """Leave the neighbor encoder, the cross-attentions and their norms as they are."""
+    """Freeze the neighbor encoder, the cross-attentions and their norms."""
     for model in models:
         for name, parameter in model.named_parameters():
             if any(part in f".{name}" for part in _RETRIEVAL_PARTS):
@@ -51,9 +51,10 @@ def freeze_retrieval(models: Sequence[GPTModel]) -> None:
 
 
 def _keep_something_to_train(model: GPTModel) -> None:
-    """Leave a norm of every layer to the optimizer, with gradients of zero: it does not change.
+    """Keep one norm of every layer in the optimizer, with zero gradients so that it does not
+    change.
 
-    Megatron's optimizers and their checkpoints want something to train on every stage.
+    Megatron's optimizers and their checkpoints need a trainable parameter on every stage.
     """
     for layer in model.decoder.layers:
         vectors = (parameter for parameter in layer.parameters() if parameter.dim() == 1)

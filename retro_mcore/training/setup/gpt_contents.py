@@ -1,4 +1,4 @@
-"""The GPT that a run began from, by content, so that it is not resumed with another one."""
+"""Compare the GPT that a run started from by content, so that it is not resumed with another."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from retro_mcore.training.setup.data_contents import quick_digest
 
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".distcp"}
 
-# Of each file: a GPT may be large, and other weights differ everywhere.
+# Blocks per file. A GPT may be large, but different weights differ everywhere.
 _BLOCKS = 16
 
 
 def contents_of_gpt(directory: Path) -> dict[str, str]:
-    """The entry in a checkpoint's arguments for the GPT that a run began from.
+    """The entry in a checkpoint's arguments for the GPT that a run started from.
 
     Args:
         directory: Directory of its files.
@@ -34,17 +34,17 @@ def _decides(path: Path, directory: Path) -> bool:
 
 
 def check_same_gpt(load_gpt: str | None, saved: Mapping[str, str] | None, run: Path) -> None:
-    """Reject resuming a run with another GPT than it began from.
+    """Reject resuming a run with a different GPT from the one it started from.
 
-    A GPT that is not there any more is not needed, and not compared.
+    A GPT that no longer exists is not needed, and not compared.
 
     Args:
         load_gpt: Value of --load-gpt.
-        saved: `contents_of_gpt` as the run recorded it; None where it did not.
-        run: The checkpoint that is resumed.
+        saved: `contents_of_gpt` as recorded by the run; None if not recorded.
+        run: The checkpoint to resume from.
 
     Raises:
-        CheckpointError: none of the checkpoints in --load-gpt is the one that it began from.
+        CheckpointError: no checkpoint in --load-gpt is the one that it started from.
     """
     if load_gpt is None or saved is None:
         return
@@ -59,7 +59,7 @@ def check_same_gpt(load_gpt: str | None, saved: Mapping[str, str] | None, run: P
 
 
 def _candidates(load_gpt: Path, name: str) -> Iterator[Path]:
-    """The checkpoint that would be loaded now, and that which was: its own training may go on."""
+    """The checkpoint to load now, and the one loaded before, as the GPT's training may continue."""
     with suppress(CheckpointError):
         yield latest_directory(load_gpt)
     if (load_gpt / name).is_dir():

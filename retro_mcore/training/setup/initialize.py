@@ -21,13 +21,13 @@ def initialize_parallel(
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
 ) -> None:
-    """Join the process group and make megatron's groups; both are reused where they fit.
+    """Join the process group and create megatron's groups; existing ones are reused if they fit.
 
     Raises:
-        ConfigurationError: the number of processes is not a multiple of what one model takes.
+        ConfigurationError: the number of processes is not a multiple of the number per model.
     """
     if not is_cpu_in_use():
-        # What Megatron needs to overlap tensor parallel communication with computation.
+        # Required by Megatron to overlap tensor parallel communication with computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     distributed.initialize(distributed_backend())
     world_size = distributed.get_world_size()
@@ -55,7 +55,7 @@ def initialize_parallel(
 
 
 def set_seeds(seed: int) -> None:
-    """Seed every generator; tensor parallel ranks get dropout streams of their own.
+    """Seed all generators; tensor parallel ranks get separate dropout streams.
 
     Raises:
         ConfigurationError: the seed is not positive (Megatron's own condition).
@@ -72,8 +72,8 @@ def set_batch_sizes(sizes: BatchSizes, micro_batch_size: int) -> int:
     """Set megatron's batch sizes; returns micro batches per iteration after the ramp.
 
     Raises:
-        ConfigurationError: a batch does not divide into micro batches on all ranks, or, in the
-            interleaved schedule, these not into groups of the pipeline's size.
+        ConfigurationError: a batch is not divisible into micro batches on all ranks, or, in the
+            interleaved schedule, into groups of the pipeline's size.
     """
     data_parallel_size = parallel_state.get_data_parallel_world_size()
     for size in sizes.sizes:
@@ -89,7 +89,7 @@ def set_batch_sizes(sizes: BatchSizes, micro_batch_size: int) -> int:
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(
         distributed.get_rank(),
-        None,  # the trainer asks BatchSizes
+        None,  # the trainer uses BatchSizes
         sizes.global_batch_size,
         micro_batch_size,
         data_parallel_size,

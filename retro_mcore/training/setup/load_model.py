@@ -1,4 +1,4 @@
-"""A model rebuilt from a checkpoint alone."""
+"""Rebuild a model from a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SavedModel:
     Attributes:
         path: The checkpoint.
         entries: Everything that the checkpoint records about its run.
-        arguments: What the model is built from.
+        arguments: Arguments that the model is built from.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class SavedModel:
 
     @classmethod
     def find(cls, directory: str | Path, ckpt_step: int | None = None) -> SavedModel:
-        """Read what a checkpoint records. All ranks call it, inside `raise_together`.
+        """Read a checkpoint's records. All ranks call it, inside `raise_together`.
 
         Args:
             directory: The --save directory of the run.
@@ -54,7 +54,7 @@ class SavedModel:
         return cls(path, entries, arguments_from(entries))
 
     def with_attention_gate(self, gate: float | None) -> SavedModel:
-        """The same model with another attention gate; None keeps the gate it was trained with.
+        """The same model with a different attention gate; None keeps the trained model's gate.
 
         Raises:
             ConfigurationError: the model was trained without retrieval, so it has no gate.
@@ -93,10 +93,10 @@ class SavedModel:
 def load_model_from_checkpoint(
     directory: str | Path, parallel: ParallelOptions | None = None, ckpt_step: int | None = None
 ) -> tuple[GPTModel, ModelArguments]:
-    """Rebuild a model from a checkpoint in `directory`, alone.
+    """Rebuild a model from a checkpoint in `directory`, without other information.
 
-    It may have been saved under any layout. Call `retro_mcore.platform.setup_device` first;
-    process groups are made here.
+    It may have been saved under any layout. Call `retro_mcore.platform.setup_device` first. This
+    function creates the process groups.
 
     Args:
         directory: Value of pretrain_retro.py's --save.

@@ -1,4 +1,4 @@
-"""The model's configuration from its flags, checked against the layout over processes."""
+"""Build the model's configuration from its flags, and check it against the parallel layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def uses_transformer_engine(parallel: ParallelOptions) -> bool:
     """Whether layers come from Transformer Engine.
 
     Raises:
-        ConfigurationError: it was asked for where it cannot run.
+        ConfigurationError: it was requested where it cannot run.
     """
     available = not is_cpu_in_use() and importlib.util.find_spec("transformer_engine") is not None
     if parallel.transformer_impl == "transformer_engine" and not available:
@@ -58,7 +58,7 @@ def build_config(
     """The model's configuration: a RetroConfig, or without retrieval a TransformerConfig.
 
     Raises:
-        ConfigurationError: naming the field or flag.
+        ConfigurationError: a value is invalid. Names the field or flag.
     """
     check_divisible(arguments, parallel)
     shared = {
@@ -72,10 +72,10 @@ def build_config(
 
 @contextmanager
 def naming_flags() -> Iterator[None]:
-    """Name the fields of a refused configuration as the flags that they come from.
+    """Translate the fields in a configuration error to flags.
 
     Raises:
-        ConfigurationError: as the body, with `--num-layers` for `num_layers`.
+        ConfigurationError: as raised in the body, with `--num-layers` instead of `num_layers`.
     """
     try:
         yield
@@ -108,14 +108,14 @@ def _build(arguments: ModelArguments, shared: dict[str, Any]) -> TransformerConf
     build: Callable[..., RetroConfig] = RetroConfig
     if arguments.retro_origin is not None:
         build = partial(RetroConfig.from_upstream, arguments.retro_origin)
-    # An option that is not given is left out: an origin has defaults of its own.
+    # Options that are not given are omitted, because an origin has its own defaults.
     options = passed_to("config", RetroOptions, arguments).items()
     given = {name: value for name, value in options if value is not None}
     return build(**shared, retro_chunk_length=arguments.retro_chunk_length, **given)
 
 
 def _refuse_without_retrieval(arguments: ModelArguments) -> None:
-    """Reject options of Retro that change the decoder too; the others have no effect."""
+    """Reject Retro options that also change the decoder; the others have no effect."""
     for name, traits in model_traits(RetroOptions).items():
         if traits.gpt == "same" and getattr(arguments, name):
             raise ConfigurationError(
@@ -152,7 +152,7 @@ def _initialization_fields(arguments: ModelArguments) -> dict[str, Any]:
 
 
 def _fusion_fields(arguments: ModelArguments, parallel: ParallelOptions) -> dict[str, bool]:
-    """Megatron's fusions, on as in Megatron where Transformer Engine is; else off."""
+    """Megatron's fusions: with Transformer Engine on as in Megatron, otherwise off."""
     if not uses_transformer_engine(parallel):
         return {}
     off = parallel.no_bias_swiglu_fusion if arguments.swiglu else parallel.no_bias_gelu_fusion
@@ -192,7 +192,7 @@ def _pipeline_fields(parallel: ParallelOptions, dtype: torch.dtype) -> dict[str,
     if stages == 1:
         return {}
     virtual = parallel.num_virtual_stages_per_pipeline_rank
-    # gloo knows no message tags: batched transfers of the interleaved schedule would be mixed up.
+    # gloo has no message tags, so batched transfers of the interleaved schedule would be mixed up.
     overlap = not (parallel.no_overlap_p2p_communication or is_cpu_in_use())
     transfers = {
         "batch_p2p_comm": not (overlap or is_cpu_in_use()),
@@ -210,13 +210,12 @@ def _pipeline_fields(parallel: ParallelOptions, dtype: torch.dtype) -> dict[str,
 
 
 def number_of_positions(arguments: ModelArguments) -> int:
-    """Positions, enough for a sample and, where they are learned, for a neighbor's text.
+    """Number of positions: enough for a sample and, if they are learned, for a neighbor.
 
-    Texts of that length are the longest that the model reads: within a window that it was trained
-    with.
+    This is also the longest text that the model reads, at most one window.
 
     Raises:
-        ConfigurationError: --max-position-embeddings or --sliding-window is less.
+        ConfigurationError: --max-position-embeddings or --sliding-window is too small.
     """
     needed, window = arguments.seq_length, arguments.sliding_window
     if window is not None and window < needed:

@@ -1,4 +1,4 @@
-"""The plan of a training run: its flags resolved with the project, and compared with a run to
+"""The plan of a training run: flags resolved with the project, and compared with a run to
 resume."""
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from retro_mcore.training.setup.data_contents import DataContents
 from retro_mcore.training.setup.gpt_contents import check_same_gpt
 from retro_mcore.training.setup.retrofit import gpt_arguments
 
-#: The resolved flags, beside the checkpoints.
+#: The file of resolved flags, in the folder of the checkpoints.
 OPTIONS_FILE = "config.yaml"
 
-# Facts about the model that the project decides, not a flag.
+# Facts about the model that are determined by the project, not by a flag.
 _WITHOUT_FLAG = {field.name for field in fields(ModelArguments)} - {
     field.name for field in fields(TrainingOptions)
 }
@@ -71,7 +71,7 @@ class SplitReport(Protocol):
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Flags and project, resolved.
+    """Resolved flags and project.
 
     Attributes:
         options: The flags.
@@ -79,11 +79,11 @@ class TrainingPlan:
         arguments: The model.
         batch_sizes: Samples of each iteration.
         train_iters: Iterations of the whole run.
-        train_samples: Samples they take.
+        train_samples: Number of samples in these iterations.
         schedule: Lengths of the schedules, in samples.
         used_vocab_size: Number of the tokenizer's ids that can occur; see `Tokenizer`.
-        contents: Contents of the samples; None if nothing is trained on.
-        passes: How often each split's documents are read, or what is cut in its examples.
+        contents: Contents of the samples; None without training.
+        passes: How often each split's documents are read, or how much of its examples is cut.
         document_tokens: Tokens that begin and end the project's documents; None: not compared.
     """
 
@@ -125,7 +125,7 @@ class TrainingPlan:
         return {each.name: each.warning for each in self.passes if each.warning}
 
     def configuration(self) -> dict[str, Any]:
-        """All values that a run must share with the run that it resumes, by flag name."""
+        """All values that must equal those of the run to resume, by flag name."""
         trained = {
             field.name: getattr(self.options, field.name)
             for part in (OptimizerOptions, NeighborNoiseOptions)
@@ -146,7 +146,7 @@ class TrainingPlan:
         return [name for name in names if self._has(name)]
 
     def _data(self) -> dict[str, Any]:
-        """Values that give a number of consumed samples its meaning."""
+        """Values that determine the meaning of a number of consumed samples."""
         return {
             "rampup_batch_size": self.options.rampup_batch_size,
             "global_batch_size": self.global_batch_size,
@@ -156,7 +156,7 @@ class TrainingPlan:
         }
 
     def _weight_decay_length(self) -> dict[str, Any]:
-        # The weight decay changes over the whole run, so a run to resume has the same length.
+        # The weight decay changes over the whole run, so a resumed run must have the same length.
         changes = self.options.weight_decay_incr_style != "constant"
         return {"train_samples": self.train_samples} if changes else {}
 
@@ -175,16 +175,16 @@ class TrainingPlan:
         )
 
     def check_resumes(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
-        """Reject a checkpoint of another configuration, or of other data.
+        """Reject a checkpoint with a different configuration or different data.
 
         Raises:
-            CheckpointError: naming every flag that differs, and both values; or the file or
-                weight of the data; or --load-gpt, which names another GPT.
+            CheckpointError: something differs. Names every such flag with both values, or the file
+                or weight of the data, or --load-gpt.
             SeveralErrors: more than one file or weight differs.
-            TokenizerError: the project's documents end with another token.
+            TokenizerError: the project's documents end with a different token.
         """
         check_same_gpt(self.options.load_gpt, saved.get("gpt_contents"), checkpoint)
-        # Of another command's run, the flags say it; its data would differ in any case.
+        # For a run of another command, report the flags; its data differs in any case.
         self._check_same_flags(saved, checkpoint)
         self._check_same_data(saved, checkpoint)
         check_document_tokens(saved, self.document_tokens, self.options.project_dir)
@@ -194,7 +194,7 @@ class TrainingPlan:
         before = {field.name: field.default for field in fields(TrainingOptions)} | dict(saved)
         now = self._must_agree()
         if self._compares_contents(saved):
-            now.pop("data_path", None)  # the files decide, wherever they lie
+            now.pop("data_path", None)  # only the files' content matters, not their location
         differing = [name for name, mine in now.items() if before.get(name) != mine]
         if not differing:
             return
@@ -216,7 +216,7 @@ class TrainingPlan:
         return known and "data_path" in self._must_agree()
 
     def _must_agree(self) -> dict[str, Any]:
-        """Values that a checkpoint must share with this run, which depend on what is loaded."""
+        """Values that a checkpoint must share with this run, depending on what is loaded."""
         model = self._model(self._may_differ())
         if self.options.finetune:
             return model
@@ -235,7 +235,7 @@ class TrainingPlan:
         return {name: value for name, value in model.items() if traits[name].reuse not in without}
 
     def resolved_options(self) -> dict[str, Any]:
-        """Every flag with the value that the run uses, those of the project and defaults too."""
+        """Every flag with its value in this run, including the project's values and defaults."""
         return {
             **asdict(self.options),
             **{name: value for name, value in asdict(self.arguments).items() if self._has(name)},
@@ -249,9 +249,9 @@ class TrainingPlan:
         return hasattr(self.options, name)
 
     def save_options(self) -> Path | None:
-        """Write the resolved options into --save, for --config; returns the file.
+        """Write the resolved options to --save, for use with --config; returns the file.
 
-        One that differs from an earlier run's there replaces it.
+        A different file of an earlier run is replaced.
         """
         if self.options.save is None:
             return None
@@ -263,7 +263,7 @@ class TrainingPlan:
         return path
 
     def with_vocabulary_of(self, saved: Mapping[str, Any]) -> TrainingPlan:
-        """This plan with a checkpoint's padded vocabulary, whatever layout padded it."""
+        """This plan with a checkpoint's padded vocabulary size, whatever its layout."""
         padded = saved["padded_vocab_size"]
         if padded % self.options.tensor_model_parallel_size:
             raise ConfigurationError(
@@ -290,7 +290,7 @@ def make_plan(
         used_vocab_size: Number of these ids that can occur (default: all).
 
     Raises:
-        ConfigurationError: a flag cannot work, or contradicts the project.
+        ConfigurationError: a flag is invalid, or contradicts the project.
     """
     check_all(options.check, partial(check_data_options, options, project))
     used = used_vocab_size or vocab_size

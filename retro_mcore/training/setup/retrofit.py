@@ -1,4 +1,4 @@
-"""`--load-gpt`: the trainer's decoder from a GPT checkpoint."""
+"""`--load-gpt`: load the decoder from a GPT checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecode
 
     Raises:
         CheckpointError: see `retro_mcore.checkpoint.conversion.gpt.load_gpt`.
-        TokenizerError: the project's documents end with another token than the GPT's.
+        TokenizerError: the project's documents end with a different token from the GPT's.
     """
     directory = plan.options.load_gpt
     if directory is None:
@@ -50,10 +50,10 @@ def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecode
 
 
 def bos_notes(directory: str, project_dir: str) -> list[str]:
-    """Whether a project's documents begin as those of a Hugging Face model did; all ranks."""
+    """Compare BOS in a project's documents with a Hugging Face model's tokenizer, on all ranks."""
     with raise_together():
         habit = None
-        with suppress(TokenizerError):  # it is the project's tokenizer that is used
+        with suppress(TokenizerError):  # the project's tokenizer is used
             habit = bos_habit(directory)
         adds_bos = ProjectSettings.load(project_dir).add_bos
     if habit is None or habit == adds_bos:
@@ -68,14 +68,14 @@ def bos_notes(directory: str, project_dir: str) -> list[str]:
 def gpt_arguments(
     arguments: ModelArguments, options: TrainingOptions, used_vocab_size: int
 ) -> ModelArguments:
-    """A model's arguments with what only the GPT of --load-gpt knows: all rows of its vocabulary,
-    and the window that it was trained with.
+    """Complete a model's arguments from the GPT of --load-gpt: all rows of its vocabulary, and the
+    window that it was trained with.
 
-    Unchanged where there is none, and where the run resumes from its own checkpoint.
+    Unchanged without --load-gpt, or if the run resumes from its own checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, is no GPT, or contradicts the arguments: all flags that
-            do are named.
+        CheckpointError: it cannot be read, is not a GPT, or contradicts the arguments. Names all
+            such flags.
     """
     checkpoint = _gpt_to_load(options)
     if checkpoint is None:
@@ -108,7 +108,7 @@ def _gpt_to_load(options: TrainingOptions) -> Checkpoint | None:
 
 
 def resolved_flags(arguments: ModelArguments) -> dict[str, Any]:
-    """The model's flags, defaults worked out, as checkpoints state them."""
+    """The model's flags with resolved defaults, in the form that checkpoints use."""
     return _resolved_flags(arguments, number_of_positions(arguments))
 
 
@@ -120,6 +120,6 @@ def _resolved_flags(arguments: ModelArguments, positions: int) -> dict[str, Any]
         "kv_channels": arguments.kv_channels or arguments.hidden_size // heads,
         "ffn_hidden_size": default_ffn_hidden_size(arguments),
         "max_position_embeddings": positions,
-        # Without biases in the other layers; with them, they are there anyway.
+        # Only if other layers have no biases; otherwise these biases exist anyway.
         "add_qkv_bias": arguments.add_qkv_bias and arguments.disable_bias_linear,
     }
