@@ -215,7 +215,7 @@ def fill(project: Path) -> dict[str, Any]:
     paths, config = ProjectPaths(project), ProjectConfig.load(project)
     database, given = ChunkDatabase.open(project), np.load(project / "candidates.npy")
     search = neighbor_search.NeighborSearch(
-        database, tokenizer, NoEmbedder(), length, CANDIDATES, SAVED
+        database, tokenizer, NoEmbedder(), chunk_length=length, num_query=CANDIDATES, num_save=SAVED
     )
     config.retro_neighbor_dirs = {"train": "train_filled", "valid": None, "test": None}
     shards = cut(paths.query / "train_filled", len(given), config.retro_block_size)
@@ -271,7 +271,15 @@ def _train_dataset(project: Path) -> RetroDataset:
     name = ProjectConfig.load(project).retro_neighbor_dirs["train"]
     saved = SavedNeighbors(ProjectPaths(project).query / str(name))
     database = ChunkDatabase.open(project)
-    return RetroDataset(samples, saved, database, NEIGHBORS, 2, length, tokenizer.eod)
+    return RetroDataset(
+        samples,
+        saved,
+        database,
+        num_neighbors=NEIGHBORS,
+        num_retrieved_chunks=2,
+        chunk_length=length,
+        eod=tokenizer.eod,
+    )
 
 
 STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {

@@ -107,13 +107,13 @@ def _workload(options: PlanScaleOptions) -> Workload:
         dimension = used.embedding_dimension or dimension
         chunk_length = config.retro_gpt_chunk_length
     return Workload(
-        tokens,
-        tokens if asked is None else parse_count("--training-tokens", asked),
-        chunk_length,
-        options.document_tokens,
-        2 if options.vocab_size < 65_500 else 4,
-        dimension,
-        options.num_neighbors_save,
+        tokens=tokens,
+        training_tokens=tokens if asked is None else parse_count("--training-tokens", asked),
+        chunk_length=chunk_length,
+        document_tokens=options.document_tokens,
+        token_bytes=2 if options.vocab_size < 65_500 else 4,
+        dimension=dimension,
+        neighbors_saved=options.num_neighbors_save,
     )
 
 

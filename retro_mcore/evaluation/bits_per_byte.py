@@ -157,6 +157,7 @@ class DocumentEvaluation:
         documents: HeldOutDocuments,
         tokenizer: Tokenizer,
         database: ChunkDatabase,
+        *,
         num_neighbors: int,
         num_retrieved_chunks: int,
         window: int,
@@ -205,11 +206,11 @@ class DocumentEvaluation:
                 HeldOutDocuments.open(project_dir, split, tokenizer.eod, limit),
                 tokenizer,
                 ChunkDatabase.open(project_dir),
-                num_neighbors,
-                num_retrieved_chunks,
-                window,
-                half if stride is None else stride,
-                project_dir,
+                num_neighbors=num_neighbors,
+                num_retrieved_chunks=num_retrieved_chunks,
+                window=window,
+                stride=half if stride is None else stride,
+                project_dir=project_dir,
             )
 
     def search_neighbors(self, num_save: int, device: str) -> None:
@@ -258,10 +259,10 @@ class DocumentEvaluation:
             model,
             reader,
             self.windows,
-            self.num_bytes,
-            batch_size,
-            f"{self.documents.split} documents, {kind} neighbors",
-            self.tokenizer.vocab_size,
+            num_bytes=self.num_bytes,
+            batch_size=batch_size,
+            description=f"{self.documents.split} documents, {kind} neighbors",
+            vocab_size=self.tokenizer.vocab_size,
         )
         return summarize(self.documents, self.losses[kind], kind, self.window, self.stride, started)
 

@@ -125,16 +125,16 @@ class HeldOutDocuments:
                 "Choose another split, or preprocess with a --split that gives it some",
             )
         return cls(
-            split,
-            sources,
-            config.blend[1],
-            np.array(corpora, np.int64),
-            np.array(numbers, np.int64),
-            np.array(lengths, np.int64),
-            config.retro_gpt_chunk_length,
-            eod,
-            num_too_short,
-            tuple(num_in_split),
+            split=split,
+            sources=sources,
+            prefixes=config.blend[1],
+            corpus=np.array(corpora, np.int64),
+            number=np.array(numbers, np.int64),
+            lengths=np.array(lengths, np.int64),
+            chunk_length=config.retro_gpt_chunk_length,
+            eod=eod,
+            num_too_short=num_too_short,
+            num_in_split=tuple(num_in_split),
         )
 
 
@@ -195,10 +195,10 @@ def search_document_neighbors(
                 search.database,
                 tokenizer,
                 search.load_embedder(device=device),
-                documents.chunk_length,
-                num_query,
-                num_save,
-                search.load_reranker(search.settings.rerank, tokenizer),
+                chunk_length=documents.chunk_length,
+                num_query=num_query,
+                num_save=num_save,
+                rerank=search.load_reranker(search.settings.rerank, tokenizer),
             )
             index = search.index.open(share=True, k=num_query)
             numbers = numbers_in_database(paths, search.config, search.source)

@@ -65,6 +65,7 @@ class RetroLM(TemplateLM):
         self,
         project_dir: str,
         load: str,
+        *,
         retro_neighbors: Literal["live", "none"] = "live",
         batch_size: int | str = 8,
         max_length: int | None = None,

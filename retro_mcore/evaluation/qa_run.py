@@ -143,14 +143,14 @@ def _answer(
     with raise_together():
         sampling = SamplingOptions(config.temperature, config.top_k, config.top_p, config.seed)
         asked = QAOptions(
-            config.prompt_format,
-            config.template_id,
-            config.ft_neighbours,
-            config.reuse_top,
-            config.max_new_tokens,
-            sampling,
-            tuple(config.stop),
-            config.two_chunks,
+            prompt_format=config.prompt_format,
+            template_id=config.template_id,
+            num_context_passages=config.ft_neighbours,
+            reuse_top=config.reuse_top,
+            max_new_tokens=config.max_new_tokens,
+            sampling=sampling,
+            stop=tuple(config.stop),
+            two_chunks=config.two_chunks,
         )
     loaded = session.load_model(
         str(config.project_dir),

@@ -54,57 +54,69 @@ class DatabaseReport:
         return sum(info.n_chunks_invalid for info in self.infos)
 
 
+@dataclass(frozen=True)
+class DatabaseInputs:
+    """Tokens and tokenizers that a database is built from.
+
+    Attributes:
+        paths: The project.
+        config: Its configuration.
+        datasets: Its datasets, in the order of its data path.
+        tokenizer: Its tokenizer.
+        counter: Counts BERT tokens; a chunk without any is invalid.
+        whole_datasets: Datasets whose documents all go into the retrieval database.
+        aligned: Whether chunks are cut where samples of padded documents have theirs; see
+            `_aligned_chunks`.
+    """
+
+    paths: ProjectPaths
+    config: ProjectConfig
+    datasets: Sequence[TokenFile]
+    tokenizer: Tokenizer
+    counter: BertTokenCounter
+    whole_datasets: Sequence[str]
+    aligned: bool
+
+
 def build_database(
-    config: ProjectConfig,
-    paths: ProjectPaths,
-    datasets: Sequence[TokenFile],
-    tokenizer: Tokenizer,
-    counter: BertTokenCounter,
-    num_sampled: int | None,
-    document_block_size: int | None,
+    inputs: DatabaseInputs,
+    *,
     fingerprint: str,
     chunk_fingerprints: Sequence[str],
-    whole_datasets: Sequence[str] = (),
-    aligned: bool = False,
+    num_sampled: int | None,
+    document_block_size: int | None,
 ) -> DatabaseReport:
     """Cut every document into chunks (all ranks), then merge them (rank 0).
 
     Args:
-        config: The project's configuration.
-        paths: The project.
-        datasets: Its datasets, in the order of its data path.
-        tokenizer: Its tokenizer.
-        counter: Counts BERT tokens; a chunk without any is invalid.
+        inputs: What to build it from.
+        fingerprint: Fingerprint of all inputs.
+        chunk_fingerprints: Fingerprint of what each dataset's chunks are made from.
         num_sampled: Chunks to train the index on; None: all training chunks.
         document_block_size: Documents per file; None: chosen by their number.
-        fingerprint: Fingerprint of what the database is built from.
-        chunk_fingerprints: Fingerprint of what each dataset's chunks are made from.
-        whole_datasets: Datasets whose documents all go into the retrieval database.
-        aligned: Whether chunks are cut where samples of padded documents have theirs; see
-            `_aligned_chunks`.
 
     Raises:
-        TokenizerError: the tokens were not made by `tokenizer`.
+        TokenizerError: the tokens were not made by the tokenizer.
         ConfigurationError: the split leaves no training chunks, or too few to sample.
     """
+    config, whole_datasets = inputs.config, inputs.whole_datasets
     weights, prefixes = config.blend
     infos, reports, all_shards = [], [], []
     train_share = float(config.retro_gpt_split.split(",")[0]) / 100
-    cut_chunks = _aligned_chunks if aligned else _packed_chunks
+    cut_chunks = _aligned_chunks if inputs.aligned else _packed_chunks
     for ratio, prefix, dataset, made_from in zip(
-        weights, prefixes, datasets, chunk_fingerprints, strict=True
+        weights, prefixes, inputs.datasets, chunk_fingerprints, strict=True
     ):
         num_docs = len(dataset)
         num_train = num_docs if prefix in whole_datasets else int(train_share * num_docs)
         infos.append(DatasetInfo(ratio, prefix, num_docs, num_train))
         length = document_block_size or choose_shard_length(num_docs, LONGEST_DOCUMENT_BLOCK, 64, 8)
-        shards = cut(paths.individual_db(prefix), num_docs, length)
+        shards = cut(inputs.paths.individual_db(prefix), num_docs, length)
         all_shards.append(shards)
 
         def build(shard: Shard, path: Path, dataset: TokenFile = dataset) -> None:
-            length = config.retro_gpt_chunk_length
-            chunks = cut_chunks(dataset, shard, tokenizer, length)
-            _build_shard(shard, path, dataset, tokenizer, counter, chunks)
+            chunks = cut_chunks(dataset, shard, inputs.tokenizer, config.retro_gpt_chunk_length)
+            _build_shard(shard, path, dataset, inputs, chunks)
 
         num_chunks = (-(-dataset.lengths // config.retro_gpt_chunk_length)).sum(dtype=np.int64)
         row_bytes = 16 * float(num_chunks) / max(num_docs, 1)
@@ -117,7 +129,7 @@ def build_database(
     with raise_together():
         _count_chunks(infos, all_shards, num_sampled, whole_datasets)
         if get_rank() == 0:
-            merged_reused = _merge_all(infos, all_shards, paths, fingerprint)
+            merged_reused = _merge_all(infos, all_shards, inputs.paths, fingerprint)
     barrier()
     return DatabaseReport(infos, reports, merged_reused)
 
@@ -169,8 +181,7 @@ def _build_shard(
     shard: Shard,
     path: Path,
     dataset: TokenFile,
-    tokenizer: Tokenizer,
-    counter: BertTokenCounter,
+    inputs: DatabaseInputs,
     bounds: tuple[np.ndarray, ...],
 ) -> None:
     """Write the chunks of documents [start, end) of one dataset, cut at `bounds`."""
@@ -179,9 +190,8 @@ def _build_shard(
     for first in range(0, len(document), _BATCH):
         last = min(first + _BATCH, len(document))
         counts[first:last] = _count_batch(
-            dataset, tokenizer, counter, document[first:last] + shard.start,
-            start[first:last], end[first:last],
-        )  # fmt: skip
+            dataset, inputs, document[first:last] + shard.start, start[first:last], end[first:last]
+        )
     chunks = np.stack([document + shard.start, start, end, counts], axis=1).astype(np.uint32)
     valid = counts > 0
     per_document = np.bincount(document[valid], minlength=shard.end - shard.start)
@@ -230,8 +240,7 @@ def _begun(
 
 def _count_batch(
     dataset: TokenFile,
-    tokenizer: Tokenizer,
-    counter: BertTokenCounter,
+    inputs: DatabaseInputs,
     document: np.ndarray,
     start: np.ndarray,
     end: np.ndarray,
@@ -240,6 +249,7 @@ def _count_batch(
     offset = dataset.starts[document]
     first = int(offset[0] + start[0])
     tokens = dataset.tokens[first : int(offset[-1] + end[-1])]
+    tokenizer = inputs.tokenizer
     if int(tokens.max()) >= tokenizer.vocab_size:
         raise TokenizerError(
             f"{dataset.prefix}.bin",
@@ -249,7 +259,7 @@ def _count_batch(
         )
     flat = tokens.tolist()
     bounds = zip((offset + start - first).tolist(), (offset + end - first).tolist(), strict=True)
-    return counter.count(tokenizer.detokenize_batch([flat[a:b] for a, b in bounds]))
+    return inputs.counter.count(tokenizer.detokenize_batch([flat[a:b] for a, b in bounds]))
 
 
 def _count_chunks(

@@ -111,5 +111,12 @@ def open_search(
     index = ProjectIndex(source, source_settings, len(database), source_config.retro_block_size)
     settings = ProjectSettings.load(paths.root)
     return ProjectSearch(
-        paths, config, settings, source, source_config, source_settings, database, index
+        paths=paths,
+        config=config,
+        settings=settings,
+        source=source,
+        source_config=source_config,
+        source_settings=source_settings,
+        database=database,
+        index=index,
     )

@@ -155,11 +155,11 @@ class Retriever:
         texts = self.database.texts(ids[ids != NO_NEIGHBOR], self.tokenizer)
         dataset, document = self.database.documents(np.array(neighbor)).tolist()
         return NeighborDescription(
-            neighbor,
-            distance,
-            texts[0],
-            "".join(texts[1:]),
-            self._datasets[dataset],
-            document,
-            self._names.describe(dataset, document),
+            id=neighbor,
+            distance=distance,
+            text=texts[0],
+            continuation="".join(texts[1:]),
+            dataset=self._datasets[dataset],
+            document=document,
+            source=self._names.describe(dataset, document),
         )

@@ -197,7 +197,9 @@ def plan_scale(
         taken = amount / rate / 3600
         nodes = max(1, math.ceil(taken / per_node / hours))
         ranks = min(nodes * per_node, max(1, math.ceil(taken / hours)))
-        return StagePlan(name, kind, taken, nodes, ranks, disk, memory)
+        return StagePlan(
+            name=name, worker=kind, hours=taken, nodes=nodes, ranks=ranks, disk=disk, memory=memory
+        )
 
     vector = 4.0 * work.dimension
     stages = [
@@ -220,4 +222,12 @@ def plan_scale(
         ),
     ]  # fmt: skip
     shares = math.ceil(index_bytes / (0.8 * node.memory))
-    return ScalePlan(chunks, queries, index, training, index_bytes, shares, stages)
+    return ScalePlan(
+        chunks=chunks,
+        query_chunks=queries,
+        index=index,
+        training_vectors=training,
+        index_bytes=index_bytes,
+        index_shares=shares,
+        stages=stages,
+    )

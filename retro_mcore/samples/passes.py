@@ -145,14 +145,14 @@ def count_passes(config: ProjectConfig, datasets: Sequence[TokenSource]) -> list
         weights = tuple((shares / (shares.sum() or 1.0)).tolist())
         passes.append(
             SplitPasses(
-                split,
-                tuple(config.blend[1]),
-                documents,
-                tokens,
-                weights,
-                samples,
-                at_once,
-                config.retro_gpt_seq_length,
+                name=split,
+                datasets=tuple(config.blend[1]),
+                documents=documents,
+                tokens=tokens,
+                weights=weights,
+                samples=samples,
+                samples_at_once=at_once,
+                sample_length=config.retro_gpt_seq_length,
             )
         )
     return passes

@@ -177,10 +177,10 @@ def build_retro_datasets(
                 samples,
                 neighbors[split],
                 database,
-                num_neighbors,
-                num_retrieved_chunks,
-                config.retro_gpt_chunk_length,
-                tokenizer.eod,
-                train_noise if split == "train" and train_noise else None,
+                num_neighbors=num_neighbors,
+                num_retrieved_chunks=num_retrieved_chunks,
+                chunk_length=config.retro_gpt_chunk_length,
+                eod=tokenizer.eod,
+                noise=train_noise if split == "train" and train_noise else None,
             )
     return datasets

@@ -198,13 +198,15 @@ def _prepare(
     except RetroError as error:
         raise refused(error) from None
     answer = Answer(
-        asked,
-        parts.model_name,
-        parts.tokenizer,
-        parts.retriever,
-        parts.chunk_length,
-        num_start_tokens,
-        [source.num_cut if isinstance(source, SameNeighbors) else None for source in sources],
+        request=asked,
+        model_name=parts.model_name,
+        tokenizer=parts.tokenizer,
+        retriever=parts.retriever,
+        chunk_length=parts.chunk_length,
+        num_start_tokens=num_start_tokens,
+        neighbors_cut=[
+            source.num_cut if isinstance(source, SameNeighbors) else None for source in sources
+        ],
     )
     return asked, jobs, answer
 

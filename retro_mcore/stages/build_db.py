@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.splits import check_documents
-from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path, open_token_files
+from retro_mcore.data.tokens.token_file import bin_path, idx_path, open_token_files
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ProjectError, raise_problems, too_small
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
@@ -18,7 +17,7 @@ from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import check_stage, finish_stage, input_digests, require_stage
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
-from retro_mcore.retrieval.database_build import DatabaseReport, build_database
+from retro_mcore.retrieval.database_build import DatabaseInputs, DatabaseReport, build_database
 from retro_mcore.stages.configuration import Project, project_paths
 
 STAGE = "build_db"
@@ -61,17 +60,11 @@ def run(project: Project, config: BuildDbConfig) -> BuildDbReport:
             merged = paths.merged_db("train")
             fingerprint = check_stage(paths, STAGE, options, inputs.digests, merged)
         report = build_database(
-            inputs.config,
-            paths,
-            inputs.datasets,
-            inputs.tokenizer,
-            inputs.counter,
-            config.retro_index_ntrain,
-            config.retro_doc_block_size,
-            fingerprint,
-            [_chunk_fingerprint(inputs, prefix) for prefix in inputs.prefixes],
-            inputs.whole_datasets,
-            inputs.aligned,
+            inputs,
+            fingerprint=fingerprint,
+            chunk_fingerprints=[_chunk_fingerprint(inputs, prefix) for prefix in inputs.prefixes],
+            num_sampled=config.retro_index_ntrain,
+            document_block_size=config.retro_doc_block_size,
         )
         if get_rank() == 0:
             finish_stage(paths, STAGE, options, inputs.digests)
@@ -80,17 +73,10 @@ def run(project: Project, config: BuildDbConfig) -> BuildDbReport:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """Tokens and tokenizers of a project, all verified."""
+class _Inputs(DatabaseInputs):
+    """The inputs, all verified, with their files' digests."""
 
-    paths: ProjectPaths
-    config: ProjectConfig
-    whole_datasets: list[str]
-    aligned: bool
     prefixes: list[Path]
-    datasets: Sequence[TokenFile]
-    tokenizer: Tokenizer
-    counter: BertTokenCounter
     digests: dict[str, str]
 
     @classmethod
@@ -114,7 +100,17 @@ class _Inputs:
             if prefix not in whole:
                 check_documents(config.retro_gpt_split, len(dataset), prefix)
         digests = input_digests(paths, [*files, *tokenizer.files, bert])
-        return cls(paths, config, whole, aligned, prefixes, datasets, tokenizer, counter, digests)
+        return cls(
+            paths=paths,
+            config=config,
+            datasets=datasets,
+            tokenizer=tokenizer,
+            counter=counter,
+            whole_datasets=whole,
+            aligned=aligned,
+            prefixes=prefixes,
+            digests=digests,
+        )
 
 
 def _recorded_options(inputs: _Inputs, config: BuildDbConfig) -> dict[str, object]:

@@ -109,11 +109,11 @@ class DatabaseEmbedding:
     def _build_embedder(self, options: EmbedderOptions, device: str) -> Embedder:
         return build_embedder(
             options.name,
-            options.batch_size,
-            device,
-            options.pooling,
-            options.half,
-            self._paths.lexical_weights,
+            batch_size=options.batch_size,
+            device=device,
+            pooling=options.pooling,
+            half=options.half,
+            weights=self._paths.lexical_weights,
         )
 
     def _embed_held_out(self, tokenizer: Tokenizer, embedder: Embedder) -> None:
@@ -121,13 +121,13 @@ class DatabaseEmbedding:
         if self._paths.merged_db("valid").is_file():
             held_out = ChunkDatabase.open(self._paths.root, "valid", own=True)
         embed_held_out(
-            self._database,
-            held_out,
-            tokenizer,
-            embedder,
-            self._paths.held_out,
-            self.embedded.fingerprint,
-            self.document_ends,
+            database=self._database,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            embedder=embedder,
+            path=self._paths.held_out,
+            fingerprint=self.embedded.fingerprint,
+            document_ends=self.document_ends,
         )
 
 

@@ -200,11 +200,11 @@ class _Run:
             search.database,
             self._tokenizer,
             self._embedder,
-            self._project.retro_gpt_chunk_length,
-            self._num_query,
-            config.num_neighbors_save,
-            search.load_reranker(config.rerank, self._tokenizer),
-            search.source_settings.document_ends,
+            chunk_length=self._project.retro_gpt_chunk_length,
+            num_query=self._num_query,
+            num_save=config.num_neighbors_save,
+            rerank=search.load_reranker(config.rerank, self._tokenizer),
+            document_ends=search.source_settings.document_ends,
         )
 
     def _query(self, split: Split, samples: GPTSamples, report: QueryNeighborsReport) -> str:

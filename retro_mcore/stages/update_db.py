@@ -127,7 +127,15 @@ def run(
         with raise_together():
             now = ChunkDatabase.open(paths.root)
     counts = stage_report(target, STAGE) if config.append else {}
-    return UpdateDbReport(target.root, len(now), len(before), counts, database, index, neighbors)
+    return UpdateDbReport(
+        project=target.root,
+        num_chunks=len(now),
+        num_before=len(before),
+        report=counts,
+        database=database,
+        index=index,
+        neighbors=neighbors,
+    )
 
 
 def _check(config: UpdateDbConfig) -> None:

@@ -126,9 +126,9 @@ def load_project_embedder(
     """Build the embedder that a project's index was built with; see `build_embedder`."""
     return build_embedder(
         str(settings.embedder),
-        batch_size,
-        device,
-        settings.embedder_pooling,
-        half,
-        paths.lexical_weights,
+        batch_size=batch_size,
+        device=device,
+        pooling=settings.embedder_pooling,
+        half=half,
+        weights=paths.lexical_weights,
     )

@@ -101,7 +101,13 @@ def convert(
         iteration = 0
     with directory_lock(Path(save), "convert_checkpoint"):
         path = write_checkpoint(
-            Path(save), target, args, flags, checkpoint.weights, tensor_parallel_size, iteration
+            Path(save),
+            target,
+            args=args,
+            flags=flags,
+            weights=checkpoint.weights,
+            tensor_parallel_size=tensor_parallel_size,
+            iteration=iteration,
         )
     number = sum(weight.numel for weight in checkpoint.weights.values())
     notes = [*checkpoint.notes, *notes_on_target(target, flags)]

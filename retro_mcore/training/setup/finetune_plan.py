@@ -185,11 +185,11 @@ def _blend(
     return InstructionDataset(
         [_examples(plan, part) for part in parts],
         [part.weight for part in parts],
-        num_samples,
-        replace(plan.how, beginning=tuple(tokenizer.beginning)),
-        tokenizer,
-        plan.command.seed,
-        plan.command.pack_samples,
+        num_samples=num_samples,
+        how=replace(plan.how, beginning=tuple(tokenizer.beginning)),
+        tokenizer=tokenizer,
+        seed=plan.command.seed,
+        pack=plan.command.pack_samples,
     )
 
 

@@ -34,7 +34,9 @@ def harness_model(monkeypatch, caplog):
     def make(retro_neighbors="none", **arguments):
         loaded = loaded_model(retro_neighbors == "live", weights)
         monkeypatch.setattr(session, "load_model", lambda *args, **kwargs: loaded)
-        return RetroLM("project", "model", retro_neighbors, device="cpu", **arguments)
+        return RetroLM(
+            "project", "model", retro_neighbors=retro_neighbors, device="cpu", **arguments
+        )
 
     return make
 
