@@ -157,7 +157,7 @@ def require_new_tokens(request: GenerationRequest) -> None:
     """Reject a request for no new tokens, unless the prompt is to be scored.
 
     Raises:
-        ConfigurationError: naming the flag.
+        ConfigurationError: no tokens are requested. Names the flag.
     """
     if request.stopping.max_new_tokens < 1 and not request.prompt_logprobs:
         raise ConfigurationError(
