@@ -69,7 +69,7 @@ def load_word_piece(vocab_file: Path | str, lower_case: bool) -> Any:
     """Load BERT's tokenizer of a vocabulary, a `BertWordPieceTokenizer`.
 
     Raises:
-        TokenizerError: the file does not exist, or holds something else.
+        TokenizerError: the file does not exist, or is malformed.
     """
     from tokenizers import BertWordPieceTokenizer
 
@@ -97,7 +97,7 @@ class BertTokenCounter:
         lower_case: Whether the vocabulary is for lower-cased text.
 
     Raises:
-        TokenizerError: the file does not exist, or holds something else.
+        TokenizerError: the file does not exist, or is malformed.
     """
 
     def __init__(self, vocab_file: Path | str, lower_case: bool = True) -> None:

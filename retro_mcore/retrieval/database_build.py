@@ -91,7 +91,7 @@ def build_database(
     Args:
         inputs: What to build it from.
         fingerprint: Fingerprint of all inputs.
-        chunk_fingerprints: Fingerprint of what each dataset's chunks are made from.
+        chunk_fingerprints: Fingerprint of the inputs of each dataset's chunks.
         num_sampled: Chunks to train the index on; None: all training chunks.
         document_block_size: Documents per file; None: chosen by their number.
 

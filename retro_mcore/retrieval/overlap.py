@@ -48,7 +48,7 @@ def _longest_runs(first: np.ndarray, second: np.ndarray, dtype: Any) -> np.ndarr
 def shared_positions(
     first: np.ndarray, second: np.ndarray, shortest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mark the tokens of two sequences that lie in common runs of at least `shortest` tokens.
+    """Mark the tokens of two sequences that are in common runs of at least `shortest` tokens.
 
     Args:
         first: Tokens [A].

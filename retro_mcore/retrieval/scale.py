@@ -115,7 +115,7 @@ class ScalePlan:
         index: Faiss factory string.
         training_vectors: Vectors that the index is trained on.
         index_bytes: Size of the index, in memory or on disk.
-        index_shares: Number of nodes over which the index is split if one node cannot hold it.
+        index_shares: Number of nodes over which the index is split if it does not fit on one.
         stages: Stages in order.
     """
 

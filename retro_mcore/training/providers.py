@@ -1,7 +1,7 @@
 """Retro for Megatron-LM's own trainer: the functions to pass to its `pretrain()`.
 
     # pretrain_retro.py, where `megatron.training` can be imported: megatron-core's wheels from 0.17
-    # on hold it, of earlier releases only a checkout of Megatron-LM does
+    # on contain it; for earlier releases use a checkout of Megatron-LM
     from retro_mcore.training.providers import main
 
     if __name__ == "__main__":

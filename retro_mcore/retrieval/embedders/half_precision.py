@@ -18,7 +18,7 @@ class HalfPrecision(Embedder):
         embedder: An embedder with `half()`, and with `full()` if it can switch back.
 
     Attributes:
-        in_full: Number of texts so far that half precision could not hold.
+        in_full: Number of texts so far whose vectors overflowed half precision.
     """
 
     def __init__(self, embedder: Any) -> None:

@@ -84,7 +84,7 @@ class LexicalEmbedder(Embedder):
 
         Raises:
             ProjectError: there are none.
-            CorruptFileError: the file holds something else.
+            CorruptFileError: the file is malformed.
         """
         if not path.is_file():
             raise ProjectError(path, "no such file", "Run build_index --embedder lexical first")

@@ -55,7 +55,7 @@ class IndexOptions:
         recall: Target recall@2.
         nprobe: Lists to search; None: measured.
         ef_search: Breadth of graph searches; None: measured.
-        on_disk: Keep the lists in a file of their own.
+        on_disk: Keep the lists in a separate file.
         split: Keep the parts instead of merging them.
         gpu: Train and add on GPUs.
     """
@@ -295,7 +295,7 @@ def read_recall(paths: ProjectPaths, index_string: str) -> Recall:
     """The recall measured when the index was built.
 
     Raises:
-        CorruptFileError: the report holds something else.
+        CorruptFileError: the report is malformed.
     """
     path = paths.recall_report(index_string)
     report = read_json_object(path)

@@ -65,7 +65,7 @@ class IndexChoice:
         """Read a choice.json.
 
         Raises:
-            CorruptFileError: the file holds something else.
+            CorruptFileError: the file is malformed.
         """
         try:
             return cls(**read_json_object(path))

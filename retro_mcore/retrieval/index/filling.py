@@ -89,7 +89,7 @@ def _batches(embeddings: Embeddings, part: Shard) -> Iterator[tuple[np.ndarray, 
 
 
 def _add_on_gpu(trained: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Any:
-    """Fill an empty index on this rank's GPU, or on the CPU if the GPU cannot hold it.
+    """Fill an empty index on this rank's GPU, or on the CPU if it does not fit.
 
     Returns:
         The filled index, on the CPU.
