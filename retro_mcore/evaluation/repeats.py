@@ -34,8 +34,19 @@ def distinct_text(samples: Any, num_samples: int) -> DistinctText:
         samples: A split's `GPTSamples`.
         num_samples: Number of samples.
     """
-    pieces = [piece for index in range(num_samples) for piece in _pieces(samples.blended, index)]
+    pieces = [piece for index in range(num_samples) for piece in _predicted(samples, index)]
     return DistinctText(len({piece[:2] for piece in pieces}), _num_distinct(pieces))
+
+
+def _predicted(samples: Any, index: int) -> Iterator[Piece]:
+    """Pieces of documents whose prediction counts."""
+    for corpus, document, begin, end in _pieces(samples.blended, index):
+        if samples.padding is not None:
+            tokens = samples.blended.datasets[corpus].dataset
+            first, stop = samples.padding.predicted(tokens, document)
+            begin, end = max(begin, first), min(end, stop)
+        if begin < end:
+            yield corpus, document, begin, end
 
 
 def _pieces(blended: Any, index: int) -> Iterator[Piece]:

@@ -121,6 +121,18 @@ class ProjectConfig:
         other = self.retro_database
         return (other.neighbor_dirs if other else self.retro_neighbor_dirs).get(split)
 
+    def neighbor_dirs(self, settings: ProjectSettings) -> dict[Split, str]:
+        """Directory names under `query/` of the neighbors in the current database.
+
+        By split; in an aligned project, by merged database ("train", "valid").
+        """
+        other = self.retro_database
+        own = self.retro_neighbor_dirs
+        if settings.samples == "aligned":
+            own = dict(settings.chunk_neighbor_dirs or {})
+        names = other.neighbor_dirs if other else own
+        return {split: name for split in SPLITS if (name := names.get(split)) is not None}
+
     @property
     def chunks_per_sample(self) -> int:
         """L, the number of chunks per sample."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.data.tokens.layout import ends_and_padding
+from retro_mcore.data.tokens.splits import num_retrieved_documents
 from retro_mcore.data.tokens.token_file import TokenFile, TokenSource
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError, TokenizerError
@@ -102,13 +103,14 @@ def build_database(
     config, whole_datasets = inputs.config, inputs.whole_datasets
     weights, prefixes = config.blend
     infos, reports, all_shards = [], [], []
-    train_share = float(config.retro_gpt_split.split(",")[0]) / 100
     cut_chunks = _aligned_chunks if inputs.aligned else _packed_chunks
     for ratio, prefix, dataset, made_from in zip(
         weights, prefixes, inputs.datasets, chunk_fingerprints, strict=True
     ):
         num_docs = len(dataset)
-        num_train = num_docs if prefix in whole_datasets else int(train_share * num_docs)
+        num_train = num_retrieved_documents(config.retro_gpt_split, num_docs)
+        if prefix in whole_datasets:
+            num_train = num_docs
         infos.append(DatasetInfo(ratio, prefix, num_docs, num_train))
         length = document_block_size or choose_shard_length(num_docs, LONGEST_DOCUMENT_BLOCK, 64, 8)
         shards = cut(inputs.paths.individual_db(prefix), num_docs, length)

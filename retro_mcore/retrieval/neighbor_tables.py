@@ -84,6 +84,20 @@ class SavedNeighbors:
         return type(self), (self.directory, self._num_chunks)
 
     @property
+    def directories(self) -> list[Path]:
+        """Directories under `query/` with the files."""
+        return [self.directory]
+
+    def distances(self) -> SavedDistances | None:
+        """The distances of these neighbors; None if none were saved.
+
+        Raises:
+            CorruptFileError: a file is unreadable, or they belong to other rows.
+        """
+        saved = (self.directory / "distances").is_dir()
+        return SavedDistances(self.directory).of(self) if saved else None
+
+    @property
     def num_saved(self) -> int:
         """Neighbors saved per row."""
         return int(self._files[0].shape[1])
@@ -100,6 +114,29 @@ class SavedNeighbors:
             parts.append(rows)
             start, first = stop, first + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def rows_at(self, rows: np.ndarray) -> np.ndarray:
+        """Read rows in any order, i64 [n, num_saved] (distances: f32).
+
+        Args:
+            rows: Row numbers [n]; repeated ones are allowed.
+
+        Raises:
+            ProjectError: a row does not exist.
+            CorruptFileError: an id is not in the database.
+        """
+        rows = np.asarray(rows, np.int64)
+        outside = rows[(rows < 0) | (rows >= len(self))]
+        if len(outside):
+            raise ProjectError(self.directory, f"has no row {outside[0]}", f"It has {len(self)}")
+        result = np.empty((len(rows), self.num_saved), self._files[0].dtype)
+        of_file = np.searchsorted(self._ends, rows, side="right")
+        for file in np.unique(of_file).tolist():
+            mine = of_file == file
+            found = self._files[file][rows[mine] - (int(self._ends[file - 1]) if file else 0)]
+            self._check(self._paths[file], found)
+            result[mine] = found
+        return result
 
 
 class SavedDistances(SavedNeighbors):

@@ -24,9 +24,9 @@ class RetroBatch:
     Attributes:
         tokens: int64 [B, S].
         labels: int64 [B, S], the next token of each position.
-        loss_mask: float32 [B, S], 1 where a position counts in the loss: everywhere in
-            pretraining, where documents are packed without masking, as Megatron does by default; on
-            the answers in instruction tuning.
+        loss_mask: float32 [B, S], 1 where a position counts in the loss: everywhere where
+            documents are packed, as in Megatron by default; within documents where they are
+            padded (aligned); on the answers in instruction tuning.
         position_ids: int64 [B, S], from 0 in each sample.
         retrieved_tokens: int64 [B*L*K, R], row (b*L + i)*K + j; None without retrieval.
         retrieved_mask: bool [B*L*K, R], True where there is only padding; None without retrieval.
@@ -150,8 +150,9 @@ def collate(samples: Sequence[Mapping]) -> RetroBatch:
 
     Args:
         samples: Each with `text` int64 [S+1] and `sample_id`; with retrieval also
-            `neighbor_tokens` int64 [L, K, R] and `neighbor_mask` bool [L, K, R]; in instruction
-            tuning with `loss_mask` float32 [S], and where samples are packed `segments` int64 [S].
+            `neighbor_tokens` int64 [L, K, R] and `neighbor_mask` bool [L, K, R]; in an aligned
+            project and in instruction tuning with `loss_mask` float32 [S], and where instruction
+            samples are packed `segments` int64 [S].
     """
     optional = {name: _stack(samples, name) for name in _OPTIONAL if name in samples[0]}
     neighbors = None

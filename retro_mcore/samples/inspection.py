@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,6 @@ from retro_mcore.retrieval.neighbor_page import (
     Piece,
     SampleView,
 )
-from retro_mcore.retrieval.neighbor_tables import SavedDistances
 from retro_mcore.retrieval.overlap import longest_common_runs, shared_positions
 from retro_mcore.samples.retro_dataset import RetroDataset, build_retro_datasets
 
@@ -113,7 +113,7 @@ class SampleInspector:
         distances = np.concatenate(found)[there]
         if np.isnan(distances).any():
             raise CorruptFileError(
-                self._distances.directory,
+                self.dataset.neighbors.directories[0] / "distances",
                 "holds NaN for neighbors that there are",
                 "Run query_neighbors again, or remove it",
             )
@@ -211,13 +211,11 @@ class SampleInspector:
         )
 
 
-def _open_distances(paths: ProjectPaths, dataset: RetroDataset) -> SavedDistances | None:
+def _open_distances(paths: ProjectPaths, dataset: RetroDataset) -> Any | None:
     """Distances of the saved neighbors; None if another program wrote them without distances."""
-    directory = dataset.neighbors.directory
-    verify_project(paths, sorted(directory.glob("distances/*.hdf5")))
-    if not (directory / "distances").is_dir():
-        return None
-    return SavedDistances(directory).of(dataset.neighbors)
+    for directory in dataset.neighbors.directories:
+        verify_project(paths, sorted(directory.glob("distances/*.hdf5")))
+    return dataset.neighbors.distances()
 
 
 def split_text(tokenizer: Tokenizer, tokens: np.ndarray, marked: np.ndarray) -> list[Piece]:

@@ -23,7 +23,7 @@ from retro_mcore.data.tokens.splits import parse_split
 from retro_mcore.data.tokens.token_file import bin_path, idx_path
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import CorruptFileError, ProjectError, RetroError, raise_problems
-from retro_mcore.project.config import SPLITS, ProjectConfig, Split, read_json_object
+from retro_mcore.project.config import ProjectConfig, ProjectSettings, Split, read_json_object
 from retro_mcore.project.markers import checksum, fingerprint_of, read_marker
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
@@ -33,6 +33,8 @@ from retro_mcore.samples.project_samples import GPTSamples
 
 #: `train_<md5>`, followed by the digest of another database, if one is used.
 _NAME = re.compile(r"(?P<split>train|valid|test)_(?P<hash>[0-9a-f]{32})(?P<tag>_[0-9a-f]{8})?")
+#: `chunks_train` or `chunks_valid` of an aligned project, with such a digest.
+_CHUNKS = re.compile(r"chunks_(?P<split>train|valid)(?P<tag>_[0-9a-f]{8})?")
 
 #: Samples whose documents are compared with those of their neighbors.
 _SAMPLES_TO_COMPARE = 256
@@ -53,7 +55,9 @@ _NUMBER = (
 )
 
 
-def check_neighbor_settings(paths: ProjectPaths, config: ProjectConfig) -> None:
+def check_neighbor_settings(
+    paths: ProjectPaths, config: ProjectConfig, settings: ProjectSettings
+) -> None:
     """Reject neighbors of another split, and neighbors that our search found for other settings or
     tokens.
 
@@ -63,21 +67,19 @@ def check_neighbor_settings(paths: ProjectPaths, config: ProjectConfig) -> None:
         ProjectError: a setting or file of the samples differs. Names it.
         SeveralErrors: more than one differs.
     """
-    raise_problems(list(_of_other_splits(paths, config)))
-    for split in SPLITS:
-        if directory := config.neighbor_dir(split):
-            record = _record(paths, directory)
-            if record is not None:
-                raise_problems(list(_differences_from_record(paths, config, split, record)))
+    directories = config.neighbor_dirs(settings)
+    raise_problems(list(_of_other_splits(paths, directories)))
+    for split, directory in directories.items():
+        record = _record(paths, directory)
+        if record is not None:
+            raise_problems(list(_differences_from_record(paths, config, split, directory, record)))
 
 
-def _of_other_splits(paths: ProjectPaths, config: ProjectConfig) -> Iterator[RetroError]:
+def _of_other_splits(paths: ProjectPaths, directories: Mapping[Split, str]) -> Iterator[RetroError]:
     """Problems of directories that belong to another split, according to their names."""
     seen: dict[str, Split] = {}
-    for split in SPLITS:
-        if not (directory := config.neighbor_dir(split)):
-            continue
-        name = _NAME.fullmatch(Path(directory).name)
+    for split, directory in directories.items():
+        name = _match(Path(directory).name)
         owner = name["split"] if name else seen.setdefault(str(Path(directory)), split)
         if owner != split:
             yield CorruptFileError(
@@ -144,14 +146,62 @@ def check_neighbors(
         _check_own_documents(paths, samples, neighbors, database)
 
 
+def check_chunk_neighbors(
+    paths: ProjectPaths, chunks: ChunkDatabase, neighbors: SavedNeighbors, database: ChunkDatabase
+) -> None:
+    """Reject neighbors of an aligned project's chunks that belong to other chunks.
+
+    Args:
+        paths: The project.
+        chunks: Its own chunks, one of the merged databases.
+        neighbors: Their neighbors.
+        database: The database that was searched.
+
+    Raises:
+        ProjectError: the search was of another database, or neighbors come from a chunk's own
+            document, which no search gives.
+    """
+    record = _record(paths, neighbors.directory.name) or {}
+    name = paths.relative(chunks.path)
+    searched = _mapping(record.get("inputs")).get(f"{name} (searched for)")
+    if get_rank() == 0 and _is_another(chunks.path, searched):
+        raise ProjectError(
+            chunks.path,
+            "is not the database that neighbors were searched for",
+            f"Restore it, or run query_neighbors --project-dir {paths.root} in a new project",
+        )
+    if chunks.path.parent == database.path.parent:
+        _check_own_chunks(chunks, neighbors, database)
+
+
+def _check_own_chunks(
+    chunks: ChunkDatabase, neighbors: SavedNeighbors, database: ChunkDatabase
+) -> None:
+    count = min(len(chunks), _SAMPLES_TO_COMPARE)
+    rows = np.linspace(0, len(chunks) - 1, count).astype(np.int64)
+    ids = np.asarray(neighbors.rows_at(rows), np.int64)
+    own = database.documents(np.maximum(ids, 0)) == chunks.documents(rows)[:, None]
+    if (own.all(axis=2) & (ids != NO_NEIGHBOR)).any():
+        raise ProjectError(
+            neighbors.directory,
+            "holds neighbors of a chunk's own document, which no search gives",
+            "Run query_neighbors again, or restore the directory",
+        )
+
+
 def _record(paths: ProjectPaths, directory: str) -> dict[str, Any] | None:
     """The record of the search; None if another program ran it."""
     record = paths.stage_record(_stage(directory))
     return read_json_object(record) if record.is_file() else None
 
 
+def _match(directory: str) -> re.Match[str] | None:
+    """The parts of a directory's name; None for names that our search does not give."""
+    return _NAME.fullmatch(directory) or _CHUNKS.fullmatch(directory)
+
+
 def _stage(directory: str) -> str:
-    name = _NAME.fullmatch(directory)
+    name = _match(directory)
     return f"query_neighbors{(name and name['tag']) or ''}"
 
 
@@ -172,7 +222,11 @@ def _of_another_search(
 
 
 def _differences_from_record(
-    paths: ProjectPaths, config: ProjectConfig, split: Split, record: Mapping[str, Any]
+    paths: ProjectPaths,
+    config: ProjectConfig,
+    split: Split,
+    directory: str,
+    record: Mapping[str, Any],
 ) -> Iterator[RetroError]:
     options, inputs = (_mapping(record.get(name)) for name in ("options", "inputs"))
     for key in _ORDER:
@@ -187,7 +241,7 @@ def _differences_from_record(
         )
     # One rank reads them and sends the result to the others.
     if get_rank() == 0:
-        yield from _of_another_search(paths, str(config.neighbor_dir(split)), record)
+        yield from _of_another_search(paths, directory, record)
     for prefix in config.blend[1] if get_rank() == 0 else ():
         files = [path(paths.data / prefix) for path in (bin_path, idx_path)]
         changed = [file for file in files if _is_another(file, inputs.get(paths.relative(file)))]

@@ -22,13 +22,14 @@ from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenize
 from retro_mcore.data.tokens.splits import document_ranges, parse_split
 from retro_mcore.data.tokens.token_file import bin_path, idx_path, open_token_files
 from retro_mcore.distributed import initialize, on_first_rank, raise_together
-from retro_mcore.errors import ConfigurationError
-from retro_mcore.project.config import SPLITS, ProjectConfig, Split
+from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.project.config import SPLITS, ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.markers import checksum, digest_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.space import show_bytes
 from retro_mcore.retrieval.query_chunks import QuerySamples
 from retro_mcore.samples.index_cache import IndexCache
+from retro_mcore.samples.padding import DocumentPadding
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,11 +42,13 @@ class GPTSamples:
         split: The split.
         blended: Megatron's blended dataset, which may hold a few more samples than are used.
         num_samples: Number of samples that are used.
+        padding: Padding of the documents; None in a packed project, which has none.
     """
 
     split: Split
     blended: Any
     num_samples: int
+    padding: DocumentPadding | None = None
 
     def __len__(self) -> int:
         return self.num_samples
@@ -63,6 +66,40 @@ class GPTSamples:
     def tokens(self, index: int) -> np.ndarray:
         """Tokens i64 [S+1] of the sample, including the label of its last token."""
         return self.read(index)[0]
+
+    def masks(self, text: np.ndarray) -> dict[str, np.ndarray]:
+        """Parts of an item that follow from its tokens i64 [S+1]: `loss_mask` f32 [S] if padded."""
+        return {} if self.padding is None else {"loss_mask": self.padding.loss_mask(text)}
+
+    def text_item(self, index: int) -> dict[str, np.ndarray]:
+        """Read one sample without neighbors: `text`, i64 [S+1], and what `masks` returns."""
+        text = self.tokens(index)
+        return {"text": text, **self.masks(text)}
+
+    @property
+    def sample_length(self) -> int:
+        """S."""
+        return int(self.blended.config.sequence_length)
+
+    def chunk_places(self, index: int, chunk_length: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Where the chunks of a sample lie, if every document is padded to whole chunks.
+
+        Returns:
+            Number of the sample's dataset, document of each chunk i64 [L], and where the chunk
+            begins in it i64 [L].
+        """
+        number = int(self.blended.dataset_index[index])
+        dataset = self.blended.datasets[number]
+        place = dataset.shuffle_index[self.blended.dataset_sample_index[index]]
+        (first, start), (last, stop) = np.asarray(dataset.sample_index[place : place + 2], np.int64)
+        documents = np.asarray(dataset.document_index[first : last + 1], np.int64)
+        ends = np.asarray(dataset.dataset.sequence_lengths[documents], np.int64)
+        begins = np.zeros_like(ends)
+        begins[0], ends[-1] = start, stop
+        counts = (ends - begins) // chunk_length
+        before = np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.repeat(begins, counts) + (np.arange(counts.sum()) - before) * chunk_length
+        return number, np.repeat(documents, counts), starts
 
     def document_ids(self, index: int) -> np.ndarray:
         """Documents that the sample is made from, i64 [n]."""
@@ -175,6 +212,7 @@ def build_all_gpt_samples(
         tokenizer = tokenizer or load_project_tokenizer(config, paths)
         _check_splits(config, paths)
         _check_memory(config)
+        padding = document_padding(config, paths, tokenizer)
     digests = on_first_rank(lambda: _index_digests(config, paths))
     cache = IndexCache(paths.data_cache, digests)
     # Imported late: `--help` imports this module too, and importing megatron takes seconds.
@@ -205,9 +243,31 @@ def build_all_gpt_samples(
     for note in cache.notes:
         _LOG.warning("note: %s", note)
     return {
-        split: GPTSamples(split, dataset, size) if dataset is not None and size else None
+        split: GPTSamples(split, dataset, size, padding) if dataset is not None and size else None
         for split, dataset, size in zip(SPLITS, datasets, sizes, strict=True)
     }
+
+
+def document_padding(
+    config: ProjectConfig, paths: ProjectPaths, tokenizer: Tokenizer
+) -> DocumentPadding | None:
+    """Padding of a project's documents; None if it is packed.
+
+    Raises:
+        CorruptFileError: documents of an aligned project do not fill whole chunks.
+    """
+    if ProjectSettings.load(paths.root).samples != "aligned":
+        return None
+    length = config.retro_gpt_chunk_length
+    for file in open_token_files(config, paths):
+        if (file.lengths % length).any():
+            raise CorruptFileError(
+                idx_path(file.prefix),
+                f"holds documents that do not fill whole chunks of {length} tokens, and the "
+                "project is aligned",
+                "Restore the file",
+            )
+    return DocumentPadding(length, tokenizer.eod)
 
 
 def _index_digests(config: ProjectConfig, paths: ProjectPaths) -> dict[str, str]:

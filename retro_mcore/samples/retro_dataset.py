@@ -11,19 +11,14 @@ from torch.utils.data import Dataset
 from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import raise_together
-from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
-from retro_mcore.project.config import SPLITS, ProjectConfig, Split
-from retro_mcore.project.integrity import verify_project
+from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.project.config import SPLITS, ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
-from retro_mcore.samples.neighbor_check import (
-    check_neighbor_settings,
-    check_neighbors,
-    open_neighbors,
-)
+from retro_mcore.samples.neighbor_check import check_neighbor_settings
 from retro_mcore.samples.neighbor_noise import NeighborNoise
 from retro_mcore.samples.project_samples import GPTSamples, build_all_gpt_samples
+from retro_mcore.samples.sample_neighbors import SampleNeighbors, open_neighbor_tables
 
 
 @dataclass
@@ -32,7 +27,7 @@ class RetroDataset(Dataset):
 
     Attributes:
         samples: The split's GPT samples.
-        neighbors: Saved neighbors, one row per chunk of every sample.
+        neighbors: Saved neighbors of the samples' chunks.
         database: The retrieval database.
         num_neighbors: K, at most the number saved.
         num_retrieved_chunks: Chunks per neighbor: the neighbor itself and those after it.
@@ -46,7 +41,7 @@ class RetroDataset(Dataset):
     """
 
     samples: GPTSamples
-    neighbors: SavedNeighbors
+    neighbors: SampleNeighbors
     database: ChunkDatabase
     num_neighbors: int
     num_retrieved_chunks: int
@@ -72,7 +67,7 @@ class RetroDataset(Dataset):
         needed = len(self.samples) * self.chunks_per_sample
         if len(self.neighbors) != needed:
             raise CorruptFileError(
-                self.neighbors.directory,
+                self.neighbors.directories[0],
                 f"holds neighbors of {len(self.neighbors)} chunks, the samples have {needed}",
                 "Run query_neighbors again",
             )
@@ -84,6 +79,10 @@ class RetroDataset(Dataset):
         """See `GPTSamples.tokens`."""
         return self.samples.tokens(index)
 
+    def text_item(self, index: int) -> dict[str, np.ndarray]:
+        """See `GPTSamples.text_item`."""
+        return self.samples.text_item(index)
+
     def order_digest(self, count: int) -> str:
         """See `GPTSamples.order_digest`."""
         return self.samples.order_digest(count)
@@ -93,6 +92,8 @@ class RetroDataset(Dataset):
 
         Returns:
             text: i64 [S+1].
+            loss_mask: f32 [S], only in an aligned project: 0 for predictions from or of padding,
+                and of the first token of a document.
             neighbor_chunks: i64 [L, K, num_retrieved_chunks], NO_NEIGHBOR where there is none.
             neighbor_tokens: i64 [L, K, R].
             neighbor_mask: bool [L, K, R], True where padded or missing.
@@ -115,6 +116,7 @@ class RetroDataset(Dataset):
         shape = (*ids.shape, self.num_retrieved_chunks * self.chunk_length)
         return {
             "text": text,
+            **self.samples.masks(text),
             "neighbor_chunks": chunks,
             "neighbor_tokens": tokens.reshape(shape),
             "neighbor_mask": mask.reshape(shape),
@@ -147,18 +149,11 @@ def build_retro_datasets(
     paths = ProjectPaths(project_dir)
     with raise_together():
         config = ProjectConfig.load(paths.root)
-        check_neighbor_settings(paths, config)
+        check_neighbor_settings(paths, config, ProjectSettings.load(paths.root))
         database = ChunkDatabase.open(paths.root)
         tokenizer = load_project_tokenizer(config, paths)
-        for split in SPLITS:
-            if directory := config.neighbor_dir(split):
-                verify_project(paths, sorted((paths.query / directory).glob("*.hdf5")))
         # Checked before the samples are built, which takes time. Their number is a setting, too.
-        neighbors = {
-            split: open_neighbors(paths, config, split, len(database))
-            for split in SPLITS
-            if config.neighbor_dir(split) is not None
-        }
+        tables = open_neighbor_tables(paths, config, database)
     all_samples = build_all_gpt_samples(config, paths, tokenizer)
     datasets: dict[Split, RetroDataset | None] = dict.fromkeys(SPLITS)
     with raise_together():
@@ -166,16 +161,9 @@ def build_retro_datasets(
             samples = all_samples[split]
             if samples is None:
                 continue
-            if split not in neighbors:
-                raise ProjectError(
-                    paths.config,
-                    f"names no neighbors of the {split} samples",
-                    f"Run query_neighbors --project-dir {paths.root} first",
-                )
-            check_neighbors(paths, config, samples, neighbors[split], database)
             datasets[split] = RetroDataset(
                 samples,
-                neighbors[split],
+                tables.of_split(split, samples),
                 database,
                 num_neighbors=num_neighbors,
                 num_retrieved_chunks=num_retrieved_chunks,

@@ -208,14 +208,16 @@ def get_batch(data_iterator: Iterator[Mapping[str, Tensor]], retrieval: bool) ->
     """Build a micro batch on this process's device, from samples stacked by torch's collate.
 
     Args:
-        data_iterator: Yields `text` [B, S+1], `neighbor_tokens` and `neighbor_mask` [B, L, K, R].
+        data_iterator: Yields `text` [B, S+1], `neighbor_tokens` and `neighbor_mask` [B, L, K, R],
+            and in an aligned project `loss_mask` [B, S].
         retrieval: Whether to include neighbors.
     """
     data, device = next(data_iterator), torch.device(torch.cuda.current_device())
     neighbors = None
     if retrieval:
         neighbors = (data["neighbor_tokens"].to(device), data["neighbor_mask"].to(device))
-    return RetroBatch.from_text(data["text"].to(device).long(), neighbors)
+    loss_mask = data["loss_mask"].to(device) if "loss_mask" in data else None
+    return RetroBatch.from_text(data["text"].to(device).long(), neighbors, loss_mask)
 
 
 def _loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -32,6 +32,14 @@ def document_ranges(split: str, num_documents: int) -> dict[Split, tuple[int, in
     return {name: (edges[i], edges[i + 1]) for i, name in enumerate(SPLITS)}
 
 
+def num_retrieved_documents(split: str, num_documents: int) -> int:
+    """Number of leading documents that are retrieved from, rounded as in Megatron's Retro.
+
+    One less than the training documents at most, which are rounded otherwise.
+    """
+    return int(float(split.split(",")[0]) / 100 * num_documents)
+
+
 def check_documents(split: str, num_documents: int, where: object) -> None:
     """Reject a split that requests a part but gives it no document.
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -43,8 +42,8 @@ class Samples(Protocol):
 class SamplesOfText(Protocol):
     """Samples whose text can be read without its neighbors."""
 
-    def tokens(self, index: int) -> np.ndarray:
-        """Tokens i64 [S+1] of the sample, including the label of its last token."""
+    def text_item(self, index: int) -> Mapping[str, Any]:
+        """The sample's item without the entries of its neighbors."""
 
 
 @runtime_checkable
@@ -72,7 +71,7 @@ class NumberedSamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not self.retrieval and isinstance(self.samples, SamplesOfText):
-            return {"text": self.samples.tokens(index), "sample_id": index}
+            return {**self.samples.text_item(index), "sample_id": index}
         return {**self.samples[index], "sample_id": index}
 
 

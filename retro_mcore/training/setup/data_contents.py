@@ -14,7 +14,7 @@ from typing import Any
 from retro_mcore.data.instruction.blend import BlendPart
 from retro_mcore.data.tokens.token_file import bin_path, idx_path
 from retro_mcore.errors import CheckpointError, ProjectError
-from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.markers import fingerprint_of, marker_path
 from retro_mcore.project.paths import ProjectPaths
 
@@ -105,7 +105,7 @@ def contents_of_project(config: ProjectConfig, paths: ProjectPaths) -> DataConte
     """
     weights, prefixes = config.blend
     files = [[path(paths.data / prefix) for path in (bin_path, idx_path)] for prefix in prefixes]
-    directory = config.neighbor_dir("train")
+    directory = config.neighbor_dirs(ProjectSettings.load(paths.root)).get("train")
     neighbors = None if directory is None else _files_digest(paths.query / directory)
     return DataContents(_datasets(prefixes, weights, files), neighbors)
 

@@ -36,6 +36,9 @@ class Samples:
     def tokens(self, index):
         return np.random.default_rng(index).integers(0, VOCABULARY_SIZE, 33)
 
+    def text_item(self, index):
+        return {"text": self.tokens(index)}
+
     def __getitem__(self, index):
         shape = (4, 2, 16)
         retrieved = np.random.default_rng(100 + index).integers(0, VOCABULARY_SIZE, shape)

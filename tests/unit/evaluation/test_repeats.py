@@ -30,6 +30,7 @@ class Blended:
         self.dataset_index = np.zeros(num_samples, np.int16)
         self.dataset_sample_index = self.generator.permutation(num_samples)
         self.blended = self
+        self.padding = None
         self.sequence_length = sequence_length
 
     def __len__(self):

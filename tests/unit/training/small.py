@@ -25,6 +25,9 @@ class RandomSamples:
         generator = np.random.default_rng(index)
         return generator.integers(0, VOCABULARY, SEQUENCE_LENGTH + 1)
 
+    def text_item(self, index: int) -> dict[str, Any]:
+        return {"text": self.tokens(index)}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         shape = (SEQUENCE_LENGTH // CHUNK_LENGTH, NUM_NEIGHBORS, 2 * CHUNK_LENGTH)
         generator = np.random.default_rng(1000 + index)
