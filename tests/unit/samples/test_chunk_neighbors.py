@@ -15,7 +15,7 @@ from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.splits import document_ranges, num_retrieved_documents
 from retro_mcore.data.tokens.token_file import TokenFile
-from retro_mcore.errors import CorruptFileError, ProjectError
+from retro_mcore.errors import CorruptFileError, ProjectError, RetroError
 from retro_mcore.evaluation.repeats import distinct_text
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
@@ -234,7 +234,7 @@ def test_damaged_and_foreign_tables_are_refused(project, tmp_path):
     settings = json.loads((copy / "retro_mcore.json").read_text())
     swapped = {"train": "chunks_valid", "valid": "chunks_train"}
     for dirs, error, match in (
-        (swapped, CorruptFileError, "neighbors of valid"),
+        (swapped, RetroError, "neighbors of valid"),
         ({"train": "chunks_train"}, ProjectError, "no neighbors of the valid samples"),
         (None, ProjectError, "names no neighbors of the train samples"),
     ):
