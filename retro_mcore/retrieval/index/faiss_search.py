@@ -32,9 +32,8 @@ def search(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
         return index.search_together(vectors, k)
     if len(vectors) == 0:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-    on_cpu = isinstance(index, (faiss_library().Index, PartedIndex))
-    if not on_cpu or "Gpu" in type(index).__name__:
-        return by_distance_then_id(*index.search(vectors, k))
+    if not isinstance(index, (faiss_library().Index, PartedIndex)):
+        return by_distance_then_id(*_sorted(*index.search(vectors, k)))
     parts = [vectors[start : start + _QUERIES] for start in range(0, len(vectors), _QUERIES)]
     found = list(worker_threads().map(_search_few, repeat(index), parts, repeat(k)))
     distances, ids = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
@@ -43,6 +42,14 @@ def search(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
 
 def _search_few(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return index.search(vectors, k)
+
+
+def _sorted(distances: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sort the rows [n, k] whose distances are out of order, as cuVS may return them."""
+    rows = np.flatnonzero((distances[:, 1:] < distances[:, :-1]).any(axis=1))
+    if len(rows):
+        distances[rows], ids[rows] = nearest(distances[rows], ids[rows], ids.shape[1])
+    return distances, ids
 
 
 def by_distance_then_id(distances: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -67,10 +67,11 @@ def add_part(
         embeddings: The database's vectors.
         part: The rows to add.
         path: The file to write.
-        gpu: Place and encode on GPUs if they support such an index.
+        gpu: Place and encode on this rank's GPU, if it supports such an index. Without lists there
+            is nothing to gain.
     """
     trained.reset()
-    if gpu:
+    if gpu and kind_of(trained) is IndexKind.LISTS:
         trained = _add_on_gpu(trained, _batches(embeddings, part))
     else:
         for rows, vectors in _batches(embeddings, part):
@@ -89,19 +90,17 @@ def _batches(embeddings: Embeddings, part: Shard) -> Iterator[tuple[np.ndarray, 
 
 
 def _add_on_gpu(trained: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Any:
-    """Fill an empty index on this rank's GPU, or on the CPU if it does not fit.
+    """Fill an empty index that has lists on this rank's GPU, or on the CPU where that fails.
 
     Returns:
         The filled index, on the CPU.
     """
-    copy = to_gpu(trained)
+    copy = to_gpu(trained, "adding to the index")
     for rows, vectors in batches:
         if copy is None:
             add_rows(trained, vectors, rows)
-        elif kind_of(trained) is IndexKind.LISTS:
-            copy.add_with_ids(vectors, rows)
         else:
-            copy.add(vectors)
+            copy.add_with_ids(vectors, rows)
     return trained if copy is None else faiss_library().index_gpu_to_cpu(copy)
 
 

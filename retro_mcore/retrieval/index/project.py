@@ -20,7 +20,7 @@ from retro_mcore.project.records import require_stage
 from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts
 from retro_mcore.retrieval.index.filling import cut_parts
-from retro_mcore.retrieval.index.gpu import num_gpus, to_gpu_for_search
+from retro_mcore.retrieval.index.gpu import log_once, num_gpus, to_gpu_for_search
 from retro_mcore.retrieval.index.shared import SharedIndex
 from retro_mcore.retrieval.index.training import kind_of
 
@@ -118,8 +118,11 @@ class ProjectIndex:
                 f"holds {index.ntotal} chunks, but the database {wanted}",
                 f"{self._hint} again",
             )
-        if gpu and num_gpus() and not self._parts:
-            index = to_gpu_for_search(index, k, settings.nprobe)
+        if gpu and num_gpus():
+            if self._parts:
+                log_once("search runs on the CPU: the index is split (--split-index)")
+            else:
+                index = to_gpu_for_search(index, k, settings.nprobe)
         if together and self._parts:
             dimension = settings.embedding_dimension
             assert dimension is not None

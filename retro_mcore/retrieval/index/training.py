@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from enum import Enum
 from typing import Any
@@ -17,6 +18,8 @@ _VECTORS_PER_LIST = 256
 _VECTORS_FOR_CODES = 65_536
 #: Up to this many vectors, threads would spend most of their time waiting for one another.
 _FEW_VECTORS = 10_000
+
+_LOG = logging.getLogger(__name__)
 
 
 class IndexKind(Enum):
@@ -148,7 +151,10 @@ def _train_lists(ivf: Any, vectors: np.ndarray, gpu: bool) -> None:
     faiss = faiss_library()
     clustering = faiss.Clustering(ivf.d, ivf.nlist, ivf.cp)
     flat = faiss.IndexFlatL2(ivf.d)
-    clustering.train(vectors, faiss.index_cpu_to_all_gpus(flat) if gpu else flat)
+    if gpu:
+        _LOG.info("clustering of %d vectors runs on %d GPUs", len(vectors), faiss.get_num_gpus())
+        flat = faiss.index_cpu_to_all_gpus(flat)
+    clustering.train(vectors, flat)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
     ivf.quantizer.reset()
     with faiss_threads(1):  # threads would race in building a graph
