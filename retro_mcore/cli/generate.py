@@ -15,8 +15,9 @@ from retro_mcore.cli.generation_options import (
     load_generation_model,
 )
 from retro_mcore.cli.tables.continuation import StreamPrinter, print_continuation
-from retro_mcore.distributed import get_rank
+from retro_mcore.distributed import get_rank, raise_together
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.evaluation.results import require_writable
 from retro_mcore.inference.prompt_files import prompts_of_flags
 from retro_mcore.inference.sampling import SamplingOptions
 
@@ -79,6 +80,9 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     prompts = prompts_of_flags(options.prompt, options.prompt_file, options.neighbors)
     sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)
     loaded = load_generation_model(options)
+    with raise_together():
+        if options.output is not None and get_rank() == 0:
+            require_writable(Path(options.output))
     # Imported here, so that --help does not wait for megatron.
     from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
     from retro_mcore.session.continuation import (

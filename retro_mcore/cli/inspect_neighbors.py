@@ -14,6 +14,7 @@ from retro_mcore.cli.command import run_command
 from retro_mcore.cli.output import print_summary
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, raise_problems, too_small
+from retro_mcore.evaluation.results import require_writable
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.retrieval.neighbor_page import render
@@ -82,6 +83,7 @@ def inspect_neighbors(options: InspectNeighborsOptions) -> InspectedNeighbors:
         CorruptFileError: a file is damaged.
     """
     _check_options(options)
+    require_writable(Path(options.output))
     initialize()
     setup_device()
     inspector = SampleInspector(

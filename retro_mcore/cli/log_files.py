@@ -12,6 +12,7 @@ from pathlib import Path
 
 from retro_mcore import __version__
 from retro_mcore.cli.quiet import ignore_unwanted
+from retro_mcore.cli.utf8 import write_any_text
 from retro_mcore.errors import RetroError
 from retro_mcore.logs import CONTEXT, PRINTED, CommandLogs, command_logs
 from retro_mcore.project.paths import ProjectPaths
@@ -64,6 +65,7 @@ def command_in_python(command: str, options: object) -> Iterator[None]:
     Lines go to the terminal unless the caller has configured logging.
     """
     ignore_unwanted()
+    write_any_text()
     with command_logs(terminal=not logging.getLogger().hasHandlers()) as logs:
         add_log_file(logs, command, options)
         with logged_run(command, ()):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.tables.scale import print_plan
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
+from retro_mcore.evaluation.results import require_writable
 from retro_mcore.platform import setup_device
 from retro_mcore.project.atomic import write_json
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
@@ -82,9 +85,11 @@ def plan_scale(options: PlanScaleOptions) -> ScalePlan:
         [
             ConfigurationError(flag_of(name), str(value), "Give more than 0")
             for name, value in values.items()
-            if value is not None and not value > 0
+            if value is not None and not 0 < value < math.inf
         ]
     )
+    if options.json is not None:
+        require_writable(Path(options.json), "--json")
     work = _workload(options)
     rates, work = _rates(options, work)
     node = Node(options.gpus_per_node, options.cores_per_node, options.node_memory * 1e9)

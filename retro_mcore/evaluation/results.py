@@ -44,26 +44,26 @@ def write_results(path: Path, value: Any) -> None:
         raise _unwritable(path, error) from error
 
 
-def require_writable(path: Path) -> None:
+def require_writable(path: Path, flag: str = "--output") -> None:
     """Check that results can be written to `path`, before the work begins. Creates the folder.
 
     Raises:
-        ConfigurationError: the file cannot be written. Names --output.
+        ConfigurationError: the file cannot be written. Names the flag.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error, flag) from error
     if path.is_dir():
-        raise ConfigurationError(f"--output {path}", "a directory", "Name a file")
+        raise ConfigurationError(f"{flag} {path}", "a directory", "Name a file")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ConfigurationError(
-            f"--output {path}", "no file can be written there", "Name another place"
+            f"{flag} {path}", "no file can be written there", "Name another place"
         )
 
 
-def _unwritable(path: Path, error: OSError) -> ConfigurationError:
+def _unwritable(path: Path, error: OSError, flag: str = "--output") -> ConfigurationError:
     reason = error.strerror or str(error)
     return ConfigurationError(
-        f"--output {path}", f"cannot be written ({reason})", "Name another place"
+        f"{flag} {path}", f"cannot be written ({reason})", "Name another place"
     )

@@ -90,7 +90,13 @@ def another_chunk_length(project):
     change(project / "config.json", retro_gpt_chunk_length=8)
 
 
+def no_tokenizer(project):
+    (model,) = (project / "tokenizer").glob("*.model")
+    model.unlink()
+
+
 FAULTS = [
+    (no_tokenizer, TokenizerError, "sentencepiece.model: no such file, but config.json names it"),
     (another_tokenizer, TokenizerError, "the checkpoint was trained with GPTSentencePiece"),
     (another_eod, TokenizerError, "documents end with token 300"),
     (another_chunk_length, ConfigurationError, "retro_gpt_chunk_length: 8 in .* with 16"),

@@ -204,7 +204,11 @@ def require_split(datasets: Mapping[Any, Any], split: str, project_dir: str) -> 
 
 
 def tokenizer_fingerprint(config: ProjectConfig, project_dir: str | Path) -> str:
-    """SHA-256 of the tokenizer's type and files, independent of the project's location."""
+    """SHA-256 of the tokenizer's type and files, independent of the project's location.
+
+    Raises:
+        TokenizerError: a file is missing.
+    """
     digest = hashlib.sha256(str(config.retro_gpt_tokenizer_type).encode())
     names: Sequence[str | None] = (
         config.retro_gpt_tokenizer_model,
@@ -215,6 +219,8 @@ def tokenizer_fingerprint(config: ProjectConfig, project_dir: str | Path) -> str
         if name is None:
             continue
         path = Path(project_dir) / name
+        if not path.exists():
+            raise TokenizerError(path, "no such file, but config.json names it", "Restore it")
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
             if file.is_file():

@@ -84,6 +84,7 @@ def convert(
     """
     checkpoint = open_checkpoint(load)
     flags = {**checkpoint.flags, **given}
+    _check_vocabulary(load, flags, given, project_dir)
     if target == "retro-mcore" and "seq_length" not in given:
         flags |= _within_window(flags)
     check_window(target, flags)
@@ -133,6 +134,21 @@ def flags_of_project(directory: str) -> Flags:
         "vocab_size": tokenizer.vocab_size,
         DOCUMENT_TOKENS: document_tokens(tokenizer),
     }
+
+
+def _check_vocabulary(load: str, flags: Flags, given: Flags, project_dir: str | None) -> None:
+    """Reject a vocabulary with token ids that the model has no embedding for."""
+    rows, needed, source = flags["padded_vocab_size"], given.get("vocab_size", 0), "--vocab-size"
+    if project_dir is not None:
+        project = ProjectConfig.load(project_dir)
+        needed = load_project_tokenizer(project, ProjectPaths(project_dir)).used_vocab_size
+        source = f"the tokenizer of {project_dir}"
+    if rows < needed:
+        raise CheckpointError(
+            load,
+            f"has {rows} embedding rows, and {source} needs {needed}",
+            "Give the tokenizer that the model was trained with, without tokens added later",
+        )
 
 
 def _within_window(flags: Flags) -> Flags:

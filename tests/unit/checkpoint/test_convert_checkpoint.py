@@ -16,6 +16,7 @@ import torch
 from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError, SeveralErrors
 from retro_mcore.project.lock import directory_lock
 from tests.unit.checkpoint.test_upstream import load_case, run_case
+from tests.unit.data.projects import built_project
 from tests.unit.training.small import CHUNK_LENGTH, VOCABULARY, small_trainer
 
 #: What Megatron-LM's arguments say of the stored case.
@@ -134,6 +135,19 @@ def test_a_directory_that_another_run_writes_into_is_refused(megatron, tmp_path)
     with lock, pytest.raises(ProjectError, match="another run works on it: pretrain_retro"):
         convert(tmp_path / "theirs", tmp_path / "ours")
     convert(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_token_ids_without_an_embedding_are_refused(megatron, tmp_path):
+    """The conversion was made, and the first text with such a token ended it."""
+    small_trainer(
+        save=str(tmp_path / "ours"), train_iters=1, make_vocab_size_divisible_by=1
+    ).train()
+    named = {"vocab_size": VOCABULARY + 1}, {"project_dir": str(built_project())}
+    for given, who in zip(named, ("--vocab-size", "the tokenizer of"), strict=True):
+        message = rf"has {VOCABULARY} embedding rows, and {who} .*needs (500|{VOCABULARY + 1})"
+        with pytest.raises(CheckpointError, match=message):
+            convert(tmp_path / "ours", tmp_path / "theirs", **given)
+    convert(tmp_path / "ours", tmp_path / "theirs", vocab_size=VOCABULARY)
 
 
 def test_ours_goes_through_every_format(megatron, tmp_path):

@@ -19,6 +19,7 @@ from retro_mcore.cli import (
     finetune_retro,
     generate,
     inspect_neighbors,
+    plan_scale,
     preprocess_corpus,
     pretrain_retro,
     query_neighbors,
@@ -73,6 +74,21 @@ def test_an_empty_path_is_not_the_current_directory(capsys, module, flags, named
 def test_all_empty_paths_are_told_together(capsys):
     assert convert_checkpoint.main(["--load", "", "--save", ""]) == 2
     assert [line.split(":")[1] for line in error_lines(capsys)] == [" --load", " --save"]
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "named"),
+    [
+        (inspect_neighbors, ["--project-dir", "p", "--output"], "--output"),
+        (plan_scale, ["--tokens", "1B", "--json"], "--json"),
+    ],
+)
+def test_a_directory_in_place_of_a_file_is_refused_before_the_work(
+    capsys, tmp_path, module, flags, named
+):
+    """The error named a temporary file."""
+    assert module.main([*flags, str(tmp_path)]) == 2
+    assert error_lines(capsys) == [f"error: {named} {tmp_path}: a directory. Name a file"]
 
 
 def make_file(path: Path) -> None:

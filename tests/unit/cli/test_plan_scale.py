@@ -1,6 +1,7 @@
 """The planning command."""
 
 import json
+import math
 
 import pytest
 
@@ -44,5 +45,6 @@ def test_numbers_that_cannot_be_are_refused():
     for text in ("", "B", "-1B", "0", "1X", "inf", "nan"):
         with pytest.raises(ConfigurationError, match="--tokens"):
             parse_count("--tokens", text)
-    with pytest.raises(ConfigurationError, match=r"--hours: 0.*more than 0"):
-        plan_scale(PlanScaleOptions("1B", hours=0))
+    for hours in (0, math.inf, math.nan):
+        with pytest.raises(ConfigurationError, match=rf"--hours: {hours}.*more than 0"):
+            plan_scale(PlanScaleOptions("1B", hours=hours))

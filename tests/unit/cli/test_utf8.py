@@ -53,6 +53,15 @@ def test_a_command_names_its_files(tmp_path):
     assert (code, "fehlt-漢.jsonl" in errors, "Traceback" in errors) == (2, True, False)
 
 
+def test_a_command_that_python_calls_prints_any_text():
+    """It ended in a UnicodeEncodeError, and its output file was not written."""
+    script = (
+        "from retro_mcore.cli.log_files import command_in_python\n"
+        f"with command_in_python('generate', None): print({SHOWN!a})\n"
+    )
+    assert run(["-c", script])[:2] == (0, "Z\\xfcrich \\u6f22\\U0001f43b\n")
+
+
 def test_output_that_lacks_a_character_escapes_it():
     """A terminal of Latin 1, which is no reason to start again."""
     script = f"from retro_mcore.cli.utf8 import use_utf8; use_utf8(); print({SHOWN!a})"
