@@ -11,12 +11,14 @@ from retro_mcore.stages.build_db import BuildDbConfig
 from retro_mcore.stages.build_index import BuildIndexConfig
 from retro_mcore.stages.preprocessing.config import PreprocessCorpusConfig
 from retro_mcore.stages.query_neighbors import QueryNeighborsConfig
+from retro_mcore.stages.set_samples import SetSamplesConfig
 from retro_mcore.stages.update_db import UpdateDbConfig
 
 if TYPE_CHECKING:
     from retro_mcore.stages.build_db import BuildDbReport
     from retro_mcore.stages.build_index import BuildIndexReport
     from retro_mcore.stages.query_neighbors import QueryNeighborsReport
+    from retro_mcore.stages.set_samples import SetSamplesReport
     from retro_mcore.stages.update_db import UpdateDbReport
 
 
@@ -125,3 +127,17 @@ class Project:
         from retro_mcore.stages import update_db
 
         return update_db.run(self.directory, config)
+
+    @takes_fields_of(SetSamplesConfig)
+    def set_samples(self, config: SetSamplesConfig) -> SetSamplesReport:
+        """Change the length, number, order or batch size of the samples, without a new search.
+
+        Takes the fields of `SetSamplesConfig` as keyword arguments.
+
+        Raises:
+            RetroError: the project is packed and its neighbors are searched, or an argument or a
+                file is at fault.
+        """
+        from retro_mcore.stages import set_samples
+
+        return set_samples.run(self.directory, config)

@@ -56,6 +56,11 @@ def update_db(**options: Any) -> Any:
     return _run("update_db", options)
 
 
+def set_samples(**options: Any) -> Any:
+    """Change the length, number, order or batch size of a project's samples."""
+    return _run("set_samples", options)
+
+
 def plan_scale(**options: Any) -> Any:
     """Estimate chunks, disk, memory and hours of a database before it is built."""
     return _run("plan_scale", options)

@@ -26,6 +26,7 @@ _LOG_FOLDERS = {
     "build_index": "project_dir",
     "query_neighbors": "project_dir",
     "update_db": "project_dir",
+    "set_samples": "project_dir",
     "pretrain_retro": "save",
     "finetune_retro": "save",
     "evaluate_perplexity": "output",

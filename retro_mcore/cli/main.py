@@ -16,6 +16,7 @@ COMMANDS = {
     "build_index": "the Faiss index over the database's embeddings",
     "query_neighbors": "the neighbors of every training, validation and test chunk",
     "update_db": "more documents or another database to retrieve from, for the same samples",
+    "set_samples": "other samples of the same documents: length, number, order, batch size",
     "plan_scale": "chunks, disk, memory and hours of a database that is not built yet",
     "inspect_neighbors": "a page that shows samples, their neighbors and the overlap of both",
     "pretrain_retro": "train a Retro model",

@@ -144,6 +144,7 @@ class SampleInspector:
         chunks = []
         for chunk in range(self._per_sample):
             tokens = text[chunk * self._length : (chunk + 1) * self._length]
+            tokens = self.dataset.samples.without_padding(tokens)
             row = number * self._per_sample + chunk
             chunks.append(self._show_chunk(chunk, row, tokens, retrieved[chunk]))
         return SampleView(number, f"{self._prefixes[dataset_id]}, documents {names}", chunks)

@@ -34,6 +34,10 @@ class DocumentPadding:
         ended = padding_mask(inputs, self.chunk_length, self.eod) | (inputs == self.eod)
         return (~ended).astype(np.float32)
 
+    def drop(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens of whole chunks, [n·M], without the padding."""
+        return tokens[~padding_mask(tokens, self.chunk_length, self.eod)]
+
     def predicted(self, tokens: Any, document: int) -> tuple[int, int]:
         """First and end of a document's tokens that samples predict: all but the first and padding.
 

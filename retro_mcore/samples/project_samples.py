@@ -76,6 +76,10 @@ class GPTSamples:
         text = self.tokens(index)
         return {"text": text, **self.masks(text)}
 
+    def without_padding(self, chunk: np.ndarray) -> np.ndarray:
+        """Tokens of one chunk i64 [M], without its padding."""
+        return chunk if self.padding is None else self.padding.drop(chunk)
+
     @property
     def sample_length(self) -> int:
         """S."""

@@ -116,10 +116,13 @@ class _Inputs(DatabaseInputs):
 def _recorded_options(inputs: _Inputs, config: BuildDbConfig) -> dict[str, object]:
     """Everything that determines the chunks, for the stage's record."""
     project, whole = inputs.config, inputs.whole_datasets
+    data_path = project.retro_gpt_data_path
+    if inputs.aligned and config.retro_index_ntrain is None:  # set_samples may change the weights
+        data_path = project.blend[1]
     return {
         "retro_gpt_chunk_length": project.retro_gpt_chunk_length,
         "retro_gpt_split": project.retro_gpt_split,
-        "retro_gpt_data_path": project.retro_gpt_data_path,
+        "retro_gpt_data_path": data_path,
         "--retro-index-ntrain": config.retro_index_ntrain,
         "--retro-doc-block-size": config.retro_doc_block_size,
         **({"whole_datasets": whole} if whole else {}),

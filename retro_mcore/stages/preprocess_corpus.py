@@ -23,7 +23,7 @@ from retro_mcore.stages.preprocessing.config import (
 )
 from retro_mcore.stages.preprocessing.corpora import Corpora
 from retro_mcore.stages.preprocessing.project_config import make_project_config, save_project
-from retro_mcore.stages.preprocessing.report import PreprocessCorpusReport, count_all
+from retro_mcore.stages.preprocessing.report import PreprocessCorpusReport, count_all, count_padding
 from retro_mcore.stages.preprocessing.tokenizer import (
     TokenizerSetup,
     require_tokenizer,
@@ -75,7 +75,10 @@ def _preprocess(paths: ProjectPaths, config: PreprocessCorpusConfig) -> Preproce
             check_documents(config.split, len(dataset), source)
         made = make_project_config(config, paths, corpora.prefixes, datasets, files)
         passes = count_passes(made, datasets)
-        counts = count_all(paths, corpora.prefixes, datasets, passes)
+        padding = (
+            count_padding(datasets, config.split, multiple, tokenizer.eod) if multiple > 1 else {}
+        )
+        counts = count_all(paths, corpora.prefixes, datasets, passes, padding)
         if get_rank() == 0:
             save_project(made, config, paths, None if choice.first_known_eod else tokenizer)
             finish_stage(paths, STAGE, inputs.options, inputs.digests, counts)

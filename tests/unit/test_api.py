@@ -21,6 +21,7 @@ from retro_mcore.stages.build_db import BuildDbConfig
 from retro_mcore.stages.build_index import BuildIndexConfig
 from retro_mcore.stages.preprocess_corpus import PreprocessCorpusConfig
 from retro_mcore.stages.query_neighbors import QueryNeighborsConfig
+from retro_mcore.stages.set_samples import SetSamplesConfig
 from retro_mcore.stages.update_db import UpdateDbConfig
 from retro_mcore.training.options.run import PretrainOptions
 
@@ -58,6 +59,7 @@ def test_an_unknown_name_is_an_attribute_error():
         (Project.build_db, ["self"], BuildDbConfig),
         (Project.build_index, ["self"], BuildIndexConfig),
         (Project.query_neighbors, ["self"], QueryNeighborsConfig),
+        (Project.set_samples, ["self"], SetSamplesConfig),
         (Project.update, ["self"], UpdateDbConfig),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,8 +40,7 @@ def make_project_config(
     Raises:
         ConfigurationError: there are more samples than can be numbered.
     """
-    train_samples = config.train_samples or _samples_of_epochs(config, datasets)
-    weights = config.input_weights or [1.0] * len(prefixes)
+    train_samples = _num_train_samples(config, datasets)
     rows = train_samples * (config.seq_length // config.retro_chunk_length)
     made = ProjectConfig(
         retro_block_size=config.retro_block_size or choose_shard_length(rows, _LONGEST_BLOCK),
@@ -52,11 +52,7 @@ def make_project_config(
         retro_gpt_eval_iters=config.eval_iters,
         retro_gpt_split=config.split,
         retro_gpt_seed=config.seed,
-        retro_gpt_data_path=[
-            item
-            for weight, prefix in zip(weights, prefixes, strict=True)
-            for item in (str(weight), prefix)
-        ],
+        retro_gpt_data_path=_data_path(config, prefixes),
         retro_gpt_tokenizer_type=files.type,
         retro_gpt_tokenizer_model=files.model,
         retro_gpt_vocab_file=files.vocab,
@@ -71,6 +67,47 @@ def make_project_config(
         made.retro_neighbor_dirs = before.retro_neighbor_dirs
         made.retro_database = before.retro_database
     return made
+
+
+def with_samples(
+    project: ProjectConfig, config: PreprocessCorpusConfig, datasets: Sequence[TokenFile]
+) -> ProjectConfig:
+    """The configuration of a project with other samples of the same documents.
+
+    Args:
+        project: Configuration of the project.
+        config: Configuration that the samples follow from.
+        datasets: Tokens of each dataset.
+
+    Raises:
+        ConfigurationError: more samples than can be numbered.
+    """
+    weights = config.input_weights or [1.0] * len(datasets)
+    path = project.retro_gpt_data_path
+    if weights != project.blend[0]:
+        path = _data_path(config, project.blend[1])
+    made = replace(
+        project,
+        retro_gpt_seq_length=config.seq_length,
+        retro_gpt_global_batch_size=config.global_batch_size,
+        retro_gpt_train_samples=_num_train_samples(config, datasets),
+        retro_gpt_eval_interval=config.eval_interval,
+        retro_gpt_eval_iters=config.eval_iters,
+        retro_gpt_seed=config.seed,
+        retro_gpt_data_path=path,
+    )
+    _check_numbers(made, config)
+    return made
+
+
+def _data_path(config: PreprocessCorpusConfig, prefixes: Sequence[str]) -> list[str]:
+    weights = config.input_weights or [1.0] * len(prefixes)
+    pairs = zip(map(str, weights), prefixes, strict=True)
+    return [item for pair in pairs for item in pair]
+
+
+def _num_train_samples(config: PreprocessCorpusConfig, datasets: Sequence[TokenFile]) -> int:
+    return config.train_samples or _samples_of_epochs(config, datasets)
 
 
 def save_project(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from retro_mcore.data.corpus.counts import read_counts, total
+from retro_mcore.data.tokens.layout import ends_and_padding
+from retro_mcore.data.tokens.splits import document_ranges
 from retro_mcore.data.tokens.token_file import TokenFile
-from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.config import SPLITS, ProjectConfig, Split
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.samples.passes import SplitPasses
 
@@ -51,6 +53,7 @@ def count_all(
     prefixes: Sequence[str],
     datasets: Sequence[TokenFile],
     passes: Sequence[SplitPasses],
+    padding: Mapping[Split, int],
 ) -> dict[str, Any]:
     """Counts of all datasets together, of each dataset, and of the samples of each split.
 
@@ -59,6 +62,7 @@ def count_all(
         prefixes: Name of each dataset.
         datasets: Tokens of each dataset.
         passes: Samples of each split.
+        padding: Tokens of padding in each split; empty if documents are not padded.
 
     Raises:
         CorruptFileError: a file of counts is damaged.
@@ -73,6 +77,31 @@ def count_all(
     }
     return {
         **total(list(each.values())),
-        "splits": {split.name: split.report for split in passes},
+        "splits": {
+            split.name: {
+                **split.report,
+                **({"padding_tokens": padding[split.name]} if padding else {}),
+            }
+            for split in passes
+        },
         "datasets": each,
     }
+
+
+def count_padding(
+    datasets: Sequence[TokenFile], split: str, chunk_length: int, eod: int
+) -> dict[Split, int]:
+    """Tokens of padding in the documents of each split.
+
+    Args:
+        datasets: Datasets of padded documents.
+        split: Percentages of training, validation and test documents.
+        chunk_length: M.
+        eod: Id of the end-of-document token.
+    """
+    padding: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+    for dataset in datasets:
+        for name, (start, end) in document_ranges(split, len(dataset)).items():
+            ends = ends_and_padding(dataset, start, end, chunk_length, eod)
+            padding[name] += int((ends - 1).sum())
+    return padding

@@ -11,6 +11,7 @@ from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.data.corpus.counts import read_counts
 from retro_mcore.data.tokenizers.loading import build_tokenizer, load_project_tokenizer
 from retro_mcore.data.tokens.indexed_dataset import write_indexed_dataset
+from retro_mcore.data.tokens.splits import document_ranges
 from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path, open_token_files
 from retro_mcore.errors import ConfigurationError, ProjectError, TokenizerError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
@@ -63,6 +64,11 @@ def test_documents_are_padded_to_whole_chunks(project):
     report = stage_report(ProjectPaths(project), "preprocess_corpus")
     assert report["padding_tokens"] == padding
     assert report["datasets"]["corpus_text_document"]["padding_tokens"] == padding
+    splits = {name: counts["padding_tokens"] for name, counts in report["splits"].items()}
+    assert sum(splits.values()) == padding
+    held_out = [file.sequence(i) for i in range(*document_ranges("60,20,20", len(TEXTS))["valid"])]
+    marked = [padding_mask(tokens, M, tokenizer.eod).sum() for tokens in held_out]
+    assert splits["valid"] == sum(marked)
     assert ProjectSettings.load(project).samples == "aligned"
     assert recorded_options(ProjectPaths(project), "preprocess_corpus")["--samples"] == "aligned"
 

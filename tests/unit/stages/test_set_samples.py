@@ -1,0 +1,114 @@
+"""`set_samples`: other samples of the same documents, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.cli.set_samples import SetSamplesOptions, set_samples
+from retro_mcore.errors import ConfigurationError, ProjectError, SeveralErrors
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.records import recorded_options, stage_report
+from retro_mcore.samples.retro_dataset import build_retro_datasets
+from tests.unit.data.aligned import M, aligned_database, save_tables
+from tests.unit.data.projects import built_project, documents, forget_neighbors, preprocess_options
+
+PREPROCESS = "preprocess_corpus"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    changes = {"input_weights": [0.5, 0.5], "train_epochs": 2.0, "train_samples": None}
+    made = aligned_database(tmp_path_factory.mktemp("set"), False, documents(11, 300), **changes)
+    return save_tables(made)
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "project")
+
+
+def change(project, **changes):
+    return set_samples(SetSamplesOptions(str(project), **changes))
+
+
+def test_other_samples_need_no_new_search(project, finished, capsys):
+    report = change(project, seq_length=6 * M, seed=9, train_samples=10, input_weights=[0.2, 0.8])
+    config = ProjectConfig.load(project)
+    assert report.config == config
+    assert (config.retro_gpt_seq_length, config.retro_gpt_seed) == (6 * M, 9)
+    assert config.retro_gpt_data_path[::2] == ["0.2", "0.8"]
+    assert set(report.changed) == {
+        "retro_gpt_seq_length",
+        "retro_gpt_seed",
+        "retro_gpt_train_samples",
+        "retro_gpt_data_path",
+    }
+    assert "retro_gpt_seed" in capsys.readouterr().out
+    train = build_retro_datasets(project)["train"]
+    assert len(train) == 10
+    assert train[0]["neighbor_tokens"].shape[0] == 6
+    # Earlier stages take the project as it is now.
+    build_db(BuildDbOptions(str(project), retro_doc_block_size=6))
+    counts = [stage_report(ProjectPaths(each), PREPROCESS) for each in (finished, project)]
+    assert counts[0]["datasets"] == counts[1]["datasets"]
+    assert counts[1]["splits"]["train"]["samples"] == 10
+    assert counts[0]["splits"]["train"]["padding_tokens"] > 0
+    paddings = [{n: s["padding_tokens"] for n, s in each["splits"].items()} for each in counts]
+    assert paddings[0] == paddings[1]
+
+
+def test_the_record_is_that_of_the_same_preprocessing(project, finished, tmp_path):
+    """The same files as if preprocess_corpus had been run with the new flags."""
+    changes = {"global_batch_size": 4, "eval_interval": 2, "eval_iters": 2, "seq_length": 2 * M}
+    change(project, **changes)
+    weights = {"input_weights": [0.5, 0.5], "train_epochs": 2.0, "train_samples": None}
+    fresh = aligned_database(tmp_path / "fresh", False, documents(11, 300), **weights, **changes)
+    mine, theirs = ProjectConfig.load(project), ProjectConfig.load(fresh)
+    theirs.retro_block_size = mine.retro_block_size
+    assert mine == theirs
+    records = [recorded_options(ProjectPaths(each), PREPROCESS) for each in (project, fresh)]
+    assert records[0] == records[1]
+    changed = change(project, train_epochs=1.0)
+    assert set(changed.changed) == {"retro_gpt_train_samples"}
+    assert not change(project).changed
+    change(project, train_samples=8)
+    assert recorded_options(ProjectPaths(project), PREPROCESS)["--train-epochs"] is None
+
+
+def test_impossible_values_are_refused_together_and_change_nothing(project):
+    before = (project / "config.json").read_bytes()
+    with pytest.raises(SeveralErrors, match=r"(?s)--seq-length: 40 .*--global-batch-size"):
+        change(project, seq_length=40, global_batch_size=0)
+    with pytest.raises(ConfigurationError, match="both given"):
+        change(project, train_samples=3, train_epochs=1.0)
+    with pytest.raises(ConfigurationError, match="--input-weights"):
+        change(project, input_weights=[1.0])
+    assert (project / "config.json").read_bytes() == before
+    shutil.rmtree(project / "stages")
+    with pytest.raises(ProjectError, match="another program made the project"):
+        change(project, seed=2)
+
+
+def test_a_packed_project_keeps_the_samples_that_were_searched(tmp_path):
+    project = shutil.copytree(built_project(), tmp_path / "project")
+    assert ProjectSettings.load(project).samples == "packed"
+    with pytest.raises(ProjectError, match="cannot change retro_gpt_seed: the project is packed"):
+        change(project, seed=7)
+    assert not change(project).changed
+
+
+def test_a_packed_project_may_change_before_its_search(tmp_path):
+    project = shutil.copytree(built_project(), tmp_path / "project")
+    forget_neighbors(project)
+    config = ProjectConfig.load(project)
+    config.retro_neighbor_dirs = dict.fromkeys(config.retro_neighbor_dirs)
+    config.save(project)
+    change(project, seed=7)
+    assert ProjectConfig.load(project).retro_gpt_seed == 7
+    with pytest.raises(ProjectError, match="--seed"):
+        preprocess_corpus(preprocess_options(project, built_project().parent / "corpus.jsonl"))
