@@ -209,23 +209,23 @@ def _samples(project: Path) -> tuple[Any, Any, int]:
 def fill(project: Path) -> dict[str, Any]:
     """Neighbors of the training samples without embedding and search: text, filter, saving."""
     from retro_mcore.project.shards import cut
-    from retro_mcore.retrieval import neighbor_search
+    from retro_mcore.retrieval import neighbor_search, query_chunks
 
     samples, tokenizer, length = _samples(project)
     paths, config = ProjectPaths(project), ProjectConfig.load(project)
     database, given = ChunkDatabase.open(project), np.load(project / "candidates.npy")
-    search = neighbor_search.NeighborSearch(
-        database, tokenizer, NoEmbedder(), chunk_length=length, num_query=CANDIDATES, num_save=SAVED
-    )
+    search = neighbor_search.NeighborSearch(database, num_query=CANDIDATES, num_save=SAVED)
+    embedder = query_chunks.ChunkEmbedder(tokenizer, NoEmbedder())
+    chunks = query_chunks.SampleChunks(samples, length, embedder)
     config.retro_neighbor_dirs = {"train": "train_filled", "valid": None, "test": None}
     shards = cut(paths.query / "train_filled", len(given), config.retro_block_size)
     faiss_library()  # the other side has imported it too
     watches = {name: Stopwatch() for name in ("read_chunks", "chunk_texts", "embed_unique")}
     for name, watch in watches.items():
-        setattr(neighbor_search, name, watch.around(getattr(neighbor_search, name)))
+        setattr(query_chunks, name, watch.around(getattr(query_chunks, name)))
     clock = Clock()
     neighbor_search.query_split(
-        search, samples, GivenIndex(given, len(database)), shards, "", "fill"
+        search, chunks, GivenIndex(given, len(database)), shards, "", "fill"
     )
     taken, embedding = clock.read(), watches.pop("embed_unique").seconds
     config.save(project)

@@ -10,7 +10,7 @@ from retro_mcore.cli.command import run_command
 from retro_mcore.cli.output import print_summary
 from retro_mcore.cli.project_options import ProjectOptions
 from retro_mcore.cli.tables.embedding import embedding_losses
-from retro_mcore.retrieval.neighbor_search import QueryCounts
+from retro_mcore.retrieval.query_chunks import QueryCounts
 from retro_mcore.stages.query_neighbors import (
     STAGE,
     QueryNeighborsConfig,
@@ -50,8 +50,17 @@ def print_report(report: QueryNeighborsReport) -> None:
 
 
 def _losses(counts: QueryCounts, num_saved: int, max_tokens: int | None) -> dict[str, object]:
-    """Rows for the chunks of a split that found too few neighbors, or were not read whole."""
+    """Rows for a split: where vectors came from, copies and missing neighbors, cut chunks."""
     losses = embedding_losses(counts, max_tokens)
+    if counts.vectors_stored:
+        embedded = counts.chunks - counts.vectors_stored
+        losses["vectors"] = f"{counts.vectors_stored} stored by build_index, {embedded} embedded"
+    if counts.copy_found:
+        share = counts.copy_found / max(counts.chunks, 1)
+        losses["exact copies"] = (
+            f"{counts.copy_found} of {counts.chunks} chunks ({share:.1%}) retrieve a chunk of the "
+            f"same tokens, {counts.nearest_is_copy} of them as their nearest neighbor"
+        )
     if counts.chunks_short:
         without = f", {counts.chunks_without} of them without any" if counts.chunks_without else ""
         losses[f"fewer than {num_saved} neighbors"] = (

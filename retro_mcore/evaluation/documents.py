@@ -28,6 +28,7 @@ from retro_mcore.project.shards import cut
 from retro_mcore.retrieval.neighbor_search import NeighborSearch, query_split
 from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
+from retro_mcore.retrieval.query_chunks import ChunkEmbedder, SampleChunks
 from retro_mcore.samples.project_samples import RenumberedSamples, numbers_in_database
 
 #: Number of preceding tokens decoded with a chunk, since some tokenizers drop a leading space.
@@ -191,17 +192,14 @@ def search_document_neighbors(
             num_query = min(max(breadth, num_save), len(search.database))
             fingerprint = _fingerprint(search, documents, num_save, num_query)
             # The EOD after a short chunk is padding. As a line break it adds no text.
+            embedder = ChunkEmbedder(tokenizer, search.load_embedder(device=device))
+            reranker = search.load_reranker(search.settings.rerank, tokenizer)
             neighbor_search = NeighborSearch(
-                search.database,
-                tokenizer,
-                search.load_embedder(device=device),
-                chunk_length=documents.chunk_length,
-                num_query=num_query,
-                num_save=num_save,
-                rerank=search.load_reranker(search.settings.rerank, tokenizer),
+                search.database, num_query=num_query, num_save=num_save, rerank=reranker
             )
             index = search.index.open(share=True, k=num_query)
             numbers = numbers_in_database(paths, search.config, search.source)
+            samples = RenumberedSamples(DocumentChunks(documents), numbers)
         directory = paths.query / f"{documents.split}_documents"
         shards = cut(directory, documents.num_chunks, search.config.retro_block_size)
         with raise_together():
@@ -209,7 +207,7 @@ def search_document_neighbors(
                 _remove_others(directory, {shard.path.name for shard in shards})
         query_split(
             neighbor_search,
-            RenumberedSamples(DocumentChunks(documents), numbers),
+            SampleChunks(samples, documents.chunk_length, embedder),
             index,
             shards,
             fingerprint,

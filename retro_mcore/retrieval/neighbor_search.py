@@ -1,4 +1,4 @@
-"""Search and save the neighbors of every chunk of a split's samples (query_neighbors)."""
+"""Search the neighbors of query chunks, and save them (query_neighbors)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ import h5py
 import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
-from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.distributed import any_rank, get_rank, get_world_size, raise_together
 from retro_mcore.errors import CorruptFileError
+from retro_mcore.progress import Progress
 from retro_mcore.project.hdf5 import read_counts
 from retro_mcore.project.markers import signed_write
 from retro_mcore.project.shards import Shard, ShardReport, missing_shards, run_shards
-from retro_mcore.retrieval.chunk_text import DocumentEnds, chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
 from retro_mcore.retrieval.index.faiss_search import search
 from retro_mcore.retrieval.index.shared import SharedIndex
-from retro_mcore.retrieval.query_chunks import QuerySamples, read_chunks
+from retro_mcore.retrieval.query_chunks import QueryChunks, QueryCounts
 from retro_mcore.retrieval.rerank import BM25
-from retro_mcore.retrieval.vectors import EmbeddingCounts
 
-#: Number of chunks embedded, searched and filtered at a time; bounds the memory.
+#: Number of chunks read, searched and filtered at a time; bounds the memory.
 BATCH = 4096
 #: Default number of candidates per chunk, before those of its own documents are dropped.
 NUM_QUERY = 200
@@ -44,32 +41,24 @@ Found = tuple[np.ndarray, np.ndarray]
 
 @dataclass
 class NeighborSearch:
-    """Searches, filters and saves the neighbors of a split's chunks.
+    """Searches, filters and saves the neighbors of query chunks.
 
     Attributes:
         database: The retrieval database.
-        tokenizer: The project's tokenizer.
-        embedder: The embedder that the index was built with.
-        chunk_length: M.
         num_query: Number of candidates per chunk; more if too few are from other documents.
-        num_save: Neighbors saved per chunk, none from the sample's own documents.
+        num_save: Neighbors saved per chunk, none from the chunk's own documents.
         rerank: Orders the remaining candidates; None: by distance.
-        document_ends: Text that the embedder reads at a document end inside a chunk.
     """
 
     database: ChunkDatabase
-    tokenizer: Tokenizer
-    embedder: Embedder
-    chunk_length: int
     num_query: int
     num_save: int
     rerank: BM25 | None = None
-    document_ends: DocumentEnds = "line break"
 
     def __post_init__(self) -> None:
         self.filter = DocumentFilter(self.database)
 
-    def shard(self, samples: QuerySamples, shard: Shard, path: Path, fingerprint: str) -> Steps:
+    def shard(self, chunks: QueryChunks, shard: Shard, path: Path, fingerprint: str) -> Steps:
         """Write one shard's neighbors to `path`, and their distances, one batch at a time.
 
         Yields:
@@ -89,15 +78,13 @@ class NeighborSearch:
             counts = QueryCounts()
             for start in range(shard.start, shard.end, BATCH):
                 end = min(start + BATCH, shard.end)
-                found = yield from self.batch(samples, start, end, counts)
+                found = yield from self.batch(chunks, start, end, counts)
                 here = slice(start - shard.start, end - shard.start)
                 neighbors[here], distances[here] = found
-                counts.chunks_short += int((found[0][:, -1] == NO_NEIGHBOR).sum())
-                counts.chunks_without += int((found[0][:, 0] == NO_NEIGHBOR).sum())
             distances_file["counts"] = counts.to_array()
 
     def batch(
-        self, samples: QuerySamples, start: int, end: int, counts: EmbeddingCounts | None = None
+        self, chunks: QueryChunks, start: int, end: int, counts: QueryCounts
     ) -> Generator[Request, Found, tuple[np.ndarray, np.ndarray]]:
         """Search rows [start, end): neighbors i64 and distances f32 [end - start, num_save].
 
@@ -105,12 +92,10 @@ class NeighborSearch:
             ConfigurationError: the embedder returns vectors that cannot be searched.
             CorruptFileError: the index returns ids that are not in the database.
         """
-        chunks, owners = read_chunks(samples, start, end, self.chunk_length)
-        texts = chunk_texts(self.tokenizer, chunks, self.document_ends)
-        vectors = embed_unique(self.embedder, texts, counts, start, "query chunk")
-        distances, candidates = yield vectors, self.num_query
+        query = chunks.read(start, end, counts)
+        distances, candidates = yield query.vectors, self.num_query
         require_found(distances, candidates, self.database)
-        neighbors, kept = self.select(chunks, candidates, distances, owners)
+        neighbors, kept = self.select(query.tokens, candidates, distances, query.owners)
         k = self.num_query
         while k < len(self.database):
             # Too few because many candidates are from the sample's own documents.
@@ -120,13 +105,24 @@ class NeighborSearch:
             if not len(short):
                 break
             k = min(_MORE * k, len(self.database))
-            more, wider = yield vectors[short], k
+            more, wider = yield query.vectors[short], k
             require_found(more, wider, self.database, may_be_empty=True)
             neighbors[short], kept[short] = self.select(
-                [chunks[row] for row in short], wider, more, rows_of(owners, short)
+                [query.tokens[row] for row in short], wider, more, rows_of(query.owners, short)
             )
             candidates[short, -1] = wider[:, -1]
+        self._count(query.tokens, neighbors, counts)
         return neighbors, kept
+
+    def _count(
+        self, tokens: Sequence[np.ndarray], neighbors: np.ndarray, counts: QueryCounts
+    ) -> None:
+        """Count rows with too few neighbors, and rows with a neighbor of the same tokens."""
+        counts.chunks_short += int((neighbors[:, -1] == NO_NEIGHBOR).sum())
+        counts.chunks_without += int((neighbors[:, 0] == NO_NEIGHBOR).sum())
+        copies = find_copies(self.database, tokens, neighbors)
+        counts.nearest_is_copy += int(copies[:, 0].sum())
+        counts.copy_found += int(copies.any(axis=1).sum())
 
     def select(
         self,
@@ -144,25 +140,36 @@ class NeighborSearch:
         return keep_first(candidates, distances, candidates >= 0, self.num_save)
 
 
-@dataclass
-class QueryCounts(EmbeddingCounts):
-    """Counts of the chunks that neighbors were searched for.
-
-    Attributes:
-        chunks_short: Chunks with fewer neighbors than requested.
-        chunks_without: Chunks without any.
-    """
-
-    chunks_short: int = 0
-    chunks_without: int = 0
-
-
 def count_queried(shards: Sequence[Shard]) -> QueryCounts:
     """Add up the counts in a split's files; files of older versions have none."""
     counts = QueryCounts()
     for shard in shards:
         counts.add(read_counts(distances_path(shard)))
     return counts
+
+
+def find_copies(
+    database: ChunkDatabase, chunks: Sequence[np.ndarray], neighbors: np.ndarray
+) -> np.ndarray:
+    """Mark the neighbors that have the same tokens as the chunk that they were found for.
+
+    Args:
+        database: The retrieval database.
+        chunks: Tokens of each chunk.
+        neighbors: Chunk ids [n, k], NO_NEIGHBOR where missing.
+
+    Returns:
+        bool [n, k].
+    """
+    lengths = np.array([len(chunk) for chunk in chunks])
+    queries = np.full((len(chunks), max(lengths, default=0)), -1, np.int64)
+    queries[np.arange(queries.shape[1]) < lengths[:, None]] = np.concatenate(chunks)
+    _, _, start, end, _ = np.moveaxis(database.chunks[np.maximum(neighbors, 0)], -1, 0)
+    copies = (neighbors != NO_NEIGHBOR) & (end - start == lengths[:, None])
+    rows, columns = np.nonzero(copies)
+    tokens, _ = database.padded_tokens(neighbors[rows, columns], queries.shape[1], -1)
+    copies[rows, columns] = (tokens == queries[rows]).all(axis=1)
+    return copies
 
 
 def require_found(
@@ -200,7 +207,7 @@ Steps = Generator[Request, Found, None]
 
 def query_split(
     neighbor_search: NeighborSearch,
-    samples: QuerySamples,
+    chunks: QueryChunks,
     index: Any,
     shards: Sequence[Shard],
     fingerprint: str,
@@ -210,7 +217,7 @@ def query_split(
 
     Args:
         neighbor_search: The search.
-        samples: Samples of the split.
+        chunks: Chunks of the split.
         index: The database's index; a SharedIndex if ranks share it.
         shards: Ranges of rows (chunks).
         fingerprint: Fingerprint of the inputs of the neighbors.
@@ -222,28 +229,34 @@ def query_split(
         missing, report = missing_shards(
             shards, fingerprint, description, row_bytes, distances_path
         )
-        _query_together(neighbor_search, samples, index, missing, fingerprint)
+        _query_together(neighbor_search, chunks, index, missing, fingerprint, description)
         return report
 
     def build(shard: Shard, path: Path) -> None:
-        answer(neighbor_search.shard(samples, shard, path, fingerprint), index)
+        answer(neighbor_search.shard(chunks, shard, path, fingerprint), index)
 
     return run_shards(shards, build, fingerprint, description, row_bytes, distances_path)
 
 
 def _query_together(
     neighbor_search: NeighborSearch,
-    samples: QuerySamples,
+    chunks: QueryChunks,
     index: SharedIndex,
     shards: Sequence[Shard],
     fingerprint: str,
+    description: str,
 ) -> None:
     """Build each shard on one rank, while all ranks search each other's queries in lockstep."""
+    own = shards[get_rank() :: get_world_size()]
+    hidden = get_rank() != 0 or not own
 
     def mine() -> Steps:
-        for shard in shards[get_rank() :: get_world_size()]:
-            with signed_write(shard.path, fingerprint) as temporary:
-                yield from neighbor_search.shard(samples, shard, temporary, fingerprint)
+        # Ranks take turns, so the first rank's shards show how far all are.
+        with Progress(description, len(own), hidden=hidden) as progress:
+            for shard in own:
+                with signed_write(shard.path, fingerprint) as temporary:
+                    yield from neighbor_search.shard(chunks, shard, temporary, fingerprint)
+                progress.update()
 
     steps, found = mine(), None
     nothing = np.empty((0, index.d), np.float32), 0

@@ -1,13 +1,91 @@
-"""The chunks of samples that neighbors are searched for, read in ranges of rows."""
+"""The chunks that neighbors are searched for, with their vectors, read in ranges of rows.
+
+They come from samples, which are embedded (`SampleChunks`), or from a chunk database, whose vectors
+may be stored already (`DatabaseChunks`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.retrieval.chunk_text import DocumentEnds, chunk_texts
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
 from retro_mcore.retrieval.filtering import SampleRows
+from retro_mcore.retrieval.vectors import EmbeddingCounts
+
+
+@dataclass
+class QueryCounts(EmbeddingCounts):
+    """Counts of the chunks that neighbors were searched for.
+
+    Attributes:
+        chunks_short: Chunks with fewer neighbors than are saved.
+        chunks_without: Chunks without any.
+        vectors_stored: Chunks searched with the vectors that build_index stored; the others were
+            embedded.
+        nearest_is_copy: Chunks whose nearest neighbor has the same tokens.
+        copy_found: Chunks that have a neighbor with the same tokens.
+    """
+
+    chunks_short: int = 0
+    chunks_without: int = 0
+    vectors_stored: int = 0
+    nearest_is_copy: int = 0
+    copy_found: int = 0
+
+
+@dataclass(frozen=True)
+class QueryBatch:
+    """Consecutive query chunks.
+
+    Attributes:
+        tokens: Tokens of each chunk, i64 [at most M].
+        vectors: f32 [n, dimension].
+        owners: The documents of each chunk, which its neighbors must not come from.
+    """
+
+    tokens: Sequence[np.ndarray]
+    vectors: np.ndarray
+    owners: Sequence[SampleRows]
+
+
+class QueryChunks(Protocol):
+    """Query chunks, numbered from 0."""
+
+    def read(self, start: int, end: int, counts: QueryCounts) -> QueryBatch:
+        """Read chunks [start, end) and count them.
+
+        Raises:
+            ConfigurationError: the embedder returns vectors that cannot be searched.
+        """
+
+
+@dataclass(frozen=True)
+class ChunkEmbedder:
+    """Embeds the text of chunks as build_index did.
+
+    Attributes:
+        tokenizer: The project's tokenizer.
+        embedder: The embedder that the index was built with.
+        document_ends: Text that the embedder reads for an end of document inside a chunk.
+    """
+
+    tokenizer: Tokenizer
+    embedder: Embedder
+    document_ends: DocumentEnds = "line break"
+
+    def embed(
+        self, chunks: Sequence[np.ndarray], first: int, counts: EmbeddingCounts | None = None
+    ) -> np.ndarray:
+        """Embed chunks, f32 [n, dimension]; `first` is the number of the first one, for errors."""
+        texts = chunk_texts(self.tokenizer, chunks, self.document_ends)
+        return embed_unique(self.embedder, texts, counts, first, "query chunk")
 
 
 class QuerySamples(Protocol):
@@ -17,6 +95,69 @@ class QuerySamples(Protocol):
 
     def read(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
         """Read a sample: tokens i64 [S+1], dataset number and document ids."""
+
+
+@dataclass(frozen=True)
+class SampleChunks:
+    """The chunks of a split's samples; chunk `sample · L + i` is the sample's i-th.
+
+    Attributes:
+        samples: The samples.
+        chunk_length: M.
+        embedder: Embeds their text.
+    """
+
+    samples: QuerySamples
+    chunk_length: int
+    embedder: ChunkEmbedder
+
+    def read(self, start: int, end: int, counts: QueryCounts) -> QueryBatch:
+        """See `QueryChunks.read`. Each sample is read once."""
+        chunks, owners = read_chunks(self.samples, start, end, self.chunk_length)
+        return QueryBatch(chunks, self.embedder.embed(chunks, start, counts), owners)
+
+
+@dataclass(frozen=True)
+class DatabaseChunks:
+    """The rows of a chunk database, each a chunk of one document.
+
+    Attributes:
+        database: The database.
+        numbers: Number of each of its datasets in the searched database; see
+            `numbers_in_database`.
+        embedder: Embeds their text, unless `stored` is given.
+        stored: Returns the stored vectors of rows [start, end), f32 [end - start, dimension].
+    """
+
+    database: ChunkDatabase
+    numbers: Sequence[int]
+    embedder: ChunkEmbedder
+    stored: Callable[[int, int], np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.database)
+
+    def read(self, start: int, end: int, counts: QueryCounts) -> QueryBatch:
+        """See `QueryChunks.read`."""
+        chunks = self.database.tokens(range(start, end))
+        if self.stored is None:
+            vectors = self.embedder.embed(chunks, start, counts)
+        else:
+            vectors = self.stored(start, end)
+            counts.chunks += len(vectors)
+            counts.vectors_stored += len(vectors)
+            counts.zero += int((~vectors.any(axis=1)).sum())
+        return QueryBatch(chunks, vectors, self._owners(start, end))
+
+    def _owners(self, start: int, end: int) -> list[SampleRows]:
+        """Each run of rows of one document."""
+        owners = self.database.documents(np.arange(start, end)).astype(np.int64)
+        changes = np.flatnonzero((owners[1:] != owners[:-1]).any(axis=1)) + 1
+        starts = [0, *changes.tolist()]
+        return [
+            SampleRows(first, last, self.numbers[owners[first, 0]], owners[first, 1:])
+            for first, last in zip(starts, [*starts[1:], len(owners)], strict=True)
+        ]
 
 
 def read_chunks(

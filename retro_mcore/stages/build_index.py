@@ -9,6 +9,7 @@ from retro_mcore.distributed import barrier, get_rank, initialize, raise_togethe
 from retro_mcore.errors import (
     ConfigurationError,
     CorruptFileError,
+    ProjectError,
     flag_of,
     raise_problems,
     too_small,
@@ -17,17 +18,22 @@ from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.integrity import verifying
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import check_stage, finish_stage, input_digests
+from retro_mcore.project.records import (
+    check_stage,
+    finish_stage,
+    input_digests,
+    recorded_inputs,
+)
 from retro_mcore.project.shards import ShardReport, Share
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.dataset_infos import read_dataset_infos
 from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER
 from retro_mcore.retrieval.index import AUTO, IndexChoice, Recall, parse_bytes
 from retro_mcore.retrieval.index.build import IndexBuild, IndexOptions, read_recall
-from retro_mcore.retrieval.index.embeddings import count_embedded
+from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, count_embedded
 from retro_mcore.retrieval.index.gpu import num_gpus
 from retro_mcore.retrieval.index.inherited import InheritedIndex
-from retro_mcore.stages.configuration import Project, project_paths
+from retro_mcore.stages.configuration import Project, project_paths, recorded_config
 from retro_mcore.stages.database_embedding import (
     DatabaseEmbedding,
     EmbeddedDatabase,
@@ -255,6 +261,22 @@ class _Run:
         settings.index_string, settings.index_split = choice.string, config.split_index
         settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search
         settings.save(self._paths.root)
+
+
+def stored_embeddings(paths: ProjectPaths) -> EmbeddingFiles:
+    """The files of the vectors that a project's finished index was built from.
+
+    Raises:
+        ProjectError: build_index has not finished, or the database is missing.
+    """
+    config = recorded_config(paths, STAGE, BuildIndexConfig)
+    if config is None:
+        record = paths.stage_record(STAGE)
+        raise ProjectError(record, "no such file", f"Run build_index --project-dir {paths.root}")
+    project, settings = ProjectConfig.load(paths.root), ProjectSettings.load(paths.root)
+    database = ChunkDatabase.open(paths.root, own=True)
+    made_from = [_embedding_options(config, project), recorded_inputs(paths, STAGE)]
+    return DatabaseEmbedding(paths, project, settings, database, made_from).embedded
 
 
 def _check_counts(paths: ProjectPaths, database: ChunkDatabase) -> None:

@@ -1,8 +1,12 @@
-"""Search the neighbors of every training, validation and test chunk, and save them."""
+"""Search the neighbors of every training, validation and test chunk, and save them.
+
+The chunks are those of the samples, or in an aligned project those of the merged databases, which
+all samples consist of; see `query_tables`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,27 +20,23 @@ from retro_mcore.project.integrity import verifying
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import check_stage, finish_stage
+from retro_mcore.project.records import check_stage, finish_stage, input_digests, require_stage
 from retro_mcore.project.shards import ShardReport, cut
-from retro_mcore.retrieval.neighbor_search import (
-    NeighborSearch,
-    QueryCounts,
-    count_queried,
-    query_split,
-)
+from retro_mcore.retrieval.neighbor_search import NeighborSearch, count_queried, query_split
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
+from retro_mcore.retrieval.query_chunks import ChunkEmbedder, QueryCounts
 from retro_mcore.retrieval.rerank import save_token_counts
-from retro_mcore.samples.project_samples import (
-    GPTSamples,
-    RenumberedSamples,
-    build_all_gpt_samples,
-    numbers_in_database,
-    remove_truncated_cache,
-)
+from retro_mcore.samples.project_samples import numbers_in_database, remove_truncated_cache
 from retro_mcore.stages.configuration import Project, project_paths
+from retro_mcore.stages.query_tables import MERGED, QueryTable, database_tables, sample_tables
 
 STAGE = "query_neighbors"
 _LEAST = {"num_neighbors_query": 1, "num_neighbors_save": 1, "embed_batch_size": 1}
+#: Keys of config.json that decide which samples are cut, but no chunk of an aligned project.
+_OF_SAMPLES = (
+    "retro_gpt_seed", "retro_gpt_seq_length", "retro_gpt_train_samples", "retro_gpt_data_path",
+    "retro_gpt_global_batch_size", "retro_gpt_eval_interval", "retro_gpt_eval_iters",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -66,6 +66,9 @@ class QueryNeighborsConfig:
 @dataclass(frozen=True)
 class QueryNeighborsReport:
     """The result of `run`, per split that has samples.
+
+    In an aligned project "train" and "valid" are the merged databases; "valid" holds all held-out
+    documents.
 
     Attributes:
         config: The configuration of the run.
@@ -151,12 +154,15 @@ class _Run:
         self._search = open_search(paths, other or paths)
         self._project = self._search.config
         self._tokenizer = load_project_tokenizer(self._project, paths)
+        self._aligned = self._search.settings.samples == "aligned"
         self._num_query = self._search.num_candidates(config.num_neighbors_query)
         self._options = _recorded_options(config, self._search, self._num_query)
         searched = self._search.database_digests()
         self._inputs = {**self._search.token_digests(), **searched}
+        if self._aligned:
+            self._inputs |= _database_digests(paths)
         self._tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
-        output = _first_output(self._project, paths) if other is None else paths.query / "none"
+        output = self._first_output() if other is None else paths.query / "none"
         self._fingerprint = check_stage(paths, self._record, self._options, self._inputs, output)
 
     @property
@@ -169,13 +175,11 @@ class _Run:
             self._open()
         with raise_together():  # rank 0 has counted the tokens
             self._neighbor_search = self._make_neighbor_search()
-        max_tokens = self._embedder.max_tokens
+        max_tokens = self._embedder.embedder.max_tokens
         report = QueryNeighborsReport(self._config, {}, {}, {}, self._num_query, max_tokens)
         directories: dict[str, str | None] = dict.fromkeys(SPLITS)
-        splits = build_all_gpt_samples(self._project, self._paths, self._tokenizer)
-        for split, samples in splits.items():
-            if samples is not None:
-                directories[split] = self._query(split, samples, report)
+        for table in self._tables():
+            directories[table.split] = self._query(table, report)
         with raise_together():
             if get_rank() == 0:
                 self._finish(report.counts, directories)
@@ -186,7 +190,9 @@ class _Run:
         """Load the embedder and the index."""
         config, search = self._config, self._search
         device = str(setup_device(config.device))  # type: ignore[arg-type]
-        self._embedder = search.load_embedder(config.embed_batch_size, device, config.embed_fp16)
+        embedder = search.load_embedder(config.embed_batch_size, device, config.embed_fp16)
+        ends = search.source_settings.document_ends
+        self._embedder = ChunkEmbedder(self._tokenizer, embedder, ends)
         self._index = search.index.open(share=True, k=self._num_query, gpu=config.faiss_gpu)
         self._numbers = numbers_in_database(self._paths, self._project, search.source)
         if get_rank() == 0:
@@ -196,28 +202,28 @@ class _Run:
 
     def _make_neighbor_search(self) -> NeighborSearch:
         search, config = self._search, self._config
+        reranker = search.load_reranker(config.rerank, self._tokenizer)
         return NeighborSearch(
             search.database,
-            self._tokenizer,
-            self._embedder,
-            chunk_length=self._project.retro_gpt_chunk_length,
             num_query=self._num_query,
             num_save=config.num_neighbors_save,
-            rerank=search.load_reranker(config.rerank, self._tokenizer),
-            document_ends=search.source_settings.document_ends,
+            rerank=reranker,
         )
 
-    def _query(self, split: Split, samples: GPTSamples, report: QueryNeighborsReport) -> str:
-        """Search one split and add it to the report. Returns its directory's name."""
-        # A finished directory keeps its name if the project was moved.
-        kept = self._project.retro_neighbor_dirs.get(split)
-        name = (kept or f"{split}_{samples.description_hash}") + self._tag
-        rows = len(samples) * self._project.chunks_per_sample
-        report.num_chunks[split] = rows
-        shards = cut(self._paths.query / name, rows, self._project.retro_block_size)
+    def _tables(self) -> Iterable[QueryTable]:
+        if not self._aligned:
+            return sample_tables(self._search, self._tokenizer, self._embedder, self._numbers)
+        with raise_together():
+            return database_tables(self._search, self._embedder, self._numbers)
+
+    def _query(self, table: QueryTable, report: QueryNeighborsReport) -> str:
+        """Search one table and add it to the report. Returns its directory's name."""
+        split, name = table.split, table.directory + self._tag
+        report.num_chunks[split] = table.num_chunks
+        shards = cut(self._paths.query / name, table.num_chunks, self._project.retro_block_size)
         report.reports[split] = query_split(
             self._neighbor_search,
-            RenumberedSamples(samples, self._numbers),
+            table.chunks,
             self._index,
             shards,
             self._fingerprint,
@@ -227,6 +233,15 @@ class _Run:
             report.counts[split] = count_queried(shards)
         return name
 
+    def _first_output(self) -> Path:
+        """A file of the neighbors that the project names; if none, one that does not exist."""
+        named = self._project.retro_neighbor_dirs
+        names = [name for name in named.values() if name is not None]
+        names += (self._search.settings.chunk_neighbor_dirs or {}).values()
+        query = self._paths.query
+        files = [file for name in names for file in sorted((query / name).glob("*.hdf5"))]
+        return files[0] if files else query / "none"
+
     def _finish(
         self, counts: Mapping[Split, QueryCounts], directories: dict[str, str | None]
     ) -> None:
@@ -235,16 +250,22 @@ class _Run:
             split: asdict(found) for split, found in counts.items() if found.chunks
         }
         finish_stage(self._paths, self._record, self._options, self._inputs, counted or None)
+        searched = {split: name for split, name in directories.items() if name is not None}
         if self._other is None:
-            self._project.retro_neighbor_dirs = directories
             settings = self._search.settings
+            if self._aligned:
+                settings.chunk_neighbor_dirs = searched
+                # Other readers would take these rows for those of samples.
+                directories = dict.fromkeys(SPLITS)
+            self._project.retro_neighbor_dirs = directories
             settings.num_neighbors_query = self._num_query
             settings.num_neighbors_save = self._config.num_neighbors_save
             settings.rerank = self._config.rerank
             settings.save(self._paths.root)
         else:
             place = _place(self._search.source, self._paths)
-            self._project.retro_database = OtherDatabase(place, directories)
+            names = dict(searched) if self._aligned else directories
+            self._project.retro_database = OtherDatabase(place, names)
         self._project.save(self._paths.root)
 
 
@@ -267,12 +288,30 @@ def _recorded_options(
             if settings.document_ends != "line break"
             else {}
         ),
-        **{
-            key: getattr(project, key)
-            for key in vars(project)
-            if key.startswith(("retro_gpt_", "retro_block_size")) and not key.endswith("cache_path")
-        },
+        **{key: getattr(project, key) for key in _recorded_keys(search)},
     }
+
+
+def _recorded_keys(search: ProjectSearch) -> list[str]:
+    """Keys of config.json that the neighbors depend on."""
+    # In an aligned project, the chunks are those of the documents, whatever the samples are.
+    of_samples = _OF_SAMPLES if search.settings.samples == "aligned" else ()
+    return [
+        key
+        for key in vars(search.config)
+        if key.startswith(("retro_gpt_", "retro_block_size"))
+        and not key.endswith("cache_path")
+        and key not in of_samples
+    ]
+
+
+def _database_digests(paths: ProjectPaths) -> dict[str, str]:
+    """Digests of the project's own databases, whose chunks are searched for."""
+    files = [paths.merged_db(name) for name in MERGED]
+    for file in files:
+        require_stage(paths, file, "build_db")
+    found = input_digests(paths, files)
+    return {f"{name} (searched for)": digest for name, digest in found.items()}
 
 
 def _place(source: ProjectPaths, paths: ProjectPaths) -> str:
@@ -298,11 +337,3 @@ def _refuse_finished(paths: ProjectPaths) -> None:
             "holds the neighbors of every split already, searched by another program",
             f"This project is complete: go on with pretrain_retro --project-dir {paths.root}",
         )
-
-
-def _first_output(config: ProjectConfig, paths: ProjectPaths) -> Path:
-    """A file of the neighbors that config.json names; a path that does not exist if there is
-    none."""
-    names = [name for name in config.retro_neighbor_dirs.values() if name is not None]
-    files = [file for name in names for file in sorted((paths.query / name).glob("*.hdf5"))]
-    return files[0] if files else paths.query / "none"

@@ -277,7 +277,7 @@ def test_documents_are_searched_as_broadly_as_the_project_s_samples(
     settings = replace(ProjectSettings.load(project), num_neighbors_query=recorded)
     monkeypatch.setattr(ProjectSettings, "load", lambda folder: settings)
 
-    def search(database, tokenizer, embedder, chunk_length, num_query, num_save, rerank):
+    def search(database, num_query, num_save, rerank):
         raise InterruptedError(num_query)
 
     monkeypatch.setattr(documents, "NeighborSearch", search)

@@ -39,7 +39,7 @@ class InheritedIndex:
         self._base = ProjectPaths((paths.root / str(settings.grown_from)).resolve())
         rows = ChunkDatabase.open(paths.root, own=True).chunks
         old = ChunkDatabase.open(self._base.root, own=True).chunks
-        if not (len(old) == self._growth[-1] <= len(rows) and _begins_with(rows, old)):
+        if not (len(old) == self._growth[-1] <= len(rows) and begins_with(rows, old)):
             raise ProjectError(
                 paths.merged_db("train"),
                 f"does not begin with the rows of {self._base.root}, which it was grown from",
@@ -71,8 +71,9 @@ class InheritedIndex:
         return adopt(theirs, self._paths.empty_index(index_string), fingerprint)
 
 
-def _begins_with(rows: np.ndarray, old: np.ndarray) -> bool:
-    return all(
+def begins_with(rows: np.ndarray, old: np.ndarray) -> bool:
+    """Whether a database's rows begin with all of another's."""
+    return len(old) <= len(rows) and all(
         np.array_equal(old[start : start + _BATCH], rows[start : start + _BATCH][: len(old)])
         for start in range(0, len(old), _BATCH)
     )

@@ -12,6 +12,7 @@ from retro_mcore.retrieval import filtering
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
 from retro_mcore.retrieval.neighbor_search import NeighborSearch, answer
+from retro_mcore.retrieval.query_chunks import ChunkEmbedder, QueryCounts, SampleChunks
 from retro_mcore.retrieval.rerank import BM25, K1, B, count_tokens
 from tests.unit.data.projects import built_project
 
@@ -105,8 +106,9 @@ def test_a_search_goes_on_until_there_are_enough_neighbors(database):
     tokenizer = load_project_tokenizer(ProjectConfig.load(paths.root), paths)
     samples, index = OneSample(database, 16), Rising(len(database))
     samples.tokens = np.resize(samples.tokens, 33)
-    search = NeighborSearch(database, tokenizer, Embedder(), 16, num_query=4, num_save=2)
-    ids, distances = answer(search.batch(samples, 0, 2), index)
+    chunks = SampleChunks(samples, 16, ChunkEmbedder(tokenizer, Embedder()))
+    search = NeighborSearch(database, num_query=4, num_save=2)
+    ids, distances = answer(search.batch(chunks, 0, 2, QueryCounts()), index)
     others = np.flatnonzero(~np.isin(database.chunks[:, 1], samples.own))[:2]
     assert len(others) == 2
     assert ids.tolist() == [others.tolist()] * 2

@@ -1,0 +1,93 @@
+"""The tables of neighbors that query_neighbors fills, and the chunks of each.
+
+A packed project has a table per split, with a row for each chunk of each sample. An aligned one has
+a table per merged database, with a row for each of its rows: every chunk of a sample is one of
+them. The table "valid" serves validation and test samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from retro_mcore.data.tokenizers.loading import Tokenizer
+from retro_mcore.project.config import Split
+from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.project_search import ProjectSearch
+from retro_mcore.retrieval.query_chunks import (
+    ChunkEmbedder,
+    DatabaseChunks,
+    QueryChunks,
+    SampleChunks,
+)
+from retro_mcore.samples.project_samples import RenumberedSamples, build_all_gpt_samples
+from retro_mcore.stages.stored_vectors import vectors_of_rows
+
+MERGED: tuple[Split, ...] = ("train", "valid")
+
+
+@dataclass(frozen=True)
+class QueryTable:
+    """Chunks whose neighbors are saved in one directory.
+
+    Attributes:
+        split: The split; in an aligned project, the merged database.
+        directory: Name of the directory under `query/`.
+        chunks: The chunks.
+        num_chunks: Number of chunks.
+    """
+
+    split: Split
+    directory: str
+    chunks: QueryChunks
+    num_chunks: int
+
+
+def sample_tables(
+    search: ProjectSearch, tokenizer: Tokenizer, embedder: ChunkEmbedder, numbers: list[int]
+) -> Iterator[QueryTable]:
+    """The tables of a packed project's samples. All ranks must call this.
+
+    Args:
+        search: The project and the database that is searched.
+        tokenizer: The project's tokenizer.
+        embedder: Embeds the chunks.
+        numbers: Number of each of the project's datasets in the database.
+    """
+    config = search.config
+    splits = build_all_gpt_samples(config, search.paths, tokenizer)
+    for split, samples in splits.items():
+        if samples is None:
+            continue
+        # A finished directory keeps its name in a project that was moved.
+        kept = config.retro_neighbor_dirs.get(split)
+        renumbered = RenumberedSamples(samples, numbers)
+        chunks = SampleChunks(renumbered, config.retro_gpt_chunk_length, embedder)
+        rows = len(samples) * config.chunks_per_sample
+        yield QueryTable(split, kept or f"{split}_{samples.description_hash}", chunks, rows)
+
+
+def database_tables(
+    search: ProjectSearch, embedder: ChunkEmbedder, numbers: list[int]
+) -> list[QueryTable]:
+    """The tables of an aligned project's merged databases; a database without rows has none.
+
+    Training chunks are searched with the vectors that build_index stored.
+
+    Args:
+        search: The project and the database that is searched.
+        embedder: Embeds the chunks that have no stored vectors.
+        numbers: Number of each of the project's datasets in the database.
+
+    Raises:
+        ProjectError: build_db or build_index has not run.
+        CorruptFileError: a database is damaged.
+    """
+    tables = []
+    for split in MERGED:
+        own = ChunkDatabase.open(search.paths.root, split, own=True)
+        stored = vectors_of_rows(search, own, numbers) if split == "train" else None
+        chunks = DatabaseChunks(own, numbers, embedder, stored)
+        if len(own):
+            tables.append(QueryTable(split, f"chunks_{split}", chunks, len(own)))
+    return tables
