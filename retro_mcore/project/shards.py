@@ -64,14 +64,24 @@ def cut(directory: Path, count: int, shard_length: int, growth: Sequence[int] = 
         shard_length: Rows per shard; the last one may be shorter.
         growth: Earlier numbers of rows. Shards also end there, so earlier shards are reused.
     """
-    if count <= 0:
+    return name_shards(
+        directory,
+        [
+            (start, min(start + shard_length, last))
+            for first, last in itertools.pairwise([0, *growth, count])
+            for start in range(first, last, shard_length)
+        ],
+    )
+
+
+def name_shards(directory: Path, bounds: Sequence[tuple[int, int]]) -> list[Shard]:
+    """Shards of consecutive ranges of rows, with upstream's names; see `cut`."""
+    if not bounds:
         return []
-    digits = math.ceil(math.log(count) / math.log(10)) + 1
+    digits = math.ceil(math.log(bounds[-1][1]) / math.log(10)) + 1
     return [
         Shard(start, end, directory / f"{start:0{digits}d}-{end:0{digits}d}.hdf5")
-        for first, last in itertools.pairwise([0, *growth, count])
-        for start in range(first, last, shard_length)
-        for end in [min(start + shard_length, last)]
+        for start, end in bounds
     ]
 
 

@@ -202,6 +202,7 @@ class _Run:
             self._check_stage(),
             _wanted_index(config),
             inherited,
+            self._settings.growth,
         )
 
     def _inherit(self, embedding_options: dict[str, Any]) -> InheritedIndex | None:

@@ -8,6 +8,7 @@ work was divided.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,9 @@ from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, Embeddings, r
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts, save_index
 from retro_mcore.retrieval.index.filling import (
     add_part,
-    cut_parts,
+    exact_path,
+    extend_index,
+    find_parts,
     merge_on_disk,
     merge_parts,
     stored_bytes,
@@ -81,6 +84,7 @@ class IndexBuild:
         fingerprint: Fingerprint of the embeddings and options that the index is made from.
         wanted: The index to build.
         inherited: Index of the project that this one was extended from, if it may be reused.
+        growth: Number of vectors before each extension of the database.
     """
 
     paths: ProjectPaths
@@ -89,6 +93,7 @@ class IndexBuild:
     fingerprint: str
     wanted: IndexOptions
     inherited: InheritedIndex | None = None
+    growth: Sequence[int] = ()
 
     @cached_property
     def embeddings(self) -> Embeddings:
@@ -192,13 +197,13 @@ class IndexBuild:
             raise ProjectError(self.paths.index_choice, "no trained index", self._hint("train"))
         folder = self.paths.index_parts(self.choice.string)  # type: ignore[union-attr]
         kind = kind_of(load_index(empty))
-        return cut_parts(folder, len(self.embeddings), kind, self.block_size)
+        return find_parts(folder, len(self.embeddings), kind, self.block_size, self.growth)
 
     def add(self, share: Share | None = None) -> ShardReport:
         """Add vectors, one file per part, on all ranks; with `share`, only that job's parts.
 
-        The exact neighbors of the held-out queries in each part are saved with it, to measure the
-        recall.
+        An extended index keeps its old parts. The exact neighbors of the held-out queries in each
+        part are saved with it, to measure the recall.
 
         Raises:
             ProjectError: the index is not trained, or embeddings are missing.
@@ -211,14 +216,30 @@ class IndexBuild:
         inputs = [held_out, *needed.values()]
         require_shards(inputs, self.embedded.fingerprint, self._hint("embed"))
         queries = read_held_out(self.paths.held_out)
-        trained = load_index(self.paths.empty_index(self.choice.string))  # type: ignore[union-attr]
+        string = self.choice.string  # type: ignore[union-attr]
+        trained = load_index(self.paths.empty_index(string))
+        with raise_together():
+            filled = self._inherit(parts, string, kind_of(trained))
 
         def build(part: Shard, path: Path) -> None:
             write_exact(self.embeddings, queries, part, exact_path(part), self.fingerprint)
-            add_part(trained, self.embeddings, part, path, self.wanted.gpu)
+            if filled is not None:
+                extend_index(filled, self.embeddings, path)
+            else:
+                add_part(trained, self.embeddings, part, path, self.wanted.gpu)
 
         row_bytes = float(stored_bytes(trained, 1))
         return run_shards(parts, build, self.fingerprint, "add to index", row_bytes, exact_path)
+
+    def _inherit(self, parts: list[Shard], string: str, kind: IndexKind) -> Path | None:
+        """Link old parts, on rank 0. Returns the old index if it cannot be cut into parts."""
+        if self.inherited is None:
+            return None
+        if kind is IndexKind.WHOLE:
+            return self.inherited.filled_index(string)
+        if get_rank() == 0:
+            self.inherited.link_parts(parts, string, kind, self.fingerprint)
+        return None
 
     def merge(self) -> Recall:
         """Merge the parts into one index unless it is split, and measure its recall.
@@ -275,11 +296,6 @@ class IndexBuild:
 
     def _hint(self, step: str) -> str:
         return f"Run build_index --project-dir {self.paths.root} --stage {step} first"
-
-
-def exact_path(part: Shard) -> Path:
-    """File of the held-out queries' exact neighbors among a part's rows."""
-    return part.path.parent / "exact" / f"{part.path.stem}.hdf5"
 
 
 def training_rows_of(paths: ProjectPaths) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from retro_mcore.progress import track
 from retro_mcore.project.markers import signed_write
-from retro_mcore.project.shards import Shard, choose_shard_length, cut
+from retro_mcore.project.shards import Shard, choose_shard_length, name_shards
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.files import (
     lists_path,
@@ -37,7 +37,9 @@ _ENCODED = 4096
 _ADD_BATCH = 65_536
 
 
-def cut_parts(directory: Path, count: int, kind: IndexKind, block_size: int) -> list[Shard]:
+def cut_parts(
+    directory: Path, count: int, kind: IndexKind, block_size: int, growth: Sequence[int] = ()
+) -> list[Shard]:
     """Cut an index into parts, one file each, independent of the number of ranks or jobs.
 
     Args:
@@ -45,16 +47,42 @@ def cut_parts(directory: Path, count: int, kind: IndexKind, block_size: int) -> 
         count: Number of vectors.
         kind: Kind of the index; an index that cannot be merged has a single part.
         block_size: The project's rows per file; parts are at least this long, up to a limit.
+        growth: Earlier numbers of vectors. The parts that the index had then are kept.
     """
+    suffix = ".invlists" if kind is IndexKind.LISTS else ".faissindex"
+    bounds = [(0, count)] if kind is IndexKind.WHOLE else []
+    if kind is not IndexKind.WHOLE:
+        for first, last in pairwise([0, *growth, count]):
+            length = _part_length(last - first, block_size)
+            if kind is IndexKind.CODES:  # a part that ends within a block is not kept
+                first -= first % _FLAT_BLOCK
+                last -= last % _FLAT_BLOCK if last != count else 0
+            bounds += [(start, min(start + length, last)) for start in range(first, last, length)]
+    parts = name_shards(directory, bounds)
+    return [Shard(part.start, part.end, part.path.with_suffix(suffix)) for part in parts]
+
+
+def _part_length(count: int, block_size: int) -> int:
     shortest = min(_SHORTEST_PART, block_size)
     length = choose_shard_length(count, _LONGEST_PART, shards=64, shortest=shortest)
-    if length > _FLAT_BLOCK:
-        length = math.ceil(length / _FLAT_BLOCK) * _FLAT_BLOCK
-    suffix = ".invlists" if kind is IndexKind.LISTS else ".faissindex"
-    return [
-        Shard(part.start, part.end, part.path.with_suffix(suffix))
-        for part in cut(directory, count, count if kind is IndexKind.WHOLE else length)
-    ]
+    return math.ceil(length / _FLAT_BLOCK) * _FLAT_BLOCK if length > _FLAT_BLOCK else length
+
+
+def find_parts(
+    directory: Path, count: int, kind: IndexKind, block_size: int, growth: Sequence[int]
+) -> list[Shard]:
+    """The parts of an index: as `cut_parts`, or as older versions cut them, which forgot growth."""
+    parts = cut_parts(directory, count, kind, block_size, growth)
+    if growth and not all(part.path.is_file() for part in parts):
+        older = cut_parts(directory, count, kind, block_size)
+        if all(part.path.is_file() for part in older):
+            return older
+    return parts
+
+
+def exact_path(part: Shard) -> Path:
+    """File of the held-out queries' exact neighbors among a part's rows."""
+    return part.path.parent / "exact" / f"{part.path.stem}.hdf5"
 
 
 def add_part(
@@ -81,6 +109,19 @@ def add_part(
     else:
         save_index(trained, path)
     trained.reset()
+
+
+def extend_index(filled: Path, embeddings: Embeddings, path: Path) -> None:
+    """Write an index that holds a database's first vectors with all others added to it.
+
+    Args:
+        filled: An index that cannot be merged, such as a graph.
+        embeddings: The database's vectors.
+        path: The file to write.
+    """
+    index = load_index(filled)
+    add_to_index(index, embeddings, index.ntotal)
+    save_index(index, path)
 
 
 def _batches(embeddings: Embeddings, part: Shard) -> Iterator[tuple[np.ndarray, np.ndarray]]:

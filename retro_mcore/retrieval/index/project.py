@@ -19,7 +19,7 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import require_stage
 from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts
-from retro_mcore.retrieval.index.filling import cut_parts
+from retro_mcore.retrieval.index.filling import find_parts
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus, to_gpu_for_search
 from retro_mcore.retrieval.index.shared import SharedIndex
 from retro_mcore.retrieval.index.training import kind_of
@@ -52,7 +52,7 @@ class ProjectIndex:
             require_stage(paths, self._empty, "build_index")
             folder = paths.index_parts(settings.index_string)
             kind = kind_of(load_index(self._empty))
-            self._parts = cut_parts(folder, num_vectors, kind, block_size)
+            self._parts = find_parts(folder, num_vectors, kind, block_size, settings.growth)
         else:
             require_stage(paths, self._added, "build_index")
 
