@@ -20,7 +20,7 @@ from retro_mcore.data.tokens.token_file import TokenSource, open_token_files
 from retro_mcore.distributed import get_rank, get_world_size, raise_together
 from retro_mcore.errors import ProjectError
 from retro_mcore.evaluation.scoring import sum_over_world
-from retro_mcore.project.config import ProjectConfig, Split
+from retro_mcore.project.config import ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
@@ -103,6 +103,7 @@ class HeldOutDocuments:
             ProjectError: the split has no document to evaluate.
         """
         config, paths = ProjectConfig.load(project_dir), ProjectPaths(project_dir)
+        aligned = ProjectSettings.load(project_dir).samples == "aligned"
         sources = open_token_files(config, paths)
         corpora, numbers, lengths, num_too_short = [], [], [], 0
         num_in_split = []
@@ -110,8 +111,7 @@ class HeldOutDocuments:
             start, end = document_ranges(config.retro_gpt_split, len(source))[split]
             num_in_split.append(end - start)
             for number in range(start, end if limit is None else min(end, start + limit)):
-                tokens = source.sequence(number)
-                length = len(tokens) - int(len(tokens) > 0 and tokens[-1] == eod)
+                length = text_length(source.sequence(number), eod, aligned)
                 if length > 1:
                     corpora.append(corpus)
                     numbers.append(number)
@@ -137,6 +137,14 @@ class HeldOutDocuments:
             num_too_short=num_too_short,
             num_in_split=tuple(num_in_split),
         )
+
+
+def text_length(tokens: np.ndarray, eod: int, aligned: bool) -> int:
+    """Number of tokens before a document's EOD, which padding may follow if it is aligned."""
+    if aligned:
+        ends = np.flatnonzero(tokens == eod)
+        return int(ends[0]) if len(ends) else len(tokens)
+    return len(tokens) - int(len(tokens) > 0 and tokens[-1] == eod)
 
 
 @dataclass(frozen=True)

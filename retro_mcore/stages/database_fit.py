@@ -6,7 +6,7 @@ from typing import Any
 
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.errors import ProjectError
-from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.markers import checksum
 from retro_mcore.project.paths import ProjectPaths
 
@@ -31,6 +31,7 @@ def check_database_fits(paths: ProjectPaths, config: ProjectConfig, target: Proj
             f"{config.retro_gpt_chunk_length}",
             "Build it with the same --retro-chunk-length",
         )
+    _check_samples(paths, target)
     mine = load_project_tokenizer(config, paths)
     theirs = load_project_tokenizer(other, target)
     if _contents(mine) != _contents(theirs):
@@ -38,6 +39,18 @@ def check_database_fits(paths: ProjectPaths, config: ProjectConfig, target: Proj
             target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
         )
     _check_beginnings(paths, mine, target, theirs)
+
+
+def _check_samples(paths: ProjectPaths, target: ProjectPaths) -> None:
+    """Refuse documents that are laid out otherwise: a sample's own could not be recognized."""
+    mine, theirs = (ProjectSettings.load(each.root).samples for each in (paths, target))
+    if mine != theirs:
+        raise ProjectError(
+            target.root,
+            f"has {theirs} samples, {paths.root} {mine} ones, so that documents that are in both "
+            "could not be recognized",
+            f"Build it with preprocess_corpus --samples {mine}",
+        )
 
 
 def _check_beginnings(

@@ -48,14 +48,15 @@ def make_grown_project(
         ProjectError: a file of the old project is missing or damaged.
     """
     with raise_together():
-        config = ProjectConfig.load(base.root)
+        config, settings = ProjectConfig.load(base.root), ProjectSettings.load(base.root)
+        multiple = config.retro_gpt_chunk_length if settings.samples == "aligned" else 1
         if get_rank() == 0:
             _take_over_inputs(base, grown, config)
     barrier()
     with raise_together():
         tokenizer = load_project_tokenizer(config, grown, recorded_choice(base))
     for source, prefix in zip(sources, prefixes, strict=True):
-        make_dataset(source, grown.data / prefix, tokenizer, reader, fingerprint)
+        make_dataset(source, grown.data / prefix, tokenizer, reader, fingerprint, multiple)
     with raise_together():
         if get_rank() == 0:
             _take_over_chunks(base, grown, config)
@@ -123,6 +124,7 @@ def _write_settings(
         whole_datasets=[*settings.whole_datasets, *prefixes],
         grown_from=os.path.relpath(base.root, grown.root),
         growth=[*settings.growth, len(database)],
+        chunk_neighbor_dirs=None,
     )
     if not grown.settings.is_file():
         grown_settings.save(grown.root)

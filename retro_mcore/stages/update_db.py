@@ -109,7 +109,7 @@ def run(
         with raise_together():
             _check(config)
             project_config = ProjectConfig.load(paths.root)
-            if all(name is None for name in project_config.retro_neighbor_dirs.values()):
+            if not _has_neighbors(paths, project_config):
                 raise ProjectError(
                     paths.config, "names no neighbors", "Run all stages on the project first"
                 )
@@ -135,6 +135,14 @@ def run(
         database=database,
         index=index,
         neighbors=neighbors,
+    )
+
+
+def _has_neighbors(paths: ProjectPaths, config: ProjectConfig) -> bool:
+    """Whether neighbors were searched in the project's own database."""
+    chunks = ProjectSettings.load(paths.root).chunk_neighbor_dirs or {}
+    return any(
+        name is not None for name in (*config.retro_neighbor_dirs.values(), *chunks.values())
     )
 
 
