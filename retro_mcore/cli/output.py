@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retro_mcore.distributed import get_rank
+from retro_mcore.errors import EXIT_CODE
 from retro_mcore.logs import PRINTED
 
 _LOG = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ def closed_pipe_ends_quietly() -> Iterator[None]:
     """End without a traceback when the reader of our output goes, as in `… --help | head`.
 
     Raises:
-        SystemExit: with the code of a process that SIGPIPE ended, once the output's reader is gone.
+        SystemExit: with the code of a process that SIGPIPE ended, once the output's reader is gone;
+            with that of a user's mistake, if output goes to a file on a full disk.
     """
     try:
         try:
@@ -38,9 +40,30 @@ def closed_pipe_ends_quietly() -> Iterator[None]:
         gone = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
         if not gone:
             raise  # some other pipe, not our output
-        for stream in gone:  # the interpreter flushes once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        for stream in gone:
+            _discard(stream)
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        if error.filename is not None or not _is_refused(sys.stdout):
+            raise
+        _discard(sys.stdout)
+        reason = error.strerror or type(error).__name__
+        print(f"error: standard output: {reason}. Write it elsewhere", file=sys.stderr)
+        raise SystemExit(EXIT_CODE) from None
+
+
+def _discard(stream: TextIO) -> None:
+    """Discard what the stream still holds: the interpreter flushes once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_refused(stream: TextIO) -> bool:
+    """Whether the system refuses what the stream still holds, or an empty line."""
+    try:
+        print(file=stream, flush=True)
+    except OSError:
+        return True
+    return False
 
 
 def _has_no_reader(stream: TextIO) -> bool:

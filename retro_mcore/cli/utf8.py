@@ -28,9 +28,11 @@ def use_utf8() -> None:
 
 
 def write_any_text() -> None:
-    """Let output escape the characters that its encoding lacks, instead of failing."""
+    """Let output escape what its encoding lacks: characters, or the bytes of a path, in UTF-8."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not _is_utf(stream.encoding):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if stream.errors == "strict" or not _is_utf(stream.encoding):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from retro_mcore.errors import ProjectError
+from retro_mcore.json_text import has_surrogates
+
 #: The retired pipeline's name for an index filled from per-shard codes. It is a directory name:
 #: readers of both pipelines look for the added index below it.
 INDEX_TYPE = "faiss-par-add"
@@ -16,12 +19,19 @@ class ProjectPaths:
 
     Attributes:
         root: The project directory, absolute.
+
+    Raises:
+        ProjectError: the path is not UTF-8, in which Faiss and SentencePiece read paths.
     """
 
     root: Path
 
     def __init__(self, root: Path | str) -> None:
         object.__setattr__(self, "root", Path(root).absolute())
+        if has_surrogates(str(self.root)):
+            raise ProjectError(
+                self.root, "a path that is not UTF-8", "Rename the folder, or use another"
+            )
 
     @property
     def config(self) -> Path:

@@ -229,6 +229,17 @@ def test_a_reader_that_goes_gets_no_traceback(command):
     assert "BrokenPipe" not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_into_a_full_disk_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "retro_mcore.cli.main", "help"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == ("error: standard output: No space left on device. Write it elsewhere\n")
+
+
 def test_a_broken_pipe_that_is_not_our_output_is_told():
     def fail(options):
         raise BrokenPipeError("of a worker")

@@ -91,6 +91,16 @@ def test_a_directory_in_place_of_a_file_is_refused_before_the_work(
     assert error_lines(capsys) == [f"error: {named} {tmp_path}: a directory. Name a file"]
 
 
+@pytest.mark.parametrize("module", [preprocess_corpus, build_db, query_neighbors])
+def test_a_project_whose_path_is_not_utf8_is_refused(capsys, tmp_path, module):
+    """SentencePiece ended in a TypeError."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    flags = ["--input", str(tmp_path)] if module is preprocess_corpus else []
+    assert module.main(["--project-dir", folder, *flags]) == 2
+    (line,) = error_lines(capsys)
+    assert line.endswith("a path that is not UTF-8. Rename the folder, or use another")
+
+
 def make_file(path: Path) -> None:
     path.write_text("a file")
 
