@@ -36,7 +36,7 @@ class IndexKind(Enum):
 _LISTS = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer")
 _CODES = ("IndexFlat", "IndexFlatL2", "IndexPQ", "IndexScalarQuantizer")
 #: Coarse quantizers that need no training beyond their centroids.
-_QUANTIZERS = ("IndexFlat", "IndexFlatL2", "IndexHNSWFlat")
+QUANTIZERS = ("IndexFlat", "IndexFlatL2", "IndexHNSWFlat")
 
 
 def innermost(index: Any) -> Any:
@@ -139,7 +139,7 @@ def _train(index: Any, vectors: np.ndarray, gpu: bool) -> None:
                 transform.train(vectors)
             vectors = transform.apply(vectors)
         outer = faiss.downcast_index(outer.index)
-    if type(faiss.downcast_index(inner.quantizer)).__name__ in _QUANTIZERS:
+    if type(faiss.downcast_index(inner.quantizer)).__name__ in QUANTIZERS:
         _train_lists(inner, vectors, gpu)
     with faiss_threads(1 if has_graph(index) else faiss.omp_get_max_threads()):
         inner.train(vectors)

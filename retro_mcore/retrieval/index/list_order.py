@@ -1,0 +1,213 @@
+"""Search of many queries in the order of an index's inverted lists.
+
+`index.search` goes from query to query and reads a list as often as queries visit it. Here each
+list is read once per batch, decoded once, and scored against all its queries as one matrix
+product. The neighbors are those of `index.search`:
+
+- The lists visited are those of the nearest centers, or those that the same graph finds.
+- Distances of Flat lists are computed by the same function, so they are equal to the bit. Those of
+  coded lists are direct differences to the decoded vector, where Faiss sums in another order (SQ)
+  or adds table entries (PQ). They agree within the rounding of single precision.
+- Of several vectors at the distance of the k-th, those of lower ids are kept. `index.search` keeps
+  those that it meets first.
+
+A distance depends on its query and its vector alone. So the result has the same bytes on any
+number of threads and ranks, and however queries are divided into batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+
+from retro_mcore.retrieval.index.candidates import NearestCandidates
+from retro_mcore.retrieval.index.faiss_search import PartedIndex
+from retro_mcore.retrieval.index.library import faiss_library, share_of_cores, worker_threads
+from retro_mcore.retrieval.index.list_scores import (
+    InvertedLists,
+    candidates_within,
+    inner_products,
+)
+from retro_mcore.retrieval.index.training import QUANTIZERS, innermost
+
+#: Kinds of lists that are searched in their order.
+_LISTS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ")
+#: Queries whose lists are chosen at a time.
+_BLOCK = 1024
+#: Vectors of a list, and queries, that are scored in one piece of work.
+_VECTORS, _QUERIES = 8192, 4096
+#: Lists up to this share of the available memory stay in it between two rounds.
+_MEMORY_SHARE = 0.5
+
+
+class _Work(NamedTuple):
+    """Vectors [start, end) of a list, and the queries that visit it."""
+
+    number: int
+    start: int
+    end: int
+    queries: np.ndarray
+
+
+class ListOrderSearch:
+    """An index whose inverted lists are read once per search, however many queries there are.
+
+    Memory: the queries, 1.5 k candidates of each, and a few pieces of lists.
+
+    Args:
+        index: An index that `supports_list_order`, or a PartedIndex of such.
+    """
+
+    def __init__(self, index: Any) -> None:
+        self._index, self.ntotal = index, index.ntotal
+        self.d = getattr(index, "parts", [index])[0].d
+
+    def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search the k nearest vectors of each query; see `faiss_search.search`."""
+        index = self._index
+        if isinstance(index, PartedIndex):
+            parts = [ListOrderSearch(part) for part in index.parts]
+            return PartedIndex(parts, index.offsets).search(vectors, k)
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        nearest = NearestCandidates(len(vectors), k)
+        if len(vectors) and k:
+            self._search(innermost(index), vectors, k, nearest)
+        return nearest.result()
+
+    def _search(self, ivf: Any, vectors: np.ndarray, k: int, nearest: NearestCandidates) -> None:
+        lists = InvertedLists(ivf)
+        queries, visited = _prepare(self._index, ivf, vectors)
+
+        def find(work: _Work) -> tuple[np.ndarray, ...]:
+            return _find(lists, work, queries, nearest.limits[work.queries], k)
+
+        for columns in _rounds(ivf):
+            pieces = _cut(lists, visited[:, columns], ivf.nlist)
+            for rows, counts, distances, ids in _in_turn(find, pieces):
+                nearest.add(rows, counts, distances, ids)
+
+
+def supports_list_order(index: Any) -> bool:
+    """Whether `ListOrderSearch` can search an index."""
+    if isinstance(index, PartedIndex):
+        return all(supports_list_order(part) for part in index.parts)
+    faiss = faiss_library()
+    if not isinstance(index, faiss.Index):
+        return False
+    inner = innermost(index)
+    return (
+        type(inner).__name__ in _LISTS
+        and type(faiss.downcast_index(inner.quantizer)).__name__ in QUANTIZERS
+        and inner.metric_type == faiss.METRIC_L2
+        and not inner.max_codes
+    )
+
+
+def _prepare(index: Any, ivf: Any, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Transform queries as the index does, f32 [n, dimension], and choose their lists [n, nprobe].
+
+    Lists are -1 where the quantizer found too few.
+    """
+    transforms = list(_transforms(index))
+    quantizer, probes = faiss_library().downcast_index(ivf.quantizer), min(ivf.nprobe, ivf.nlist)
+    centers = None
+    if isinstance(quantizer, faiss_library().IndexFlat):
+        centers = quantizer.reconstruct_n(0, quantizer.ntotal)
+
+    def block(start: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = vectors[start : start + _BLOCK]
+        for transform in transforms:
+            rows = _transformed(transform, rows)
+        if centers is None:
+            return rows, quantizer.search(rows, probes)[1]
+        return rows, _nearest_centers(rows, centers, probes)
+
+    blocks = list(worker_threads().map(block, range(0, len(vectors), _BLOCK)))
+    queries, visited = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return queries, visited
+
+
+def _nearest_centers(queries: np.ndarray, centers: np.ndarray, count: int) -> np.ndarray:
+    nearest, rows = NearestCandidates(len(queries), count), np.arange(len(queries))
+    for start in range(0, len(centers), _VECTORS):
+        part = centers[start : start + _VECTORS]
+        counts, distances, numbers = candidates_within(queries, nearest.limits, part, count)
+        nearest.add(rows, counts, distances, numbers + start)
+    return nearest.result()[1]
+
+
+def _transforms(index: Any) -> Iterator[Any]:
+    faiss = faiss_library()
+    index = faiss.downcast_index(index)
+    while isinstance(index, faiss.IndexPreTransform):
+        for position in range(index.chain.size()):
+            yield faiss.downcast_VectorTransform(index.chain.at(position))
+        index = faiss.downcast_index(index.index)
+
+
+def _transformed(transform: Any, vectors: np.ndarray) -> np.ndarray:
+    """Apply a transform; what a matrix gives for a vector depends on this vector alone."""
+    faiss = faiss_library()
+    if not isinstance(transform, faiss.LinearTransform):
+        return transform.apply(vectors)
+    matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+    found = inner_products(vectors, matrix)
+    return found + faiss.vector_to_array(transform.b) if transform.have_bias else found
+
+
+def _rounds(ivf: Any) -> list[slice]:
+    """Columns of the visited lists that are searched in one round each.
+
+    Each query's nearest list first: what it finds there rules out most of what is in the others.
+    That reads a list twice, so lists that exceed the memory are searched in one round. The result
+    is the same.
+    """
+    fits = ivf.ntotal * (ivf.code_size + 8) <= _MEMORY_SHARE * psutil.virtual_memory().available
+    return [slice(0, 1), slice(1, None)] if fits else [slice(None)]
+
+
+def _cut(lists: InvertedLists, visited: np.ndarray, count: int) -> Iterator[_Work]:
+    """Cut the search into pieces of work, list by list."""
+    numbers = np.where(visited < 0, count, visited).reshape(-1)
+    ends, pairs = faiss_library().bucket_sort(numbers, nbucket=count + 1)
+    for number in np.flatnonzero(np.diff(ends[: count + 1])).tolist():
+        queries = pairs[ends[number] : ends[number + 1]] // visited.shape[1]
+        size = lists.size(number)
+        for start in range(0, size, _VECTORS):
+            for first in range(0, len(queries), _QUERIES):
+                end = min(start + _VECTORS, size)
+                yield _Work(number, start, end, queries[first : first + _QUERIES])
+
+
+def _find(
+    lists: InvertedLists, work: _Work, queries: np.ndarray, limits: np.ndarray, k: int
+) -> tuple[np.ndarray, ...]:
+    """Candidates of one piece of work: queries, their counts, distances and ids."""
+    vectors, ids = lists.read(work.number, work.start, work.end)
+    mine, center = queries[work.queries], lists.center(work.number)
+    if center is not None:
+        mine -= center
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():  # such vectors are neighbors of none
+        vectors, ids = vectors[finite], ids[finite]
+    if not len(ids):
+        return work.queries[:0], np.empty(0, np.int64), np.empty(0, np.float32), ids
+    counts, distances, positions = candidates_within(mine, limits, vectors, k)
+    return work.queries, counts, distances, ids[positions]
+
+
+def _in_turn(find: Any, pieces: Iterable[_Work]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Find candidates on all threads, a few pieces of work ahead of the one that is taken."""
+    threads, most = worker_threads(), 2 * share_of_cores()
+    ahead: deque[Future[tuple[np.ndarray, ...]]] = deque()
+    for work in pieces:
+        ahead.append(threads.submit(find, work))
+        if len(ahead) > most:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()

@@ -1,0 +1,237 @@
+"""Search in list order: the neighbors of index.search, each list read once."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import pytest
+
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.retrieval.index import (
+    Embeddings,
+    add_part,
+    add_to_index,
+    cut_parts,
+    kind_of,
+    list_order,
+    load_index,
+    load_parts,
+    merge_on_disk,
+    save_index,
+    search,
+    train_index,
+)
+from retro_mcore.retrieval.index.candidates import NearestCandidates
+from retro_mcore.retrieval.index.faiss_search import PartedIndex
+from retro_mcore.retrieval.index.library import faiss_library
+from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
+from retro_mcore.retrieval.index.list_scores import squared_differences
+from tests.unit.data.projects import write_rows
+
+DIMENSION, LISTS = 16, 8
+FLAT = "IVF8,Flat"
+STRINGS = [
+    FLAT,
+    "IVF8_HNSW4,Flat",
+    "IVF8_HNSW4,SQfp16",
+    "IVF8,SQ8",
+    "IVF8,PQ4x4",
+    "OPQ4_8,IVF8_HNSW4,PQ4x4",
+    "PCA8,IVF8,Flat",
+]
+
+
+@cache
+def vectors(count: int = 2600) -> np.ndarray:
+    """Clusters, with one vector 60 times."""
+    random = np.random.default_rng(0)
+    centers = random.normal(size=(40, DIMENSION))
+    rows = centers[random.integers(0, 40, count)] + 0.3 * random.normal(size=(count, DIMENSION))
+    rows[count // 2 : count // 2 + 60] = rows[7]
+    return rows.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Per string: the folder of an empty index, a full one, its parts and one on the disk."""
+
+    @cache
+    def build(string: str):
+        folder = tmp_path_factory.mktemp("index")
+        embeddings = Embeddings(write_rows(vectors(), folder / "embeddings", 700))
+        index = train_index(string, embeddings, np.arange(len(embeddings)))
+        save_index(index, folder / "empty.faissindex")
+        parts = cut_parts(folder / "parts", len(embeddings), kind_of(index), 1024)
+        for part in parts:
+            part.path.parent.mkdir(exist_ok=True)
+            add_part(index, embeddings, part, part.path)
+        index.reset()
+        add_to_index(index, embeddings)
+        save_index(index, folder / "full.faissindex")
+        merge_on_disk(folder / "empty.faissindex", parts, folder / "disk.faissindex", "")
+        return folder, parts
+
+    return build
+
+
+def opened(files, string: str, nprobe: int, where: str):
+    folder, parts = files(string)
+    if where == "parts":
+        return load_parts(folder / "empty.faissindex", parts, nprobe)
+    return load_index(folder / f"{where}.faissindex", nprobe)
+
+
+def rounding(string: str) -> float:
+    """Error of a squared distance in single precision.
+
+    Vectors are up to 8 long, so squares are below 64 * 4, of which one part in 2^24 is lost in each
+    of 16 sums. Flat lists are scored by one function, if no matrix comes before.
+    """
+    return 0.0 if string in (FLAT, "IVF8_HNSW4,Flat") else 256 * 16 * 2.0**-24
+
+
+def assert_same(found, expected, string: str) -> None:
+    """Distances within rounding, and ids but where distances tie within it."""
+    slack = rounding(string)
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=slack)
+    np.testing.assert_array_equal(found[1] == NO_NEIGHBOR, expected[1] == NO_NEIGHBOR)
+    for distances, ids, wanted in zip(*found, expected[1], strict=True):
+        clear = distances < distances[-1] - 2 * slack
+        assert not np.setdiff1d(ids[clear], wanted).size
+        tied = np.flatnonzero(distances[1:] == distances[:-1])
+        assert ((ids[tied + 1] > ids[tied]) | (ids[tied + 1] == NO_NEIGHBOR)).all()
+
+
+@pytest.mark.parametrize("where", ["full", "disk", "parts"])
+@pytest.mark.parametrize("string", STRINGS)
+def test_the_neighbors_are_those_of_the_index(files, string, where):
+    queries = np.concatenate([vectors()[::26], vectors()[::26] + 0.05])
+    for nprobe, k in ((1, 400), (3, 20), (50, 1)):
+        index = opened(files, string, nprobe, where)
+        assert supports_list_order(index)
+        found = ListOrderSearch(index).search(queries, k)
+        assert_same(found, search(index, queries, k), string)
+
+
+def test_without_ties_flat_lists_give_the_same_bytes(files):
+    queries = vectors()[::7] + np.float32(0.01)
+    index = opened(files, FLAT, 3, "full")
+    distances, ids = search(index, queries, 10)
+    found = ListOrderSearch(index).search(queries, 10)
+    clear = (np.diff(distances) > 0).all(axis=1)
+    assert clear.mean() > 0.5
+    np.testing.assert_array_equal(found[0], distances)
+    np.testing.assert_array_equal(found[1][clear], ids[clear])
+
+
+def test_of_equal_vectors_the_lowest_ids_are_found(files):
+    index = opened(files, FLAT, LISTS, "full")
+    distances, ids = ListOrderSearch(index).search(vectors()[7:8], 5)
+    half = len(vectors()) // 2
+    assert ids.tolist() == [[7, half, half + 1, half + 2, half + 3]]
+    assert not distances.any()
+
+
+@pytest.mark.parametrize("string", [FLAT, "OPQ4_8,IVF8_HNSW4,PQ4x4"])
+def test_batches_rounds_and_threads_do_not_change_a_byte(files, string, monkeypatch):
+    index = opened(files, string, 3, "full")
+    expected = ListOrderSearch(index).search(vectors()[:300], 30)
+    monkeypatch.setattr(list_order, "_VECTORS", 100)
+    monkeypatch.setattr(list_order, "_QUERIES", 16)
+    monkeypatch.setattr(list_order, "_MEMORY_SHARE", 0.0)  # one round
+    for threads, batch in ((1, 1), (3, 77), (3, 300)):
+        pool = ThreadPoolExecutor(
+            threads, initializer=faiss_library().omp_set_num_threads, initargs=(1,)
+        )
+        monkeypatch.setattr(list_order, "worker_threads", lambda pool=pool: pool)
+        starts = range(0, 300 if batch > 1 else 5, batch)
+        rows = [vectors()[:300][start : start + batch] for start in starts]
+        parts = [ListOrderSearch(index).search(part, 30) for part in rows]
+        for part, whole in zip(zip(*parts, strict=True), expected, strict=True):
+            joined = np.concatenate(part)
+            assert joined.tobytes() == whole[: len(joined)].tobytes()
+
+
+def test_vectors_that_are_not_finite_are_neighbors_of_none(files):
+    index = opened(files, FLAT, LISTS, "full")
+    wrong = np.full((3, DIMENSION), np.nan, np.float32)
+    wrong[1:, 0], wrong[1:, 1:] = np.inf, 0
+    inner = faiss_library().extract_index_ivf(index)
+    inner.add_sa_codes(_codes(0, wrong), np.arange(3))
+    found = ListOrderSearch(index).search(vectors()[:50], 10)
+    np.testing.assert_array_equal(found[0], search(index, vectors()[:50], 10)[0])
+    assert np.isfinite(found[0]).all()
+
+
+def _codes(number: int, rows: np.ndarray) -> np.ndarray:
+    """Codes of a Flat list: its number in a byte, then the vectors."""
+    return np.concatenate([np.full((len(rows), 1), number, np.uint8), rows.view(np.uint8)], axis=1)
+
+
+def test_too_few_vectors_no_queries_and_an_empty_index(files):
+    index = opened(files, FLAT, 1, "full")
+    distances, ids = ListOrderSearch(index).search(vectors()[:4], 2000)
+    assert (ids[:, -1] == NO_NEIGHBOR).all()
+    np.testing.assert_array_equal(distances, index.search(vectors()[:4], 2000)[0])
+    empty = load_index(files(FLAT)[0] / "empty.faissindex")
+    assert (ListOrderSearch(empty).search(vectors()[:4], 3)[1] == NO_NEIGHBOR).all()
+    assert [part.shape for part in ListOrderSearch(index).search(vectors()[:0], 3)] == [(0, 3)] * 2
+
+
+def test_parts_with_ids_of_their_own_are_joined(files):
+    index = opened(files, FLAT, LISTS, "full")
+    parted = PartedIndex([index, index], [0, len(vectors())])
+    found = search(ListOrderSearch(parted), vectors()[:20], 6)
+    np.testing.assert_array_equal(found[0], search(parted, vectors()[:20], 6)[0])
+    assert (found[1][:, 0] == search(index, vectors()[:20], 1)[1][:, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("string", "supported"),
+    [(FLAT, True), ("Flat", False), ("HNSW8,Flat", False), ("IVF8,PQ4x4fs", False),
+     ("IVF8,Flat,RFlat", False)],
+)  # fmt: skip
+def test_which_indexes_are_searched_in_list_order(string, supported):
+    assert supports_list_order(faiss_library().index_factory(DIMENSION, string)) == supported
+
+
+def test_inner_products_are_left_to_the_index():
+    faiss = faiss_library()
+    index = faiss.index_factory(DIMENSION, FLAT, faiss.METRIC_INNER_PRODUCT)
+    assert not supports_list_order(index)
+
+
+def test_a_product_rounded_against_us_hides_no_neighbor():
+    """Far from the origin, products round by more than the distances between vectors."""
+    from retro_mcore.retrieval.index.list_scores import candidates_within
+
+    random = np.random.default_rng(0)
+    rows = (100 + 1e-3 * random.normal(size=(500, DIMENSION))).astype(np.float32)
+    queries, unlimited = rows[::10].copy(), np.full(50, np.inf, np.float32)
+    pairs = np.divmod(np.arange(50 * 500), 500)
+    exact = squared_differences(queries, pairs[0], rows, pairs[1]).reshape(50, 500)
+    limits = np.sort(exact, axis=1)[:, 4]
+    for bound in (limits, unlimited):
+        counts, _, positions = candidates_within(queries, bound, rows, 5)
+        owners = np.repeat(np.arange(50), counts)
+        there = np.zeros_like(exact, bool)
+        there[owners, positions] = True
+        assert there[exact <= limits[:, None]].all()
+
+
+def test_candidates_may_come_in_any_order():
+    random = np.random.default_rng(0)
+    distances = random.integers(0, 9, (6, 400)).astype(np.float32)  # many ties
+    ids = np.stack([random.permutation(400) for _ in range(6)])
+    order = np.lexsort((ids, distances))[:, :25]
+    for width in (3, 40, 400):
+        best = NearestCandidates(8, 25)
+        for start in range(0, 400, width):
+            part = slice(start, start + width)
+            rows = random.permutation(6)
+            counts = np.full(6, distances[:, part].shape[1])
+            best.add(rows + 1, counts, distances[rows, part].ravel(), ids[rows, part].ravel())
+        found = best.result()
+        np.testing.assert_array_equal(found[1][1:7], np.take_along_axis(ids, order, 1))
+        np.testing.assert_array_equal(found[0][1:7], np.take_along_axis(distances, order, 1))
+        assert (found[1][[0, 7]] == NO_NEIGHBOR).all()
