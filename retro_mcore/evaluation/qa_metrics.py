@@ -111,10 +111,10 @@ def chosen_option(text: str, choices: Sequence[str]) -> int | None:
         return None
     if (written := _written_option(text, said, choices)) is not None:
         return written
-    for match in _LETTER.finditer(unicodedata.normalize("NFKC", text)):
-        number = ord(match[1] or match[2]) - ord("A")
-        if number < len(choices):
-            return number
+    letters = _LETTER.finditer(unicodedata.normalize("NFKC", text))
+    numbers = {ord(match[1] or match[2]) - ord("A") for match in letters}
+    if lettered := [number for number in numbers if number < len(choices)]:
+        return lettered[0] if len(lettered) == 1 else None
     held = _held(answer_words(text), [answer_words(choice) for choice in choices])
     return held[0] if len(held) == 1 else None
 

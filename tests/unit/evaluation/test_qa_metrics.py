@@ -128,6 +128,8 @@ CHOICES = ("red", "the green one", "blue", "Dark red")
         ("The answer is (A).", 0),
         ("it is blue, I think", 2),
         ("red or blue", None),
+        ("Both (A) and (B).", None),
+        ("(B), not (F): (B)", 1),
         ("A red thing", 0),
         ("(F)", None),
         ("yellow", None),
