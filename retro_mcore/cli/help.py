@@ -32,9 +32,9 @@ GROUPS: dict[str, str] = {
     "sliding_window hidden_dropout attention_dropout *init_method* make_vocab_size_divisible_by "
     "retro_origin retro_deepnorm retro_mup_*",
     "retrieval": "retro_neighbors retro_attention_gate no_retrieval embedder* embed_* index* "
-    "nprobe ef_search on_disk split_index faiss_gpu rerank num_neighbors* num_retrieved_chunks "
-    "neighbors show_neighbors retrieval_* retro_index_* retro_num_* retro_encoder_* "
-    "retro_cross_attention_* retro_decoder_layers retro_drop_* retro_replace_*",
+    "nprobe ef_search on_disk split_index faiss_gpu rerank rescore num_neighbors* "
+    "num_retrieved_chunks neighbors show_neighbors retrieval_* retro_index_* retro_num_* "
+    "retro_encoder_* retro_cross_attention_* retro_decoder_layers retro_drop_* retro_replace_*",
     "generation": "max_new_tokens min_new_tokens stop* temperature top_* logprobs",
     "evaluation": "protocol retro_eval_neighbors overlapping_eval leakage* predictions "
     "ablate_retrieval legacy_scoring confidence_level num_resamples histogram_chunks "

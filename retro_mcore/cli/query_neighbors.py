@@ -42,6 +42,7 @@ def print_report(report: QueryNeighborsReport) -> None:
         for split, files in report.reports.items()
     }
     order = ", in the order of BM25" if report.config.rerank else ""
+    order = f", by the stored vectors{order}" if report.config.rescore else order
     rows["neighbors"] = f"{num_saved} saved of {report.num_candidates} searched{order}"
     for split, counts in report.counts.items():
         for name, loss in _losses(counts, num_saved, report.max_tokens).items():

@@ -220,6 +220,7 @@ class ProjectSettings:
         num_neighbors_query: Candidates searched per chunk, before the same-document filter.
         num_neighbors_save: Neighbors saved per chunk.
         rerank: Method that ordered the candidates; None: by distance.
+        rescore: Whether the candidates' distances are those of the stored vectors, not the index's.
     """
 
     json_keys: list[str] = field(default_factory=lambda: ["text"])
@@ -244,6 +245,7 @@ class ProjectSettings:
     num_neighbors_query: int | None = None
     num_neighbors_save: int | None = None
     rerank: Literal["bm25"] | None = None
+    rescore: bool = False
 
     @classmethod
     def load(cls, project_dir: Path | str) -> ProjectSettings:

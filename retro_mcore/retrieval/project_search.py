@@ -82,10 +82,15 @@ class ProjectSearch:
         files = [path for prefix in prefixes for path in (bin_path(prefix), idx_path(prefix))]
         return input_digests(self.paths, files)
 
-    def database_digests(self) -> dict[str, str]:
-        """Digests of the database and the index."""
+    def database_digests(self, rescore: bool) -> dict[str, str]:
+        """Digests of the database and the index, and with `rescore` of the stored vectors.
+
+        Raises:
+            ProjectError: stored vectors are missing.
+        """
         merged = input_digests(self.source, [self.source.merged_db("train")])
-        return merged | self.index.digests()
+        vectors = self.index.vector_files().digests() if rescore else {}
+        return merged | self.index.digests() | vectors
 
 
 def open_search(

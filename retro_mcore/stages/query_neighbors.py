@@ -50,6 +50,9 @@ class QueryNeighborsConfig:
     """Neighbors to save per chunk."""
     rerank: Literal["bm25"] | None = None
     """Rerank the candidates by BM25 over their tokens before the best are saved."""
+    rescore: bool = False
+    """Sort the candidates by the distances of the stored vectors, so that a compressed index gives
+    the exact order. Reads the embeddings of build_index."""
     embed_batch_size: int = 16
     """Chunks per forward pass of the embedder."""
     embed_fp16: bool = False
@@ -157,7 +160,7 @@ class _Run:
         self._aligned = self._search.settings.samples == "aligned"
         self._num_query = self._search.num_candidates(config.num_neighbors_query)
         self._options = _recorded_options(config, self._search, self._num_query)
-        searched = self._search.database_digests()
+        searched = self._search.database_digests(config.rescore)
         self._inputs = {**self._search.token_digests(), **searched}
         if self._aligned:
             self._inputs |= _database_digests(paths)
@@ -193,7 +196,9 @@ class _Run:
         embedder = search.load_embedder(config.embed_batch_size, device, config.embed_fp16)
         ends = search.source_settings.document_ends
         self._embedder = ChunkEmbedder(self._tokenizer, embedder, ends)
-        self._index = search.index.open(share=True, k=self._num_query, gpu=config.faiss_gpu)
+        self._index = search.index.open(
+            share=True, k=self._num_query, gpu=config.faiss_gpu, rescore=config.rescore
+        )
         self._numbers = numbers_in_database(self._paths, self._project, search.source)
         if get_rank() == 0:
             remove_truncated_cache(self._paths)
@@ -261,6 +266,7 @@ class _Run:
             settings.num_neighbors_query = self._num_query
             settings.num_neighbors_save = self._config.num_neighbors_save
             settings.rerank = self._config.rerank
+            settings.rescore = self._config.rescore
             settings.save(self._paths.root)
         else:
             place = _place(self._search.source, self._paths)
@@ -283,6 +289,7 @@ def _recorded_options(
         # The following only if set, so that projects built before they existed remain valid.
         **({"--embed-fp16": True} if config.embed_fp16 else {}),
         **({"--rerank": config.rerank} if config.rerank else {}),
+        **({"--rescore": True} if config.rescore else {}),
         **(
             {"document_ends of build_index": settings.document_ends}
             if settings.document_ends != "line break"

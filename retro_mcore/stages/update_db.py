@@ -286,6 +286,7 @@ def _query_config(
         or settings.num_neighbors_save
         or before.num_neighbors_save,
         rerank=settings.rerank,
+        rescore=settings.rescore,
         embed_batch_size=config.embed_batch_size or before.embed_batch_size,
         embed_fp16=config.embed_fp16 or before.embed_fp16,
         device=config.device,

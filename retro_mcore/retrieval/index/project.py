@@ -21,6 +21,11 @@ from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts
 from retro_mcore.retrieval.index.filling import find_parts
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus, to_gpu_for_search
+from retro_mcore.retrieval.index.rescoring import (
+    RescoredIndex,
+    RescoredSharedIndex,
+    VectorFiles,
+)
 from retro_mcore.retrieval.index.shared import SharedIndex
 from retro_mcore.retrieval.index.training import kind_of
 
@@ -45,6 +50,7 @@ class ProjectIndex:
         if settings.index_string is None or settings.embedder is None:
             raise ProjectError(paths.settings, "names no index", f"{self._hint} first")
         self._paths, self._settings, self._count = paths, settings, num_vectors
+        self._block_size = block_size
         self._empty = paths.empty_index(settings.index_string)
         self._added = paths.added_index(settings.index_string)
         self._parts: list[Shard] = []
@@ -81,16 +87,28 @@ class ProjectIndex:
             return {self._paths.relative(self._parts[0].path.parent): parts}
         return {self._paths.relative(file): digest_of(file) for file in self.files}
 
-    def open(self, share: bool = False, k: int = 0, gpu: bool = False) -> Any:
+    def vector_files(self) -> VectorFiles:
+        """The vectors that the index was made from.
+
+        Raises:
+            ProjectError: they are not all there.
+        """
+        return VectorFiles(self._paths, self._settings, self._count, self._block_size)
+
+    def open(
+        self, share: bool = False, k: int = 0, gpu: bool = False, rescore: bool = False
+    ) -> Any:
         """Open the index memory-mapped, with the measured breadth of search.
 
         Args:
             share: If the index is in parts, open some on each rank, and search together.
             k: Number of neighbors to search; GPUs have a limit.
             gpu: Search on this rank's GPU if Faiss has one and the index fits.
+            rescore: Sort the candidates by the distances of the stored vectors.
 
         Raises:
-            ProjectError: the index does not contain the database's chunks.
+            ProjectError: the index does not contain the database's chunks, or the stored vectors
+                are missing.
             CorruptFileError: a file is damaged; if all ranks open all of it, on rank 0 only.
         """
         settings, together = self._settings, share and get_world_size() > 1
@@ -126,8 +144,11 @@ class ProjectIndex:
         if together and self._parts:
             dimension = settings.embedding_dimension
             assert dimension is not None
-            return SharedIndex(index, self._count, dimension)
-        return index
+            index = SharedIndex(index, self._count, dimension)
+        if not rescore:
+            return index
+        kind = RescoredSharedIndex if isinstance(index, SharedIndex) else RescoredIndex
+        return kind(index, self.vector_files().open(check=get_rank() == 0 or not share))
 
 
 def verify_present(path: Path, hint: str) -> None:

@@ -25,7 +25,7 @@ class SharedIndex:
     def __init__(
         self, local: Any, ntotal: int, dimension: int, group: dist.ProcessGroup | None = None
     ) -> None:
-        self.local, self.ntotal, self.d, self._group = local, ntotal, dimension, group
+        self.local, self.ntotal, self.d, self.group = local, ntotal, dimension, group
 
     def search_together(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Search this rank's queries on all ranks; a rank may have any number of queries, even
@@ -37,9 +37,9 @@ class SharedIndex:
             vectors: f32 [n, dimension].
             k: Number of neighbors for this rank's queries.
         """
-        world, rank = get_world_size(self._group), get_rank(self._group)
+        world, rank = get_world_size(self.group), get_rank(self.group)
         asked: list[tuple[int, int]] = [(0, 0)] * world
-        dist.all_gather_object(asked, (len(vectors), k), group=self._group)
+        dist.all_gather_object(asked, (len(vectors), k), group=self.group)
         result = np.empty((0, k), np.float32), np.empty((0, k), np.int64)
         for owner, (count, wanted) in enumerate(asked):
             if not count:
@@ -47,8 +47,8 @@ class SharedIndex:
             queries = (
                 torch.from_numpy(vectors.copy()) if owner == rank else torch.empty(count, self.d)
             )
-            source = owner if self._group is None else dist.get_global_rank(self._group, owner)
-            dist.broadcast(queries, source, group=self._group)
+            source = owner if self.group is None else dist.get_global_rank(self.group, owner)
+            dist.broadcast(queries, source, group=self.group)
             found = search(self.local, queries.numpy(), wanted)
             distances, ids = (self._gather(torch.from_numpy(part), source) for part in found)
             if owner == rank:
@@ -59,6 +59,6 @@ class SharedIndex:
         """Gather the columns of every rank, side by side, on world rank `destination`."""
         parts = None
         if dist.get_rank() == destination:
-            parts = [torch.empty_like(part) for _ in range(get_world_size(self._group))]
-        dist.gather(part.contiguous(), parts, dst=destination, group=self._group)
+            parts = [torch.empty_like(part) for _ in range(get_world_size(self.group))]
+        dist.gather(part.contiguous(), parts, dst=destination, group=self.group)
         return np.hstack([each.numpy() for each in parts or [part]])

@@ -1,0 +1,138 @@
+"""Exact order for the candidates of a compressed index, from the stored vectors (--rescore)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from retro_mcore.errors import ProjectError
+from retro_mcore.project.config import ProjectSettings
+from retro_mcore.project.markers import digest_of, fingerprint_of, verify
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.shards import cut
+from retro_mcore.retrieval.index.embeddings import Embeddings
+from retro_mcore.retrieval.index.faiss_search import nearest, search
+from retro_mcore.retrieval.index.shared import SharedIndex
+
+#: Bytes of vectors that are read at a time.
+_BLOCK_BYTES = 64 << 20
+
+Found = tuple[np.ndarray, np.ndarray]
+
+
+class VectorFiles:
+    """The vectors of a project's database that build_index stored.
+
+    Args:
+        paths: The project.
+        settings: Its settings.
+        count: Chunks of its database.
+        block_size: Its rows per file.
+
+    Raises:
+        ProjectError: a file is missing.
+        CorruptFileError: the vectors are not those of the index.
+    """
+
+    def __init__(
+        self, paths: ProjectPaths, settings: ProjectSettings, count: int, block_size: int
+    ) -> None:
+        self._paths, self._settings = paths, settings
+        self.shards = cut(paths.embeddings, count, block_size, settings.growth)
+        self._hint = (
+            f"Run build_index --project-dir {paths.root} --stage embed, with the options that the "
+            "index was built with, or search without --rescore"
+        )
+        missing = [shard.path for shard in self.shards if not shard.path.is_file()]
+        if missing:
+            what = f"missing, and so are {len(missing) - 1} more" if missing[1:] else "missing"
+            raise ProjectError(
+                missing[0], f"{what}; --rescore reads the stored vectors", self._hint
+            )
+
+    def digests(self) -> dict[str, str]:
+        """Digest of the files, for a stage's inputs."""
+        digests = fingerprint_of([digest_of(shard.path) for shard in self.shards])
+        return {self._paths.relative(self._paths.embeddings): digests}
+
+    def open(self, check: bool = True) -> Embeddings:
+        """Map the vectors into memory; with `check`, verify their checksums."""
+        for shard in self.shards if check else []:
+            verify(shard.path, self._hint)
+        embeddings = Embeddings(self.shards)
+        if self._settings.embedding_dimension not in (None, embeddings.dimension):
+            raise ProjectError(
+                self.shards[0].path,
+                f"holds vectors of dimension {embeddings.dimension}, and the index those of "
+                f"{self._settings.embedding_dimension}",
+                self._hint,
+            )
+        return embeddings
+
+
+def rescored(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray) -> Found:
+    """Sort candidates by their exact distances.
+
+    Args:
+        embeddings: The database's vectors.
+        queries: f32 [n, dimension].
+        ids: Candidates i64 [n, k]; NO_NEIGHBOR where there is none.
+
+    Returns:
+        Squared distances f32 [n, k] and ids [n, k], nearest first, equal distances in the order of
+        ids, missing ones last.
+    """
+    distances = np.empty(ids.shape, np.float32)
+    row_bytes = 4 * max(1, ids.shape[1]) * queries.shape[1]
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    for start in range(0, len(ids), step):
+        block = slice(start, start + step)
+        distances[block] = _distances(embeddings, queries[block], ids[block])
+    return nearest(distances, ids, ids.shape[1])
+
+
+def _distances(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Squared distances [n, k]; each stored vector is read once, in the order of the files."""
+    rows, where = np.unique(np.maximum(ids, 0), return_inverse=True)
+    vectors = embeddings.rows(rows)
+    where = where.reshape(ids.shape)
+    result = np.empty(ids.shape, np.float32)
+    for query, places, row in zip(queries, where, result, strict=True):
+        difference = vectors[places] - query
+        row[:] = np.einsum("kd,kd->k", difference, difference)
+    return result
+
+
+class RescoredIndex:
+    """An index whose candidates are sorted by the distances of the stored vectors.
+
+    Args:
+        index: Anything that `search` takes.
+        embeddings: The database's vectors.
+    """
+
+    def __init__(self, index: Any, embeddings: Embeddings) -> None:
+        self._index, self._embeddings = index, embeddings
+        self.ntotal = index.ntotal
+
+    def search(self, vectors: np.ndarray, k: int) -> Found:
+        """Search k candidates; see `rescored`."""
+        return rescored(self._embeddings, vectors, search(self._index, vectors, k)[1])
+
+
+class RescoredSharedIndex(SharedIndex):
+    """The same for an index that ranks share: each rank rescores the candidates of its queries.
+
+    Args:
+        shared: The index.
+        embeddings: The database's vectors.
+    """
+
+    def __init__(self, shared: SharedIndex, embeddings: Embeddings) -> None:
+        super().__init__(shared.local, shared.ntotal, shared.d, shared.group)
+        self._embeddings = embeddings
+
+    def search_together(self, vectors: np.ndarray, k: int) -> Found:
+        """Search k candidates; see `rescored`."""
+        return rescored(self._embeddings, vectors, super().search_together(vectors, k)[1])
