@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import raise_together
 from retro_mcore.evaluation.chunk_losses import ChunkLosses, measure_chunk_losses
+from retro_mcore.evaluation.document_rows import saved_document_neighbors
 from retro_mcore.evaluation.documents import (
     HeldOutDocuments,
     chunk_bytes,
@@ -214,7 +215,14 @@ class DocumentEvaluation:
             )
 
     def search_neighbors(self, num_save: int, device: str) -> None:
-        """Search the chunks' neighbors, or reuse those of an earlier run; see `documents`."""
+        """Search the chunks' neighbors, or reuse those of an earlier run.
+
+        See `saved_document_neighbors` and `search_document_neighbors`.
+        """
+        with raise_together():
+            self._neighbors = saved_document_neighbors(self.project_dir, self.documents, num_save)
+        if self._neighbors is not None:
+            return
         self._neighbors = search_document_neighbors(
             self.project_dir, self.documents, self.tokenizer, num_save, device
         )

@@ -109,7 +109,7 @@ def _way_of_embedding(paths: ProjectPaths) -> list[object]:
     options = {
         name: value
         for name, value in recorded_options(paths, STAGE).items()
-        if name.startswith("--embed") and name != "--embed-batch-size"
+        if name.startswith("--embed") and not name.startswith("--embed-batch")
     }
     settings = ProjectSettings.load(paths.root)
     weights = None

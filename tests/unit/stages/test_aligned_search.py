@@ -18,6 +18,7 @@ from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.token_file import TokenFile
 from retro_mcore.errors import ProjectError
+from retro_mcore.evaluation.document_rows import saved_document_neighbors
 from retro_mcore.evaluation.documents import HeldOutDocuments, search_document_neighbors
 from retro_mcore.project import ProjectConfig, ProjectPaths
 from retro_mcore.project.config import ProjectSettings
@@ -28,6 +29,7 @@ from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors
 from retro_mcore.retrieval.project_search import open_search
 from retro_mcore.retrieval.query_chunks import ChunkEmbedder
+from retro_mcore.samples.chunk_neighbors import NO_ROW
 from retro_mcore.samples.retro_dataset import build_retro_datasets
 from retro_mcore.stages.build_index import stored_embeddings
 from tests.unit.data.aligned import aligned_database
@@ -272,6 +274,17 @@ def test_documents_are_searched_as_their_rows(project: Path) -> None:
     assert all(text[0] == tokenizer.bos and tokenizer.eod not in text for text in texts)
     search_document_neighbors(project, held_out, tokenizer, SAVED, "cpu")
     found = SavedDistances(ProjectPaths(project).query / "valid_documents")
+    # Those that query_neighbors saved are the same, so evaluate_perplexity searches nothing.
+    rows = saved_document_neighbors(project, held_out, 3)
+    assert rows is not None
+    assert saved_document_neighbors(project, held_out, SAVED + 1) is None
+    assert (len(rows), rows.num_saved) == (held_out.num_chunks, 3)
+    ids, wordless = rows.rows(0, len(rows)), rows.places == NO_ROW
+    assert (ids[wordless] == NO_NEIGHBOR).all()
+    assert not wordless.all()
+    distances = oracle.distances["valid"][rows.places[:, None], np.maximum(ids, 0)]
+    wanted = found.rows(0, len(rows))[:, :3]
+    np.testing.assert_allclose(distances[~wordless], wanted[~wordless], atol=1e-4)
     chunks = oracle.own["valid"].chunks
     saved = SavedDistances(oracle.saved["valid"].directory)
     for number, first in enumerate(held_out.first_rows[:-1].tolist()):
