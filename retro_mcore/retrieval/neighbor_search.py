@@ -108,7 +108,10 @@ class NeighborSearch:
             more, wider = yield query.vectors[short], k
             require_found(more, wider, self.database, may_be_empty=True)
             neighbors[short], kept[short] = self.select(
-                [query.tokens[row] for row in short], wider, more, rows_of(query.owners, short)
+                [query.tokens[row] for row in short.tolist()],
+                wider,
+                more,
+                rows_of(query.owners, short),
             )
             candidates[short, -1] = wider[:, -1]
         self._count(query.tokens, neighbors, counts)

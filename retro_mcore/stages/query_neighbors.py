@@ -270,7 +270,7 @@ class _Run:
             settings.save(self._paths.root)
         else:
             place = _place(self._search.source, self._paths)
-            names = dict(searched) if self._aligned else directories
+            names: dict[str, str | None] = {**searched} if self._aligned else directories
             self._project.retro_database = OtherDatabase(place, names)
         self._project.save(self._paths.root)
 
