@@ -86,6 +86,10 @@ def settings_problems(values: Mapping[str, Any], kind: type) -> dict[str, str]:
     index = values.get("index_string")
     if isinstance(index, str) and (not index.strip() or "/" in index or index in (".", "..")):
         problems["index_string"] = f"is {show(index)}, not a Faiss factory string"
+    names = values.get("chunk_neighbor_dirs")
+    of_names = None if "chunk_neighbor_dirs" in problems else _neighbor_dirs_problem(names or {})
+    if of_names is not None:
+        problems["chunk_neighbor_dirs"] = f"is {show(names)}, {of_names}"
     return problems
 
 

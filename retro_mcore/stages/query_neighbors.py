@@ -270,8 +270,9 @@ class _Run:
             settings.save(self._paths.root)
         else:
             place = _place(self._search.source, self._paths)
-            names: dict[str, str | None] = {**searched} if self._aligned else directories
-            self._project.retro_database = OtherDatabase(place, names)
+            if self._aligned:
+                directories = {**searched}
+            self._project.retro_database = OtherDatabase(place, directories)
         self._project.save(self._paths.root)
 
 
