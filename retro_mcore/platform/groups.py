@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import suppress
 
@@ -27,6 +28,7 @@ def leave_model_parallel() -> None:
         if group is not None:  # the default group stays
             with suppress(ValueError, AssertionError):  # megatron did end some
                 dist.destroy_process_group(group)
+    gc.collect()  # models of the last layout hold groups, in cycles, and those keep their threads
 
 
 before_leaving(leave_model_parallel)

@@ -92,6 +92,17 @@ def build_optimizer(
     return optimizer
 
 
+def release_functions(stages: Sequence[DistributedDataParallel]) -> None:
+    """Unset the functions that `build_optimizer` set, after training.
+
+    They hold the model, the optimizer and their process groups, in cycles that Python does not
+    free: the next training in this process would find them in memory still.
+    """
+    for stage in stages:
+        stage.config.grad_scale_func = stage.config.finalize_model_grads_func = None
+        stage.config.no_sync_func = stage.config.grad_sync_func = None
+
+
 def _optimizer_config(plan: TrainingPlan, params_dtype: torch.dtype) -> OptimizerConfig:
     options = plan.options
     return OptimizerConfig(

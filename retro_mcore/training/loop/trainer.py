@@ -37,6 +37,7 @@ from retro_mcore.training.loop.optimizer import (
     gathered_weights,
     learning_rate,
     loss_scale,
+    release_functions,
     share_embeddings,
     take_step,
     wrap_model,
@@ -179,6 +180,7 @@ class Trainer:
         result.iteration, result.consumed_samples = progress.iteration, progress.consumed_samples
         result.seconds = time.perf_counter() - started
         result.num_parameters = num_parameters(self._parts.stages)
+        release_functions(self._parts.stages)
         return result
 
     def evaluate(self, test_samples: Samples | None) -> TrainingResult:
