@@ -44,6 +44,8 @@ def print_report(report: QueryNeighborsReport) -> None:
     order = ", in the order of BM25" if report.config.rerank else ""
     order = f", by the stored vectors{order}" if report.config.rescore else order
     rows["neighbors"] = f"{num_saved} saved of {report.num_candidates} searched{order}"
+    if report.num_searched is not None:
+        rows["searched"] = f"{report.num_searched} new chunks; neighbors among the old were known"
     for split, counts in report.counts.items():
         for name, loss in _losses(counts, num_saved, report.max_tokens).items():
             rows[f"{split}, {name}"] = loss

@@ -19,9 +19,9 @@ from retro_mcore.project.markers import signed_write
 from retro_mcore.project.shards import Shard, ShardReport, missing_shards, run_shards
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
-from retro_mcore.retrieval.index.faiss_search import search
+from retro_mcore.retrieval.index.faiss_search import nearest, search
 from retro_mcore.retrieval.index.shared import SharedIndex
-from retro_mcore.retrieval.query_chunks import QueryChunks, QueryCounts
+from retro_mcore.retrieval.query_chunks import QueryBatch, QueryChunks, QueryCounts
 from retro_mcore.retrieval.rerank import BM25
 
 #: Number of chunks read, searched and filtered at a time; bounds the memory.
@@ -48,12 +48,14 @@ class NeighborSearch:
         num_query: Number of candidates per chunk; more if too few are from other documents.
         num_save: Neighbors saved per chunk, none from the chunk's own documents.
         rerank: Orders the remaining candidates; None: by distance.
+        num_searched: Chunks that the index holds; None: all of the database.
     """
 
     database: ChunkDatabase
     num_query: int
     num_save: int
     rerank: BM25 | None = None
+    num_searched: int | None = None
 
     def __post_init__(self) -> None:
         self.filter = DocumentFilter(self.database)
@@ -94,28 +96,38 @@ class NeighborSearch:
         """
         query = chunks.read(start, end, counts)
         distances, candidates = yield query.vectors, self.num_query
-        require_found(distances, candidates, self.database)
-        neighbors, kept = self.select(query.tokens, candidates, distances, query.owners)
+        require_found(distances, candidates, self.database, query.known is not None)
+        neighbors, kept = self._choose(query, np.arange(end - start), candidates, distances)
         k = self.num_query
-        while k < len(self.database):
+        total = len(self.database) if self.num_searched is None else self.num_searched
+        while k < total:
             # Too few because many candidates are from the sample's own documents.
             short = np.flatnonzero(
                 (neighbors[:, -1] == NO_NEIGHBOR) & (candidates[:, -1] != NO_NEIGHBOR)
             )
             if not len(short):
                 break
-            k = min(_MORE * k, len(self.database))
+            k = min(_MORE * k, total)
             more, wider = yield query.vectors[short], k
             require_found(more, wider, self.database, may_be_empty=True)
-            neighbors[short], kept[short] = self.select(
-                [query.tokens[row] for row in short.tolist()],
-                wider,
-                more,
-                rows_of(query.owners, short),
-            )
+            neighbors[short], kept[short] = self._choose(query, short, wider, more)
             candidates[short, -1] = wider[:, -1]
         self._count(query.tokens, neighbors, counts)
         return neighbors, kept
+
+    def _choose(
+        self, query: QueryBatch, rows: np.ndarray, candidates: np.ndarray, distances: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the neighbors of some rows among candidates [rows, k] and those known already."""
+        tokens = [query.tokens[row] for row in rows.tolist()]
+        ids, kept = self.select(tokens, candidates, distances, rows_of(query.owners, rows))
+        if query.known is None:
+            return ids, kept
+        found = [
+            np.hstack([old[rows], new]) for old, new in zip(query.known, (ids, kept), strict=True)
+        ]
+        kept, ids = nearest(found[1], found[0], self.num_save)
+        return ids, np.where(ids == NO_NEIGHBOR, np.float32(np.nan), kept)
 
     def _count(
         self, tokens: Sequence[np.ndarray], neighbors: np.ndarray, counts: QueryCounts

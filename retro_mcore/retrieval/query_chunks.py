@@ -48,11 +48,14 @@ class QueryBatch:
         tokens: Tokens of each chunk, i64 [at most M].
         vectors: f32 [n, dimension].
         owners: The documents of each chunk, which its neighbors must not come from.
+        known: Neighbors and distances [n, saved] among chunks that the index does not hold; None
+            if it holds all.
     """
 
     tokens: Sequence[np.ndarray]
     vectors: np.ndarray
     owners: Sequence[SampleRows]
+    known: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class QueryChunks(Protocol):
@@ -127,12 +130,14 @@ class DatabaseChunks:
             `numbers_in_database`.
         embedder: Embeds their text, unless `stored` is given.
         stored: Returns the stored vectors of rows [start, end), f32 [end - start, dimension].
+        known: Returns `QueryBatch.known` of rows [start, end).
     """
 
     database: ChunkDatabase
     numbers: Sequence[int]
     embedder: ChunkEmbedder
     stored: Callable[[int, int], np.ndarray] | None = None
+    known: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return len(self.database)
@@ -147,7 +152,8 @@ class DatabaseChunks:
             counts.chunks += len(vectors)
             counts.vectors_stored += len(vectors)
             counts.zero += int((~vectors.any(axis=1)).sum())
-        return QueryBatch(chunks, vectors, self._owners(start, end))
+        known = None if self.known is None else self.known(start, end)
+        return QueryBatch(chunks, vectors, self._owners(start, end), known)
 
     def _owners(self, start: int, end: int) -> list[SampleRows]:
         """Each run of rows of one document."""

@@ -22,13 +22,15 @@ from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import check_stage, finish_stage, input_digests, require_stage
 from retro_mcore.project.shards import ShardReport, cut
+from retro_mcore.retrieval.index.gpu import num_gpus
 from retro_mcore.retrieval.neighbor_search import NeighborSearch, count_queried, query_split
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
 from retro_mcore.retrieval.query_chunks import ChunkEmbedder, QueryCounts
 from retro_mcore.retrieval.rerank import save_token_counts
 from retro_mcore.samples.project_samples import numbers_in_database, remove_truncated_cache
 from retro_mcore.stages.configuration import Project, project_paths
-from retro_mcore.stages.query_tables import MERGED, QueryTable, database_tables, sample_tables
+from retro_mcore.stages.extended_search import MERGED, find_old_neighbors
+from retro_mcore.stages.query_tables import QueryTable, database_tables, sample_tables
 
 STAGE = "query_neighbors"
 _LEAST = {"num_neighbors_query": 1, "num_neighbors_save": 1, "embed_batch_size": 1}
@@ -80,6 +82,8 @@ class QueryNeighborsReport:
         counts: What happened to the chunks.
         num_candidates: Candidates searched per chunk.
         max_tokens: Maximum number of tokens that the embedder reads; None: no limit.
+        num_searched: Number of new chunks that were searched, where neighbors among the old ones
+            were known; None: all chunks were searched.
     """
 
     config: QueryNeighborsConfig
@@ -88,6 +92,7 @@ class QueryNeighborsReport:
     counts: dict[Split, QueryCounts]
     num_candidates: int
     max_tokens: int | None
+    num_searched: int | None = None
 
 
 def run(project: Project, config: QueryNeighborsConfig) -> QueryNeighborsReport:
@@ -161,12 +166,19 @@ class _Run:
         self._num_query = self._search.num_candidates(config.num_neighbors_query)
         self._options = _recorded_options(config, self._search, self._num_query)
         searched = self._search.database_digests(config.rescore)
-        self._inputs = {**self._search.token_digests(), **searched}
+        own = self._search.token_digests()
         if self._aligned:
-            self._inputs |= _database_digests(paths)
+            own |= _database_digests(paths)
+        self._inputs = {**own, **searched}
         self._tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
         output = self._first_output() if other is None else paths.query / "none"
         self._fingerprint = check_stage(paths, self._record, self._options, self._inputs, output)
+        self._old = None
+        # A GPU may probe other lists than the CPU, so that the nearest of both are not the nearest.
+        if self._aligned and other is not None and not (config.faiss_gpu and num_gpus()):
+            self._old = find_old_neighbors(self._search, self._options, own)
+        if self._old is not None:
+            self._fingerprint = fingerprint_of([self._fingerprint, self._old.fingerprint])
 
     @property
     def _record(self) -> str:
@@ -179,7 +191,10 @@ class _Run:
         with raise_together():  # rank 0 has counted the tokens
             self._neighbor_search = self._make_neighbor_search()
         max_tokens = self._embedder.embedder.max_tokens
-        report = QueryNeighborsReport(self._config, {}, {}, {}, self._num_query, max_tokens)
+        searched = self._neighbor_search.num_searched
+        report = QueryNeighborsReport(
+            self._config, {}, {}, {}, self._num_query, max_tokens, searched
+        )
         directories: dict[str, str | None] = dict.fromkeys(SPLITS)
         for table in self._tables():
             directories[table.split] = self._query(table, report)
@@ -196,9 +211,12 @@ class _Run:
         embedder = search.load_embedder(config.embed_batch_size, device, config.embed_fp16)
         ends = search.source_settings.document_ends
         self._embedder = ChunkEmbedder(self._tokenizer, embedder, ends)
-        self._index = search.index.open(
-            share=True, k=self._num_query, gpu=config.faiss_gpu, rescore=config.rescore
-        )
+        if self._old is not None:
+            self._index = self._old.open_index()
+        else:
+            self._index = search.index.open(
+                share=True, k=self._num_query, gpu=config.faiss_gpu, rescore=config.rescore
+            )
         self._numbers = numbers_in_database(self._paths, self._project, search.source)
         if get_rank() == 0:
             remove_truncated_cache(self._paths)
@@ -213,13 +231,14 @@ class _Run:
             num_query=self._num_query,
             num_save=config.num_neighbors_save,
             rerank=reranker,
+            num_searched=None if self._old is None else self._old.num_new,
         )
 
     def _tables(self) -> Iterable[QueryTable]:
         if not self._aligned:
             return sample_tables(self._search, self._tokenizer, self._embedder, self._numbers)
         with raise_together():
-            return database_tables(self._search, self._embedder, self._numbers)
+            return database_tables(self._search, self._embedder, self._numbers, self._old)
 
     def _query(self, table: QueryTable, report: QueryNeighborsReport) -> str:
         """Search one table and add it to the report. Returns its directory's name."""

@@ -21,9 +21,8 @@ from retro_mcore.retrieval.query_chunks import (
     SampleChunks,
 )
 from retro_mcore.samples.project_samples import RenumberedSamples, build_all_gpt_samples
+from retro_mcore.stages.extended_search import MERGED, OldNeighbors
 from retro_mcore.stages.stored_vectors import vectors_of_rows
-
-MERGED: tuple[Split, ...] = ("train", "valid")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,10 @@ def sample_tables(
 
 
 def database_tables(
-    search: ProjectSearch, embedder: ChunkEmbedder, numbers: list[int]
+    search: ProjectSearch,
+    embedder: ChunkEmbedder,
+    numbers: list[int],
+    old: OldNeighbors | None = None,
 ) -> list[QueryTable]:
     """The tables of an aligned project's merged databases; a database without rows has none.
 
@@ -78,6 +80,7 @@ def database_tables(
         search: The project and the database that is searched.
         embedder: Embeds the chunks that have no stored vectors.
         numbers: Number of each of the project's datasets in the database.
+        old: Known neighbors among the old chunks, if only the new ones are searched.
 
     Raises:
         ProjectError: build_db or build_index has not run.
@@ -87,7 +90,8 @@ def database_tables(
     for split in MERGED:
         own = ChunkDatabase.open(search.paths.root, split, own=True)
         stored = vectors_of_rows(search, own, numbers) if split == "train" else None
-        chunks = DatabaseChunks(own, numbers, embedder, stored)
         if len(own):
+            known = None if old is None else old.of(split)
+            chunks = DatabaseChunks(own, numbers, embedder, stored, known)
             tables.append(QueryTable(split, f"chunks_{split}", chunks, len(own)))
     return tables

@@ -96,7 +96,7 @@ def _embedded_alike(search: ProjectSearch) -> bool:
     paths, source = search.paths, search.source
     if not paths.stage_record(STAGE).is_file():
         return False
-    mine, theirs = (_way_of_embedding(each) for each in (paths, source))
+    mine, theirs = (way_of_embedding(each) for each in (paths, source))
     if mine != theirs:
         return False
     # A relative path may name another folder there.
@@ -104,7 +104,7 @@ def _embedded_alike(search: ProjectSearch) -> bool:
     return Path(name).is_absolute() or not Path(name).exists()
 
 
-def _way_of_embedding(paths: ProjectPaths) -> list[object]:
+def way_of_embedding(paths: ProjectPaths) -> list[object]:
     """The settings that decide a text's vector, and the weights that are made from the texts."""
     options = {
         name: value

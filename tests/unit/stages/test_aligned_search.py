@@ -31,6 +31,7 @@ from retro_mcore.retrieval.project_search import open_search
 from retro_mcore.retrieval.query_chunks import ChunkEmbedder
 from retro_mcore.samples.chunk_neighbors import NO_ROW
 from retro_mcore.samples.retro_dataset import build_retro_datasets
+from retro_mcore.stages import query_neighbors as query_command
 from retro_mcore.stages.build_index import stored_embeddings
 from tests.unit.data.aligned import aligned_database
 from tests.unit.data.projects import documents, forget_neighbors, write_corpus
@@ -231,6 +232,49 @@ def test_appended_documents_are_found(project: Path) -> None:
     Oracle(project).check()
     update_db(UpdateDbOptions(str(project), exchange=str(project)))
     np.testing.assert_array_equal(Oracle(project).saved["train"].rows(0, len(old)), old)
+
+
+@pytest.fixture(scope="module")
+def listed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project with an index of lists, of which a search probes some."""
+    folder = tmp_path_factory.mktemp("listed") / "copy"
+    project = shutil.copytree(built, folder) / "project"
+    shutil.rmtree(project / "index")
+    (project / "stages" / "build_index.json").unlink()
+    options = BuildIndexOptions(str(project), embedder="lexical", index="IVF8,Flat", nprobe=3)
+    build_index(options)
+    search_again(forget_neighbors(project))
+    return folder
+
+
+def test_only_new_chunks_are_searched_where_the_rest_is_known(
+    listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nearest in the probed lists are the nearest of the old and the new ones in them."""
+    found = []
+    for known in (True, False):
+        folder = shutil.copytree(listed, tmp_path / str(known))
+        if not known:
+            monkeypatch.setattr(query_command, "find_old_neighbors", lambda *given: None)
+        result = []
+        for name in ("more", "last"):
+            corpus = folder / f"{name}.jsonl"
+            if name == "last":
+                write_corpus(corpus, documents(60, 200)[50:53])
+            result.append(update_db(UpdateDbOptions(str(folder / "project"), append=[str(corpus)])))
+        for update in result:
+            new = update.num_chunks - update.num_before
+            assert update.neighbors.num_searched == (new if known else None)
+        found.append(Oracle(folder / "project"))
+    for name, distances in found[0].distances.items():
+        ids = [oracle.saved[name].rows(0, len(distances)) for oracle in found]
+        saved = [SavedDistances(oracle.saved[name].directory) for oracle in found]
+        rows = [each.rows(0, len(distances)) for each in saved]
+        np.testing.assert_allclose(*rows, atol=1e-5)
+        np.testing.assert_array_equal(ids[0] >= 0, ids[1] >= 0)
+        same = np.take_along_axis(distances, np.maximum(ids[0], 0), 1)
+        np.testing.assert_allclose(same[ids[0] >= 0], rows[0][ids[0] >= 0], atol=1e-4)
+        assert (ids[0] >= result[0].num_before).any()
 
 
 @pytest.mark.parametrize("samples", ["aligned", "packed"])
