@@ -174,5 +174,5 @@ def print_error(error: RetroError) -> None:
     everywhere = error.raised_together or not dist.is_initialized()
     if rank == 0 or not everywhere:
         where = "" if everywhere or get_world_size() == 1 else f"[rank {rank}] "
-        for problem in getattr(error, "problems", (error,)):
+        for problem in error.problems:
             print(f"{where}error: {problem}", file=sys.stderr, flush=True)

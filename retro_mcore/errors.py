@@ -29,6 +29,11 @@ class RetroError(Exception):
         self.subject, self.found, self.hint = str(subject), found, hint
         super().__init__(f"{self.subject}: {found}. {hint}" if found or hint else self.subject)
 
+    @property
+    def problems(self) -> tuple[RetroError, ...]:
+        """The single problems, in the order found."""
+        return (self,)
+
     def __reduce__(self) -> tuple:
         # Exceptions are pickled to travel between ranks; by default only the message would be.
         return type(self), (self.subject, self.found, self.hint)
@@ -71,19 +76,19 @@ class SystemRefusal(RetroError):
 
 
 class SeveralErrors(ConfigurationError):
-    """Several problems of one configuration, reported together.
+    """Several problems of one configuration, reported together."""
 
-    Attributes:
-        problems: The errors, in the order found.
-    """
-
-    def __init__(self, problems: Sequence[RetroError | str]) -> None:
-        problems = [problems] if isinstance(problems, str) else list(problems)
+    def __init__(self, problems: Sequence[RetroError] | str) -> None:
+        problems = [RetroError(problems)] if isinstance(problems, str) else problems
         super().__init__("\n".join(str(problem) for problem in problems))
-        self.problems = tuple(problems)
+        self._problems = tuple(problems)
+
+    @property
+    def problems(self) -> tuple[RetroError, ...]:
+        return self._problems
 
     def __reduce__(self) -> tuple:
-        return type(self), (list(self.problems),)
+        return type(self), (list(self._problems),)
 
 
 def raise_problems(problems: Sequence[RetroError]) -> None:
@@ -129,7 +134,7 @@ def check_all(*checks: Callable[[], object]) -> None:
         try:
             check()
         except RetroError as error:
-            problems += getattr(error, "problems", (error,))
+            problems += error.problems
     raise_problems(problems)
 
 

@@ -30,7 +30,7 @@ from retro_mcore.checkpoint.state import (
     reason_of,
     state_dict,
 )
-from retro_mcore.errors import CheckpointError
+from retro_mcore.errors import CheckpointError, RetroError
 from retro_mcore.platform.compatibility import async_save_arguments, results_through_a_file
 
 
@@ -65,7 +65,7 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        together = error is None or getattr(error, "raised_together", False)
+        together = error is None or (isinstance(error, RetroError) and error.raised_together)
         if together or distributed.get_world_size() == 1:
             self.finish()
         elif self._pending is not None:

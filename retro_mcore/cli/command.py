@@ -11,12 +11,12 @@ import torch.distributed as dist
 from retro_mcore.cli.flags import parse_command
 from retro_mcore.cli.log_files import add_log_file, logged_run
 from retro_mcore.cli.output import closed_pipe_ends_quietly
+from retro_mcore.cli.project_options import verification_of
 from retro_mcore.cli.quiet import ignore_unwanted
 from retro_mcore.cli.utf8 import use_utf8, write_any_text
 from retro_mcore.distributed import leave, print_error
 from retro_mcore.errors import EXIT_CODE, RetroError, system_refusal
 from retro_mcore.logs import CommandLogs, command_logs
-from retro_mcore.project.integrity import verifying
 
 Options = TypeVar("Options")
 
@@ -55,7 +55,7 @@ def _run(
     options, level = parse_command(options_type, arguments)
     logs.set_level(level)
     add_log_file(logs, function.__name__, options)
-    with logged_run(function.__name__, arguments), verifying(getattr(options, "verify", False)):
+    with logged_run(function.__name__, arguments), verification_of(options):
         function(options)
 
 

@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import Any
 
 from retro_mcore.cli.log_files import command_in_python
+from retro_mcore.cli.project_options import verification_of
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.project.integrity import verifying
 from retro_mcore.training.options.run import model_options
 
 
@@ -27,7 +27,7 @@ def _run(name: str, options: dict[str, Any]) -> Any:
                 f"{name}({option}=...)", "unknown option", f"Known: {', '.join(known)}"
             )
     made = options_type(**{**model_options(options_type, options), **options})
-    with command_in_python(name, made), verifying(getattr(made, "verify", False)):
+    with command_in_python(name, made), verification_of(made):
         return getattr(module, name)(made)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from retro_mcore import __version__
 from retro_mcore.cli.quiet import ignore_unwanted
@@ -34,23 +35,25 @@ _LOG_FOLDERS = {
 }
 
 
-def add_log_file(logs: CommandLogs, command: str, options: object) -> None:
+def add_log_file(logs: CommandLogs, command: str, options: Any) -> None:
     """Log to a file per rank beside the outputs, if the command writes any.
 
     Training and question answering log to `logs/rank_0000.log` in their own folder. Where several
     commands or results share a folder, the file's name begins with theirs.
     """
-    option = _LOG_FOLDERS.get(command, "")
-    value = getattr(options, option, None)
+    option = _LOG_FOLDERS.get(command)
+    if option is None or (command == "pretrain_retro" and options.dry_run):
+        return
+    value = getattr(options, option)
     if command == "evaluate_perplexity" and not value:
-        value = Path(options.load) / "perplexity.json"  # type: ignore[attr-defined]
-    if not value or getattr(options, "dry_run", False):
+        value = Path(options.load) / "perplexity.json"
+    if not value:
         return
     folder = Path(str(value))
     if command == "evaluate_perplexity":
         logs.add_file(folder.parent, folder.stem)
     elif option == "project_dir":
-        shard = getattr(options, "shard", None)  # a job of an array
+        shard = options.shard if command == "build_index" else None  # a job of an array
         name = f"{command}_{shard.replace('/', '_of_')}" if shard else command
         # A stage writes into projects only; the first one makes its project.
         made = folder if command == "preprocess_corpus" else ProjectPaths(folder).written_config

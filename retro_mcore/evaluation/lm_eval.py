@@ -167,7 +167,7 @@ class RetroLM(TemplateLM):
         for (key, _, _), result in zip(requests, results, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, result)
-        _tell(self._notes(pairs), len(pairs))
+        _log_notes(self._notes(pairs), len(pairs))
         return results
 
     def _notes(self, pairs: Sequence[Encoded]) -> Counter[str]:
@@ -223,7 +223,7 @@ class RetroLM(TemplateLM):
             self._prompt(request.args[0], how.max_new_tokens, notes)
             for request, how in zip(requests, settings, strict=True)
         ]
-        _tell(notes, len(prompts))
+        _log_notes(notes, len(prompts))
         batches = list(self._batches(prompts, settings))
         first = parallel_state.get_data_parallel_rank()
         mine = batches[first :: parallel_state.get_data_parallel_world_size()]
@@ -305,7 +305,7 @@ def _require_numbers(**values: float | None) -> None:
     raise_problems(problems)
 
 
-def _tell(notes: Counter[str], num_requests: int) -> None:
+def _log_notes(notes: Counter[str], num_requests: int) -> None:
     """Report what was cut or changed, each kind once with its count."""
     if get_rank() == 0:
         for note, count in notes.items():

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from retro_mcore.distributed import PeerError, broadcast_object, get_rank, get_world_size
 from retro_mcore.errors import ConfigurationError, RetroError
 from retro_mcore.inference.decoders import CachedDecoder, Decoder
-from retro_mcore.inference.growing_text import GrowingText, find_stop
+from retro_mcore.inference.growing_text import Detokenizer, GrowingText, find_stop
 from retro_mcore.inference.requests import GenerationRequest, Vocabulary, num_tokens
 from retro_mcore.inference.sampling import require_numbers, sample, token_logprobs
 from retro_mcore.inference.texts import FinishReason, GeneratedText, TokenLogprobs
@@ -114,7 +114,8 @@ class TextBatch:
         )
         new_text = None
         if request.stopping.stop_strings:
-            new_text = GrowingText(self._tokenizer, request.tokens)  # type: ignore[arg-type]
+            assert isinstance(self._tokenizer, Detokenizer), "check_request refuses others"
+            new_text = GrowingText(self._tokenizer, request.tokens)
         (generator,) = request.sampling.generators(1)
         endings: dict[int, FinishReason] = dict.fromkeys(request.stopping.stop_tokens, "stop")
         endings.setdefault(self._tokenizer.eod, "eod")

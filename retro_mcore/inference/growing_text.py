@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Protocol, runtime_checkable
 
-from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.inference.texts import GeneratedText
 
 #: Replacement character that tokenizers write for invalid or incomplete characters.
@@ -14,6 +14,15 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 8
 #: Maximum tokens per character: the bytes of UTF-8.
 _LONGEST_CHARACTER = 4
+
+
+@runtime_checkable
+class Detokenizer(Protocol):
+    """The part of a tokenizer that turns tokens into text."""
+
+    def detokenize(self, ids: Sequence[int], /) -> str:
+        """Text of the tokens."""
+        ...
 
 
 class GrowingText:
@@ -28,7 +37,7 @@ class GrowingText:
         prompt: The prompt's tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Detokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         # A few preceding tokens, since the text of a token depends on them.
         self._tokens = _context(tokenizer, prompt)
@@ -59,7 +68,7 @@ class GrowingText:
         return piece
 
 
-def _context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+def _context(tokenizer: Detokenizer, prompt: Sequence[int]) -> list[int]:
     """The last tokens of a prompt, starting at a character boundary.
 
     Byte tokens of Llama-like tokenizers decode to no text if the first one is inside a character.
@@ -74,7 +83,7 @@ def _context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
     return list(prompt[-_CONTEXT:])
 
 
-def prompt_text(tokenizer: Tokenizer, tokens: Sequence[int], prompt_length: int) -> str:
+def prompt_text(tokenizer: Detokenizer, tokens: Sequence[int], prompt_length: int) -> str:
     """Text of the prompt, without a character at its end that later tokens complete."""
     text = tokenizer.detokenize(tokens[:prompt_length])
     if not text.endswith(INCOMPLETE):
@@ -127,7 +136,7 @@ class SafeStream:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Detokenizer,
         prompt: Sequence[int],
         stop_strings: Sequence[str] = (),
         min_new_tokens: int = 0,
@@ -170,7 +179,7 @@ class SafeStream:
         return piece
 
 
-def new_text(tokenizer: Tokenizer, text: GeneratedText) -> str:
+def new_text(tokenizer: Detokenizer, text: GeneratedText) -> str:
     """Generated text, up to its stop string if there is one."""
     if text.stop_text is not None:
         return text.stop_text

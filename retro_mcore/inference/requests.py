@@ -8,7 +8,9 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Protocol
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.growing_text import Detokenizer
 from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
+from retro_mcore.model.config import RetroConfig
 from retro_mcore.retrieval.neighbors import NeighborSource, Prefetching
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Vocabulary(Protocol):
-    """The part of a tokenizer that generation needs; stop strings also need `detokenize`."""
+    """The part of a tokenizer that generation needs; stop strings also need a `Detokenizer`."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -204,14 +206,14 @@ def _check_endings(request: GenerationRequest, model: RetroModel, tokenizer: Voc
             f"every token, with --min-new-tokens {stopping.min_new_tokens}",
             "Leave some that may be drawn",
         )
-    if stopping.stop_strings and not hasattr(tokenizer, "detokenize"):
+    if stopping.stop_strings and not isinstance(tokenizer, Detokenizer):
         raise ConfigurationError(
             "--stop", "strings, but the tokenizer cannot detokenize", "Use stop tokens"
         )
 
 
 def _check_neighbors(request: GenerationRequest, model: RetroModel) -> None:
-    if request.neighbors is not None and not hasattr(model, "neighbor_encoder"):
+    if request.neighbors is not None and not isinstance(model.config, RetroConfig):
         raise ConfigurationError(
             "--retro-neighbors", "the model was trained without retrieval", "Use none"
         )

@@ -15,7 +15,7 @@ from retro_mcore.errors import ConfigurationError, check_all, raise_problems
 from retro_mcore.model.option_traits import at_least, by_origin, not_an_option, out_of_range, stated
 from retro_mcore.model.options import ORIGINS, ModelOptions, Origin, RetroOptions
 from retro_mcore.platform import is_cpu_in_use
-from retro_mcore.platform.compatibility import allow_norm_recomputation
+from retro_mcore.platform.compatibility import allow_norm_recomputation, config_value
 
 
 @dataclass
@@ -188,7 +188,7 @@ class RetroConfig(RetroOptions, TransformerConfig):
                     f"{value}" + ("" if mup else " without retro_mup_base_hidden_size"),
                     "Give the sizes that the learning rate was tuned at, or neither",
                 )
-        if getattr(self, "use_mup", False):
+        if config_value(self, "use_mup", absent=False):
             raise ConfigurationError(
                 "use_mup",
                 "True, which knows neither cross-attention nor neighbor encoder",

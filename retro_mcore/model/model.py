@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
@@ -261,7 +262,7 @@ class RetroModel(GPTModel):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.has_embedding_copy:
             for key, entry in state.items():
-                if key.startswith(f"{prefix}embedding.") and hasattr(entry, "replica_id"):
+                if key.startswith(f"{prefix}embedding.") and isinstance(entry, ShardedBase):
                     # Not the main replica: the first stage's (0) and the tied output's (1) differ.
                     entry.replica_id = (2, *entry.replica_id[1:])
         return state

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.platform.parallel import unwrap_model
 
 Shape = tuple[int, ...]
 
@@ -297,7 +298,7 @@ class _Held:
 
 
 def _word_weights(stages: Sequence[Any]) -> _Held:
-    models = [_unwrap(stage) for stage in stages]
+    models = [unwrap_model(stage) for stage in stages]
     return _Held(
         source=next((m.embedding.word_embeddings.weight for m in models if m.pre_process), None),
         copies=[m.embedding.word_embeddings.weight for m in models if m.has_own_embedding_copy],
@@ -312,7 +313,7 @@ def _word_weights(stages: Sequence[Any]) -> _Held:
 def _position_weights(stages: Sequence[Any]) -> _Held:
     models = [
         model
-        for model in map(_unwrap, stages)
+        for model in map(unwrap_model, stages)
         if model.position_embedding_type == "learned_absolute"
     ]
     return _Held(
@@ -322,9 +323,3 @@ def _position_weights(stages: Sequence[Any]) -> _Held:
         copies=[m.embedding.position_embeddings.weight for m in models if m.has_embedding_copy],
         output=[],
     )
-
-
-def _unwrap(stage: Any) -> Any:
-    while hasattr(stage, "module"):
-        stage = stage.module
-    return stage

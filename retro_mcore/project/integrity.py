@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 QUICK_BYTES = 8 << 30
 
 _everything: ContextVar[bool] = ContextVar("everything", default=False)
-_told: set[str] = set()
+_warned: set[str] = set()
 
 #: The command that writes each folder of a project.
 COMMANDS = {
@@ -86,7 +86,7 @@ def verify_files(
     raise_problems(problems)
     unread = [file for share in shares for file in share[_num_read(share, everything) :]]
     if unread and get_rank() == 0:
-        _tell(unread)
+        _warn_unread(unread)
 
 
 def verify_project(paths: ProjectPaths, files: Iterable[Path], everything: bool = False) -> None:
@@ -147,13 +147,13 @@ def _size_of(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _tell(unread: Sequence[SignedFile]) -> None:
+def _warn_unread(unread: Sequence[SignedFile]) -> None:
     size = show_bytes(sum(file.size for file in unread))
     names = ", ".join(file.path.name for file in unread[:3]) + (", …" if len(unread) > 3 else "")
     text = (
         f"note: {len(unread)} large files ({size}: {names}) in {unread[0].path.parent} and below "
         "were compared by their sizes alone; the command verify reads them whole"
     )
-    if text not in _told:
-        _told.add(text)
+    if text not in _warned:
+        _warned.add(text)
         _LOG.warning("%s", text)

@@ -37,7 +37,9 @@ def read_dataset_infos(paths: ProjectPaths) -> list[DatasetInfo]:
     try:
         infos = [DatasetInfo(**values) for values in read_json_list(path)]
     except (TypeError, CorruptFileError) as error:
-        found = getattr(error, "found", "lacks a key, or has an unknown one")
+        found = "lacks a key, or has an unknown one"
+        if isinstance(error, CorruptFileError):
+            found = error.found
         raise CorruptFileError(path, found, hint) from error
     for info in infos:
         counts = [value for name, value in vars(info).items() if name.startswith("n_")]

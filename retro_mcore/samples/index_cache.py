@@ -56,7 +56,7 @@ class IndexCache:
                 with signed_write(path) as temporary, temporary.open("wb") as file:
                     np.save(file, array, allow_pickle=False)
         except (OSError, ProjectError) as error:  # read-only, or the disk is full
-            reason = getattr(error, "strerror", None) or getattr(error, "found", error)
+            reason = error.found if isinstance(error, ProjectError) else error.strerror or error
             self._note(
                 f"sample indexes are not kept in {self._directory} ({reason}), but in memory"
             )

@@ -75,7 +75,7 @@ class ChoiceText:
         # of them no later token can extend.
         self._ends: list[int] = []
         self._logprobs: list[TokenLogprobs | None] = []
-        self._settled = self._told = self._told_end = 0
+        self._settled = self._reported = self._reported_end = 0
         self._prompt_tokens: list[PlacedToken] = []
 
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> str:
@@ -131,15 +131,15 @@ class ChoiceText:
         offset, taken = len(self._prompt_text or ""), []
         shown = len(self.text) - offset
         was_cut = len(self._stream.grown_text) > shown
-        while self._told < self._settled:
-            start, end = self._told_end, self._ends[self._told]
+        while self._reported < self._settled:
+            start, end = self._reported_end, self._ends[self._reported]
             if was_cut and start >= shown if ended else end > shown:
                 break
             end = min(end, shown)
-            place = self._prompt_length + self._told
+            place = self._prompt_length + self._reported
             text = self.text[offset + start : offset + end]
-            taken.append(PlacedToken(place, text, offset + start, self._logprobs[self._told]))
-            self._told, self._told_end = self._told + 1, end
+            taken.append(PlacedToken(place, text, offset + start, self._logprobs[self._reported]))
+            self._reported, self._reported_end = self._reported + 1, end
         return taken
 
     def _show(self, piece: str) -> str:

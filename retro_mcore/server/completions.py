@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
 from retro_mcore.inference.sampling import LogitAdjustments, SamplingOptions
 from retro_mcore.inference.texts import GeneratedText
@@ -218,7 +219,7 @@ class Answer:
         self,
         request: CompletionRequest,
         model_name: str,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         retriever: Any,
         chunk_length: int,
         num_start_tokens: Sequence[int],

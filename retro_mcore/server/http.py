@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.errors import RetroError
 from retro_mcore.retrieval.neighbors import NeighborSource, SameNeighbors
 from retro_mcore.server.completions import Answer, CompletionRequest, error_body
@@ -51,7 +52,7 @@ class ServerParts:
 
     service: GenerationService
     tokenize: Callable[[Sequence[str]], list[list[int]]]
-    tokenizer: Any
+    tokenizer: Tokenizer
     model_name: str
     chunk_length: int
     search: NeighborSource | None = None
@@ -253,8 +254,8 @@ def _prompt_tokens(
     if not isinstance(prompts[0], str):
         return list(prompts), [0] * len(prompts)  # type: ignore[arg-type]
     added = parts.tokenize([""])[0]
-    bos = getattr(parts.tokenizer, "bos", None)
-    start = added or [parts.tokenizer.eod if bos is None else bos]
+    bos, eod = parts.tokenizer.bos, parts.tokenizer.eod
+    start = added or [eod if bos is None else bos]
     tokens = parts.tokenize(prompts)  # type: ignore[arg-type]
     counts = [len(added) if ids else len(start) for ids in tokens]
     return [ids or list(start) for ids in tokens], counts

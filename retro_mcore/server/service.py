@@ -264,7 +264,7 @@ class GenerationService:
             self._texts.clear()
             self._batch = self._new_batch()
         else:
-            self._tell(added)
+            self._notify(added)
         return True
 
     def _add(self, request: GenerationRequest) -> None:
@@ -282,7 +282,7 @@ class GenerationService:
         if text is not None:
             self._batch.drop(text)
 
-    def _tell(self, added: list[tuple[GeneratedText, int]]) -> None:
+    def _notify(self, added: list[tuple[GeneratedText, int]]) -> None:
         """Send events to the clients; on other ranks there are none."""
         tokens = dict(added)
         for number, text in list(self._texts.items()):

@@ -53,12 +53,12 @@ class Events:
     def listener(self, index: int) -> Callable[[TokenEvent], None]:
         """Create a callback that queues the events of a job."""
 
-        def tell(event: TokenEvent) -> None:
+        def put_event(event: TokenEvent) -> None:
             # The loop is closed if the server stopped before the service.
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
-        return tell
+        return put_event
 
     async def next(self, timeout: float | None = None) -> tuple[int, TokenEvent] | None:
         """Wait for the next event; None after `timeout` seconds."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.retrieval.vectors import EmbeddingCounts, as_vectors, require_usable
 
 Pooling = Literal["mean", "cls"]
@@ -25,11 +26,14 @@ class Embedder(ABC):
         dimension: Length of a vector.
         max_tokens: Maximum number of tokens read, including special tokens; the rest is cut. None:
             no limit.
+        in_full: Number of texts so far that half precision could not hold; None: it does not
+            compute in half precision.
     """
 
     name: str
     dimension: int
     max_tokens: int | None = None
+    in_full: int | None = None
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -41,6 +45,16 @@ class Embedder(ABC):
     def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
         """Count the tokens of each text, including special tokens, i64 [n]; None if unknown."""
         return None
+
+    def half(self) -> None:
+        """Compute in half precision.
+
+        Raises:
+            ConfigurationError: it cannot.
+        """
+        raise ConfigurationError(
+            "--embed-fp16", f"{self.name} has no half precision", "Leave --embed-fp16 out"
+        )
 
 
 def embed_by_length(
@@ -88,15 +102,14 @@ def embed_unique(
     """
     place: dict[str, int] = {}
     rows = [place.setdefault(text, len(place)) for text in texts]
-    distinct, half = list(place), getattr(embedder, "in_full", None)
-    name = getattr(embedder, "name", type(embedder).__name__)
+    distinct, name, in_full = list(place), embedder.name, embedder.in_full
     found = as_vectors(embedder.embed(distinct), len(distinct), embedder.dimension, name)
     vectors = found[rows]
-    require_usable(vectors, name, half is not None, first, what)
+    require_usable(vectors, name, in_full is not None, first, what)
     if counts is not None:
         counts.chunks += len(rows)
         counts.zero += int((~vectors.any(axis=1)).sum())
-        counts.in_full += getattr(embedder, "in_full", 0) - (half or 0)
+        counts.in_full += (embedder.in_full or 0) - (in_full or 0)
         _count_cut(embedder, distinct, rows, counts)
     return vectors
 
@@ -105,7 +118,7 @@ def _count_cut(
     embedder: Embedder, distinct: list[str], rows: list[int], counts: EmbeddingCounts
 ) -> None:
     """Count the chunks' tokens that the embedder does not read."""
-    limit = getattr(embedder, "max_tokens", None)
+    limit = embedder.max_tokens
     lengths = embedder.count_tokens(distinct) if limit is not None else None
     if limit is None or lengths is None:
         return

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from retro_mcore.retrieval.embedders.base import Embedder
 from retro_mcore.retrieval.vectors import as_vectors, unusable
+
+
+@runtime_checkable
+class Restorable(Protocol):
+    """An embedder that can go back to single precision."""
+
+    def full(self) -> None:
+        """Compute in single precision again."""
+        ...
 
 
 class HalfPrecision(Embedder):
@@ -21,11 +30,12 @@ class HalfPrecision(Embedder):
         in_full: Number of texts so far whose vectors overflowed half precision.
     """
 
-    def __init__(self, embedder: Any) -> None:
+    def __init__(self, embedder: Embedder) -> None:
         embedder.half()
         self.name, self.dimension = embedder.name, embedder.dimension
-        self.max_tokens = getattr(embedder, "max_tokens", None)
-        self._embedder, self.in_full = embedder, 0
+        self.max_tokens = embedder.max_tokens
+        self._embedder = embedder
+        self.in_full: int = 0
 
     def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
         return self._embedder.count_tokens(texts)
@@ -33,7 +43,7 @@ class HalfPrecision(Embedder):
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         vectors = as_vectors(self._embedder.embed(texts), len(texts), self.dimension, self.name)
         wrong = np.flatnonzero(unusable(vectors))
-        if len(wrong) and hasattr(self._embedder, "full"):
+        if len(wrong) and isinstance(self._embedder, Restorable):
             self._embedder.full()
             try:
                 vectors[wrong] = self._embedder.embed([texts[int(row)] for row in wrong])

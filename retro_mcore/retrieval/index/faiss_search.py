@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,15 @@ from retro_mcore.retrieval.index.library import faiss_library, worker_threads
 
 #: Number of queries per call of Faiss.
 _QUERIES = 128
+
+
+@runtime_checkable
+class JointIndex(Protocol):
+    """An index over several ranks, which search it together."""
+
+    def search_together(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search this rank's queries; see `search`. Every rank must call it."""
+        ...
 
 
 def search(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +37,7 @@ def search(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
         ids. Trailing NO_NEIGHBOR if the index found fewer.
     """
     vectors = np.ascontiguousarray(vectors, np.float32)
-    if hasattr(index, "search_together"):
+    if isinstance(index, JointIndex):
         return index.search_together(vectors, k)
     if len(vectors) == 0:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)

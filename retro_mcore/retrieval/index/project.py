@@ -18,6 +18,7 @@ from retro_mcore.project.markers import (
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import require_stage
 from retro_mcore.project.shards import Shard
+from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts
 from retro_mcore.retrieval.index.filling import find_parts
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus, to_gpu_for_search
@@ -123,7 +124,7 @@ class ProjectIndex:
             for file in self.files if get_rank() == 0 or not share else []:
                 verify(file, f"{self._hint} again")
             index, wanted = load_index(self._added, *breadth, mapped=True), self._count
-        for part in getattr(index, "parts", [index]):
+        for part in index.parts if isinstance(index, PartedIndex) else [index]:
             if settings.embedding_dimension not in (None, part.d):
                 raise CorruptFileError(
                     self.files[-1],

@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform.config_fields import config_fields
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 #: Flags of the layers' precision, and their fields in TransformerConfig.
 PRECISION_FLAGS: dict[str, str] = {
@@ -66,11 +69,16 @@ OPTIMIZER_FLAGS: dict[str, str] = {
 }
 
 
-def values_of(options: object, flags: Mapping[str, str]) -> dict[str, Any]:
+def values_of(options: DataclassInstance, flags: Mapping[str, str]) -> dict[str, Any]:
     """Option values, by field of megatron's dataclass."""
     return {
-        field: getattr(options, flag) for flag, field in flags.items() if hasattr(options, flag)
+        field: getattr(options, flag) for flag, field in flags.items() if has_option(options, flag)
     }
+
+
+def has_option(options: DataclassInstance, name: str) -> bool:
+    """Whether options have an option, which some releases of megatron-core may lack."""
+    return any(field.name == name for field in dataclasses.fields(options))
 
 
 @contextmanager

@@ -159,7 +159,7 @@ class TrainingReporter:
         )
         self._progress.update()
         if step.skipped:
-            self._say(
+            self._print(
                 f"iteration {step.iteration}/{self._plan.train_iters} | skipped: the gradients "
                 f"overflowed fp16 at loss scale {step.loss_scale or 1:g}"
             )
@@ -179,7 +179,7 @@ class TrainingReporter:
 
     def validation(self, iteration: int, loss: float, perplexity: float) -> None:
         """Report a validation."""
-        self._say(
+        self._print(
             f"iteration {iteration}/{self._plan.train_iters} | validation loss {loss:.4f} | "
             f"perplexity {perplexity:.2f}"
         )
@@ -189,7 +189,7 @@ class TrainingReporter:
 
     def spike(self, step: StepReport, usual: float, samples: list[int]) -> None:
         """Report a loss spike and the samples of its batch."""
-        self._say(
+        self._print(
             f"iteration {step.iteration}/{self._plan.train_iters} | loss spike: {step.loss:.4f}, "
             f"usually {usual:.4f} | grad norm {step.grad_norm:.3f} | samples {samples}"
         )
@@ -212,7 +212,7 @@ class TrainingReporter:
 
     def message(self, text: str) -> None:
         """Show a line."""
-        self._say(text)
+        self._print(text)
 
     def draw(self) -> Path | None:
         """Plot the loss curve of the whole run, including interrupted parts."""
@@ -235,7 +235,7 @@ class TrainingReporter:
             record["loss"] = loss
         if step.loss_scale is not None:
             record["skipped_iterations"] = interval.skipped
-        self._say(self._line(step, record))
+        self._print(self._line(step, record))
         self._write(record)
         self._to_sinks({key: value for key, value in record.items() if key in _SPEED}, step)
 
@@ -272,14 +272,14 @@ class TrainingReporter:
         ]
         return " | ".join(filter(None, parts))
 
-    def _say(self, text: str, level: int = logging.INFO) -> None:
+    def _print(self, text: str, level: int = logging.INFO) -> None:
         """Print a line and write it to the log file."""
         if self._active:
             self._progress.write(text)
             _LOG.log(level, "%s", text, extra=PRINTED)
 
     def _warn(self, text: str) -> None:
-        self._say(text, logging.WARNING)
+        self._print(text, logging.WARNING)
 
     def _write(self, record: Record) -> None:
         """Write to metrics.jsonl. A full disk only loses metrics; failed checkpoints end a run."""

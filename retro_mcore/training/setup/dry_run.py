@@ -62,7 +62,7 @@ def dry_run(options: PretrainOptions) -> DryRun:
         ConfigurationError: an option is invalid, contradicts the project, or is missing.
     """
     project, vocabulary, used = _project(options)
-    plan = make_plan(options, project, vocabulary, used)
+    plan = make_plan(options, project, vocabulary, used, gpt_may_be_missing=True)
     config = build_config(plan.arguments, options, options)
     world_size, copies = _copies(options)
     batch = options.micro_batch_size * copies

@@ -77,7 +77,8 @@ def _stage(
         encodes = config.retro_layer_numbers[0] in layers
         retrieval += _encoder(config, parts) if encodes else 0
     decoder = len(layers) * _layer(config, parts)
-    decoder += _norm(config) if last and getattr(config, "retro_final_layernorm", True) else 0
+    normed = not isinstance(config, RetroConfig) or config.retro_final_layernorm
+    decoder += _norm(config) if last and normed else 0
     words = arguments.padded_vocab_size // parts * config.hidden_size
     positions = 0
     if arguments.position_embedding_type == "learned_absolute":

@@ -80,7 +80,7 @@ def naming_flags() -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        raise_problems([_with_flags(problem) for problem in getattr(error, "problems", (error,))])
+        raise_problems([_with_flags(problem) for problem in error.problems])
 
 
 def _with_flags(error: RetroError) -> RetroError:

@@ -33,7 +33,7 @@ from retro_mcore.training.loop.sample_reader import (
     tokenizer_fingerprint,
 )
 from retro_mcore.training.loop.schedule import ScheduleLengths, schedule_lengths
-from retro_mcore.training.options.megatron import PRECISION_FLAGS
+from retro_mcore.training.options.megatron import PRECISION_FLAGS, has_option
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.pretrain import OptimizerOptions, TrainingOptions
 from retro_mcore.training.setup.build import number_of_positions, padded_vocab_size
@@ -143,7 +143,7 @@ class TrainingPlan:
     def _precision(self) -> list[str]:
         # A release of megatron-core may lack some of these.
         names = ("bf16", "fp16", *PRECISION_FLAGS)
-        return [name for name in names if self._has(name)]
+        return [name for name in names if has_option(self.options, name)]
 
     def _data(self) -> dict[str, Any]:
         """Values that determine the meaning of a number of consumed samples."""
@@ -238,15 +238,16 @@ class TrainingPlan:
         """Every flag with its value in this run, including the project's values and defaults."""
         return {
             **asdict(self.options),
-            **{name: value for name, value in asdict(self.arguments).items() if self._has(name)},
+            **{
+                name: value
+                for name, value in asdict(self.arguments).items()
+                if has_option(self.options, name)
+            },
             **project_flags(self.project),
             **self.schedule.flags(),
             "train_iters": None,
             "train_samples": self.train_samples,
         }
-
-    def _has(self, name: str) -> bool:
-        return hasattr(self.options, name)
 
     def save_options(self) -> Path | None:
         """Write the resolved options to --save, for use with --config; returns the file.
@@ -280,6 +281,8 @@ def make_plan(
     project: ProjectConfig,
     vocab_size: int,
     used_vocab_size: int | None = None,
+    *,
+    gpt_may_be_missing: bool = False,
 ) -> TrainingPlan:
     """Resolve the flags.
 
@@ -288,6 +291,7 @@ def make_plan(
         project: config.json of `options.project_dir`.
         vocab_size: Size of the tokenizer's vocabulary.
         used_vocab_size: Number of these ids that can occur (default: all).
+        gpt_may_be_missing: Plan with the flags alone if --load-gpt does not exist yet.
 
     Raises:
         ConfigurationError: a flag is invalid, or contradicts the project.
@@ -296,10 +300,14 @@ def make_plan(
     used = used_vocab_size or vocab_size
     sizes = BatchSizes.of(project.retro_gpt_global_batch_size, options.rampup_batch_size)
     train_iters, train_samples = number_of_iterations(options, project, sizes)
+    arguments = _model_arguments(options, project, vocab_size)
+    if not (gpt_may_be_missing and options.load_gpt and not Path(options.load_gpt).exists()):
+        arguments = gpt_arguments(arguments, options, used)
+    arguments = replace(arguments, max_position_embeddings=number_of_positions(arguments))
     return TrainingPlan(
         options=options,
         project=project,
-        arguments=_model_arguments(options, project, vocab_size, used),
+        arguments=arguments,
         batch_sizes=sizes,
         train_iters=train_iters,
         train_samples=train_samples,
@@ -309,9 +317,9 @@ def make_plan(
 
 
 def _model_arguments(
-    options: TrainingOptions, project: ProjectConfig, vocab_size: int, used_vocab_size: int
+    options: TrainingOptions, project: ProjectConfig, vocab_size: int
 ) -> ModelArguments:
-    arguments = ModelArguments(
+    return ModelArguments(
         **{field.name: getattr(options, field.name) for field in fields(ModelOptions)},
         seq_length=project.retro_gpt_seq_length,
         retro_chunk_length=project.retro_gpt_chunk_length,
@@ -322,5 +330,3 @@ def _model_arguments(
         tokenizer_type=project.retro_gpt_tokenizer_type,
         tokenizer_fingerprint=tokenizer_fingerprint(project, options.project_dir),
     )
-    arguments = gpt_arguments(arguments, options, used_vocab_size)
-    return replace(arguments, max_position_embeddings=number_of_positions(arguments))

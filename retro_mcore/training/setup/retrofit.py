@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt import GPTModel
@@ -101,8 +100,6 @@ def gpt_arguments(
 def _gpt_to_load(options: TrainingOptions) -> Checkpoint | None:
     resumes = options.load is not None and existing_checkpoint(options.load, options.ckpt_step)
     if options.load_gpt is None or resumes:
-        return None
-    if getattr(options, "dry_run", False) and not Path(options.load_gpt).exists():
         return None
     return open_checkpoint(options.load_gpt, compare=False)
 

@@ -10,6 +10,7 @@ from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.project import ProjectConfig, ProjectPaths
 from retro_mcore.retrieval import filtering
 from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.base import Embedder
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
 from retro_mcore.retrieval.neighbor_search import NeighborSearch, answer
 from retro_mcore.retrieval.query_chunks import ChunkEmbedder, QueryCounts, SampleChunks
@@ -80,10 +81,10 @@ class OneSample:
         return self.tokens, 0, self.own
 
 
-class Embedder:
-    """The chunk's first letter."""
+class Length(Embedder):
+    """The chunk's number of characters."""
 
-    dimension = 1
+    name, dimension = "length", 1
 
     def embed(self, texts):
         return np.array([[len(text)] for text in texts], np.float32)
@@ -106,7 +107,7 @@ def test_a_search_goes_on_until_there_are_enough_neighbors(database):
     tokenizer = load_project_tokenizer(ProjectConfig.load(paths.root), paths)
     samples, index = OneSample(database, 16), Rising(len(database))
     samples.tokens = np.resize(samples.tokens, 33)
-    chunks = SampleChunks(samples, 16, ChunkEmbedder(tokenizer, Embedder()))
+    chunks = SampleChunks(samples, 16, ChunkEmbedder(tokenizer, Length()))
     search = NeighborSearch(database, num_query=4, num_save=2)
     ids, distances = answer(search.batch(chunks, 0, 2, QueryCounts()), index)
     others = np.flatnonzero(~np.isin(database.chunks[:, 1], samples.own))[:2]
