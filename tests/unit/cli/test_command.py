@@ -13,8 +13,9 @@ import pytest
 
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.flags import parse_options
-from retro_mcore.cli.help import group_of, print_help
+from retro_mcore.cli.help import print_help
 from retro_mcore.cli.main import COMMANDS, main
+from retro_mcore.cli.option_groups import group_of
 from retro_mcore.cli.output import print_summary
 from retro_mcore.errors import ConfigurationError, CorpusError
 

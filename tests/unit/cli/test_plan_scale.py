@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from retro_mcore.cli.plan_scale import PlanScaleOptions, main, parse_count, plan_scale
+from retro_mcore.cli.plan_scale import PlanScaleOptions, main, plan_scale
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.retrieval.scale import parse_count
 from tests.unit.data.projects import built_project
 
 

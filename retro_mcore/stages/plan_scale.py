@@ -1,0 +1,127 @@
+"""Plan a database from flags: with given, published or measured rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from retro_mcore.distributed import initialize
+from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
+from retro_mcore.platform import setup_device
+from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.retrieval.measured_rates import measure_rates
+from retro_mcore.retrieval.scale import Node, Rates, ScalePlan, Workload, parse_count, plan_scale
+
+_POSITIVE = (
+    "retro_chunk_length", "document_tokens", "vocab_size", "embedding_dimension", "hours",
+    "num_neighbors_save", "cores_per_node", "node_memory", "embedder_rate", "query_rate",
+)  # fmt: skip
+
+
+@dataclass
+class PlanScaleConfig:
+    """Configuration of `plan_scale`."""
+
+    tokens: str
+    """Tokens to retrieve from, such as 1B, 100B or 1.2T."""
+    training_tokens: str | None = None
+    """Tokens of the samples whose neighbors are searched (default: as many as --tokens)."""
+    retro_chunk_length: int = 64
+    """Tokens per chunk."""
+    document_tokens: float = 1150.0
+    """Mean tokens per document."""
+    vocab_size: int = 50257
+    """Vocabulary size of the tokenizer. Decides the bytes per token."""
+    embedding_dimension: int = 1024
+    """Dimension of the embedder's vectors."""
+    num_neighbors_save: int = 20
+    """Neighbors saved per chunk."""
+    hours: float = 24.0
+    """Most hours that a stage may take."""
+    gpus_per_node: int = 8
+    """GPUs per node. With 0, cores embed."""
+    cores_per_node: int = 128
+    """Processor cores per node."""
+    node_memory: float = 2000.0
+    """Memory per node in GB."""
+    embedder_rate: float | None = None
+    """Chunks embedded per second and GPU, or core (default: 1728, BERT-large on an A100)."""
+    query_rate: float | None = None
+    """Chunks searched per second and node (default: 250)."""
+    project_dir: str | None = None
+    """Project like the planned one. Sets the chunk length and, once the project has an index, the
+    embedder's dimension."""
+    measure: bool = False
+    """Measure the rates of tokenizing, chunking and embedding on this machine, with the project's
+    chunks (after build_db)."""
+    embedder: str | None = None
+    """Embedder to measure (default: the project's, or minilm)."""
+    device: str = "auto"
+    """Device of the embedder to measure: auto, cpu or cuda."""
+
+
+@dataclass(frozen=True)
+class PlannedScale:
+    """A plan, and what it was computed from."""
+
+    plan: ScalePlan
+    workload: Workload
+    rates: Rates
+    node: Node
+
+
+def run(config: PlanScaleConfig) -> PlannedScale:
+    """Plan a database, and measure rates if asked to.
+
+    Raises:
+        ConfigurationError: a number is out of range.
+        ProjectError: the project has no database to measure with.
+    """
+    values = {name: getattr(config, name) for name in _POSITIVE}
+    raise_problems(
+        [
+            ConfigurationError(flag_of(name), str(value), "Give more than 0")
+            for name, value in values.items()
+            if value is not None and not 0 < value < math.inf
+        ]
+    )
+    work = _workload(config)
+    rates, work = _rates(config, work)
+    node = Node(config.gpus_per_node, config.cores_per_node, config.node_memory * 1e9)
+    return PlannedScale(plan_scale(work, rates, node, config.hours), work, rates, node)
+
+
+def _workload(config: PlanScaleConfig) -> Workload:
+    """The work that the configuration and the project describe."""
+    tokens = parse_count("--tokens", config.tokens)
+    asked, dimension = config.training_tokens, config.embedding_dimension
+    chunk_length = config.retro_chunk_length
+    if config.project_dir is not None:
+        project = ProjectConfig.load(config.project_dir)
+        used = ProjectSettings.load(project.database_paths(config.project_dir).root)
+        dimension = used.embedding_dimension or dimension
+        chunk_length = project.retro_gpt_chunk_length
+    return Workload(
+        tokens=tokens,
+        training_tokens=tokens if asked is None else parse_count("--training-tokens", asked),
+        chunk_length=chunk_length,
+        document_tokens=config.document_tokens,
+        token_bytes=2 if config.vocab_size < 65_500 else 4,
+        dimension=dimension,
+        neighbors_saved=config.num_neighbors_save,
+    )
+
+
+def _rates(config: PlanScaleConfig, work: Workload) -> tuple[Rates, Workload]:
+    """The rates as measured and given, and the work with the measured embedder's dimension."""
+    rates = Rates()
+    if config.measure:
+        if config.project_dir is None:
+            raise ConfigurationError("--measure", "no --project-dir given", "Name a project")
+        initialize()
+        device = str(setup_device(config.device))  # type: ignore[arg-type]
+        rates, dimension = measure_rates(config.project_dir, config.embedder, device)
+        work = replace(work, dimension=dimension)
+    asked = {"embedded": config.embedder_rate, "queried": config.query_rate}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return replace(rates, **given), work
