@@ -17,7 +17,6 @@ from retro_mcore.training.options.run import model_options
 
 
 def _run(name: str, options: dict[str, Any]) -> Any:
-    # Imported at the call: the device is chosen before megatron is loaded.
     module = import_module(f"retro_mcore.cli.{name}")
     options_type = getattr(module, "".join(map(str.title, name.split("_"))) + "Options")
     known = [field.name for field in dataclasses.fields(options_type)]

@@ -37,7 +37,6 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
     """
     setup_device(options.device)
     initialize(distributed_backend())
-    # Imported here, so that --help does not wait for megatron.
     from retro_mcore.evaluation.perplexity_run import run
 
     result = run(options)

@@ -37,7 +37,6 @@ def evaluate_qa(options: EvaluateQaOptions) -> EvaluateQaResult:
     """
     setup_device(options.device)
     initialize(distributed_backend())
-    # Imported here, so that --help does not wait for megatron.
     from retro_mcore.evaluation.qa_run import run
 
     result = run(options)

@@ -34,7 +34,6 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
     """
     device = setup_device(options.device)
     initialize(distributed_backend())
-    # Imported here, so that --help does not wait for megatron.
     from retro_mcore.training.finetuning import finetune
 
     plan, result = finetune(options, device)

@@ -83,7 +83,6 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     with raise_together():
         if options.output is not None and get_rank() == 0:
             require_writable(Path(options.output))
-    # Imported here, so that --help does not wait for megatron.
     from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
     from retro_mcore.session.continuation import (
         check_prompts,

@@ -79,7 +79,6 @@ def load_generation_model(options: GenerationModelOptions) -> GenerationModel:
         RetroError: a flag, the project or the checkpoint is at fault.
     """
     setup_device(options.device)
-    # Imported here, so that --help does not wait for megatron.
     from retro_mcore import session
     from retro_mcore.training.options.pretrain import ParallelOptions
 

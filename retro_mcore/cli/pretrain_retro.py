@@ -38,7 +38,6 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
         RetroError: options, project, checkpoint and processes do not fit together.
     """
     device = setup_device("cpu" if options.dry_run else options.device)
-    # Imported here, so that --help does not wait for megatron.
     if options.dry_run:
         from retro_mcore.training.setup.dry_run import dry_run
 

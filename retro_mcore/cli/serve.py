@@ -35,7 +35,6 @@ def serve(options: ServeOptions) -> None:
     require_server_libraries()
     check_all(options.check, partial(check_retrieval_flags, options), options.api_key)
     loaded = load_generation_model(options)
-    # Imported here, so that --help does not wait for megatron.
     from retro_mcore.server import serving
 
     serving.serve(loaded, options)

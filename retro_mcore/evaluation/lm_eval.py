@@ -96,7 +96,6 @@ class RetroLM(TemplateLM):
             raise ConfigurationError("batch_size", str(batch_size), "Give a number from 1")
         setup_device(device)
         initialize(distributed_backend())
-        # Megatron is imported only after the device is set up.
         from retro_mcore import session
         from retro_mcore.evaluation.continuations import ContinuationScorer
         from retro_mcore.training.options.pretrain import ParallelOptions

@@ -219,7 +219,6 @@ def build_all_gpt_samples(
         padding = document_padding(config, paths, tokenizer)
     digests = on_first_rank(lambda: _index_digests(config, paths))
     cache = IndexCache(paths.data_cache, digests)
-    # Imported late: `--help` imports this module too, and importing megatron takes seconds.
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )

@@ -359,7 +359,7 @@ def blended_order(weights: Sequence[float], num_samples: int) -> tuple[np.ndarra
     """
     if not weights or min(weights) <= 0:
         raise ConfigurationError("--data-path", f"weights {list(weights)}", "Give positive weights")
-    from megatron.core.datasets import helpers  # only now: the data pipeline runs without megatron
+    from megatron.core.datasets import helpers
 
     shares = np.array(weights, np.float64) / sum(weights)
     datasets = np.zeros(num_samples, np.int16)

@@ -1,6 +1,6 @@
 """Text embedders, which turn the text of a chunk into the vector that the index searches by.
 
-`build_embedder` picks the kind from the name and imports only that kind's module.
+`build_embedder` picks the kind from the name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from retro_mcore.retrieval.embedders.base import (
     Embedder,
     Pooling,
 )
+from retro_mcore.retrieval.embedders.half_precision import HalfPrecision
+from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder
+from retro_mcore.retrieval.embedders.pooled import PooledEncoder
+from retro_mcore.retrieval.embedders.sentence import SentenceEncoder
 
 #: A test whether a name belongs to this kind, and a builder (name, batch size, device, pooling).
 Recognizer = Callable[[str], bool]
@@ -76,14 +80,10 @@ def build_embedder(
     embedder = _builder(name, pooling)(name, batch_size, device, pooling)
     if not half:
         return embedder
-    from retro_mcore.retrieval.embedders.half_precision import HalfPrecision
-
     return HalfPrecision(embedder)
 
 
 def _lexical(pooling: Pooling | None, half: bool, weights: Path | None) -> Embedder:
-    from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder
-
     if pooling or half or weights is None:
         flag = "--embedder-pooling" if pooling else "--embed-fp16" if half else "--embedder"
         raise ConfigurationError(flag, "lexical has no model", "Leave it out")
@@ -104,14 +104,10 @@ def _kinds() -> Iterator[tuple[Recognizer, Builder]]:
 
 
 def _sentence(name: str, batch_size: int, device: str | None, pooling: Pooling | None) -> Embedder:
-    from retro_mcore.retrieval.embedders.sentence import SentenceEncoder
-
     return SentenceEncoder(name, batch_size, device)
 
 
 def _pooled(name: str, batch_size: int, device: str | None, pooling: Pooling | None) -> Embedder:
-    from retro_mcore.retrieval.embedders.pooled import PooledEncoder
-
     assert pooling is not None
     return PooledEncoder(name, pooling, batch_size, device)
 

@@ -68,7 +68,6 @@ class MegatronBertEmbedder(Embedder):
         self._device = setup_device("cpu" if device == "cpu" else "auto")
         arguments = vars(read_common(checkpoint).get("args") or _no_arguments(checkpoint))
         verify_checkpoint(checkpoint)
-        # Imported late: the data pipeline imports megatron only for such a checkpoint.
         from retro_mcore.retrieval.embedders import megatron_bert_model as bert
 
         bert.join_megatron()

@@ -42,7 +42,7 @@ def model_options(options_type: type, options: Mapping[str, object]) -> dict[str
     of_load = bool(options.get("use_checkpoint_args"))
     if not of_load and not (load_gpt and known.issuperset(("load_gpt", "num_layers"))):
         return {}
-    from retro_mcore.training.options import from_checkpoint  # takes a while to import
+    from retro_mcore.training.options import from_checkpoint
 
     if of_load:
         return from_checkpoint.model_options_of_checkpoint(load, step)  # type: ignore[arg-type]
