@@ -139,8 +139,8 @@ def check_all(*checks: Callable[[], object]) -> None:
 
 
 _CHECK_PATH = "Check the path"
-_CHECK_RIGHTS = "Check the rights of the file and of the directories above it"
-_SEE_TO_DISK = "Check the file system, then repeat the command"
+_CHECK_RIGHTS = "Check the permissions of the file and of the directories above it"
+_CHECK_DISK = "Check the file system, then repeat the command"
 _OPEN_FEWER = "Raise the limit of open files (ulimit -n)"
 _FREE_SPACE = "Free space or enlarge the quota, then repeat the command"
 _REFUSALS = {
@@ -154,11 +154,11 @@ _REFUSALS = {
     errno.ENAMETOOLONG: _CHECK_PATH,
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
-    errno.EFBIG: _SEE_TO_DISK,
+    errno.EFBIG: _CHECK_DISK,
     errno.EMFILE: _OPEN_FEWER,
     errno.ENFILE: _OPEN_FEWER,
-    errno.ESTALE: _SEE_TO_DISK,
-    errno.EIO: _SEE_TO_DISK,
+    errno.ESTALE: _CHECK_DISK,
+    errno.EIO: _CHECK_DISK,
 }
 
 

@@ -103,7 +103,7 @@ def parse_json(text: str | bytes, allow_nan: bool = False, unique_keys: bool = F
 
 
 def _refuse_constant(name: str) -> Any:
-    raise JsonError(f"not JSON ({name} is no number)")
+    raise JsonError(f"not JSON ({name} is not allowed)")
 
 
 def _last_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

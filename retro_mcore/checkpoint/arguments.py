@@ -25,7 +25,7 @@ def read_arguments(checkpoint: Path) -> dict[str, Any]:
     if "no_retrieval" not in vars(common["args"]):
         raise CheckpointError(
             checkpoint,
-            "was written by Megatron-LM, whose arguments say less than is needed here",
+            "was written by Megatron-LM, whose arguments do not suffice here",
             f"Convert it: tools/convert_checkpoint.py --load {checkpoint} --save OTHER "
             "--project-dir PROJECT, and name OTHER",
         )

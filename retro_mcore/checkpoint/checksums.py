@@ -52,7 +52,7 @@ def write_checksums(checkpoint: Path, shares: Sequence[Mapping[str, Any]]) -> No
     files = {name: entry for share in shares for name, entry in share.items()}
     for name, path in _files(checkpoint):
         if name not in files:
-            raise CheckpointError(path, "was written by no rank", "Save again")
+            raise CheckpointError(path, "was not written by any rank", "Save again")
     write_json(checkpoint / CHECKSUMS_FILE, {"files": files, "sha256": _digest(files)})
 
 

@@ -50,7 +50,7 @@ def read_metadata(checkpoint: Path, other_releases: bool = False) -> Metadata:
             raise CheckpointError(
                 checkpoint,
                 f"has no {name}, so it is not a complete torch_dist checkpoint",
-                "Name a checkpoint that was saved to its end",
+                "Name a checkpoint whose save was completed",
             )
     path = checkpoint / CONTENTS_FILE
     metadata = load_contents(path, other_releases)
@@ -147,7 +147,7 @@ def check_common(path: Path, common: Any) -> dict[str, Any]:
     sound = isinstance(common, dict) and isinstance(common.get("args", Namespace()), Namespace)
     iteration = common.get("iteration") if sound else None
     if not sound or not (iteration in (None, RELEASE) or _is_count(iteration)):
-        raise CheckpointError(path, "holds something else than arguments and counters", _RESTORE)
+        raise CheckpointError(path, "holds data other than arguments and counters", _RESTORE)
     return common
 
 

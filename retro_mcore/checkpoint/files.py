@@ -160,7 +160,7 @@ def publish(directory: str | Path, iteration: int, retention: Retention) -> None
     """
     final, temporary = checkpoint_path(directory, iteration), temporary_path(directory, iteration)
     if not (temporary / CONFIG_FILE).is_file():
-        raise CheckpointError(temporary, "was not written to its end", "Save again")
+        raise CheckpointError(temporary, "was not written completely", "Save again")
     _flush(temporary)
     if final.exists():  # of a branch that was resumed before it
         _name_another(directory, iteration)

@@ -175,7 +175,7 @@ def _check_holds(request: dict[str, Any], metadata: Metadata, checkpoint: Path) 
         found = "holds none" if stored is None else f"holds one of {tuple(size or ())}"
         raise CheckpointError(
             checkpoint,
-            f"is of another model or optimizer: {key}{wanted} is asked for, and it {found}",
+            f"belongs to another model or optimizer: {key}{wanted} is needed, and it {found}",
             "Use a checkpoint of this model",
         )
 

@@ -178,5 +178,5 @@ def _naming(directory: Path) -> Iterator[None]:
         raise CheckpointError(
             directory,
             f"could not be written ({reason_of(error)})",
-            "See to the disk; the checkpoint before it is intact",
+            "Check the disk; the previous checkpoint is intact",
         ) from error

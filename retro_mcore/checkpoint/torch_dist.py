@@ -86,7 +86,9 @@ def _weights(path: Path, table: Metadata, places: Places) -> dict[str, Weight]:
         counted = sum(math.prod(chunk.sizes) for chunk in chunks)
         held = all(math.prod(c.sizes) * dtype.itemsize <= c.length for c in chunks)
         if counted != math.prod(shape) or not held:
-            raise CheckpointError(path, f"its parts of {name} do not make it up", "Restore it")
+            raise CheckpointError(
+                path, f"the parts of {name} do not make up the whole tensor", "Restore it"
+            )
         weights.update(_layers(name, shape, dtype, chunks))
     return weights
 
@@ -147,7 +149,9 @@ def _read_chunk(chunk: _Chunk) -> Tensor:
     content = io.BytesIO(read_bytes(chunk.file, chunk.position, chunk.length))
     tensor = load_torch_file(content, chunk.file)
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes:
-        raise CheckpointError(chunk.file, "is damaged, or of another checkpoint", "Restore it")
+        raise CheckpointError(
+            chunk.file, "is damaged, or belongs to another checkpoint", "Restore it"
+        )
     return tensor
 
 

@@ -161,7 +161,9 @@ def _stages(files: Mapping, states: Mapping, tensor_rank: int) -> State:
     ranks = sorted(rank for rank in files if rank[0] == tensor_rank)
     counts = {len(list(_model_parts(states[rank]))) for rank in ranks}
     if len(counts) != 1:
-        raise CheckpointError(files[ranks[0]], "has other parts than other stages", "Restore it")
+        raise CheckpointError(
+            files[ranks[0]], "has different parts from the other stages", "Restore it"
+        )
     whole: State = {}
     first_layer = 0
     for part in range(counts.pop()):

@@ -28,7 +28,7 @@ def read_tracker(directory: str | Path) -> int | str | None:
     tracker = Path(directory) / TRACKER
     if not tracker.is_file():
         if tracker.exists() or tracker.is_symlink():
-            raise CheckpointError(tracker, "is no file that can be read", _hint(directory))
+            raise CheckpointError(tracker, "is not a readable file", _hint(directory))
         return None
     with tracker.open("rb") as file:
         content = file.read(_LONGEST + 1)

@@ -80,7 +80,9 @@ class RetroLM(TemplateLM):
     ) -> None:
         super().__init__()
         for name, value in others.items():
-            raise ConfigurationError(f"--model_args {name}", repr(value), "retro_mcore has no such")
+            raise ConfigurationError(
+                f"--model_args {name}", repr(value), "retro_mcore has no such argument"
+            )
         if retro_neighbors not in ("live", "none"):
             raise ConfigurationError("retro_neighbors", str(retro_neighbors), "Use live or none")
         if add_bos_token not in (None, True, False):

@@ -89,7 +89,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         if path.exists():
             raise ConfigurationError(
                 f"--output {path.parent}",
-                f"{path.name} is there, but not what it was made with",
+                f"{path.name} exists, but the settings that it was made with do not",
                 "Use another directory",
             )
         write_json(record, dict(settings))

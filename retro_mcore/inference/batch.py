@@ -107,7 +107,9 @@ class TextBatch:
         """
         if len(self._members) == self.max_batch_size:
             raise ConfigurationError(
-                "batch", f"{self.max_batch_size} texts grow already", "Wait until one has ended"
+                "batch",
+                f"{self.max_batch_size} texts are running already",
+                "Wait until one has ended",
             )
         text = GeneratedText(
             list(request.tokens), len(request.tokens), two_chunks=request.two_chunks

@@ -90,7 +90,7 @@ def _prompt_of_line(subject: str, line: bytes) -> Prompt:
     except JsonError as error:
         raise ConfigurationError(subject, f"invalid JSON ({error.in_line})", hint) from error
     if has_surrogates(value):
-        found = "half of a surrogate pair (such as \\ud83d), which is no character"
+        found = "half of a surrogate pair (such as \\ud83d), which is not a character"
         raise ConfigurationError(subject, found, "Fix the text")
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:

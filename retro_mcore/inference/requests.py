@@ -172,7 +172,7 @@ def _check_prompt(request: GenerationRequest, vocabulary: int) -> None:
     if not len(prompt):
         raise ConfigurationError(subject, "no tokens", "Give some text to continue")
     if any(isinstance(token, bool) or not isinstance(token, Integral) for token in prompt):
-        raise ConfigurationError(subject, "something else than token ids", "Give whole numbers")
+        raise ConfigurationError(subject, "values that are not token ids", "Give whole numbers")
     if min(prompt) < 0 or max(prompt) >= vocabulary:
         raise ConfigurationError(
             subject,
@@ -204,7 +204,7 @@ def _check_endings(request: GenerationRequest, model: RetroModel, tokenizer: Voc
         raise ConfigurationError(
             "--stop-token-ids",
             f"every token, with --min-new-tokens {stopping.min_new_tokens}",
-            "Leave some that may be drawn",
+            "Leave some that may be sampled",
         )
     if stopping.stop_strings and not isinstance(tokenizer, Detokenizer):
         raise ConfigurationError(
@@ -222,7 +222,7 @@ def _check_neighbors(request: GenerationRequest, model: RetroModel) -> None:
         raise ConfigurationError(
             "--retrieval-lead",
             f"{lead} of the {model.config.retro_chunk_length} tokens of a chunk",
-            "Leave the search some tokens",
+            "Give fewer, so that the search has a query",
         )
 
 

@@ -137,7 +137,7 @@ def require_numbers(logits_V: torch.Tensor) -> None:
     if not torch.isfinite(logits_V.max()):
         raise CheckpointError(
             "the model",
-            "its logits are no numbers",
+            "its logits are not numbers",
             "Its weights are damaged, or overflow their precision",
         )
 

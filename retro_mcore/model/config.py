@@ -191,7 +191,7 @@ class RetroConfig(RetroOptions, TransformerConfig):
         if config_value(self, "use_mup", absent=False):
             raise ConfigurationError(
                 "use_mup",
-                "True, which knows neither cross-attention nor neighbor encoder",
+                "True, which covers neither cross-attention nor the neighbor encoder",
                 "Set retro_mup_base_hidden_size",
             )
         taken = {"init_method": mup, "output_layer_init_method": mup, "softmax_scale": mup}
@@ -201,7 +201,7 @@ class RetroConfig(RetroOptions, TransformerConfig):
             if is_taken and getattr(self, name) is not None:
                 raise ConfigurationError(
                     name,
-                    f"{getattr(self, name)}, under DeepNorm or muP, which give their own",
+                    f"{getattr(self, name)}, under DeepNorm or muP, which set their own",
                     "Leave it out",
                 )
 
@@ -298,7 +298,9 @@ class RetroConfig(RetroOptions, TransformerConfig):
                 "Choose chunk length * retrieved chunks as a multiple of the tensor parallel size",
             )
         if self.multi_latent_attention:
-            raise ConfigurationError("multi_latent_attention", "True", "Retro needs plain heads")
+            raise ConfigurationError(
+                "multi_latent_attention", "True", "Retro needs ordinary attention heads"
+            )
 
 
 def check_rates(options: object) -> None:

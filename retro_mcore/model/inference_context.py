@@ -146,7 +146,7 @@ class InferenceContext:
             raise ConfigurationError(
                 "inference context",
                 f"a text of more than {self.max_sequence_length} tokens",
-                "Make it for longer texts",
+                "Create it for longer texts",
             )
         positions = torch.tensor([self.lengths], device=device)
         mask = None

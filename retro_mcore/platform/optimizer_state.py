@@ -144,7 +144,7 @@ def _has_padded_offsets() -> bool:
     except Exception as error:
         raise ConfigurationError(
             "megatron-core",
-            f"its distributed optimizer saves in a way that is not known here ({error!r})",
+            f"its distributed optimizer saves in an unknown way ({error!r})",
             "Install a release from 0.16.1 to 0.19.2",
         ) from error
 

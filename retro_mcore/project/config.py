@@ -15,7 +15,7 @@ from retro_mcore.project.paths import ProjectPaths
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-_MEND = "Restore the file"
+_REPAIR = "Restore the file"
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ class ProjectConfig:
         values = read_json_object(path)
         missing = sorted(needed_keys(cls) - values.keys())
         found: list[ProjectError] = [
-            CorruptFileError(path, f"{name} {what}", _MEND)
+            CorruptFileError(path, f"{name} {what}", _REPAIR)
             for name, what in config_problems(values, cls).items()
         ]
         if missing:
-            found.insert(0, ProjectError(path, f"keys {', '.join(missing)} are missing", _MEND))
+            found.insert(0, ProjectError(path, f"keys {', '.join(missing)} are missing", _REPAIR))
         raise_problems(found)
         known = {field_.name for field_ in fields(cls)} - {"unknown"}
         unknown = {key: value for key, value in values.items() if key not in known}
@@ -180,7 +180,7 @@ def _refuse_lost_settings(paths: ProjectPaths) -> None:
     if any(paths.stage_record(stage).is_file() for stage in ("preprocess_corpus", "update_db")):
         raise CorruptFileError(
             paths.settings,
-            "no such file, and the project was made with one",
+            "no such file, but the project was created with one",
             "Restore the file, or run preprocess_corpus, build_index and query_neighbors again, "
             "with the options that they were run with",
         )
@@ -270,7 +270,9 @@ class ProjectSettings:
                 )
             )
         problems = settings_problems(values, cls)
-        found += [CorruptFileError(path, f"{key} {what}", _MEND) for key, what in problems.items()]
+        found += [
+            CorruptFileError(path, f"{key} {what}", _REPAIR) for key, what in problems.items()
+        ]
         raise_problems(found)
         return cls(**values)
 
@@ -287,7 +289,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     values = _read_json(path)
     if not isinstance(values, dict):
-        raise CorruptFileError(path, "not a JSON object", _MEND)
+        raise CorruptFileError(path, "not a JSON object", _REPAIR)
     return values
 
 
@@ -299,7 +301,7 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
     """
     values = _read_json(path)
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise CorruptFileError(path, "not a list of JSON objects", _MEND)
+        raise CorruptFileError(path, "not a list of JSON objects", _REPAIR)
     return values
 
 
@@ -307,6 +309,6 @@ def _read_json(path: Path) -> Any:
     try:
         return parse_json(path.read_bytes(), unique_keys=True)
     except FileNotFoundError as error:
-        raise CorruptFileError(path, "no such file", _MEND) from error
+        raise CorruptFileError(path, "no such file", _REPAIR) from error
     except ValueError as error:
-        raise CorruptFileError(path, str(error), _MEND) from error
+        raise CorruptFileError(path, str(error), _REPAIR) from error

@@ -138,7 +138,7 @@ def _leaves(path: str) -> bool:
 def _neighbor_dirs_problem(names: Mapping[str, str | None]) -> str | None:
     for name in names.values():
         if name is not None and (not name.strip() or _leaves(name)):
-            return "of which one is no directory under query/"
+            return "one of which is not a directory under query/"
     return None
 
 

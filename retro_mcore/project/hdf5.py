@@ -14,7 +14,7 @@ _UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, TypeError, Attribute
 #: Maximum expansion of a compressed byte: the limit of deflate.
 _DENSEST = 1032
 _KINDS = {"f": "floating-point numbers", "i": "integers", "u": "integers"}
-_MEND = "Build or restore it again"
+_REPAIR = "Build or restore it again"
 
 
 def map_dataset(
@@ -47,9 +47,11 @@ def map_dataset(
                 return dataset[:]
     except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CorruptFileError(path, f"unreadable ({reason})", _MEND) from error
+        raise CorruptFileError(path, f"unreadable ({reason})", _REPAIR) from error
     if offset is None or offset + needed > size:
-        raise CorruptFileError(path, f"{size} bytes, too few for {name!r} of shape {shape}", _MEND)
+        raise CorruptFileError(
+            path, f"{size} bytes, too few for {name!r} of shape {shape}", _REPAIR
+        )
     # A plain array on the map, since slicing np.memmap is ten times as slow.
     return np.asarray(np.memmap(path, dtype, "r", offset, shape))
 
@@ -57,7 +59,7 @@ def map_dataset(
 def _check_is_inside(path: Path, name: str, file: h5py.File, dataset: h5py.Dataset) -> None:
     """Reject a dataset whose numbers are in another file, at offsets of that file."""
     if dataset.file != file or dataset.external or dataset.is_virtual:
-        raise CorruptFileError(path, f"{name!r} refers to another file", _MEND)
+        raise CorruptFileError(path, f"{name!r} refers to another file", _REPAIR)
 
 
 def _check_type(
@@ -72,10 +74,10 @@ def _check_type(
     numbers = {"f": "f", "i": "iu", "u": "iu", None: "biuf"}[kind]
     if dtype.kind not in numbers:
         wanted = _KINDS.get(kind or "", "numbers")
-        raise CorruptFileError(path, f"{name!r} holds {dtype}, not {wanted}", _MEND)
+        raise CorruptFileError(path, f"{name!r} holds {dtype}, not {wanted}", _REPAIR)
     if (ndim is not None and len(shape) != ndim) or (columns and shape[-1] != columns):
         wanted = f"{ndim} axes" + (f", the last of {columns}" if columns else "")
-        raise CorruptFileError(path, f"{name!r} has shape {list(shape)}, not {wanted}", _MEND)
+        raise CorruptFileError(path, f"{name!r} has shape {list(shape)}, not {wanted}", _REPAIR)
 
 
 def read_counts(path: Path) -> np.ndarray:
@@ -88,4 +90,4 @@ def read_counts(path: Path) -> np.ndarray:
         with h5py.File(path, "r") as file:
             return file["counts"][:].astype(np.int64) if "counts" in file else np.empty(0, np.int64)
     except _UNREADABLE as error:
-        raise CorruptFileError(path, f"unreadable ({error})", _MEND) from error
+        raise CorruptFileError(path, f"unreadable ({error})", _REPAIR) from error

@@ -144,13 +144,13 @@ def _open(path: Path) -> int:
                 hint = "Make the project directory and this file writable"
         else:
             found, hint = (
-                f"cannot be made ({error.strerror})",
+                f"cannot be created ({error.strerror})",
                 "Make the project directory writable",
             )
         raise ProjectError(path, found, hint) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ProjectError(path, "is no file, but something else", "Remove it")
+        raise ProjectError(path, "is not a regular file", "Remove it")
     return descriptor
 
 
@@ -202,7 +202,7 @@ def directory_lock(directory: Path, command: str) -> Iterator[bool]:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ProjectError(
-                    directory, f"cannot be made ({error.strerror})", "Name another directory"
+                    directory, f"cannot be created ({error.strerror})", "Name another directory"
                 ) from error
             with suppress(NoLocksError):
                 descriptor = _acquire(path, command)

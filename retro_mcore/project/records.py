@@ -42,7 +42,7 @@ def check_stage(
         raise ProjectError(
             output,
             "exists, and another program wrote it",
-            "Go on with the next stage, or use another --project-dir",
+            "Continue with the next stage, or use another --project-dir",
         )
     return fingerprint_of({"stage": stage, "options": dict(options), "inputs": dict(inputs)})
 
@@ -81,7 +81,7 @@ def read_stage_record(path: Path) -> dict[str, dict[str, Any]]:
     record = read_json_object(path)
     for name in ("options", "inputs", "report"):
         if not isinstance(record.get(name, {}), dict):
-            raise CorruptFileError(path, f"its {name} are no object", "Restore the file")
+            raise CorruptFileError(path, f"its {name} are not a JSON object", "Restore the file")
     return record
 
 

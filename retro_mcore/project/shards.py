@@ -212,7 +212,9 @@ class Share:
         except ValueError:
             number, count = 0, 0
         if not 1 <= number <= count:
-            raise ConfigurationError("--shard", repr(text), "Give I/N with I from 1 to N, as 3/8")
+            raise ConfigurationError(
+                "--shard", repr(text), "Give I/N with I from 1 to N, such as 3/8"
+            )
         return cls(number - 1, count)
 
     def of(self, shards: Sequence[Shard]) -> list[Shard]:

@@ -16,7 +16,7 @@ _REFUSALS = {
 }
 _IN_MESSAGES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _KEPT = "then repeat the command: what was built is kept"
-_MEND = f"Free space or enlarge the quota, {_KEPT}"
+_REPAIR = f"Free space or enlarge the quota, {_KEPT}"
 
 
 def free_bytes(path: Path) -> int:
@@ -54,7 +54,7 @@ def require_space(path: Path, needed: int, what: str, files: int = 1) -> None:
     free = free_bytes(path)
     if free < needed:
         raise ProjectError(
-            path, f"{what} need {show_bytes(needed)}, {show_bytes(free)} are free", _MEND
+            path, f"{what} need {show_bytes(needed)}, {show_bytes(free)} are free", _REPAIR
         )
     makeable = free_files(path)
     if makeable is not None and makeable < files:
@@ -92,7 +92,7 @@ def refused_write_error(path: Path, error: BaseException, written: int = 0) -> P
     needed = max(written, free)
     more = f"more than {show_bytes(needed)} are needed here, " if needed else ""
     found, way = {
-        errno.ENOSPC: (f"the disk is full: {more}{show_bytes(free)} are free", _MEND),
+        errno.ENOSPC: (f"the disk is full: {more}{show_bytes(free)} are free", _REPAIR),
         errno.EDQUOT: (
             f"the quota is used up after {show_bytes(written)} of this file",
             f"Enlarge the quota or remove files of yours, {_KEPT}",

@@ -95,7 +95,7 @@ class ChunkDatabase:
                 raise CorruptFileError(
                     self.path,
                     f"chunk {first + row} is {self.chunks[first + row, :4].tolist()} (dataset, "
-                    f"document, first token, end), which the data does not have",
+                    f"document, first token, end), which is not in the data",
                     hint,
                 )
 

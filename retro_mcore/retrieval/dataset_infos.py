@@ -45,5 +45,5 @@ def read_dataset_infos(paths: ProjectPaths) -> list[DatasetInfo]:
         counts = [value for name, value in vars(info).items() if name.startswith("n_")]
         whole = all(type(count) is int and count >= 0 for count in counts)
         if not whole or not info.n_chunks_sampled <= info.n_chunks_train <= info.n_chunks:
-            raise CorruptFileError(path, f"the counts of {info.prefix!r} cannot be", hint)
+            raise CorruptFileError(path, f"the counts of {info.prefix!r} are impossible", hint)
     return infos

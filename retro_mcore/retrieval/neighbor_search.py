@@ -213,7 +213,7 @@ def require_found(
         found = f"the index finds nothing for {len(ids)} query chunks"
     else:
         return
-    raise CorruptFileError(database.path, found, "Build the index of this database anew")
+    raise CorruptFileError(database.path, found, "Build the index of this database again")
 
 
 #: The searches of one shard.

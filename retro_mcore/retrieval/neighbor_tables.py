@@ -18,7 +18,7 @@ from retro_mcore.project.hdf5 import map_dataset
 _ROWS = re.compile(r"(\d+)-(\d+)")
 #: Number of rows whose ids are checked when opening; all others are checked when read.
 _LOOKED_AT = 1 << 16
-_MEND = "Run query_neighbors again"
+_REPAIR = "Run query_neighbors again"
 
 
 class SavedNeighbors:
@@ -57,12 +57,12 @@ class SavedNeighbors:
         rows = map_dataset(path, self._dataset, self._kind, 2)
         if start != expected:
             raise CorruptFileError(
-                path, f"begins with row {start}, the files before it end with {expected}", _MEND
+                path, f"begins with row {start}, the files before it end with {expected}", _REPAIR
             )
         if len(rows) != end - start:
-            raise CorruptFileError(path, f"holds {len(rows)} rows from {start}", _MEND)
+            raise CorruptFileError(path, f"holds {len(rows)} rows from {start}", _REPAIR)
         if not rows.shape[1] or (self._files and rows.shape[1] != self.num_saved):
-            raise CorruptFileError(path, f"holds {rows.shape[1]} neighbors per row", _MEND)
+            raise CorruptFileError(path, f"holds {rows.shape[1]} neighbors per row", _REPAIR)
         self._check(path, rows[: self._looked_at])
         return rows
 
@@ -74,7 +74,7 @@ class SavedNeighbors:
             raise CorruptFileError(
                 path,
                 f"names chunk {rows[wrong][0]}, the database has {self._num_chunks}",
-                f"{_MEND}, or restore the database",
+                f"{_REPAIR}, or restore the database",
             )
 
     def __len__(self) -> int:

@@ -147,5 +147,5 @@ def load_reranker(
     shape = None if vocab_size is None else (vocab_size + 2,)
     counts = load_array(paths.token_counts, shape, "f", hint)
     if not (np.isfinite(counts).all() and (counts >= 0).all() and counts[-2:].all()):
-        raise CorruptFileError(paths.token_counts, "holds what are no counts", hint)
+        raise CorruptFileError(paths.token_counts, "holds values that are not counts", hint)
     return BM25(database, counts, chunk_length)

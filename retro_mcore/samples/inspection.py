@@ -114,7 +114,7 @@ class SampleInspector:
         if np.isnan(distances).any():
             raise CorruptFileError(
                 self.dataset.neighbors.directories[0] / "distances",
-                "holds NaN for neighbors that there are",
+                "holds NaN for neighbors that exist",
                 "Run query_neighbors again, or remove it",
             )
         return distances

@@ -159,7 +159,7 @@ def check_chunk_neighbors(
 
     Raises:
         ProjectError: the search was of another database, or neighbors come from a chunk's own
-            document, which no search gives.
+            document, which no search returns.
     """
     record = _record(paths, neighbors.directory.name) or {}
     name = paths.relative(chunks.path)
@@ -184,7 +184,7 @@ def _check_own_chunks(
     if (own.all(axis=2) & (ids != NO_NEIGHBOR)).any():
         raise ProjectError(
             neighbors.directory,
-            "holds neighbors of a chunk's own document, which no search gives",
+            "holds neighbors of a chunk's own document, which no search returns",
             "Run query_neighbors again, or restore the directory",
         )
 
@@ -330,7 +330,7 @@ def _check_own_documents(
         if from_documents(database, ids, dataset, documents).any():
             raise ProjectError(
                 neighbors.directory,
-                f"sample {index} has neighbors of its own documents here, which no search gives: "
+                f"sample {index} has neighbors of its own documents here, which no search returns: "
                 "they were searched for other samples",
                 f"Put {paths.config.name} and the tokens back as they were for the search",
             )

@@ -50,7 +50,7 @@ def check_key(request: Request, api_key: str | None) -> None:
     same = hmac.compare_digest(sent.strip().encode("latin-1"), api_key.encode())
     if scheme.lower() != "bearer" or not same:
         raise RequestError(
-            401, "a bearer token is needed, and none or another was sent", code="invalid_api_key"
+            401, "a bearer token is needed; none or a wrong one was sent", code="invalid_api_key"
         )
 
 
@@ -71,7 +71,7 @@ async def read_json(request: Request, max_bytes: int, seconds: float) -> Any:
     except asyncio.TimeoutError:
         raise RequestError(408, f"the request had not arrived after {seconds:g} seconds") from None
     except ClientDisconnect:
-        raise RequestError(400, "the client has gone away") from None
+        raise RequestError(400, "the client has disconnected") from None
     try:
         return parse_json(body)
     except JsonError as error:
@@ -128,7 +128,7 @@ def _check_text(value: Any) -> None:
             waiting += [(item, field) for item in one]
         elif isinstance(one, str) and replace_surrogates(one)[1]:
             name = field if field in FIELDS else None
-            message = "holds half of a surrogate pair, which is no character"
+            message = "holds half of a surrogate pair, which is not a character"
             raise RequestError(400, f"{name or 'the request'}: {message}", param=name)
 
 

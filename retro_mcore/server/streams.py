@@ -86,7 +86,7 @@ async def finish(request: Request, events: Events, jobs: list[Job]) -> list[Gene
             found = await events.next(timeout=1.0)
             if found is None:
                 if await request.is_disconnected():
-                    raise RequestError(499, "the client has gone away")
+                    raise RequestError(499, "the client has disconnected")
             elif found[1].token is None and found[1].text is not None:
                 texts[found[0]] = found[1].text
     finally:

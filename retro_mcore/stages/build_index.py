@@ -171,7 +171,9 @@ def _check(config: BuildIndexConfig) -> None:
         raise ConfigurationError("--stage", str(config.stage), f"Choose {', '.join(STEPS)}")
     if config.share is not None and config.stage not in _SHARED_STEPS:
         raise ConfigurationError(
-            "--shard", f"{config.shard} of --stage {config.stage}", "Only embed and add share"
+            "--shard",
+            f"{config.shard} of --stage {config.stage}",
+            "Only embed and add can be sharded",
         )
     if not 0 < config.index_recall <= 1:
         raise ConfigurationError("--index-recall", str(config.index_recall), "Give 0 < r <= 1")

@@ -36,7 +36,7 @@ def check_database_fits(paths: ProjectPaths, config: ProjectConfig, target: Proj
     theirs = load_project_tokenizer(other, target)
     if _contents(mine) != _contents(theirs):
         raise ProjectError(
-            target.root, f"has another tokenizer than {paths.root}", "Build it with the same"
+            target.root, f"has a different tokenizer from {paths.root}", "Build it with the same"
         )
     _check_beginnings(paths, mine, target, theirs)
 

@@ -91,7 +91,7 @@ def _take_over(source: Path, target: Path) -> None:
     if adopt(source, target, ""):
         return
     if marker_path(source).exists() or not source.is_file():
-        raise ProjectError(source, "missing, or not what its marker says", "Restore the file")
+        raise ProjectError(source, "missing, or different from its marker", "Restore the file")
     with signed_write(target, "") as temporary:
         temporary.hardlink_to(source.resolve())
 

@@ -362,5 +362,5 @@ def _refuse_finished(paths: ProjectPaths) -> None:
         raise ProjectError(
             paths.query,
             "holds the neighbors of every split already, searched by another program",
-            f"This project is complete: go on with pretrain_retro --project-dir {paths.root}",
+            f"This project is complete: continue with pretrain_retro --project-dir {paths.root}",
         )

@@ -71,7 +71,9 @@ def _check(options: PretrainOptions, vocab_size: int) -> None:
     if options.skip_train and options.load is None and options.load_gpt is None:
         raise ConfigurationError("--skip-train", "given without a model", "Add --load")
     if options.skip_train and options.save is not None:
-        raise ConfigurationError("--skip-train", "given with --save", "Nothing is saved; leave it")
+        raise ConfigurationError(
+            "--skip-train", "given with --save", "Nothing is saved; leave it out"
+        )
 
 
 def save_lock(command: str, save: str | None) -> AbstractContextManager[bool]:

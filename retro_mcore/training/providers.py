@@ -183,7 +183,9 @@ def train_valid_test_datasets_provider(
         dataset = datasets.get(split)
         if dataset is not None and wanted is not None and wanted > len(dataset):
             raise ConfigurationError(
-                flag, f"{wanted} samples of {split}, and the project has {len(dataset)}", "Fewer"
+                flag,
+                f"{wanted} samples of {split}, and the project has {len(dataset)}",
+                "Give fewer",
             )
     train, valid, test = (datasets.get(split) for split in SPLITS)
     return train, valid, test

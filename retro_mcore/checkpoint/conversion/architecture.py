@@ -101,7 +101,7 @@ def _refuse_lacked(values: Mapping[str, Any], source: object) -> None:
     if found:
         raise CheckpointError(
             source,
-            f"is of a model that computes otherwise than ours: {', '.join(found)}",
+            f"is from a model that computes differently: {', '.join(found)}",
             "Only dense GPT and Retro models convert",
         )
 

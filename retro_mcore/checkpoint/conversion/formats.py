@@ -89,7 +89,7 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
     else:
         raise CheckpointError(
             directory,
-            "is no checkpoint that is known here",
+            "is not a known kind of checkpoint",
             "Name a directory of a Megatron checkpoint (torch_dist, or mp_rank_* files) or of a "
             "Hugging Face model (config.json and *.safetensors)",
         )

@@ -102,7 +102,7 @@ def _check_is_gpt(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"--load-gpt {checkpoint.path}",
             "is a Retro model already",
-            "Convert it with convert_checkpoint.py if it is another's, and continue with --load",
+            "Continue it with --load, after convert_checkpoint.py if another program wrote it",
         )
 
 

@@ -196,7 +196,7 @@ def _files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
     names = weight_map.values()
     if not all(isinstance(name, str) and name.endswith((".safetensors", ".bin")) for name in names):
         raise CheckpointError(
-            found, "names files of weights that are none", "Expected *.safetensors or *.bin"
+            found, "names files that hold no weights", "Expected *.safetensors or *.bin"
         )
     return [_inside(directory, name) for name in sorted(set(names))]
 
@@ -256,7 +256,7 @@ def _read_bin(file: Path) -> Iterator[_Stored]:
         if stream.read(2) not in (b"PK", b"\x80\x02"):  # zip archives, and pickles before torch 1.6
             raise CheckpointError(
                 file,
-                "is no file of PyTorch's",
+                "is not a PyTorch file",
                 "Download it again (with Git LFS, if it came by Git)",
             )
     state = load_torch_file(file, file, mapped=True)
@@ -266,7 +266,7 @@ def _read_bin(file: Path) -> Iterator[_Stored]:
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not isinstance(name, str) or not plain:
             raise CheckpointError(
-                file, f"holds {name!r}, which is no plain tensor", "Expected named tensors"
+                file, f"holds {name!r}, which is not a plain tensor", "Expected named tensors"
             )
         dtype = tensor.dtype if tensor.dtype in _FLOATS else str(tensor.dtype)
         yield _Stored(name, tuple(tensor.shape), dtype, partial(_detached, tensor))

@@ -26,7 +26,7 @@ def flags_of_file(source: str, values: Mapping[str, Any]) -> Flags:
     if unknown:
         raise ConfigurationError(
             source,
-            f"holds what is no option of a model: {', '.join(sorted(unknown))}",
+            f"holds keys that are not model options: {', '.join(sorted(unknown))}",
             "See the options of the model in pretrain_retro --help",
         )
     kinds = get_type_hints(ModelArguments)

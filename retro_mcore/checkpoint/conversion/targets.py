@@ -66,7 +66,7 @@ def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
     if lacked:
         raise ConfigurationError(
             f"--target {target}",
-            f"cannot say {', '.join(lacked)}, without which the model computes something else",
+            f"cannot represent {', '.join(lacked)}, which the model's results depend on",
             "Keep it in retro-mcore's format",
         )
     check_window(target, flags)
@@ -85,7 +85,7 @@ def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
             f"--target {target}",
             f"computes as {' or '.join(_ORIGINS[target])} does, and this model was trained as "
             f"{origin or 'the paper describes'}",
-            "Choose another target; or, to write the weights all the same, give --retro-origin "
+            "Choose another target; or, to write the weights anyway, give --retro-origin "
             + _ORIGINS[target][0],
         )
 

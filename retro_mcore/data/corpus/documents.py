@@ -170,7 +170,7 @@ def _read_text(file: Path, counts: Counter[str]) -> str:
     place = data.find(b"\0")
     if place >= 0 or data.startswith(b"%PDF-"):
         found = f"a NUL byte at offset {place}" if place >= 0 else "a PDF file"
-        raise CorpusError(file, f"is no text ({found})", "Remove it, or convert it to UTF-8 text")
+        raise CorpusError(file, f"is not text ({found})", "Remove it, or convert it to UTF-8 text")
     counts["empty_files"] += not data
     return _decode(file, data, "Convert it to UTF-8", counts)
 

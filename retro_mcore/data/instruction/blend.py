@@ -94,7 +94,7 @@ def _part(name: str, weight: float, folder: Path) -> BlendPart:
     if not train:
         raise CorpusError(
             f"--data-path {name}",
-            f"is no file, and {home} holds no {home.name}_QA_train*.json",
+            f"is not a file, and {home} holds no {home.name}_QA_train*.json",
             "Name a JSON or JSONL file, or a dataset of --data-folder",
         )
     return BlendPart(home.name, weight, train, valid)

@@ -123,7 +123,7 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
         if has_surrogates(record):
             raise CorpusError(
                 f"{file}, record {number}",
-                "holds half of a surrogate pair (such as \\ud83d), which is no character",
+                "holds half of a surrogate pair (such as \\ud83d), which is not a character",
                 "Fix the text, or remove the record",
             )
         yield record

@@ -53,7 +53,7 @@ class InstructionFormat:
         if self.num_encoder_passages and self.sequence_length % self.chunk_length:
             raise ConfigurationError(
                 "--seq-length",
-                f"{self.sequence_length} is no multiple of the chunk length {self.chunk_length}",
+                f"{self.sequence_length} is not a multiple of the chunk length {self.chunk_length}",
                 "Choose a multiple of it",
             )
 

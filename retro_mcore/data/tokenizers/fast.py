@@ -170,7 +170,7 @@ def load_tokenizer_json(file: Path) -> Any:
     if dropout := getattr(tokenizer.model, "dropout", None):
         raise TokenizerError(
             file,
-            f"drops merges at random (dropout {dropout:g}), so a text has other tokens each time",
+            f"drops merges at random (dropout {dropout:g}), so tokens differ from run to run",
             "Set dropout to null in the file",
         )
     return tokenizer

@@ -231,7 +231,7 @@ def adds_bos(
     """
     if choice.add_bos and bos is None:
         raise TokenizerError(
-            "--add-bos-token", "asked for, but the tokenizer has no BOS", "Name it with --bos-token"
+            "--add-bos-token", "given, but the tokenizer has no BOS", "Name it with --bos-token"
         )
     if choice.add_bos is not None:
         return choice.add_bos

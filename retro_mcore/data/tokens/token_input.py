@@ -60,7 +60,9 @@ def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
             "Make it without --split-sentences: a document must be one sequence",
         )
     if not len(file) or file.lengths.min() <= 0:
-        raise CorpusError(idx_path(prefix), "holds an empty document, or none", "Create it again")
+        raise CorpusError(
+            idx_path(prefix), "holds an empty document, or no document", "Create it again"
+        )
     ends = file.starts + file.lengths
     if file.starts.min() < 0 or ends.max() > len(file.tokens):
         raise CorpusError(
@@ -92,15 +94,15 @@ def check_token_input(prefix: Path, tokenizer: Tokenizer) -> None:
         raise TokenizerError(
             bin_path(prefix),
             f"{number - with_bos} of {number} documents do not begin with BOS ({tokenizer.bos}), "
-            "with which those of the project begin",
-            "Make them with BOS, or the project without: --add-bos-token False",
+            "but those of the project do",
+            "Create them with BOS, or the project without it: --add-bos-token False",
         )
     if with_bos and not tokenizer.adds_bos and tokenizer.bos != tokenizer.eod:
         raise TokenizerError(
             bin_path(prefix),
             f"{with_bos} of {number} documents begin with BOS ({tokenizer.bos}), and those of the "
             "project do not",
-            "Make them without BOS",
+            "Create them without BOS",
         )
 
 
@@ -126,7 +128,7 @@ def begin_with_bos(prefixes: Sequence[Path], tokenizer: Tokenizer) -> bool:
             bin_path(prefixes[place]),
             f"{counts[place, 1] - counts[place, 0]} of {counts[place, 1]} documents do not begin "
             f"with BOS ({tokenizer.bos}), and {with_bos} of all documents given do",
-            "Give tokens that were all made alike",
+            "Give tokens that were all created in the same way",
         )
     return with_bos > 0
 

@@ -321,4 +321,4 @@ def read_recall(paths: ProjectPaths, index_string: str) -> Recall:
         return Recall(**values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         hint = f"Remove {path.name} and run build_index again"
-        raise CorruptFileError(path, "is no report of a recall", hint) from error
+        raise CorruptFileError(path, "is not a recall report", hint) from error

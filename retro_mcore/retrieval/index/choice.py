@@ -71,7 +71,7 @@ class IndexChoice:
             return cls(**read_json_object(path))
         except TypeError as error:
             hint = f"Remove {path.name} and run build_index again"
-            raise CorruptFileError(path, "is no choice of an index", hint) from error
+            raise CorruptFileError(path, "is not an index choice", hint) from error
 
 
 @dataclass(frozen=True)

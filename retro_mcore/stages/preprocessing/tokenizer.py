@@ -179,8 +179,8 @@ class TokenizerSetup:
         if begun and asked is False:
             raise TokenizerError(
                 bin_path(given[0]),
-                f"documents begin with BOS ({tokenizer.bos}), and no document is to",
-                "Leave --add-bos-token out, or make the tokens without",
+                f"documents begin with BOS ({tokenizer.bos}), but --add-bos-token is False",
+                "Leave --add-bos-token out, or create the tokens without BOS",
             )
         tokenizer.adds_bos = begun
 

@@ -148,11 +148,11 @@ def check_order(saved: Mapping[str, Any], samples: Samples, checkpoint: Path) ->
     if samples.order_digest(before["samples"]) != before["digest"]:
         raise CheckpointError(
             checkpoint,
-            f"was trained on {before['samples']} samples, which are others in the order that the "
-            "project has now (retro_gpt_train_samples is "
+            f"was trained on {before['samples']} samples, which are different ones in the "
+            "project's current order (retro_gpt_train_samples is "
             f"{saved.get('project_train_samples')} there, {len(samples)} here)",
             "Preprocess the project with --train-samples as it was, or train with another --save "
-            "(--finetune takes the weights over)",
+            "(--finetune keeps the weights)",
         )
 
 

@@ -45,7 +45,7 @@ class LoggingOptions:
             )
         if not self.wandb_project and (self.wandb_exp_name or self.wandb_save_dir):
             raise ConfigurationError(
-                "--wandb-project", "not given, but other options of it", "Name the project"
+                "--wandb-project", "not given, but other options of wandb are", "Name the project"
             )
         if self.device_peak_tflops is not None and self.device_peak_tflops <= 0:
             raise ConfigurationError(

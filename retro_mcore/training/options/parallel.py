@@ -81,7 +81,7 @@ class ParallelOptions(LayerFlags):
         if self.tp_comm_overlap:
             raise ConfigurationError(
                 "--tp-comm-overlap",
-                "given, but its buffers have one length, and neighbors another than the text",
+                "given, but its buffers fit only one length, and neighbors have another",
                 "Leave it out",
             )
 

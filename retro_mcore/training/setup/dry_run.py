@@ -111,7 +111,7 @@ def _project(options: PretrainOptions) -> tuple[ProjectConfig, int, int]:
         if value is None:
             raise ConfigurationError(
                 flag_of(name),
-                f"not given, and {Path(options.project_dir)} is no project yet",
+                f"not given, and {Path(options.project_dir)} is not a project yet",
                 "--dry-run needs it",
             )
     samples = options.train_samples or needed["train_samples"] * needed["global_batch_size"]

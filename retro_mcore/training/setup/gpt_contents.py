@@ -52,8 +52,8 @@ def check_same_gpt(load_gpt: str | None, saved: Mapping[str, str] | None, run: P
     if found and all(each["digest"] != saved["digest"] for each in found):
         raise CheckpointError(
             str(run),
-            f"began from another GPT ({saved['directory']}) than --load-gpt {load_gpt} holds",
-            "Give --load-gpt as it was, or --use-checkpoint-args in its place, or choose another "
+            f"started from another GPT ({saved['directory']}) than --load-gpt {load_gpt} holds",
+            "Give the original --load-gpt, or --use-checkpoint-args instead, or choose another "
             "--load and --save",
         )
 

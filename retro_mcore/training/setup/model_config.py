@@ -121,7 +121,7 @@ def _refuse_without_retrieval(arguments: ModelArguments) -> None:
             raise ConfigurationError(
                 flag_of(name),
                 f"{getattr(arguments, name)}, together with --no-retrieval",
-                "Leave one of them out: it is built for the model with retrieval",
+                "Leave one of them out: it is meant for the model with retrieval",
             )
 
 

@@ -314,7 +314,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(saved):
     from retro_mcore.checkpoint.loading import load_checkpoint
 
     trainer = small_trainer(use_distributed_optimizer=True)
-    with pytest.raises(CheckpointError, match="is of another model or optimizer: optimizer"):
+    with pytest.raises(CheckpointError, match="belongs to another model or optimizer: optimizer"):
         load_checkpoint(saved[1] / "iter_0000004", trainer._parts)
 
 

@@ -295,7 +295,7 @@ def test_what_is_missing_is_told(megatron, tmp_path):
 def test_an_implementation_that_computes_otherwise_is_refused(megatron, tmp_path):
     for name, flags, found in (
         ("layers", {"retro_origin": "mcore-0.15"}, r"and this model in \[2\]"),
-        ("deepnorm", {"retro_deepnorm": True}, "cannot say retro_deepnorm True"),
+        ("deepnorm", {"retro_deepnorm": True}, "cannot represent retro_deepnorm True"),
     ):
         small_trainer(save=str(tmp_path / name), train_iters=1, **flags).train()
         with pytest.raises(ConfigurationError, match=found):
@@ -451,7 +451,7 @@ def test_a_window_guards_what_is_trained_from_it(megatron, tmp_path):
         ("normalization: BatchNorm\n", "normalization"),
         ("a: {b\n", "not YAML"),
         ("5: 6\n", "not a mapping"),
-        ("no_such: 1\n", "no option of a model"),
+        ("no_such: 1\n", "not model options"),
     ],
 )
 def test_a_wrong_model_config_is_one_line(megatron, tmp_path, text, named):

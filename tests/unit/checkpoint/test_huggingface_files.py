@@ -287,7 +287,7 @@ def many_layers(path):
         (text_as_index, INDEX),
         (gguf, r"only model\.Q4_K_M\.gguf"),
         (a_pickle_with_code, r"print, which could run code"),
-        (a_git_lfs_pointer, "is no file of PyTorch's"),
+        (a_git_lfs_pointer, "is not a PyTorch file"),
         (index_of({EMBEDDING: "x" * 5000 + ".safetensors"}), "no xxxx"),
         (index_of({EMBEDDING: "\ud83d.safetensors"}), r"no \\ud83d"),
         (another_size, r"embed_tokens\.weight is 101 x 16, not 101 x 32.* and \d+ more"),

@@ -77,7 +77,7 @@ def test_a_checkpoint_that_is_not_there(folder, read, content):
 def test_a_tracker_that_is_no_file(folder, read, make):
     path = folder / TRACKER
     path.mkdir() if make == "mkdir" else path.symlink_to("nowhere")
-    with pytest.raises(CheckpointError, match=f"{TRACKER}: is no file"):
+    with pytest.raises(CheckpointError, match=f"{TRACKER}: is not a readable file"):
         read(folder)
 
 

@@ -389,7 +389,7 @@ def test_another_programs_finished_project_needs_no_search(capsys, project):
     for path in project.rglob("*.done"):
         path.unlink()
     line = error_of(capsys, query_neighbors, project)
-    assert "This project is complete: go on with pretrain_retro" in line
+    assert "This project is complete: continue with pretrain_retro" in line
     shutil.rmtree(project / "query")
     assert "Run build_index" in error_of(capsys, query_neighbors, project)
 
@@ -404,7 +404,7 @@ def test_lost_settings_are_told_and_made_again(capsys, tmp_path):
     before = settings.read_bytes()
     settings.unlink()
     line = error_of(capsys, build_db, tmp_path / "project")
-    assert "retro_mcore.json: no such file, and the project was made with one" in line
+    assert "retro_mcore.json: no such file, but the project was created with one" in line
     preprocess_corpus(options)
     assert settings.read_bytes() == before
 

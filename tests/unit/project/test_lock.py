@@ -185,7 +185,7 @@ def test_a_lock_that_is_a_link_overwrites_nothing(tmp_path):
         pass
     assert victim.read_text() == "precious"
     os.mkfifo(paths.lock)
-    with pytest.raises(ProjectError, match=r"\.lock: is no file"):
+    with pytest.raises(ProjectError, match=r"\.lock: is not a regular file"):
         stage_lock(paths, "build_db").__enter__()
 
 
@@ -248,5 +248,5 @@ def test_where_files_cannot_be_locked_a_directory_is_used_without(tmp_path, monk
 
 def test_a_file_in_the_place_of_the_directory_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ProjectError, match="file: cannot be made"):
+    with pytest.raises(ProjectError, match="file: cannot be created"):
         directory_lock(tmp_path / "file", "pretrain_retro").__enter__()

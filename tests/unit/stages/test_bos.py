@@ -169,7 +169,9 @@ def test_tokens_that_are_given_stay_as_they_are(tmp_path, corpus, llama):
                 check_token_input(given[True], tokenizer)
     with pytest.raises(TokenizerError, match=r"do not begin with BOS"):
         preprocess(tmp_path, given[False], "x", tokenizer_model=str(llama), add_bos_token=True)
-    with pytest.raises(TokenizerError, match=r"begin with BOS \(\d+\), and no document is to"):
+    with pytest.raises(
+        TokenizerError, match=r"begin with BOS \(\d+\), but --add-bos-token is False"
+    ):
         preprocess(tmp_path, given[True], "z", tokenizer_model=str(llama), add_bos_token=False)
     options = preprocess_options(tmp_path / "y", given[True], tokenizer_model=str(llama))
     options.input.append(str(given[False]))

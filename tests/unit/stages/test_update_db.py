@@ -362,7 +362,7 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
     project, other = folder / "project", folder / "other"
     preprocess_corpus(preprocess_options(other, folder / "more.jsonl"))
     run_stages(other)
-    with pytest.raises(ProjectError, match=r"other: has another tokenizer"):
+    with pytest.raises(ProjectError, match=r"other: has a different tokenizer"):
         update_db(UpdateDbOptions(str(project), exchange=str(other)))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "retro_gpt_chunk_length": 32}))

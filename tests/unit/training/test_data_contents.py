@@ -111,7 +111,7 @@ def test_another_number_of_samples_that_reorders_them_is_refused(resume, project
     (project / "stages" / "query_neighbors.json").unlink()
     configure(project, retro_neighbor_dirs={})
     query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
-    with pytest.raises(RetroError, match="was trained on 8 samples, which are others"):
+    with pytest.raises(RetroError, match="was trained on 8 samples, which are different ones"):
         resume(project)
 
 

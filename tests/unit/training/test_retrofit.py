@@ -106,7 +106,7 @@ def test_a_run_is_not_resumed_in_the_name_of_another_gpt(megatron, tmp_path, cha
         if same:
             trainer(now, **saved, train_iters=iterations, no_load_optim=True).train()
             continue
-        with pytest.raises(CheckpointError, match="began from another GPT \\(llama\\)"):
+        with pytest.raises(CheckpointError, match="started from another GPT \\(llama\\)"):
             trainer(now, **saved, train_iters=iterations, no_load_optim=True)
 
 
@@ -120,7 +120,7 @@ def test_a_gpt_whose_own_training_went_on_is_still_the_same(megatron, tmp_path):
     small_trainer(**twin).train()
     assert small_trainer(**run).has_loaded
     shutil.rmtree(next((tmp_path / "gpt").glob("iter_0*1")))
-    with pytest.raises(CheckpointError, match="began from another GPT"):
+    with pytest.raises(CheckpointError, match="started from another GPT"):
         small_trainer(**run)
 
 
