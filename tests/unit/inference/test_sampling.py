@@ -75,7 +75,7 @@ def test_adjustments_add_biases_and_take_penalties_by_count():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_are_refused(value: float):
     # A damaged checkpoint must not answer with whatever argmax makes of NaN.
-    with pytest.raises(CheckpointError, match="no numbers"):
+    with pytest.raises(CheckpointError, match="not numbers"):
         token_logprobs(torch.tensor([[0.0, value]]), [0], 1)
 
 
