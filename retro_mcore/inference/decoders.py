@@ -142,7 +142,12 @@ class CachedDecoder:
     def _run(
         self, tokens_BS: torch.Tensor, texts: Sequence[GeneratedText], starts: Sequence[int]
     ) -> torch.Tensor | None:
-        """Run this rank's stage once; returns the output [S, B, D] on the last stage."""
+        """Run this rank's stage once; returns the output [S, B, D] on the last stage.
+
+        GPTModel.forward cannot run it: it rotates all texts of a batch by the same positions, and
+        returns logits of every position or of the last one, while each text here has positions and
+        a last token of its own.
+        """
         model, config, current = self._model, self._model.config, self._context.current
         neighbors = self._plan_neighbors(texts, starts)
         hidden = None
