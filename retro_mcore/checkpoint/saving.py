@@ -139,11 +139,11 @@ class CheckpointSaver:
         return wait or not distributed.any_rank(not self._checksums.done())
 
     def _start(self, state: dict[str, Any], temporary: Path) -> None:
-        how = async_save_arguments() if self._asynchronous else {}
+        arguments = async_save_arguments() if self._asynchronous else {}
         metadata = dict(METADATA)
         with distributed.raise_together(), _naming(temporary), results_through_a_file():
             request = dist_checkpointing.save(
-                state, str(temporary), content_metadata=metadata, **how
+                state, str(temporary), content_metadata=metadata, **arguments
             )
             if request is not None:
                 self._queue.schedule_async_request(request)

@@ -221,8 +221,8 @@ class RetroLM(TemplateLM):
         notes: Counter[str] = Counter()
         settings = [self._settings(request.args[1], notes) for request in requests]
         prompts = [
-            self._prompt(request.args[0], how.max_new_tokens, notes)
-            for request, how in zip(requests, settings, strict=True)
+            self._prompt(request.args[0], each.max_new_tokens, notes)
+            for request, each in zip(requests, settings, strict=True)
         ]
         _log_notes(notes, len(prompts))
         batches = list(self._batches(prompts, settings))

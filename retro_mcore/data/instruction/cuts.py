@@ -89,19 +89,19 @@ def count_cuts(
     for number in range(num_datasets):
         for place, example in enumerate(dataset.examples_read(number)):
             if place % step == first:
-                counts[number] += cuts_of(example, dataset.how, tokenizer)
+                counts[number] += cuts_of(example, dataset.format, tokenizer)
     return counts
 
 
 def cuts_of(
-    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
+    example: InstructionExample, format: InstructionFormat, tokenizer: Tokenizer
 ) -> Counter[str]:
     """Count what `encode_example` cuts from one example.
 
     Raises:
         CorpusError: the example has no answer to learn.
     """
-    fitted = fit_example(example, how, tokenizer)
+    fitted = fit_example(example, format, tokenizer)
     prompt = fitted.prompt
     whole = tokenizer.tokenize(prompt.before + prompt.question)
     # After a passage, the question's first tokens may be different and fewer.
@@ -109,8 +109,8 @@ def cuts_of(
     turns_dropped = len(example.turns) - len(fitted.example.turns)
     context_cut = fitted.context_length < len(tokenizer.tokenize(prompt.context))
     cut, dropped = _passages_cut(fitted, tokenizer) if context_cut else (0, 0)
-    for_encoder = encoder_passages(example, how) if how.num_encoder_passages else ()
-    longer = any(len(tokenizer.tokenize(text)) > how.retrieved_length for text in for_encoder)
+    for_encoder = encoder_passages(example, format) if format.num_encoder_passages else ()
+    longer = any(len(tokenizer.tokenize(text)) > format.retrieved_length for text in for_encoder)
     return Counter(
         examples=1,
         prompts_cut=int(question_cut or context_cut or turns_dropped > 0),
@@ -119,8 +119,8 @@ def cuts_of(
         passages_cut=cut,
         passages_dropped=dropped,
         turns_dropped=turns_dropped,
-        answers_cut=int(_length(fitted, how) > how.sequence_length + 1),
-        answers_not_learned=_answers_not_learned(fitted, how),
+        answers_cut=int(_length(fitted, format) > format.sequence_length + 1),
+        answers_not_learned=_answers_not_learned(fitted, format),
     )
 
 
@@ -139,15 +139,15 @@ def _beginnings(passages: Sequence[str]) -> list[str]:
     return ["\n\n".join(passages[: count + 1]) for count in range(len(passages))]
 
 
-def _length(fitted: FittedExample, how: InstructionFormat) -> int:
+def _length(fitted: FittedExample, format: InstructionFormat) -> int:
     """Number of tokens of the example with complete answers."""
     answers = sum(len(ids) + learned for ids, learned in fitted.parts)
-    return len(how.beginning) + len(fitted.prompt_tokens) + answers
+    return len(format.beginning) + len(fitted.prompt_tokens) + answers
 
 
-def _answers_not_learned(fitted: FittedExample, how: InstructionFormat) -> int:
+def _answers_not_learned(fitted: FittedExample, format: InstructionFormat) -> int:
     """Number of answers of a chat that should all be learned, but appear only in the prompt."""
-    if how.loss_on != "answers" or not fitted.example.turns:
+    if format.loss_on != "answers" or not fitted.example.turns:
         return 0
     answers = sum(turn.role == "assistant" for turn in fitted.example.turns)
     return answers - sum(learned for _, learned in fitted.parts)

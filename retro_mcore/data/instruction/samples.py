@@ -76,7 +76,7 @@ class EncodedExample:
 
 
 def encode_example(
-    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
+    example: InstructionExample, format: InstructionFormat, tokenizer: Tokenizer
 ) -> EncodedExample:
     """Tokenize an example.
 
@@ -87,23 +87,26 @@ def encode_example(
     Raises:
         CorpusError: the example has no answer to learn.
     """
-    fitted = fit_example(example, how, tokenizer)
-    parts = [([*how.beginning, *fitted.prompt_tokens], False), *fitted.parts]
-    tokens, trained = _join(parts, how.sequence_length, tokenizer.eod)
-    if how.loss_on == "everything":
+    fitted = fit_example(example, format, tokenizer)
+    parts = [([*format.beginning, *fitted.prompt_tokens], False), *fitted.parts]
+    tokens, trained = _join(parts, format.sequence_length, tokenizer.eod)
+    if format.loss_on == "everything":
         trained = np.ones_like(trained)
-    if not how.num_encoder_passages:
+    if not format.num_encoder_passages:
         return EncodedExample(tokens, trained)
     passages, mask = pad_texts(
-        encoder_passages(example, how), tokenizer, how.num_encoder_passages, how.retrieved_length
+        encoder_passages(example, format),
+        tokenizer,
+        format.num_encoder_passages,
+        format.retrieved_length,
     )
     return EncodedExample(tokens, trained, passages, mask)
 
 
-def encoder_passages(example: InstructionExample, how: InstructionFormat) -> tuple[str, ...]:
+def encoder_passages(example: InstructionExample, format: InstructionFormat) -> tuple[str, ...]:
     """Passages for the neighbor encoder, at most K."""
-    first = 0 if how.reuse_top else how.num_context_passages
-    return example.passages[first : first + how.num_encoder_passages]
+    first = 0 if format.reuse_top else format.num_context_passages
+    return example.passages[first : first + format.num_encoder_passages]
 
 
 @dataclass(frozen=True)
@@ -145,22 +148,24 @@ def _fit_prompt(prompt: Prompt, limit: int, tokenizer: Tokenizer) -> tuple[list[
 
 
 def fit_example(
-    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
+    example: InstructionExample, format: InstructionFormat, tokenizer: Tokenizer
 ) -> FittedExample:
     """Cut an example to fit, as described in `encode_example`.
 
     Raises:
         CorpusError: the example has no answer to learn.
     """
-    if example.turns and how.loss_on == "answers":
-        fitted = _fit_every_answer(example, how, tokenizer)
+    if example.turns and format.loss_on == "answers":
+        fitted = _fit_every_answer(example, format, tokenizer)
         if fitted is not None:
             return fitted
     answer = tokenizer.tokenize(f" {_answer(example)}")
-    room = how.sequence_length - len(how.beginning)
-    limit = room - min(len(answer), how.sequence_length // 2)
+    room = format.sequence_length - len(format.beginning)
+    limit = room - min(len(answer), format.sequence_length // 2)
     while True:
-        prompt = write_prompt(example, how.prompt_format, how.num_context_passages, how.template_id)
+        prompt = write_prompt(
+            example, format.prompt_format, format.num_context_passages, format.template_id
+        )
         shorter = _without_oldest_turns(example)
         fixed = tokenizer.tokenize(prompt.before + prompt.question)
         if len(fixed) <= limit or shorter is None:
@@ -187,7 +192,7 @@ def _without_oldest_turns(example: InstructionExample) -> InstructionExample | N
 
 
 def _fit_every_answer(
-    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
+    example: InstructionExample, format: InstructionFormat, tokenizer: Tokenizer
 ) -> FittedExample | None:
     """Fit a chat in which every reply is learned and ends with the end of document.
 
@@ -196,7 +201,7 @@ def _fit_every_answer(
     _answer(example)
     shorter: InstructionExample | None = example
     while shorter is not None:
-        fitted = _fit_whole_chat(shorter, how, tokenizer)
+        fitted = _fit_whole_chat(shorter, format, tokenizer)
         if fitted is not None:
             return fitted
         shorter = _without_oldest_turns(shorter)
@@ -204,7 +209,7 @@ def _fit_every_answer(
 
 
 def _fit_whole_chat(
-    example: InstructionExample, how: InstructionFormat, tokenizer: Tokenizer
+    example: InstructionExample, format: InstructionFormat, tokenizer: Tokenizer
 ) -> FittedExample | None:
     """Fit all turns of the chat; None if they do not fit."""
     num_system = sum(turn.role == "system" for turn in example.turns)
@@ -213,8 +218,10 @@ def _fit_whole_chat(
         for turn in example.turns[num_system + 1 :]
     ]
     first = replace(example, turns=example.turns[: num_system + 1])
-    prompt = write_prompt(first, how.prompt_format, how.num_context_passages, how.template_id)
-    room = how.sequence_length + 1 - len(how.beginning)
+    prompt = write_prompt(
+        first, format.prompt_format, format.num_context_passages, format.template_id
+    )
+    room = format.sequence_length + 1 - len(format.beginning)
     limit = room - sum(len(ids) + learned for ids, learned in replies)
     if len(tokenizer.tokenize(prompt.before + prompt.question)) > limit:
         return None
@@ -250,7 +257,7 @@ class InstructionDataset(Dataset):
         datasets: Examples of each dataset.
         weights: Sampling weight of each dataset, relative to the others.
         num_samples: Number of rows.
-        how: Prompt wording, lengths and passages.
+        format: Prompt wording, lengths and passages.
         tokenizer: The model's tokenizer.
         seed: Seed of the shuffling.
         pack: Pack as many examples into a row as fit; they do not attend to each other.
@@ -264,7 +271,7 @@ class InstructionDataset(Dataset):
         datasets: Sequence[Sequence[InstructionExample]],
         weights: Sequence[float],
         num_samples: int,
-        how: InstructionFormat,
+        format: InstructionFormat,
         tokenizer: Tokenizer,
         seed: int = 1234,
         pack: bool = False,
@@ -274,10 +281,10 @@ class InstructionDataset(Dataset):
                 raise CorpusError(f"dataset {place}", "has no examples", "Check the files")
             for example in examples:
                 _answer(example)
-        self._datasets, self._how, self._tokenizer = datasets, how, tokenizer
+        self._datasets, self._format, self._tokenizer = datasets, format, tokenizer
         self._seed, self._num_samples, self._packed = seed, num_samples, pack
         # With an encoder, each example of a packed row must begin at a chunk boundary.
-        self._step = how.chunk_length if how.num_encoder_passages else 1
+        self._step = format.chunk_length if format.num_encoder_passages else 1
         self._weights = weights
         self._blend = blended_order(weights, num_samples)
         self._rows = self._pack() if pack else np.arange(num_samples + 1)
@@ -301,7 +308,7 @@ class InstructionDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return _lay_out(
-            self._encoded(index), self._how, self._tokenizer.eod, self._step, self._packed
+            self._encoded(index), self._format, self._tokenizer.eod, self._step, self._packed
         )
 
     def examples_read(self, dataset: int) -> Iterator[InstructionExample]:
@@ -311,16 +318,16 @@ class InstructionDataset(Dataset):
             yield self._example(dataset, number)
 
     @property
-    def how(self) -> InstructionFormat:
+    def format(self) -> InstructionFormat:
         """The format of the examples."""
-        return self._how
+        return self._format
 
     def _encoded(self, row: int) -> list[EncodedExample]:
         return [self._encode(place) for place in range(self._rows[row], self._rows[row + 1])]
 
     def _encode(self, place: int) -> EncodedExample:
         dataset, number = (int(order[place]) for order in self._blend)
-        return encode_example(self._example(dataset, number), self._how, self._tokenizer)
+        return encode_example(self._example(dataset, number), self._format, self._tokenizer)
 
     def _example(self, dataset: int, number: int) -> InstructionExample:
         examples = self._datasets[dataset]
@@ -334,7 +341,7 @@ class InstructionDataset(Dataset):
             if place == len(self._blend[0]):
                 self._blend = blended_order(self._weights, 2 * place)
             size = len(self._encode(place).tokens)
-            if used + size > self._how.sequence_length + 1:
+            if used + size > self._format.sequence_length + 1:
                 starts.append(place)
                 used = 0
             used += _in_steps(size, self._step)
@@ -370,13 +377,13 @@ def blended_order(weights: Sequence[float], num_samples: int) -> tuple[np.ndarra
 
 def _lay_out(
     encoded: Sequence[EncodedExample],
-    how: InstructionFormat,
+    format: InstructionFormat,
     eod: int,
     step: int = 1,
     packed: bool = False,
 ) -> dict[str, Any]:
     """Place examples side by side in a row, each starting at a multiple of `step` tokens."""
-    length = how.sequence_length
+    length = format.sequence_length
     text = np.full(length + 1, eod, np.int64)
     trained = np.zeros(length + 1, bool)
     segments = np.full(length, -1, np.int64)
@@ -390,24 +397,24 @@ def _lay_out(
     row: dict[str, Any] = {"text": text, "loss_mask": trained[1:].astype(np.float32)}
     if packed:
         row["segments"] = segments
-    if how.num_encoder_passages:
-        row |= _passages_by_chunk(encoded, segments, how, eod)
+    if format.num_encoder_passages:
+        row |= _passages_by_chunk(encoded, segments, format, eod)
     return row
 
 
 def _passages_by_chunk(
-    encoded: Sequence[EncodedExample], segments: np.ndarray, how: InstructionFormat, eod: int
+    encoded: Sequence[EncodedExample], segments: np.ndarray, format: InstructionFormat, eod: int
 ) -> dict[str, np.ndarray]:
     shape_LKR = (
-        how.sequence_length // how.chunk_length,
-        how.num_encoder_passages,
-        how.retrieved_length,
+        format.sequence_length // format.chunk_length,
+        format.num_encoder_passages,
+        format.retrieved_length,
     )
     tokens_LKR, mask_LKR = missing_neighbors(shape_LKR, eod)
     for chunk in range(shape_LKR[0]):
         # A chunk's neighbors are attended from its last token to the next chunk's last but one.
-        readers = segments[(chunk + 1) * how.chunk_length - 1 :][: how.chunk_length]
-        owner = segments[chunk * how.chunk_length]
+        readers = segments[(chunk + 1) * format.chunk_length - 1 :][: format.chunk_length]
+        owner = segments[chunk * format.chunk_length]
         if owner >= 0 and set(readers) <= {owner, -1}:
             tokens_LKR[chunk] = encoded[owner].passages
             mask_LKR[chunk] = encoded[owner].passage_mask

@@ -42,16 +42,16 @@ class FinetunePlan(TrainingPlan):
 
     Attributes:
         command: The flags as given.
-        how: How examples become tokens.
+        format: How examples become tokens.
     """
 
     command: FinetuneOptions
-    how: InstructionFormat
+    format: InstructionFormat
 
     @property
     def with_retrieval(self) -> bool:
         """Whether the encoder reads passages."""
-        return self.how.num_encoder_passages > 0
+        return self.format.num_encoder_passages > 0
 
     @property
     def freeze_retrieval(self) -> bool:
@@ -120,11 +120,11 @@ def make_finetune_plan(
     model = model_options_of_checkpoint(command.load, command.ckpt_step)
     options = _training_options(command, model, saved, length)
     plan = make_plan(options, _as_project(command, project, length), vocab_size)
-    how = _format(command, plan)
+    format = _format(command, plan)
     return FinetunePlan(
         **{field.name: getattr(plan, field.name) for field in fields(TrainingPlan)},
         command=command,
-        how=how,
+        format=format,
     )
 
 
@@ -186,7 +186,7 @@ def _blend(
         [_examples(plan, part) for part in parts],
         [part.weight for part in parts],
         num_samples=num_samples,
-        how=replace(plan.how, beginning=tuple(tokenizer.beginning)),
+        format=replace(plan.format, beginning=tuple(tokenizer.beginning)),
         tokenizer=tokenizer,
         seed=plan.command.seed,
         pack=plan.command.pack_samples,

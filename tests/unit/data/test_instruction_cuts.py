@@ -78,17 +78,17 @@ def text_of(encoded):
 
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(questions() | chats(), formats())
-def test_something_is_counted_exactly_where_something_is_missing(example, how):
-    counts = cuts_of(example, how, Characters())
-    encoded = encode_example(example, how, Characters())
+def test_something_is_counted_exactly_where_something_is_missing(example, format):
+    counts = cuts_of(example, format, Characters())
+    encoded = encode_example(example, format, Characters())
     whole = encode_example(
-        example, replace(how, sequence_length=80_000, retrieved_length=1_000), Characters()
+        example, replace(format, sequence_length=80_000, retrieved_length=1_000), Characters()
     )
     assert any(counts[key] for key in CUTS if key != "encoder_passages_cut") == (
         not np.array_equal(encoded.tokens, whole.tokens)
         or not np.array_equal(encoded.trained, whole.trained)
     )
-    if how.num_encoder_passages:
+    if format.num_encoder_passages:
         missing = (~encoded.passage_mask).sum() < (~whole.passage_mask).sum()
         assert counts["encoder_passages_cut"] == missing
     assert encoded.trained[1:].any()  # no example is left out
@@ -96,10 +96,10 @@ def test_something_is_counted_exactly_where_something_is_missing(example, how):
 
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(questions(), formats())
-def test_passages_and_answers_are_counted_as_they_stand(example, how):
-    counts = cuts_of(example, how, Characters())
-    text = text_of(encode_example(example, how, Characters()))
-    shown = example.passages[: how.num_context_passages]
+def test_passages_and_answers_are_counted_as_they_stand(example, format):
+    counts = cuts_of(example, format, Characters())
+    text = text_of(encode_example(example, format, Characters()))
+    shown = example.passages[: format.num_context_passages]
     kept = [text.count(passage[0]) for passage in shown]
     assert counts["passages_dropped"] == kept.count(0)
     whole = sum(n == len(passage) for n, passage in zip(kept, shown, strict=True))
@@ -112,14 +112,14 @@ def test_passages_and_answers_are_counted_as_they_stand(example, how):
 
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(chats(), formats())
-def test_the_turns_of_a_chat_are_counted_as_they_stand(example, how):
-    counts = cuts_of(example, how, Characters())
-    encoded = encode_example(example, how, Characters())
+def test_the_turns_of_a_chat_are_counted_as_they_stand(example, format):
+    counts = cuts_of(example, format, Characters())
+    encoded = encode_example(example, format, Characters())
     said = [turn for turn in example.turns if turn.role != "system"]
     missing = [turn.content[0] not in text_of(encoded) for turn in said]
     # The last question may be cut to nothing: that is a question cut, not a turn dropped.
     assert 0 <= sum(missing) - counts["turns_dropped"] <= counts["questions_cut"]
-    if how.loss_on == "answers":
+    if format.loss_on == "answers":
         learned = set(Characters().detokenize(encoded.tokens[encoded.trained]))
         unlearned = sum(
             turn.role == "assistant" and turn.content[0] not in learned for turn in said
@@ -137,8 +137,8 @@ def test_each_example_that_is_read_is_counted_once_by_any_number_of_ranks(pack, 
         ]
         for name, size in ((0x6000, 8), (0x7000, 30))
     ]
-    how = InstructionFormat(48, prompt_format="reformat_prompt_short")
-    rows = InstructionDataset(datasets, [1.0, 3.0], num_samples, how, Characters(), pack=pack)
+    format = InstructionFormat(48, prompt_format="reformat_prompt_short")
+    rows = InstructionDataset(datasets, [1.0, 3.0], num_samples, format, Characters(), pack=pack)
     read = [[*rows.examples_read(place)] for place in range(2)]
     shown = {int(token) for index in range(num_samples) for token in rows[index]["text"]}
     assert sum(map(len, read)) == sum(token > 0x6000 for token in shown)

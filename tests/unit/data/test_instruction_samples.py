@@ -74,8 +74,8 @@ def test_a_chat_learns_its_last_reply_or_every_reply(tokenizer):
 
 @pytest.mark.parametrize("sequence_length", [96, 128, 160, 400])
 def test_what_does_not_fit_is_taken_from_the_passages_first(tokenizer, sequence_length):
-    how = InstructionFormat(sequence_length, num_context_passages=3)
-    encoded = encode_example(qa(words=60), how, tokenizer)
+    format = InstructionFormat(sequence_length, num_context_passages=3)
+    encoded = encode_example(qa(words=60), format, tokenizer)
     assert len(encoded.tokens) <= sequence_length + 1
     assert learned(encoded, tokenizer) == " it is 0"
     assert "What is 0? Answer the above question" in tokenizer.detokenize(encoded.tokens)
@@ -106,21 +106,21 @@ def test_an_answer_that_was_cut_does_not_teach_to_stop(tokenizer):
 
 
 def test_the_encoder_reads_the_passages_that_the_decoder_does_not(tokenizer):
-    how = InstructionFormat(256, num_encoder_passages=2, chunk_length=16, retrieved_length=32)
+    format = InstructionFormat(256, num_encoder_passages=2, chunk_length=16, retrieved_length=32)
     example = qa()
     for reuse_top, expected in ((False, example.passages[1:]), (True, example.passages[:2])):
-        changed = InstructionFormat(**{**vars(how), "reuse_top": reuse_top})
+        changed = InstructionFormat(**{**vars(format), "reuse_top": reuse_top})
         encoded = encode_example(example, changed, tokenizer)
         for row, text in enumerate(expected):
             ids = encoded.passages[row][~encoded.passage_mask[row]]
             assert text.startswith(tokenizer.detokenize(ids))
-    missing = encode_example(qa(passages=2), how, tokenizer)
+    missing = encode_example(qa(passages=2), format, tokenizer)
     assert missing.passage_mask[1].all()
     assert not missing.passage_mask[0].all()
 
 
 def dataset(tokenizer: Any, count: int = 7, num_samples: int = 20, **options: Any) -> Any:
-    how = InstructionFormat(
+    format = InstructionFormat(
         options.pop("sequence_length", 256),
         num_context_passages=0,
         num_encoder_passages=options.pop("num_encoder_passages", 0),
@@ -128,7 +128,7 @@ def dataset(tokenizer: Any, count: int = 7, num_samples: int = 20, **options: An
         retrieved_length=32,
     )
     return InstructionDataset(
-        [[qa(number) for number in range(count)]], [1.0], num_samples, how, tokenizer, **options
+        [[qa(number) for number in range(count)]], [1.0], num_samples, format, tokenizer, **options
     )
 
 
@@ -186,10 +186,10 @@ def test_every_chunk_has_its_own_example_s_passages(tokenizer):
             assert row["neighbor_mask"][chunk].all()
             continue
         text = tokenizer.detokenize(row["text"][:LONG][segments == owner])
-        how = InstructionFormat(
+        format = InstructionFormat(
             LONG, num_context_passages=0, num_encoder_passages=2, retrieved_length=32
         )
-        expected = encode_example(qa(int(re.findall(r"What is (\d)", text)[0])), how, tokenizer)
+        expected = encode_example(qa(int(re.findall(r"What is (\d)", text)[0])), format, tokenizer)
         assert np.array_equal(row["neighbor_tokens"][chunk], expected.passages)
         assert np.array_equal(row["neighbor_mask"][chunk], expected.passage_mask)
         owned += 1
@@ -209,8 +209,8 @@ def test_examples_without_answers_are_refused_at_once(tokenizer):
 def test_examples_begin_with_bos_whatever_is_cut(tokenizer, loss_on, length):
     """Tuned models are asked with BOS where the project's documents begin with it."""
     for example in (qa(), CHAT):
-        how = InstructionFormat(length, loss_on=loss_on, beginning=(7,))
-        encoded = encode_example(example, how, tokenizer)
+        format = InstructionFormat(length, loss_on=loss_on, beginning=(7,))
+        encoded = encode_example(example, format, tokenizer)
         assert encoded.tokens[0] == 7
         assert not encoded.trained[0]
         assert len(encoded.tokens) <= length + 1
