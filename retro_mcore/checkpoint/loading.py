@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from retro_mcore import distributed
 from retro_mcore.checkpoint.checksums import verify_checkpoint
@@ -115,6 +115,7 @@ def require_entries(checkpoint: Path, saved: Mapping[str, Any], names: Iterable[
 
 
 def _same_layout(args: Namespace) -> bool:
+    # Checkpoints of other programs may lack these arguments.
     return parallel_sizes() == (
         getattr(args, "tensor_model_parallel_size", None),
         getattr(args, "pipeline_model_parallel_size", None),
@@ -166,7 +167,7 @@ def _check_holds(request: dict[str, Any], metadata: Metadata, checkpoint: Path) 
     for entry in _entries(request):
         key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
         stored = metadata.state_dict_metadata.get(key)
-        size = getattr(stored, "size", None)
+        size = stored.size if isinstance(stored, TensorStorageMetadata) else None
         if stored is not None and not isinstance(entry, ShardedTensor):
             continue
         if stored is not None and (entry.allow_shape_mismatch or size == entry.global_shape):

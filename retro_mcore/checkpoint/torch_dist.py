@@ -97,6 +97,7 @@ def _places(directory: Path, table: Metadata) -> Places:
     """Where the chunks of tensors lie, by name and offsets in the tensor."""
     places = {}
     for index, info in (table.storage_data or {}).items():
+        # Earlier releases of torch have no transforms.
         if getattr(info, "transform_descriptors", None):
             raise CheckpointError(
                 directory, "is compressed", "Save it without transforms (its writer's default)"

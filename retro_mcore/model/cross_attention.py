@@ -120,6 +120,7 @@ class RetroCrossAttention(MegatronModule):
 
     def key_value_of_zeros(self) -> Tensor | None:
         """`[G, 2, C]`, what a zero state projects to; None for zero."""
+        # Without a bias, backends' layers have None, an empty tensor or no attribute.
         bias = getattr(self.linear_kv, "bias", None)
         return None if bias is None or bias.numel() == 0 else self._unflatten_key_value(bias)
 

@@ -110,6 +110,7 @@ def _deepnorm_deviations(
 
 
 def _ranks_over(weight: Tensor, dimension: int, config: RetroConfig) -> int:
+    # Megatron sets these attributes on split weights only.
     split = getattr(weight, "tensor_model_parallel", False)
     if split and getattr(weight, "partition_dim", None) == dimension:
         return config.tensor_model_parallel_size

@@ -1,7 +1,8 @@
 """Retro's flags in Megatron-LM's parser, and checks of Megatron-LM's own flags.
 
 A Megatron-LM flag that would change the model or its data is honored or refused by name. Unknown
-flags are refused too, because new releases add flags.
+flags are refused too, because new releases add flags. Releases differ in their arguments, so these
+are read with a default.
 """
 
 from __future__ import annotations

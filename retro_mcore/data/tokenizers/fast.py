@@ -167,6 +167,7 @@ def load_tokenizer_json(file: Path) -> Any:
     tokenizer.no_padding()
     if not tokenizer.get_vocab():
         raise TokenizerError(file, "holds no tokens", "Name a trained tokenizer")
+    # Kinds of models differ in their attributes.
     if dropout := getattr(tokenizer.model, "dropout", None):
         raise TokenizerError(
             file,

@@ -64,6 +64,7 @@ def require_words(name: str, tokenizer: Any) -> None:
     Raises:
         ConfigurationError: names the embedder.
     """
+    # A tokenizer need not be one of transformers'.
     special = getattr(tokenizer, "all_special_ids", None)
     if special is not None and len(tokenizer) <= len(set(special)):
         raise cannot_load(name, "its tokenizer has no vocabulary: every word would be unknown")
@@ -73,6 +74,7 @@ def num_positions(model: Any) -> int | None:
     """Number of tokens that a model has positions for; None if it has no such limit.
 
     RoBERTa-like models number positions from the one after padding's, so they have fewer than rows.
+    Families of models differ in these attributes.
     """
     rows = getattr(model.config, "max_position_embeddings", None)
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)

@@ -35,6 +35,7 @@ class SentenceEncoder(Embedder):
         self.name, self._batch_size = name_or_path, batch_size
         self._model = _load_sentence_transformer(model_path(name_or_path), name_or_path, device)
         self.dimension = int(self._model.get_embedding_dimension())
+        # Which of these attributes a model has depends on its modules and on the release.
         self.max_tokens = token_limit(getattr(self._model, "max_seq_length", None))
 
     def half(self) -> None:

@@ -169,6 +169,7 @@ def num_parameters(stages: Sequence[torch.nn.Module]) -> int:
     sharded = replicated = 0
     for stage in stages:
         for parameter in stage.parameters():
+            # Both attributes are set only on parameters that they hold for.
             if getattr(parameter, "shared", False):  # a copy of another stage's parameter
                 continue
             if getattr(parameter, "tensor_model_parallel", False):
