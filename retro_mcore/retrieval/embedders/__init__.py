@@ -38,8 +38,8 @@ def register_embedder(is_of_kind: Recognizer, build: Builder) -> None:
 
     Args:
         is_of_kind: Returns whether a name belongs to such a model.
-        build: Builds the embedder from name, batch size, device and pooling. It must have `half()`
-            to be used with --embed-fp16.
+        build: Builds the `Embedder` from name, batch size, device and pooling. With --embed-fp16
+            its `half()` is called.
     """
     if all(known is not is_of_kind for known, _ in _registered):
         _registered.append((is_of_kind, build))
