@@ -140,12 +140,12 @@ class _OfChunks:
             raise _not_searched(self.paths, split)
         return ChunkNeighbors(
             samples,
-            self.tables["train"],
-            self.tables.get("valid"),
-            self.num_train_documents,
-            self.database,
-            self.numbers,
-            self.config.retro_gpt_chunk_length,
+            train=self.tables["train"],
+            held_out=self.tables.get("valid"),
+            num_train_documents=self.num_train_documents,
+            database=self.database,
+            numbers=self.numbers,
+            chunk_length=self.config.retro_gpt_chunk_length,
         )
 
 

@@ -200,11 +200,11 @@ class _Run:
         self._build = IndexBuild(
             paths,
             self._embedding.embedded,
-            project.retro_block_size,
-            self._check_stage(),
-            _wanted_index(config),
-            inherited,
-            self._settings.growth,
+            block_size=project.retro_block_size,
+            fingerprint=self._check_stage(),
+            wanted=_wanted_index(config),
+            inherited=inherited,
+            growth=self._settings.growth,
         )
 
     def _inherit(self, embedding_options: dict[str, Any]) -> InheritedIndex | None:
