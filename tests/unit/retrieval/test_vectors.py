@@ -139,6 +139,8 @@ def test_what_half_precision_cannot_hold_is_embedded_in_single_precision():
     assert counts.in_full == 1
     with pytest.raises(ConfigurationError, match="Leave --embed-fp16 out"):
         embed_unique(HalfPrecision(OnlyHalf()), ["b" * 9])
+    with pytest.raises(ConfigurationError, match="given has no half precision"):
+        HalfPrecision(Given(ones()))
 
 
 def test_vectors_of_zeros_are_counted():
