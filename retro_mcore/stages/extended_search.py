@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.errors import ProjectError
+from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.config import Split
 from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.markers import digest_of, fingerprint_of, verify
@@ -92,6 +92,9 @@ def find_old_neighbors(
         search: An aligned project and another database.
         options: Options of the search, as they are recorded.
         own_inputs: Digests of the project's own files that the search reads.
+
+    Raises:
+        CorruptFileError: a file of the old database is damaged.
     """
     settings = search.source_settings
     if settings.grown_from is None or options.get("--rerank") or options.get("--rescore"):
@@ -101,7 +104,9 @@ def find_old_neighbors(
         base = search.paths
     try:
         digests = open_search(search.paths, base).database_digests(False)
-    except ProjectError:  # its index is gone: all chunks are searched
+    except CorruptFileError:  # found by one rank; the others must not go another way
+        raise
+    except ProjectError:  # its index is gone, so all chunks are searched
         return None
     tag = "" if base == search.paths else f"_{fingerprint_of(digests)[:8]}"
     stage = f"query_neighbors{tag}"

@@ -266,6 +266,13 @@ def test_only_new_chunks_are_searched_where_the_rest_is_known(
             new = update.num_chunks - update.num_before
             assert update.neighbors.num_searched == (new if known else None)
         found.append(Oracle(folder / "project"))
+    # Without the old index everything is searched.
+    project = tmp_path / "False" / "project"
+    monkeypatch.undo()
+    shutil.rmtree(project / "index" / "faiss-par-add")
+    shutil.rmtree(project / "query" / "chunks_valid")
+    again = update_db(UpdateDbOptions(str(project), exchange=str(result[0].project)))
+    assert again.neighbors.num_searched is None
     for name, distances in found[0].distances.items():
         ids = [oracle.saved[name].rows(0, len(distances)) for oracle in found]
         saved = [SavedDistances(oracle.saved[name].directory) for oracle in found]
