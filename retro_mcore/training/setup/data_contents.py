@@ -92,8 +92,7 @@ def _other_data(checkpoint: Path, what: str) -> CheckpointError:
     return CheckpointError(
         str(checkpoint),
         f"was trained on {what}",
-        "Put the data back as it was, or train on it with another --save (--finetune takes the "
-        "weights over)",
+        "Restore the data, or train on it with another --save (--finetune keeps the weights)",
     )
 
 
