@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from retro_mcore.chunking import SampleLayout
 from retro_mcore.errors import ConfigurationError
 
 #: Maximum number of vectors, and lists, by Faiss's guidelines; the last as used for Retro.
@@ -37,6 +38,9 @@ class Workload:
         token_bytes: 2 for vocabularies below 65,500, else 4.
         dimension: Dimension of the embeddings.
         neighbors_saved: Neighbors saved per chunk.
+        samples: "packed": the chunks of samples are embedded and searched. "aligned": the chunks of
+            the database are searched, once, with the vectors of the index; `training_tokens` has
+            no part in it.
     """
 
     tokens: float
@@ -46,6 +50,7 @@ class Workload:
     token_bytes: int = 2
     dimension: int = 1024
     neighbors_saved: int = 20
+    samples: SampleLayout = "packed"
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,9 @@ def plan_scale(
     """
     rates, node = rates or Rates(), node or Node()
     chunks = count_chunks(work)
-    queries = round(work.training_tokens / work.chunk_length)
+    aligned = work.samples == "aligned"
+    queries = chunks if aligned else round(work.training_tokens / work.chunk_length)
+    stored = chunks * work.chunk_length if aligned else work.tokens  # with padding
     documents = work.tokens / work.document_tokens
     index, lists, vector_bytes = index_for(chunks, work.dimension)
     training = min(chunks, _TRAINING_PER_LIST * lists)
@@ -201,11 +208,14 @@ def plan_scale(
             name=name, worker=kind, hours=taken, nodes=nodes, ranks=ranks, disk=disk, memory=memory
         )
 
+    embedding = []
+    if not aligned:
+        embedding = [stage("query_neighbors: embed", worker, queries, rates.embedded, 0, 2**31)]
     vector = 4.0 * work.dimension
     stages = [
         stage(
             "preprocess_corpus", "core", work.tokens, rates.tokenized,
-            work.tokens * work.token_bytes + 20 * documents, 2**30,
+            stored * work.token_bytes + 20 * documents, 2**30,
         ),
         stage(
             "build_db", "core", chunks, rates.chunked,
@@ -215,7 +225,7 @@ def plan_scale(
         # Published for the largest index: under 4 hours on one node for 600M vectors.
         stage("build_index: train", "node", training, 600e6 / (4 * 3600), 0, vector * training),
         stage("build_index: add, merge", "core", chunks, rates.added, index_bytes, 2**31),
-        stage("query_neighbors: embed", worker, queries, rates.embedded, 0, 2**31),
+        *embedding,
         stage(
             "query_neighbors: search", "node", queries, rates.queried,
             queries * work.neighbors_saved * (8 + 4), index_bytes,

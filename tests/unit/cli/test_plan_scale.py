@@ -49,3 +49,10 @@ def test_numbers_that_cannot_be_are_refused():
     for hours in (0, math.inf, math.nan):
         with pytest.raises(ConfigurationError, match=rf"--hours: {hours}.*more than 0"):
             plan_scale(PlanScaleOptions("1B", hours=hours))
+
+
+def test_aligned_samples_have_no_search_of_their_own():
+    plan = plan_scale(PlanScaleOptions("1M", samples="aligned"))
+    assert plan.query_chunks == plan.chunks
+    with pytest.raises(ConfigurationError, match="--training-tokens: 1B, but aligned"):
+        plan_scale(PlanScaleOptions("1M", samples="aligned", training_tokens="1B"))

@@ -68,3 +68,14 @@ def test_a_plan_by_hand():
     cores = plan_scale(small, rates, Node(gpus=0, cores=4, memory=1e5), hours=0.01)
     assert (cores.stages[2].worker, cores.stages[2].nodes) == ("core", 3)
     assert cores.index_shares == 10
+
+
+def test_aligned_chunks_are_embedded_once():
+    """The chunks of the database are searched with their own vectors, and documents are padded."""
+    packed = Workload(96_000, 40_960, 64, 96, 2, 100, 10)
+    plans = [plan_scale(each) for each in (packed, replace(packed, samples="aligned"))]
+    assert plans[1].query_chunks == plans[1].chunks == 2000
+    names = [{stage.name: stage for stage in plan.stages} for plan in plans]
+    assert set(names[0]) - set(names[1]) == {"query_neighbors: embed"}
+    assert names[1]["query_neighbors: search"].disk == 2000 * 10 * 12
+    assert names[1]["preprocess_corpus"].disk == 2000 * 64 * 2 + 20 * 1000
