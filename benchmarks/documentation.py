@@ -121,6 +121,7 @@ def make_project(corpus: Corpus, project: Path, chunks: int, samples: int) -> Pa
             tokenizer_type="GPT2BPETokenizer",
             vocab_file=str(corpus.vocab_file),
             merge_file=str(corpus.merge_file),
+            samples="packed",  # as the upstream pipeline that some benchmarks compare with
             seq_length=SEQ_LENGTH,
             retro_chunk_length=CHUNK_LENGTH,
             split="98,2,0",

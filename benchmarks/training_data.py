@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from retro_mcore.chunking import SampleLayout
 from retro_mcore.errors import MissingDependencyError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -31,12 +32,16 @@ MODEL_FLAGS = (
 ).split()
 
 
-def make_project(folder: Path, train_iters: int) -> Path:
+def make_project(
+    folder: Path, train_iters: int, samples: SampleLayout = "packed", seed: int = 1234
+) -> Path:
     """The project below `folder`, as far as it is not there; returns its directory.
 
     Args:
         folder: Where to make it.
         train_iters: Training steps that it has samples for.
+        samples: Layout of the samples.
+        seed: Seed for their order.
 
     Raises:
         MissingDependencyError: Transformers is not installed.
@@ -56,6 +61,8 @@ def make_project(folder: Path, train_iters: int) -> Path:
             str(project),
             input=[str(corpus)],
             vocab_size=512,
+            samples=samples,
+            seed=seed,
             seq_length=256,
             retro_chunk_length=32,
             split="97,3,0",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from retro_mcore.chunking import SampleLayout
 from retro_mcore.data.tokenizers.loading import SpecialTokenChoice
 from retro_mcore.data.tokens.splits import check_documents
 from retro_mcore.data.tokens.token_file import TokenFile, bin_path
@@ -12,7 +13,7 @@ from retro_mcore.errors import raise_problems
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import check_stage, finish_stage, recorded_inputs
+from retro_mcore.project.records import check_stage, finish_stage, recorded_inputs, recorded_options
 from retro_mcore.samples.passes import count_passes
 from retro_mcore.stages.configuration import Project, project_paths
 from retro_mcore.stages.preprocessing.config import (
@@ -63,6 +64,7 @@ def run(project: Project, config: PreprocessCorpusConfig) -> PreprocessCorpusRep
 
 def _preprocess(paths: ProjectPaths, config: PreprocessCorpusConfig) -> PreprocessCorpusReport:
     with raise_together():
+        config = replace(config, samples=config.samples or _layout_of(paths))
         inputs = _Inputs.open(paths, config)
     corpora, choice = inputs.corpora, inputs.choice
     setup = TokenizerSetup(config, paths, corpora, choice, inputs.fingerprint)
@@ -98,6 +100,14 @@ def _preprocess(paths: ProjectPaths, config: PreprocessCorpusConfig) -> Preproce
         bos_id=bos,
         bos_token=None if bos is None else tokenizer.token_name(bos),
     )
+
+
+def _layout_of(paths: ProjectPaths) -> SampleLayout:
+    """Layout of the samples of a project that exists; aligned if it is new."""
+    if not paths.stage_record(STAGE).is_file():
+        return "aligned"
+    recorded = recorded_options(paths, STAGE).get("--samples", "packed")
+    return "aligned" if recorded == "aligned" else "packed"
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,10 @@ class PreprocessCorpusConfig:
     """Number of documents to train a tokenizer on, from the beginning of the inputs."""
     bert_vocab_file: str | None = None
     """WordPiece vocabulary for counting the tokens of chunks (default: MiniLM's)."""
-    samples: SampleLayout = "packed"
+    samples: SampleLayout | None = None
     """aligned: every document begins a chunk and is padded to whole chunks, so its chunks are
-    searched once for all samples. packed: documents follow one another, as in Megatron."""
+    searched once for all samples. packed: documents follow one another, as in Megatron
+    (default: the project's; aligned for a new one)."""
     seq_length: int = 512
     """Tokens per sample."""
     retro_chunk_length: int = 64
@@ -136,7 +137,7 @@ def problems_of(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
         yield ConfigurationError("--seed", str(config.seed), "Give less than 2^32")
     if not 0 < config.train_epochs < math.inf:
         yield ConfigurationError("--train-epochs", str(config.train_epochs), "Give more than 0")
-    if config.samples not in get_args(SampleLayout):
+    if config.samples not in (None, *get_args(SampleLayout)):
         yield ConfigurationError("--samples", repr(config.samples), "Choose aligned or packed")
     if not config.input:
         yield ConfigurationError("--input", "none given", "Name a file or a folder")
@@ -176,7 +177,7 @@ def text_options(config: PreprocessCorpusConfig) -> dict[str, object]:
     # Only if set, so that projects of versions without these flags stay valid.
     if config.clean_text:
         options["--clean-text"] = True
-    if config.samples != "packed":
+    if config.samples == "aligned":
         options["--samples"] = config.samples
         options["--retro-chunk-length"] = config.retro_chunk_length
     if config.id_key != "id":

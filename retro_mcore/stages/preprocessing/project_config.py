@@ -133,7 +133,7 @@ def save_project(
     settings = ProjectSettings.load(paths.root) if known else ProjectSettings()
     settings.json_keys = config.json_keys
     settings.id_key, settings.clean_text = config.id_key, config.clean_text
-    settings.samples = config.samples
+    settings.samples = config.samples or "packed"
     if tokenizer is not None:
         settings.eod_id, settings.bos_id = tokenizer.eod, tokenizer.bos
         settings.add_bos = tokenizer.adds_bos

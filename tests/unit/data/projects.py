@@ -35,11 +35,12 @@ def write_corpus(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def preprocess_options(project: Path, corpus: Path, **changes: object) -> PreprocessCorpusOptions:
-    """S 64, M 16, 8 training samples."""
+    """S 64, M 16, 8 training samples, packed."""
     values: dict = {
         "project_dir": str(project),
         "input": [str(corpus)],
         "vocab_size": 500,
+        "samples": "packed",
         "seq_length": 64,
         "retro_chunk_length": 16,
         "split": "60,20,20",

@@ -156,3 +156,18 @@ def test_layouts_do_not_mix(tmp_path):
         preprocess_corpus(options)
     build_db(BuildDbOptions(str(tmp_path / "project")))
     assert "samples" not in recorded_options(ProjectPaths(tmp_path / "project"), "build_db")
+
+
+def test_new_projects_are_aligned_and_others_stay_as_they_are(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", TEXTS)
+    for name, first, expected in (
+        ("new", None, "aligned"),
+        ("aligned", "aligned", "aligned"),
+        ("packed", "packed", "packed"),
+    ):
+        options = preprocess_options(tmp_path / name, corpus, samples=first)
+        preprocess_corpus(options)
+        assert ProjectSettings.load(tmp_path / name).samples == expected
+        options.samples = None
+        assert preprocess_corpus(options).reused
+        assert ProjectSettings.load(tmp_path / name).samples == expected

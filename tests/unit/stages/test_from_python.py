@@ -24,4 +24,5 @@ def test_the_documented_example(tmp_path, monkeypatch, capsys):
     assert update.database.num_train_chunks == update.num_chunks
     config = ProjectConfig.load(Path("project"))
     assert config.database_paths(Path("project").absolute()).root == update.project
-    assert set(names["neighbors"].num_chunks) == {"train", "valid", "test"}
+    # Of the merged databases: the held-out one holds the documents of both held-out splits.
+    assert set(names["neighbors"].num_chunks) == {"train", "valid"}

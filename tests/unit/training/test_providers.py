@@ -297,3 +297,13 @@ def test_without_megatron_lm_the_command_is_named(megatron, monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron.training", None)
     with pytest.raises(MissingDependencyError, match=r"tools/pretrain_retro\.py"):
         providers.main()
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_batches_of_aligned_projects_have_their_loss_mask(megatron, aligned):
+    from retro_mcore.training.providers import get_batch
+
+    mask = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    data = {"text": torch.arange(8).reshape(2, 4), **({"loss_mask": mask} if aligned else {})}
+    batch = get_batch(iter([data]), retrieval=False)
+    assert batch.loss_mask.tolist() == (mask if aligned else torch.ones(2, 3)).tolist()
