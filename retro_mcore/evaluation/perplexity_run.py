@@ -174,7 +174,7 @@ def _check_splits(config: EvaluatePerplexityConfig, project: ProjectConfig) -> N
                 subject,
                 f"{config.project_dir} was preprocessed with --eval-iters "
                 f"{project.retro_gpt_eval_iters}, which gives {split} no samples",
-                "Add --protocol documents, or preprocess with more --eval-iters",
+                "Add --protocol documents, or give the project some: set_samples --eval-iters",
             )
 
 

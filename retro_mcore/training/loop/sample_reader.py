@@ -151,7 +151,7 @@ def check_data_options(options: DataOptions, config: ProjectConfig) -> None:
             ConfigurationError(
                 flag_of(name),
                 f"{asked[name]}, but config.json of {options.project_dir} says {of_project}",
-                "Leave the flag out, or preprocess another project with this value",
+                "Leave the flag out, or change the project with set_samples, or make another",
             )
             for name, of_project in project_flags(config).items()
             if asked[name] is not None and asked[name] != of_project
@@ -173,8 +173,8 @@ def number_of_iterations(
         raise ConfigurationError(
             "--train-iters" if options.train_iters else "--train-samples",
             f"needs {asked} samples, but config.json of {options.project_dir} has {available}",
-            f"Train on at most {available // batch} iterations of {batch} samples, or preprocess "
-            "a project with a larger --train-samples",
+            f"Train on at most {available // batch} iterations of {batch} samples, or give "
+            "the project more: set_samples --train-samples, or a new project",
         )
     iterations, samples = sizes.iterations(available if asked is None else asked)
     if iterations == 0:
