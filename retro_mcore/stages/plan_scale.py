@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from retro_mcore.chunking import SampleLayout
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.platform import setup_device
@@ -24,8 +25,11 @@ class PlanScaleConfig:
 
     tokens: str
     """Tokens to retrieve from, such as 1B, 100B or 1.2T."""
+    samples: SampleLayout | None = None
+    """Layout of the samples: aligned searches the chunks of the database, packed those of the
+    samples (default: the project's, or aligned)."""
     training_tokens: str | None = None
-    """Tokens of the samples whose neighbors are searched (default: as many as --tokens)."""
+    """Tokens of the packed samples whose neighbors are searched (default: as many as --tokens)."""
     retro_chunk_length: int = 64
     """Tokens per chunk."""
     document_tokens: float = 1150.0
@@ -95,12 +99,20 @@ def _workload(config: PlanScaleConfig) -> Workload:
     """The work that the configuration and the project describe."""
     tokens = parse_count("--tokens", config.tokens)
     asked, dimension = config.training_tokens, config.embedding_dimension
-    chunk_length = config.retro_chunk_length
+    chunk_length, samples = config.retro_chunk_length, config.samples
     if config.project_dir is not None:
         project = ProjectConfig.load(config.project_dir)
         used = ProjectSettings.load(project.database_paths(config.project_dir).root)
         dimension = used.embedding_dimension or dimension
         chunk_length = project.retro_gpt_chunk_length
+        samples = samples or ProjectSettings.load(config.project_dir).samples
+    samples = samples or "aligned"
+    if samples == "aligned" and asked is not None:
+        raise ConfigurationError(
+            "--training-tokens",
+            f"{asked}, but aligned samples need no search of their own",
+            "Leave it out, or add --samples packed",
+        )
     return Workload(
         tokens=tokens,
         training_tokens=tokens if asked is None else parse_count("--training-tokens", asked),
@@ -109,6 +121,7 @@ def _workload(config: PlanScaleConfig) -> Workload:
         token_bytes=2 if config.vocab_size < 65_500 else 4,
         dimension=dimension,
         neighbors_saved=config.num_neighbors_save,
+        samples=samples,
     )
 
 
