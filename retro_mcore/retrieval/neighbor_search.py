@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,15 @@ from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
 from retro_mcore.retrieval.index.faiss_search import nearest, search
 from retro_mcore.retrieval.index.shared import SharedIndex
-from retro_mcore.retrieval.query_chunks import QueryBatch, QueryChunks, QueryCounts
+from retro_mcore.retrieval.query_chunks import (
+    QueryBatch,
+    QueryChunks,
+    QueryCounts,
+    read_in_batches,
+)
 from retro_mcore.retrieval.rerank import BM25
 
-#: Number of chunks read, searched and filtered at a time; bounds the memory.
+#: Number of chunks read and filtered at a time; bounds the memory.
 BATCH = 4096
 #: Default number of candidates per chunk, before those of its own documents are dropped.
 NUM_QUERY = 200
@@ -49,6 +55,7 @@ class NeighborSearch:
         num_save: Neighbors saved per chunk, none from the chunk's own documents.
         rerank: Orders the remaining candidates; None: by distance.
         num_searched: Chunks that the index holds; None: all of the database.
+        together: Chunks searched in one call of the index.
     """
 
     database: ChunkDatabase
@@ -56,6 +63,7 @@ class NeighborSearch:
     num_save: int
     rerank: BM25 | None = None
     num_searched: int | None = None
+    together: int = BATCH
 
     def __post_init__(self) -> None:
         self.filter = DocumentFilter(self.database)
@@ -78,12 +86,18 @@ class NeighborSearch:
                 "distances", (rows, self.num_save), np.float32
             )
             counts = QueryCounts()
-            for start in range(shard.start, shard.end, BATCH):
-                end = min(start + BATCH, shard.end)
+            step = self._step(rows)
+            for start in range(shard.start, shard.end, step):
+                end = min(start + step, shard.end)
                 found = yield from self.batch(chunks, start, end, counts)
                 here = slice(start - shard.start, end - shard.start)
                 neighbors[here], distances[here] = found
             distances_file["counts"] = counts.to_array()
+
+    def _step(self, rows: int) -> int:
+        """Chunks per search, so that searches are of about one size; whole batches are read."""
+        searches = math.ceil(rows / max(self.together, BATCH))
+        return math.ceil(rows / searches / BATCH) * BATCH if rows else BATCH
 
     def batch(
         self, chunks: QueryChunks, start: int, end: int, counts: QueryCounts
@@ -94,7 +108,7 @@ class NeighborSearch:
             ConfigurationError: the embedder returns vectors that cannot be searched.
             CorruptFileError: the index returns ids that are not in the database.
         """
-        query = chunks.read(start, end, counts)
+        query = read_in_batches(chunks, start, end, BATCH, counts)
         distances, candidates = yield query.vectors, self.num_query
         require_found(distances, candidates, self.database, query.known is not None)
         neighbors, kept = self._choose(query, np.arange(end - start), candidates, distances)
@@ -112,15 +126,22 @@ class NeighborSearch:
             require_found(more, wider, self.database, may_be_empty=True)
             neighbors[short], kept[short] = self._choose(query, short, wider, more)
             candidates[short, -1] = wider[:, -1]
-        self._count(query.tokens, neighbors, counts)
+        for first in range(0, len(neighbors), BATCH):
+            some = slice(first, first + BATCH)
+            self._count(query.tokens[some], neighbors[some], counts)
         return neighbors, kept
 
     def _choose(
         self, query: QueryBatch, rows: np.ndarray, candidates: np.ndarray, distances: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Choose the neighbors of some rows among candidates [rows, k] and those known already."""
-        tokens = [query.tokens[row] for row in rows.tolist()]
-        ids, kept = self.select(tokens, candidates, distances, rows_of(query.owners, rows))
+        selected = []
+        for start in range(0, len(rows), BATCH):
+            some = slice(start, start + BATCH)
+            tokens = [query.tokens[row] for row in rows[some].tolist()]
+            owners = rows_of(query.owners, rows[some])
+            selected.append(self.select(tokens, candidates[some], distances[some], owners))
+        ids, kept = (np.concatenate(parts) for parts in zip(*selected, strict=True))
         if query.known is None:
             return ids, kept
         found = [

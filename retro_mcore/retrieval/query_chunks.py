@@ -7,7 +7,7 @@ may be stored already (`DatabaseChunks`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -164,6 +164,28 @@ class DatabaseChunks:
             SampleRows(first, last, self.numbers[owners[first, 0]], owners[first, 1:])
             for first, last in zip(starts, [*starts[1:], len(owners)], strict=True)
         ]
+
+
+def read_in_batches(
+    chunks: QueryChunks, start: int, end: int, size: int, counts: QueryCounts
+) -> QueryBatch:
+    """Read chunks [start, end), `size` at a time: embedding them rounds alike in any range."""
+    firsts = range(start, end, size)
+    read = [chunks.read(first, min(first + size, end), counts) for first in firsts]
+    if len(read) == 1:
+        return read[0]
+    owners = [
+        replace(rows, start=rows.start + first - start, end=rows.end + first - start)
+        for first, batch in zip(firsts, read, strict=True)
+        for rows in batch.owners
+    ]
+    tokens = [chunk for batch in read for chunk in batch.tokens]
+    known = [batch.known for batch in read if batch.known is not None]
+    vectors = np.concatenate([batch.vectors for batch in read])
+    if not known:
+        return QueryBatch(tokens, vectors, owners)
+    ids, distances = (np.concatenate(parts) for parts in zip(*known, strict=True))
+    return QueryBatch(tokens, vectors, owners, (ids, distances))
 
 
 def read_chunks(

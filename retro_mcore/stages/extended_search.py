@@ -25,6 +25,7 @@ from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.index import load_index, load_parts
 from retro_mcore.retrieval.index.filling import find_parts
+from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
 from retro_mcore.retrieval.index.training import IndexKind, kind_of
 from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
@@ -59,13 +60,18 @@ class OldNeighbors:
         """Number of new chunks."""
         return len(self.search.database) - self.num_chunks
 
-    def open_index(self) -> Any:
-        """Open an index of the new chunks alone, with the breadth of the whole index."""
+    def open_index(self, list_order: bool) -> Any:
+        """Open an index of the new chunks alone, with the breadth of the whole index.
+
+        Args:
+            list_order: Read each inverted list once per search.
+        """
         settings, source = self.search.source_settings, self.search.source
         for part in self.parts:
             verify(part.path, f"Remove it, and run build_index --project-dir {source.root}")
         empty = source.empty_index(str(settings.index_string))
-        return load_parts(empty, self.parts, settings.nprobe, settings.ef_search)
+        index = load_parts(empty, self.parts, settings.nprobe, settings.ef_search)
+        return ListOrderSearch(index) if list_order and supports_list_order(index) else index
 
     def of(self, split: Split) -> Known:
         """Open one table: returns ids and distances of rows [start, end), both [n, saved].

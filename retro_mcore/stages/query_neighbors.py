@@ -20,10 +20,22 @@ from retro_mcore.project.integrity import verifying
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import check_stage, finish_stage, input_digests, require_stage
+from retro_mcore.project.records import (
+    check_stage,
+    finish_stage,
+    input_digests,
+    recorded_options,
+    require_stage,
+)
 from retro_mcore.project.shards import ShardReport, cut
-from retro_mcore.retrieval.index.gpu import num_gpus
-from retro_mcore.retrieval.neighbor_search import NeighborSearch, count_queried, query_split
+from retro_mcore.retrieval.index.gpu import log_once, num_gpus
+from retro_mcore.retrieval.index.list_order import list_order_pays, queries_together
+from retro_mcore.retrieval.neighbor_search import (
+    BATCH,
+    NeighborSearch,
+    count_queried,
+    query_split,
+)
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
 from retro_mcore.retrieval.query_chunks import ChunkEmbedder, QueryCounts
 from retro_mcore.retrieval.rerank import save_token_counts
@@ -33,6 +45,8 @@ from retro_mcore.stages.extended_search import MERGED, find_old_neighbors
 from retro_mcore.stages.query_tables import QueryTable, database_tables, sample_tables
 
 STAGE = "query_neighbors"
+#: Name, among the recorded options, of the order in which lists are searched.
+_ORDER = "order of the search"
 _LEAST = {"num_neighbors_query": 1, "num_neighbors_save": 1, "embed_batch_size": 1}
 #: Keys of config.json that decide which samples are cut, but no chunk of an aligned project.
 _OF_SAMPLES = (
@@ -164,13 +178,16 @@ class _Run:
         self._tokenizer = load_project_tokenizer(self._project, paths)
         self._aligned = self._search.settings.samples == "aligned"
         self._num_query = self._search.num_candidates(config.num_neighbors_query)
-        self._options = _recorded_options(config, self._search, self._num_query)
         searched = self._search.database_digests(config.rescore)
         own = self._search.token_digests()
         if self._aligned:
             own |= _database_digests(paths)
         self._inputs = {**own, **searched}
         self._tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
+        self._options = _recorded_options(config, self._search, self._num_query)
+        self._in_list_order = _searches_in_list_order(paths, self._record, self._search)
+        if self._in_list_order:
+            self._options[_ORDER] = "lists"
         output = self._first_output() if other is None else paths.query / "none"
         self._fingerprint = check_stage(paths, self._record, self._options, self._inputs, output)
         self._old = None
@@ -212,10 +229,14 @@ class _Run:
         ends = search.source_settings.document_ends
         self._embedder = ChunkEmbedder(self._tokenizer, embedder, ends)
         if self._old is not None:
-            self._index = self._old.open_index()
+            self._index = self._old.open_index(self._in_list_order)
         else:
             self._index = search.index.open(
-                share=True, k=self._num_query, gpu=config.faiss_gpu, rescore=config.rescore
+                share=True,
+                k=self._num_query,
+                gpu=config.faiss_gpu,
+                rescore=config.rescore,
+                list_order=self._in_list_order,
             )
         self._numbers = numbers_in_database(self._paths, self._project, search.source)
         if get_rank() == 0:
@@ -226,12 +247,16 @@ class _Run:
     def _make_neighbor_search(self) -> NeighborSearch:
         search, config = self._search, self._config
         reranker = search.load_reranker(config.rerank, self._tokenizer)
+        together = queries_together(self._index, self._num_query)
+        if together:
+            log_once(f"search reads each list once for up to {together} chunks")
         return NeighborSearch(
             search.database,
             num_query=self._num_query,
             num_save=config.num_neighbors_save,
             rerank=reranker,
             num_searched=None if self._old is None else self._old.num_new,
+            together=together or BATCH,
         )
 
     def _tables(self) -> Iterable[QueryTable]:
@@ -317,6 +342,15 @@ def _recorded_options(
         ),
         **{key: getattr(project, key) for key in _recorded_keys(search)},
     }
+
+
+def _searches_in_list_order(paths: ProjectPaths, record: str, search: ProjectSearch) -> bool:
+    """Whether to search in list order; a stage that has finished goes on as it was run."""
+    before = recorded_options(paths, record)
+    if before:
+        return _ORDER in before
+    settings = search.source_settings
+    return list_order_pays(settings.index_string or "", settings.nprobe)
 
 
 def _recorded_keys(search: ProjectSearch) -> list[str]:

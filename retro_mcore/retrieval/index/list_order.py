@@ -17,6 +17,7 @@ number of threads and ranks, and however queries are divided into batches.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from retro_mcore.retrieval.index.candidates import NearestCandidates
+from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.library import faiss_library, share_of_cores, worker_threads
 from retro_mcore.retrieval.index.list_scores import (
@@ -37,6 +38,14 @@ from retro_mcore.retrieval.index.training import QUANTIZERS, innermost
 
 #: Kinds of lists that are searched in their order.
 _LISTS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ")
+#: Their factory strings.
+_STRING = re.compile(
+    r"(^|,)IVF(?P<count>\d+)(?P<unit>[kM]?)(_HNSW\d+)?,(Flat|SQ\w+|PQ\d+(x\d+)?(np)?)$"
+)
+#: Queries that are worth searching together, and the memory that they may take.
+TOGETHER, _MEMORY = 65_536, 2 << 30
+#: From this many queries per list on, list order is faster.
+_QUERIES_PER_LIST = 8
 #: Queries whose lists are chosen at a time.
 _BLOCK = 1024
 #: Vectors of a list, and queries, that are scored in one piece of work.
@@ -79,6 +88,12 @@ class ListOrderSearch:
             self._search(innermost(index), vectors, k, nearest)
         return nearest.result()
 
+    def bytes_per_query(self, k: int) -> int:
+        """Memory of a query: its vector, lists, candidates and neighbors."""
+        parts = getattr(self._index, "parts", [self._index])
+        probes = max(int(innermost(part).nprobe) for part in parts)
+        return 8 * self.d + 24 * probes + 12 * (width_of(k) + k)
+
     def _search(self, ivf: Any, vectors: np.ndarray, k: int, nearest: NearestCandidates) -> None:
         lists = InvertedLists(ivf)
         queries, visited = _prepare(self._index, ivf, vectors)
@@ -90,6 +105,41 @@ class ListOrderSearch:
             pieces = _cut(lists, visited[:, columns], ivf.nlist)
             for rows, counts, distances, ids in _in_turn(find, pieces):
                 nearest.add(rows, counts, distances, ids)
+
+
+def list_order_pays(index_string: str, nprobe: int | None) -> bool:
+    """Whether an index is searched faster in list order, `TOGETHER` queries at a time.
+
+    That takes several queries per list: reading and decoding it is shared among them.
+
+    Args:
+        index_string: Faiss factory string.
+        nprobe: Lists that each query visits; None: 1.
+    """
+    found = _STRING.search(index_string)
+    if found is None:
+        return False
+    count = int(found["count"]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[found["unit"]]
+    return TOGETHER * min(nprobe or 1, count) >= _QUERIES_PER_LIST * count
+
+
+def queries_together(index: Any, k: int) -> int:
+    """Queries that are searched in one call, as many as 2 GiB of memory hold, up to `TOGETHER`.
+
+    The result does not depend on it.
+
+    Args:
+        index: An index that `ProjectIndex.open` returned.
+        k: Neighbors of each.
+
+    Returns:
+        0 if it is not searched in list order.
+    """
+    while hasattr(index, "local"):  # shared by ranks, or rescored
+        index = index.local
+    if not isinstance(index, ListOrderSearch):
+        return 0
+    return max(1, min(TOGETHER, _MEMORY // index.bytes_per_query(k)))
 
 
 def supports_list_order(index: Any) -> bool:

@@ -22,6 +22,7 @@ from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts
 from retro_mcore.retrieval.index.filling import find_parts
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus, to_gpu_for_search
+from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
 from retro_mcore.retrieval.index.rescoring import (
     RescoredIndex,
     RescoredSharedIndex,
@@ -97,7 +98,12 @@ class ProjectIndex:
         return VectorFiles(self._paths, self._settings, self._count, self._block_size)
 
     def open(
-        self, share: bool = False, k: int = 0, gpu: bool = False, rescore: bool = False
+        self,
+        share: bool = False,
+        k: int = 0,
+        gpu: bool = False,
+        rescore: bool = False,
+        list_order: bool = False,
     ) -> Any:
         """Open the index memory-mapped, with the measured breadth of search.
 
@@ -106,6 +112,7 @@ class ProjectIndex:
             k: Number of neighbors to search; GPUs have a limit.
             gpu: Search on this rank's GPU if Faiss has one and the index fits.
             rescore: Sort the candidates by the distances of the stored vectors.
+            list_order: Read each inverted list once per search, if it runs on the CPU.
 
         Raises:
             ProjectError: the index does not contain the database's chunks, or the stored vectors
@@ -142,6 +149,8 @@ class ProjectIndex:
                 log_once("search runs on the CPU: the index is split (--split-index)")
             else:
                 index = to_gpu_for_search(index, k, settings.nprobe)
+        if list_order and supports_list_order(index):
+            index = ListOrderSearch(index)
         if together and self._parts:
             dimension = settings.embedding_dimension
             assert dimension is not None

@@ -113,12 +113,12 @@ class RescoredIndex:
     """
 
     def __init__(self, index: Any, embeddings: Embeddings) -> None:
-        self._index, self._embeddings = index, embeddings
+        self.local, self._embeddings = index, embeddings
         self.ntotal = index.ntotal
 
     def search(self, vectors: np.ndarray, k: int) -> Found:
         """Search k candidates; see `rescored`."""
-        return rescored(self._embeddings, vectors, search(self._index, vectors, k)[1])
+        return rescored(self._embeddings, vectors, search(self.local, vectors, k)[1])
 
 
 class RescoredSharedIndex(SharedIndex):

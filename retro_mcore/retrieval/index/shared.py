@@ -11,6 +11,9 @@ import torch.distributed as dist
 from retro_mcore.distributed import get_rank, get_world_size
 from retro_mcore.retrieval.index.faiss_search import nearest, search
 
+#: Queries whose results are gathered from all ranks at a time; bounds the memory.
+_GATHERED = 4096
+
 
 class SharedIndex:
     """An index in which each rank holds some of the vectors; all ranks of `group` search together.
@@ -50,10 +53,22 @@ class SharedIndex:
             source = owner if self.group is None else dist.get_global_rank(self.group, owner)
             dist.broadcast(queries, source, group=self.group)
             found = search(self.local, queries.numpy(), wanted)
-            distances, ids = (self._gather(torch.from_numpy(part), source) for part in found)
+            merged = self._merge(found, wanted, source)
             if owner == rank:
-                result = nearest(distances, ids, wanted)
+                result = merged
         return result
+
+    def _merge(
+        self, found: tuple[np.ndarray, np.ndarray], k: int, destination: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Keep the k nearest of every rank's results on world rank `destination`."""
+        merged = []
+        for start in range(0, len(found[0]), _GATHERED):
+            parts = (torch.from_numpy(part[start : start + _GATHERED]) for part in found)
+            distances, ids = (self._gather(part, destination) for part in parts)
+            merged.append(nearest(distances, ids, k))
+        distances, ids = (np.concatenate(parts) for parts in zip(*merged, strict=True))
+        return distances, ids
 
     def _gather(self, part: torch.Tensor, destination: int) -> np.ndarray:
         """Gather the columns of every rank, side by side, on world rank `destination`."""

@@ -26,6 +26,7 @@ from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
 from retro_mcore.retrieval.index.list_scores import squared_differences
+from retro_mcore.retrieval.index.shared import SharedIndex
 from tests.unit.data.projects import write_rows
 
 DIMENSION, LISTS = 16, 8
@@ -235,3 +236,29 @@ def test_candidates_may_come_in_any_order():
         np.testing.assert_array_equal(found[1][1:7], np.take_along_axis(ids, order, 1))
         np.testing.assert_array_equal(found[0][1:7], np.take_along_axis(distances, order, 1))
         assert (found[1][[0, 7]] == NO_NEIGHBOR).all()
+
+
+@pytest.mark.parametrize(
+    ("string", "nprobe", "pays"),
+    [
+        ("IVF4096,Flat", 32, True),
+        ("OPQ64_128,IVF4M_HNSW32,PQ64", 4096, True),
+        ("IVF131072_HNSW32,SQ8", 8, False),  # 4 queries per list
+        ("IVF64,Flat", None, True),
+        ("IVF64,PQ8x4fs", 8, False),
+        ("Flat", None, False),
+        ("IVF64,Flat,RFlat", 8, False),
+    ],
+)
+def test_list_order_pays_where_lists_have_several_queries(string, nprobe, pays):
+    assert list_order.list_order_pays(string, nprobe) == pays
+    if pays and "4M" not in string:
+        assert supports_list_order(faiss_library().index_factory(128, string))
+
+
+def test_queries_searched_together_fit_the_memory(files):
+    index = opened(files, FLAT, 3, "full")
+    assert list_order.queries_together(index, 20) == 0
+    wrapped = SharedIndex(ListOrderSearch(index), index.ntotal, index.d)
+    assert list_order.queries_together(wrapped, 20) == list_order.TOGETHER
+    assert 0 < list_order.queries_together(wrapped, 10_000) < list_order.TOGETHER

@@ -8,12 +8,17 @@ import pytest
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.project import ProjectConfig, ProjectPaths
-from retro_mcore.retrieval import filtering
+from retro_mcore.retrieval import filtering, neighbor_search
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.base import Embedder
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
 from retro_mcore.retrieval.neighbor_search import NeighborSearch, answer
-from retro_mcore.retrieval.query_chunks import ChunkEmbedder, QueryCounts, SampleChunks
+from retro_mcore.retrieval.query_chunks import (
+    ChunkEmbedder,
+    DatabaseChunks,
+    QueryCounts,
+    SampleChunks,
+)
 from retro_mcore.retrieval.rerank import BM25, K1, B, count_tokens
 from tests.unit.data.projects import built_project
 
@@ -161,3 +166,35 @@ def test_a_wide_search_is_cut_as_a_narrow_one():
     allowed = ids >= 39_990
     found, _ = keep_first(ids, ids.astype(np.float32), allowed, 3)
     assert found.tolist() == [[39_990, 39_991, 39_992]] * 2
+
+
+class Lengths:
+    """Embeds a chunk as its number of tokens."""
+
+    def embed(self, chunks, first, counts):
+        counts.chunks += len(chunks)
+        return np.array([[len(chunk)] for chunk in chunks], np.float32)
+
+
+@pytest.mark.parametrize("together", [1, 40, 1000])
+def test_how_many_chunks_are_searched_together_changes_nothing(database, monkeypatch, together):
+    """Batches of 16 are read and filtered; the rows of wider searches are collected."""
+    monkeypatch.setattr(neighbor_search, "BATCH", 16)
+    chunks = DatabaseChunks(database, [0], Lengths())
+    search = NeighborSearch(database, num_query=4, num_save=3, together=together)
+    rows = min(100, len(database))
+    step = search._step(rows)
+    assert step % 16 == 0
+    assert step == {1: 16, 40: 48, 1000: 112}[together]
+    alone, joined = QueryCounts(), QueryCounts()
+    index = Rising(len(database))
+    one = [
+        answer(search.batch(chunks, s, min(s + 16, rows), alone), index) for s in range(0, rows, 16)
+    ]
+    found = [
+        answer(search.batch(chunks, s, min(s + step, rows), joined), index)
+        for s in range(0, rows, step)
+    ]
+    for part, other in zip(zip(*found, strict=True), zip(*one, strict=True), strict=True):
+        np.testing.assert_array_equal(np.concatenate(part), np.concatenate(other))
+    assert joined == alone
