@@ -1,0 +1,77 @@
+"""query_neighbors over an index of lists: in list order, and as it was run before."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.project import ProjectPaths
+from retro_mcore.project.records import recorded_options
+from retro_mcore.retrieval.index import gpu
+from retro_mcore.stages import query_neighbors as stage
+from retro_mcore.stages.query_neighbors import QueryNeighborsConfig, QueryNeighborsReport
+from tests.unit.data.projects import documents, preprocess_options, write_corpus
+
+INDEX = "IVF4,Flat"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("list_order")
+    corpus = write_corpus(folder / "corpus.jsonl", documents(24))
+    preprocess_corpus(preprocess_options(folder / "project", corpus))
+    build_db(BuildDbOptions(str(folder / "project")))
+    build_index(BuildIndexOptions(str(folder / "project"), embedder="lexical", index=INDEX))
+    return folder / "project"
+
+
+def query(project: Path) -> QueryNeighborsReport:
+    return stage.run(project, QueryNeighborsConfig(num_neighbors_save=5, num_neighbors_query=20))
+
+
+def saved(project: Path, name: str) -> np.ndarray:
+    """All rows of one kind, "neighbors" or "distances"."""
+    rows = []
+    for path in sorted((project / "query").rglob("*.hdf5")):
+        if (path.parent.name == "distances") == (name == "distances"):
+            with h5py.File(path) as file:
+                rows.append(file[name][:])
+    return np.concatenate(rows)
+
+
+def test_the_neighbors_are_those_of_index_search(
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lists, before = tmp_path / "lists", tmp_path / "before"
+    shutil.copytree(prepared, lists)
+    shutil.copytree(prepared, before)
+    gpu.log_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        query(lists)
+    assert "search reads each list once for up to 65536 chunks" in caplog.text
+    assert recorded_options(ProjectPaths(lists), stage.STAGE)["order of the search"] == "lists"
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "list_order_pays", lambda *_: False)
+        query(before)
+    distances = saved(before, "distances")
+    np.testing.assert_array_equal(saved(lists, "distances"), distances)
+    tied = np.diff(distances, axis=1, append=np.nan) == 0
+    tied[:, 1:] |= tied[:, :-1]
+    tied[:, -1] = True  # its rival may not have been saved
+    same = saved(lists, "neighbors") == saved(before, "neighbors")
+    assert (same | tied).all()
+    # What was finished before this existed goes on as it was.
+    assert "order of the search" not in recorded_options(ProjectPaths(before), stage.STAGE)
+    again = query(before)
+    assert all(report.built == 0 for report in again.reports.values())
