@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,16 +12,23 @@ import pytest
 
 from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.retrieval import neighbor_search
 from tests.processes import run_ranks
 from tests.unit.data.aligned import aligned_database
-from tests.unit.data.projects import documents, forget_neighbors
+from tests.unit.data.projects import documents, forget_neighbors, write_corpus
 
 pytestmark = pytest.mark.distributed
 
 
 def search(project: Path) -> None:
     query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+
+
+def append(project: Path, corpus: Path) -> int | None:
+    """Returns how many new chunks were searched."""
+    result = update_db(UpdateDbOptions(str(project), append=[str(corpus)]))
+    return result.neighbors.num_searched if result.neighbors else None
 
 
 def search_and_die(project: Path) -> None:
@@ -68,3 +76,11 @@ def test_a_killed_search_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     assert tables(project) == undisturbed
     assert {path: path.stat().st_ino for path in done} == kept
     assert (project / "retro_mcore.json").read_bytes() == settings
+
+    # New documents: on two ranks, and on one.
+    corpus = write_corpus(tmp_path / "more.jsonl", documents(60, 200)[40:44])
+    copy = shutil.copytree(project, tmp_path / "copy")
+    searched = run_ranks(2, append, project, corpus)
+    assert searched == [append(copy, corpus)] * 2
+    assert searched[0]
+    assert tables(project) == tables(copy)
