@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,11 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.samples.neighbor_check import check_neighbor_settings
 from retro_mcore.samples.neighbor_noise import NeighborNoise
-from retro_mcore.samples.project_samples import GPTSamples, build_all_gpt_samples
+from retro_mcore.samples.project_samples import (
+    GPTSamples,
+    build_all_gpt_samples,
+    numbers_in_database,
+)
 from retro_mcore.samples.sample_neighbors import SampleNeighbors, open_neighbor_tables
 
 
@@ -34,6 +39,7 @@ class RetroDataset(Dataset):
         chunk_length: M.
         eod: Id used as padding for short and missing chunks (which are masked).
         noise: Random changes to the neighbors, for training.
+        numbers: Number of each of the samples' datasets in the database; None: the same.
 
     Raises:
         ConfigurationError: more neighbors are requested than were saved.
@@ -48,6 +54,7 @@ class RetroDataset(Dataset):
     chunk_length: int
     eod: int
     noise: NeighborNoise | None = None
+    numbers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for field, value in (
@@ -108,7 +115,8 @@ class RetroDataset(Dataset):
         ids = np.asarray(rows[:, : self.num_neighbors], np.int64)
         text, dataset, documents = self.samples.read(index)
         if self.noise is not None:
-            ids = self.noise.disturb_neighbors(index, ids, self.database, dataset, documents)
+            number = dataset if self.numbers is None else self.numbers[dataset]
+            ids = self.noise.disturb_neighbors(index, ids, self.database, number, documents)
         chunks = self.database.retrieved_ids(ids, self.num_retrieved_chunks)
         tokens, mask = self.database.padded_tokens(chunks, self.chunk_length, self.eod)
         if self.noise is not None:
@@ -154,6 +162,7 @@ def build_retro_datasets(
         tokenizer = load_project_tokenizer(config, paths)
         # Checked before the samples are built, which takes time. Their number is a setting, too.
         tables = open_neighbor_tables(paths, config, database)
+        numbers = numbers_in_database(paths, config, config.database_paths(paths.root))
     all_samples = build_all_gpt_samples(config, paths, tokenizer)
     datasets: dict[Split, RetroDataset | None] = dict.fromkeys(SPLITS)
     with raise_together():
@@ -170,5 +179,6 @@ def build_retro_datasets(
                 chunk_length=config.retro_gpt_chunk_length,
                 eod=tokenizer.eod,
                 noise=train_noise if split == "train" and train_noise else None,
+                numbers=numbers,
             )
     return datasets

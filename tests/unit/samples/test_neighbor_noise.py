@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,19 @@ def test_replacements_are_whole_chunks_of_others_documents():
         found = item["neighbor_chunks"][item["neighbor_chunks"] != NO_NEIGHBOR]
         documents = dataset.database.documents(found)[:, 1]
         assert not np.isin(documents, dataset.samples.document_ids(index)).any()
+
+
+def test_own_documents_are_those_of_the_dataset_in_another_database():
+    """An exchanged database numbers its datasets otherwise, or lacks them."""
+    dataset, _ = samples(replace_neighbors=1.0)
+    assert dataset.numbers == [0]
+    other = replace(dataset, numbers=[7])
+    own = 0
+    for index in range(len(other)):
+        found = other[index]["neighbor_chunks"]
+        documents = other.database.documents(found[found != NO_NEIGHBOR])[:, 1]
+        own += np.isin(documents, other.samples.document_ids(index)).sum()
+    assert own
 
 
 def test_tokens_are_exchanged_for_others_of_the_sample():
