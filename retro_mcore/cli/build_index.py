@@ -42,6 +42,8 @@ def print_report(report: BuildIndexReport) -> None:
     if report.embedded is not None:
         embedded = report.embedded
         rows["embeddings"] = f"{embedded.num_chunks} chunks in files {embedded.files}"
+        made_as = embedded.embedded_as
+        rows["precision"] = f"{made_as.precision}, stored in {made_as.dtype}"
         rows |= embedding_losses(embedded.counts, embedded.max_tokens)
     if choice is not None:
         rows["index"] = f"{choice.string}: {choice.reason}{' (reused)' if report.reused else ''}"

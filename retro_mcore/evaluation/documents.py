@@ -25,6 +25,7 @@ from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.shards import cut
+from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.neighbor_search import NeighborSearch, query_split
 from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
@@ -198,9 +199,12 @@ def search_document_neighbors(
             search = open_search(paths)
             breadth = search.num_candidates(search.settings.num_neighbors_query)
             num_query = min(max(breadth, num_save), len(search.database))
-            fingerprint = _fingerprint(search, documents, num_save, num_query)
+            precision = search.usable_precision(device)
+            fingerprint = _fingerprint(search, documents, num_save, num_query, precision)
             # The EOD after a short chunk is padding. As a line break it adds no text.
-            embedder = ChunkEmbedder(tokenizer, search.load_embedder(device=device))
+            embedder = ChunkEmbedder(
+                tokenizer, search.load_embedder(device=device, precision=precision)
+            )
             reranker = search.load_reranker(search.settings.rerank, tokenizer)
             neighbor_search = NeighborSearch(
                 search.database, num_query=num_query, num_save=num_save, rerank=reranker
@@ -225,7 +229,11 @@ def search_document_neighbors(
 
 
 def _fingerprint(
-    search: ProjectSearch, documents: HeldOutDocuments, num_save: int, num_query: int
+    search: ProjectSearch,
+    documents: HeldOutDocuments,
+    num_save: int,
+    num_query: int,
+    precision: Precision,
 ) -> str:
     """Fingerprint of the inputs of the documents' neighbors."""
     settings, rerank = search.source_settings, search.settings.rerank
@@ -241,6 +249,7 @@ def _fingerprint(
             + ([rerank] if rerank else [])
             + (["rescore"] if search.settings.rescore else []),
             **({} if usual else {"num_query": num_query}),
+            **({} if precision == "fp32" else {"precision": precision}),
         }
     )
 

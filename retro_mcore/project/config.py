@@ -210,6 +210,9 @@ class ProjectSettings:
         growth: Number of chunks in the database before each extension.
         embedder: Name or path that the embedder was loaded from.
         embedder_pooling: Pooling of the embedder's hidden states; None: the model's own setting.
+        embed_precision: Precision that the embedder computes in; None in projects of versions
+            that did not record it.
+        embeddings_dtype: Type that the embeddings are stored in.
         embedding_dimension: Dimension of the embeddings.
         document_ends: Text that the embedder reads in place of an end of document inside a chunk.
             Projects indexed before this was recorded keep the line break used then.
@@ -236,6 +239,8 @@ class ProjectSettings:
     growth: list[int] = field(default_factory=list)
     embedder: str | None = None
     embedder_pooling: Literal["mean", "cls"] | None = None
+    embed_precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None
+    embeddings_dtype: Literal["fp16", "fp32"] = "fp32"
     embedding_dimension: int | None = None
     document_ends: Literal["line break", "detokenized"] = "line break"
     index_string: str | None = None

@@ -47,7 +47,8 @@ def measure_rates(
     counter = BertTokenCounter(paths.root / str(config.retro_bert_vocab_file))
     chunked, tokenized = _text_rates(database, ids, tokenizer, counter)
     name = embedder or settings.embedder or DEFAULT_EMBEDDER
-    built = build_embedder(name, device=device, weights=paths.lexical_weights)
+    precision = (None if embedder else settings.embed_precision) or "fp32"
+    built = build_embedder(name, device=device, weights=paths.lexical_weights, precision=precision)
     texts = chunk_texts(tokenizer, database.tokens(ids[:: max(count // _EMBEDDED, 1)]))
     rates = Rates(tokenized=tokenized, chunked=chunked, embedded=_embedding_rate(built, texts))
     return rates, built.dimension

@@ -7,6 +7,7 @@ was built, and the same order of candidates as the project's saved neighbors.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import input_digests
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders import load_project_embedder
-from retro_mcore.retrieval.embedders.base import Embedder
+from retro_mcore.retrieval.embedders.base import BATCH_SIZE, Embedder
+from retro_mcore.retrieval.embedders.precision import Precision, obstacle
 from retro_mcore.retrieval.index.project import ProjectIndex
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY
 from retro_mcore.retrieval.rerank import BM25, load_reranker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,50 @@ class ProjectSearch:
     database: ChunkDatabase
     index: ProjectIndex
 
+    @property
+    def precision(self) -> Precision:
+        """Precision that the database was embedded in; fp32 if it was not recorded."""
+        return self.source_settings.embed_precision or "fp32"
+
+    def usable_precision(self, device: str | None) -> Precision:
+        """The database's precision; fp32, with a warning, where this machine lacks it.
+
+        Args:
+            device: "cpu", "cuda" …; None: CUDA if available.
+        """
+        lacks = obstacle(self.precision, device)
+        if lacks is None:
+            return self.precision
+        logger.warning(
+            "queries are embedded in fp32, the database in %s, which does not run %s",
+            self.precision,
+            lacks,
+        )
+        return "fp32"
+
     def load_embedder(
-        self, batch_size: int = 16, device: str | None = None, half: bool = False
+        self,
+        batch_size: int = BATCH_SIZE,
+        device: str | None = None,
+        precision: Precision | None = None,
+        batch_tokens: int | None = None,
     ) -> Embedder:
         """Load the embedder that the index was built with; see `build_embedder`.
 
+        Args:
+            batch_size: Texts per forward pass.
+            device: "cpu", "cuda" …; None: CUDA if available.
+            precision: Precision to compute in; None: the database's.
+            batch_tokens: Tokens per forward pass instead of `batch_size`.
+
         Raises:
-            ProjectError: its vectors and those of the index have different dimensions.
+            ProjectError: its vectors have another dimension than those of the index.
+            ConfigurationError: this machine cannot compute in the precision.
         """
         settings = self.source_settings
-        embedder = load_project_embedder(settings, self.source, batch_size, device, half)
+        embedder = load_project_embedder(
+            settings, self.source, batch_size, device, precision or self.precision, batch_tokens
+        )
         if settings.embedding_dimension != embedder.dimension:
             raise ProjectError(
                 self.source.index,

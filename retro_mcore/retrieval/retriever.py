@@ -96,8 +96,9 @@ class Retriever:
 
     @cached_property
     def embedder(self) -> Embedder:
-        """The embedder that the index was built with."""
-        return self._project.load_embedder(device=self._device)
+        """The embedder that the index was built with; in fp32 where its precision does not run."""
+        precision = self._project.usable_precision(self._device)
+        return self._project.load_embedder(device=self._device, precision=precision)
 
     @cached_property
     def index(self) -> Any:

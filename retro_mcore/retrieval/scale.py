@@ -41,6 +41,7 @@ class Workload:
         samples: "packed": the chunks of samples are embedded and searched. "aligned": the chunks of
             the database are searched, once, with the vectors of the index; `training_tokens` has
             no part in it.
+        stored_bytes: Bytes per number of a stored vector: 2 for fp16, 4 for fp32.
     """
 
     tokens: float
@@ -51,6 +52,7 @@ class Workload:
     dimension: int = 1024
     neighbors_saved: int = 20
     samples: SampleLayout = "packed"
+    stored_bytes: int = 2
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def plan_scale(
     embedding = []
     if not aligned:
         embedding = [stage("query_neighbors: embed", worker, queries, rates.embedded, 0, 2**31)]
-    vector = 4.0 * work.dimension
+    vector, stored = 4.0 * work.dimension, float(work.stored_bytes) * work.dimension
     stages = [
         stage(
             "preprocess_corpus", "core", work.tokens, rates.tokenized,
@@ -221,7 +223,7 @@ def plan_scale(
             "build_db", "core", chunks, rates.chunked,
             chunks * (16 + 20) + 20 * training + documents * (16 + 24), 2**30,
         ),
-        stage("build_index: embed", worker, chunks, rates.embedded, vector * chunks, 2**31),
+        stage("build_index: embed", worker, chunks, rates.embedded, stored * chunks, 2**31),
         # Published for the largest index: under 4 hours on one node for 600M vectors.
         stage("build_index: train", "node", training, 600e6 / (4 * 3600), 0, vector * training),
         stage("build_index: add, merge", "core", chunks, rates.added, index_bytes, 2**31),

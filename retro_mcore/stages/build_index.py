@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
+from retro_mcore.distributed import barrier, broadcast_object, get_rank, initialize, raise_together
 from retro_mcore.errors import (
     ConfigurationError,
     CorruptFileError,
@@ -27,25 +27,29 @@ from retro_mcore.project.records import (
 from retro_mcore.project.shards import ShardReport, Share
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.dataset_infos import read_dataset_infos
+from retro_mcore.retrieval.embedders import default_precision
 from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER
+from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.index import AUTO, IndexChoice, Recall, parse_bytes
 from retro_mcore.retrieval.index.build import IndexBuild, IndexOptions, read_recall
 from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, count_embedded
 from retro_mcore.retrieval.index.gpu import num_gpus
 from retro_mcore.retrieval.index.inherited import InheritedIndex
+from retro_mcore.retrieval.stored_vectors import StoredType
 from retro_mcore.stages.configuration import Project, project_paths, recorded_config
 from retro_mcore.stages.database_embedding import (
     DatabaseEmbedding,
     EmbeddedDatabase,
     EmbedderOptions,
 )
+from retro_mcore.stages.embedding_choice import Wanted, WantedPrecision, explicit_precision
 
 STAGE = "build_index"
 Step = Literal["embed", "train", "add", "merge"]
 STEPS: tuple[Step, ...] = ("embed", "train", "add", "merge")
 #: Steps that can be divided among array jobs.
 _SHARED_STEPS = ("embed", "add")
-_LEAST = {"embed_batch_size": 1, "nprobe": 1, "ef_search": 1}
+_LEAST = {"embed_batch_size": 1, "embed_batch_tokens": 1, "nprobe": 1, "ef_search": 1}
 #: Training a large index keeps the other ranks waiting.
 _TIMEOUT_MINUTES = 24 * 60.0
 #: Options of the index that are recorded only if they differ from the default, so that projects
@@ -65,10 +69,19 @@ class BuildIndexConfig:
     name."""
     embedder_pooling: Literal["mean", "cls"] | None = None
     """Pooling of a Hugging Face model (default: the model's own, otherwise mean)."""
+    embed_precision: WantedPrecision = "auto"
+    """Precision of the embedder: fp32; fp16, on a GPU; bf16, on a GPU or a processor with AMX or
+    AVX512-BF16; int8, on a CPU with ONNX Runtime; or auto: as the project was begun, and for a new
+    one bf16 on a CPU with AMX, otherwise fp32. Recorded in the project."""
     embed_fp16: bool = False
-    """Embed in half precision. Needs a GPU."""
+    """The same as --embed-precision fp16."""
     embed_batch_size: int = 16
     """Chunks per forward pass of the embedder."""
+    embed_batch_tokens: int | None = None
+    """Tokens per forward pass of the embedder, padding included, instead of a number of chunks."""
+    embeddings_dtype: StoredType | None = None
+    """Type that embeddings are stored in: fp16, or fp32 for exchange with other programs (default:
+    as the project was begun, and fp16 for a new one)."""
     index: str = AUTO
     """Faiss factory string, or "auto": the most exact index that fits into memory and reaches the
     recall."""
@@ -153,18 +166,24 @@ def run(project: Project, config: BuildIndexConfig) -> BuildIndexReport:
     initialize(timeout_minutes=_TIMEOUT_MINUTES)
     with raise_together():
         _check(config)
+        automatic = default_precision(config.embedder, config.device)
+    automatic = broadcast_object(automatic)  # type: ignore[assignment]
     paths = project_paths(project)
     job = None
     if config.shard is not None:
         job = f"{config.stage}-{config.shard.replace('/', '-of-')}"
     with stage_lock(paths, STAGE, job=job), verifying(config.verify):
         with raise_together():
-            stage = _Run(paths, config)
+            stage = _Run(paths, config, automatic)
         return stage.run()
 
 
 def _check(config: BuildIndexConfig) -> None:
     raise_problems(list(too_small(config, _LEAST)))
+    explicit_precision(config.embed_precision, config.embed_fp16)
+    if config.embeddings_dtype not in (None, "fp16", "fp32"):
+        found = str(config.embeddings_dtype)
+        raise ConfigurationError("--embeddings-dtype", found, "Choose fp16 or fp32")
     if config.device not in ("auto", "cpu", "cuda"):
         raise ConfigurationError("--device", config.device, "Choose auto, cpu or cuda")
     if config.stage not in (None, *STEPS):
@@ -184,7 +203,7 @@ def _check(config: BuildIndexConfig) -> None:
 class _Run:
     """One run of the stage on one project."""
 
-    def __init__(self, paths: ProjectPaths, config: BuildIndexConfig) -> None:
+    def __init__(self, paths: ProjectPaths, config: BuildIndexConfig, automatic: Precision) -> None:
         self._paths, self._config = paths, config
         project = ProjectConfig.load(paths.root)
         database = ChunkDatabase.open(paths.root, own=True)
@@ -192,11 +211,18 @@ class _Run:
         _check_counts(paths, database)
         files = [paths.merged_db("train"), paths.dataset_infos]
         self._inputs = input_digests(paths, files)
-        embedding_options = _embedding_options(config, project)
-        self._options = {**embedding_options, **_index_options(config)}
-        made_from = [embedding_options, self._inputs]
-        self._embedding = DatabaseEmbedding(paths, project, self._settings, database, made_from)
-        inherited = self._inherit(embedding_options)
+        precision = explicit_precision(config.embed_precision, config.embed_fp16)
+        self._embedding = DatabaseEmbedding(
+            paths,
+            project,
+            self._settings,
+            database,
+            Wanted(precision, config.embeddings_dtype, automatic),
+            _embedding_options(config, project),
+            self._inputs,
+        )
+        self._options = {**self._embedding.options, **_index_options(config)}
+        inherited = self._inherit(self._embedding.options)
         self._build = IndexBuild(
             paths,
             self._embedding.embedded,
@@ -257,7 +283,10 @@ class _Run:
 
     def _save_settings(self, choice: IndexChoice, recall: Recall) -> None:
         settings, config = self._settings, self._config
-        settings.document_ends = self._embedding.document_ends
+        embedded_as = self._embedding.embedded_as
+        settings.document_ends = embedded_as.document_ends
+        settings.embed_precision = embedded_as.precision
+        settings.embeddings_dtype = embedded_as.dtype
         settings.embedder = config.embedder
         settings.embedder_pooling = config.embedder_pooling
         settings.embedding_dimension = self._build.embeddings.dimension
@@ -293,14 +322,14 @@ def _check_counts(paths: ProjectPaths, database: ChunkDatabase) -> None:
 
 
 def _embedding_options(config: BuildIndexConfig, project: ProjectConfig) -> dict[str, Any]:
-    """The options that the embeddings depend on, by flag."""
+    """The options that the embeddings depend on, by flag; see `EmbeddedAs` for the others."""
     return {
         "--embedder": config.embedder,
         "--embed-batch-size": config.embed_batch_size,
         "retro_block_size": project.retro_block_size,
         # Only if set, so that projects built before they existed remain valid.
         **({"--embedder-pooling": pooling} if (pooling := config.embedder_pooling) else {}),
-        **({"--embed-fp16": True} if config.embed_fp16 else {}),
+        **({"--embed-batch-tokens": tokens} if (tokens := config.embed_batch_tokens) else {}),
     }
 
 
@@ -309,7 +338,7 @@ def _embedder_options(config: BuildIndexConfig) -> EmbedderOptions:
         name=config.embedder,
         pooling=config.embedder_pooling,
         batch_size=config.embed_batch_size,
-        half=config.embed_fp16,
+        batch_tokens=config.embed_batch_tokens,
         device=config.device,
     )
 

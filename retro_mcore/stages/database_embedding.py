@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,17 @@ from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenize
 from retro_mcore.distributed import get_rank, raise_together
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
-from retro_mcore.project.markers import fingerprint_of, read_marker
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.shards import Shard, ShardReport, Share, cut
-from retro_mcore.retrieval.chunk_text import DocumentEnds
+from retro_mcore.project.records import recorded_options
+from retro_mcore.project.shards import ShardReport, Share, cut
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders import build_embedder
 from retro_mcore.retrieval.embedders.base import LEXICAL_EMBEDDER, Embedder, Pooling
 from retro_mcore.retrieval.embedders.lexical_weights import save_lexical_weights
 from retro_mcore.retrieval.index import embed_database, embed_held_out
 from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, count_embedded
-from retro_mcore.retrieval.vectors import EmbeddingCounts
+from retro_mcore.retrieval.stored_vectors import StoredCounts
+from retro_mcore.stages.embedding_choice import EmbeddedAs, Wanted, recorded_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class EmbedderOptions:
     name: str
     pooling: Pooling | None
     batch_size: int
-    half: bool
+    batch_tokens: int | None
     device: str
 
 
@@ -42,12 +42,14 @@ class EmbeddedDatabase:
         files: Files that were built or reused.
         num_chunks: Chunks of the database.
         counts: What happened to the chunks.
+        embedded_as: Precision, and type that the vectors are stored in.
         max_tokens: Maximum number of tokens that the embedder reads; None: no limit.
     """
 
     files: ShardReport
     num_chunks: int
-    counts: EmbeddingCounts
+    counts: StoredCounts
+    embedded_as: EmbeddedAs
     max_tokens: int | None
 
 
@@ -59,11 +61,14 @@ class DatabaseEmbedding:
         config: Its configuration.
         settings: Its settings.
         database: Its chunk database.
-        made_from: The options and inputs that embeddings depend on.
+        wanted: Precision and type of the stored vectors, as far as flags say.
+        options: The other options that embeddings depend on, by flag.
+        inputs: Digests of the files that they are made from.
 
     Attributes:
         embedded: The files, with the fingerprint of their inputs.
-        document_ends: Text that the embedder reads at a document end inside a chunk.
+        embedded_as: Precision, type of the stored vectors, text for ends of documents.
+        options: All options that the embeddings depend on, by flag.
     """
 
     def __init__(
@@ -72,15 +77,17 @@ class DatabaseEmbedding:
         config: ProjectConfig,
         settings: ProjectSettings,
         database: ChunkDatabase,
-        made_from: Sequence[Any],
+        wanted: Wanted,
+        options: Mapping[str, Any],
+        inputs: Mapping[str, str],
     ) -> None:
         self._paths, self._config, self._database = paths, config, database
         count, length = len(database), config.retro_block_size
         shards = cut(paths.embeddings, count, length, settings.growth)
-        self.document_ends = _document_ends(settings, shards, fingerprint_of([*made_from]))
-        # The line break of earlier versions is not recorded, so their files keep their fingerprint.
-        named = [] if self.document_ends == "line break" else [self.document_ends]
-        self.embedded = EmbeddingFiles(shards, fingerprint_of([*made_from, *named]))
+        before = recorded_precision(settings, recorded_options(paths, "build_index"))
+        self.embedded_as = wanted.choose(settings, before, shards, options, inputs)
+        self.options = {**options, **self.embedded_as.options}
+        self.embedded = EmbeddingFiles(shards, self.embedded_as.fingerprint(options, inputs))
 
     def run(self, options: EmbedderOptions, share: Share | None) -> EmbeddedDatabase:
         """Embed the database, or one job's part of it; all ranks call it.
@@ -97,14 +104,21 @@ class DatabaseEmbedding:
         with raise_together():
             embedder = self._build_embedder(options, device)
         shards = self.embedded.shards if share is None else share.of(self.embedded.shards)
+        made_as = self.embedded_as
         files = embed_database(
-            self._database, tokenizer, embedder, shards, fingerprint, self.document_ends
+            self._database,
+            tokenizer,
+            embedder,
+            shards,
+            fingerprint=fingerprint,
+            document_ends=made_as.document_ends,
+            dtype=made_as.dtype,
         )
         with raise_together():
             if get_rank() == 0 and (share is None or share.index == 0):
                 self._embed_held_out(tokenizer, embedder)
             counts = count_embedded(shards)
-        return EmbeddedDatabase(files, len(self._database), counts, embedder.max_tokens)
+        return EmbeddedDatabase(files, len(self._database), counts, made_as, embedder.max_tokens)
 
     def _build_embedder(self, options: EmbedderOptions, device: str) -> Embedder:
         return build_embedder(
@@ -112,8 +126,9 @@ class DatabaseEmbedding:
             batch_size=options.batch_size,
             device=device,
             pooling=options.pooling,
-            half=options.half,
             weights=self._paths.lexical_weights,
+            precision=self.embedded_as.precision,
+            batch_tokens=options.batch_tokens,
         )
 
     def _embed_held_out(self, tokenizer: Tokenizer, embedder: Embedder) -> None:
@@ -127,20 +142,5 @@ class DatabaseEmbedding:
             embedder=embedder,
             path=self._paths.held_out,
             fingerprint=self.embedded.fingerprint,
-            document_ends=self.document_ends,
+            document_ends=self.embedded_as.document_ends,
         )
-
-
-def _document_ends(settings: ProjectSettings, shards: Sequence[Shard], before: str) -> DocumentEnds:
-    """Use Megatron's text, unless a version with line breaks indexed the project, or began to.
-
-    Args:
-        settings: The project's.
-        shards: Files of the embeddings.
-        before: Their fingerprint in versions that only had line breaks.
-    """
-    if settings.embedder is not None:
-        return settings.document_ends
-    if any((read_marker(shard.path) or {}).get("fingerprint") == before for shard in shards):
-        return "line break"
-    return "detokenized"

@@ -28,6 +28,7 @@ from retro_mcore.project.records import (
     require_stage,
 )
 from retro_mcore.project.shards import ShardReport, cut
+from retro_mcore.retrieval.embedders.precision import FLAG, Precision
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus
 from retro_mcore.retrieval.index.list_order import list_order_pays, queries_together
 from retro_mcore.retrieval.neighbor_search import (
@@ -41,13 +42,19 @@ from retro_mcore.retrieval.query_chunks import ChunkEmbedder, QueryCounts
 from retro_mcore.retrieval.rerank import save_token_counts
 from retro_mcore.samples.project_samples import numbers_in_database, remove_truncated_cache
 from retro_mcore.stages.configuration import Project, project_paths
+from retro_mcore.stages.embedding_choice import explicit_precision, precision_options
 from retro_mcore.stages.extended_search import MERGED, find_old_neighbors
 from retro_mcore.stages.query_tables import QueryTable, database_tables, sample_tables
 
 STAGE = "query_neighbors"
 #: Name, among the recorded options, of the order in which lists are searched.
 _ORDER = "order of the search"
-_LEAST = {"num_neighbors_query": 1, "num_neighbors_save": 1, "embed_batch_size": 1}
+_LEAST = {
+    "num_neighbors_query": 1,
+    "num_neighbors_save": 1,
+    "embed_batch_size": 1,
+    "embed_batch_tokens": 1,
+}
 #: Keys of config.json that decide which samples are cut, but no chunk of an aligned project.
 _OF_SAMPLES = (
     "retro_gpt_seed", "retro_gpt_seq_length", "retro_gpt_train_samples", "retro_gpt_data_path",
@@ -71,8 +78,13 @@ class QueryNeighborsConfig:
     the exact order. Reads the embeddings of build_index."""
     embed_batch_size: int = 16
     """Chunks per forward pass of the embedder."""
+    embed_batch_tokens: int | None = None
+    """Tokens per forward pass of the embedder, padding included, instead of a number of chunks."""
+    embed_precision: Precision | None = None
+    """Precision of the embedder: fp32, fp16, bf16 or int8 (default: as the database was embedded);
+    see build_index."""
     embed_fp16: bool = False
-    """Embed in half precision. Needs a GPU."""
+    """The same as --embed-precision fp16."""
     device: str = "auto"
     """Device of the embedder: auto, cpu or cuda."""
     faiss_gpu: bool = True
@@ -158,6 +170,7 @@ def _run(
 
 def _check(config: QueryNeighborsConfig) -> None:
     raise_problems(list(too_small(config, _LEAST)))
+    explicit_precision(config.embed_precision, config.embed_fp16)
     if config.rerank not in (None, "bm25"):
         raise ConfigurationError("--rerank", str(config.rerank), "Choose bm25, or leave it out")
     if config.device not in ("auto", "cpu", "cuda"):
@@ -178,13 +191,15 @@ class _Run:
         self._tokenizer = load_project_tokenizer(self._project, paths)
         self._aligned = self._search.settings.samples == "aligned"
         self._num_query = self._search.num_candidates(config.num_neighbors_query)
+        explicit = explicit_precision(config.embed_precision, config.embed_fp16)
+        self._precision = explicit or self._search.precision
         searched = self._search.database_digests(config.rescore)
         own = self._search.token_digests()
         if self._aligned:
             own |= _database_digests(paths)
         self._inputs = {**own, **searched}
         self._tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
-        self._options = _recorded_options(config, self._search, self._num_query)
+        self._options = _recorded_options(config, self._search, self._num_query, self._precision)
         self._in_list_order = _searches_in_list_order(paths, self._record, self._search)
         if self._in_list_order:
             self._options[_ORDER] = "lists"
@@ -225,7 +240,9 @@ class _Run:
         """Load the embedder and the index."""
         config, search = self._config, self._search
         device = str(setup_device(config.device))  # type: ignore[arg-type]
-        embedder = search.load_embedder(config.embed_batch_size, device, config.embed_fp16)
+        embedder = search.load_embedder(
+            config.embed_batch_size, device, self._precision, config.embed_batch_tokens
+        )
         ends = search.source_settings.document_ends
         self._embedder = ChunkEmbedder(self._tokenizer, embedder, ends)
         if self._old is not None:
@@ -321,7 +338,7 @@ class _Run:
 
 
 def _recorded_options(
-    config: QueryNeighborsConfig, search: ProjectSearch, num_query: int
+    config: QueryNeighborsConfig, search: ProjectSearch, num_query: int, precision: Precision
 ) -> dict[str, Any]:
     """The options that the neighbors depend on, by flag or by key of config.json."""
     settings, project = search.source_settings, search.config
@@ -332,7 +349,8 @@ def _recorded_options(
         "--nprobe of build_index": settings.nprobe,
         "--ef-search of build_index": settings.ef_search,
         # The following only if set, so that projects built before they existed remain valid.
-        **({"--embed-fp16": True} if config.embed_fp16 else {}),
+        **_precision_options(precision, search.precision),
+        **({"--embed-batch-tokens": tokens} if (tokens := config.embed_batch_tokens) else {}),
         **({"--rerank": config.rerank} if config.rerank else {}),
         **({"--rescore": True} if config.rescore else {}),
         **(
@@ -342,6 +360,13 @@ def _recorded_options(
         ),
         **{key: getattr(project, key) for key in _recorded_keys(search)},
     }
+
+
+def _precision_options(precision: Precision, of_database: Precision) -> dict[str, Any]:
+    """The precision as it is recorded; fp32 only where the database has another."""
+    if precision == "fp32" != of_database:
+        return {FLAG: precision}
+    return precision_options(precision)
 
 
 def _searches_in_list_order(paths: ProjectPaths, record: str, search: ProjectSearch) -> bool:

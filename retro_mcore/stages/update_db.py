@@ -288,6 +288,8 @@ def _query_config(
         rerank=settings.rerank,
         rescore=settings.rescore,
         embed_batch_size=config.embed_batch_size or before.embed_batch_size,
+        embed_batch_tokens=None if config.embed_batch_size else before.embed_batch_tokens,
+        embed_precision=None if config.embed_fp16 else before.embed_precision,
         embed_fp16=config.embed_fp16 or before.embed_fp16,
         device=config.device,
     )

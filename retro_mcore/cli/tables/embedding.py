@@ -21,6 +21,8 @@ def embedding_losses(counts: EmbeddingCounts, max_tokens: int | None = None) -> 
         )
     if counts.in_full:
         rows["beyond half precision"] = f"{counts.in_full} texts, embedded in single precision"
+    if beyond := getattr(counts, "beyond_fp16", 0):
+        rows["vectors beyond fp16"] = f"{beyond} of {counts.chunks}; their files are in fp32"
     if counts.zero:
         rows["vectors of zeros"] = f"{counts.zero} of {counts.chunks}: nothing to embed in them"
     return rows

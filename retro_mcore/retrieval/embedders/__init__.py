@@ -12,23 +12,35 @@ from pathlib import Path
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.embedders import static_models
 from retro_mcore.retrieval.embedders.base import (
+    BATCH_SIZE,
     DEFAULT_EMBEDDER,
     LEXICAL_EMBEDDER,
     Embedder,
+    Encoder,
     Pooling,
 )
 from retro_mcore.retrieval.embedders.half_precision import HalfPrecision
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder
 from retro_mcore.retrieval.embedders.pooled import PooledEncoder
 from retro_mcore.retrieval.embedders.sentence import SentenceEncoder
+from retro_mcore.retrieval.embedders.precision import (
+    FLAG,
+    Precision,
+    automatic_precision,
+    require_precision,
+)
 
 #: A test whether a name belongs to this kind, and a builder (name, batch size, device, pooling).
 Recognizer = Callable[[str], bool]
 Builder = Callable[[str, int, str | None, Pooling | None], Embedder]
 
 #: Modules for special kinds of models; each defines `is_of_kind` and `build` as above.
-_MODULES = ("retro_mcore.retrieval.embedders.megatron_bert",)
+_MODULES = (
+    "retro_mcore.retrieval.embedders.static",
+    "retro_mcore.retrieval.embedders.megatron_bert",
+)
 #: Kinds registered by other packages; these take precedence.
 _registered: list[tuple[Recognizer, Builder]] = []
 
@@ -45,49 +57,100 @@ def register_embedder(is_of_kind: Recognizer, build: Builder) -> None:
         _registered.append((is_of_kind, build))
 
 
+def default_precision(name: str, device: str) -> Precision:
+    """The precision of a new project: automatic for an encoder, fp32 for other kinds.
+
+    Args:
+        name: Name of the embedder.
+        device: "auto", "cpu" or "cuda".
+    """
+    is_registered = any(is_of_kind(name) for is_of_kind, _ in _registered)
+    if is_registered or name == LEXICAL_EMBEDDER or static_models.is_static(name):
+        return "fp32"
+    return automatic_precision(device)
+
+
 def build_embedder(
     name: str = DEFAULT_EMBEDDER,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     device: str | None = None,
     pooling: Pooling | None = None,
-    half: bool = False,
     weights: Path | None = None,
+    precision: Precision = "fp32",
+    batch_tokens: int | None = None,
 ) -> Embedder:
     """Build the embedder that `name` stands for.
 
     Args:
-        name: "lexical", "minilm", a model's folder or hub name, or a registered name.
+        name: "lexical", "static", "minilm", a model's folder or hub name, or a registered name.
         batch_size: Texts per forward pass.
         device: "cpu", "cuda" …; None: CUDA if available.
         pooling: Pooling of a Hugging Face encoder; None: as the model's sentence-transformers
             settings say, or the mean.
-        half: Compute in half precision; needs a GPU.
         weights: File of the lexical embedder's weights.
+        precision: Precision to compute in.
+        batch_tokens: Tokens per forward pass, padding included, instead of `batch_size`.
 
     Raises:
-        ConfigurationError: there is no such model, or options are incompatible.
+        ConfigurationError: there is no such model, options are incompatible, or this machine or
+            model cannot compute in the precision.
         MissingDependencyError: a package that the embedder needs is not installed.
         ProjectError: the lexical embedder has no weights yet.
     """
+    _check(batch_size, batch_tokens, pooling)
+    if name == LEXICAL_EMBEDDER:
+        return _lexical(pooling, weights, precision, batch_tokens)
+    require_precision(precision, device)
+    embedder = _builder(name, pooling)(name, batch_size, device, pooling)
+    if batch_tokens is not None:
+        _batch_by_tokens(embedder, batch_tokens)
+    return embedder if precision == "fp32" else _converted(embedder, precision)
+
+
+def _check(batch_size: int, batch_tokens: int | None, pooling: Pooling | None) -> None:
     if batch_size < 1:
         raise ConfigurationError("--embed-batch-size", str(batch_size), "Give at least 1")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ConfigurationError("--embed-batch-tokens", str(batch_tokens), "Give at least 1")
+    if batch_tokens is not None and batch_size != BATCH_SIZE:
+        found = f"{batch_tokens} with --embed-batch-size {batch_size}"
+        raise ConfigurationError("--embed-batch-tokens", found, "Give one of them")
     if pooling not in (None, "mean", "cls"):
         raise ConfigurationError("--embedder-pooling", str(pooling), "Choose mean or cls")
-    if name == LEXICAL_EMBEDDER:
-        return _lexical(pooling, half, weights)
-    if half and not str(device or "cuda").startswith("cuda"):
-        raise ConfigurationError("--embed-fp16", "on the CPU", "Leave it out, or use a GPU")
-    embedder = _builder(name, pooling)(name, batch_size, device, pooling)
-    if not half:
-        return embedder
-    return HalfPrecision(embedder)
 
 
-def _lexical(pooling: Pooling | None, half: bool, weights: Path | None) -> Embedder:
-    if pooling or half or weights is None:
-        flag = "--embedder-pooling" if pooling else "--embed-fp16" if half else "--embedder"
-        raise ConfigurationError(flag, "lexical has no model", "Leave it out")
+def _lexical(
+    pooling: Pooling | None, weights: Path | None, precision: Precision, batch_tokens: int | None
+) -> Embedder:
+    given = {
+        "--embedder-pooling": pooling,
+        FLAG: precision != "fp32",
+        "--embed-batch-tokens": batch_tokens,
+        "--embedder": weights is None,
+    }
+    for flag, value in given.items():
+        if value:
+            raise ConfigurationError(flag, "lexical has no model", "Leave it out")
+    assert weights is not None
     return LexicalEmbedder.load(weights)
+
+
+def _batch_by_tokens(embedder: Embedder, tokens: int) -> None:
+    if not isinstance(embedder, Encoder):
+        found = f"{embedder.name} is not batched by tokens"
+        raise ConfigurationError("--embed-batch-tokens", found, "Leave it out")
+    embedder.batch_tokens = tokens
+
+
+def _converted(embedder: Embedder, precision: Precision) -> Embedder:
+    """Let an embedder compute in another precision than fp32."""
+    if precision == "fp16":
+        return HalfPrecision(embedder)
+    if precision == "bf16":
+        embedder.bfloat16()
+    else:
+        embedder.int8()
+    return embedder
 
 
 def _builder(name: str, pooling: Pooling | None) -> Builder:
@@ -115,16 +178,21 @@ def _pooled(name: str, batch_size: int, device: str | None, pooling: Pooling | N
 def load_project_embedder(
     settings: ProjectSettings,
     paths: ProjectPaths,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     device: str | None = None,
-    half: bool = False,
+    precision: Precision | None = None,
+    batch_tokens: int | None = None,
 ) -> Embedder:
-    """Build the embedder that a project's index was built with; see `build_embedder`."""
+    """Build the embedder that a project's index was built with; see `build_embedder`.
+
+    Its precision is the recorded one unless another is given.
+    """
     return build_embedder(
         str(settings.embedder),
         batch_size=batch_size,
         device=device,
         pooling=settings.embedder_pooling,
-        half=half,
         weights=paths.lexical_weights,
+        precision=precision or settings.embed_precision or "fp32",
+        batch_tokens=batch_tokens,
     )

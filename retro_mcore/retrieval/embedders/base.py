@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,8 @@ from retro_mcore.retrieval.vectors import EmbeddingCounts, as_vectors, require_u
 Pooling = Literal["mean", "cls"]
 #: The encoder that is installed as a package and needs no download.
 DEFAULT_EMBEDDER = "minilm"
+#: Texts per forward pass where nothing is given.
+BATCH_SIZE = 16
 #: The embedder that needs no model.
 LEXICAL_EMBEDDER = "lexical"
 
@@ -57,28 +59,65 @@ class Embedder(ABC):
         )
 
 
-def embed_by_length(
-    texts: Sequence[str],
-    batch_size: int,
-    dimension: int,
-    embed: Callable[[list[str]], np.ndarray],
-) -> np.ndarray:
-    """Embed texts in batches of similar length, f32 [n, dimension].
+class Encoder(Embedder):
+    """An embedder that runs a model on batches of texts of similar length.
 
-    Long texts come first, so padding is small and a batch too large for memory fails immediately.
-
-    Args:
-        texts: Texts in any order.
-        batch_size: Texts per call of `embed`.
-        dimension: Length of a vector.
-        embed: Returns the vectors of a batch.
+    Attributes:
+        batch_size: Texts per forward pass.
+        batch_tokens: Tokens per forward pass, padding included, instead of `batch_size`; None: as
+            many texts as `batch_size` says.
     """
-    vectors = np.empty((len(texts), dimension), np.float32)
-    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        vectors[rows] = embed([texts[row] for row in rows])
-    return vectors
+
+    batch_size: int = BATCH_SIZE
+    batch_tokens: int | None = None
+
+    @abstractmethod
+    def embed_batch(self, texts: list[str]) -> np.ndarray:
+        """Embed texts in one forward pass, f32 [n, dimension]."""
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = np.empty((len(texts), self.dimension), np.float32)
+        for rows in self._batches(texts):
+            vectors[rows] = self.embed_batch([texts[row] for row in rows])
+        return vectors
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        if self.batch_tokens is None:
+            return batches_of_size([len(text) for text in texts], self.batch_size)
+        lengths = self.count_tokens(texts)
+        if lengths is None:
+            raise ConfigurationError(
+                "--embed-batch-tokens", f"{self.name} does not count tokens", "Leave it out"
+            )
+        if self.max_tokens is not None:
+            lengths = np.minimum(lengths, self.max_tokens)
+        return batches_of_tokens(lengths.tolist(), self.batch_tokens)
+
+
+def batches_of_size(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Divide rows into batches of `size`, the longest first.
+
+    Padding is small, and a batch too large for memory fails immediately.
+    """
+    order = _longest_first(lengths)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def batches_of_tokens(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Divide rows into batches of at most `tokens` with padding, but at least one row each.
+
+    The longest come first, as in `batches_of_size`.
+    """
+    order, start = _longest_first(lengths), 0
+    while start < len(order):
+        size = max(tokens // max(lengths[order[start]], 1), 1)
+        yield order[start : start + size]
+        start += size
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
 
 def embed_unique(

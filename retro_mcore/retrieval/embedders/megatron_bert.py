@@ -19,7 +19,7 @@ from retro_mcore.checkpoint.tracker import tracked_checkpoint
 from retro_mcore.errors import CheckpointError, TokenizerError
 from retro_mcore.platform import setup_device
 from retro_mcore.retrieval.bert_tokens import default_bert_vocab, load_word_piece
-from retro_mcore.retrieval.embedders.base import Embedder, Pooling, embed_by_length
+from retro_mcore.retrieval.embedders.base import Embedder, Encoder, Pooling
 
 
 def find_bert_checkpoint(name: str) -> Path | None:
@@ -34,7 +34,7 @@ def find_bert_checkpoint(name: str) -> Path | None:
     return tracked_checkpoint(folder)
 
 
-class MegatronBertEmbedder(Embedder):
+class MegatronBertEmbedder(Encoder):
     """A BertModel of megatron-core, rebuilt from a torch_dist checkpoint and its arguments.
 
     Every rank holds the whole model on its own device. All ranks must build it together.
@@ -61,7 +61,7 @@ class MegatronBertEmbedder(Embedder):
     ) -> None:
         from tokenizers import Tokenizer
 
-        self.name, self._batch_size = name, batch_size
+        self.name, self.batch_size = name, batch_size
         self._pooling: Pooling = pooling or "mean"
         checkpoint = find_bert_checkpoint(name)
         assert checkpoint is not None
@@ -98,6 +98,10 @@ class MegatronBertEmbedder(Embedder):
         """Compute in half precision."""
         self._model.half()
 
+    def bfloat16(self) -> None:
+        """Compute in bfloat16; hidden states are pooled in single precision."""
+        self._model.bfloat16()
+
     def full(self) -> None:
         """Compute in single precision again."""
         self._model.float()
@@ -105,11 +109,8 @@ class MegatronBertEmbedder(Embedder):
     def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
         return np.array([len(row) for row in self._counter.encode_batch(list(texts))], np.int64)
 
-    def embed(self, texts: Any) -> np.ndarray:
-        return embed_by_length(texts, self._batch_size, self.dimension, self._embed_batch)
-
     @torch.inference_mode()
-    def _embed_batch(self, texts: list[str]) -> np.ndarray:
+    def embed_batch(self, texts: list[str]) -> np.ndarray:
         encoded = self._tokenizer.encode_batch(texts)
         ids = torch.tensor([row.ids for row in encoded], device=self._device)
         mask = torch.tensor([row.attention_mask for row in encoded], device=self._device)

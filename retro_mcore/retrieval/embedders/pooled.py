@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from retro_mcore.errors import MissingDependencyError
-from retro_mcore.retrieval.embedders.base import Embedder, Pooling, embed_by_length
+from retro_mcore.retrieval.embedders.base import Encoder, Pooling
 from retro_mcore.retrieval.embedders.hugging_face import count_tokens_of, model_path, token_limit
 from retro_mcore.retrieval.embedders.loading import loading_whole, num_positions, require_words
 
 
-class PooledEncoder(Embedder):
+class PooledEncoder(Encoder):
     """A Hugging Face encoder such as BERT with pooled last hidden states, not normalized.
 
     Args:
@@ -35,7 +35,7 @@ class PooledEncoder(Embedder):
         batch_size: int = 16,
         device: str | None = None,
     ) -> None:
-        self.name, self._pooling, self._batch_size = name_or_path, pooling, batch_size
+        self.name, self._pooling, self.batch_size = name_or_path, pooling, batch_size
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._tokenizer, self._model = _load_transformer(model_path(name_or_path), name_or_path)
         self._model.to(self._device).eval()
@@ -47,6 +47,10 @@ class PooledEncoder(Embedder):
         """Compute in half precision."""
         self._model.half()
 
+    def bfloat16(self) -> None:
+        """Compute in bfloat16; hidden states are pooled in single precision."""
+        self._model.bfloat16()
+
     def full(self) -> None:
         """Compute in single precision again."""
         self._model.float()
@@ -54,11 +58,8 @@ class PooledEncoder(Embedder):
     def count_tokens(self, texts: Sequence[str]) -> np.ndarray | None:
         return count_tokens_of(self._tokenizer, texts)
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        return embed_by_length(texts, self._batch_size, self.dimension, self._embed_batch)
-
     @torch.inference_mode()
-    def _embed_batch(self, texts: list[str]) -> np.ndarray:
+    def embed_batch(self, texts: list[str]) -> np.ndarray:
         batch = self._tokenizer(
             texts,
             padding=True,

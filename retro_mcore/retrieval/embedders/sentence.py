@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.errors import MissingDependencyError
-from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER, Embedder
+from retro_mcore.errors import ConfigurationError, MissingDependencyError
+from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER, Encoder
 from retro_mcore.retrieval.embedders.hugging_face import count_tokens_of, model_path, token_limit
 from retro_mcore.retrieval.embedders.loading import loading_whole, require_words
+from retro_mcore.retrieval.embedders.precision import FLAG
 
 
-class SentenceEncoder(Embedder):
+class SentenceEncoder(Encoder):
     """A sentence-transformers model, or a Hugging Face encoder with mean pooling.
 
     Args:
@@ -32,7 +33,7 @@ class SentenceEncoder(Embedder):
         batch_size: int = 16,
         device: str | None = None,
     ) -> None:
-        self.name, self._batch_size = name_or_path, batch_size
+        self.name, self.batch_size = name_or_path, batch_size
         self._model = _load_sentence_transformer(model_path(name_or_path), name_or_path, device)
         self.dimension = int(self._model.get_embedding_dimension())
         # Which of these attributes a model has depends on its modules and on the release.
@@ -41,6 +42,18 @@ class SentenceEncoder(Embedder):
     def half(self) -> None:
         """Compute in half precision."""
         self._model.half()
+
+    def bfloat16(self) -> None:
+        """Compute in bfloat16; hidden states are pooled and normalized in single precision.
+
+        Raises:
+            ConfigurationError: the model does not begin with a transformer.
+        """
+        if not hasattr(self._model[0], "auto_model"):
+            kind = type(self._model[0]).__name__
+            raise ConfigurationError(FLAG, f"bf16 with {self.name}, a {kind}", "Use fp32")
+        self._model[0].bfloat16()
+        self._model[0].register_forward_hook(_pool_in_full)
 
     def full(self) -> None:
         """Compute in single precision again."""
@@ -52,16 +65,27 @@ class SentenceEncoder(Embedder):
         return count_tokens_of(self._model.tokenizer, [prompt + text for text in texts])
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        if not len(texts):
+        if self.batch_tokens is not None:
+            return super().embed(texts)
+        # sentence-transformers sorts by length before it cuts batches, so padding is small.
+        return self._encode(list(texts), self.batch_size)
+
+    def embed_batch(self, texts: list[str]) -> np.ndarray:
+        return self._encode(texts, len(texts))
+
+    def _encode(self, texts: list[str], batch_size: int) -> np.ndarray:
+        if not texts:
             return np.empty((0, self.dimension), np.float32)
-        # sentence-transformers sorts by length before batching, so padding is small.
         vectors = self._model.encode(
-            list(texts),
-            batch_size=self._batch_size,
-            convert_to_numpy=True,
-            show_progress_bar=False,
+            texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False
         )
         return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def _pool_in_full(module: Any, inputs: Any, features: dict[str, Any]) -> dict[str, Any]:
+    """Hand hidden states to the pooling in single precision."""
+    features["token_embeddings"] = features["token_embeddings"].float()
+    return features
 
 
 def _load_sentence_transformer(path: str, name: str, device: str | None) -> Any:

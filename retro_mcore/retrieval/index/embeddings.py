@@ -18,7 +18,8 @@ from retro_mcore.project.shards import Shard, ShardReport, run_shards
 from retro_mcore.retrieval.chunk_text import DocumentEnds, chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
-from retro_mcore.retrieval.vectors import EmbeddingCounts, list_rows, unusable
+from retro_mcore.retrieval.stored_vectors import StoredCounts, StoredType, as_stored, bytes_of
+from retro_mcore.retrieval.vectors import list_rows, unusable
 
 #: Number of queries used to measure recall.
 NUM_HELD_OUT = 500
@@ -31,27 +32,31 @@ def embed_database(
     shards: Sequence[Shard],
     fingerprint: str,
     document_ends: DocumentEnds = "line break",
+    dtype: StoredType = "fp32",
 ) -> ShardReport:
-    """Embed every chunk of the database once on all ranks, f32 [rows, dimension] per file.
+    """Embed every chunk of the database once on all ranks, [rows, dimension] per file.
+
+    A file that `dtype` cannot hold is stored in fp32; see `as_stored`.
 
     Raises:
         ConfigurationError: the embedder returns vectors that cannot be searched.
     """
 
     def build(shard: Shard, path: Path) -> None:
-        counts, ids = EmbeddingCounts(), range(shard.start, shard.end)
+        counts, ids = StoredCounts(), range(shard.start, shard.end)
         texts = chunk_texts(tokenizer, database.tokens(ids), document_ends)
         with h5py.File(path, "w") as file:
-            file["data"] = embed_unique(embedder, texts, counts, shard.start)
+            vectors = embed_unique(embedder, texts, counts, shard.start)
+            file["data"] = as_stored(vectors, dtype, counts)
             file["counts"] = counts.to_array()
 
-    row_bytes = 4 * embedder.dimension
+    row_bytes = bytes_of(dtype) * embedder.dimension
     return run_shards(shards, build, fingerprint, "embed database", row_bytes)
 
 
-def count_embedded(shards: Sequence[Shard]) -> EmbeddingCounts:
+def count_embedded(shards: Sequence[Shard]) -> StoredCounts:
     """Add up the counts in the files; files of older versions have none."""
-    counts = EmbeddingCounts()
+    counts = StoredCounts()
     for shard in shards:
         counts.add(read_counts(shard.path))
     return counts

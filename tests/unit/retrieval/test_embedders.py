@@ -133,7 +133,7 @@ def test_pooling_of_a_hugging_face_encoder():
     ("arguments", "found"),
     [
         ({"pooling": "max"}, "--embedder-pooling: max"),
-        ({"half": True}, "--embed-fp16: on the CPU"),
+        ({"precision": "fp16"}, "--embed-fp16: on the CPU"),
         ({"name": "nowhere", "pooling": "cls"}, "--embedder: 'nowhere' cannot be loaded"),
         ({"name": "lexical", "pooling": "cls"}, "--embedder-pooling: lexical has no model"),
         ({"name": ""}, "--embedder: '' cannot be loaded"),
@@ -211,7 +211,7 @@ def test_half_precision_on_a_gpu():
     texts = ["A dog chases a cat.", "Interest rates rose."]
     for pooling in (None, "mean", "cls"):
         full = build_embedder("minilm", 2, "cpu", pooling).embed(texts)
-        half = build_embedder("minilm", 2, "cuda", pooling, half=True).embed(texts)
+        half = build_embedder("minilm", 2, "cuda", pooling, precision="fp16").embed(texts)
         assert half.dtype == np.float32
         np.testing.assert_allclose(half, full, atol=2e-2)
 

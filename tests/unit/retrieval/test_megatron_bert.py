@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused(saved, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"vocab\.txt: has 3\d\d tokens, the model 208"):
         build_embedder(str(copy), device="cpu")
     with pytest.raises(ConfigurationError, match="--embed-fp16"):
-        build_embedder(str(folder), device="cpu", half=True)
+        build_embedder(str(folder), device="cpu", precision="fp16")
     largest = max((copy / "iter_0000010").glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"\.distcp: has \d+ bytes, not"):
@@ -116,5 +116,5 @@ def test_what_cannot_be_is_refused(saved, tmp_path: Path) -> None:
 def test_half_precision_is_close(saved) -> None:
     folder, _ = saved
     full = build_embedder(str(folder), device="cuda")
-    half = build_embedder(str(folder), device="cuda", half=True)
+    half = build_embedder(str(folder), device="cuda", precision="fp16")
     np.testing.assert_allclose(half.embed(texts()), full.embed(texts()), atol=0.05)

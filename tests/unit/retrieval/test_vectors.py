@@ -22,6 +22,7 @@ from retro_mcore.retrieval.embedders.half_precision import HalfPrecision
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.neighbor_search import require_found
 from retro_mcore.retrieval.retriever import Retriever
+from retro_mcore.retrieval.stored_vectors import StoredCounts
 from retro_mcore.retrieval.vectors import EmbeddingCounts, unusable
 from tests.unit.data.projects import built_project, forget_neighbors, write_rows
 
@@ -275,7 +276,7 @@ def test_files_of_older_versions_count_nothing(capsys, project):
     from retro_mcore.retrieval.index.embeddings import count_embedded
 
     shards = cut(ProjectPaths(project).embeddings, 107, 20)
-    assert count_embedded(shards) == EmbeddingCounts()
+    assert count_embedded(shards) == StoredCounts()
 
 
 @pytest.mark.parametrize("pooling", [None, "mean"])

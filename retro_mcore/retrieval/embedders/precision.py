@@ -1,0 +1,77 @@
+"""Precisions that an encoder computes in, and what each of them needs of this machine."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from retro_mcore.errors import ConfigurationError
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+FLAG = "--embed-precision"
+
+_CPUINFO = Path("/proc/cpuinfo")
+#: Instruction sets that multiply in bf16, by Linux's names; "bf16" is Arm's.
+_MULTIPLIES_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
+
+
+@cache
+def processor_features() -> frozenset[str]:
+    """Instruction sets of this processor, by Linux's names; empty on other systems."""
+    if not _CPUINFO.is_file():
+        return frozenset()
+    text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split() if found else ())
+
+
+def automatic_precision(device: str) -> Precision:
+    """The precision of `--embed-precision auto`: bf16 on a CPU with AMX, else fp32.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+    """
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    return "bf16" if on_cpu and "amx_bf16" in processor_features() else "fp32"
+
+
+def obstacle(precision: Precision, device: str | None) -> str | None:
+    """Why this machine cannot compute in a precision, in a few words; None if it can.
+
+    Args:
+        precision: The precision.
+        device: "cpu", "cuda" …; None: CUDA if available.
+    """
+    on_cpu = not (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+    if precision == "fp16" and on_cpu:
+        return "on the CPU"
+    if precision == "int8" and not on_cpu:
+        return "on a GPU"
+    if precision != "bf16":
+        return None
+    if on_cpu and not processor_features() & _MULTIPLIES_BF16:
+        return "on a processor without AMX or AVX512-BF16"
+    if not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "on a GPU without bf16"
+    return None
+
+
+def require_precision(precision: Precision, device: str | None) -> None:
+    """Refuse a precision that this machine cannot compute in.
+
+    Raises:
+        ConfigurationError: names the precision and the obstacle.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigurationError(FLAG, str(precision), f"Choose {', '.join(PRECISIONS)}")
+    found = obstacle(precision, device)
+    if found is None:
+        return
+    if precision == "fp16":
+        raise ConfigurationError("--embed-fp16", found, "Leave it out, or use a GPU")
+    raise ConfigurationError(FLAG, f"{precision} {found}", "Use fp32, or another machine")

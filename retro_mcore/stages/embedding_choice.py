@@ -1,0 +1,138 @@
+"""How a project's chunks are embedded and stored where no flag says so.
+
+A project continues as it was begun, on any machine; only a new one takes this machine's defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.project.config import ProjectSettings
+from retro_mcore.project.markers import fingerprint_of, read_marker
+from retro_mcore.project.shards import Shard
+from retro_mcore.retrieval.chunk_text import DocumentEnds
+from retro_mcore.retrieval.embedders.precision import FLAG, PRECISIONS, Precision
+from retro_mcore.retrieval.stored_vectors import StoredType
+
+WantedPrecision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class EmbeddedAs:
+    """How chunks become stored vectors.
+
+    Attributes:
+        precision: Precision that the embedder computes in.
+        dtype: Type that vectors are stored in.
+        document_ends: Text that the embedder reads for an end of document inside a chunk.
+    """
+
+    precision: Precision
+    dtype: StoredType
+    document_ends: DocumentEnds
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by flag, without those that older versions did not have."""
+        options: dict[str, Any] = precision_options(self.precision)
+        if self.dtype != "fp32":
+            options["--embeddings-dtype"] = self.dtype
+        return options
+
+    def fingerprint(self, options: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+        """Fingerprint of the embeddings; unchanged for those of older versions.
+
+        Args:
+            options: The other options that embeddings depend on, by flag.
+            inputs: Digests of the files that they are made from.
+        """
+        named = [] if self.document_ends == "line break" else [self.document_ends]
+        return fingerprint_of([{**options, **self.options}, dict(inputs), *named])
+
+
+def precision_options(precision: Precision) -> dict[str, Any]:
+    """A precision as the record of a stage names it: fp32 and fp16 as in older versions."""
+    if precision == "fp16":
+        return {"--embed-fp16": True}
+    return {} if precision == "fp32" else {FLAG: precision}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the flags ask for.
+
+    Attributes:
+        precision: Precision; None: automatic.
+        dtype: Type of the stored vectors; None: the project's, fp16 for a new one.
+        automatic: Precision of a new project where `precision` is None.
+    """
+
+    precision: Precision | None
+    dtype: StoredType | None
+    automatic: Precision
+
+    def choose(
+        self,
+        settings: ProjectSettings,
+        recorded: Precision,
+        shards: Sequence[Shard],
+        options: Mapping[str, Any],
+        inputs: Mapping[str, str],
+    ) -> EmbeddedAs:
+        """Choose how a project is embedded: as before, as begun, or the defaults.
+
+        Args:
+            settings: The project's settings.
+            recorded: Precision that the project was embedded in, if it was.
+            shards: Files of the embeddings.
+            options: See `EmbeddedAs.fingerprint`.
+            inputs: See `EmbeddedAs.fingerprint`.
+        """
+        if settings.embedder is not None:
+            dtype = self.dtype or settings.embeddings_dtype
+            return EmbeddedAs(self.precision or recorded, dtype, settings.document_ends)
+        candidates = list(self._candidates())
+        markers = (read_marker(shard.path) or {} for shard in shards)
+        begun = {marker.get("fingerprint") for marker in markers}
+        for candidate in candidates:
+            if candidate.fingerprint(options, inputs) in begun:
+                return candidate
+        return candidates[0]
+
+    def _candidates(self) -> Iterable[EmbeddedAs]:
+        """Every way that fits the flags; the default comes first."""
+        automatic: list[Precision] = list(dict.fromkeys([self.automatic, "fp32", "bf16"]))
+        dtypes: list[StoredType] = [self.dtype] if self.dtype else ["fp16", "fp32"]
+        ends: list[DocumentEnds] = ["detokenized", "line break"]
+        for precision in [self.precision] if self.precision else automatic:
+            for dtype in dtypes:
+                for document_ends in ends:
+                    yield EmbeddedAs(precision, dtype, document_ends)
+
+
+def explicit_precision(precision: WantedPrecision | None, half: bool) -> Precision | None:
+    """The precision that --embed-precision and --embed-fp16 ask for; None: none.
+
+    Raises:
+        ConfigurationError: there is no such precision, or they contradict each other.
+    """
+    if precision not in (None, "auto", *PRECISIONS):
+        raise ConfigurationError(FLAG, str(precision), f"Choose auto, {', '.join(PRECISIONS)}")
+    if half and precision not in (None, "auto", "fp16"):
+        raise ConfigurationError("--embed-fp16", f"with {FLAG} {precision}", "Give one of them")
+    if half:
+        return "fp16"
+    return None if precision in (None, "auto") else precision
+
+
+def recorded_precision(settings: ProjectSettings, options: Mapping[str, Any]) -> Precision:
+    """Precision that a project was embedded in.
+
+    Args:
+        settings: The project's settings.
+        options: Options of its build_index; older versions recorded fp16 only there.
+    """
+    return settings.embed_precision or ("fp16" if options.get("--embed-fp16") else "fp32")

@@ -1,0 +1,149 @@
+"""Static embedders: means of token vectors, as model2vec, sentence-transformers and wordllama."""
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+from retro_mcore.cli.build_db import BuildDbOptions, build_db
+from retro_mcore.cli.build_index import BuildIndexOptions, build_index
+from retro_mcore.cli.preprocess_corpus import preprocess_corpus
+from retro_mcore.errors import ConfigurationError, MissingDependencyError
+from retro_mcore.project.config import ProjectSettings
+from retro_mcore.retrieval.bert_tokens import default_bert_vocab
+from retro_mcore.retrieval.embedders import build_embedder, default_precision
+from retro_mcore.retrieval.embedders.base import embed_unique
+from retro_mcore.retrieval.embedders.static_models import installed_files
+from retro_mcore.retrieval.retriever import Retriever
+from retro_mcore.retrieval.vectors import EmbeddingCounts
+from tests.unit.data.projects import documents, preprocess_options, write_corpus
+
+TEXTS = ["A dog chases a cat.", "\u2603 unknown \U0001f9ee", "", "word " * 2000, "Rates rose."]
+UNKNOWN = 100
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """MiniLM's token vectors and its tokenizer: a real static model."""
+    folder = default_bert_vocab().parent
+    weights = load_file(folder / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("word_embeddings.weight")]
+    return weights[name], folder / "tokenizer.json"
+
+
+def save(folder, tensors, tokenizer, config=None, modules=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copy(tokenizer, folder)
+    for name, content in (("config.json", config), ("modules.json", modules)):
+        if content is not None:
+            (folder / name).write_text(json.dumps(content))
+    return str(folder)
+
+
+def token_ids(path, text):
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return [t for t in tokenizer.encode(text, add_special_tokens=False).ids if t != UNKNOWN]
+
+
+def test_a_model2vec_folder(parts, tmp_path):
+    """Means by hand, with model2vec's mapping and weights; the unknown token is left out."""
+    table, tokenizer = parts
+    random = np.random.default_rng(0)
+    tensors = {
+        "embeddings": table[:500, :32].astype(np.float16),
+        "mapping": random.integers(0, 500, len(table)),
+        "weights": random.random(len(table)),
+    }
+    for normalize in (True, False):
+        name = save(tmp_path / str(normalize), tensors, tokenizer, {"normalize": normalize})
+        embedder = build_embedder(name)
+        vectors = embedder.embed(TEXTS)
+        assert vectors.shape == (5, embedder.dimension) == (5, 32)
+        for text, vector in zip(TEXTS, vectors, strict=True):
+            ids = token_ids(tokenizer, text)
+            rows = tensors["embeddings"].astype(np.float64)[tensors["mapping"][ids]]
+            mean = (rows * tensors["weights"][ids][:, None]).sum(0) / max(len(ids), 1)
+            if normalize and ids:
+                mean /= np.linalg.norm(mean)
+            # Sums of up to 2,000 numbers in single precision.
+            np.testing.assert_allclose(vector, mean, rtol=0, atol=1e-5 * (1 + np.abs(mean).max()))
+    assert embedder.embed([]).shape == (0, 32)
+    counts = EmbeddingCounts()
+    embed_unique(embedder, TEXTS, counts)
+    assert (counts.chunks_cut, counts.zero) == (0, 1)  # no limit of tokens
+
+
+def test_a_sentence_transformers_folder(parts, tmp_path):
+    """As the library itself computes it, in both of its layouts."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, StaticEmbedding
+
+    table, path = parts
+    static = StaticEmbedding(Tokenizer.from_file(str(path)), embedding_weights=table[:, :16].copy())
+    static.tokenizer.no_truncation()
+    for modules in ([static], [static, Normalize()]):
+        model, folder = SentenceTransformer(modules=modules), tmp_path / str(len(modules))
+        model.save_pretrained(str(folder))
+        embedder = build_embedder(str(folder))
+        assert type(embedder).__name__ == "StaticEmbedder"
+        texts = [text for text in TEXTS if text]
+        np.testing.assert_allclose(embedder.embed(texts), model.encode(texts), atol=1e-5)
+
+
+def test_options_that_a_static_model_lacks(parts, tmp_path):
+    table, tokenizer = parts
+    name = save(tmp_path / "static", {"embedding.weight": table[:, :8].copy()}, tokenizer)
+    assert default_precision(name, "cpu") == "fp32"
+    for arguments, found in (
+        ({"pooling": "mean"}, "--embedder-pooling: a static model is a mean"),
+        ({"batch_tokens": 64}, "--embed-batch-tokens: .* is not batched by tokens"),
+    ):
+        with pytest.raises(ConfigurationError, match=found):
+            build_embedder(name, device="cpu", **arguments)
+    short = {"embedding.weight": table[:99, :8].copy()}
+    with pytest.raises(ConfigurationError, match="99 vectors for 30522 tokens"):
+        build_embedder(save(tmp_path / "short", short, tokenizer))
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "retro_mcore.retrieval.embedders.static_models.find_spec", lambda name: None
+    )
+    with pytest.raises(MissingDependencyError, match="pip install wordllama"):
+        build_embedder("static")
+
+
+def test_the_installed_model_is_wordllamas():
+    """Its own loader looks for the tokenizer in another folder than the one that it ships."""
+    inference = pytest.importorskip("wordllama.inference", exc_type=ImportError)
+    files = installed_files()
+    table = load_file(files.weights)["embedding.weight"]
+    theirs = inference.WordLlamaInference(table, Tokenizer.from_file(str(files.tokenizer)))
+    embedder, texts = build_embedder("static"), [TEXTS[0], TEXTS[4], "word " * 300]
+    np.testing.assert_allclose(embedder.embed(texts), theirs.embed(texts, norm=True), atol=1e-5)
+    assert embedder.dimension == 256
+
+
+def test_a_project_with_a_static_model(parts, tmp_path):
+    table, tokenizer = parts
+    name = save(tmp_path / "static", {"embeddings": table[:, :64].copy()}, tokenizer)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents())
+    project = tmp_path / "project"
+    preprocess_corpus(preprocess_options(project, corpus))
+    build_db(BuildDbOptions(str(project)))
+    report = build_index(BuildIndexOptions(str(project), embedder=name, index="Flat"))
+    assert report.embedded.counts.chunks_cut == 0
+    settings = ProjectSettings.load(project)
+    assert (settings.embed_precision, settings.embeddings_dtype) == ("fp32", "fp16")
+    retriever = Retriever(project)
+    texts = retriever.database.texts([3, 40], retriever.tokenizer)
+    found = retriever.search_texts(texts)
+    assert retriever.database.texts(found.ids[:, 0], retriever.tokenizer) == texts

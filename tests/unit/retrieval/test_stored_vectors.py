@@ -1,0 +1,118 @@
+"""Embeddings stored in fp16: half the bytes, the same neighbors, and nothing lost in silence."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+
+from retro_mcore.cli import build_index, query_neighbors, update_db
+from retro_mcore.project.config import ProjectSettings
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.index import Embeddings
+from retro_mcore.retrieval.stored_vectors import StoredCounts, as_stored
+from tests.unit.data.projects import built_project, forget_neighbors, write_rows
+
+
+def unit_vectors(count=400, dimension=48):
+    rows = np.random.default_rng(0).standard_normal((count, dimension)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_fp16_keeps_the_neighbors(tmp_path):
+    """An error of 2^-11 per number moves few of the neighbors of random vectors, the hardest."""
+    rows = unit_vectors()
+    stored = as_stored(rows, "fp16", StoredCounts())
+    assert stored.dtype == np.float16
+    read = Embeddings(write_rows(stored, tmp_path, 150)).range(0, len(rows))
+    assert read.dtype == np.float32
+    np.testing.assert_allclose(read, rows, rtol=2**-10, atol=2**-25)
+    near = [np.argsort(-(queries @ rows.T), axis=1)[:, 1:3] for queries in (rows, read)]
+    shared = [len(set(a) & set(b)) for a, b in zip(*near, strict=True)]
+    assert np.mean(shared) / 2 > 0.98
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e-7, 1e-30])
+def test_what_fp16_cannot_hold_stays_in_fp32(scale):
+    rows = unit_vectors(10)
+    rows[3] *= scale
+    counts = StoredCounts()
+    assert as_stored(rows, "fp16", counts) is rows
+    assert counts.beyond_fp16 == 1
+    assert as_stored(np.zeros((2, 3), np.float32), "fp16", counts).dtype == np.float16
+    assert counts.beyond_fp16 == 1
+
+
+@pytest.fixture
+def project(tmp_path):
+    return shutil.copytree(built_project(), tmp_path / "project")
+
+
+def dtypes(project):
+    found = []
+    for path in sorted(ProjectPaths(project).embeddings.glob("*.hdf5")):
+        with h5py.File(path) as file:
+            found.append(file["data"].dtype.name)
+    return found
+
+
+def run(project, *flags):
+    return build_index.main(["--project-dir", str(project), *flags])
+
+
+def without_index(project):
+    forget_neighbors(project)
+    shutil.rmtree(project / "index")
+    (project / "stages" / "build_index.json").unlink()
+    (project / "retro_mcore.json").write_text("{}")
+    return project
+
+
+def test_a_new_project_is_stored_in_fp16(project, capsys):
+    assert set(dtypes(project)) == {"float16"}
+    settings = ProjectSettings.load(project)
+    assert (settings.embed_precision, settings.embeddings_dtype) == ("fp32", "fp16")
+    record = json.loads((project / "stages" / "build_index.json").read_text())
+    assert record["options"]["--embeddings-dtype"] == "fp16"
+    assert run(project, "--embeddings-dtype", "fp32") == 2
+    assert "--embeddings-dtype: " in capsys.readouterr().err
+
+
+def test_a_project_of_an_older_version_stays_in_fp32(project):
+    """It is repeated, and grows, with the default flags."""
+    assert run(without_index(project), "--embeddings-dtype", "fp32") == 0
+    settings = json.loads((project / "retro_mcore.json").read_text())
+    for name in ("embed_precision", "embeddings_dtype"):
+        del settings[name]
+    (project / "retro_mcore.json").write_text(json.dumps(settings))
+    assert run(project) == 0
+    assert set(dtypes(project)) == {"float32"}
+    assert "--embeddings-dtype" not in (project / "stages" / "build_index.json").read_text()
+
+
+def test_embeddings_that_were_begun_in_fp32_are_continued(project):
+    step = ("--stage", "embed")
+    assert run(without_index(project), *step, "--embeddings-dtype", "fp32") == 0
+    (first, *others) = sorted(ProjectPaths(project).embeddings.glob("*.hdf5"))
+    before = first.stat().st_mtime_ns
+    for path in others:
+        path.unlink()
+    assert run(project) == 0
+    assert first.stat().st_mtime_ns == before
+    assert set(dtypes(project)) == {"float32"}
+    assert ProjectSettings.load(project).embeddings_dtype == "fp32"
+
+
+def test_a_grown_project_keeps_the_type(project, tmp_path):
+    assert run(without_index(project), "--embeddings-dtype", "fp32") == 0
+    assert query_neighbors.main(["--project-dir", str(project)]) == 0
+    (tmp_path / "new.txt").write_text("A new document about storing vectors. " * 40)
+    append = ["--append", str(tmp_path / "new.txt")]
+    assert update_db.main(["--project-dir", str(project), *append]) == 0
+    (grown,) = (project / "updates").iterdir()
+    assert set(dtypes(grown)) == {"float32"}
+    # The old files are linked, not embedded again.
+    olds = sorted(ProjectPaths(project).embeddings.glob("*.hdf5"))
+    news = sorted(ProjectPaths(grown).embeddings.glob("*.hdf5"))
+    assert any(new.samefile(old) for new in news for old in olds)
