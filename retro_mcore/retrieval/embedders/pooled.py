@@ -51,6 +51,17 @@ class PooledEncoder(Encoder):
         """Compute in bfloat16; hidden states are pooled in single precision."""
         self._model.bfloat16()
 
+    def int8(self) -> None:
+        """Compute in int8, in ONNX Runtime.
+
+        Raises:
+            MissingDependencyError: a package is not installed.
+            ConfigurationError: the model has no int8 file.
+        """
+        from retro_mcore.retrieval.embedders.onnx_body import run_in_int8
+
+        run_in_int8(self._model, self.name, model_path(self.name))
+
     def full(self) -> None:
         """Compute in single precision again."""
         self._model.float()

@@ -49,11 +49,25 @@ class SentenceEncoder(Encoder):
         Raises:
             ConfigurationError: the model does not begin with a transformer.
         """
+        self._transformer("bf16").bfloat16()
+        self._model[0].register_forward_hook(_pool_in_full)
+
+    def int8(self) -> None:
+        """Compute in int8, in ONNX Runtime.
+
+        Raises:
+            MissingDependencyError: a package is not installed.
+            ConfigurationError: the model has no int8 file.
+        """
+        from retro_mcore.retrieval.embedders.onnx_body import run_in_int8
+
+        run_in_int8(self._transformer("int8"), self.name, model_path(self.name))
+
+    def _transformer(self, precision: str) -> Any:
         if not hasattr(self._model[0], "auto_model"):
             kind = type(self._model[0]).__name__
-            raise ConfigurationError(FLAG, f"bf16 with {self.name}, a {kind}", "Use fp32")
-        self._model[0].bfloat16()
-        self._model[0].register_forward_hook(_pool_in_full)
+            raise ConfigurationError(FLAG, f"{precision} with {self.name}, a {kind}", "Use fp32")
+        return self._model[0].auto_model
 
     def full(self) -> None:
         """Compute in single precision again."""
