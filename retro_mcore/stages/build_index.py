@@ -35,7 +35,7 @@ from retro_mcore.retrieval.index.build import IndexBuild, IndexOptions, read_rec
 from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, count_embedded
 from retro_mcore.retrieval.index.gpu import num_gpus
 from retro_mcore.retrieval.index.inherited import InheritedIndex
-from retro_mcore.retrieval.stored_vectors import StoredType
+from retro_mcore.retrieval.stored_types import StoredType
 from retro_mcore.stages.configuration import Project, project_paths, recorded_config
 from retro_mcore.stages.database_embedding import (
     DatabaseEmbedding,
@@ -211,15 +211,8 @@ class _Run:
         _check_counts(paths, database)
         files = [paths.merged_db("train"), paths.dataset_infos]
         self._inputs = input_digests(paths, files)
-        precision = explicit_precision(config.embed_precision, config.embed_fp16)
-        self._embedding = DatabaseEmbedding(
-            paths,
-            project,
-            self._settings,
-            database,
-            Wanted(precision, config.embeddings_dtype, automatic),
-            _embedding_options(config, project),
-            self._inputs,
+        self._embedding = _database_embedding(
+            paths, project, self._settings, database, config, automatic, self._inputs
         )
         self._options = {**self._embedding.options, **_index_options(config)}
         inherited = self._inherit(self._embedding.options)
@@ -307,8 +300,9 @@ def stored_embeddings(paths: ProjectPaths) -> EmbeddingFiles:
         raise ProjectError(record, "no such file", f"Run build_index --project-dir {paths.root}")
     project, settings = ProjectConfig.load(paths.root), ProjectSettings.load(paths.root)
     database = ChunkDatabase.open(paths.root, own=True)
-    made_from = [_embedding_options(config, project), recorded_inputs(paths, STAGE)]
-    return DatabaseEmbedding(paths, project, settings, database, made_from).embedded
+    inputs = recorded_inputs(paths, STAGE)
+    # The settings record the precision, so the automatic one is not used.
+    return _database_embedding(paths, project, settings, database, config, "fp32", inputs).embedded
 
 
 def _check_counts(paths: ProjectPaths, database: ChunkDatabase) -> None:
@@ -319,6 +313,21 @@ def _check_counts(paths: ProjectPaths, database: ChunkDatabase) -> None:
             f"counts other chunks than the {len(database)} of {database.path.name}",
             f"Run build_db --project-dir {paths.root} again",
         )
+
+
+def _database_embedding(
+    paths: ProjectPaths,
+    project: ProjectConfig,
+    settings: ProjectSettings,
+    database: ChunkDatabase,
+    config: BuildIndexConfig,
+    automatic: Precision,
+    inputs: dict[str, str],
+) -> DatabaseEmbedding:
+    precision = explicit_precision(config.embed_precision, config.embed_fp16)
+    wanted = Wanted(precision, config.embeddings_dtype, automatic)
+    options = _embedding_options(config, project)
+    return DatabaseEmbedding(paths, project, settings, database, wanted, options, inputs)
 
 
 def _embedding_options(config: BuildIndexConfig, project: ProjectConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from retro_mcore.retrieval.embedders.base import LEXICAL_EMBEDDER, Embedder, Poo
 from retro_mcore.retrieval.embedders.lexical_weights import save_lexical_weights
 from retro_mcore.retrieval.index import embed_database, embed_held_out
 from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, count_embedded
-from retro_mcore.retrieval.stored_vectors import StoredCounts
+from retro_mcore.retrieval.stored_types import StoredCounts
 from retro_mcore.stages.embedding_choice import EmbeddedAs, Wanted, recorded_precision
 
 

@@ -15,7 +15,7 @@ from retro_mcore.project.markers import fingerprint_of, read_marker
 from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.chunk_text import DocumentEnds
 from retro_mcore.retrieval.embedders.precision import FLAG, PRECISIONS, Precision
-from retro_mcore.retrieval.stored_vectors import StoredType
+from retro_mcore.retrieval.stored_types import StoredType
 
 WantedPrecision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 

@@ -18,7 +18,7 @@ from retro_mcore.project.shards import Shard, ShardReport, run_shards
 from retro_mcore.retrieval.chunk_text import DocumentEnds, chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
-from retro_mcore.retrieval.stored_vectors import StoredCounts, StoredType, as_stored, bytes_of
+from retro_mcore.retrieval.stored_types import StoredCounts, StoredType, as_stored, bytes_of
 from retro_mcore.retrieval.vectors import list_rows, unusable
 
 #: Number of queries used to measure recall.

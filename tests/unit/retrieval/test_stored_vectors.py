@@ -11,7 +11,7 @@ from retro_mcore.cli import build_index, query_neighbors, update_db
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.index import Embeddings
-from retro_mcore.retrieval.stored_vectors import StoredCounts, as_stored
+from retro_mcore.retrieval.stored_types import StoredCounts, as_stored
 from tests.unit.data.projects import built_project, forget_neighbors, write_rows
 
 

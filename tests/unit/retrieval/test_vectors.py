@@ -22,7 +22,7 @@ from retro_mcore.retrieval.embedders.half_precision import HalfPrecision
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.neighbor_search import require_found
 from retro_mcore.retrieval.retriever import Retriever
-from retro_mcore.retrieval.stored_vectors import StoredCounts
+from retro_mcore.retrieval.stored_types import StoredCounts
 from retro_mcore.retrieval.vectors import EmbeddingCounts, unusable
 from tests.unit.data.projects import built_project, forget_neighbors, write_rows
 
