@@ -110,9 +110,10 @@ class Oracle:
             ids = self.saved[name].rows_at(np.arange(len(distances)))
             saved = SavedDistances(self.saved[name].directory).rows(0, len(ids))
             wanted = np.sort(distances, axis=1)[:, : ids.shape[1]]
-            np.testing.assert_allclose(saved, wanted, atol=1e-4)
+            # Stored queries are in fp16: unit vectors move by 2^-11, squared distances by 4 times.
+            np.testing.assert_allclose(saved, wanted, atol=2e-3)
             rows = np.arange(len(ids))[:, None]
-            np.testing.assert_allclose(distances[rows, ids], saved, atol=1e-4)
+            np.testing.assert_allclose(distances[rows, ids], saved, atol=2e-3)
 
 
 def test_every_row_has_the_nearest_chunks_of_other_documents(built: Path) -> None:

@@ -1,0 +1,206 @@
+"""Embedders and precisions: chunks per CPU second, and how far neighbors stay those of MiniLM fp32.
+
+    python -m benchmarks.embedding --chunks 1000
+    python -m benchmarks.embedding --choices static minilm:int8 lexical --json embedding.json
+
+Chunks are pieces of Python's own documentation (`examples/quickstart/make_corpus.py`) of about 64
+tokens. All choices embed the same chunks in turns on one thread; the first choice is the reference.
+overlap@2 is the share of each chunk's two nearest other chunks, by exact search, that it shares
+with the reference, computed from vectors as they are stored (fp16). Choices that this machine
+lacks are listed with the reason.
+
+`--perplexity` also trains a small Retro on a project per embedder and evaluates it: hours on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "quickstart"))
+
+import numpy as np
+import torch
+from make_corpus import python_documentation, write_jsonl
+
+from retro_mcore.cli import commands as retro
+from retro_mcore.errors import RetroError
+from retro_mcore.retrieval.embedders import build_embedder
+from retro_mcore.retrieval.embedders.base import Embedder
+from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
+from retro_mcore.retrieval.embedders.precision import processor_features
+
+#: Characters of about 64 tokens.
+CHARACTERS = 260
+#: Embedder, precision, and tokens per batch, or 0: 16 texts.
+CHOICES = (
+    "minilm:fp32", "minilm:fp32:1024", "minilm:fp32:8192", "minilm:bf16", "minilm:int8",
+    "minilm:int8:8192", "static", "lexical",
+)  # fmt: skip
+SHOWN = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
+
+
+@dataclass
+class Result:
+    """The measurements of one choice.
+
+    Attributes:
+        seconds: Processor time of each round.
+        rate: Chunks per second of the median round.
+        ratio: Rate ÷ the reference's.
+        overlap: overlap@2 with the reference.
+        refused: Why it cannot run here; empty if it can.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    rate: float = 0.0
+    ratio: float = 0.0
+    overlap: float = 0.0
+    refused: str = ""
+
+
+def chunks(count: int) -> list[str]:
+    """Distinct pieces of text, evenly spaced over the documentation."""
+    starts = [
+        document.text[start : start + CHARACTERS]
+        for document in python_documentation()
+        for start in range(0, len(document.text) - CHARACTERS + 1, CHARACTERS)
+    ]
+    pieces = list(dict.fromkeys(starts))
+    rows = np.linspace(0, len(pieces) - 1, min(count, len(pieces))).astype(int)
+    return [pieces[row] for row in rows]
+
+
+def load(choice: str, texts: list[str]) -> Embedder:
+    """The embedder of NAME, NAME:PRECISION or NAME:PRECISION:TOKENS."""
+    given = choice.split(":")
+    name, precision, tokens = given + ["fp32", "0"][len(given) - 1 :]
+    if name == "lexical":
+        return LexicalEmbedder(weights_of(count_texts(texts)))
+    return build_embedder(name, device="cpu", precision=precision, batch_tokens=int(tokens) or None)
+
+
+def nearest(vectors: np.ndarray, count: int = 2) -> np.ndarray:
+    """The nearest other rows by L2 distance, [rows, count]."""
+    stored = vectors.astype(np.float16).astype(np.float32)
+    lengths = (stored**2).sum(1)
+    distances = lengths - 2 * stored @ stored.T
+    np.fill_diagonal(distances, np.inf)
+    return np.argsort(distances, axis=1)[:, :count]
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """Share of neighbors that two searches have in common."""
+    pairs = zip(first, second, strict=True)
+    return float(np.mean([len(set(a) & set(b)) for a, b in pairs])) / first.shape[1]
+
+
+def measure(choices: list[str], texts: list[str], rounds: int) -> dict[str, Result]:
+    """Embed the texts with every choice, in turns."""
+    results = {choice: Result() for choice in choices}
+    embedders: dict[str, Embedder] = {}
+    for choice in choices:
+        try:
+            embedders[choice] = load(choice, texts)
+            embedders[choice].embed(texts[:32])
+        except RetroError as error:
+            results[choice].refused = str(error)
+    near: dict[str, np.ndarray] = {}
+    for _ in range(rounds):
+        for choice, embedder in embedders.items():
+            start = time.process_time()
+            vectors = embedder.embed(texts)
+            results[choice].seconds.append(time.process_time() - start)
+            near[choice] = nearest(vectors)
+    reference = choices[0]
+    for choice, found in near.items():
+        result = results[choice]
+        result.rate = len(texts) / statistics.median(result.seconds)
+        result.ratio = result.rate / results[reference].rate
+        result.overlap = overlap(near[reference], found)
+    return results
+
+
+def perplexity(embedder: str, precision: str, folder: Path, iterations: int) -> float:
+    """Train a small Retro on the documentation with neighbors of an embedder; held-out perplexity.
+
+    All embedders have the same corpus, tokenizer, samples, seed and number of steps.
+    """
+    project, model = folder / "project", folder / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(python_documentation(), folder / "corpus.jsonl")
+    where = {"project_dir": str(project)}
+    retro.preprocess_corpus(
+        **where,
+        input=[str(folder / "corpus.jsonl")],
+        vocab_size=8000,
+        split="95,5,0",
+        seq_length=512,
+        global_batch_size=8,
+        eval_iters=8,
+        train_samples=8 * iterations,
+    )
+    retro.build_db(**where)
+    retro.build_index(**where, embedder=embedder, embed_precision=precision, device="cpu")
+    retro.query_neighbors(**where, device="cpu")
+    retro.pretrain_retro(
+        **where,
+        save=str(model),
+        num_layers=6,
+        hidden_size=256,
+        num_attention_heads=4,
+        retro_decoder_layers=[2, 4, 6],
+        position_embedding_type="rope",
+        micro_batch_size=8,
+        train_iters=iterations,
+        lr=1e-3,
+        num_workers=0,
+        device="cpu",
+    )
+    report = retro.evaluate_perplexity(**where, load=str(model), device="cpu")
+    return report.perplexity("real")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--chunks", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES))
+    parser.add_argument("--perplexity", action="store_true", help="train a Retro per embedder")
+    parser.add_argument("--iterations", type=int, default=500, help="steps of that training")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    texts = chunks(options.chunks)
+    results = measure(options.choices, texts, options.rounds)
+    has = [name for name in SHOWN if name in processor_features()]
+    print(f"{len(texts)} chunks, processor with {', '.join(has) or 'none'} of {', '.join(SHOWN)}")
+    print("| choice | chunks per CPU second | ratio | overlap@2 |\n|---|---|---|---|")
+    for choice, one in results.items():
+        if one.refused:
+            print(f"| {choice} | {one.refused} | | |")
+        else:
+            print(f"| {choice} | {one.rate:.1f} | {one.ratio:.2f} | {one.overlap:.3f} |")
+    found = {choice: asdict(one) for choice, one in results.items()}
+    if options.perplexity:
+        with tempfile.TemporaryDirectory() as folder:
+            for choice in results:
+                name, precision = (*choice.split(":"), "fp32")[:2]
+                place = Path(folder) / choice.replace("/", "_")
+                value = perplexity(name, precision, place, options.iterations)
+                found[choice]["perplexity"] = value
+                print(f"{choice}: perplexity {value:.3f}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"features": has, "choices": found}, indent=4))
+
+
+if __name__ == "__main__":
+    main()
