@@ -24,13 +24,13 @@ from retro_mcore.retrieval.embedders.base import (
 from retro_mcore.retrieval.embedders.half_precision import HalfPrecision
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder
 from retro_mcore.retrieval.embedders.pooled import PooledEncoder
-from retro_mcore.retrieval.embedders.sentence import SentenceEncoder
 from retro_mcore.retrieval.embedders.precision import (
     FLAG,
     Precision,
     automatic_precision,
     require_precision,
 )
+from retro_mcore.retrieval.embedders.sentence import SentenceEncoder
 
 #: A test whether a name belongs to this kind, and a builder (name, batch size, device, pooling).
 Recognizer = Callable[[str], bool]
@@ -50,8 +50,8 @@ def register_embedder(is_of_kind: Recognizer, build: Builder) -> None:
 
     Args:
         is_of_kind: Returns whether a name belongs to such a model.
-        build: Builds the `Embedder` from name, batch size, device and pooling. With --embed-fp16
-            its `half()` is called.
+        build: Builds the `Embedder` from name, batch size, device and pooling. Its
+            `half()`, `bfloat16()` or `int8()` is called for --embed-precision.
     """
     if all(known is not is_of_kind for known, _ in _registered):
         _registered.append((is_of_kind, build))

@@ -58,6 +58,23 @@ class Embedder(ABC):
             "--embed-fp16", f"{self.name} has no half precision", "Leave --embed-fp16 out"
         )
 
+    def bfloat16(self) -> None:
+        """Compute in bfloat16.
+
+        Raises:
+            ConfigurationError: it cannot.
+        """
+        raise ConfigurationError("--embed-precision", f"{self.name} has no bf16", "Leave it out")
+
+    def int8(self) -> None:
+        """Compute in int8.
+
+        Raises:
+            ConfigurationError: it cannot.
+            MissingDependencyError: a package that it needs is not installed.
+        """
+        raise ConfigurationError("--embed-precision", f"{self.name} has no int8", "Leave it out")
+
 
 class Encoder(Embedder):
     """An embedder that runs a model on batches of texts of similar length.
