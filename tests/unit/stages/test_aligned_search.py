@@ -37,6 +37,8 @@ from tests.unit.data.aligned import aligned_database
 from tests.unit.data.projects import documents, forget_neighbors, write_corpus
 
 SAVED = 5
+#: Stored queries are in fp16: unit vectors move by up to 2^-11, squared distances by 4 times that.
+OF_STORING = 2e-3
 #: The second corpus: near copies, and a held-out document that repeats a training document.
 TEXTS = [*documents(16, 200), documents(16, 200)[1]]
 
@@ -110,10 +112,9 @@ class Oracle:
             ids = self.saved[name].rows_at(np.arange(len(distances)))
             saved = SavedDistances(self.saved[name].directory).rows(0, len(ids))
             wanted = np.sort(distances, axis=1)[:, : ids.shape[1]]
-            # Stored queries are in fp16: unit vectors move by 2^-11, squared distances by 4 times.
-            np.testing.assert_allclose(saved, wanted, atol=2e-3)
+            np.testing.assert_allclose(saved, wanted, atol=OF_STORING)
             rows = np.arange(len(ids))[:, None]
-            np.testing.assert_allclose(distances[rows, ids], saved, atol=2e-3)
+            np.testing.assert_allclose(distances[rows, ids], saved, atol=OF_STORING)
 
 
 def test_every_row_has_the_nearest_chunks_of_other_documents(built: Path) -> None:
@@ -281,7 +282,7 @@ def test_only_new_chunks_are_searched_where_the_rest_is_known(
         np.testing.assert_allclose(*rows, atol=1e-5)
         np.testing.assert_array_equal(ids[0] >= 0, ids[1] >= 0)
         same = np.take_along_axis(distances, np.maximum(ids[0], 0), 1)
-        np.testing.assert_allclose(same[ids[0] >= 0], rows[0][ids[0] >= 0], atol=1e-4)
+        np.testing.assert_allclose(same[ids[0] >= 0], rows[0][ids[0] >= 0], atol=OF_STORING)
         assert (ids[0] >= result[0].num_before).any()
 
 
