@@ -213,7 +213,7 @@ def plan_scale(
     embedding = []
     if not aligned:
         embedding = [stage("query_neighbors: embed", worker, queries, rates.embedded, 0, 2**31)]
-    vector, embedding_bytes = 4.0 * work.dimension, float(work.stored_bytes) * work.dimension
+    vector, saved = 4.0 * work.dimension, float(work.stored_bytes) * work.dimension
     stages = [
         stage(
             "preprocess_corpus", "core", work.tokens, rates.tokenized,
@@ -223,7 +223,7 @@ def plan_scale(
             "build_db", "core", chunks, rates.chunked,
             chunks * (16 + 20) + 20 * training + documents * (16 + 24), 2**30,
         ),
-        stage("build_index: embed", worker, chunks, rates.embedded, embedding_bytes * chunks, 2**31),
+        stage("build_index: embed", worker, chunks, rates.embedded, saved * chunks, 2**31),
         # Published for the largest index: under 4 hours on one node for 600M vectors.
         stage("build_index: train", "node", training, 600e6 / (4 * 3600), 0, vector * training),
         stage("build_index: add, merge", "core", chunks, rates.added, index_bytes, 2**31),
