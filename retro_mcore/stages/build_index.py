@@ -64,15 +64,16 @@ class BuildIndexConfig:
     """Configuration of `build_index`."""
 
     embedder: str = DEFAULT_EMBEDDER
-    """Embedder: "minilm" (an installed package), "lexical" (hashed words, no model), the folder of
-    a sentence-transformers or Hugging Face model or of a Megatron BERT checkpoint, or a hub
-    name."""
+    """Embedder: "minilm" (an installed package), "static" (means of token vectors, from the package
+    wordllama), "lexical" (hashed words, no model), the folder of a sentence-transformers, Hugging
+    Face or model2vec model or of a Megatron BERT checkpoint, or a hub name."""
     embedder_pooling: Literal["mean", "cls"] | None = None
     """Pooling of a Hugging Face model (default: the model's own, otherwise mean)."""
     embed_precision: WantedPrecision = "auto"
-    """Precision of the embedder: fp32; fp16, on a GPU; bf16, on a GPU or a processor with AMX or
-    AVX512-BF16; int8, on a CPU with ONNX Runtime; or auto: as the project was begun, and for a new
-    one bf16 on a CPU with AMX, otherwise fp32. Recorded in the project."""
+    """Precision of the embedder: fp32; fp16 (GPU); bf16 (GPU, or a processor with AMX or
+    AVX512-BF16); int8 (CPU with ONNX Runtime; faster only with VNNI or AMX); or auto: as the
+    project was begun, and for a new one bf16 on a CPU with AMX, otherwise fp32. Recorded in the
+    project."""
     embed_fp16: bool = False
     """The same as --embed-precision fp16."""
     embed_batch_size: int = 16
