@@ -113,7 +113,9 @@ def measure(vectors: np.ndarray, options: Options, codes: str, folder: Path) -> 
     index = make_index(vectors, options, codes)
     random = np.random.default_rng(1)
     queries = vectors[random.choice(len(vectors), options.queries, options.queries > len(vectors))]
-    few, plain, lists = queries[: options.compared], [], []
+    few = queries[: options.compared]
+    plain: list[float] = []
+    lists: list[float] = []
     for _ in range(options.rounds):
         expected = _timed(lambda: search(index, few, options.k), len(few), plain)
         found = _timed(
@@ -163,7 +165,7 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
 
 
-def main(options: Options) -> list[Result]:
+def measure_all(options: Options) -> list[Result]:
     """Measure all kinds of lists and print a table."""
     faiss_library().omp_set_num_threads(1)
     vectors = make_vectors(options.vectors, options.dimension)
@@ -188,4 +190,4 @@ def main(options: Options) -> list[Result]:
 if __name__ == "__main__":
     # One thread: this process's share of the cores is one.
     os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count() or 1)
-    sys.exit(run_command(Options, main))
+    sys.exit(run_command(Options, measure_all))

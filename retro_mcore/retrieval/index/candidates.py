@@ -101,7 +101,7 @@ class NearestCandidates:
             rows = slice(start, start + height)
             found = select(self._distances[rows], self._ids[rows], self._k)
             order = np.argsort(found[0], axis=1, kind="stable")
-            found = tuple(np.take_along_axis(part, order, 1) for part in found)
+            found = np.take_along_axis(found[0], order, 1), np.take_along_axis(found[1], order, 1)
             distances[rows], ids[rows] = by_distance_then_id(*found)
         distances[ids == NO_NEIGHBOR] = np.finfo(np.float32).max  # as Faiss returns them
         return distances, ids
