@@ -19,9 +19,23 @@ from typing import Any
 
 from benchmarks.retro_against_gpt import train
 from benchmarks.training_data import BATCH, MODEL_FLAGS, make_project
+from retro_mcore.chunking import SampleLayout
 
 FIRST_SEED = 1234
 KINDS = ["real", "none"]
+CORPUS = "documentation.jsonl"
+
+
+def project_in(place: Path, train_iters: int, samples: SampleLayout, seed: int) -> Path:
+    """A project in `place`; all places beside it share one corpus."""
+    shared, own = place.parent / CORPUS, place / CORPUS
+    place.mkdir(parents=True, exist_ok=True)
+    if shared.is_file() and not own.is_file():
+        own.hardlink_to(shared)
+    project = make_project(place, train_iters, samples, seed)
+    if not shared.is_file():
+        shared.hardlink_to(own)
+    return project
 
 
 def counted_share(project: Path, limit: int = 512) -> float:
@@ -79,7 +93,7 @@ def run_packed(folder: Path, train_iters: int, seeds: list[int]) -> dict[str, An
     rows, cost = [], {"searched": 0, "embedded": 0}
     for seed in seeds:
         place = folder / f"packed_{seed}"
-        project = make_project(place, train_iters, samples="packed", seed=seed)
+        project = project_in(place, train_iters, "packed", seed)
         rows.append(measure(project, place / "model", seed))
         cost = {name: cost[name] + number for name, number in query_cost(project).items()}
     return {"layout": "packed", "rows": rows, "padding": padding_share(project), **cost}
@@ -90,7 +104,7 @@ def run_aligned(folder: Path, train_iters: int, seeds: list[int]) -> dict[str, A
     from retro_mcore.cli.commands import set_samples
 
     place = folder / "aligned"
-    project = make_project(place, train_iters, samples="aligned")
+    project = project_in(place, train_iters, "aligned", FIRST_SEED)
     rows = []
     for seed in seeds:
         set_samples(project_dir=str(project), seed=seed)
