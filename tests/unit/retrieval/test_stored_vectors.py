@@ -10,6 +10,7 @@ import pytest
 from retro_mcore.cli import build_index, query_neighbors, update_db
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.embedders import default_precision
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.stored_types import StoredCounts, as_stored
 from tests.unit.data.projects import built_project, forget_neighbors, write_rows
@@ -72,7 +73,8 @@ def without_index(project):
 def test_a_new_project_is_stored_in_fp16(project, capsys):
     assert set(dtypes(project)) == {"float16"}
     settings = ProjectSettings.load(project)
-    assert (settings.embed_precision, settings.embeddings_dtype) == ("fp32", "fp16")
+    expected = default_precision("minilm", "auto")  # of this processor
+    assert (settings.embed_precision, settings.embeddings_dtype) == (expected, "fp16")
     record = json.loads((project / "stages" / "build_index.json").read_text())
     assert record["options"]["--embeddings-dtype"] == "fp16"
     assert run(project, "--embeddings-dtype", "fp32") == 2
@@ -81,7 +83,8 @@ def test_a_new_project_is_stored_in_fp16(project, capsys):
 
 def test_a_project_of_an_older_version_stays_in_fp32(project):
     """It is repeated, and grows, with the default flags."""
-    assert run(without_index(project), "--embeddings-dtype", "fp32") == 0
+    before = ("--embeddings-dtype", "fp32", "--embed-precision", "fp32")
+    assert run(without_index(project), *before) == 0
     settings = json.loads((project / "retro_mcore.json").read_text())
     for name in ("embed_precision", "embeddings_dtype"):
         del settings[name]
