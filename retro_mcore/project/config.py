@@ -218,6 +218,8 @@ class ProjectSettings:
             Projects indexed before this was recorded keep the line break used then.
         index_string: Faiss factory string.
         index_split: Whether the index is kept in parts for ranks to share.
+        index_rescored: Whether the index was measured with candidates sorted by the stored vectors,
+            and is searched so by default.
         nprobe: Lists searched per query; None if the index has no lists.
         ef_search: Breadth of a graph search; None if the index has no graph.
         num_neighbors_query: Candidates searched per chunk, before the same-document filter.
@@ -245,6 +247,7 @@ class ProjectSettings:
     document_ends: Literal["line break", "detokenized"] = "line break"
     index_string: str | None = None
     index_split: bool = False
+    index_rescored: bool = False
     nprobe: int | None = None
     ef_search: int | None = None
     num_neighbors_query: int | None = None

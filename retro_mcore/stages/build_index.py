@@ -56,6 +56,7 @@ _TIMEOUT_MINUTES = 24 * 60.0
 #: built before an option existed remain valid.
 _RECORDED = (
     "index", "nprobe", "ef_search", "index_memory", "index_recall", "on_disk", "split_index",
+    "rescore",
 )  # fmt: skip
 
 
@@ -101,6 +102,9 @@ class BuildIndexConfig:
     vectors."""
     split_index: bool = False
     """Keep the index in parts, which are divided among the ranks of query_neighbors."""
+    rescore: bool = False
+    """Choose and measure the index for candidates that query_neighbors sorts by the stored vectors,
+    which it then does by default. Much smaller indexes reach the recall."""
     faiss_gpu: bool = True
     """Use GPUs if Faiss supports them."""
     stage: Step | None = None
@@ -286,6 +290,7 @@ class _Run:
         settings.embedding_dimension = self._build.embeddings.dimension
         settings.index_string, settings.index_split = choice.string, config.split_index
         settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search
+        settings.index_rescored = config.rescore
         settings.save(self._paths.root)
 
 
@@ -371,4 +376,5 @@ def _wanted_index(config: BuildIndexConfig) -> IndexOptions:
         on_disk=config.on_disk,
         split=config.split_index,
         gpu=config.faiss_gpu and num_gpus() > 0,
+        rescore=config.rescore,
     )

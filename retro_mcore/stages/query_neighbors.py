@@ -7,7 +7,7 @@ all samples consist of; see `query_tables`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,8 @@ class QueryNeighborsConfig:
     """Rerank the candidates by BM25 over their tokens before the best are saved."""
     rescore: bool = False
     """Sort the candidates by the distances of the stored vectors, so that a compressed index gives
-    the exact order. Reads the embeddings of build_index."""
+    the exact order. Reads the embeddings of build_index (default: only if build_index was run with
+    --rescore)."""
     embed_batch_size: int = 16
     """Chunks per forward pass of the embedder."""
     embed_batch_tokens: int | None = None
@@ -185,8 +186,10 @@ class _Run:
     ) -> None:
         if other is None:
             _refuse_finished(paths)
-        self._paths, self._config, self._other = paths, config, other
         self._search = open_search(paths, other or paths)
+        rescore = config.rescore or self._search.source_settings.index_rescored
+        config = replace(config, rescore=rescore)
+        self._paths, self._config, self._other = paths, config, other
         self._project = self._search.config
         self._tokenizer = load_project_tokenizer(self._project, paths)
         self._aligned = self._search.settings.samples == "aligned"

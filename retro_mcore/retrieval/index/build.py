@@ -61,6 +61,7 @@ class IndexOptions:
         on_disk: Keep the lists in a separate file.
         split: Keep the parts instead of merging them.
         gpu: Train and add on GPUs.
+        rescore: Choose and measure the index for candidates that are sorted by the stored vectors.
     """
 
     string: str = AUTO
@@ -71,6 +72,7 @@ class IndexOptions:
     on_disk: bool = False
     split: bool = False
     gpu: bool = False
+    rescore: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,13 +168,21 @@ class IndexBuild:
             make_index(wanted.string, self.embeddings.dimension)  # raises if it cannot be built
             return IndexChoice(wanted.string, "as --index says", on_disk=wanted.on_disk)
         memory = wanted.memory or usable_memory()
-        return choose_index(self.embeddings, memory, wanted.recall, wanted.on_disk)
+        return choose_index(
+            self.embeddings,
+            memory,
+            wanted.recall,
+            wanted.on_disk,
+            rescore=wanted.rescore,
+            split=wanted.split,
+            gpu=wanted.gpu,
+        )
 
     def _place(self, choice: IndexChoice, index: Any) -> IndexChoice:
         """Put the index on disk if requested, or if it does not fit into memory."""
         wanted = self.wanted
         kind, needed = kind_of(index), stored_bytes(index, len(self.embeddings))
-        if wanted.split and kind is IndexKind.WHOLE:
+        if wanted.split and kind in (IndexKind.WHOLE, IndexKind.PACKED):
             raise ConfigurationError(
                 "--split-index", f"{choice.string} cannot be split", "Name one with lists"
             )
@@ -289,7 +299,7 @@ class IndexBuild:
         """Measure the recall, and choose the breadth of search unless it was given."""
         exact = read_exact([exact_path(part) for part in parts])
         queries = read_held_out(self.paths.held_out)
-        measure = RecallMeasure(index, queries, exact, self.embeddings)
+        measure = RecallMeasure(index, queries, exact, self.embeddings, self.wanted.rescore)
         trained, wanted = load_index(self.paths.empty_index(choice.string)), self.wanted
         lists, graph = num_lists(trained), has_graph(trained)
         return tune(measure, lists, graph, wanted.recall, wanted.nprobe, wanted.ef_search)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -17,8 +16,10 @@ from retro_mcore.project.space import show_bytes
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads
+from retro_mcore.retrieval.index.packing import faiss_version
 from retro_mcore.retrieval.index.recall import (
     DECISIVE,
+    NUM_RESCORED,
     recall_at,
     rounding_of,
     squared_distances,
@@ -39,6 +40,8 @@ _VECTORS_PER_LIST = 39
 _GRAPH_NEIGHBORS = 32
 #: From this many vectors on, training a rotation for the codes pays off.
 _FEWEST_ROTATED = 20_000_000
+#: The largest codes that fit are compared. Recalls closer than this are equal within noise.
+_CONSIDERED, _CLOSE = 4, 0.005
 _SAMPLE = 32_768
 _SAMPLE_QUERIES = 400
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -76,12 +79,19 @@ class IndexChoice:
 
 @dataclass(frozen=True)
 class _Code:
-    """A way to store vectors: last part of the factory string, bytes per vector, rotation before
-    it."""
+    """A way to store vectors.
+
+    Attributes:
+        string: Last part of the factory string.
+        num_bytes: Bytes per vector.
+        rotation: First part of the factory string, if any.
+        scan: Time to scan a vector, relative to an uncompressed one.
+    """
 
     string: str
     num_bytes: int
     rotation: str = ""
+    scan: float = 1.0
 
 
 def parse_bytes(flag: str, text: str) -> int:
@@ -131,7 +141,14 @@ def index_bytes(num_vectors: int, dimension: int, code_bytes: int) -> int:
 
 
 def choose_index(
-    embeddings: Embeddings, memory: int, recall: float, on_disk: bool = False
+    embeddings: Embeddings,
+    memory: int,
+    recall: float,
+    on_disk: bool = False,
+    *,
+    rescore: bool = False,
+    split: bool = False,
+    gpu: bool = False,
 ) -> IndexChoice:
     """Choose the most exact index that fits into memory, if it reaches the recall.
 
@@ -146,13 +163,17 @@ def choose_index(
         memory: Bytes that the index may take.
         recall: Target recall@2, relative to exact search.
         on_disk: Whether its lists stay on disk, so vectors need no memory.
+        rescore: Whether candidates are sorted by the stored vectors, so that the recall is that of
+            NUM_RESCORED candidates.
+        split: Whether the index stays in parts, which fast-scan codes cannot.
+        gpu: Whether Faiss's GPU code must support the codes.
 
     Raises:
         ConfigurationError: no index that fits reaches the recall; names the best recall in this
             memory and the least memory needed. Or there is nothing to put on disk.
     """
     count, dimension = len(embeddings), embeddings.dimension
-    codes = list(_codes(count, dimension))
+    codes = _codes(count, dimension, split, gpu)
     if on_disk and not num_lists_for(count):
         raise ConfigurationError(
             "--on-disk",
@@ -162,7 +183,7 @@ def choose_index(
     if on_disk:
         reason = "uncompressed, since its lists lie on the disk"
         return _choice(codes[0], count, dimension, reason, True)
-    trial = _Trial(embeddings)
+    trial = _Trial(embeddings, rescore)
     fitting = [code for code in codes if index_bytes(count, dimension, code.num_bytes) <= memory]
     if fitting and fitting[0] == codes[0]:
         if num_lists_for(count) and not trial.lists_pay_off(recall):
@@ -174,14 +195,16 @@ def choose_index(
             reason = f"{count} vectors searched one by one, {show_bytes(size)}: {why}"
             return IndexChoice("Flat", reason, size)
         return _choice(codes[0], count, dimension, "uncompressed, which fits the memory")
-    expected = trial.expected_recall(fitting[0]) if fitting else 0.0
-    if fitting and expected >= recall:
+    best = _best(trial, fitting) if fitting else None
+    expected = trial.expected_recall(best) if best else 0.0
+    if best and expected >= recall:
+        among = f" among {NUM_RESCORED} candidates" if rescore else ""
         reason = (
-            f"the most exact that fits the memory; recall@{DECISIVE} of its codes "
+            f"the most exact that fits the memory; recall@{DECISIVE} of its codes{among} "
             f"{expected:.3f}, from a sample"
         )
-        return _choice(fitting[0], count, dimension, reason)
-    raise _nothing_fits(trial, codes, fitting, memory, recall)
+        return _choice(best, count, dimension, reason)
+    raise _nothing_fits(trial, codes, best, memory, recall)
 
 
 def _choice(
@@ -196,24 +219,61 @@ def _choice(
     return IndexChoice(string, f"{where}, {show_bytes(size)}: {why}", size, on_disk)
 
 
-def _codes(count: int, dimension: int) -> Iterator[_Code]:
-    """The codes, from the most exact to the smallest."""
-    yield _Code("Flat", 4 * dimension)
-    yield _Code("SQfp16", 2 * dimension)
-    yield _Code("SQ8", dimension)
-    yield _Code("SQ6", -(-dimension * 6 // 8))
-    yield _Code("SQ4", -(-dimension // 2))
+def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -> list[_Code]:
+    """The codes from the largest to the smallest, which is roughly from the most exact on.
+
+    Times of scanning a vector are relative to an uncompressed one (benchmarks/index_choice.py).
+    They decide only between codes of equal recall.
+    """
+    codes = [
+        _Code("Flat", 4 * dimension),
+        _Code("SQfp16", 2 * dimension, scan=0.65),
+        _Code("SQ8", dimension, scan=0.65),
+        _Code("SQ6", -(-dimension * 6 // 8), scan=1.0),
+        _Code("SQ4", -(-dimension // 2), scan=0.85),
+    ]
+    rotated = count >= _FEWEST_ROTATED
     for size in (128, 96, 64, 48, 32, 24, 16, 12, 8, 4):
         if dimension % size == 0 and size < dimension // 2:
-            rotation = f"OPQ{size}" if count >= _FEWEST_ROTATED else ""
-            # np: no polysemous training, which takes long and only serves Hamming distances.
-            yield _Code(f"PQ{size}np", size, rotation)
+            # np: without the long training for Hamming distances, which is not used.
+            codes.append(_Code(f"PQ{size}np", size, f"OPQ{size}" if rotated else "", scan=0.5))
+    if not gpu and faiss_version() >= (1, 15):
+        codes += [_rabitq(bits, dimension) for bits in range(1, 7)]
+    if not (gpu or split) and num_lists_for(count):
+        codes += [
+            _Code(f"PQ{size}x4fs", size // 2, f"OPQ{size}" if rotated else "", scan=0.1)
+            for size in (dimension // 2, dimension // 4, dimension // 8)
+            if size > 1 and size % 2 == 0 and dimension % size == 0
+        ]
+    return sorted(codes, key=lambda code: -code.num_bytes)
+
+
+def _rabitq(bits: int, dimension: int) -> _Code:
+    """RaBitQ with some bits per dimension, and its factors in single precision."""
+    if bits == 1:
+        return _Code("RaBitQ", -(-dimension // 8) + 8, scan=0.3)
+    size = -(-dimension // 8) + -(-dimension * (bits - 1) // 8) + 20
+    return _Code(f"RaBitQ{bits}", size, scan=0.9)
+
+
+def _best(trial: _Trial, fitting: list[_Code]) -> _Code:
+    """The code with the highest recall among the largest; if several are close, the fastest."""
+    considered = fitting[:_CONSIDERED]
+    highest = max(trial.expected_recall(code) for code in considered)
+    close = [code for code in considered if trial.expected_recall(code) >= highest - _CLOSE]
+    return min(close, key=lambda code: (code.scan, -code.num_bytes))
 
 
 class _Trial:
-    """Measures the recall of codes on a sample, once for each."""
+    """Measures the recall of codes on a sample, each once.
 
-    def __init__(self, embeddings: Embeddings) -> None:
+    Args:
+        embeddings: The database's vectors.
+        rescore: Whether candidates are sorted by the stored vectors.
+    """
+
+    def __init__(self, embeddings: Embeddings, rescore: bool = False) -> None:
+        self._candidates = NUM_RESCORED if rescore else DECISIVE
         self.count, self.dimension = len(embeddings), embeddings.dimension
         rows = np.linspace(0, self.count - 1, min(_SAMPLE, self.count)).astype(np.int64)
         self._vectors = embeddings.rows(rows)
@@ -242,41 +302,47 @@ class _Trial:
         index = make_index(code.string, self.dimension)
         with faiss_threads(1):  # so that the choice does not depend on the machine
             index.train(self._vectors)
-            recall = _recall_among(index, self._vectors)
+            recall = _recall_among(index, self._vectors, self._candidates)
             if len(self._vectors) == self.count:
                 return recall
-            quarter = _recall_among(index, self._vectors[::4])
+            quarter = _recall_among(index, self._vectors[::4], self._candidates)
         fall = max(0.0, quarter - recall)
         return max(0.0, recall - fall * math.log(self.count / len(self._vectors), 4))
 
 
-def _recall_among(index: object, vectors: np.ndarray) -> float:
-    """Recall@2 of a trained index among `vectors`; the queries are some of them."""
+def _recall_among(index: object, vectors: np.ndarray, candidates: int = DECISIVE) -> float:
+    """Recall@2 of a trained index among `vectors`, by the best of some candidates.
+
+    The queries are some of the vectors.
+    """
     faiss = faiss_library()
     queries = np.linspace(0, len(vectors) - 1, min(_SAMPLE_QUERIES, len(vectors))).astype(np.int64)
     flat, coded = faiss.IndexFlatL2(vectors.shape[1]), faiss.clone_index(index)
     flat.add(vectors)
     coded.add(vectors)
-    k = min(DECISIVE + 1, len(vectors))
-    ids = [without(search(each, vectors[queries], k)[1], queries) for each in (coded, flat)]
+    ids = [
+        without(search(each, vectors[queries], min(k + 1, len(vectors)))[1], queries)
+        for each, k in ((coded, candidates), (flat, DECISIVE))
+    ]
     found, exact = (squared_distances(vectors[queries], vectors[each], each) for each in ids)
-    nearest = vectors[ids[1][:, 0]] if k > 1 else vectors[queries]
+    found = np.sort(found, axis=1)
+    nearest = vectors[ids[1][:, 0]] if len(vectors) > 1 else vectors[queries]
     return recall_at(DECISIVE, found, exact, rounding_of(vectors[queries], nearest))
 
 
 def _nothing_fits(
-    trial: _Trial, codes: list[_Code], fitting: list[_Code], memory: int, recall: float
+    trial: _Trial, codes: list[_Code], best: _Code | None, memory: int, recall: float
 ) -> ConfigurationError:
     count, dimension = trial.count, trial.dimension
 
     def size(code: _Code) -> str:
         return show_bytes(index_bytes(count, dimension, code.num_bytes))
 
-    reaching = takewhile(lambda code: trial.expected_recall(code) >= recall, codes)
-    enough = list(reaching)[-1]
-    if fitting:
-        reached = trial.expected_recall(fitting[0])
-        found = f"{show_bytes(memory)} hold {fitting[0].string}, recall@{DECISIVE} {reached:.3f}"
+    larger = [code for code in codes if index_bytes(count, dimension, code.num_bytes) > memory]
+    enough = list(takewhile(lambda code: trial.expected_recall(code) >= recall, larger))[-1]
+    if best:
+        reached = trial.expected_recall(best)
+        found = f"{show_bytes(memory)} hold {best.string}, recall@{DECISIVE} {reached:.3f}"
         way = f"ask for --index-recall {math.floor(reached * 100) / 100:.2f}, or "
     else:
         found = f"{show_bytes(memory)} hold no index; the smallest takes {size(codes[-1])}"

@@ -26,7 +26,14 @@ from retro_mcore.retrieval.index.files import (
 )
 from retro_mcore.retrieval.index.gpu import to_gpu
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads, worker_threads
-from retro_mcore.retrieval.index.training import IndexKind, has_graph, innermost, kind_of
+from retro_mcore.retrieval.index.packing import packed, unpacked
+from retro_mcore.retrieval.index.training import (
+    WITH_LISTS,
+    IndexKind,
+    has_graph,
+    innermost,
+    kind_of,
+)
 
 #: Faiss multiplies flat vectors in blocks of this size; parts of whole blocks keep its rounding.
 _FLAT_BLOCK = 1024
@@ -49,7 +56,7 @@ def cut_parts(
         block_size: The project's rows per file; parts are at least this long, up to a limit.
         growth: Earlier numbers of vectors. The parts that the index had then are kept.
     """
-    suffix = ".invlists" if kind is IndexKind.LISTS else ".faissindex"
+    suffix = ".invlists" if kind in WITH_LISTS else ".faissindex"
     bounds = [(0, count)] if kind is IndexKind.WHOLE else []
     if kind is not IndexKind.WHOLE:
         for first, last in pairwise([0, *growth, count]):
@@ -99,6 +106,7 @@ def add_part(
             is nothing to gain.
     """
     trained.reset()
+    trained = unpacked(trained)
     if gpu and kind_of(trained) is IndexKind.LISTS:
         trained = _add_on_gpu(trained, _batches(embeddings, part))
     else:
@@ -148,6 +156,12 @@ def _add_on_gpu(trained: Any, batches: Iterable[tuple[np.ndarray, np.ndarray]]) 
 def add_rows(index: Any, vectors: np.ndarray, rows: np.ndarray) -> None:
     """Add vectors under the ids `rows`, with the same bytes on any number of threads."""
     kind = kind_of(index)
+    if kind is IndexKind.PACKED:
+        with faiss_threads(1):  # as `_encode` does
+            for start in range(0, len(vectors), _ENCODED):
+                piece = slice(start, start + _ENCODED)
+                index.add_with_ids(vectors[piece], rows[piece])
+        return
     if kind is IndexKind.WHOLE:
         with faiss_threads(1 if has_graph(index) else faiss_library().omp_get_max_threads()):
             index.add(vectors)  # threads would race when building a graph
@@ -174,7 +188,7 @@ def add_to_index(index: Any, embeddings: Embeddings, first: int = 0) -> None:
 def stored_bytes(index: Any, count: int) -> int:
     """Bytes of the codes and ids of `count` vectors in an index's file; 0 if unknown."""
     inner = innermost(index)
-    if kind_of(index) is IndexKind.LISTS:
+    if kind_of(index) in WITH_LISTS:
         return count * (int(inner.code_size) + 8)
     try:
         return count * int(inner.sa_code_size())
@@ -192,19 +206,21 @@ def merge_parts(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: st
         fingerprint: Fingerprint of what the index is made from.
     """
     index = load_index(empty)
-    kind = kind_of(index)
+    kind, before = kind_of(index), innermost(index)
+    index = unpacked(index)
     with signed_write(path, fingerprint) as temporary:
         if kind is IndexKind.WHOLE:
             shutil.copyfile(parts[0].path, temporary)
             return
         for part in track(parts, "merge index"):
-            if kind is IndexKind.LISTS:
+            if kind in WITH_LISTS:
                 inner = innermost(index)
                 inner.invlists.merge_from(read_lists(part.path, mapped=False), 0)
                 inner.ntotal = inner.invlists.compute_ntotal()
             else:
                 source = load_index(part.path)  # keep it alive together with its innermost index
                 innermost(index).merge_from(innermost(source))
+        index = packed(index, before) if kind is IndexKind.PACKED else index
         set_total(index, innermost(index).ntotal)
         save_index(index, temporary)
 

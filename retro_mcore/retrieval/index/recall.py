@@ -21,6 +21,8 @@ from retro_mcore.retrieval.index.training import has_graph, num_lists
 RECALL_AT = (1, 2, 10)
 #: The decisive recall is at this K, the number of neighbors that the paper's models read.
 DECISIVE = 2
+#: Candidates per query that --rescore sorts by the stored vectors; the default of query_neighbors.
+NUM_RESCORED = 200
 _BATCH = 65_536
 #: Rounding error of a squared distance in single precision, a few last bits: relative to the
 #: squared lengths that are subtracted, and to the square root of the dimension.
@@ -101,12 +103,19 @@ class RecallMeasure:
         queries: The queries.
         exact: Their exact neighbors, from `read_exact`.
         embeddings: The database's vectors, for true distances.
+        rescore: Whether the best of NUM_RESCORED candidates are taken by their true distances.
     """
 
     def __init__(
-        self, index: Any, queries: HeldOut, exact: np.ndarray, embeddings: Embeddings
+        self,
+        index: Any,
+        queries: HeldOut,
+        exact: np.ndarray,
+        embeddings: Embeddings,
+        rescore: bool = False,
     ) -> None:
         self._index, self._queries, self._embeddings = index, queries, embeddings
+        self._rescore = rescore
         width = int((exact >= 0).all(axis=0).sum())
         self._ks = [k for k in RECALL_AT if k <= width] or [max(width, 1)]
         self._exact = self._distances(exact)
@@ -115,9 +124,11 @@ class RecallMeasure:
     def __call__(self, nprobe: int | None, ef_search: int | None) -> Recall:
         """Measure the recall with this breadth of search."""
         set_search_breadth(self._index, nprobe, ef_search)
-        wanted = max(self._ks)
+        wanted = NUM_RESCORED if self._rescore else max(self._ks)
         _, found = search(self._index, self._queries.vectors, wanted + 1)
         found = self._distances(without(found, self._queries.rows))
+        if self._rescore:
+            found = np.sort(found, axis=1)
         at = {k: recall_at(k, found, self._exact, self._rounding) for k in self._ks}
         held_out = int((self._queries.rows < 0).sum())
         return Recall(at, len(found), held_out, nprobe, ef_search)
@@ -224,8 +235,10 @@ def squared_distances(queries: np.ndarray, neighbors: np.ndarray, ids: np.ndarra
 
     Infinite where an id [n, k] is missing (negative).
     """
-    difference = neighbors.astype(np.float64) - queries[:, None].astype(np.float64)
-    return np.where(ids < 0, np.inf, np.square(difference).sum(-1))
+    result = np.empty(ids.shape)
+    for query, near, row in zip(queries.astype(np.float64), neighbors, result, strict=True):
+        row[:] = np.square(near.astype(np.float64) - query).sum(-1)
+    return np.where(ids < 0, np.inf, result)
 
 
 def rounding_of(queries: np.ndarray, neighbors: np.ndarray) -> np.ndarray:

@@ -12,10 +12,16 @@ import numpy as np
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads, message_of
+from retro_mcore.retrieval.index.packing import is_packed
 
 #: Number of vectors per list that Faiss uses for k-means, or for training codes without lists.
 _VECTORS_PER_LIST = 256
 _VECTORS_FOR_CODES = 65_536
+#: From these on SuperKMeans (Kuffo et al. 2026) is faster than Lloyd's algorithm and as good. For
+#: vectors near the unit sphere, as embeddings are, at least 4096 lists (faiss/SuperKMeans.h).
+_FEWEST_FAST_LISTS = 4096
+_LEAST_FAST_DIMENSION = 128
+_CLUSTERING = ("niter", "seed", "min_points_per_centroid", "max_points_per_centroid")
 #: Up to this many vectors, threads would spend most of their time waiting for one another.
 _FEW_VECTORS = 10_000
 
@@ -27,14 +33,17 @@ class IndexKind(Enum):
 
     #: Inverted lists: parts are merged list by list.
     LISTS = "lists"
+    #: Inverted lists in blocks for fast scans: parts hold single codes, and are packed at the end.
+    PACKED = "packed"
     #: An array of codes, searched exhaustively: parts are concatenated.
     CODES = "codes"
     #: Graphs and everything else that cannot be merged: filled by one process.
     WHOLE = "whole"
 
 
-_LISTS = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer")
-_CODES = ("IndexFlat", "IndexFlatL2", "IndexPQ", "IndexScalarQuantizer")
+WITH_LISTS = (IndexKind.LISTS, IndexKind.PACKED)
+_LISTS = ("IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer", "IndexIVFRaBitQ")
+_CODES = ("IndexFlat", "IndexFlatL2", "IndexPQ", "IndexScalarQuantizer", "IndexRaBitQ")
 #: Coarse quantizers that need no training beyond their centroids.
 QUANTIZERS = ("IndexFlat", "IndexFlatL2", "IndexHNSWFlat")
 
@@ -50,9 +59,12 @@ def innermost(index: Any) -> Any:
 
 def kind_of(index: Any) -> IndexKind:
     """The way in which `index` can be filled."""
-    name = type(innermost(index)).__name__
+    inner = innermost(index)
+    name = type(inner).__name__
     if name in _LISTS:
         return IndexKind.LISTS
+    if is_packed(inner):
+        return IndexKind.PACKED
     return IndexKind.CODES if name in _CODES else IndexKind.WHOLE
 
 
@@ -127,7 +139,7 @@ def _train(index: Any, vectors: np.ndarray, gpu: bool) -> None:
     """Train transforms, then lists, then codes, as Faiss does."""
     faiss = faiss_library()
     inner = innermost(index)
-    if kind_of(index) is not IndexKind.LISTS:
+    if kind_of(index) not in WITH_LISTS:
         with faiss_threads(1 if has_graph(index) else faiss.omp_get_max_threads()):
             index.train(vectors)  # threads would race in building a graph
         return
@@ -148,18 +160,35 @@ def _train(index: Any, vectors: np.ndarray, gpu: bool) -> None:
 
 def _train_lists(ivf: Any, vectors: np.ndarray, gpu: bool) -> None:
     """Run k-means and add the centroids to the quantizer, which may be a graph."""
+    centroids = _centroids(ivf, vectors, gpu)
+    ivf.quantizer.reset()
+    with faiss_threads(1):  # threads would race when building a graph
+        ivf.quantizer.train(centroids)
+        ivf.quantizer.add(centroids)
+
+
+def _centroids(ivf: Any, vectors: np.ndarray, gpu: bool) -> np.ndarray:
+    """Cluster `vectors` into the lists of an index, f32 [lists, dimension]."""
     faiss = faiss_library()
-    clustering = faiss.Clustering(ivf.d, ivf.nlist, ivf.cp)
-    flat = faiss.IndexFlatL2(ivf.d)
+    if not gpu and _clusters_fast(ivf):
+        parameters = faiss.SuperKMeansParameters()
+        for name in _CLUSTERING:
+            setattr(parameters, name, getattr(ivf.cp, name))
+        clustering = faiss.SuperKMeans(ivf.d, ivf.nlist, parameters)
+        clustering.train(vectors)
+        return faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
+    clustering, flat = faiss.Clustering(ivf.d, ivf.nlist, ivf.cp), faiss.IndexFlatL2(ivf.d)
     if gpu:
         _LOG.info("clustering of %d vectors runs on %d GPUs", len(vectors), faiss.get_num_gpus())
         flat = faiss.index_cpu_to_all_gpus(flat)
     clustering.train(vectors, flat)
-    centroids = faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
-    ivf.quantizer.reset()
-    with faiss_threads(1):  # threads would race in building a graph
-        ivf.quantizer.train(centroids)
-        ivf.quantizer.add(centroids)
+    return faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
+
+
+def _clusters_fast(ivf: Any) -> bool:
+    """Whether SuperKMeans clusters these lists: faster, and for fewer its bounds do not hold."""
+    there = hasattr(faiss_library(), "SuperKMeans")  # from 1.14.2 on
+    return there and ivf.nlist >= _FEWEST_FAST_LISTS and ivf.d >= _LEAST_FAST_DIMENSION
 
 
 def _mark_trained(index: Any) -> None:

@@ -118,3 +118,19 @@ def test_missing_vectors_are_named_with_how_to_restore_them(project):
     build_index(BuildIndexOptions(str(project), embedder="lexical", stage="embed"))
     assert files[0].is_file()
     query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5, rescore=True))
+
+
+def test_an_index_measured_with_rescoring_is_searched_so(project):
+    paths = ProjectPaths(project)
+    shutil.rmtree(paths.index)
+    paths.stage_record("build_index").unlink()
+    options = BuildIndexOptions(str(project), embedder="lexical", index="SQ4", rescore=True)
+    report = build_index(options)
+    assert report.recall.decisive == 1.0  # among 200 candidates of fewer rows
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+    settings = ProjectSettings.load(project)
+    assert settings.index_rescored
+    assert settings.rescore
+    found, exact = saved(project), saved(blended_project())
+    there = found[0] != NO_NEIGHBOR
+    np.testing.assert_allclose(found[1][there], exact[1][there], atol=1e-5)
