@@ -251,9 +251,9 @@ def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -
 def _rabitq(bits: int, dimension: int) -> _Code:
     """RaBitQ with some bits per dimension, and its factors in single precision."""
     if bits == 1:
-        return _Code("RaBitQ", -(-dimension // 8) + 8, scan=0.3)
+        return _Code("RaBitQ", -(-dimension // 8) + 8, scan=0.25)
     size = -(-dimension // 8) + -(-dimension * (bits - 1) // 8) + 20
-    return _Code(f"RaBitQ{bits}", size, scan=0.9)
+    return _Code(f"RaBitQ{bits}", size, scan=0.4 if bits == 2 else 0.9)
 
 
 def _best(trial: _Trial, fitting: list[_Code]) -> _Code:

@@ -517,6 +517,17 @@ def test_a_search_that_finds_other_copies_has_full_recall(tmp_path):
     assert recall.at == {1: 1.0, 2: 1.0, 10: 1.0}
 
 
+def test_exhaustive_search_of_duplicates_has_full_recall(tmp_path):
+    """Every row stands three times, and half of the queries are rows."""
+    rows = np.tile(passages(1000), (3, 1))
+    embeddings = Embeddings(write_rows(rows, tmp_path, 700))
+    for string, probes in (("Flat", None), ("IVF16,Flat", 16)):
+        index = train_index(string, embeddings, np.arange(len(rows)))
+        add_to_index(index, embeddings)
+        recall = measure_recall(index, embeddings, held_out(rows, 150), probes, target=1.0)
+        assert recall.at == {1: 1.0, 2: 1.0, 10: 1.0}
+
+
 def test_many_lists_are_clustered_faster_and_as_well(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     rows = random.normal(size=(60, 128))[random.integers(0, 60, 3000)] + random.normal(
