@@ -33,7 +33,7 @@ from retro_mcore.retrieval.index.recall import (
     rounding_of,
     squared_distances,
 )
-from retro_mcore.retrieval.index.rescoring import StoredVectors, rescored
+from retro_mcore.retrieval.index.rescoring import VectorFiles, rescored
 from retro_mcore.retrieval.index.training import num_lists, train_index
 
 #: {D} is the dimension, {L} the number of lists.
@@ -119,7 +119,7 @@ def project_vectors(folder: Path, count: int) -> np.ndarray:
     paths = ProjectPaths(folder)
     settings, length = ProjectSettings.load(folder), ProjectConfig.load(folder).retro_block_size
     total = len(ChunkDatabase.open(folder, own=True))
-    rows = StoredVectors(paths, settings, total, length).open()
+    rows = VectorFiles(paths, settings, total, length).open()
     ids = np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
     return np.random.default_rng(0).permutation(rows.rows(ids))
 

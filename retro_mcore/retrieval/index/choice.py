@@ -225,8 +225,8 @@ def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -
     Times of scanning a vector are relative to an uncompressed one (benchmarks/index_choice.py).
     They decide only between codes of equal recall.
     """
+    flat = _Code("Flat", 4 * dimension)
     codes = [
-        _Code("Flat", 4 * dimension),
         _Code("SQfp16", 2 * dimension, scan=0.65),
         _Code("SQ8", dimension, scan=0.65),
         _Code("SQ6", -(-dimension * 6 // 8), scan=1.0),
@@ -245,7 +245,8 @@ def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -
             for size in (dimension // 2, dimension // 4, dimension // 8)
             if size > 1 and size % 2 == 0 and dimension % size == 0
         ]
-    return sorted(codes, key=lambda code: -code.num_bytes)
+    smaller = [code for code in codes if code.num_bytes < flat.num_bytes]
+    return [flat, *sorted(smaller, key=lambda code: -code.num_bytes)]
 
 
 def _rabitq(bits: int, dimension: int) -> _Code:
