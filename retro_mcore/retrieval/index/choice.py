@@ -236,7 +236,7 @@ def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -
     for size in (128, 96, 64, 48, 32, 24, 16, 12, 8, 4):
         if dimension % size == 0 and size < dimension // 2:
             # np: without the long training for Hamming distances, which is not used.
-            codes.append(_Code(f"PQ{size}np", size, f"OPQ{size}" if rotated else "", scan=0.5))
+            codes.append(_Code(f"PQ{size}np", size, f"OPQ{size}" if rotated else "", scan=0.75))
     if not gpu and faiss_version() >= (1, 15):
         codes += [_rabitq(bits, dimension) for bits in range(1, 7)]
     if not (gpu or split) and num_lists_for(count):
