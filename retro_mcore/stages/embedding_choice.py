@@ -125,7 +125,7 @@ def explicit_precision(precision: WantedPrecision | None, half: bool) -> Precisi
         raise ConfigurationError("--embed-fp16", f"with {FLAG} {precision}", "Give one of them")
     if half:
         return "fp16"
-    return None if precision in (None, "auto") else precision
+    return None if precision is None or precision == "auto" else precision
 
 
 def recorded_precision(settings: ProjectSettings, options: Mapping[str, Any]) -> Precision:

@@ -106,7 +106,9 @@ class _OnnxBody:
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
         }
-        feed = {name: given[name].numpy().astype(dtype) for name, dtype in self._inputs.items()}
+        feed: dict[str, Any] = {
+            name: given[name].numpy().astype(dtype) for name, dtype in self._inputs.items()
+        }
         (hidden,) = self._session.run([self._output], feed)
         return BaseModelOutput(last_hidden_state=torch.from_numpy(hidden))
 
