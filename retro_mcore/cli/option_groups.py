@@ -22,7 +22,8 @@ GROUPS: dict[str, str] = {
     "untie_embeddings_and_output_weights disable_bias_linear add_qkv_bias qk_layernorm "
     "sliding_window hidden_dropout attention_dropout *init_method* make_vocab_size_divisible_by "
     "retro_origin retro_deepnorm retro_mup_*",
-    "retrieval": "retro_neighbors retro_attention_gate no_retrieval embedder* embed_* index* "
+    "retrieval": "retro_neighbors retro_attention_gate no_retrieval embedder* embed_* embeddings_* "
+    "index* "
     "nprobe ef_search on_disk split_index faiss_gpu rerank rescore num_neighbors* "
     "num_retrieved_chunks neighbors show_neighbors retrieval_* retro_index_* retro_num_* "
     "retro_encoder_* retro_cross_attention_* retro_decoder_layers retro_drop_* retro_replace_*",
