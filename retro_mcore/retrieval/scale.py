@@ -41,7 +41,6 @@ class Workload:
         samples: "packed": the chunks of samples are embedded and searched. "aligned": the chunks of
             the database are searched, once, with the vectors of the index; `training_tokens` has
             no part in it.
-        stored_bytes: Bytes per number of a stored vector: 2 for fp16, 4 for fp32.
     """
 
     tokens: float
@@ -52,7 +51,11 @@ class Workload:
     dimension: int = 1024
     neighbors_saved: int = 20
     samples: SampleLayout = "packed"
-    stored_bytes: int = 2
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes per number of a stored vector: fp16 in aligned projects, fp32 in packed ones."""
+        return 2 if self.samples == "aligned" else 4
 
 
 @dataclass(frozen=True)

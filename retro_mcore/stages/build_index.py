@@ -73,8 +73,8 @@ class BuildIndexConfig:
     embed_precision: WantedPrecision = "auto"
     """Precision of the embedder: fp32; fp16 (GPU); bf16 (GPU, or a processor with AMX or
     AVX512-BF16); int8 (CPU with ONNX Runtime; faster only with VNNI or AMX); or auto: as the
-    project was begun, and for a new one bf16 on a CPU with AMX, otherwise fp32. Recorded in the
-    project."""
+    project was begun, and for a new one with aligned samples bf16 on a CPU with AMX, otherwise
+    fp32. Recorded in the project."""
     embed_fp16: bool = False
     """The same as --embed-precision fp16."""
     embed_batch_size: int = 16
@@ -83,7 +83,7 @@ class BuildIndexConfig:
     """Tokens per forward pass of the embedder, padding included, instead of a number of chunks."""
     embeddings_dtype: StoredType | None = None
     """Type that embeddings are stored in: fp16, or fp32 for exchange with other programs (default:
-    as the project was begun, and fp16 for a new one)."""
+    as the project was begun; in a new one fp16, if its samples are aligned)."""
     index: str = AUTO
     """Faiss factory string, or "auto": the most exact index that fits into memory and reaches the
     recall."""

@@ -1,6 +1,7 @@
 """How a project's chunks are embedded and stored where no flag says so.
 
 A project continues as it was begun, on any machine; only a new one takes this machine's defaults.
+Packed projects, which other programs read, are exact by default: fp32 in both.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class Wanted:
 
     Attributes:
         precision: Precision; None: automatic.
-        dtype: Type of the stored vectors; None: the project's, fp16 for a new one.
-        automatic: Precision of a new project where `precision` is None.
+        dtype: Type of the stored vectors; None: the project's; in a new one fp16, if it is aligned.
+        automatic: Precision of a new aligned project where `precision` is None.
     """
 
     precision: Precision | None
@@ -94,7 +95,7 @@ class Wanted:
         if settings.embedder is not None:
             dtype = self.dtype or settings.embeddings_dtype
             return EmbeddedAs(self.precision or recorded, dtype, settings.document_ends)
-        candidates = list(self._candidates())
+        candidates = list(self._candidates(packed=settings.samples == "packed"))
         markers = (read_marker(shard.path) or {} for shard in shards)
         begun = {marker.get("fingerprint") for marker in markers}
         for candidate in candidates:
@@ -102,13 +103,16 @@ class Wanted:
                 return candidate
         return candidates[0]
 
-    def _candidates(self) -> Iterable[EmbeddedAs]:
+    def _candidates(self, packed: bool) -> Iterable[EmbeddedAs]:
         """Every way that fits the flags; the default comes first."""
-        automatic: list[Precision] = list(dict.fromkeys([self.automatic, "fp32", "bf16"]))
-        dtypes: list[StoredType] = [self.dtype] if self.dtype else ["fp16", "fp32"]
+        automatic: list[Precision] = ["fp32", "bf16"]
+        dtypes: list[StoredType] = ["fp32", "fp16"]
+        if not packed:
+            automatic.sort(key=lambda precision: precision != self.automatic)
+            dtypes.reverse()
         ends: list[DocumentEnds] = ["detokenized", "line break"]
         for precision in [self.precision] if self.precision else automatic:
-            for dtype in dtypes:
+            for dtype in [self.dtype] if self.dtype else dtypes:
                 for document_ends in ends:
                     yield EmbeddedAs(precision, dtype, document_ends)
 

@@ -113,6 +113,7 @@ def test_a_project_keeps_its_precision_on_another_machine(
     (project / "retro_mcore.json").write_text("{}")
     where = ["--project-dir", str(project)]
     build = [*where, "--embedder", tiny_bert, "--device", "cpu", "--index", "Flat"]
+    build += ["--embed-precision", "bf16", "--embeddings-dtype", "fp16"]
 
     processor(monkeypatch, "amx_bf16")
     assert build_index.main(build) == 0

@@ -49,7 +49,7 @@ def test_faiss_knows_the_index_of_every_size(vectors, string):
 
 def test_a_plan_by_hand():
     """1,000 documents of 96 tokens: each a whole and a half chunk of 64; 640 training chunks."""
-    small = Workload(96_000, 40_960, 64, 96, 2, 100, 10, stored_bytes=4)
+    small = Workload(96_000, 40_960, 64, 96, 2, 100, 10)
     rates = Rates(tokenized=1, chunked=2, embedded=5, added=10, queried=0.5)
     plan = plan_scale(small, rates, Node(gpus=2, cores=4, memory=1e6), hours=0.01)
     assert (plan.chunks, plan.query_chunks, plan.index) == (2000, 640, "Flat")

@@ -70,14 +70,20 @@ def without_index(project):
     return project
 
 
-def test_a_new_project_is_stored_in_fp16(project, capsys):
-    assert set(dtypes(project)) == {"float16"}
+@pytest.mark.parametrize(("samples", "dtype"), [("aligned", "fp16"), ("packed", "fp32")])
+def test_new_projects_are_stored_as_their_samples_need(project, capsys, samples, dtype):
+    """Packed projects are exchanged with programs that read fp32."""
+    without_index(project)
+    ProjectSettings(samples=samples).save(project)
+    assert run(project, "--stage", "embed") == 0
+    assert set(dtypes(project)) == {dtype.replace("fp", "float")}
+    assert run(project) == 0
     settings = ProjectSettings.load(project)
-    expected = default_precision("minilm", "auto")  # of this processor
-    assert (settings.embed_precision, settings.embeddings_dtype) == (expected, "fp16")
-    record = json.loads((project / "stages" / "build_index.json").read_text())
-    assert record["options"]["--embeddings-dtype"] == "fp16"
-    assert run(project, "--embeddings-dtype", "fp32") == 2
+    automatic = default_precision("minilm", "auto")  # of this processor
+    expected = automatic if samples == "aligned" else "fp32"
+    assert (settings.embed_precision, settings.embeddings_dtype) == (expected, dtype)
+    other = "fp32" if dtype == "fp16" else "fp16"
+    assert run(project, "--embeddings-dtype", other) == 2
     assert "--embeddings-dtype: " in capsys.readouterr().err
 
 
