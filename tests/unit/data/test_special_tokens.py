@@ -161,7 +161,7 @@ def test_the_tokens_can_be_chosen_by_text_or_id(tmp_path):
         load(directory, eod="<c>")
     with pytest.raises(TokenizerError, match="--bos-token 99999"):
         load(directory, eod="<a>", bos="99999")
-    with pytest.raises(TokenizerError, match="--add-bos-token: asked for"):
+    with pytest.raises(TokenizerError, match="--add-bos-token: given"):
         load(directory, eod="<a>", add_bos=True)
 
 

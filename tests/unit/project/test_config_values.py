@@ -250,7 +250,7 @@ def test_any_mutation_of_the_settings_loads_or_is_refused(tmp_path_factory, cont
 
 
 @given(content=mutations(CONFIG), command=st.sampled_from(["db", "index", "query", "scale"]))
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=30)
 def test_commands_tell_a_broken_configuration_in_lines(tmp_path_factory, content, command):
     """A project that holds its configuration alone."""
     folder = tmp_path_factory.getbasetemp() / "alone"
