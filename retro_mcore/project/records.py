@@ -53,6 +53,7 @@ def finish_stage(
     options: Mapping[str, Any],
     inputs: Mapping[str, str],
     report: Mapping[str, Any] | None = None,
+    fingerprint: str | None = None,
 ) -> None:
     """Record how a finished stage was run. Only rank 0 calls this.
 
@@ -63,12 +64,15 @@ def finish_stage(
         inputs: As given to `check_stage`.
         report: Counts by name of what was read, written, dropped, cut, replaced or repeated. None
             keeps the report of the run that wrote the files.
+        fingerprint: Fingerprint of the stage's files, if it is not that of options and inputs.
     """
     record: dict[str, Any] = {"options": dict(options), "inputs": dict(inputs)}
     if report is None:
         report = stage_report(paths, stage)
     if report:
         record["report"] = dict(report)
+    if fingerprint is not None:
+        record["fingerprint"] = fingerprint
     write_json(paths.stage_record(stage), record)
 
 

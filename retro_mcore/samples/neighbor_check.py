@@ -210,9 +210,10 @@ def _of_another_search(
 ) -> Iterator[RetroError]:
     """Problems of files copied from another project with their markers, which look complete."""
     what = {"stage": _stage(directory), **{key: record.get(key) for key in ("options", "inputs")}}
+    wanted = record.get("fingerprint") or fingerprint_of(what)
     for file in sorted((paths.query / directory).glob("*.hdf5")):
         marker = read_marker(file)
-        if marker and marker.get("fingerprint") != fingerprint_of(what):
+        if marker and marker.get("fingerprint") != wanted:
             yield CorruptFileError(
                 file,
                 f"was written by another search than stages/{_stage(directory)}.json tells of",

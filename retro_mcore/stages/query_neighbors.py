@@ -272,12 +272,17 @@ class _Run:
             log_once(f"search reads each list once for up to {together} chunks")
         return NeighborSearch(
             search.database,
-            num_query=self._num_query,
+            num_query=self._num_query if self._old is None else self._num_new_candidates,
             num_save=config.num_neighbors_save,
             rerank=reranker,
             num_searched=None if self._old is None else self._old.num_new,
             together=together or BATCH,
         )
+
+    @property
+    def _num_new_candidates(self) -> int:
+        # Rows that known neighbors fill are not searched again for more candidates.
+        return max(self._num_query, self._config.num_neighbors_save)
 
     def _tables(self) -> Iterable[QueryTable]:
         if not self._aligned:
@@ -318,7 +323,14 @@ class _Run:
         counted: dict[str, Any] = {
             split: asdict(found) for split, found in counts.items() if found.chunks
         }
-        finish_stage(self._paths, self._record, self._options, self._inputs, counted or None)
+        finish_stage(
+            self._paths,
+            self._record,
+            self._options,
+            self._inputs,
+            counted or None,
+            self._fingerprint if self._old is not None else None,
+        )
         searched = {split: name for split, name in directories.items() if name is not None}
         if self._other is None:
             settings = self._search.settings

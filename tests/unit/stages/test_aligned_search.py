@@ -263,17 +263,21 @@ def test_only_new_chunks_are_searched_where_the_rest_is_known(
             corpus = folder / f"{name}.jsonl"
             if name == "last":
                 write_corpus(corpus, documents(60, 200)[50:53])
-            result.append(update_db(UpdateDbOptions(str(folder / "project"), append=[str(corpus)])))
+            # Fewer candidates than are saved, so that the search is widened.
+            options = {"append": [str(corpus)], "num_neighbors_query": 2}
+            result.append(update_db(UpdateDbOptions(str(folder / "project"), **options)))
         for update in result:
             new = update.num_chunks - update.num_before
             assert update.neighbors.num_searched == (new if known else None)
+        assert build_retro_datasets(folder / "project")["train"] is not None
         found.append(Oracle(folder / "project"))
     # Without the old index everything is searched.
     project = tmp_path / "False" / "project"
     monkeypatch.undo()
     shutil.rmtree(project / "index" / "faiss-par-add")
     shutil.rmtree(project / "query" / "chunks_valid")
-    again = update_db(UpdateDbOptions(str(project), exchange=str(result[0].project)))
+    options = {"exchange": str(result[0].project), "num_neighbors_query": 2}
+    again = update_db(UpdateDbOptions(str(project), **options))
     assert again.neighbors.num_searched is None
     for name, distances in found[0].distances.items():
         ids = [oracle.saved[name].rows(0, len(distances)) for oracle in found]
