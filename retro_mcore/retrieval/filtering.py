@@ -74,6 +74,9 @@ class DocumentFilter:
         # Marking a sample's documents in a table is faster than comparing with each of them.
         folded = documents if self._total <= _SLOTS else documents & (_SLOTS - 1)
         for sample in samples:
+            if sample.dataset >= len(self._first_document):  # a dataset that is not in the database
+                own[sample.start : sample.end] = False
+                continue
             mine = self._first_document[sample.dataset] + sample.documents
             slots = mine if self._total <= _SLOTS else mine & (_SLOTS - 1)
             self._marked[slots] = True

@@ -64,6 +64,14 @@ def test_neighbors_are_of_other_documents(database, monkeypatch, slots, count):
             assert not set(documents.tolist()) & set(sample.documents.tolist())
 
 
+def test_samples_of_a_dataset_that_is_not_in_the_database_have_no_chunks_there(database):
+    ids, _ = candidates_of(database, 6, 9)
+    documents = np.arange(len(database.token_sources[0].starts))
+    owners = [SampleRows(0, 5, 1, documents), SampleRows(5, 6, 0, documents)]
+    own = DocumentFilter(database).own(ids, owners)
+    assert own.tolist() == [*[[False] * 9] * 5, [True] * 9]
+
+
 def test_rows_of_samples_are_renumbered():
     samples = [SampleRows(0, 2, 0, np.array([1])), SampleRows(2, 4, 1, np.array([2]))]
     found = rows_of(samples, np.array([1, 2, 3]))
