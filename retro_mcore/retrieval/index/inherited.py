@@ -124,7 +124,7 @@ class InheritedIndex:
 
 def begins_with(rows: np.ndarray, old: np.ndarray) -> bool:
     """Whether a database's rows begin with all of another's."""
+    ends = [(start, min(start + _BATCH, len(old))) for start in range(0, len(old), _BATCH)]
     return len(old) <= len(rows) and all(
-        np.array_equal(old[start : start + _BATCH], rows[start : start + _BATCH][: len(old)])
-        for start in range(0, len(old), _BATCH)
+        np.array_equal(old[start:end], rows[start:end]) for start, end in ends
     )

@@ -15,7 +15,7 @@ from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.project import ProjectPaths
-from retro_mcore.retrieval.index import build, cut_parts, load_index
+from retro_mcore.retrieval.index import build, cut_parts, inherited, load_index
 from retro_mcore.retrieval.index.filling import find_parts
 from retro_mcore.retrieval.index.inherited import InheritedIndex
 from retro_mcore.retrieval.index.training import IndexKind
@@ -120,3 +120,12 @@ def test_grown_parts_begin_with_the_old_ones(kind: IndexKind, tmp_path: Path) ->
             # Codes are filled again from the last whole block of 1,024 on.
             kept = size if kind is IndexKind.LISTS else size - size % 1024
             assert all(part in new for part in old if part[1] <= kept)
+
+
+def test_the_rows_that_a_database_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches, of which the last is shorter than the extended database's."""
+    monkeypatch.setattr(inherited, "_BATCH", 4)
+    rows = np.arange(20).reshape(10, 2)
+    assert all(inherited.begins_with(rows, rows[:count]) for count in range(11))
+    assert not inherited.begins_with(rows, rows[1:7])
+    assert not inherited.begins_with(rows[:6], rows)
