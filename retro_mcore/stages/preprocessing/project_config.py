@@ -66,6 +66,9 @@ def make_project_config(
         before = ProjectConfig.load(paths.root)
         made.retro_neighbor_dirs = before.retro_neighbor_dirs
         made.retro_database = before.retro_database
+        # set_samples keeps it, since embeddings and neighbors are stored in files of this length.
+        if config.retro_block_size is None and paths.stage_record("preprocess_corpus").is_file():
+            made.retro_block_size = before.retro_block_size
     return made
 
 
