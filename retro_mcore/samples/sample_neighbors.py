@@ -169,6 +169,10 @@ def _open_of_chunks(
         check_chunk_neighbors(paths, chunks, neighbors, database)
     split = config.retro_gpt_split
     lengths = [len(file) for file in open_token_files(config, paths)]
-    trained = [num_retrieved_documents(split, length) for length in lengths]
+    whole = ProjectSettings.load(paths.root).whole_datasets
+    trained = [
+        length if prefix in whole else num_retrieved_documents(split, length)
+        for prefix, length in zip(config.blend[1], lengths, strict=True)
+    ]
     numbers = numbers_in_database(paths, config, config.database_paths(paths.root))
     return _OfChunks(paths, config, tables, database, trained, numbers)
