@@ -80,6 +80,15 @@ def test_the_record_is_that_of_the_same_preprocessing(project, finished, tmp_pat
     assert recorded_options(ProjectPaths(project), PREPROCESS)["--train-epochs"] is None
 
 
+def test_preprocessing_again_keeps_the_rows_per_file(tmp_path):
+    project = aligned_database(tmp_path, False, retro_block_size=None, train_samples=8)
+    rows = ProjectConfig.load(project).retro_block_size
+    change(project, train_samples=5000)
+    aligned_database(tmp_path, False, retro_block_size=None, train_samples=5000)
+    config = ProjectConfig.load(project)
+    assert (config.retro_gpt_train_samples, config.retro_block_size) == (5000, rows)
+
+
 def test_impossible_values_are_refused_together_and_change_nothing(project):
     before = (project / "config.json").read_bytes()
     with pytest.raises(SeveralErrors, match=r"(?s)--seq-length: 40 .*--global-batch-size"):
