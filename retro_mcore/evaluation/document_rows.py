@@ -64,7 +64,8 @@ def saved_document_neighbors(
         num_save: Neighbors per chunk.
 
     Returns:
-        The neighbors; None if the project is packed, has not been searched, or saved fewer.
+        The neighbors; None if the project is packed, has appended datasets, has not been searched,
+        or saved fewer.
 
     Raises:
         ProjectError: the neighbors are those of other chunks.
@@ -74,6 +75,8 @@ def saved_document_neighbors(
     settings = ProjectSettings.load(project_dir)
     directory = config.neighbor_dirs(settings).get("valid")
     if settings.samples != "aligned" or directory is None:
+        return None
+    if settings.whole_datasets:  # their held-out documents are in the other table
         return None
     verify_project(paths, sorted((paths.query / directory).glob("*.hdf5")))
     database = ChunkDatabase.open(project_dir)
