@@ -209,7 +209,7 @@ def search_document_neighbors(
             neighbor_search = NeighborSearch(
                 search.database, num_query=num_query, num_save=num_save, rerank=reranker
             )
-            index = search.index.open(share=True, k=num_query, rescore=search.settings.rescore)
+            index = search.index.open(share=True, k=num_query, rescore=search.rescore)
             numbers = numbers_in_database(paths, search.config, search.source)
             samples = RenumberedSamples(DocumentChunks(documents), numbers)
         directory = paths.query / f"{documents.split}_documents"
@@ -241,13 +241,13 @@ def _fingerprint(
     usual = breadth == search.num_candidates(None)
     return fingerprint_of(
         {
-            "inputs": search.token_digests() | search.database_digests(search.settings.rescore),
+            "inputs": search.token_digests() | search.database_digests(search.rescore),
             "documents": [documents.corpus.tolist(), documents.number.tolist()],
             "chunk_length": documents.chunk_length,
             "num_save": num_save,
             "search": [settings.embedder, settings.nprobe, settings.ef_search]
             + ([rerank] if rerank else [])
-            + (["rescore"] if search.settings.rescore else []),
+            + (["rescore"] if search.rescore else []),
             **({} if usual else {"num_query": num_query}),
             **({} if precision == "fp32" else {"precision": precision}),
         }

@@ -57,6 +57,12 @@ class ProjectSearch:
         """Precision that the database was embedded in; fp32 if it was not recorded."""
         return self.source_settings.embed_precision or "fp32"
 
+    @property
+    def rescore(self) -> bool:
+        """Whether candidates are sorted by the stored vectors: as for the saved neighbors, and
+        always in an index that was built for it."""
+        return self.settings.rescore or self.source_settings.index_rescored
+
     def usable_precision(self, device: str | None) -> Precision:
         """The database's precision; fp32, with a warning, where this machine lacks it.
 

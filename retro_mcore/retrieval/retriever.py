@@ -103,7 +103,7 @@ class Retriever:
     @cached_property
     def index(self) -> Any:
         """The Faiss index, with the search breadth that build_index chose."""
-        return self._project.index.open(rescore=self._project.settings.rescore)
+        return self._project.index.open(rescore=self._project.rescore)
 
     def search_texts(self, texts: Sequence[str]) -> RetrievedNeighbors:
         """Search the neighbors of N texts; if the index finds fewer than K, the rest is masked."""
@@ -122,7 +122,7 @@ class Retriever:
         ids, distances = np.full(shape_NK, NO_NEIGHBOR), np.full(shape_NK, np.inf, np.float32)
         if len(texts):
             found = min(self.num_neighbors, len(self.database))
-            reordered = self._rerank or self._project.settings.rescore
+            reordered = self._rerank or self._project.rescore
             wanted = max(found, self._num_query) if reordered else found
             vectors = embed_unique(self.embedder, texts, what="text")
             near, candidates = search(self.index, vectors, wanted)
