@@ -122,10 +122,13 @@ class NeighborSearch:
             if not len(short):
                 break
             k = min(_MORE * k, total)
-            more, wider = yield query.vectors[short], k
-            require_found(more, wider, self.database, may_be_empty=True)
-            neighbors[short], kept[short] = self._choose(query, short, wider, more)
-            candidates[short, -1] = wider[:, -1]
+            most = max(BATCH, self.together * self.num_query // k)  # as much memory as before
+            for start in range(0, len(short), most):
+                some = short[start : start + most]
+                more, wider = yield query.vectors[some], k
+                require_found(more, wider, self.database, may_be_empty=True)
+                neighbors[some], kept[some] = self._choose(query, some, wider, more)
+                candidates[some, -1] = wider[:, -1]
         for first in range(0, len(neighbors), BATCH):
             some = slice(first, first + BATCH)
             self._count(query.tokens[some], neighbors[some], counts)
