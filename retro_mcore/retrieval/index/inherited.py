@@ -58,7 +58,9 @@ class InheritedIndex:
     def embedded_with(self, options: Mapping[str, Any]) -> bool:
         """Whether the other project's embeddings were made with the same options."""
         used = recorded_options(self._base, "build_index")
-        return bool(used) and all(used.get(name) == value for name, value in options.items())
+        # Defaults are not recorded, so an option may be missing on either side.
+        names = {*options, *(name for name in used if name.startswith("--embed"))}
+        return bool(used) and all(used.get(name) == options.get(name) for name in names)
 
     def link_embeddings(self, shards: Sequence[Shard], fingerprint: str) -> None:
         """Link the shards of the old rows, the queries of the recall and the lexical weights.
