@@ -98,6 +98,9 @@ class PartedIndex:
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Search all parts; see `search`."""
+        if not self.parts:  # of a rank that holds none
+            shape = len(vectors), k
+            return np.full(shape, np.inf, np.float32), np.full(shape, NO_NEIGHBOR, np.int64)
         found = [part.search(vectors, k) for part in self.parts]
         ids = [
             np.where(part == NO_NEIGHBOR, part, part + offset)
