@@ -40,7 +40,7 @@ class InvertedLists:
     def read(self, number: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Read vectors [start, end) of a list, decoded: f32 [end - start, dimension], and ids i64.
 
-        They are relative to `center`.
+        They are relative to `center`, in the order of their ids.
         """
         size = self.size(number)
         codes = self._lists.get_codes(number)
@@ -49,11 +49,15 @@ class InvertedLists:
             vectors = self._decode(view[start:end].copy())
         finally:
             self._lists.release_codes(number, codes)
-        ids = self._lists.get_ids(number)
+        pointer = self._lists.get_ids(number)
         try:
-            return vectors, _view(ids, size)[start:end].copy()
+            ids = _view(pointer, size)[start:end].copy()
         finally:
-            self._lists.release_ids(number, ids)
+            self._lists.release_ids(number, pointer)
+        if (ids[1:] < ids[:-1]).any():
+            order = np.argsort(ids)
+            vectors, ids = vectors[order], ids[order]
+        return vectors, ids
 
     def center(self, number: int) -> np.ndarray | None:
         """Point that a list's vectors are relative to; None: the origin."""
@@ -82,7 +86,7 @@ def candidates_within(
         queries: f32 [n, dimension].
         limits: f32 [n], distance beyond which a query needs none; infinite: unknown.
         vectors: f32 [m, dimension], finite.
-        k: Number of nearest vectors that matter.
+        k: Number of nearest vectors that matter; of equal ones those of lower positions.
 
     Returns:
         Counts i64 [n], and of each candidate, query by query, its squared distance f32 and its
@@ -115,7 +119,27 @@ def _candidates(
     distances = squared_differences(queries, rows, vectors, columns)
     near = (distances <= limits[rows]) & np.isfinite(distances)
     rows, columns, distances = rows[near], columns[near], distances[near]
+    kept = _among_nearest(rows, distances, len(queries), k)
+    rows, columns, distances = rows[kept], columns[kept], distances[kept]
     return np.bincount(rows, minlength=len(queries)), distances, columns
+
+
+def _among_nearest(rows: np.ndarray, distances: np.ndarray, count: int, k: int) -> np.ndarray:
+    """Mark candidates, of rows in ascending order, that may be among the k nearest of their row.
+
+    A row with many candidates, such as copies at the same distance, keeps the first k by distance
+    and position.
+    """
+    counts = np.bincount(rows, minlength=count)
+    counts[counts <= 2 * k] = 0
+    kept = np.ones(len(rows), bool)
+    if not counts.any():
+        return kept
+    crowded = np.flatnonzero(counts[rows])
+    order = crowded[np.lexsort((distances[crowded], rows[crowded]))]  # stable
+    places = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    kept[order[places >= k]] = False
+    return kept
 
 
 def _product(vectors: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
