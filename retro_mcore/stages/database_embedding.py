@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
@@ -84,7 +84,10 @@ class DatabaseEmbedding:
         self._paths, self._config, self._database = paths, config, database
         count, length = len(database), config.retro_block_size
         shards = cut(paths.embeddings, count, length, settings.growth)
-        before = recorded_precision(settings, recorded_options(paths, "build_index"))
+        record = recorded_options(paths, "build_index")
+        if not record and settings.embedder != options["--embedder"]:
+            settings = replace(settings, embedder=None)  # begun anew, with another embedder
+        before = recorded_precision(settings, record)
         self.embedded_as = wanted.choose(settings, before, shards, options, inputs)
         self.options = {**options, **self.embedded_as.options}
         self.embedded = EmbeddingFiles(shards, self.embedded_as.fingerprint(options, inputs))

@@ -65,7 +65,8 @@ def default_precision(name: str, device: str) -> Precision:
         device: "auto", "cpu" or "cuda".
     """
     is_registered = any(is_of_kind(name) for is_of_kind, _ in _registered)
-    if is_registered or name == LEXICAL_EMBEDDER or static_models.is_static(name):
+    is_model = static_models.begins_with_transformer(name) and not static_models.is_static(name)
+    if is_registered or name == LEXICAL_EMBEDDER or not is_model:
         return "fp32"
     return automatic_precision(device)
 

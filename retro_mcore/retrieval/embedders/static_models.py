@@ -82,6 +82,13 @@ def is_static(name: str) -> bool:
     return name == STATIC_EMBEDDER or find_static_files(name) is not None
 
 
+def begins_with_transformer(name: str) -> bool:
+    """Whether a model may begin with a transformer; False for a folder whose modules.json denies
+    it."""
+    first = next(iter(_modules(Path(name))), None)
+    return first is None or str(first.get("type", "")).endswith("Transformer")
+
+
 def _modules(folder: Path) -> Iterable[dict[str, Any]]:
     return _read_json(folder / "modules.json", [])
 
