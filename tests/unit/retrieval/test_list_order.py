@@ -25,7 +25,7 @@ from retro_mcore.retrieval.index.candidates import NearestCandidates
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
-from retro_mcore.retrieval.index.list_scores import squared_differences
+from retro_mcore.retrieval.index.list_scores import candidates_within, squared_differences
 from retro_mcore.retrieval.index.shared import SharedIndex
 from tests.unit.data.projects import write_rows
 
@@ -262,3 +262,19 @@ def test_queries_searched_together_fit_the_memory(files):
     wrapped = SharedIndex(ListOrderSearch(index), index.ntotal, index.d)
     assert list_order.queries_together(wrapped, 20) == list_order.TOGETHER
     assert 0 < list_order.queries_together(wrapped, 10_000) < list_order.TOGETHER
+
+
+def test_many_copies_of_a_vector_are_few_candidates():
+    rows = np.concatenate([np.tile(vectors()[:1], (300, 1)), vectors()[:100]])
+    limits = np.full(4, np.inf, np.float32)
+    counts, distances, positions = candidates_within(vectors()[:4], limits, rows, 3)
+    assert (counts <= 6).all()
+    assert distances[:3].tolist() == [0, 0, 0]
+    assert positions[:3].tolist() == [0, 1, 2]
+
+
+def test_a_rank_without_parts_finds_nothing():
+    distances, ids = search(PartedIndex([], []), vectors()[:3], 2)
+    assert np.isinf(distances).all()
+    assert (ids == NO_NEIGHBOR).all()
+    assert ids.shape == (3, 2)
