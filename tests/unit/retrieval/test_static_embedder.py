@@ -142,7 +142,7 @@ def test_a_project_with_a_static_model(parts, tmp_path):
     report = build_index(BuildIndexOptions(str(project), embedder=name, index="Flat"))
     assert report.embedded.counts.chunks_cut == 0
     settings = ProjectSettings.load(project)
-    assert (settings.embed_precision, settings.embeddings_dtype) == ("fp32", "fp16")
+    assert (settings.embed_precision, settings.embeddings_dtype) == ("fp32", "fp32")
     retriever = Retriever(project)
     texts = retriever.database.texts([3, 40], retriever.tokenizer)
     found = retriever.search_texts(texts)
