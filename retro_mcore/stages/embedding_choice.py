@@ -105,7 +105,7 @@ class Wanted:
 
     def _candidates(self, packed: bool) -> Iterable[EmbeddedAs]:
         """Every way that fits the flags; the default comes first."""
-        automatic: list[Precision] = ["fp32", "bf16"]
+        automatic: list[Precision] = list(PRECISIONS)
         dtypes: list[StoredType] = ["fp32", "fp16"]
         if not packed:
             automatic.sort(key=lambda precision: precision != self.automatic)
