@@ -130,8 +130,8 @@ class NeighborSearch:
                 neighbors[some], kept[some] = self._choose(query, some, wider, more)
                 candidates[some, -1] = wider[:, -1]
         for first in range(0, len(neighbors), BATCH):
-            some = slice(first, first + BATCH)
-            self._count(query.tokens[some], neighbors[some], counts)
+            here = slice(first, first + BATCH)
+            self._count(query.tokens[here], neighbors[here], counts)
         return neighbors, kept
 
     def _choose(
