@@ -93,13 +93,18 @@ def adopt(source: Path, target: Path, fingerprint: str) -> bool:
         return True
     if state_of(source) is not FileState.COMPLETE:
         return False
+    link_or_copy(source, target, fingerprint)
+    return True
+
+
+def link_or_copy(source: Path, target: Path, fingerprint: str) -> None:
+    """Hard-link a file to `target` with a completion marker, or copy it across file systems."""
     with signed_write(target, fingerprint) as temporary:
         try:
             os.link(source.resolve(), temporary)
         except OSError:
             require_space(target.parent, source.stat().st_size, source.name)
             shutil.copyfile(source, temporary)
-    return True
 
 
 def read_marker(path: Path) -> dict | None:

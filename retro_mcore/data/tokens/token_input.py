@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +11,7 @@ from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.data.tokens.document_ids import ids_path
 from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path
 from retro_mcore.errors import CorpusError, CorruptFileError, TokenizerError
-from retro_mcore.project.markers import signed_write
-from retro_mcore.project.space import require_space
+from retro_mcore.project.markers import link_or_copy
 
 #: Tokens checked in one call.
 _BATCH = 1 << 24
@@ -141,13 +138,3 @@ def take_token_input(prefix: Path, target: Path, fingerprint: str) -> None:
     given = (*([ids_path] if ids_path(prefix).is_file() else []), bin_path, idx_path)
     for path in given:
         link_or_copy(path(prefix), path(target), fingerprint)
-
-
-def link_or_copy(source: Path, target: Path, fingerprint: str) -> None:
-    """Hard-link a file to `target` with a completion marker, or copy it across file systems."""
-    with signed_write(target, fingerprint) as temporary:
-        try:
-            os.link(source.resolve(), temporary)
-        except OSError:
-            require_space(target.parent, source.stat().st_size, source.name)
-            shutil.copyfile(source, temporary)

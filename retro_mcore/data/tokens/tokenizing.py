@@ -25,13 +25,18 @@ from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path
 from retro_mcore.data.tokens.token_input import (
     check_token_input,
     find_token_input,
-    link_or_copy,
     take_token_input,
 )
 from retro_mcore.distributed import barrier, broadcast_object, get_rank, raise_together
 from retro_mcore.errors import CorpusError
 from retro_mcore.platform import setup_device
-from retro_mcore.project.markers import FileState, fingerprint_of, signed_write, state_of
+from retro_mcore.project.markers import (
+    FileState,
+    fingerprint_of,
+    link_or_copy,
+    signed_write,
+    state_of,
+)
 from retro_mcore.project.shards import Shard, ShardReport, run_shards
 
 #: Texts tokenized in one call.

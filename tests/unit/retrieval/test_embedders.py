@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 
@@ -143,19 +142,6 @@ def test_options_that_do_not_go_together(arguments, found):
     with pytest.raises(ConfigurationError) as caught:
         build_embedder(**{"device": "cpu", **arguments})
     assert str(caught.value).startswith(found)
-
-
-@pytest.fixture
-def tiny_bert(tmp_path):
-    """A Hugging Face encoder of a few kilobytes, without a pooler as many are."""
-    from transformers import BertConfig, BertModel
-
-    sizes = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
-    config = BertConfig(num_hidden_layers=1, **sizes)
-    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
-    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(default_bert_vocab().with_name(name), tmp_path / "bert")
-    return tmp_path / "bert"
 
 
 def _without_a_weight(folder):

@@ -11,7 +11,6 @@ import pytest
 from retro_mcore.cli import build_index, query_neighbors
 from retro_mcore.errors import ConfigurationError, MissingDependencyError
 from retro_mcore.project.config import ProjectSettings
-from retro_mcore.retrieval.bert_tokens import default_bert_vocab
 from retro_mcore.retrieval.embedders import build_embedder, onnx_body, precision
 from retro_mcore.retrieval.embedders.base import batches_of_size, batches_of_tokens
 from retro_mcore.retrieval.retriever import Retriever
@@ -25,16 +24,8 @@ def processor(monkeypatch, *features: str) -> None:
 
 
 @pytest.fixture
-def tiny_bert(tmp_path):
-    """A Hugging Face encoder of a few kilobytes."""
-    from transformers import BertConfig, BertModel
-
-    sizes = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
-    config = BertConfig(num_hidden_layers=1, **sizes)
-    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
-    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(default_bert_vocab().with_name(name), tmp_path / "bert")
-    return str(tmp_path / "bert")
+def tiny_bert(tiny_bert):
+    return str(tiny_bert)
 
 
 def test_batches_hold_every_row_once_within_the_budget():

@@ -123,7 +123,11 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_the_installed_model_is_wordllamas():
     """Its own loader looks for the tokenizer in another folder than the one that it ships."""
-    inference = pytest.importorskip("wordllama.inference", exc_type=ImportError)
+    inference = pytest.importorskip(
+        "wordllama.inference",
+        reason="wordllama, an optional package, is not installed",
+        exc_type=ImportError,
+    )
     files = installed_files()
     table = load_file(files.weights)["embedding.weight"]
     theirs = inference.WordLlamaInference(table, Tokenizer.from_file(str(files.tokenizer)))
