@@ -39,8 +39,16 @@ def read_huggingface(directory: Path) -> tuple[Flags, dict[str, Weight], list[st
     """
     values = read_json_object(directory / "config.json")
     config = Config(directory, values)
+    return read_model(config, TensorFiles.of_directory(directory, values))
+
+
+def read_model(config: Config, tensors: TensorFiles) -> tuple[Flags, dict[str, Weight], list[str]]:
+    """`read_huggingface` of a model whose settings and tensors come from anywhere.
+
+    Raises:
+        CheckpointError: as there.
+    """
     flags = config_flags(config)
-    tensors = TensorFiles(directory, values)
     gpt2 = config.family == "gpt2"
     weights, notes = _embeddings(config, flags, tensors)
     flags["untie_embeddings_and_output_weights"] = _OUTPUT in weights

@@ -26,6 +26,7 @@ from torch import Tensor
 from retro_mcore.checkpoint.conversion.weights import Weight
 from retro_mcore.checkpoint.safe_loading import load_torch_file
 from retro_mcore.errors import CheckpointError
+from retro_mcore.gguf_file import is_gguf
 from retro_mcore.json_text import JsonError, parse_json
 
 _CANDIDATES = ("model.safetensors", "model.safetensors.index.json",
@@ -40,8 +41,9 @@ _SHOWN = 4  # names in one message
 
 
 def refuse(directory: Path, found: str, expected: str) -> CheckpointError:
-    """The error about a directory: what its model is or has, and what was expected."""
-    return CheckpointError(directory, f"Hugging Face model with {found}", f"Expected {expected}")
+    """The error about a model: what it is or has, and what was expected."""
+    kind = "GGUF" if is_gguf(directory) else "Hugging Face"
+    return CheckpointError(directory, f"{kind} model with {found}", f"Expected {expected}")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -64,28 +66,47 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A tensor in a file."""
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        name: As stored.
+        shape: Of the tensor that `load` gives.
+        dtype: Of that tensor; a string names a kind that holds no plain weights.
+        load: Reads it.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a string: of a kind that holds no plain weights
+    dtype: torch.dtype | str
     load: Callable[[], Tensor]
 
 
 class TensorFiles:
-    """The tensors of a directory, by name without the base model's prefix.
+    """The tensors of a model, by Hugging Face's names without the base model's prefix.
 
     What is asked for and not there, or of another shape, is collected: `check` tells it together.
 
-    Raises:
-        CheckpointError: no file of weights, one that is missing or damaged, or an index that
-            leads out of the directory.
+    Args:
+        source: The model's directory or file, for errors.
+        stored: Its tensors by name.
     """
 
-    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        self._directory = directory
-        self._stored: dict[str, _Stored] = {}
+    def __init__(self, source: Path, stored: Mapping[str, Stored]) -> None:
+        self._directory, self._stored = source, stored
+        self._taken: set[str] = set()
+        self._missing: list[str] = []
+        self._misshapen: list[str] = []
+
+    @classmethod
+    def of_directory(cls, directory: Path, config: Mapping[str, Any]) -> TensorFiles:
+        """The tensors of a Hugging Face directory.
+
+        Raises:
+            CheckpointError: no file of weights, one that is missing or damaged, or an index that
+                leads out of the directory.
+        """
+        found: dict[str, Stored] = {}
         for file in _files(directory, config):
             if not _is_file(file):
                 name = _listed([file.name])
@@ -97,10 +118,8 @@ class TensorFiles:
                 if name in names:
                     raise refuse(directory, f"two tensors {name} in {file.name}", "one")
                 names.add(name)
-                self._stored[name] = stored  # of several shards the last counts, as there
-        self._taken: set[str] = set()
-        self._missing: list[str] = []
-        self._misshapen: list[str] = []
+                found[name] = stored  # of several shards the last counts, as there
+        return cls(directory, found)
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
@@ -125,7 +144,7 @@ class TensorFiles:
         """A tensor by itself."""
         return self._stored[name].load()
 
-    def _part(self, name: str, shape: tuple[int, ...]) -> _Stored | None:
+    def _part(self, name: str, shape: tuple[int, ...]) -> Stored | None:
         stored = self._stored.get(name)
         if stored is None:
             self._missing.append(name)
@@ -159,11 +178,12 @@ class TensorFiles:
             raise self._quantized(f"tensors {_listed(quantized)}")
         if self._missing:
             raise refuse(self._directory, f"no tensor {_listed(self._missing)}", "the whole model")
+        says = "metadata" if is_gguf(self._directory) else "config.json"
         if self._misshapen:
             raise refuse(
                 self._directory,
-                f"tensors of other sizes than its config.json says: {_listed(self._misshapen)}",
-                "the config.json that belongs to these weights",
+                f"tensors of other sizes than its {says} says: {_listed(self._misshapen)}",
+                f"the {says} that belongs to these weights",
             )
         if left:
             raise refuse(self._directory, f"unknown tensors {_listed(left)}", "none")
@@ -228,13 +248,13 @@ def _no_weights(directory: Path) -> CheckpointError:
     )
 
 
-def _read_safetensors(file: Path) -> Iterator[_Stored]:
+def _read_safetensors(file: Path) -> Iterator[Stored]:
     with _open(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118 (no mapping)
             part = tensors.get_slice(name)
             kind = part.get_dtype()
             load = partial(_load_safetensors, file, name)
-            yield _Stored(name, tuple(part.get_shape()), _DTYPES.get(kind, kind), load)
+            yield Stored(name, tuple(part.get_shape()), _DTYPES.get(kind, kind), load)
 
 
 def _load_safetensors(file: Path, name: str) -> Tensor:
@@ -251,7 +271,7 @@ def _open(file: Path) -> Any:
         raise CheckpointError(file, f"cannot be read ({error})", "Download it again") from error
 
 
-def _read_bin(file: Path) -> Iterator[_Stored]:
+def _read_bin(file: Path) -> Iterator[Stored]:
     with file.open("rb") as stream:
         if stream.read(2) not in (b"PK", b"\x80\x02"):  # zip archives, and pickles before torch 1.6
             raise CheckpointError(
@@ -269,14 +289,14 @@ def _read_bin(file: Path) -> Iterator[_Stored]:
                 file, f"holds {name!r}, which is not a plain tensor", "Expected named tensors"
             )
         dtype = tensor.dtype if tensor.dtype in _FLOATS else str(tensor.dtype)
-        yield _Stored(name, tuple(tensor.shape), dtype, partial(_detached, tensor))
+        yield Stored(name, tuple(tensor.shape), dtype, partial(_detached, tensor))
 
 
 def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _build(parts: list[_Stored], build: Callable[..., Tensor] | None) -> Tensor:
+def _build(parts: list[Stored], build: Callable[..., Tensor] | None) -> Tensor:
     read = [part.load() for part in parts]
     # Nothing here computes in double precision.
     read = [tensor.to(_read_as(tensor.dtype)) for tensor in read]
