@@ -17,8 +17,8 @@ from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.data.tokens.token_file import TokenSource
 from retro_mcore.errors import TokenizerError
 
-#: Documents whose last tokens are read in one call.
-_DOCUMENTS = 1 << 14
+#: Tokens read in one call.
+_BATCH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DocumentLayout:
         Args:
             documents: Tokens of each document, with EOD at the end.
             source: Where they are from, for error messages.
-            counts: Gets the number of `repeated_eods_dropped`.
+            counts: Gets the numbers of `repeated_eods_dropped` and `documents_without_text`.
 
         Raises:
             TokenizerError: a text holds EOD.
@@ -87,6 +87,7 @@ class DocumentLayout:
             if (document[length:] != self.eod).any():
                 raise self._has_end(source, number)
             counts["repeated_eods_dropped"] += len(document) - length
+            counts["documents_without_text"] += length == 1
             yield document[:length]
 
     def _has_end(self, source: Path, number: int) -> TokenizerError:
@@ -95,6 +96,24 @@ class DocumentLayout:
             f"document {number} holds the end-of-document token ({self.eod}) before its end",
             "Name an --eod-token that no text holds, or use --samples packed",
         )
+
+
+def is_padded(source: TokenSource, eod: int) -> bool:
+    """Whether a dataset looks like an aligned project's: documents fill whole chunks with EODs.
+
+    Args:
+        source: A dataset of documents that end with EOD.
+        eod: Id of the end-of-document token.
+    """
+    last = source.starts + source.lengths - 1
+    repeated = (source.lengths > 1) & (source.tokens[np.maximum(last - 1, 0)] == eod)
+    multiple = int(np.gcd.reduce(source.lengths))
+    if multiple == 1 or not repeated.any():
+        return False
+    batches = range(0, len(source.tokens), _BATCH)
+    all_ends = sum(np.count_nonzero(source.tokens[i : i + _BATCH] == eod) for i in batches)
+    # Equal if no document holds EOD before its end.
+    return all_ends == ends_and_padding(source, 0, len(last), multiple, eod).sum()
 
 
 def ends_and_padding(
@@ -109,10 +128,10 @@ def ends_and_padding(
         chunk_length: M, which padded documents are a multiple of.
         eod: Id of the end-of-document token.
     """
-    blocks = range(start, end, _DOCUMENTS)
+    step = max(1, _BATCH // chunk_length)
+    blocks = range(start, end, step)
     found = [
-        _trailing(source, first, min(first + _DOCUMENTS, end), chunk_length, eod)
-        for first in blocks
+        _trailing(source, first, min(first + step, end), chunk_length, eod) for first in blocks
     ]
     return np.concatenate([np.empty(0, np.int64), *found])
 

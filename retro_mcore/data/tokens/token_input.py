@@ -108,7 +108,14 @@ def count_bos(prefix: Path, tokenizer: Tokenizer) -> tuple[int, int]:
     file = TokenFile(prefix)
     firsts = file.tokens[file.starts[file.lengths > 1]]  # a single token is the end of the document
     bos = -1 if tokenizer.bos is None else tokenizer.bos
-    return int(np.count_nonzero(firsts == bos)), len(firsts)
+    empty = 0 if bos == tokenizer.eod else _count_padded_ends(file, tokenizer.eod)
+    return int(np.count_nonzero(firsts == bos)), len(firsts) - empty
+
+
+def _count_padded_ends(file: TokenFile, eod: int) -> int:
+    """Number of documents of several EODs and nothing else: padded, without text."""
+    (numbers,) = np.nonzero((file.lengths > 1) & (file.tokens[file.starts] == eod))
+    return sum(bool((file.sequence(number) == eod).all()) for number in numbers)
 
 
 def begin_with_bos(prefixes: Sequence[Path], tokenizer: Tokenizer) -> bool:

@@ -20,7 +20,7 @@ from retro_mcore.data.corpus.files import CorpusFiles, find_corpus_files, readab
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.data.tokens.document_ids import ids_path, pack_ids, write_ids
 from retro_mcore.data.tokens.indexed_dataset import token_dtype, write_indexed_dataset
-from retro_mcore.data.tokens.layout import DocumentLayout
+from retro_mcore.data.tokens.layout import DocumentLayout, is_padded
 from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path
 from retro_mcore.data.tokens.token_input import (
     check_token_input,
@@ -120,27 +120,27 @@ def _is_done(target: Path, fingerprint: str) -> bool:
 def _take_tokens(
     source: Path, target: Path, tokenizer: Tokenizer, fingerprint: str, layout: DocumentLayout
 ) -> ShardReport | None:
-    """Check a .bin and .idx, and link, copy or pad them."""
+    """Check a .bin and .idx, and link them, copy them, or write them with other padding."""
     with raise_together():
         if get_rank() == 0:
             check_token_input(source, tokenizer)
-            if layout.multiple == 1:
+            if layout.multiple == 1 and not is_padded(TokenFile(source), tokenizer.eod):
                 take_token_input(source, target, fingerprint)
                 counts_path(target).unlink(missing_ok=True)
             else:
-                _pad_tokens(source, target, token_dtype_of(tokenizer), fingerprint, layout)
+                _lay_tokens(source, target, token_dtype_of(tokenizer), fingerprint, layout)
     barrier()
     return ShardReport(1, 0, ())
 
 
-def _pad_tokens(
+def _lay_tokens(
     source: Path,
     target: Path,
     dtype: type[np.number],
     fingerprint: str,
     layout: DocumentLayout,
 ) -> None:
-    """Write the documents of a .bin and .idx with padding."""
+    """Write the documents of a .bin and .idx without their padding, or with that of `layout`."""
     counts, file = Counter[str](), TokenFile(source)
     documents = (file.sequence(number) for number in range(len(file)))
     if ids_path(source).is_file():

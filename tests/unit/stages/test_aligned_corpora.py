@@ -115,6 +115,43 @@ def test_tokens_given_are_padded_like_text(project, tmp_path):
     assert counts["padded"]["repeated_eods_dropped"] == counts["bare"]["padding_tokens"]
 
 
+def test_a_packed_project_drops_the_padding_of_tokens_given(project, tmp_path):
+    tokenizer, file = opened(project)
+    rows = [*map(file.sequence, range(len(file))), np.full(M, tokenizer.eod)]
+    bare = [[*row[row != tokenizer.eod].tolist(), tokenizer.eod] for row in rows]
+    model = str(save_tokenizer(tmp_path, tokenizer.adds_bos))
+
+    def given(name, documents, layout):
+        target = tmp_path / name
+        arrays = map(np.array, documents)
+        write_indexed_dataset(bin_path(target), idx_path(target), arrays, np.uint16)
+        options = {"tokenizer_model": model, "samples": layout}
+        made = tmp_path / f"{name}_{layout}"
+        preprocess_corpus(preprocess_options(made, target, **options))
+        return TokenFile(made / "data" / name)
+
+    taken = given("padded", rows, "packed")
+    assert [taken.sequence(i).tolist() for i in range(len(taken))] == bare
+    counts = read_counts(taken.prefix)
+    assert counts == {
+        "repeated_eods_dropped": sum(map(len, rows)) - sum(map(len, bare)),
+        "documents_without_text": 1,
+    }
+    laid = given("padded", rows, "aligned")
+    assert laid.sequence(len(rows) - 1).tolist() == [tokenizer.eod] * M
+    assert read_counts(laid.prefix)["documents_without_text"] == 1
+    # Documents of other lengths, or with EOD before the end, are none of an aligned project.
+    begin = list(tokenizer.beginning)
+    end = tokenizer.eod
+    for name, more in (
+        ("long", [*begin, 40, end]),
+        ("inner", [*begin, *[40] * (M - len(begin) - 3), end, 41, end]),
+    ):
+        taken = given(name, [*rows, more], "packed")
+        assert taken.tokens.tolist() == [token for row in [*rows, more] for token in row]
+        assert not read_counts(taken.prefix)
+
+
 def test_an_end_inside_a_text_is_refused(tmp_path):
     tokenizer_model = save_tokenizer(tmp_path, False)
     end = build_tokenizer("HuggingFaceTokenizer", tokenizer_model).eod
