@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
-from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
+from retro_mcore.distributed import any_rank, barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError, raise_problems, too_small
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import SPLITS, OtherDatabase, ProjectConfig, ProjectSettings, Split
@@ -206,8 +206,7 @@ class _Run:
         self._in_list_order = _searches_in_list_order(paths, self._record, self._search)
         if self._in_list_order:
             self._options[_ORDER] = "lists"
-        output = self._first_output() if other is None else paths.query / "none"
-        self._fingerprint = check_stage(paths, self._record, self._options, self._inputs, output)
+        self._fingerprint = self._check_options()
         self._old = None
         # A GPU may probe other lists than the CPU, so that the nearest of both are not the nearest.
         if self._aligned and other is not None and not (config.faiss_gpu and num_gpus()):
@@ -219,10 +218,16 @@ class _Run:
     def _record(self) -> str:
         return f"{STAGE}{self._tag}"
 
+    def _check_options(self) -> str:
+        """Compare options and inputs with an earlier run's. Returns their fingerprint."""
+        output = self._first_output() if self._other is None else self._paths.query / "none"
+        return check_stage(self._paths, self._record, self._options, self._inputs, output)
+
     def run(self) -> QueryNeighborsReport:
         """Search all splits, and record them in the project."""
         with raise_together():
             self._open()
+        self._record_order()
         with raise_together():  # rank 0 has counted the tokens
             self._neighbor_search = self._make_neighbor_search()
         max_tokens = self._embedder.embedder.max_tokens
@@ -263,6 +268,16 @@ class _Run:
             remove_truncated_cache(self._paths)
             if config.rerank is not None:
                 save_token_counts(search.database, self._tokenizer.vocab_size, search.source)
+
+    def _record_order(self) -> None:
+        """Record list order only if all ranks search in it: an index on a GPU is not."""
+        used = not any_rank(not queries_together(self._index, self._num_query))
+        finished = bool(recorded_options(self._paths, self._record))
+        if self._in_list_order and not used and not finished:
+            del self._options[_ORDER]
+            self._fingerprint = self._check_options()
+            if self._old is not None:
+                self._fingerprint = fingerprint_of([self._fingerprint, self._old.fingerprint])
 
     def _make_neighbor_search(self) -> NeighborSearch:
         search, config = self._search, self._config

@@ -16,6 +16,7 @@ from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.project import ProjectPaths
 from retro_mcore.project.records import recorded_options
 from retro_mcore.retrieval.index import gpu
+from retro_mcore.retrieval.index import project as index
 from retro_mcore.stages import query_neighbors as stage
 from retro_mcore.stages.query_neighbors import QueryNeighborsConfig, QueryNeighborsReport
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
@@ -75,3 +76,19 @@ def test_the_neighbors_are_those_of_index_search(
     assert "order of the search" not in recorded_options(ProjectPaths(before), stage.STAGE)
     again = query(before)
     assert all(report.built == 0 for report in again.reports.values())
+
+
+def test_the_order_recorded_is_the_one_used(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index on a GPU is not searched in list order."""
+    project = tmp_path / "project"
+    shutil.copytree(prepared, project)
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "num_gpus", lambda: 1)
+        patch.setattr(index, "to_gpu_for_search", lambda index, k, _: gpu.GpuIndex(index, index, k))
+        report = query(project)
+        assert all(shards.built for shards in report.reports.values())
+        assert "order of the search" not in recorded_options(ProjectPaths(project), stage.STAGE)
+    again = query(project)
+    assert all(shards.built == 0 for shards in again.reports.values())
