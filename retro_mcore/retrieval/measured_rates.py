@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders import build_embedder
 from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER, Embedder
+from retro_mcore.retrieval.embedders.precision import Precision, obstacle
 from retro_mcore.retrieval.scale import Rates
+
+logger = logging.getLogger(__name__)
 
 #: Number of chunks that are embedded; tokenizing is faster and gets this many times more.
 _EMBEDDED, _TIMES = 512, 32
@@ -33,7 +37,8 @@ def measure_rates(
         device: Device of the embedder: "cpu", "cuda" …
 
     Returns:
-        Rates per second (defaults for those not measured), and the embedder's dimension.
+        Rates per second (defaults for those not measured), and the embedder's dimension. Embedding
+        is measured in fp32, with a warning, where this machine lacks the project's precision.
 
     Raises:
         ProjectError: build_db has not run.
@@ -47,11 +52,24 @@ def measure_rates(
     counter = BertTokenCounter(paths.root / str(config.retro_bert_vocab_file))
     chunked, tokenized = _text_rates(database, ids, tokenizer, counter)
     name = embedder or settings.embedder or DEFAULT_EMBEDDER
-    precision = (None if embedder else settings.embed_precision) or "fp32"
+    precision = _usable_precision(None if embedder else settings.embed_precision, device)
     built = build_embedder(name, device=device, weights=paths.lexical_weights, precision=precision)
     texts = chunk_texts(tokenizer, database.tokens(ids[:: max(count // _EMBEDDED, 1)]))
     rates = Rates(tokenized=tokenized, chunked=chunked, embedded=_embedding_rate(built, texts))
     return rates, built.dimension
+
+
+def _usable_precision(recorded: Precision | None, device: str) -> Precision:
+    lacks = obstacle(recorded, device) if recorded else None
+    if lacks is None:
+        return recorded or "fp32"
+    logger.warning(
+        "embedding is measured in fp32: the project's %s does not run %s. "
+        "Give --embedder-rate if you know the rate of the machine that embeds",
+        recorded,
+        lacks,
+    )
+    return "fp32"
 
 
 def _text_rates(

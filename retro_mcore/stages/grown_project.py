@@ -25,6 +25,15 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
 
 
+def origin_of(paths: ProjectPaths) -> ProjectPaths:
+    """The project that a project has grown from, directly or in several steps; else itself."""
+    seen = set()
+    while paths.root not in seen and (base := ProjectSettings.load(paths.root).grown_from):
+        seen.add(paths.root)
+        paths = ProjectPaths((paths.root / base).resolve())
+    return paths
+
+
 def make_grown_project(
     base: ProjectPaths,
     grown: ProjectPaths,

@@ -17,9 +17,11 @@ from retro_mcore.errors import ConfigurationError, ProjectError, flag_of, raise_
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import finish_stage, read_stage_record
+from retro_mcore.project.records import finish_stage, read_stage_record, recorded_options
 from retro_mcore.samples.passes import SplitPasses, count_passes
+from retro_mcore.stages.build_db import STAGE as BUILD_DB
 from retro_mcore.stages.configuration import Project, project_paths
+from retro_mcore.stages.grown_project import origin_of
 from retro_mcore.stages.preprocess_corpus import STAGE as PREPROCESS
 from retro_mcore.stages.preprocessing.config import (
     PreprocessCorpusConfig,
@@ -29,6 +31,8 @@ from retro_mcore.stages.preprocessing.config import (
 from retro_mcore.stages.preprocessing.project_config import with_samples
 
 STAGE = "set_samples"
+#: Key of config.json, and of the record of build_db, that names the datasets with their weights.
+_DATA_PATH = "retro_gpt_data_path"
 
 
 @dataclass(kw_only=True)
@@ -77,8 +81,8 @@ def run(project: Project, config: SetSamplesConfig) -> SetSamplesReport:
 
     Raises:
         ConfigurationError: a value cannot work.
-        ProjectError: the project is packed and its neighbors are searched, another program made
-            it, or another run works on it.
+        ProjectError: the project is packed and its neighbors are searched, its database depends
+            on the weights, update_db or another program made it, or another run works on it.
     """
     initialize()
     paths = project_paths(project)
@@ -91,6 +95,7 @@ def run(project: Project, config: SetSamplesConfig) -> SetSamplesReport:
 
 def _change(paths: ProjectPaths, config: SetSamplesConfig) -> SetSamplesReport:
     before = ProjectConfig.load(paths.root)
+    _refuse_grown(paths)
     record = _record(paths)
     new = _preprocessing(record["options"], before, config)
     raise_problems(list(problems_of(new)))
@@ -99,6 +104,7 @@ def _change(paths: ProjectPaths, config: SetSamplesConfig) -> SetSamplesReport:
     changed = _differences(before, made)
     if changed:
         _refuse_searched(paths, before, next(iter(changed)))
+        _refuse_sampled(paths, made)
     passes = count_passes(made, datasets)
     if get_rank() == 0:
         made.save(paths.root)
@@ -106,6 +112,16 @@ def _change(paths: ProjectPaths, config: SetSamplesConfig) -> SetSamplesReport:
         report = _with_passes(record.get("report", {}), passes)
         finish_stage(paths, PREPROCESS, options, record.get("inputs", {}), report)
     return SetSamplesReport(made, changed, tuple(passes))
+
+
+def _refuse_grown(paths: ProjectPaths) -> None:
+    """Reject a project that update_db made from another: nothing is trained on its samples."""
+    if ProjectSettings.load(paths.root).grown_from:
+        raise ProjectError(
+            paths.root,
+            "update_db made this project to extend the database of another, whose samples are used",
+            f"Run set_samples --project-dir {origin_of(paths).root}",
+        )
 
 
 def _record(paths: ProjectPaths) -> dict[str, dict[str, Any]]:
@@ -161,6 +177,22 @@ def _refuse_searched(paths: ProjectPaths, config: ProjectConfig, key: str) -> No
             "Make another project with preprocess_corpus; with --samples aligned, its samples can "
             "change",
         )
+
+
+def _refuse_sampled(paths: ProjectPaths, made: ProjectConfig) -> None:
+    """Reject other weights where build_db recorded them; its next run would be refused."""
+    recorded = recorded_options(paths, BUILD_DB)
+    if recorded.get(_DATA_PATH) in (None, made.retro_gpt_data_path, made.blend[1]):
+        return
+    found = (
+        f"the database was built with {' '.join(map(str, recorded[_DATA_PATH]))}"
+        if recorded.get("--retro-index-ntrain") is None
+        else f"build_db took the {recorded['--retro-index-ntrain']} chunks of "
+        "--retro-index-ntrain by the weights"
+    )
+    raise ProjectError(
+        "--input-weights", f"cannot change: {found}", "Make another project with preprocess_corpus"
+    )
 
 
 def _with_passes(report: Mapping[str, Any], passes: list[SplitPasses]) -> dict[str, Any]:

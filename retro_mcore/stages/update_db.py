@@ -23,7 +23,7 @@ from retro_mcore.retrieval.neighbor_search import NUM_QUERY
 from retro_mcore.stages import build_db, build_index, query_neighbors
 from retro_mcore.stages.configuration import Config, Project, project_paths, recorded_config
 from retro_mcore.stages.database_fit import check_database_fits
-from retro_mcore.stages.grown_project import make_grown_project
+from retro_mcore.stages.grown_project import make_grown_project, origin_of
 
 STAGE = "update_db"
 
@@ -203,7 +203,7 @@ def _reader(
 ) -> tuple[CorpusReader, bool]:
     """Reader of the new documents, by default the project's own, and whether it cleans texts."""
     # Older projects have these only in the record of the stage, which grown projects lack.
-    recorded = recorded_options(_origin(base), "preprocess_corpus")
+    recorded = recorded_options(origin_of(base), "preprocess_corpus")
     id_key, clean = settings.id_key, settings.clean_text
     if id_key is None:
         id_key = str(recorded.get("--id-key", "id"))
@@ -216,15 +216,6 @@ def _reader(
         text_cleaner() if clean else None,
     )
     return reader, clean
-
-
-def _origin(paths: ProjectPaths) -> ProjectPaths:
-    """The project that preprocess_corpus made, if this one has grown from it."""
-    seen = set()
-    while paths.root not in seen and (base := ProjectSettings.load(paths.root).grown_from):
-        seen.add(paths.root)
-        paths = ProjectPaths((paths.root / base).resolve())
-    return paths
 
 
 def _record(

@@ -50,8 +50,8 @@ def register_embedder(is_of_kind: Recognizer, build: Builder) -> None:
 
     Args:
         is_of_kind: Returns whether a name belongs to such a model.
-        build: Builds the `Embedder` from name, batch size, device and pooling. Its
-            `half()`, `bfloat16()` or `int8()` is called for --embed-precision.
+        build: Builds the `Embedder` from name, batch size, device and pooling; anything else is
+            refused. Its `half()`, `bfloat16()` or `int8()` is called for --embed-precision.
     """
     if all(known is not is_of_kind for known, _ in _registered):
         _registered.append((is_of_kind, build))
@@ -93,8 +93,8 @@ def build_embedder(
         batch_tokens: Tokens per forward pass, padding included, instead of `batch_size`.
 
     Raises:
-        ConfigurationError: there is no such model, options are incompatible, or this machine or
-            model cannot compute in the precision.
+        ConfigurationError: there is no such model, options are incompatible, a registered builder
+            returns no `Embedder`, or this machine or model cannot compute in the precision.
         MissingDependencyError: a package that the embedder needs is not installed.
         ProjectError: the lexical embedder has no weights yet.
     """
@@ -103,6 +103,7 @@ def build_embedder(
         return _lexical(pooling, weights, precision, batch_tokens)
     require_precision(precision, device)
     embedder = _builder(name, pooling)(name, batch_size, device, pooling)
+    _require_embedder(name, embedder)
     if batch_tokens is not None:
         _batch_by_tokens(embedder, batch_tokens)
     return embedder if precision == "fp32" else _converted(embedder, precision)
@@ -134,6 +135,22 @@ def _lexical(
             raise ConfigurationError(flag, "lexical has no model", "Leave it out")
     assert weights is not None
     return LexicalEmbedder.load(weights)
+
+
+def _require_embedder(name: str, built: object) -> None:
+    """Refuse what a registered builder returned if it is not a complete `Embedder`."""
+    found = f"not an Embedder but {type(built).__name__}"
+    if isinstance(built, Embedder):
+        lacking = [each for each in ("name", "dimension") if not hasattr(built, each)]
+        if not lacking:
+            return
+        found = f"an Embedder without {' and '.join(lacking)}"
+    base = f"{Embedder.__module__}.{Embedder.__name__}"
+    raise ConfigurationError(
+        "--embedder",
+        f"the builder registered for {name!r} returns {found}",
+        f"Return a subclass of {base} that sets name and dimension",
+    )
 
 
 def _batch_by_tokens(embedder: Embedder, tokens: int) -> None:

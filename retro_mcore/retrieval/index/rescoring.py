@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ProjectError
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.markers import digest_of, fingerprint_of, verify
@@ -134,5 +135,11 @@ class RescoredSharedIndex(SharedIndex):
         self._embeddings = embeddings
 
     def search_together(self, vectors: np.ndarray, k: int) -> Found:
-        """Search k candidates; see `rescored`."""
-        return rescored(self._embeddings, vectors, super().search_together(vectors, k)[1])
+        """Search k candidates; see `rescored`.
+
+        Raises:
+            CorruptFileError: stored vectors that any rank reads are damaged.
+        """
+        ids = super().search_together(vectors, k)[1]
+        with raise_together(self.group):
+            return rescored(self._embeddings, vectors, ids)

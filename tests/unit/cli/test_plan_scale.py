@@ -2,11 +2,17 @@
 
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 
 from retro_mcore.cli.plan_scale import PlanScaleOptions, main, plan_scale
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.project.config import ProjectSettings
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.embedders.lexical import count_texts, weights_of
+from retro_mcore.retrieval.measured_rates import measure_rates
 from retro_mcore.retrieval.scale import parse_count
 from tests.unit.data.projects import built_project
 
@@ -38,6 +44,19 @@ def test_rates_are_measured_on_a_projects_chunks(tmp_path):
     assert written["workload"]["dimension"] == 384  # MiniLM's
     assert 0 < written["rates"]["embedded"] < written["rates"]["chunked"] < 1e6
     assert written["rates"]["queried"] == 250
+
+
+def test_a_precision_that_does_not_run_here_is_measured_in_fp32(tmp_path, caplog):
+    project = shutil.copytree(built_project(), tmp_path / "project")
+    settings = ProjectSettings.load(project)
+    settings.embedder, settings.embed_precision = "lexical", "fp16"
+    settings.save(project)
+    corpus_weights = ProjectPaths(project).lexical_weights
+    corpus_weights.parent.mkdir(exist_ok=True)
+    np.save(corpus_weights, weights_of(count_texts(["a few words", "few"])))
+    rates, _ = measure_rates(project, device="cpu")
+    assert rates.embedded > 0
+    assert "measured in fp32: the project's fp16 does not run on the CPU" in caplog.text
 
 
 def test_numbers_that_cannot_be_are_refused():

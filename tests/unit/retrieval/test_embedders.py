@@ -20,6 +20,7 @@ from retro_mcore.retrieval import embedders
 from retro_mcore.retrieval.bert_tokens import default_bert_vocab
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders import build_embedder
+from retro_mcore.retrieval.embedders.base import Embedder
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.retro_dataset import build_retro_datasets
@@ -237,8 +238,40 @@ def test_a_project_with_the_lexical_embedder(tmp_path):
 def test_a_registered_kind_is_asked_first(monkeypatch):
     monkeypatch.setattr(embedders, "_registered", [])
     is_mine, built = "mine".__eq__, []
+    mine = Mine()
+
+    def build(*given):
+        built.append(given)
+        return mine
+
     for _ in range(2):
-        embedders.register_embedder(is_mine, lambda *given: built.append(given))
+        embedders.register_embedder(is_mine, build)
     assert len(embedders._registered) == 1
-    assert build_embedder("mine", 4, "cpu", "cls") is None
+    assert build_embedder("mine", 4, "cpu", "cls") is mine
     assert built == [("mine", 4, "cpu", "cls")]
+
+
+class Unnamed(Embedder):
+    dimension = 2
+
+    def embed(self, texts):
+        return np.zeros((len(texts), self.dimension), np.float32)
+
+
+class Mine(Unnamed):
+    name = "mine"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("built", "found"),
+    [
+        (None, "not an Embedder but NoneType"),
+        (object(), "not an Embedder but object"),
+        (Unnamed(), "an Embedder without name"),
+    ],
+)
+def test_a_registered_kind_must_be_an_embedder(monkeypatch, built, found, precision):
+    monkeypatch.setattr(embedders, "_registered", [("mine".__eq__, lambda *_: built)])
+    with pytest.raises(ConfigurationError, match=f"'mine' returns {found}.*embedders.base.Embed"):
+        build_embedder("mine", device="cpu", precision=precision)

@@ -10,12 +10,16 @@ import pytest
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
-from retro_mcore.errors import ProjectError
+from retro_mcore.distributed import get_rank
+from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
 from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.index import Embeddings, add_to_index, rescoring, search, train_index
-from retro_mcore.retrieval.index.rescoring import RescoredIndex, rescored
+from retro_mcore.retrieval.index.library import faiss_library
+from retro_mcore.retrieval.index.rescoring import RescoredIndex, RescoredSharedIndex, rescored
+from retro_mcore.retrieval.index.shared import SharedIndex
 from retro_mcore.retrieval.retriever import Retriever
+from tests.processes import run_ranks
 from tests.unit.data.projects import blended_project, forget_neighbors, write_rows
 
 ROWS = np.random.default_rng(0).normal(size=(900, 16)).astype(np.float32)
@@ -59,6 +63,26 @@ def test_a_compressed_index_gives_the_exact_order(embeddings):
     assert (np.diff(distances, axis=1) >= 0).all()
     hits = [(np.sort(found[:, :2]) == np.sort(order)).mean() for found in (coarse, ids)]
     assert hits[0] < 0.5 < 0.9 < hits[1]
+
+
+def search_damaged(shards: list[Shard]) -> str:
+    """Search on two ranks; the candidate of rank 1 alone has a NaN in its stored vector."""
+    damaged = Embeddings(shards)
+    local = faiss_library().IndexFlatL2(16)
+    local.add(ROWS[:40])
+    index = RescoredSharedIndex(SharedIndex(local, 40, 16), damaged)
+    with pytest.raises(CorruptFileError) as raised:
+        index.search_together(ROWS[30 * get_rank() :][:1], 1)
+    return str(raised.value)
+
+
+@pytest.mark.distributed
+def test_all_ranks_stop_where_one_reads_damaged_vectors(tmp_path):
+    rows = ROWS[:40].copy()
+    rows[25:] = np.nan
+    first, second = run_ranks(2, search_damaged, write_rows(rows, tmp_path, 40))
+    assert first == second
+    assert "1 vectors are NaN" in first
 
 
 def test_vectors_stored_in_half_precision_are_read(tmp_path):

@@ -15,7 +15,13 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import recorded_options, stage_report
 from retro_mcore.samples.retro_dataset import build_retro_datasets
 from tests.unit.data.aligned import M, aligned_database, save_tables
-from tests.unit.data.projects import built_project, documents, forget_neighbors, preprocess_options
+from tests.unit.data.projects import (
+    built_project,
+    documents,
+    forget_neighbors,
+    preprocess_options,
+    write_corpus,
+)
 
 PREPROCESS = "preprocess_corpus"
 
@@ -121,3 +127,35 @@ def test_a_packed_project_may_change_before_its_search(tmp_path):
     assert ProjectConfig.load(project).retro_gpt_seed == 7
     with pytest.raises(ProjectError, match="--seed"):
         preprocess_corpus(preprocess_options(project, built_project().parent / "corpus.jsonl"))
+
+
+def test_an_extended_project_names_the_one_it_was_made_from(project, tmp_path):
+    for grown, base in (("first", project), ("second", tmp_path / "first")):
+        shutil.copytree(project, tmp_path / grown)
+        settings = ProjectSettings.load(tmp_path / grown)
+        settings.grown_from = f"../{base.name}"
+        settings.save(tmp_path / grown)
+    with pytest.raises(ProjectError, match=rf"update_db made .*--project-dir {project}$"):
+        change(tmp_path / "second", seed=2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sampled", "found"),
+    [
+        ("aligned", 10, "took the 10 chunks of --retro-index-ntrain by the weights"),
+        ("packed", None, "the database was built with 0.5 corpus_text_document 0.5 0_text"),
+    ],
+)
+def test_weights_that_the_database_depends_on_stay(tmp_path, layout, sampled, found):
+    paths = ProjectPaths(tmp_path / "project")
+    corpora = [write_corpus(tmp_path / f"{name}.jsonl", documents(9)) for name in ("corpus", "0")]
+    options = preprocess_options(paths.root, corpora[0], samples=layout, input_weights=[0.5, 0.5])
+    options.input.append(str(corpora[1]))
+    preprocess_corpus(options)
+    change(paths.root, input_weights=[0.6, 0.4])
+    change(paths.root, input_weights=[0.5, 0.5])
+    build_db(BuildDbOptions(str(paths.root), retro_index_ntrain=sampled))
+    with pytest.raises(ProjectError, match=f"--input-weights: cannot change: .*{found}"):
+        change(paths.root, input_weights=[0.6, 0.4])
+    change(paths.root, input_weights=[0.5, 0.5], seed=3)
+    build_db(BuildDbOptions(str(paths.root), retro_index_ntrain=sampled))
