@@ -10,6 +10,7 @@ from retro_mcore.cli.command import run_command
 from retro_mcore.cli.output import print_summary
 from retro_mcore.cli.project_options import ProjectOptions
 from retro_mcore.cli.tables.embedding import embedding_losses
+from retro_mcore.retrieval.copies import FIRST, NEAR_RUN
 from retro_mcore.retrieval.query_chunks import QueryCounts
 from retro_mcore.stages.query_neighbors import (
     STAGE,
@@ -63,6 +64,12 @@ def _losses(counts: QueryCounts, num_saved: int, max_tokens: int | None) -> dict
         losses["exact copies"] = (
             f"{counts.copy_found} of {counts.chunks} chunks ({share:.1%}) retrieve a chunk of the "
             f"same tokens, {counts.nearest_is_copy} of them as their nearest neighbor"
+        )
+    if counts.near_copy_found:
+        share = counts.near_copy_found / max(counts.chunks, 1)
+        losses["near copies"] = (
+            f"{counts.near_copy_found} of {counts.chunks} chunks ({share:.1%}) share {NEAR_RUN} "
+            f"tokens in a row, or all, with one of their first {FIRST} neighbors"
         )
     if counts.chunks_short:
         without = f", {counts.chunks_without} of them without any" if counts.chunks_without else ""

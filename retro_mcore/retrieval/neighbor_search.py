@@ -18,6 +18,7 @@ from retro_mcore.progress import Progress
 from retro_mcore.project.hdf5 import read_counts
 from retro_mcore.project.markers import signed_write
 from retro_mcore.project.shards import Shard, ShardReport, missing_shards, run_shards
+from retro_mcore.retrieval.copies import FIRST, find_copies, find_near_copies
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
 from retro_mcore.retrieval.index.faiss_search import nearest, search
@@ -156,12 +157,14 @@ class NeighborSearch:
     def _count(
         self, tokens: Sequence[np.ndarray], neighbors: np.ndarray, counts: QueryCounts
     ) -> None:
-        """Count rows with too few neighbors, and rows with a neighbor of the same tokens."""
+        """Count rows with too few neighbors, and rows that found a copy of themselves."""
         counts.chunks_short += int((neighbors[:, -1] == NO_NEIGHBOR).sum())
         counts.chunks_without += int((neighbors[:, 0] == NO_NEIGHBOR).sum())
         copies = find_copies(self.database, tokens, neighbors)
         counts.nearest_is_copy += int(copies[:, 0].sum())
         counts.copy_found += int(copies.any(axis=1).sum())
+        near = find_near_copies(self.database, tokens, neighbors) | copies[:, :FIRST]
+        counts.near_copy_found += int(near.any(axis=1).sum())
 
     def select(
         self,
@@ -185,30 +188,6 @@ def count_queried(shards: Sequence[Shard]) -> QueryCounts:
     for shard in shards:
         counts.add(read_counts(distances_path(shard)))
     return counts
-
-
-def find_copies(
-    database: ChunkDatabase, chunks: Sequence[np.ndarray], neighbors: np.ndarray
-) -> np.ndarray:
-    """Mark the neighbors that have the same tokens as the chunk that they were found for.
-
-    Args:
-        database: The retrieval database.
-        chunks: Tokens of each chunk.
-        neighbors: Chunk ids [n, k], NO_NEIGHBOR where missing.
-
-    Returns:
-        bool [n, k].
-    """
-    lengths = np.array([len(chunk) for chunk in chunks])
-    queries = np.full((len(chunks), max(lengths, default=0)), -1, np.int64)
-    queries[np.arange(queries.shape[1]) < lengths[:, None]] = np.concatenate(chunks)
-    _, _, start, end, _ = np.moveaxis(database.chunks[np.maximum(neighbors, 0)], -1, 0)
-    copies = (neighbors != NO_NEIGHBOR) & (end - start == lengths[:, None])
-    rows, columns = np.nonzero(copies)
-    tokens, _ = database.padded_tokens(neighbors[rows, columns], queries.shape[1], -1)
-    copies[rows, columns] = (tokens == queries[rows]).all(axis=1)
-    return copies
 
 
 def require_found(

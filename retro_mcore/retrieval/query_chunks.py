@@ -31,6 +31,8 @@ class QueryCounts(EmbeddingCounts):
             embedded.
         nearest_is_copy: Chunks whose nearest neighbor has the same tokens.
         copy_found: Chunks that have a neighbor with the same tokens.
+        near_copy_found: Chunks whose first neighbors include a near copy; see
+            `copies.find_near_copies`.
     """
 
     chunks_short: int = 0
@@ -38,6 +40,7 @@ class QueryCounts(EmbeddingCounts):
     vectors_stored: int = 0
     nearest_is_copy: int = 0
     copy_found: int = 0
+    near_copy_found: int = 0
 
 
 @dataclass(frozen=True)

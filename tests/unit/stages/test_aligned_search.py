@@ -155,6 +155,7 @@ def test_no_training_chunk_is_embedded_and_copies_are_counted(
         ]
         assert counts.copy_found == sum(map(any, found))
         assert counts.nearest_is_copy == sum(row[0] for row in found)
+        assert counts.near_copy_found >= sum(any(row[:2]) for row in found)
         recorded = stage_report(ProjectPaths(project), "query_neighbors")[name]
         assert recorded["copy_found"] == counts.copy_found
     assert valid.copy_found >= 10  # the document that is in both
