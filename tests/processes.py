@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -40,14 +41,19 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     """Call `function(*args)` on `world_size` new processes; return what each returned, by rank.
 
     The default process group (gloo) exists in each. An exception on any rank is raised here.
+    The processes are forked from a server that has imported torch and megatron once.
 
     Args:
         world_size: Number of processes.
         function: Importable at module level; its arguments and results are pickled.
     """
+    multiprocessing.set_forkserver_preload(["retro_mcore.training.loop.trainer"])
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            _rank_main, args=(world_size, folder, function, args), nprocs=world_size, join=True
+        torch.multiprocessing.start_processes(
+            _rank_main,
+            args=(world_size, folder, dict(os.environ), function, args),
+            nprocs=world_size,
+            start_method="forkserver",
         )
         return [
             torch.load(Path(folder) / f"result_{rank}.pt", weights_only=False)
@@ -56,9 +62,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _rank_main(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple
+    rank: int,
+    world_size: int,
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple,
 ) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.clear()  # the server's own is as old as the first call
+    os.environ.update(environment, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", world_size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
