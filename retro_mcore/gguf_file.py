@@ -97,7 +97,7 @@ class GgufFile:
         except OSError as error:
             raise _unreadable(self.path, error) from error
         if data.size != tensor.num_bytes:
-            raise _damaged(self.path, f"it ends inside of tensor {tensor.name}")
+            raise _damaged(self.path, f"it ends inside of tensor {tensor.name!r}")
         return data.reshape(*tensor.shape[:-1], -1)
 
 
@@ -180,7 +180,7 @@ class _Parser:
         for _ in range(count):
             name, value = read()
             if name in found:
-                raise _damaged(self._path, f"{kind} {name} occurs twice")
+                raise _damaged(self._path, f"{kind} {name!r} occurs twice")
             found[name] = value
         return found
 
@@ -190,7 +190,7 @@ class _Parser:
     def _description(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
         name, dimensions = self._string(), self._scalar("I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
-            raise _damaged(self._path, f"tensor {name} has {dimensions} dimensions")
+            raise _damaged(self._path, f"tensor {name!r} has {dimensions} dimensions")
         sizes = tuple(self._scalar("Q") for _ in range(dimensions))
         return name, (sizes[::-1], self._scalar("I"), self._scalar("Q"))
 
@@ -198,18 +198,18 @@ class _Parser:
         self, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, alignment: int
     ) -> GgufTensor:
         if 0 in shape or offset % alignment:
-            raise _damaged(self._path, f"tensor {name} has shape {shape} and offset {offset}")
+            raise _damaged(self._path, f"tensor {name!r} has shape {shape} and offset {offset}")
         if kind not in _TYPES:
             other = _OTHER_TYPES.get(kind, f"number {kind}")
             return GgufTensor(name, shape, other, start + offset, None)
         type_name, block, size = _TYPES[kind]
         if shape[-1] % block:
-            raise _damaged(self._path, f"tensor {name} has rows of {shape[-1]} in {type_name}")
+            raise _damaged(self._path, f"tensor {name!r} has rows of {shape[-1]} in {type_name}")
         num_bytes = math.prod(shape) // block * size
         if start + offset + num_bytes > len(self._data):
             raise _damaged(
                 self._path,
-                f"tensor {name} ends at byte {start + offset + num_bytes}, and the file has "
+                f"tensor {name!r} ends at byte {start + offset + num_bytes}, and the file has "
                 f"{len(self._data)} bytes",
             )
         return GgufTensor(name, shape, type_name, start + offset, num_bytes)
@@ -218,7 +218,7 @@ class _Parser:
         placed = sorted(tensors.values(), key=lambda tensor: tensor.offset)
         for one, other in pairwise(placed):
             if one.offset + (one.num_bytes or 1) > other.offset:
-                raise _damaged(self._path, f"tensors {one.name} and {other.name} overlap")
+                raise _damaged(self._path, f"tensors {one.name!r} and {other.name!r} overlap")
 
     def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:

@@ -25,12 +25,14 @@ class ConvertCheckpointOptions:
     """Convert the weights of a Retro or GPT checkpoint, in one process and without a GPU.
 
     The format of --load is recognised: ours, Megatron's torch_dist or one file per rank (with the
-    names of Megatron-Core or of InstructRetro), a Hugging Face directory (GPT-2, Llama family).
+    names of Megatron-Core or of InstructRetro), a Hugging Face directory (GPT-2, Llama family), or
+    a GGUF file (Llama family), which is dequantized.
     A setting that changes what the model computes is kept, or refused by name.
     """
 
     load: str
-    """Directory of the checkpoint: with its tracker file, or of a single checkpoint."""
+    """Directory of the checkpoint: with its tracker file, or of a single checkpoint. Or a .gguf
+    file."""
     save: str
     """Directory to write to; it must not hold a checkpoint."""
     target: Target = "retro-mcore"

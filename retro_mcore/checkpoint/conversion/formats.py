@@ -4,6 +4,7 @@ retro-mcore     ours, in Megatron's torch_dist format
 megatron        Megatron-Core's names: torch_dist, or one file per rank
 instructretro   the names before Megatron-Core: one file per rank
 huggingface     a GPT-2 or Llama-family directory
+gguf            a file of llama.cpp, of the Llama family
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from retro_mcore.checkpoint.conversion.architecture import (
     flags_of_weights,
     is_ours,
 )
+from retro_mcore.checkpoint.conversion.gguf_model import read_gguf
 from retro_mcore.checkpoint.conversion.huggingface import is_huggingface, read_huggingface
 from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, OURS_ALONE, Flags
 from retro_mcore.checkpoint.conversion.names import from_upstream_name, local_name
@@ -30,8 +32,9 @@ from retro_mcore.checkpoint.torch_dist import read_torch_dist
 from retro_mcore.checkpoint.torch_format import is_torch_format, read_torch_format
 from retro_mcore.checkpoint.tracker import tracked_checkpoint
 from retro_mcore.errors import CheckpointError
+from retro_mcore.gguf_file import is_gguf
 
-Source = Literal["retro-mcore", "megatron", "instructretro", "huggingface"]
+Source = Literal["retro-mcore", "megatron", "instructretro", "huggingface", "gguf"]
 
 _UPSTREAM_ENCODER = re.compile(r"^decoder\.layers\.(\d+)\.cross_attention\.encoder\.")
 
@@ -41,7 +44,7 @@ class Checkpoint:
     """A checkpoint, its weights still unread.
 
     Attributes:
-        path: The directory that holds its files.
+        path: The directory that holds its files, or its only file.
         source: Whose format and names it has.
         flags: Options of its model, as far as they are known, by the names of our flags.
         weights: By our names, as an unsharded model with local layers has them.
@@ -69,14 +72,18 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
     checksums.
 
     Args:
-        directory: With a tracker file, its latest checkpoint is taken; else itself.
+        directory: With a tracker file, its latest checkpoint is taken; else itself. Or a GGUF file.
         compare: Whether to; not where the weights are left alone.
 
     Raises:
         CheckpointError: there is none, it is damaged, of an unknown format, or holds more than
             plain data.
     """
-    path = latest_directory(Path(directory))
+    path = latest_checkpoint(Path(directory))
+    if path.is_file():
+        flags, weights, notes = read_gguf(path)
+        flags = {**OURS_ALONE, **flags_of_weights(weights), **flags}
+        return Checkpoint(path, "gguf", flags, weights, notes=notes)
     if is_torch_dist(path):
         common, weights = read_torch_dist(path)
         older = False
@@ -90,8 +97,7 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
         raise CheckpointError(
             directory,
             "is not a known kind of checkpoint",
-            "Name a directory of a Megatron checkpoint (torch_dist, or mp_rank_* files) or of a "
-            "Hugging Face model (config.json and *.safetensors)",
+            _known_kinds(path),
         )
     if compare:
         verify_checkpoint(path)
@@ -128,15 +134,27 @@ def _drop_unread(flags: Flags) -> list[str]:
     return notes
 
 
-def latest_directory(directory: Path) -> Path:
-    """The checkpoint that a tracker file names, or the directory itself where there is none.
+def _known_kinds(directory: Path) -> str:
+    if files := sorted(directory.glob("*.gguf")):
+        return f"Name the GGUF file itself: {files[0]}"
+    return (
+        "Name a directory of a Megatron checkpoint (torch_dist, or mp_rank_* files) or of a "
+        "Hugging Face model (config.json and *.safetensors), or a GGUF file"
+    )
+
+
+def latest_checkpoint(path: Path) -> Path:
+    """The checkpoint that a directory's tracker file names; else the directory or GGUF file itself.
 
     Raises:
-        CheckpointError: the directory does not exist, or the tracker file is malformed.
+        CheckpointError: the path does not exist, is another kind of file, or its tracker file is
+            malformed.
     """
-    if not directory.is_dir():
-        raise CheckpointError(directory, "no such directory", "Name a checkpoint's directory")
-    return tracked_checkpoint(directory) or directory
+    if is_gguf(path) and path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(path, "no such directory", "Name a checkpoint's directory")
+    return tracked_checkpoint(path) or path
 
 
 def _our_names(weights: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -54,8 +54,8 @@ def load_gpt(
 
     Args:
         models: This rank's stages of a RetroModel, or of its GPT twin.
-        directory: A Megatron checkpoint (torch_dist, or one file per rank) or a Hugging Face
-            directory.
+        directory: A Megatron checkpoint (torch_dist, or one file per rank), a Hugging Face
+            directory or a GGUF file.
         wanted: The model's flags, resolved (`architecture.DECODER_FLAGS` and seq_length).
         vocab_size: Rows that the tokenizer needs: its ids, except special ones at the end that
             nothing writes.

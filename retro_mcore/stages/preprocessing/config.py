@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from retro_mcore.chunking import SampleLayout, chunks_per_sample
+from retro_mcore.data.tokenizers.gguf import read_gguf_tokenizer
 from retro_mcore.data.tokenizers.loading import (
     TOKENIZER_TYPES,
     GPTSentencePieceTokenizer,
@@ -16,6 +17,7 @@ from retro_mcore.data.tokenizers.loading import (
 )
 from retro_mcore.data.tokens.splits import parse_split
 from retro_mcore.errors import ConfigurationError, RetroError, TokenizerError, flag_of, too_small
+from retro_mcore.gguf_file import is_gguf
 
 _LEAST = {
     "global_batch_size": 1,
@@ -49,7 +51,7 @@ class PreprocessCorpusConfig:
     """GPTSentencePieceTokenizer, GPT2BPETokenizer or HuggingFaceTokenizer (default: trained
     SentencePiece)."""
     tokenizer_model: str | None = None
-    """SentencePiece .model, or a Hugging Face tokenizer.json or its directory."""
+    """SentencePiece .model, a Hugging Face tokenizer.json or its directory, or a .gguf file."""
     vocab_file: str | None = None
     """GPT-2's vocab.json."""
     merge_file: str | None = None
@@ -101,7 +103,7 @@ class PreprocessCorpusConfig:
         """Type that is given, or inferred from the tokenizer's file.
 
         Raises:
-            TokenizerError: the type is unknown.
+            TokenizerError: the type is unknown, or not that of a GGUF file's tokenizer.
         """
         if self.tokenizer_type is not None:
             if self.tokenizer_type not in TOKENIZER_TYPES:
@@ -110,11 +112,26 @@ class PreprocessCorpusConfig:
                     repr(self.tokenizer_type),
                     f"Choose one of {', '.join(TOKENIZER_TYPES)}",
                 )
+            self._check_gguf_type()
             return self.tokenizer_type
         model = self.tokenizer_model
+        if model is not None and is_gguf(model):
+            return read_gguf_tokenizer(Path(model)).type
         if model is not None and (Path(model).is_dir() or model.endswith(".json")):
             return HuggingFaceTokenizer.name
         return GPTSentencePieceTokenizer.name
+
+    def _check_gguf_type(self) -> None:
+        model = self.tokenizer_model
+        if model is None or not is_gguf(model):
+            return
+        found = read_gguf_tokenizer(Path(model)).type
+        if found != self.tokenizer_type:
+            raise TokenizerError(
+                f"--tokenizer-type {self.tokenizer_type}",
+                f"given, and the tokenizer of {model} is a {found}",
+                "Leave --tokenizer-type out",
+            )
 
     @property
     def document_multiple(self) -> int:

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from retro_mcore.data.tokenizers.gguf import read_gguf_tokenizer, unpacked_tokenizer
 from retro_mcore.data.tokenizers.loading import (
     GPTSentencePieceTokenizer,
     SpecialTokenChoice,
@@ -20,7 +21,14 @@ from retro_mcore.data.tokens.token_file import bin_path
 from retro_mcore.data.tokens.token_input import begin_with_bos
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import TokenizerError, flag_of
-from retro_mcore.project.markers import FileState, checksum, signed_write, state_of
+from retro_mcore.gguf_file import is_gguf
+from retro_mcore.project.markers import (
+    FileState,
+    checksum,
+    fingerprint_of,
+    signed_write,
+    state_of,
+)
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.bert_tokens import default_bert_vocab
 from retro_mcore.stages.preprocessing.config import PreprocessCorpusConfig
@@ -56,10 +64,11 @@ def tokenizer_digests(config: PreprocessCorpusConfig, choice: SpecialTokenChoice
     digests = {}
     for flag in ("tokenizer_model", "vocab_file", "merge_file"):
         if (value := getattr(config, flag)) is not None:
-            digests[flag_of(flag)] = checksum(_file_of(value))
+            file = _file_of(value)
+            digests[flag_of(flag)] = _gguf_digest(file) if is_gguf(file) else checksum(file)
     digests["--bert-vocab-file"] = checksum(_bert_vocab(config))
     given = config.tokenizer_model or config.vocab_file
-    if given is not None and not choice.first_known_eod:
+    if given is not None and not is_gguf(given) and not choice.first_known_eod:
         declared = DeclaredTokens.read(_file_of(given).parent)
         if declared:
             digests["special tokens of the tokenizer's directory"] = declared.digest
@@ -126,8 +135,7 @@ class TokenizerSetup:
         kind = config.chosen_tokenizer_type()
         trains = kind == GPTSentencePieceTokenizer.name and config.tokenizer_model is None
         if not trains:  # a tokenizer that cannot be loaded is not copied
-            given = (config.tokenizer_model, config.vocab_file, config.merge_file)
-            build_tokenizer(kind, *given, self.choice)
+            self._try(kind)
         model = self._copy_given(config.tokenizer_model, declares=True)
         vocab = self._copy_given(config.vocab_file, declares=True)
         merges = self._copy_given(config.merge_file)
@@ -140,11 +148,23 @@ class TokenizerSetup:
             bert=self._copy(bert, f"bert-{bert.name}"),
         )
 
+    def _try(self, kind: str) -> None:
+        config = self.config
+        given = (config.vocab_file, config.merge_file, self.choice)
+        if config.tokenizer_model is None or not is_gguf(config.tokenizer_model):
+            build_tokenizer(kind, config.tokenizer_model, *given)
+            return
+        with unpacked_tokenizer(_file_of(config.tokenizer_model)) as file:
+            build_tokenizer(kind, file, *given)
+
     def _copy_given(self, given: str | None, declares: bool = False) -> str | None:
         """Copy a tokenizer's file, and the files in its folder that declare special tokens."""
         if given is None:
             return None
         file = _file_of(given)
+        if is_gguf(file):
+            with unpacked_tokenizer(file) as unpacked:
+                return self._copy_given(str(unpacked), declares)
         name = self._copy(file, file.name)
         if declares and not self.choice.first_known_eod:
             for declaring in DECLARING_FILES:
@@ -187,6 +207,12 @@ class TokenizerSetup:
 
 def _bert_vocab(config: PreprocessCorpusConfig) -> Path:
     return _file_of(config.bert_vocab_file or default_bert_vocab())
+
+
+def _gguf_digest(file: Path) -> str:
+    """Digest of the tokenizer alone, as the weights beside it do not matter."""
+    contents = read_gguf_tokenizer(file).contents
+    return fingerprint_of({name: content.decode("latin-1") for name, content in contents.items()})
 
 
 def _file_of(given: str | Path) -> Path:

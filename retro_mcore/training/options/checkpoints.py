@@ -25,9 +25,10 @@ class CheckpointOptions:
     load: str | None = None
     """Directory to resume from, if it holds a checkpoint; usually the same as --save."""
     load_gpt: str | None = None
-    """GPT checkpoint (Megatron's, or a Hugging Face directory) that provides a new run's decoder.
-    Unless --no-retrieval is given, encoder and cross-attention are newly initialized. The model
-    flags are also taken from it; those given explicitly must agree, except dropout."""
+    """GPT checkpoint (Megatron's, a Hugging Face directory or a .gguf file) that provides a new
+    run's decoder. Unless --no-retrieval is given, encoder and cross-attention are newly
+    initialized. The model flags are also taken from it; those given explicitly must agree, except
+    dropout."""
     ckpt_step: int | None = field(default=None, metadata=needs("load"))
     """Iteration of the checkpoint to load. Default: the one named in the tracker file."""
     use_checkpoint_args: bool = field(default=False, metadata=needs("load"))

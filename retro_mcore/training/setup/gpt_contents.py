@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from retro_mcore.checkpoint.conversion.formats import latest_directory
+from retro_mcore.checkpoint.conversion.formats import latest_checkpoint
 from retro_mcore.errors import CheckpointError
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.training.setup.data_contents import quick_digest
@@ -17,15 +17,19 @@ _SUFFIXES = {".safetensors", ".bin", ".pt", ".distcp"}
 _BLOCKS = 16
 
 
-def contents_of_gpt(directory: Path) -> dict[str, str]:
+def contents_of_gpt(path: Path) -> dict[str, str]:
     """The entry in a checkpoint's arguments for the GPT that a run started from.
 
     Args:
-        directory: Directory of its files.
+        path: Directory of its files, or its only file.
     """
-    files = [path for path in sorted(directory.rglob("*")) if _decides(path, directory)]
-    digests = [[str(path.relative_to(directory)), quick_digest(path, _BLOCKS)] for path in files]
-    return {"directory": directory.name, "digest": fingerprint_of(digests)}
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    digests = [
+        [str(file.relative_to(path)), quick_digest(file, _BLOCKS)]
+        for file in files
+        if file == path or _decides(file, path)
+    ]
+    return {"directory": path.name, "digest": fingerprint_of(digests)}
 
 
 def _decides(path: Path, directory: Path) -> bool:
@@ -61,6 +65,6 @@ def check_same_gpt(load_gpt: str | None, saved: Mapping[str, str] | None, run: P
 def _candidates(load_gpt: Path, name: str) -> Iterator[Path]:
     """The checkpoint to load now, and the one loaded before, as the GPT's training may continue."""
     with suppress(CheckpointError):
-        yield latest_directory(load_gpt)
+        yield latest_checkpoint(load_gpt)
     if (load_gpt / name).is_dir():
         yield load_gpt / name

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt import GPTModel
@@ -13,9 +14,11 @@ from megatron.core.models.gpt import GPTModel
 from retro_mcore.checkpoint.conversion.formats import Checkpoint, open_checkpoint
 from retro_mcore.checkpoint.conversion.gpt import LoadedDecoder, check_gpt, load_gpt
 from retro_mcore.checkpoint.files import existing_checkpoint
+from retro_mcore.data.tokenizers.gguf import gguf_bos_habit
 from retro_mcore.data.tokenizers.loading import bos_habit
 from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ConfigurationError, TokenizerError, check_all
+from retro_mcore.gguf_file import is_gguf
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.training.loop.sample_reader import check_document_tokens
@@ -49,11 +52,12 @@ def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecode
 
 
 def bos_notes(directory: str, project_dir: str) -> list[str]:
-    """Compare BOS in a project's documents with a Hugging Face model's tokenizer, on all ranks."""
+    """Compare BOS in a project's documents with the GPT's own tokenizer, on all ranks."""
     with raise_together():
         habit = None
         with suppress(TokenizerError):  # the project's tokenizer is used
-            habit = bos_habit(directory)
+            path = Path(directory)
+            habit = gguf_bos_habit(path) if is_gguf(path) else bos_habit(path)
         adds_bos = ProjectSettings.load(project_dir).add_bos
     if habit is None or habit == adds_bos:
         return []

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_mcore.checkpoint.conversion.formats import latest_directory
+from retro_mcore.checkpoint.conversion.formats import latest_checkpoint
 from retro_mcore.checkpoint.files import find_checkpoint
 from retro_mcore.checkpoint.tracker import RELEASE, TRACKER, read_tracker
 from retro_mcore.errors import CheckpointError
 from retro_mcore.retrieval.embedders.megatron_bert import find_bert_checkpoint
 
-READERS = [latest_directory, lambda folder: find_bert_checkpoint(str(folder)), find_checkpoint]
+READERS = [latest_checkpoint, lambda folder: find_bert_checkpoint(str(folder)), find_checkpoint]
 
 
 @pytest.fixture
