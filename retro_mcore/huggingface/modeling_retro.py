@@ -1,0 +1,555 @@
+"""Retro as a transformers model: plain torch, without Megatron.
+
+`RetroForCausalLM` reads the neighbors of each chunk as an argument, or gets them from a function of
+the chunk's tokens, also while it generates.
+
+Shapes: B batch, S tokens of the pass, L chunks that it completes in a row, N chunks in all,
+M chunk length, K neighbors, R retrieved length, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .chunks_retro import ChunkPlan, RetroCache, Spans, spans_of
+from .configuration_retro import RetroConfig
+from .layers_retro import (
+    Angles,
+    RetroDecoderLayer,
+    RetroNeighborEncoder,
+    RetroNorm,
+    Rotary,
+)
+
+#: Tokens of chunks `[N, M]` to those of their neighbors `[N, K, R]`; -1 is padding or missing.
+Retriever = Callable[[Tensor], Any]
+
+
+class RetroPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about Retro."""
+
+    config_class = RetroConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RetroDecoderLayer", "RetroEncoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        config = self.config
+        if isinstance(module, nn.Linear):
+            if config.init_method_xavier_uniform and not config.retro_deepnorm:
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                std = getattr(module, "initial_deviation", config.init_method_std)
+                nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            std = config.embedding_init_method_std or config.init_method_std
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, RetroNorm):
+            nn.init.constant_(module.weight, 0.0 if module.centered else 1.0)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class RetroModel(RetroPreTrainedModel):
+    """The decoder with its neighbor encoder, without the output layer."""
+
+    def __init__(self, config: RetroConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions: nn.Embedding | None = None
+        self.rotary: Rotary | None = None
+        if config.position_embedding_type == "rope":
+            self.rotary = Rotary(config, config.kv_channels)
+        else:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(
+            RetroDecoderLayer(config, index, self.rotary) for index in range(config.num_layers)
+        )
+        retrieves = bool(config.cross_attention_layers)
+        self.encoder = RetroNeighborEncoder(config) if retrieves else None
+        self.norm = (
+            RetroNorm(config, config.hidden_size)
+            if config.retro_final_layernorm or config.no_retrieval
+            else nn.Identity()
+        )
+        #: Where neighbors come from if `forward` gets none; see `Retriever`.
+        self.retriever: Retriever | None = None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of tokens."""
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        retrieved_input_ids: Tensor | None = None,
+        retriever: Retriever | None = None,
+        chunk_alignment: str | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Hidden states; the arguments are those of `RetroForCausalLM.forward`."""
+        config = self.config
+        if output_attentions or getattr(config, "output_attentions", False):
+            raise ValueError("output_attentions is not supported by Retro")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        recomputes = self.training and _recomputes(self)
+        use_cache = (config.use_cache if use_cache is None else use_cache) and not recomputes
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        cache = _cache(past_key_values, use_cache and not self.training)
+        past = 0 if cache is None else cache.get_seq_length()
+        batch_size, length = inputs_embeds.shape[:2]
+        spans = _spans(attention_mask, cache, batch_size, past, length)
+        self._check_length(spans)
+        if position_ids is None:
+            position_ids = _positions(spans, past, length, inputs_embeds.device)
+        plan = self._plan(
+            spans, past, length, cache, input_ids, retrieved_input_ids,
+            retriever or self.retriever, chunk_alignment or config.retro_chunk_alignment,
+        )  # fmt: skip
+        plan, neighbors, mask = plan if plan is not None else (None, None, None)
+
+        def encode(normed: Tensor, embedded: Tensor | None) -> Tensor | None:
+            return self._encode(normed, embedded, mask, plan, cache)
+
+        mask_4d, causal = _attention_mask(attention_mask, spans, past, length, inputs_embeds.device)
+        states = self._embed(inputs_embeds, position_ids)
+        angles = self._angles(position_ids)
+        first = min(config.cross_attention_layers, default=0) - 1
+        encodes = isinstance(cache, RetroCache) or plan is not None
+        hidden_states: list[Tensor] = []
+        for layer in self.layers:
+            hidden_states += [states] if output_hidden_states else []
+            states, neighbors = layer(
+                states,
+                neighbors,
+                angles=angles,
+                attention_mask=mask_4d,
+                causal=causal,
+                plan=plan,
+                encode=encode if layer.index == first and encodes else None,
+                past_key_values=cache,
+                past=past,
+            )
+        states = self.norm(states)
+        hidden_states += [states] if output_hidden_states else []
+        output = BaseModelOutputWithPast(
+            last_hidden_state=states,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden_states) or None,
+        )
+        return output if _as_object(return_dict, config) else output.to_tuple()
+
+    def _embed(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        if self.embed_positions is not None:
+            embedded = embedded + self.embed_positions(positions)
+        return nn.functional.dropout(embedded, self.config.hidden_dropout, self.training)
+
+    def _angles(self, position_ids: Tensor) -> Angles | None:
+        if self.rotary is None:
+            return None
+        cosines, sines = self.rotary.angles(position_ids)
+        return cosines[:, None], sines[:, None]
+
+    def _check_length(self, spans: Spans) -> None:
+        longest = max(stop - first for first, stop in spans)
+        limit = self.config.longest_text
+        if limit is not None and longest > limit:
+            raise ValueError(f"a text has {longest} tokens, and the model reads at most {limit}")
+
+    def _plan(
+        self, spans: Spans, past: int, length: int, cache: Cache | None, input_ids: Tensor | None,
+        retrieved: Tensor | None, retriever: Retriever | None, alignment: str,
+    ) -> tuple[ChunkPlan, Tensor | None, Tensor | None] | None:  # fmt: skip
+        """The chunks of the pass, their embedded neighbors `[N * K, R, D]` and which of the tokens
+        are real, bool `[N * K, R]`. None: retrieval is off."""
+        config = self.config
+        if self.encoder is None:
+            if retrieved is not None or retriever is not None:
+                raise ValueError("the model has no retrieval (no_retrieval): give no neighbors")
+            return None
+        memory = cache if isinstance(cache, RetroCache) else None
+        size = config.retro_chunk_length
+        if memory is not None:
+            memory.begin(past, length, size)
+            if not past:
+                whole = all((stop - first) % size == 0 for first, stop in spans)
+                memory.can_continue = alignment == "left" or whole
+            elif not memory.can_continue:
+                raise ValueError(
+                    "the cache is of a right-aligned chunk grid, which moves with every token: "
+                    "give chunk_alignment='left' from the first pass on, as generate() does"
+                )
+        tokens = None
+        if input_ids is not None:
+            tokens = input_ids if memory is None else memory.remember_tokens(input_ids, size)
+        ongoing = memory is not None and memory.has is not None
+        if config.retro_attention_gate == 0 or not (
+            retrieved is not None or retriever is not None or ongoing
+        ):
+            return None
+        if cache is not None and memory is None:
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}: with retrieval give a RetroCache, "
+                "or none"
+            )
+        plan = ChunkPlan.of(spans, past, length, size, "left" if past else alignment)
+        if not len(plan):
+            _require_missing(retrieved, "the pass completes no chunk")
+            return plan, None, None
+        ids = self._neighbors(plan, tokens, retrieved, retriever)
+        return plan, *self._read(plan, ids.to(self.embed_tokens.weight.device), memory, past)
+
+    def _neighbors(
+        self, plan: ChunkPlan, tokens: Tensor | None, retrieved: Tensor | None,
+        retriever: Retriever | None,
+    ) -> Tensor:  # fmt: skip
+        """The neighbors' tokens `[N, K, R]` of the plan's chunks."""
+        shape = (self.config.retro_num_neighbors, self.config.retrieved_length)
+        if retrieved is not None:
+            return _given(plan, retrieved, shape, exact=retriever is None)
+        if retriever is None:
+            return torch.full((len(plan), *shape), -1)
+        if tokens is None or len(set(plan.lengths)) > 1:
+            raise ValueError(
+                "a retriever needs input_ids, and whole chunks (chunk_alignment='left')"
+            )
+        found = torch.as_tensor(retriever(plan.content(tokens)))
+        if found.shape != (len(plan), *shape):
+            raise ValueError(
+                f"the retriever returned {list(found.shape)}, expected {[len(plan), *shape]}: "
+                "chunks, neighbors, tokens of each"
+            )
+        return found
+
+    def _read(
+        self, plan: ChunkPlan, ids: Tensor, memory: RetroCache | None, past: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embed neighbors `[N, K, R]`, and put what is masked into the plan."""
+        real = ids >= 0
+        if self.config.retro_mask_padding:
+            missing = ~real.flatten(1).any(1)
+            plan.has, plan.mask = ~missing, real.flatten(1) | missing[:, None]
+        else:
+            plan.has = torch.ones(len(plan), dtype=torch.bool, device=ids.device)
+        if memory is not None:
+            memory.attend_to(plan, past)
+        pad = self.config.pad_token_id
+        if not self.config.retro_mask_padding and pad is None and bool((~real).any()):
+            raise ValueError(
+                "retrieved_input_ids has -1, which this model reads as the padding token: set "
+                "config.pad_token_id"
+            )
+        ids, real = ids.flatten(0, 1), real.flatten(0, 1)
+        positions = torch.arange(ids.size(1), device=ids.device)
+        embedded = self._embed(self.embed_tokens(ids.where(real, pad or 0)), positions)
+        return embedded, real if self.config.retro_mask_padding else None
+
+    def _encode(
+        self, normed: Tensor, embedded: Tensor | None, mask: Tensor | None,
+        plan: ChunkPlan | None, cache: Cache | None,
+    ) -> Tensor | None:  # fmt: skip
+        """Encode the neighbors, and keep the states that later ones are conditioned on."""
+        if isinstance(cache, RetroCache):
+            normed = cache.remember_states(normed, self.config.retro_chunk_length)
+        if embedded is None or plan is None or self.encoder is None:
+            return None
+        return self.encoder(embedded, plan.content(normed), mask).to(normed.device)
+
+
+class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
+    """Retro with its output layer.
+
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+        model(input_ids, retrieved_input_ids=neighbors, labels=input_ids).loss
+        model.generate(input_ids, retriever=function_of_chunks)
+
+    Attributes:
+        retriever: Set it, and `forward` and `generate` retrieve wherever they are given nothing:
+            a function of tokens `[N, M]` of complete chunks to `[N, K, R]`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: RetroConfig) -> None:
+        super().__init__(config)
+        self.model = RetroModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.initial_deviation = config.init_method_std
+        self.post_init()
+
+    @property
+    def retriever(self) -> Retriever | None:
+        """See the class."""
+        return self.model.retriever
+
+    @retriever.setter
+    def retriever(self, value: Retriever | None) -> None:
+        self.model.retriever = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output layer."""
+        self.lm_head = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any):
+        """Transformers' method; every row is a token afterwards."""
+        resized = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.config.tokenizer_vocab_size = None
+        return resized
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        retrieved_input_ids: Tensor | None = None,
+        retriever: Retriever | None = None,
+        chunk_alignment: str | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits, and with labels the loss.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: `[B, cached + S]`, 0 = padding, at the ends of a row only; chunks are
+                counted from each text's own first token. Or `[B, 1, S, cached + S]`, bool with
+                True = attended to or a float to add: then rows have no padding.
+            position_ids: `[B, S]`; default: counted from each text's first token.
+            past_key_values: A RetroCache of earlier tokens (padded at the left if at all).
+            inputs_embeds: `[B, S, D]` instead of input_ids.
+            retrieved_input_ids: `[B, L, K, R]`, the neighbors of the chunks whose last tokens are
+                in this pass, in each row from its first such chunk on; -1 = padding or a missing
+                neighbor, which nobody attends to. (Models with `retro_mask_padding` false read
+                `pad_token_id` in its place.) A chunk of which all is missing is as without
+                retrieval. L is the most chunks of a row; rows with fewer have -1 at the end. None:
+                retrieval is off, and the model is its decoder.
+            retriever: Function that gives them; see the class.
+            chunk_alignment: "left" or "right"; default: the configuration's. `generate` uses left.
+            labels: `[B, S]`, shifted here, as transformers' models do; -100 does not count.
+                Already shifted ones are given as `shift_labels`.
+            use_cache: Return a cache. In training none is used.
+            output_attentions: Not supported.
+            output_hidden_states: Return the input of every layer, and the last norm's output.
+            return_dict: False: return a tuple.
+            logits_to_keep: The last positions, or which ones, to compute logits of; 0: all.
+            **kwargs: For the loss: `shift_labels`, `num_items_in_batch`.
+
+        Raises:
+            ValueError: an argument does not fit the others or the model.
+        """
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = getattr(config, "output_hidden_states", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            retrieved_input_ids=retrieved_input_ids,
+            retriever=retriever,
+            chunk_alignment=chunk_alignment,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(states[:, kept] / config.mup_width)
+        if config.tokenizer_vocab_size is not None and not self.training:
+            real = torch.arange(logits.size(-1), device=logits.device) < config.tokenizer_vocab_size
+            logits = logits.where(real, torch.finfo(logits.dtype).min)
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.size(-1), **kwargs
+            )
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if _as_object(return_dict, config) else output.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        retrieved_input_ids: Tensor | None = None,
+        retriever: Retriever | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Transformers' method; `retrieved_input_ids` are those of the prompts' chunks."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            *args,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        inputs |= {"retriever": retriever, "chunk_alignment": "left"}
+        if retrieved_input_ids is not None:
+            length = (inputs.get("input_ids", input_ids)).size(1)
+            inputs["retrieved_input_ids"] = self._given_so_far(
+                retrieved_input_ids, attention_mask, past_key_values, past, length, retriever
+            )
+        return inputs
+
+    def _given_so_far(
+        self, retrieved: Tensor, attention_mask: Tensor | None, cache: Cache | None, past: int,
+        length: int, retriever: Retriever | None,
+    ) -> Tensor | None:  # fmt: skip
+        """Given neighbors of the chunks of a pass; later chunks than the given ones have none."""
+        rows, given, *shape = retrieved.shape
+        spans = _spans(attention_mask, cache, rows, past, length)
+        size = self.config.retro_chunk_length
+        plan = ChunkPlan.of(spans, past, length, size, "left")
+        chosen = retrieved.new_full((rows, plan.most, *shape), -1)
+        for row, place in zip(plan.rows, plan.places, strict=True):
+            chunk = max(past - spans[row][0], 0) // size + place
+            if chunk < given:
+                chosen[row, place] = retrieved[row, chunk]
+            elif retriever is not None or self.retriever is not None:
+                return None if past else _too_few(given)
+        return chosen if plan.most else None
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = model_kwargs.get("past_key_values") is not None
+        result = super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        if not given and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            offloading = model_kwargs["past_key_values"].offloading
+            model_kwargs["past_key_values"] = RetroCache(offloading=offloading)
+        return result
+
+
+def _cache(given: Cache | None, wanted: bool) -> Cache | None:
+    if given is None:
+        return RetroCache() if wanted else None
+    return given
+
+
+def _recomputes(model: nn.Module) -> bool:
+    layer = next(iter(model.layers), None)
+    return bool(getattr(layer, "gradient_checkpointing", False))
+
+
+def _as_object(return_dict: bool | None, config: RetroConfig) -> bool:
+    return bool(config.return_dict if return_dict is None else return_dict)
+
+
+def _spans(
+    mask: Tensor | None, cache: Cache | None, batch_size: int, past: int, length: int
+) -> Spans:
+    """The texts of a batch; later passes go on with those of the first one."""
+    memory = cache if isinstance(cache, RetroCache) else None
+    if memory is not None and past and memory.spans is not None:
+        if any(stop < memory.prompt_length for _, stop in memory.spans):
+            raise ValueError("a cached text is padded at its right end: pad at the left")
+        return [(first, past + length) for first, _ in memory.spans]
+    spans = spans_of(mask, batch_size, past + length)
+    if memory is not None:
+        memory.spans, memory.prompt_length = spans, past + length
+    return spans
+
+
+def _positions(spans: Spans, past: int, length: int, device: torch.device) -> Tensor:
+    firsts = torch.tensor([first for first, _ in spans], device=device)
+    positions = torch.arange(past, past + length, device=device)
+    return (positions - firsts[:, None]).clamp(min=0)
+
+
+def _attention_mask(
+    mask: Tensor | None, spans: Spans, past: int, length: int, device: torch.device
+) -> tuple[Tensor | None, bool]:
+    """The mask of the decoder's self-attention, and whether it is just causal."""
+    if mask is not None and mask.dim() == 4:
+        return mask, False
+    total = past + length
+    if all(span == (0, total) for span in spans):
+        if length == 1 or not past:
+            return None, length > 1
+        causal = torch.ones(length, total, dtype=torch.bool, device=device).tril(past)
+        return causal, False
+    keys = torch.arange(total, device=device)
+    queries = keys[past:, None]
+    first, stop = torch.tensor(spans, device=device)[:, :, None, None].unbind(1)
+    real = (keys >= first) & (keys < stop) & (keys <= queries)
+    # Padding attends to itself alone: a row without any key would be no number.
+    return (real | (keys == queries))[:, None], False
+
+
+def _given(plan: ChunkPlan, retrieved: Tensor, shape: tuple[int, int], exact: bool) -> Tensor:
+    """The given neighbors of the plan's chunks, `[N, K, R]`."""
+    expected = [plan.batch_size, plan.most, *shape]
+    fits = retrieved.dim() == 4 and list(retrieved.shape[2:]) == expected[2:]
+    if not fits or retrieved.size(0) != plan.batch_size or retrieved.size(1) < plan.most:
+        raise ValueError(
+            f"retrieved_input_ids has shape {list(retrieved.shape)}, expected {expected}: batch, "
+            "chunks that the pass completes, neighbors, tokens of each"
+        )
+    if len(plan) < retrieved.size(0) * retrieved.size(1):
+        left = torch.ones(retrieved.shape[:2], dtype=torch.bool)
+        left[plan.rows, plan.places] = False
+        _require_missing(retrieved[left.to(retrieved.device)], "these chunks are not complete")
+    return retrieved[plan.rows, plan.places]
+
+
+def _require_missing(retrieved: Tensor | None, why: str) -> None:
+    if retrieved is not None and bool((retrieved >= 0).any()):
+        raise ValueError(f"retrieved_input_ids has neighbors that nothing attends to: {why}")
+
+
+def _too_few(given: int) -> None:
+    raise ValueError(
+        f"retrieved_input_ids has {given} chunks and the prompts have more: give all of them, or "
+        "leave them to the retriever"
+    )

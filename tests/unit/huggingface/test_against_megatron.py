@@ -1,0 +1,151 @@
+"""Transformers' model computes what ours computes on Megatron, with every option.
+
+In float64: there only a mistake makes a difference, whatever the processor's kernels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS
+from tests.unit.huggingface.models import inputs_of, our_logits, pair, their_logits
+
+ROPE = {"position_embedding_type": "rope"}
+GATED = {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm", **ROPE}
+
+#: For every option that changes the numbers a value that is not the default, with others that it
+#: needs. Together they also cross norms, positions, MLPs and heads.
+CASES = {
+    "num_layers": {"num_layers": 6, "retro_decoder_layers": None},
+    "hidden_size": {"hidden_size": 48},
+    "num_attention_heads": {"num_attention_heads": 8},
+    "num_query_groups": {"num_query_groups": 2, **GATED},
+    "ffn_hidden_size": {"ffn_hidden_size": 40},
+    "kv_channels": {"kv_channels": 16, **ROPE},
+    "normalization": {"normalization": "RMSNorm", "qk_layernorm": True},
+    "norm_epsilon": {"norm_epsilon": 0.1},
+    "apply_layernorm_1p": {"apply_layernorm_1p": True},
+    "swiglu": {"swiglu": True, "ffn_hidden_size": 64},
+    "openai_gelu": {"openai_gelu": True},
+    "squared_relu": {"squared_relu": True, "disable_bias_linear": True},
+    "position_embedding_type": ROPE,
+    "rotary_percent": {"rotary_percent": 0.5, **ROPE},
+    "rotary_base": {"rotary_base": 500, **ROPE},
+    "use_rope_scaling": {"use_rope_scaling": True, "kv_channels": 32, **ROPE},
+    "rope_scaling_factor": {"use_rope_scaling": True, "rope_scaling_factor": 2.0, "kv_channels": 32,
+                            **ROPE},
+    "max_position_embeddings": {"max_position_embeddings": 40},
+    "rotary_interleaved": {"rotary_interleaved": True, **ROPE},
+    "rotary_seq_len_interpolation_factor": {"rotary_seq_len_interpolation_factor": 3.0, **ROPE},
+    "untie_embeddings_and_output_weights": {"untie_embeddings_and_output_weights": True},
+    "disable_bias_linear": {"disable_bias_linear": True},
+    "add_qkv_bias": {"add_qkv_bias": True, **GATED},
+    "qk_layernorm": {"qk_layernorm": True, **GATED},
+    "padded_vocab_size": {"padded_vocab_size": 128},
+    "no_retrieval": {"no_retrieval": True, "retro_decoder_layers": None},
+    "retro_origin": {"retro_origin": "mcore-0.15", **ROPE},
+    "retro_chunk_length": {"retro_chunk_length": 5},
+    "retro_attention_gate": {"retro_attention_gate": 0.3},
+    "retro_num_neighbors": {"retro_num_neighbors": 3},
+    "retro_num_retrieved_chunks": {"retro_num_retrieved_chunks": 1},
+    "retro_encoder_num_layers": {"retro_encoder_num_layers": 3},
+    "retro_encoder_hidden_size": {"retro_encoder_hidden_size": 16, "use_rope_scaling": True, **ROPE},
+    "retro_encoder_num_attention_heads": {"retro_encoder_num_attention_heads": 2,
+                                          "num_query_groups": 2},
+    "retro_encoder_ffn_hidden_size": {"retro_encoder_ffn_hidden_size": 24},
+    "retro_cross_attention_positions": {"retro_cross_attention_positions": "rotary",
+                                        "rotary_interleaved": True, **ROPE},
+    "retro_decoder_layers": {"retro_decoder_layers": [1]},
+    "retro_deepnorm": {"retro_deepnorm": True, **ROPE},
+    "retro_mup_base_hidden_size": {"retro_mup_base_hidden_size": 16,
+                                   "retro_encoder_hidden_size": 16},
+    "retro_mup_base_kv_channels": {"retro_mup_base_hidden_size": 16,
+                                   "retro_mup_base_kv_channels": 2},
+}  # fmt: skip
+#: Options without an influence on a trained model's results, and what they are for.
+NO_NUMBERS = {
+    "group_query_attention": "says that num_query_groups is given",
+    "sliding_window": "refuses longer texts: test_model.py",
+    **dict.fromkeys(
+        ("hidden_dropout", "attention_dropout", "retro_encoder_hidden_dropout",
+         "retro_encoder_attention_dropout", "retro_encoder_cross_attention_dropout"),
+        "training: test_model.py",
+    ),
+    **dict.fromkeys(
+        ("init_method_std", "init_method_xavier_uniform", "embedding_init_method_std"),
+        "initial weights",
+    ),
+    **dict.fromkeys(("seq_length", "tokenizer_type", "tokenizer_fingerprint"), "records"),
+    "make_vocab_size_divisible_by": "gives padded_vocab_size",
+    "vocab_size": "masks the padding's logits: test_model.py",
+}  # fmt: skip
+
+
+def assert_same(ours, theirs, length):
+    inputs = inputs_of(ours, length) if hasattr(ours.config, "retro_chunk_length") else {}
+    inputs = inputs or {"input_ids": torch.randint(90, (2, length))}
+    for given in (inputs, {"input_ids": inputs["input_ids"]}):
+        wanted, found = our_logits(ours, given), their_logits(theirs, given)
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
+
+
+def test_every_option_is_covered():
+    assert CASES.keys().isdisjoint(NO_NUMBERS)
+    assert CASES.keys() | NO_NUMBERS.keys() == MODEL_FIELDS.keys()
+
+
+@pytest.mark.parametrize("option", CASES)
+def test_logits(megatron, option):
+    ours, theirs = pair(**CASES[option])
+    for length in (32, 27):
+        assert_same(ours, theirs, length)
+
+
+@pytest.mark.parametrize("origin", ["mcore-0.15", "mcore-0.5", "legacy"])
+@pytest.mark.parametrize("positions", ["rope", "learned_absolute"])
+def test_origins(megatron, origin, positions):
+    ours, theirs = pair(retro_origin=origin, position_embedding_type=positions)
+    for length in (32, 27, 8, 5):
+        assert_same(ours, theirs, length)
+
+
+def test_the_origins_are_ours(megatron):
+    from retro_mcore.huggingface.configuration_retro import ORIGINS
+    from retro_mcore.model.config import values_of_origin
+    from retro_mcore.model.options import ORIGINS as KNOWN
+
+    assert {name for name in ORIGINS if name} == set(KNOWN)
+    for origin in KNOWN:
+        assert ORIGINS[origin] == values_of_origin(origin)
+
+
+@pytest.mark.parametrize("options", [{}, {**GATED, "num_query_groups": 2}])
+def test_gradients(megatron, options):
+    """Of every parameter, for the loss over the tokens that count."""
+    from retro_mcore.checkpoint.conversion.retro_names import to_retro_huggingface
+    from retro_mcore.checkpoint.conversion.weights import Weight
+
+    ours, theirs = pair(**options)
+    inputs = inputs_of(ours)
+    labels = torch.randint(90, (2, 32))
+    counts = torch.rand(2, 32) < 0.7
+    tokens, retrieved = inputs["input_ids"], inputs["retrieved_input_ids"]
+    mask = (retrieved < 0).flatten(0, 2)
+    losses = ours(
+        tokens, torch.arange(32).expand_as(tokens), None,
+        context_input_ids=retrieved.flatten(0, 2).clamp(min=0), context_mask=mask, labels=labels,
+    )  # fmt: skip
+    wanted = losses[counts].mean()
+    wanted.backward()
+    theirs.train()
+    shifted = labels.masked_fill(~counts, -100)
+    loss = theirs(**inputs, shift_labels=shifted).loss
+    loss.backward()
+    torch.testing.assert_close(loss.double(), wanted.double(), atol=1e-6, rtol=0)  # one is fp32
+    gradients = {n: Weight.of(p.grad) for n, p in ours.named_parameters() if p.grad is not None}
+    named = to_retro_huggingface(gradients, vars(theirs.config) | {"swiglu": theirs.config.swiglu})
+    found = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    assert named.keys() == found.keys()
+    for name, weight in named.items():
+        torch.testing.assert_close(found[name], weight.load(), atol=1e-6, rtol=1e-5)
