@@ -39,7 +39,8 @@ def spans_of(attention_mask: Tensor | None, batch_size: int, length: int) -> Spa
         )
     real = attention_mask.bool()
     counts = real.sum(1)
-    firsts = torch.where(counts > 0, real.int().argmax(1), 0)
+    # A row of padding alone may go on with a text in the next pass.
+    firsts = torch.where(counts > 0, real.int().argmax(1), length)
     edges = (real[:, 1:] != real[:, :-1]).sum(1)
     most = 2 - real[:, 0].int() - real[:, -1].int()
     if bool((edges > most).any()):
@@ -216,7 +217,6 @@ class RetroCache(DynamicCache):
 
     def _forget(self) -> None:
         self.spans: Spans | None = None
-        self.prompt_length = 0
         #: Whether the cached pass had the chunks of a growing text.
         self.can_continue = True
         self.tokens: Tensor | None = None  # [B, up to M - 1]

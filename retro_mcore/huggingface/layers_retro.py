@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class RetroNorm(nn.Module):
 
 def linear(
     config: RetroConfig, rows: int, columns: int, bias: bool, *, output: bool = False,
-    beta: float = 1.0,
+    beta: float = 1.0, joined: int | None = None,
 ) -> nn.Linear:  # fmt: skip
     """A linear layer that knows the deviation of its initial weights.
 
@@ -111,11 +112,14 @@ def linear(
         bias: Whether it has one.
         output: Whether its output is added to the stream.
         beta: DeepNorm's factor for it.
+        joined: Rows of the matrix that it is a part of in Megatron, which Xavier's rule counts.
     """
     layer = nn.Linear(columns, rows, bias=bias)
     deviation = config.init_method_std / config.mup_width**0.5
     if config.retro_deepnorm:
         deviation = beta * (2.0 / (columns + rows)) ** 0.5
+    elif config.init_method_xavier_uniform:
+        deviation = (2.0 / (columns + (joined or rows))) ** 0.5
     elif output:
         deviation /= (2.0 * config.num_layers) ** 0.5
     layer.initial_deviation = deviation
@@ -177,9 +181,10 @@ class RetroSelfAttention(nn.Module):
         width, queries = sizes.hidden_size, sizes.heads * sizes.channels
         keys, biases = sizes.groups * sizes.channels, not config.disable_bias_linear
         in_bias, beta = biases or config.add_qkv_bias, sizes.deepnorm_beta
-        self.q_proj = linear(config, queries, width, in_bias)
-        self.k_proj = linear(config, keys, width, in_bias)
-        self.v_proj = linear(config, keys, width, in_bias, beta=beta)
+        joined = queries + 2 * keys
+        self.q_proj = linear(config, queries, width, in_bias, joined=joined)
+        self.k_proj = linear(config, keys, width, in_bias, joined=joined)
+        self.v_proj = linear(config, keys, width, in_bias, beta=beta, joined=joined)
         self.o_proj = linear(config, width, queries, biases, output=True, beta=beta)
         self.q_norm = RetroNorm(config, sizes.channels) if config.qk_layernorm else nn.Identity()
         self.k_norm = RetroNorm(config, sizes.channels) if config.qk_layernorm else nn.Identity()
@@ -219,8 +224,8 @@ class RetroCrossAttention(nn.Module):
         queries, keys = sizes.heads * sizes.channels, sizes.groups * sizes.channels
         biases, beta = not config.disable_bias_linear, sizes.deepnorm_beta
         self.q_proj = linear(config, queries, sizes.hidden_size, biases)
-        self.k_proj = linear(config, keys, key_value_size, biases)
-        self.v_proj = linear(config, keys, key_value_size, biases, beta=beta)
+        self.k_proj = linear(config, keys, key_value_size, biases, joined=2 * keys)
+        self.v_proj = linear(config, keys, key_value_size, biases, beta=beta, joined=2 * keys)
         self.o_proj = linear(config, sizes.hidden_size, queries, biases, output=True, beta=beta)
         rotates = config.retro_cross_attention_positions == "rotary"
         self.rotary = Rotary(config, sizes.channels, whole=True) if rotates else None
@@ -327,10 +332,10 @@ class RetroMLP(nn.Module):
         super().__init__()
         width, inner, beta = sizes.hidden_size, sizes.ffn_hidden_size, sizes.deepnorm_beta
         biases = not config.disable_bias_linear
-        rows = {"beta": beta}
-        self.gate_proj = linear(config, inner, width, biases, **rows) if config.swiglu else None
-        self.up_proj = linear(config, inner, width, biases, **rows)
-        self.down_proj = linear(config, width, inner, biases, output=True, **rows)
+        part = partial(linear, config, inner, width, biases, beta=beta)
+        self.gate_proj = part(joined=2 * inner) if config.swiglu else None
+        self.up_proj = part(joined=2 * inner) if config.swiglu else part()
+        self.down_proj = linear(config, width, inner, biases, output=True, beta=beta)
         self.kind = "relu" if config.squared_relu else "tanh" if config.openai_gelu else "gelu"
 
     def forward(self, states: Tensor) -> Tensor:

@@ -45,17 +45,20 @@ class RetroPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
-        if isinstance(module, nn.Linear):
-            if config.init_method_xavier_uniform and not config.retro_deepnorm:
-                nn.init.xavier_uniform_(module.weight)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            uniform = config.init_method_xavier_uniform and not config.retro_deepnorm
+            std = getattr(module, "initial_deviation", None)
+            if isinstance(module, nn.Embedding) and config.embedding_init_method_std is not None:
+                std, uniform = config.embedding_init_method_std, False
+            if std is None:
+                sides = sum(module.weight.shape)
+                std = (2.0 / sides) ** 0.5 if uniform else config.init_method_std
+            if uniform:
+                nn.init.uniform_(module.weight, -(3**0.5) * std, 3**0.5 * std)
             else:
-                std = getattr(module, "initial_deviation", config.init_method_std)
                 nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            std = config.embedding_init_method_std or config.init_method_std
-            nn.init.normal_(module.weight, std=std)
         elif isinstance(module, RetroNorm):
             nn.init.constant_(module.weight, 0.0 if module.centered else 1.0)
             if module.bias is not None:
@@ -234,7 +237,7 @@ class RetroModel(RetroPreTrainedModel):
         """The neighbors' tokens `[N, K, R]` of the plan's chunks."""
         shape = (self.config.retro_num_neighbors, self.config.retrieved_length)
         if retrieved is not None:
-            return _given(plan, retrieved, shape, exact=retriever is None)
+            return _given(plan, retrieved, shape)
         if retriever is None:
             return torch.full((len(plan), *shape), -1)
         if tokens is None or len(set(plan.lengths)) > 1:
@@ -302,7 +305,6 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = RetroModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.initial_deviation = config.init_method_std
         self.post_init()
 
     @property
@@ -491,13 +493,17 @@ def _spans(
 ) -> Spans:
     """The texts of a batch; later passes go on with those of the first one."""
     memory = cache if isinstance(cache, RetroCache) else None
-    if memory is not None and past and memory.spans is not None:
-        if any(stop < memory.prompt_length for _, stop in memory.spans):
-            raise ValueError("a cached text is padded at its right end: pad at the left")
-        return [(first, past + length) for first, _ in memory.spans]
-    spans = spans_of(mask, batch_size, past + length)
+    known = memory.spans if memory is not None and past else None
+    if known is None:
+        spans = spans_of(mask, batch_size, past + length)
+    elif any(stop < past for _, stop in known):
+        raise ValueError("a cached text is padded at its right end: pad at the left")
+    elif any(first == past for first, _ in known):  # a row of which only padding is cached
+        spans = spans_of(mask, batch_size, past + length)
+    else:
+        spans = [(first, past + length) for first, _ in known]
     if memory is not None:
-        memory.spans, memory.prompt_length = spans, past + length
+        memory.spans = spans
     return spans
 
 
@@ -527,7 +533,7 @@ def _attention_mask(
     return (real | (keys == queries))[:, None], False
 
 
-def _given(plan: ChunkPlan, retrieved: Tensor, shape: tuple[int, int], exact: bool) -> Tensor:
+def _given(plan: ChunkPlan, retrieved: Tensor, shape: tuple[int, int]) -> Tensor:
     """The given neighbors of the plan's chunks, `[N, K, R]`."""
     expected = [plan.batch_size, plan.most, *shape]
     fits = retrieved.dim() == 4 and list(retrieved.shape[2:]) == expected[2:]

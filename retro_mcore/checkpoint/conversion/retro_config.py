@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, Flags
-from retro_mcore.errors import CheckpointError, ConfigurationError, MissingDependencyError
+from retro_mcore.errors import ConfigurationError, MissingDependencyError
 
 #: Our options that have another name there.
 RENAMED = {"vocab_size": "tokenizer_vocab_size", "padded_vocab_size": "vocab_size"}

@@ -58,9 +58,7 @@ def transformers_model(ours: Any, arguments: Any) -> Any:
         if isinstance(value, Tensor)
     }
     model = RetroForCausalLM(retro_config(flags, eod=3))
-    state = {
-        name: weight.load() for name, weight in to_retro_huggingface(weights, flags).items()
-    }
+    state = {name: weight.load() for name, weight in to_retro_huggingface(weights, flags).items()}
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
