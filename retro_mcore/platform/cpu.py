@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.utils._device
 
 from retro_mcore.errors import ConfigurationError
 
@@ -102,8 +103,7 @@ def use_cpu() -> None:
         )
     _disable_compilation()
     _silence_gpu_advice()
-    # Before the patches: megatron's decorators load torch._dynamo, whose tables refuse patched
-    # functions. In this function: the data pipeline uses this package without megatron.
+    # In this function: the data pipeline uses this package without megatron.
     from megatron.core.tensor_parallel import random as megatron_random
 
     _patch_cuda_queries()
@@ -114,9 +114,16 @@ def use_cpu() -> None:
 
 def _disable_compilation() -> None:
     # Megatron decorates small functions with torch.compile, which needs a C++ compiler on CPU.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    disabled = os.environ.setdefault("TORCHDYNAMO_DISABLE", "1") == "1"
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
+    elif disabled:
+        # torch.compile returns the function as it is then, but loads the compiler first (seconds).
+        torch.compile = _uncompiled  # type: ignore[assignment]
+
+
+def _uncompiled(model: Callable | None = None, **options: Any) -> Callable:
+    return model if model is not None else lambda function: function
 
 
 def _silence_gpu_advice() -> None:

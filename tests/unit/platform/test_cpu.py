@@ -26,12 +26,12 @@ def test_importing_the_package_patches_nothing():
     assert run_python(code) == "False"
 
 
-def test_use_cpu_twice_patches_once():
+def test_use_cpu_twice_patches_once_and_loads_no_compiler():
     code = (
         "from retro_mcore.platform import use_cpu; use_cpu(); import torch; once = torch.empty;"
-        "use_cpu(); print(torch.empty is once)"
+        "use_cpu(); import sys; print(torch.empty is once, 'torch._dynamo' in sys.modules)"
     )
-    assert run_python(code) == "True"
+    assert run_python(code) == "True False"
 
 
 def test_megatron_may_be_imported_before_use_cpu(megatron):
