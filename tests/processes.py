@@ -14,6 +14,10 @@ import torch.multiprocessing
 
 import retro_mcore  # noqa: F401 (first: it lets megatron be imported without Triton)
 
+#: Processes are forked from a server that imports torch and megatron once.
+START_METHOD = "forkserver"
+multiprocessing.set_forkserver_preload(["retro_mcore.training.loop.trainer"])
+
 
 def join_megatron(seed: int = 1234, **parallel_sizes: Any) -> None:
     """Join megatron's process groups on CPU, with the parallel sizes given, and seed it.
@@ -41,19 +45,17 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     """Call `function(*args)` on `world_size` new processes; return what each returned, by rank.
 
     The default process group (gloo) exists in each. An exception on any rank is raised here.
-    The processes are forked from a server that has imported torch and megatron once.
 
     Args:
         world_size: Number of processes.
         function: Importable at module level; its arguments and results are pickled.
     """
-    multiprocessing.set_forkserver_preload(["retro_mcore.training.loop.trainer"])
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _rank_main,
             args=(world_size, folder, dict(os.environ), function, args),
             nprocs=world_size,
-            start_method="forkserver",
+            start_method=START_METHOD,
         )
         return [
             torch.load(Path(folder) / f"result_{rank}.pt", weights_only=False)

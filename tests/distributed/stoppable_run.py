@@ -48,7 +48,8 @@ class WaitingSamples(RandomSamples):
         return super().__getitem__(index)
 
 
-def run(options: StoppableRunOptions) -> None:
+def run(options: StoppableRunOptions) -> dict:
+    """Train; return this rank's losses and what stopped the run."""
     save = str(Path(options.directory) / "checkpoints")
     trainer = small_trainer(
         save=save,
@@ -60,10 +61,14 @@ def run(options: StoppableRunOptions) -> None:
     )
     trainer._train_samples = WaitingSamples(options.directory)
     result = trainer.train()
-    report = {"losses": result.train_losses, "stopped_by": result.stopped_by}
+    return {"losses": result.train_losses, "stopped_by": result.stopped_by}
+
+
+def run_and_report(options: StoppableRunOptions) -> None:
+    report = run(options)
     path = Path(options.directory) / f"rank_{os.environ.get('RANK', '0')}.json"
     path.write_text(json.dumps(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(StoppableRunOptions, run))
+    sys.exit(run_command(StoppableRunOptions, run_and_report))

@@ -14,7 +14,7 @@ from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.retrieval import neighbor_search
-from tests.processes import run_ranks
+from tests.processes import START_METHOD, run_ranks
 from tests.unit.data.aligned import aligned_database
 from tests.unit.data.projects import documents, forget_neighbors, write_corpus
 
@@ -62,7 +62,9 @@ def test_a_killed_search_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     settings = (project / "retro_mcore.json").read_bytes()
 
     forget_neighbors(project)
-    process = multiprocessing.get_context("spawn").Process(target=search_and_die, args=(project,))
+    process = multiprocessing.get_context(START_METHOD).Process(
+        target=search_and_die, args=(project,)
+    )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -13,7 +13,7 @@ from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.errors import CorpusError, ProjectError
 from retro_mcore.project import ProjectPaths
 from retro_mcore.project.lock import stage_lock
-from tests.processes import run_ranks
+from tests.processes import START_METHOD, run_ranks
 from tests.unit.data.projects import build_all, documents, preprocess_options, write_corpus
 
 pytestmark = pytest.mark.distributed
@@ -88,7 +88,7 @@ def test_a_killed_stage_goes_on_where_it_stopped(tmp_path):
     undisturbed = contents(project)
     shutil.rmtree(project)
 
-    process = multiprocessing.get_context("spawn").Process(
+    process = multiprocessing.get_context(START_METHOD).Process(
         target=preprocess_and_cut, args=(project, corpus)
     )
     process.start()

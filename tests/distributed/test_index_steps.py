@@ -17,7 +17,7 @@ from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project import ProjectPaths, ProjectSettings
-from tests.processes import run_ranks
+from tests.processes import START_METHOD, run_ranks
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
 
 pytestmark = pytest.mark.distributed
@@ -120,7 +120,7 @@ def test_a_kill_while_merging_loses_nothing(prepared, tmp_path):
     for name in ("added_1.000_1.000.ivfdata", "added_1.000_1.000.faissindex"):
         for path in folder.glob("added*"):
             path.unlink()
-        process = multiprocessing.get_context("spawn").Process(
+        process = multiprocessing.get_context(START_METHOD).Process(
             target=build_index, args=(options(project, on_disk=True, stage="merge"),)
         )
         process.start()

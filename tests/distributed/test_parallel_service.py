@@ -13,7 +13,7 @@ import torch
 
 from retro_mcore.errors import ConfigurationError, ProjectError
 from tests.distributed.layouts import Layout, build_chunks, join_layout, load_part, serial_weights
-from tests.processes import run_ranks
+from tests.processes import START_METHOD, run_ranks
 from tests.unit.inference.small import ChunkFunction, Vocabulary, prompts
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -123,8 +123,8 @@ def note(ended, number, event):
 def test_a_rank_that_is_gone_is_told(tmp_path, megatron):
     layout = Layout(tensor=2, fields=FIELDS)
     weights = serial_weights(layout.model_fields())
-    torch.multiprocessing.spawn(
-        lose_a_rank, args=(str(tmp_path), layout, weights), nprocs=2, join=True
+    torch.multiprocessing.start_processes(
+        lose_a_rank, args=(str(tmp_path), layout, weights), nprocs=2, start_method=START_METHOD
     )
     assert (tmp_path / "seen").read_text() == "failed"
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.stoppable_run import StoppableRunOptions, run
+from tests.processes import run_ranks
 from tests.unit.training.small import BATCH, TRAIN_SAMPLES, train
 
 ROOT = Path(__file__).parents[2]
@@ -78,25 +80,33 @@ def test_sigterm_saves_exits_with_0_and_resumes_exactly(tmp_path, megatron):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "flags",
-    [["--use-distributed-optimizer"], ["--tensor-model-parallel-size", "2"]],
+    "layout",
+    [{"use_distributed_optimizer": True}, {"tensor_model_parallel_size": 2}],
     ids=["data parallel", "tensor parallel"],
 )
-def test_a_signal_to_one_rank_stops_all_together(tmp_path, flags):
+def test_a_signal_to_one_rank_stops_all_together(tmp_path, layout):
     whole = tmp_path / "whole"
     whole.mkdir()
     (whole / "signalled").touch()
-    expected = finish(whole, start(whole, 2, *flags))
+    expected = run_ranks(2, run, StoppableRunOptions(directory=str(whole), **layout))[-1]
     assert expected["stopped_by"] is None
     assert len(expected["losses"]) == ITERATIONS
 
     parts = tmp_path / "parts"
-    processes = start(parts, 2, *flags)
+    options = StoppableRunOptions(directory=str(parts), **layout)
+    processes = start(parts, 2, *flags(options))
     interrupt(parts, processes, rank=1)
     first = finish(parts, processes)
     check_stopped(parts, first)
-    second = finish(parts, start(parts, 2, *flags))
+    second = run_ranks(2, run, options)[-1]
     assert first["losses"] + second["losses"] == expected["losses"]
+
+
+def flags(options: StoppableRunOptions) -> list[str]:
+    """What the command is given for `options`."""
+    if options.use_distributed_optimizer:
+        return ["--use-distributed-optimizer"]
+    return ["--tensor-model-parallel-size", str(options.tensor_model_parallel_size)]
 
 
 def check_stopped(directory: Path, report: dict) -> None:

@@ -12,11 +12,15 @@ import pytest
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def python_blocks() -> list[tuple[int, str]]:
-    """(line, code) of each ```python block."""
+def python_blocks() -> list:
+    """(line, code) of each ```python block; those that train a model are slow."""
     text = README.read_text(encoding="utf-8")
     return [
-        (text.count("\n", 0, match.start()) + 1, match[1])
+        pytest.param(
+            text.count("\n", 0, match.start()) + 1,
+            match[1],
+            marks=[pytest.mark.slow] if "pretrain(" in match[1] else [],
+        )
         for match in re.finditer(r"^```python[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     ]
 

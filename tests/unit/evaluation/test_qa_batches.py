@@ -55,7 +55,7 @@ def answered(model, folder, examples, asked, neighbors, batch_size):
 @settings(
     deadline=None,
     derandomize=True,
-    max_examples=10,
+    max_examples=6,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())

@@ -348,6 +348,7 @@ class TestAutomaticIndex:
     """On real text, with the border to lists moved so that a small corpus crosses it."""
 
     count, recall = 4000, 0.95
+    _uncompressed_bytes: int | None = None
 
     @pytest.fixture(autouse=True)
     def lists_from_a_thousand_on(self, monkeypatch):
@@ -357,6 +358,13 @@ class TestAutomaticIndex:
     @pytest.fixture
     def embeddings(self, tmp_path):
         return Embeddings(write_rows(passages(self.count), tmp_path / "embeddings", 1500))
+
+    @classmethod
+    def uncompressed_bytes(cls, embeddings) -> int:
+        """Size of the index that is chosen where memory does not matter, found once."""
+        if cls._uncompressed_bytes is None:
+            cls._uncompressed_bytes = choose_index(embeddings, 1 << 30, cls.recall).num_bytes
+        return cls._uncompressed_bytes
 
     def measured(self, embeddings, memory: int):
         """Chosen, built, and compared with exact search."""
@@ -385,15 +393,14 @@ class TestAutomaticIndex:
             assert ("would take scanning more" in chosen.reason) == (string == "Flat")
 
     def test_with_little_memory_it_is_compressed(self, embeddings):
-        plain = choose_index(embeddings, 1 << 30, self.recall)
-        chosen, recall = self.measured(embeddings, plain.num_bytes // 2)
+        memory = self.uncompressed_bytes(embeddings) // 2
+        chosen, recall = self.measured(embeddings, memory)
         assert "SQ" in chosen.string
-        assert chosen.num_bytes <= plain.num_bytes // 2
+        assert chosen.num_bytes <= memory
         assert recall.at[2] >= 0.95
 
     def test_the_impossible_is_refused_with_the_nearest_possible(self, embeddings):
-        plain = choose_index(embeddings, 1 << 30, self.recall)
-        memory = plain.num_bytes // 8
+        memory = self.uncompressed_bytes(embeddings) // 8
         with pytest.raises(ConfigurationError) as caught:
             choose_index(embeddings, memory, self.recall)
         told = str(caught.value)
@@ -404,7 +411,7 @@ class TestAutomaticIndex:
             choose_index(embeddings, 1000, 0.1)
 
     def test_candidates_that_are_sorted_by_the_stored_vectors_need_small_codes(self, embeddings):
-        memory = choose_index(embeddings, 1 << 30, self.recall).num_bytes // 8
+        memory = self.uncompressed_bytes(embeddings) // 8
         chosen = choose_index(embeddings, memory, self.recall, rescore=True)
         assert chosen.num_bytes <= memory
         assert f"among {NUM_RESCORED} candidates" in chosen.reason
