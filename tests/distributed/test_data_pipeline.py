@@ -59,6 +59,7 @@ def test_all_ranks_are_refused_a_project_that_another_run_holds(tmp_path):
     assert told[0][1]
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_bytes_of_one_and_mend_what_was_damaged(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl", documents(10, 200))
     project = tmp_path / "project"

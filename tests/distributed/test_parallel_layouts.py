@@ -116,7 +116,7 @@ THREE_RANKS = {
 def parallel_runs(world_size: int) -> list[dict[str, Run]]:
     """Every layout of a world size, on each of its ranks."""
     layouts = {2: TWO_RANKS, 3: THREE_RANKS, 4: FOUR_RANKS}[world_size]
-    weights = {name: weights_of(layout) for name, layout in layouts.items()}
+    weights = {name: serial(layout)[0] for name, layout in layouts.items()}
     return run_ranks(world_size, train_all, layouts, weights)
 
 
@@ -124,22 +124,31 @@ def train_all(layouts, weights):
     return {name: train(layout, weights[name]) for name, layout in layouts.items()}
 
 
-def weights_of(layout: Layout):
-    join_layout(Layout())
-    return serial_weights(layout.model_fields())
+_serial: dict[str, tuple[dict[str, torch.Tensor], Run]] = {}
+
+
+def serial(layout: Layout) -> tuple[dict[str, torch.Tensor], Run]:
+    """Initial weights of the layout's model and its run on one process, once for each model."""
+    fields = layout.model_fields()
+    key = repr(sorted(fields.items()))
+    if key not in _serial:
+        join_layout(Layout())
+        weights = serial_weights(fields)
+        _serial[key] = weights, train(Layout(fields=fields), weights)
+    return _serial[key]
 
 
 def check_equal_to_one_process(world_size: int, name: str, layout: Layout) -> None:
     runs = [ranks[name] for ranks in parallel_runs(world_size)]
-    serial = train(Layout(fields=layout.model_fields()), weights_of(layout))
-    assert serial.losses[-1] < serial.losses[0]
+    _, expected = serial(layout)
+    assert expected.losses[-1] < expected.losses[0]
     for run in runs:
-        assert run.losses == pytest.approx(serial.losses, abs=1e-5)
-        assert run.gradient_norms == pytest.approx(serial.gradient_norms, rel=1e-4)
+        assert run.losses == pytest.approx(expected.losses, abs=1e-5)
+        assert run.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-4)
         for copy in run.embedding_copies:
             assert torch.equal(copy, runs[0].embedding_copies[0])
     torch.testing.assert_close(
-        runs[0].embedding_copies[0], serial.embedding_copies[0], atol=5e-5, rtol=0
+        runs[0].embedding_copies[0], expected.embedding_copies[0], atol=5e-5, rtol=0
     )
 
 
