@@ -11,8 +11,7 @@ STAMP := $(VENV)/.up-to-date
 JOBS ?= 2
 # In the folders' order, so that the longest files (tests/distributed) start first.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
-# Python compiles a module when it is first imported; most of the installed ones never are.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Slower kernels than the processor's own, which every x86-64 processor has.
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=default FAISS_SIMD_LEVEL=NONE FAISS_OPT_LEVEL=generic \
 	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
@@ -26,8 +25,10 @@ env: $(STAMP) ## make the project's environment (.venv) from pinned CPU requirem
 
 $(STAMP): requirements/cpu.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -r requirements/cpu.txt
+	$(INSTALL) --no-compile -r requirements/cpu.txt
 	$(INSTALL) --no-deps --no-build-isolation -e .
+	@# On every core: pip compiles on one.
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
 	@touch $(STAMP)
 
 quickstart: env ## real text to a trained Retro on CPU (NPROC=2: tensor parallel; INPUT=my.jsonl or a folder)
@@ -59,8 +60,7 @@ test-versions: env .megatron-$(MEGATRON)/.up-to-date ## run what stands on megat
 	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(PYTEST) --dist load tests/distributed/test_megatron_lm.py
 
 .megatron-%/.up-to-date: $(STAMP)
-	$(INSTALL) --ignore-requires-python --no-deps --upgrade \
-		--target $(@D) megatron-core==$*
+	$(INSTALL) --ignore-requires-python --no-deps --upgrade --target $(@D) megatron-core==$*
 	@touch $@
 
 test-parity: env ## compare live with megatron-core 0.15.3, installed into .parity
