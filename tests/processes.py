@@ -73,6 +73,7 @@ def _rank_main(
 ) -> None:
     os.environ.clear()  # the server's own is as old as the first call
     os.environ.update(environment, OMP_NUM_THREADS="1")
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", world_size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
