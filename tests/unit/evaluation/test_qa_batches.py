@@ -56,7 +56,7 @@ def answered(model, folder, examples, asked, neighbors, batch_size):
     deadline=None,
     derandomize=True,
     max_examples=6,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_neither_answers_nor_counts_depend_on_the_batch(model, tmp_path_factory, data):
