@@ -1,12 +1,18 @@
-"""Real text with no download: the documentation inside this very Python installation.
+"""Real text with no download: documentation that is installed beside this Python.
 
-One document per help topic (`pydoc_data.topics`, the language reference that `help("yield")`
-prints) and one per module of the standard library (the docstrings of the module, its classes and
-functions). Source files are parsed, never imported, so nothing opens a window, prints or hangs;
-only modules compiled into the interpreter, which have no source file, are inspected alive.
+`--text models`: the docstrings of the models in Transformers, one document per model. Models
+describe their arguments in one another's words, as documents do in the corpora that Retro is used
+on. A model's files are one document, and each of its sections is kept once, so a held-out document
+is a model that the database does not have.
 
-Documents come in the order of a hash of their names: always the same, and mixed, so that the
-held-out documents at the end resemble the others.
+`--text python`: one document per help topic (`pydoc_data.topics`, the language reference that
+`help("yield")` prints) and one per module of the standard library (the docstrings of the module,
+its classes and functions).
+
+Source files are parsed, never imported, so nothing opens a window, prints or hangs; only modules
+compiled into the interpreter, which have no source file, are inspected alive. Documents come in the
+order of a hash of their names: always the same, and mixed, so that the held-out documents at the
+end resemble the others.
 
     python examples/quickstart/make_corpus.py --output corpus.jsonl
 """
@@ -16,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -29,7 +36,7 @@ from typing import NamedTuple
 
 #: Folders of the standard library that hold no documentation of it.
 SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "dist-packages", "test"}
-#: A module that says less than this says nothing.
+#: A document shorter than this is left out.
 MIN_CHARACTERS = 400
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -57,13 +64,32 @@ def source_documents(library: Path) -> Iterator[Document]:
         if SKIPPED_FOLDERS.intersection(parts) or "tests" in parts:
             continue
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in strings are not our concern
-            try:
-                tree = ast.parse(path.read_bytes())
-            except SyntaxError:
-                continue  # a template, or a sample of another Python
-        yield Document(f"module:{name}", f"Module {name}", "\n\n".join(_sections(name, tree)))
+        if sections := _file_sections(name, path):
+            yield Document(f"module:{name}", f"Module {name}", "\n\n".join(sections))
+
+
+def model_documents(models: Path) -> Iterator[Document]:
+    """The docstrings of every model of Transformers: the folders in `models`, a document each.
+
+    Equal sections of a model's files are kept once. Several files of a model are generated from one
+    another.
+    """
+    for folder in sorted(path for path in models.iterdir() if path.is_dir()):
+        sections: dict[str, None] = {}
+        for path in sorted(folder.glob("*.py")):
+            sections.update(dict.fromkeys(_file_sections(path.stem, path)))
+        yield Document(f"model:{folder.name}", f"Model {folder.name}", "\n\n".join(sections))
+
+
+def _file_sections(name: str, path: Path) -> list[str]:
+    """The sections of a source file; none if it does not parse as this Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in strings are not our concern
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:
+            return []  # a template, or a sample of another Python
+    return list(_sections(name, tree))
 
 
 def builtin_documents() -> Iterator[Document]:
@@ -136,6 +162,19 @@ def python_documentation(
     return in_order([*topic_documents(), *modules[:max_modules]])[:max_documents]
 
 
+def models_documentation(max_documents: int | None = None) -> list[Document]:
+    """A document per model of Transformers, in the order of a hash of their ids.
+
+    Raises:
+        ModuleNotFoundError: Transformers is not installed.
+    """
+    found = importlib.util.find_spec("transformers")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("transformers is not installed: pip install transformers")
+    folder = Path(found.submodule_search_locations[0]) / "models"
+    return in_order(list(model_documents(folder)))[:max_documents]
+
+
 def in_order(documents: list[Document]) -> list[Document]:
     """Those that say something, each once, in the order of a hash of their ids."""
     found = {one.id: one for one in documents if len(one.text) >= MIN_CHARACTERS}
@@ -154,9 +193,17 @@ def write_jsonl(documents: list[Document], output: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write Python's own documentation as JSONL.")
+    parser = argparse.ArgumentParser(description="Write installed documentation as JSONL.")
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
-    parser.add_argument("--max-modules", type=int, help="modules beside the help topics")
+    parser.add_argument(
+        "--text",
+        choices=("models", "python"),
+        default="models",
+        help="of Transformers' models, or of Python",
+    )
+    parser.add_argument(
+        "--max-modules", type=int, help="modules beside the help topics (--text python)"
+    )
     parser.add_argument("--max-documents", type=int, help="stop after so many documents")
     options = parser.parse_args()
     for flag, value, least in (
@@ -165,7 +212,16 @@ def main() -> int:
     ):
         if value is not None and value < least:
             parser.error(f"{flag} {value}: must be at least {least}")
-    documents = python_documentation(options.max_modules, options.max_documents)
+    if options.max_modules is not None and options.text != "python":
+        parser.error("--max-modules: only --text python has modules")
+    try:
+        documents = (
+            models_documentation(options.max_documents)
+            if options.text == "models"
+            else python_documentation(options.max_modules, options.max_documents)
+        )
+    except ModuleNotFoundError as error:
+        parser.error(str(error))
     size = write_jsonl(documents, options.output)
     print(f"{options.output}: {len(documents)} documents, {size:,} bytes")
     return 0
