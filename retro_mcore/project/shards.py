@@ -115,19 +115,67 @@ def run_shards(
         RetroError: any rank failed; raised on all ranks.
     """
     missing, report = missing_shards(shards, fingerprint, description, row_bytes, beside, group)
-    with raise_together(group):
-        hidden = get_rank(group) != 0 or not missing
-        with Progress(description, len(missing), hidden=hidden) as progress:
-            done = 0
-            for index in _take_turns(len(missing), group):
-                shard = missing[index]
-                with signed_write(shard.path, fingerprint) as temporary:
-                    build(shard, temporary)
-                progress.update(index + 1 - done)
-                done = index + 1
-            progress.update(len(missing) - done)
-    barrier(group)
+
+    def build_one(together: Sequence[Shard]) -> None:
+        (shard,) = together
+        with signed_write(shard.path, fingerprint) as temporary:
+            build(shard, temporary)
+
+    run_groups([[shard] for shard in missing], build_one, description, group)
     return report
+
+
+def run_groups(
+    groups: Sequence[Sequence[Shard]],
+    build: Callable[[Sequence[Shard]], None],
+    description: str,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Build groups of shards, each on one rank of `group`. Ends with a barrier.
+
+    Args:
+        groups: Shards that are built together.
+        build: Writes the files of a group.
+        description: Label of the progress bar.
+        group: Process group; default: the world.
+
+    Raises:
+        RetroError: any rank failed; raised on all ranks.
+    """
+    ends = [0, *itertools.accumulate(map(len, groups))]
+    with raise_together(group):
+        hidden = get_rank(group) != 0 or not groups
+        with Progress(description, ends[-1], hidden=hidden) as progress:
+            done = 0
+            for index in _take_turns(len(groups), group):
+                build(groups[index])
+                progress.update(ends[index + 1] - done)
+                done = ends[index + 1]
+            progress.update(ends[-1] - done)
+    barrier(group)
+
+
+def group_shards(shards: Sequence[Shard], rows: int, least: int = 1) -> list[list[Shard]]:
+    """Group consecutive shards by number of rows.
+
+    Args:
+        shards: The shards.
+        rows: Most rows of a group of more than one shard.
+        least: Make at least so many groups, as far as there are shards.
+    """
+    total = sum(shard.end - shard.start for shard in shards)
+    most = min(rows, -(-total // least))
+    groups: list[list[Shard]] = []
+    held = 0
+    for shard in shards:
+        length = shard.end - shard.start
+        if groups and held + length <= most:
+            groups[-1].append(shard)
+        else:
+            groups.append([shard])
+            held = 0
+        held += length
+    return groups
 
 
 def missing_shards(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from retro_mcore.errors import CorruptFileError
 from retro_mcore.progress import Progress
 from retro_mcore.project.hdf5 import read_counts
 from retro_mcore.project.markers import signed_write
-from retro_mcore.project.shards import Shard, ShardReport, missing_shards, run_shards
+from retro_mcore.project.shards import (
+    Shard,
+    ShardReport,
+    group_shards,
+    missing_shards,
+    run_groups,
+)
 from retro_mcore.retrieval.copies import FIRST, find_copies, find_near_copies
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.filtering import DocumentFilter, SampleRows, keep_first, rows_of
@@ -56,7 +63,8 @@ class NeighborSearch:
         num_save: Neighbors saved per chunk, none from the chunk's own documents.
         rerank: Orders the remaining candidates; None: by distance.
         num_searched: Chunks that the index holds; None: all of the database.
-        together: Chunks searched in one call of the index.
+        together: Chunks, also of several files, that are searched in one call of an index whose
+            result for a chunk does not depend on the others. 0: those of a file, up to `BATCH`.
     """
 
     database: ChunkDatabase
@@ -64,10 +72,23 @@ class NeighborSearch:
     num_save: int
     rerank: BM25 | None = None
     num_searched: int | None = None
-    together: int = BATCH
+    together: int = 0
 
     def __post_init__(self) -> None:
         self.filter = DocumentFilter(self.database)
+
+    def shards(self, chunks: QueryChunks, shards: Sequence[Shard], fingerprint: str) -> Steps:
+        """Write the files of several shards, whose searches are joined; see `shard`."""
+
+        def write(shard: Shard) -> Steps:
+            with signed_write(shard.path, fingerprint) as temporary:
+                yield from self.shard(chunks, shard, temporary, fingerprint)
+
+        return join_searches(map(write, shards), self.most_queries)
+
+    def most_queries(self, k: int) -> int:
+        """Chunks per search of k candidates, which take as much memory as usual ones."""
+        return max(BATCH, self.together * self.num_query // max(k, 1))
 
     def shard(self, chunks: QueryChunks, shard: Shard, path: Path, fingerprint: str) -> Steps:
         """Write one shard's neighbors to `path`, and their distances, one batch at a time.
@@ -123,7 +144,7 @@ class NeighborSearch:
             if not len(short):
                 break
             k = min(_MORE * k, total)
-            most = max(BATCH, self.together * self.num_query // k)  # as much memory as before
+            most = self.most_queries(k)
             for start in range(0, len(short), most):
                 some = short[start : start + most]
                 more, wider = yield query.vectors[some], k
@@ -243,17 +264,17 @@ def query_split(
     """
 
     row_bytes = (8 + 4) * neighbor_search.num_save
+    missing, report = missing_shards(shards, fingerprint, description, row_bytes, distances_path)
     if isinstance(index, SharedIndex):
-        missing, report = missing_shards(
-            shards, fingerprint, description, row_bytes, distances_path
-        )
         _query_together(neighbor_search, chunks, index, missing, fingerprint, description)
         return report
 
-    def build(shard: Shard, path: Path) -> None:
-        answer(neighbor_search.shard(chunks, shard, path, fingerprint), index)
+    def build(group: Sequence[Shard]) -> None:
+        answer(neighbor_search.shards(chunks, group, fingerprint), index)
 
-    return run_shards(shards, build, fingerprint, description, row_bytes, distances_path)
+    groups = group_shards(missing, neighbor_search.together, get_world_size())
+    run_groups(groups, build, description)
+    return report
 
 
 def _query_together(
@@ -271,10 +292,9 @@ def _query_together(
     def mine() -> Steps:
         # Ranks take turns, so the first rank's shards show how far all are.
         with Progress(description, len(own), hidden=hidden) as progress:
-            for shard in own:
-                with signed_write(shard.path, fingerprint) as temporary:
-                    yield from neighbor_search.shard(chunks, shard, temporary, fingerprint)
-                progress.update()
+            for group in group_shards(own, neighbor_search.together):
+                yield from neighbor_search.shards(chunks, group, fingerprint)
+                progress.update(len(group))
 
     steps, found = mine(), None
     nothing = np.empty((0, index.d), np.float32), 0
@@ -289,6 +309,48 @@ def _query_together(
             return
         reply = index.search_together(*(request or nothing))
         found = reply if request is not None else None
+
+
+def join_searches(parts: Iterable[Steps], most_queries: Callable[[int], int]) -> Steps:
+    """Run several generators of requests together, and join their requests to larger ones.
+
+    A larger search is faster where an index reads its lists once per search. Its result for a query
+    does not depend on the other queries.
+
+    Args:
+        parts: The generators.
+        most_queries: Most queries of a joined request, by its k.
+    """
+    with ExitStack() as opened:
+        waiting: list[tuple[Steps, Request]] = []
+        for steps in parts:
+            opened.callback(steps.close)
+            waiting += _advance(steps, None)
+        while waiting:
+            k = min(k for _, (_, k) in waiting)
+            now: list[tuple[Steps, np.ndarray]] = []
+            later: list[tuple[Steps, Request]] = []
+            room = most_queries(k)
+            for steps, (vectors, wanted) in waiting:
+                if wanted == k and (not now or len(vectors) <= room):
+                    now.append((steps, vectors))
+                    room -= len(vectors)
+                else:
+                    later.append((steps, (vectors, wanted)))
+            distances, ids = yield np.concatenate([vectors for _, vectors in now]), k
+            first, waiting = 0, later
+            for steps, vectors in now:
+                here = slice(first, first + len(vectors))
+                waiting += _advance(steps, (distances[here], ids[here]))
+                first = here.stop
+
+
+def _advance(steps: Steps, found: Found | None) -> list[tuple[Steps, Request]]:
+    """The next request of `steps`; nothing if they have ended."""
+    try:
+        return [(steps, next(steps) if found is None else steps.send(found))]
+    except StopIteration:
+        return []
 
 
 def _no_steps() -> Steps:

@@ -32,7 +32,6 @@ from retro_mcore.retrieval.embedders.precision import FLAG, Precision
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus
 from retro_mcore.retrieval.index.list_order import list_order_pays, queries_together
 from retro_mcore.retrieval.neighbor_search import (
-    BATCH,
     NeighborSearch,
     count_queried,
     query_split,
@@ -291,7 +290,7 @@ class _Run:
             num_save=config.num_neighbors_save,
             rerank=reranker,
             num_searched=None if self._old is None else self._old.num_new,
-            together=together or BATCH,
+            together=together,
         )
 
     @property

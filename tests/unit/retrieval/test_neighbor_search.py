@@ -206,3 +206,43 @@ def test_how_many_chunks_are_searched_together_changes_nothing(database, monkeyp
     for part, other in zip(zip(*found, strict=True), zip(*one, strict=True), strict=True):
         np.testing.assert_array_equal(np.concatenate(part), np.concatenate(other))
     assert joined == alone
+
+
+def counting(asks, results):
+    """Yields requests, one row per number, and collects the rows of what is found."""
+    for numbers, k in asks:
+        distances, _ = yield np.array(numbers, np.float32)[:, None], k
+        assert distances.shape == (len(numbers), k)
+        results.append(distances[:, 0].tolist())
+
+
+def test_searches_of_several_files_are_joined_by_their_number_of_candidates():
+    asked = [[([1, 2], 4), ([2], 16)], [([3], 4)], [], [([5], 4), ([6, 7], 16), ([7], 64)]]
+    results = [[] for _ in asked]
+    steps = neighbor_search.join_searches(map(counting, asked, results), lambda k: 64 // k)
+    requests = []
+    try:
+        vectors, k = next(steps)
+        while True:
+            requests.append((vectors[:, 0].tolist(), k))
+            vectors, k = steps.send((np.repeat(10 * vectors, k, 1), np.zeros((len(vectors), k))))
+    except StopIteration:
+        pass
+    assert requests == [([1, 2, 3, 5], 4), ([2, 6, 7], 16), ([7], 64)]
+    assert results == [[[10, 20], [20]], [[30]], [], [[50], [60, 70], [70]]]
+
+
+def test_a_failure_closes_the_other_files_searches():
+    closed = []
+
+    def open_file():
+        try:
+            yield np.zeros((1, 2), np.float32), 1
+        finally:
+            closed.append(True)
+
+    steps = neighbor_search.join_searches([open_file(), open_file()], lambda k: 8)
+    next(steps)
+    with pytest.raises(ValueError, match="no index"):
+        steps.throw(ValueError("no index"))
+    assert closed == [True, True]
