@@ -138,6 +138,9 @@ def _damaged(path: Path, found: str) -> CheckpointError:
     return CheckpointError(path, f"is not an intact GGUF file: {found}", "Download it again")
 
 
+_Description = tuple[tuple[int, ...], int, int]  # shape, type, offset
+
+
 class _Parser:
     """Reads a header from a mapped file; every length is compared with what is left."""
 
@@ -157,7 +160,7 @@ class _Parser:
         described = self._entries(num_tensors, self._description, "tensor")
         start = -(-self._at // alignment) * alignment
         tensors = {
-            name: self._tensor(name, *each, start, alignment) for name, each in described.items()
+            name: self._tensor(name, described[name], start, alignment) for name in described
         }
         self._check_overlap(tensors)
         return GgufFile(self._path, metadata, tensors)
@@ -187,16 +190,15 @@ class _Parser:
     def _pair(self) -> tuple[str, Any]:
         return self._string(), self._value(self._scalar("I"))
 
-    def _description(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
+    def _description(self) -> tuple[str, _Description]:
         name, dimensions = self._string(), self._scalar("I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise _damaged(self._path, f"tensor {name!r} has {dimensions} dimensions")
         sizes = tuple(self._scalar("Q") for _ in range(dimensions))
         return name, (sizes[::-1], self._scalar("I"), self._scalar("Q"))
 
-    def _tensor(
-        self, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, alignment: int
-    ) -> GgufTensor:
+    def _tensor(self, name: str, described: _Description, start: int, alignment: int) -> GgufTensor:
+        shape, kind, offset = described
         if 0 in shape or offset % alignment:
             raise _damaged(self._path, f"tensor {name!r} has shape {shape} and offset {offset}")
         if kind not in _TYPES:

@@ -6,9 +6,10 @@ models with different tokenizers are comparable. Losses are kept per chunk for t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import raise_together
+from retro_mcore.evaluation.bootstrap import Estimate, percentile_interval, resampled_ratios
 from retro_mcore.evaluation.chunk_losses import ChunkLosses, measure_chunk_losses
 from retro_mcore.evaluation.document_rows import saved_document_neighbors
 from retro_mcore.evaluation.documents import (
@@ -67,6 +69,8 @@ class BitsPerByte:
         corpora: The same for each corpus, by prefix; empty if there is only one.
         num_documents_too_short: Number of skipped documents with fewer than two tokens.
         num_tokens_not_predicted: Number of first tokens, which have no context.
+        interval: Bounds of the 95% bootstrap interval over documents; None if not requested.
+        differences: Bits per byte minus those with other neighbors, by kind, likewise.
     """
 
     split: str
@@ -83,6 +87,8 @@ class BitsPerByte:
     corpora: dict[str, TextLoss] = field(default_factory=dict)
     num_documents_too_short: int = 0
     num_tokens_not_predicted: int = 0
+    interval: tuple[float, float] | None = None
+    differences: dict[str, Estimate] | None = None
 
 
 def summarize(
@@ -273,6 +279,41 @@ class DocumentEvaluation:
             vocab_size=self.tokenizer.vocab_size,
         )
         return summarize(self.documents, self.losses[kind], kind, self.window, self.stride, started)
+
+    def with_intervals(
+        self, rows: Sequence[BitsPerByte], num_resamples: int, seed: int
+    ) -> list[BitsPerByte]:
+        """Add bootstrap intervals over documents to measurements.
+
+        Args:
+            rows: Results of `measure`, one of each kind.
+            num_resamples: Number of resamples of the documents, the same for all kinds.
+            seed: Seed of the resampling.
+        """
+        kinds, number = [row.neighbors for row in rows], len(self.documents)
+        owners, chunks = self.documents.owners, [self.losses[kind] for kind in kinds]
+        bits = [np.bincount(owners, each.losses / math.log(2), number) for each in chunks]
+        num_bytes = np.bincount(owners, self.num_bytes, number)
+        drawn = dict(
+            zip(
+                kinds, resampled_ratios(np.array(bits), num_bytes, num_resamples, seed), strict=True
+            )
+        )
+        return [
+            replace(
+                row,
+                interval=percentile_interval(drawn[row.neighbors]),
+                differences={
+                    other.neighbors: Estimate(
+                        row.bits_per_byte - other.bits_per_byte,
+                        *percentile_interval(drawn[row.neighbors] - drawn[other.neighbors]),
+                    )
+                    for other in rows
+                    if other is not row
+                },
+            )
+            for row in rows
+        ]
 
     def leakage_curve(self, num_neighbors: int, alphas: Sequence[float]) -> list[LeakagePoint]:
         """Compute the leakage curve of all measurements; see `leakage`.

@@ -1,4 +1,4 @@
-"""Confidence intervals of means over questions, by resampling the questions."""
+"""Confidence intervals by resampling: of means over questions, of ratios over documents."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from retro_mcore.errors import MissingDependencyError
+
+#: Resamples drawn at once, which limits memory use.
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,48 @@ def estimate_mean(
             (np.asarray(values, np.float64),),
             np.mean,
             n_resamples=num_resamples,
-            batch=64,  # limits memory use for many questions
+            batch=_BATCH,
             confidence_level=confidence_level,
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
     return Estimate(mean, float(interval.low), float(interval.high))
+
+
+def resampled_ratios(
+    numerators: NDArray[np.float64],
+    denominators: NDArray[np.float64],
+    num_resamples: int,
+    seed: int,
+) -> NDArray[np.float64]:
+    """Ratios of sums over resampled documents, f64 [kinds, resamples].
+
+    All kinds have the same resamples, so their ratios may be compared pairwise.
+
+    Args:
+        numerators: f64 [kinds, documents], such as losses in bits.
+        denominators: f64 [documents], such as bytes; at least one is positive.
+        num_resamples: Number of resamples of the documents.
+        seed: Seed of the resampling.
+    """
+    rng, number = np.random.default_rng(seed), len(denominators)
+    found = []
+    for start in range(0, num_resamples, _BATCH):
+        size = min(_BATCH, num_resamples - start)
+        counts = rng.multinomial(number, np.full(number, 1 / number), size)
+        found.append(numerators @ counts.T / (counts @ denominators))
+    return np.concatenate(found, axis=1)
+
+
+def percentile_interval(
+    values: NDArray[np.float64], confidence_level: float = 0.95
+) -> tuple[float, float]:
+    """Bounds of the percentile bootstrap interval.
+
+    Args:
+        values: f64 [resamples], the estimate of each resample.
+        confidence_level: Fraction of intervals that contain the true value.
+    """
+    outside = (1 - confidence_level) / 2
+    low, high = np.quantile(values, [outside, 1 - outside])
+    return float(low), float(high)

@@ -49,6 +49,9 @@ class EvaluatePerplexityConfig:
     overlapping_eval: int | None = None
     """Number of tokens from one window's start to the next. Default: half a window, in whole
     chunks."""
+    bootstrap: int = 0
+    """Number of resamples of the documents for 95% intervals of bits per byte, and of their
+    differences between kinds of neighbors (protocol documents). 0: no intervals."""
     leakage: bool = False
     """Also measure bits per byte by overlap of chunks and neighbors (protocol documents)."""
     leakage_neighbors: int = 10
@@ -102,10 +105,13 @@ class EvaluatePerplexityConfig:
         raise_problems([*too_small(self, dict.fromkeys(_POSITIVE, 1)), *self._problems()])
 
     def _problems(self) -> Iterator[ConfigurationError]:
+        if self.bootstrap < 0:
+            yield ConfigurationError("--bootstrap", str(self.bootstrap), "Give 0 or more")
         for alpha in self.leakage_alphas:
             if not 0 <= alpha <= 1:
                 yield ConfigurationError("--leakage-alphas", str(alpha), "Give numbers from 0 to 1")
         of_documents = {
+            "--bootstrap": self.bootstrap != 0,
             "--leakage": self.leakage,
             "--overlapping-eval": self.overlapping_eval is not None,
             "--eval-documents": self.eval_documents is not None,

@@ -73,7 +73,7 @@ class EvaluatePerplexityResult:
         if self.perplexities:
             write_results(output, [_as_json(row) for row in self.perplexities])
         if self.bits_per_byte:
-            rows = [asdict(row) for row in self.bits_per_byte]
+            rows = [_without_none(asdict(row)) for row in self.bits_per_byte]
             write_results(file_beside(output, BITS_PER_BYTE_FILE), rows)
         if self.leakage:
             curves = {
@@ -82,6 +82,11 @@ class EvaluatePerplexityResult:
             }
             write_results(file_beside(output, LEAKAGE_FILE), curves)
             plot_leakage(self.leakage, file_beside(output, LEAKAGE_PLOT))
+
+
+def _without_none(row: dict[str, Any]) -> dict[str, Any]:
+    """Leave out intervals that were not requested."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _as_json(row: Perplexity) -> dict[str, Any]:
@@ -281,10 +286,21 @@ class _Evaluation:
         rows = [
             documents.measure(model, kind, config.micro_batch_size, config.seed) for kind in kinds
         ]
+        if config.bootstrap:
+            rows = self._with_intervals(documents, rows)
         if not config.leakage:
             return rows, []
         alphas = sorted(config.leakage_alphas) or DEFAULT_ALPHAS
         return rows, documents.leakage_curve(config.leakage_neighbors, alphas)
+
+    def _with_intervals(
+        self, documents: DocumentEvaluation, rows: list[BitsPerByte]
+    ) -> list[BitsPerByte]:
+        if len(documents.documents) > 1:
+            return documents.with_intervals(rows, self.config.bootstrap, self.config.seed)
+        if get_rank() == 0:
+            _LOG.warning("There is a single document, so --bootstrap has nothing to resample.")
+        return rows
 
     def _num_searched(self, kinds: list[NeighborKind]) -> int:
         """Number of neighbors to search for each chunk of the documents."""

@@ -48,6 +48,7 @@ def documents_result(tmp_path_factory):
             protocol="both",
             retro_eval_neighbors=KINDS,
             leakage=True,
+            bootstrap=50,
         )
     )
     # Other tests search the documents with other options.
@@ -108,6 +109,17 @@ def test_the_leakage_curve_ends_at_the_whole_text(documents_result):
     assert (folder / "leakage.png").stat().st_size > 10_000
 
 
+def test_intervals_surround_the_numbers_and_are_written(documents_result):
+    folder, result = documents_result
+    for row in result.bits_per_byte:
+        low, high = row.interval
+        assert low < row.bits_per_byte < high
+        assert set(row.differences) == set(KINDS) - {row.neighbors}
+    written = json.loads((folder / "bits_per_byte.json").read_text())
+    assert written[0]["interval"] == list(result.bits_per_byte[0].interval)
+    assert written[0]["differences"]["none"].keys() == {"mean", "low", "high"}
+
+
 def test_no_neighbor_comes_from_the_chunks_own_document(documents_result):
     from retro_mcore.evaluation.documents import HeldOutDocuments
     from retro_mcore.retrieval.database import ChunkDatabase
@@ -127,7 +139,8 @@ def test_fewer_documents_are_searched_and_measured(options):
     assert result.perplexities == []
     assert result.bits_per_byte[0].num_documents == 2
     assert not result.output.exists()
-    assert result.output.with_name("bits_per_byte.json").exists()
+    written = json.loads(result.output.with_name("bits_per_byte.json").read_text())
+    assert "interval" not in written[0]  # not requested
 
 
 @pytest.mark.parametrize(
@@ -135,6 +148,8 @@ def test_fewer_documents_are_searched_and_measured(options):
     [
         ({"leakage": True}, "--leakage: given with --protocol samples"),
         ({"overlapping_eval": 16}, "--overlapping-eval: given with --protocol samples"),
+        ({"bootstrap": 10}, "--bootstrap: given with --protocol samples"),
+        ({"protocol": "documents", "bootstrap": -1}, "--bootstrap: -1"),
         ({"leakage_alphas": [0.5]}, "--leakage-alphas: given without --leakage"),
         ({"leakage_alphas": [1.5]}, "--leakage-alphas: 1.5"),
         ({"protocol": "documents", "eval_iters": 1}, "--eval-iters: given with"),

@@ -153,7 +153,8 @@ def latest_checkpoint(path: Path) -> Path:
     if is_gguf(path) and path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(path, "no such directory", "Name a checkpoint's directory")
+        kind = "file" if is_gguf(path) else "directory"
+        raise CheckpointError(path, f"no such {kind}", "Name a checkpoint's directory")
     return tracked_checkpoint(path) or path
 
 

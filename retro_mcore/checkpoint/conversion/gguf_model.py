@@ -42,9 +42,8 @@ _READ = {*_NEEDED.values(), "attention.head_count_kv", "attention.key_length",
          "attention.value_length", "vocab_size", "rope.dimension_count", "rope.freq_base",
          "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
          "rope.scaling.original_context_length", "rope.scaling.finetuned"}  # fmt: skip
-# Values besides 0, false and empty ones with which other keys change nothing.
-_NEUTRAL = {"attention.causal": True, "logit_scale": 1, "residual_scale": 1, "embedding_scale": 1,
-            "rope.scaling.attn_factor": 1}  # fmt: skip
+# Factors that are 1, or 0 where they are not used.
+_FACTORS = ("logit_scale", "residual_scale", "embedding_scale", "rope.scaling.attn_factor")
 _REMARKS = ("tensor_data_layout",)
 
 _NAMES = {
@@ -126,10 +125,7 @@ def _check_keys(path: Path, keys: Mapping[str, Any], prefix: str) -> None:
     unknown = [
         repr(f"{prefix}{key} {str(value)[:40]}")[1:-1]
         for key, value in keys.items()
-        if key not in _READ
-        and key not in _REMARKS
-        and value not in (0, "", [])
-        and _NEUTRAL.get(key) != value
+        if key not in _READ and not _changes_nothing(key, value)
     ]
     if unknown:
         raise refuse(
@@ -137,6 +133,14 @@ def _check_keys(path: Path, keys: Mapping[str, Any], prefix: str) -> None:
             f"settings that our decoder does not have: {', '.join(unknown[:8])}",
             "a model without them",
         )
+
+
+def _changes_nothing(key: str, value: Any) -> bool:
+    if key == "attention.causal":
+        return value is True
+    if key in _FACTORS and value == 1:
+        return True
+    return key in _REMARKS or value in (0, "", [])
 
 
 def _quotient(hidden: Any, heads: Any) -> int | None:

@@ -34,6 +34,7 @@ def print_tables(
             ("split", "neighbors", "corpus", "bits per byte", "perplexity", "bytes", "seconds"),
             [cells for row in bits_per_byte for cells in _bits_cells(row)],
         )
+        _print_intervals(bits_per_byte)
         _print_notes(_left_out_note(row) for row in bits_per_byte)
     for split, points in leakage.items():
         kinds = list(points[0].bits_per_byte)
@@ -42,6 +43,31 @@ def print_tables(
             ("overlap", "chunks", *kinds),
             [_leakage_cells(point) for point in points],
         )
+
+
+def _print_intervals(rows: Sequence[BitsPerByte]) -> None:
+    """Bootstrap intervals, and differences to the first kind of neighbors of each split."""
+    cells, first = [], {}
+    for row in rows:
+        if row.interval is None:
+            continue
+        base = first.setdefault(row.split, row)
+        difference = (base.differences or {}).get(row.neighbors)
+        shown = ""
+        if difference is not None:
+            shown = f"{difference.mean:+.4f} ({_range(difference.low, difference.high)})"
+        cells.append([row.split, row.neighbors, _range(*row.interval), shown])
+    if cells:
+        base_kind = next(iter(first.values())).neighbors
+        _print_table(
+            "95% bootstrap intervals over documents",
+            ("split", "neighbors", "bits per byte", f"{base_kind} minus these"),
+            cells,
+        )
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.4f} to {high:.4f}"
 
 
 def _perplexity_cells(row: Perplexity) -> list[list[str]]:

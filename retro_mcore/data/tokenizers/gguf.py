@@ -165,14 +165,11 @@ def _byte_level(path: Path, values: Mapping[str, Any]) -> tuple[bytes, bool]:
     splitting = _SPLITTING.get(name) if isinstance(name, str) else None
     if splitting is None:
         raise _refusal(path, f"pre-tokenizer {name!r}, not one of {', '.join(_SPLITTING)}")
-    pairs = [merge.split(" ") for merge in merges] if _is_texts(merges) else []
+    texts = merges if isinstance(merges, list) else []
+    pairs = [str(merge).split(" ") for merge in texts]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise _refusal(path, "no list of merges of two tokens each")
     return _json(_tokenizer_json(values, splitting, pairs)), splitting.adds_bos
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _json(value: Any) -> bytes:
