@@ -13,6 +13,7 @@ from retro_mcore.checkpoint.conversion.model_fields import Target
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.flag_sources import read_yaml
 from retro_mcore.cli.output import print_summary
+from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.model.options import Origin
 from retro_mcore.platform import setup_device
 
@@ -37,7 +38,13 @@ class ConvertCheckpointOptions:
     """Directory to write to; it must not hold a checkpoint."""
     target: Target = "retro-mcore"
     """retro-mcore: ours. megatron: torch_dist of megatron-core up to 0.15. megatron-torch: one file
-    per rank, of its names. instructretro: one file per rank, of InstructRetro's names."""
+    per rank, of its names. instructretro: one file per rank, of InstructRetro's names.
+    huggingface: a directory for transformers, with its own code (trust_remote_code=True)."""
+    decoder_only: bool = False
+    """With --target huggingface: leave retrieval out, and write the decoder as a model of the
+    family that computes it: GPT-2, Llama, Mistral, Qwen 2 or 3, StableLM, GPT-NeoX."""
+    max_shard_size: str = "5GB"
+    """With --target huggingface: largest file of weights."""
     target_tensor_parallel_size: int = 1
     """Files to write, with megatron-torch and instructretro."""
     project_dir: str | None = None
@@ -64,8 +71,10 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
     distributed.initialize()
     from retro_mcore.checkpoint.conversion.targets import check_number_of_files
     from retro_mcore.training.setup.conversion import convert
+    from retro_mcore.training.setup.huggingface_export import HuggingFaceOptions
 
     check_number_of_files(options.target, options.target_tensor_parallel_size)
+    _check_huggingface(options)
     result = convert(
         options.load,
         options.save,
@@ -74,9 +83,21 @@ def convert_checkpoint(options: ConvertCheckpointOptions) -> Conversion:
         origin_given=options.retro_origin is not None,
         tensor_parallel_size=options.target_tensor_parallel_size,
         project_dir=options.project_dir,
+        huggingface=HuggingFaceOptions(options.decoder_only, options.max_shard_size),
     )
     _summarize(options, result)
     return result
+
+
+def _check_huggingface(options: ConvertCheckpointOptions) -> None:
+    """Reject options of transformers' directories with another target."""
+    default = ConvertCheckpointOptions(load="", save="")
+    for name in ("decoder_only", "max_shard_size"):
+        given = getattr(options, name)
+        if options.target != "huggingface" and given != getattr(default, name):
+            raise ConfigurationError(
+                flag_of(name), f"given with --target {options.target}", "Add --target huggingface"
+            )
 
 
 def _given_flags(options: ConvertCheckpointOptions) -> dict[str, Any]:

@@ -48,6 +48,7 @@ LACKED: dict[str, tuple[Any, ...]] = {
     "mrope_section": (),
 }
 _ROTARY = tuple(name for name in DECODER_FLAGS if name.startswith(("rotary_", "rope_", "use_rope")))
+_NORM_BIASES = {"input_layernorm.bias", "self_attn_bda.norm.bias"}  # the second is DeepNorm's
 _LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.")
 
 
@@ -133,7 +134,7 @@ def flags_of_weights(weights: Weights) -> Flags:
         "padded_vocab_size": vocabulary,
         "ffn_hidden_size": ffn,
         "swiglu": shapes["mlp.linear_fc1.weight"][0] == 2 * ffn,
-        "normalization": "LayerNorm" if "input_layernorm.bias" in shapes else "RMSNorm",
+        "normalization": "LayerNorm" if _NORM_BIASES & shapes.keys() else "RMSNorm",
         "disable_bias_linear": "mlp.linear_fc2.bias" not in shapes,
         "qk_layernorm": "self_attention.q_layernorm.weight" in shapes,
         "untie_embeddings_and_output_weights": "output_layer.weight" in weights,

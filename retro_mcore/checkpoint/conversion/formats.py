@@ -3,7 +3,7 @@
 retro-mcore     ours, in Megatron's torch_dist format
 megatron        Megatron-Core's names: torch_dist, or one file per rank
 instructretro   the names before Megatron-Core: one file per rank
-huggingface     a GPT-2 or Llama-family directory
+huggingface     a directory of a GPT-2 or Llama-family model, or of RetroForCausalLM
 gguf            a file of llama.cpp, of the Llama family
 """
 
@@ -27,6 +27,7 @@ from retro_mcore.checkpoint.conversion.gguf_model import read_gguf
 from retro_mcore.checkpoint.conversion.huggingface import is_huggingface, read_huggingface
 from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, OURS_ALONE, Flags
 from retro_mcore.checkpoint.conversion.names import from_upstream_name, local_name
+from retro_mcore.checkpoint.conversion.retro_huggingface import is_retro, read_retro_huggingface
 from retro_mcore.checkpoint.conversion.weights import Weight
 from retro_mcore.checkpoint.torch_dist import read_torch_dist
 from retro_mcore.checkpoint.torch_format import is_torch_format, read_torch_format
@@ -90,7 +91,8 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
     elif is_torch_format(path):
         common, weights, older = read_torch_format(path)
     elif is_huggingface(path):
-        flags, weights, notes = read_huggingface(path)
+        read = read_retro_huggingface if is_retro(path) else read_huggingface
+        flags, weights, notes = read(path)
         flags = {**OURS_ALONE, **flags_of_weights(weights), **flags}
         return Checkpoint(path, "huggingface", flags, weights, notes=notes)
     else:

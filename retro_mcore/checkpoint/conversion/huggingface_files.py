@@ -140,6 +140,10 @@ class TensorFiles:
         made = build(*meta) if build else meta[0]
         return Weight(tuple(made.shape), made.dtype, partial(_build, parts, build))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        return {name: stored.shape for name, stored in self._stored.items()}
+
     def load(self, name: str) -> Tensor:
         """A tensor by itself."""
         return self._stored[name].load()

@@ -11,7 +11,7 @@ from retro_mcore.model.options import ModelArguments, RetroOptions
 Flags = dict[str, Any]
 
 #: Formats that checkpoints are written in.
-Target = Literal["retro-mcore", "megatron", "megatron-torch", "instructretro"]
+Target = Literal["retro-mcore", "megatron", "megatron-torch", "instructretro", "huggingface"]
 
 #: By the option's name, in the order in which contradictions are listed.
 MODEL_FIELDS: Mapping[str, ModelTraits] = model_traits(ModelArguments)

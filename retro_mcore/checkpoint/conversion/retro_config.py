@@ -2,39 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, Flags
-from retro_mcore.errors import ConfigurationError, MissingDependencyError
+from retro_mcore.checkpoint.conversion.huggingface_config import _is_neutral as is_neutral
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, RETRIEVAL_FIELDS, Flags
+from retro_mcore.checkpoint.conversion.model_file import flags_of_file
+from retro_mcore.errors import CheckpointError, ConfigurationError, MissingDependencyError
+from retro_mcore.model.config import RetroConfig, values_of_origin
+from retro_mcore.model.option_traits import stated
 
 #: Our options that have another name there.
 RENAMED = {"vocab_size": "tokenizer_vocab_size", "padded_vocab_size": "vocab_size"}
 #: Our options that it states in another way.
 TRANSLATED = frozenset({"untie_embeddings_and_output_weights", "group_query_attention"})
+#: Tokens that begin and end documents, as our checkpoints record them.
+DOCUMENT_TOKENS = "document_tokens"
+
+_OF_TRANSFORMERS = (
+    "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+    "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "model_type",
+    DOCUMENT_TOKENS,
+)  # fmt: skip
 
 
-def retro_config(flags: Flags, **token_ids: int | None) -> Any:
+def huggingface_package() -> Any:
+    """`retro_mcore.huggingface`.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+    """
+    try:
+        from retro_mcore import huggingface
+    except ImportError as error:
+        raise MissingDependencyError(
+            "--target huggingface",
+            f"transformers does not import ({error})",
+            "Install transformers 5, which the `embed` extra brings",
+        ) from error
+    return huggingface
+
+
+def names_there() -> Mapping[str, str]:
+    """Names in its configuration, by the names of our options."""
+    package = huggingface_package()
+    known = inspect.signature(package.RetroConfig.__init__).parameters
+    names = {name: RENAMED.get(name, name) for name in MODEL_FIELDS if name not in TRANSLATED}
+    return {name: there for name, there in names.items() if there in known}
+
+
+def retro_config(flags: Flags, eod: int | None = None, bos: int | None = None) -> Any:
     """The configuration of a model.
 
     Args:
-        flags: Its options.
-        **token_ids: `eod` and `bos`, if they are known.
+        flags: Its options, resolved.
+        eod: Token that ends documents; it also stands for padding. None: unknown.
+        bos: Token that begins documents, if any.
 
     Raises:
         MissingDependencyError: transformers is not installed.
         ConfigurationError: an option that it does not compute.
     """
-    try:
-        from retro_mcore.huggingface import RetroConfig
-    except ImportError as error:
-        raise MissingDependencyError(
-            "--target huggingface",
-            f"transformers does not import ({error})",
-            "Install the `embed` extra",
-        ) from error
-    known = names_there()
-    values: dict[str, Any] = {}
+    known, values = names_there(), {}
     for name, traits in MODEL_FIELDS.items():
         value = flags.get(name, traits.absent)
         if name in known:
@@ -45,22 +77,62 @@ def retro_config(flags: Flags, **token_ids: int | None) -> Any:
                 f"cannot represent {name} {value}, which the model's results depend on",
                 "Keep it in retro-mcore's format",
             )
-    values["tie_word_embeddings"] = not flags["untie_embeddings_and_output_weights"]
-    eod = token_ids.get("eod")
-    return RetroConfig(
-        **{name: value for name, value in values.items() if value is not None},
-        eos_token_id=eod,
-        pad_token_id=eod,
-        bos_token_id=token_ids.get("bos"),
-    )
+    given = {name: value for name, value in values.items() if value is not None}
+    ids = {"eos_token_id": eod, "pad_token_id": eod, "bos_token_id": bos}
+    tied = not flags["untie_embeddings_and_output_weights"]
+    return huggingface_package().RetroConfig(**given, **ids, tie_word_embeddings=tied)
 
 
-def names_there() -> Mapping[str, str]:
-    """Names in its configuration, by the names of our options."""
-    import inspect
+def flags_of_retro_config(directory: Path, values: Mapping[str, Any]) -> Flags:
+    """Our options from the config.json of a `RetroForCausalLM`.
 
-    from retro_mcore.huggingface import RetroConfig
+    Args:
+        directory: The model's, for errors.
+        values: The file's content.
 
-    known = inspect.signature(RetroConfig.__init__).parameters
-    names = {name: RENAMED.get(name, name) for name in MODEL_FIELDS if name not in TRANSLATED}
-    return {name: there for name, there in names.items() if there in known}
+    Raises:
+        CheckpointError: an option is missing, unknown, or not what its origin computes.
+        ConfigurationError: a value is of another type.
+    """
+    source = directory / "config.json"
+    there = {name: RENAMED.get(name, name) for name in MODEL_FIELDS if name not in TRANSLATED}
+    optional = set() if not values.get("no_retrieval") else RETRIEVAL_FIELDS
+    missing = [key for name, key in there.items() if key not in values and name not in optional]
+    missing += [] if "tie_word_embeddings" in values else ["tie_word_embeddings"]
+    if missing:
+        raise CheckpointError(source, f"does not say {', '.join(missing)}", "Copy it again")
+    known = {*there.values(), *stated("origins", RetroConfig), *_OF_TRANSFORMERS}
+    unknown = [key for key in values if key not in known and not is_neutral(key, values[key])]
+    if unknown:
+        raise CheckpointError(
+            source,
+            f"has settings that our model does not have: {', '.join(unknown)}",
+            "Convert it with the release of retro-mcore that wrote it",
+        )
+    given = {name: values[key] for name, key in there.items() if values.get(key) is not None}
+    flags = flags_of_file(str(source), given)
+    flags["untie_embeddings_and_output_weights"] = not values["tie_word_embeddings"]
+    if isinstance(values.get(DOCUMENT_TOKENS), dict):
+        flags[DOCUMENT_TOKENS] = values[DOCUMENT_TOKENS]
+    if not flags["no_retrieval"]:
+        differing = list(_not_of_origin(flags, values))
+        if differing:
+            raise CheckpointError(
+                source,
+                f"computes otherwise than {flags.get('retro_origin') or 'the paper'}: "
+                + ", ".join(differing),
+                "Our model has these settings only together, as its origin",
+            )
+    return flags
+
+
+def _not_of_origin(flags: Flags, values: Mapping[str, Any]) -> Iterator[str]:
+    origin = flags.get("retro_origin")
+    defaults = {field.name: field.default for field in fields(RetroConfig)}
+    computed = {name: defaults[name] for name in stated("origins", RetroConfig)}
+    computed |= {} if origin is None else values_of_origin(origin)
+    if flags.get("retro_deepnorm"):
+        computed["retro_final_layernorm"] = False
+    for name, value in computed.items():
+        if values.get(name, value) != value:
+            yield f"{name} {values[name]} (it computes {value})"

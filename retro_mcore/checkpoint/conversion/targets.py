@@ -29,6 +29,8 @@ _ORIGINS = {
     "megatron-torch": ("mcore-0.15", "mcore-0.5"),
     "instructretro": ("legacy",),
 }
+# They compute every option of ours. (An own module refuses what transformers' model lacks.)
+_ALL_OPTIONS = ("retro-mcore", "huggingface")
 _LAYER = re.compile(r"^((?:decoder|neighbor_encoder)\.layers\.\d+)\.cross_attention\.")
 
 
@@ -38,7 +40,7 @@ def check_number_of_files(target: Target, tensor_parallel_size: int) -> None:
     Raises:
         ConfigurationError: naming --target-tensor-parallel-size.
     """
-    one_file = target in ("retro-mcore", "megatron")
+    one_file = target in ("retro-mcore", "megatron", "huggingface")
     if tensor_parallel_size < 1 or (one_file and tensor_parallel_size > 1):
         raise ConfigurationError(
             "--target-tensor-parallel-size",
@@ -60,7 +62,7 @@ def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
     Raises:
         ConfigurationError: naming --retro-origin.
     """
-    if target == "retro-mcore":
+    if target in _ALL_OPTIONS:
         return
     lacked = [f"{name} {flags[name]}" for name in _lacked(target, flags)]
     if lacked:
@@ -104,7 +106,7 @@ def _lacked(target: Target, flags: Flags) -> Iterator[str]:
 
 def notes_on_target(target: Target, flags: Flags) -> list[str]:
     """Remarks for the user about options that the target's Retro computes with restrictions."""
-    if target == "retro-mcore" or flags["no_retrieval"]:
+    if target in _ALL_OPTIONS or flags["no_retrieval"]:
         return []
     notes = _ignored_by_script(flags) if target != "instructretro" else []
     heads = flags["num_attention_heads"]
@@ -145,7 +147,7 @@ def check_window(target: Target, flags: Flags) -> None:
         ConfigurationError: texts may be longer than the window.
     """
     window, length = flags.get("sliding_window"), flags.get("seq_length") or 0
-    if target != "retro-mcore" and window is not None and length > window:
+    if target not in _ALL_OPTIONS and window is not None and length > window:
         raise ConfigurationError(
             f"--target {target}",
             f"computes full attention, and this model attends to the last {window} tokens of "

@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+from retro_mcore.checkpoint.conversion.formats import Checkpoint, open_checkpoint
 from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, Flags, Target
 from retro_mcore.checkpoint.conversion.targets import (
     check_origin,
@@ -32,6 +32,7 @@ from retro_mcore.training.loop.sample_reader import (
     tokenizer_fingerprint,
 )
 from retro_mcore.training.options.model_sizes import default_ffn_hidden_size
+from retro_mcore.training.setup.huggingface_export import HuggingFaceOptions, write_huggingface
 from retro_mcore.training.setup.model_config import number_of_positions
 from retro_mcore.training.setup.retrofit import bos_notes
 
@@ -64,6 +65,7 @@ def convert(
     origin_given: bool = False,
     tensor_parallel_size: int = 1,
     project_dir: str | None = None,
+    huggingface: HuggingFaceOptions | None = None,
 ) -> Conversion:
     """Write a checkpoint of any known format in another one.
 
@@ -75,6 +77,7 @@ def convert(
         origin_given: Whether the user named the origin, and so accepts different numerics.
         tensor_parallel_size: Number of files to write, in formats with one file per rank.
         project_dir: Project whose documents are compared with the model's.
+        huggingface: How to write for transformers; None: the defaults.
 
     Raises:
         CheckpointError: the original cannot be read, does not state enough about its model, or
@@ -85,7 +88,7 @@ def convert(
     checkpoint = open_checkpoint(load)
     flags = {**checkpoint.flags, **given}
     _check_vocabulary(load, flags, given, project_dir)
-    if target == "retro-mcore" and "seq_length" not in given:
+    if target in ("retro-mcore", "huggingface") and "seq_length" not in given:
         flags |= _within_window(flags)
     check_window(target, flags)
     arguments = _model_arguments(flags, load)
@@ -94,27 +97,42 @@ def convert(
     check_origin(target, flags, origin_given)
     dtype = next(iter(checkpoint.weights.values())).dtype
     flags |= {"bf16": str(dtype) == "torch.bfloat16", "fp16": str(dtype) == "torch.float16"}
+    notes = [*checkpoint.notes, *notes_on_target(target, flags)]
+    with directory_lock(Path(save), "convert_checkpoint"):
+        if target == "huggingface":
+            how = huggingface or HuggingFaceOptions()
+            path = Path(save)
+            notes += write_huggingface(path, checkpoint, flags, how, project_dir)
+        else:
+            path = _write(Path(save), target, checkpoint, flags, arguments, tensor_parallel_size)
+    number = sum(weight.numel for weight in checkpoint.weights.values())
+    if project_dir is not None:
+        notes += bos_notes(load, project_dir)
+    return Conversion(checkpoint.source, path, number, flags, tuple(notes))
+
+
+def _write(
+    directory: Path,
+    target: Target,
+    checkpoint: Checkpoint,
+    flags: Flags,
+    arguments: Flags,
+    tensor_parallel_size: int,
+) -> Path:
+    """Write a checkpoint of ours or Megatron's."""
     args = megatron_arguments(flags, tensor_parallel_size)
     if target == "retro-mcore":
         args = Namespace(**_our_arguments(flags, arguments))
     iteration = checkpoint.common.get("iteration")
-    if not isinstance(iteration, int):  # "release", or none
-        iteration = 0
-    with directory_lock(Path(save), "convert_checkpoint"):
-        path = write_checkpoint(
-            Path(save),
-            target,
-            args=args,
-            flags=flags,
-            weights=checkpoint.weights,
-            tensor_parallel_size=tensor_parallel_size,
-            iteration=iteration,
-        )
-    number = sum(weight.numel for weight in checkpoint.weights.values())
-    notes = [*checkpoint.notes, *notes_on_target(target, flags)]
-    if project_dir is not None:
-        notes += bos_notes(load, project_dir)
-    return Conversion(checkpoint.source, path, number, flags, tuple(notes))
+    return write_checkpoint(
+        directory,
+        target,
+        args=args,
+        flags=flags,
+        weights=checkpoint.weights,
+        tensor_parallel_size=tensor_parallel_size,
+        iteration=iteration if isinstance(iteration, int) else 0,  # "release", or none
+    )
 
 
 def flags_of_project(directory: str) -> Flags:

@@ -1,0 +1,131 @@
+"""Directories of `RetroForCausalLM`, written and read without building the model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retro_mcore.checkpoint.conversion.architecture import flags_of_weights
+from retro_mcore.checkpoint.conversion.huggingface_files import (
+    TensorFiles,
+    read_json_object,
+    refuse,
+)
+from retro_mcore.checkpoint.conversion.model_fields import Flags
+from retro_mcore.checkpoint.conversion.retro_config import (
+    DOCUMENT_TOKENS,
+    flags_of_retro_config,
+    huggingface_package,
+    retro_config,
+)
+from retro_mcore.checkpoint.conversion.retro_names import (
+    parameter_names,
+    parts_of,
+    to_retro_huggingface,
+)
+from retro_mcore.checkpoint.conversion.weights import Weight, Weights
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+_AUTO_CLASSES = {"AutoConfig": "configuration_retro.RetroConfig",
+                 "AutoModel": "modeling_retro.RetroModel",
+                 "AutoModelForCausalLM": "modeling_retro.RetroForCausalLM"}  # fmt: skip
+
+
+def retro_model_files(
+    flags: Flags, weights: Weights
+) -> tuple[dict[str, Any], dict[str, Weight], list[Path]]:
+    """What a directory of `RetroForCausalLM` holds.
+
+    Args:
+        flags: The model's options, resolved.
+        weights: By our names.
+
+    Returns:
+        The content of config.json, the weights under their names there, and files of code.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+        ConfigurationError: an option that it does not compute.
+    """
+    tokens = flags.get(DOCUMENT_TOKENS) or {}
+    config = retro_config(flags, tokens.get("eod"), tokens.get("bos"))
+    dtype = next(iter(weights.values())).dtype
+    values = {
+        **config.to_dict(),
+        "architectures": ["RetroForCausalLM"],
+        "auto_map": _AUTO_CLASSES,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if tokens:
+        values[DOCUMENT_TOKENS] = dict(tokens)
+    code = sorted(Path(huggingface_package().__file__).parent.glob("*_retro.py"))
+    return values, to_retro_huggingface(weights, flags), code
+
+
+def generation_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of generation_config.json, from that of config.json."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: values[name] for name in names if values.get(name) is not None}
+    return {"_from_model_config": True, **ids}
+
+
+def copy_code(files: list[Path], directory: Path) -> None:
+    """Copy the model's code, for `trust_remote_code=True`."""
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+
+
+def is_retro(directory: Path) -> bool:
+    """Whether a Hugging Face directory holds a `RetroForCausalLM`.
+
+    Raises:
+        CheckpointError: its config.json cannot be read.
+    """
+    return read_json_object(directory / CONFIG).get("model_type") == "retro"
+
+
+def read_retro_huggingface(directory: Path) -> tuple[Flags, dict[str, Weight], list[str]]:
+    """Flags and weights of a `RetroForCausalLM`, and notes for the user.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a setting, a weight or its size is none
+            of our model's.
+        ConfigurationError: a setting has a value of another type.
+    """
+    values = read_json_object(directory / CONFIG)
+    flags = flags_of_retro_config(directory, values)
+    tensors = TensorFiles.of_directory(directory, values)
+    shapes = tensors.shapes()
+    notes = []
+    if not flags["untie_embeddings_and_output_weights"] and "lm_head.weight" in shapes:
+        pair = ("lm_head.weight", "embed_tokens.weight")
+        if all(name in shapes for name in pair) and not torch.equal(*map(tensors.load, pair)):
+            flags["untie_embeddings_and_output_weights"] = True
+            notes = ["config.json ties the output layer to the embedding, but their weights "
+                     "differ: both are kept, as transformers does"]  # fmt: skip
+    named = {**flags, "retro_final_layernorm": _ends_with_norm(values)}
+    weights = {}
+    for name in parameter_names(named):
+        parts = parts_of(name, flags)
+        short = [part.removeprefix("model.") for part in parts.names]
+        weights[name] = tensors.take({part: shapes.get(part, ()) for part in short}, parts.join)
+    tied = not flags["untie_embeddings_and_output_weights"]
+    tensors.check(lambda name: tied and name == "lm_head.weight")
+    differing = {
+        name: value
+        for name, value in flags_of_weights(weights).items()
+        if name in flags and value is not None and flags[name] != value
+    }
+    if differing:
+        found = ", ".join(f"{name} {flags[name]}" for name in differing)
+        shown = ", ".join(f"{name} {value}" for name, value in differing.items())
+        raise refuse(directory, f"{found} in its config.json", f"{shown}, as its weights have")
+    return flags, weights, notes
+
+
+def _ends_with_norm(values: Mapping[str, Any]) -> bool:
+    return bool(values["no_retrieval"] or values.get("retro_final_layernorm", True))

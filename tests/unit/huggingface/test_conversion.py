@@ -1,0 +1,281 @@
+"""Directories for transformers: written from every kind of checkpoint, and read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from retro_mcore.errors import CheckpointError, ConfigurationError
+from tests.unit.checkpoint.test_convert_checkpoint import built, convert, save_torch_format, state
+from tests.unit.checkpoint.test_upstream import load_case
+from tests.unit.huggingface.models import SMALL, inputs_of, our_logits, pair, their_logits
+from tests.unit.huggingface.test_against_megatron import CASES
+from tests.unit.training.small import small_trainer
+
+
+def loaded(directory, **options):
+    from transformers import AutoModelForCausalLM
+
+    import retro_mcore.huggingface  # noqa: F401 (registers the model)
+
+    return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+
+
+@pytest.mark.parametrize("name", ["l6_k1", pytest.param("ragged", marks=pytest.mark.slow)])
+def test_megatrons_retro(megatron, tmp_path, name):
+    """Numbers that megatron-core 0.15.3 wrote, and bit for bit the same weights after all."""
+    case = load_case(name)
+    save_torch_format(tmp_path / "theirs", case)
+    convert(tmp_path / "theirs", tmp_path / "hf", target="huggingface", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
+    inputs, stored = case["inputs"], case["config"]
+    shape = (
+        len(inputs["tokens"]),
+        -1,
+        stored["num_neighbors"],
+        inputs["context_input_ids"].size(-1),
+    )
+    given = {
+        "input_ids": inputs["tokens"],
+        "retrieved_input_ids": inputs["context_input_ids"].reshape(shape),
+    }
+    logits = their_logits(loaded(tmp_path / "hf"), given)
+    torch.testing.assert_close(logits, case["outputs"]["logits"], atol=1e-5, rtol=0)
+    convert(tmp_path / "hf", tmp_path / "back", target="megatron-torch")
+    file = tmp_path / "back" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    back = torch.load(file, weights_only=False)["model"]
+    assert back.keys() == case["state_dict"].keys()
+    for key, tensor in case["state_dict"].items():
+        assert torch.equal(back[key], tensor), key
+
+
+@pytest.mark.slow
+def test_instructretro(megatron, tmp_path):
+    origin = {"retro_origin": "legacy"}
+    small_trainer(save=str(tmp_path / "ours"), train_iters=1, **origin).train()
+    convert(tmp_path / "ours", tmp_path / "theirs", target="instructretro", **origin)
+    convert(tmp_path / "theirs", tmp_path / "hf", target="huggingface")
+    assert loaded(tmp_path / "hf").config.retro_chunk_alignment == "right"
+    convert(tmp_path / "hf", tmp_path / "again", target="instructretro", **origin)
+    files = [next((tmp_path / name).rglob("*.pt")) for name in ("theirs", "again")]
+    before, after = (torch.load(file, weights_only=False)["model"] for file in files)
+    assert _flat(before).keys() == _flat(after).keys()
+    assert all(torch.equal(_flat(after)[name], value) for name, value in _flat(before).items())
+
+
+def _flat(tree, prefix=""):
+    flat = {}
+    for name, value in tree.items():
+        inner = (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+        flat.update(inner)
+    return flat
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm", "bf16": True,
+         "num_query_groups": 2, "qk_layernorm": True, "untie_embeddings_and_output_weights": True},
+        pytest.param({"retro_deepnorm": True, "retro_encoder_hidden_size": 16},
+                     marks=pytest.mark.slow),
+        pytest.param({"no_retrieval": True, "retro_decoder_layers": None}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_run_of_ours(megatron, tmp_path, flags):
+    """A trained checkpoint, there and back by the command."""
+    small_trainer(save=str(tmp_path / "0"), train_iters=1, **flags).train()
+    convert(tmp_path / "0", tmp_path / "1", target="huggingface")
+    convert(tmp_path / "1", tmp_path / "2")
+    (model, arguments), (back, read) = built(tmp_path / "0"), built(tmp_path / "2")
+    resolved = ("kv_channels", "num_query_groups", "ffn_hidden_size", "max_position_embeddings")
+    for name, value in vars(arguments).items():
+        if value is not None and name not in resolved:
+            assert vars(read)[name] == value, name
+    wanted, found = state(model), state(back)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert {w.dtype for w in found.values()} == {w.dtype for w in wanted.values()}
+    theirs = loaded(tmp_path / "1", dtype=torch.float32)
+    inputs = {"input_ids": torch.randint(90, (2, 32))}
+    if not flags.get("no_retrieval"):
+        inputs["retrieved_input_ids"] = inputs_of(model)["retrieved_input_ids"]
+    found = their_logits(theirs, inputs)
+    torch.testing.assert_close(found, our_logits(model.float(), inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("option", CASES)
+def test_every_option_comes_back(megatron, tmp_path, option):
+    """The same options, and bit for bit the same weights."""
+    from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+
+    ours = exported(tmp_path, CASES[option], dtype=torch.float32)
+    checkpoint, wanted = open_checkpoint(tmp_path), state(ours)
+    assert checkpoint.weights.keys() == wanted.keys()
+    for name, weight in checkpoint.weights.items():
+        assert torch.equal(weight.load(), wanted[name].float())
+    for name, value in vars(_arguments(CASES[option])).items():
+        if value is not None:
+            assert checkpoint.flags.get(name) == value, name
+
+
+def exported(path: Path, options, dtype=torch.float64, **how):
+    """A small model of random weights, written for transformers."""
+    from argparse import Namespace
+
+    from retro_mcore.checkpoint.conversion.formats import Checkpoint
+    from retro_mcore.checkpoint.conversion.weights import Weight
+    from retro_mcore.training.setup.huggingface_export import (
+        HuggingFaceOptions,
+        write_huggingface,
+    )
+
+    ours, _ = pair(**options)
+    weights = {name: Weight.of(value.to(dtype)) for name, value in state(ours).items()}
+    flags = {**vars(_arguments(options))}
+    checkpoint = Checkpoint(path, "retro-mcore", flags, weights, {"args": Namespace()})
+    write_huggingface(path, checkpoint, flags, HuggingFaceOptions(**how))
+    return ours
+
+
+def _arguments(options):
+    from retro_mcore.model.options import ModelArguments
+
+    return ModelArguments(**{**SMALL, **options})
+
+
+ROPE = {"position_embedding_type": "rope"}
+LLAMA = {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm", **ROPE}
+FAMILIES = {
+    "gpt2": {"openai_gelu": True},
+    "gpt2 without biases": {"disable_bias_linear": True, "squared_relu": True,
+                            "apply_layernorm_1p": True},
+    "llama": {"num_query_groups": 2, "kv_channels": 12, **LLAMA},
+    "llama with biases": {**LLAMA, "disable_bias_linear": False},
+    "llama 3.1": {"use_rope_scaling": True, "kv_channels": 32, **LLAMA},
+    "llama linear": {"rotary_seq_len_interpolation_factor": 2.0, **LLAMA},
+    "mistral": {"sliding_window": 40, **LLAMA},
+    "qwen2": {"add_qkv_bias": True, "untie_embeddings_and_output_weights": True, **LLAMA},
+    "qwen2 window": {"add_qkv_bias": True, "sliding_window": 40, **LLAMA},
+    "qwen3": {"qk_layernorm": True, "num_query_groups": 1, "kv_channels": 16, **LLAMA},
+    # InstructRetro's own.
+    "stablelm": {**LLAMA, "normalization": "LayerNorm", "apply_layernorm_1p": True,
+                 "rotary_percent": 0.5, "untie_embeddings_and_output_weights": True,
+                 "retro_origin": "legacy"},
+    "gpt_neox": {"rotary_percent": 0.5, "rotary_base": 500, **ROPE},
+    "gpt_neox of a GPT": {"no_retrieval": True, "retro_decoder_layers": None, **ROPE},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_decoder_alone(megatron, tmp_path, name):
+    ours = exported(tmp_path, FAMILIES[name], decoder_only=True)
+    theirs = loaded(tmp_path, dtype=torch.float64)
+    assert theirs.config.model_type == name.split()[0]
+    inputs = {"input_ids": torch.randint(90, (2, 32))}
+    with torch.no_grad():
+        found = theirs(**inputs).logits
+    # Their norms and rotary angles compute in float32.
+    torch.testing.assert_close(found, our_logits(ours, inputs), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retro_deepnorm": True}, "retro_deepnorm True"),
+        ({"retro_mup_base_hidden_size": 16}, "retro_mup_base_hidden_size 16"),
+        ({"retro_origin": "mcore-0.15"}, "decoder ends without a norm"),
+        ({"rotary_interleaved": True, **ROPE}, "rotary_interleaved True"),
+        ({"num_query_groups": 2}, "num_query_groups 2"),
+        ({"rotary_percent": 0.5, **LLAMA}, r"rotary_percent 0\.5"),
+        ({"qk_layernorm": True}, "qk_layernorm True"),
+        ({"normalization": "RMSNorm"}, "normalization RMSNorm, swiglu False.* in one model"),
+        ({"sliding_window": 40}, "sliding_window 40"),
+    ],
+)
+def test_a_decoder_of_no_family_is_refused(options, message):
+    from retro_mcore.checkpoint.conversion.families_out import family_of
+
+    with pytest.raises(ConfigurationError, match=message):
+        family_of(vars(_arguments(options)))
+
+
+def test_the_weights_may_be_those_of_a_gpt_to_begin_with(megatron, tmp_path):
+    """--load-gpt reads the decoder that another run wrote."""
+    exported(tmp_path / "1", FAMILIES["llama"], decoder_only=True)
+    convert(tmp_path / "1", tmp_path / "2")
+    convert(tmp_path / "2", tmp_path / "3", target="huggingface", decoder_only=True)
+    names = [tmp_path / name / "model.safetensors" for name in ("1", "3")]
+    from safetensors.torch import load_file
+
+    before, after = map(load_file, names)
+    assert before.keys() == after.keys()
+    # (The first are in float64, which nothing here keeps.)
+    assert all(torch.equal(after[name], value.float()) for name, value in before.items())
+
+
+def edited(directory: Path, **changes):
+    file = directory / "config.json"
+    values = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in values.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 64}, "hidden_size 64 in its config.json.*hidden_size 32"),
+        ({"retro_encoder_num_layers": 3}, "no tensor .*encoder.layers.2"),
+        ({"num_layers": 3}, "unknown tensors .*layers.3"),
+        ({"norm_epsilon": "absent"}, "does not say norm_epsilon"),
+        ({"router_scaling": 2.0}, "settings that our model does not have: router_scaling"),
+        ({"retro_mask_padding": False}, "otherwise than the paper: retro_mask_padding False"),
+        ({"num_attention_heads": "four"}, "num_attention_heads 'four'"),
+    ],
+)
+def test_a_directory_that_was_changed_is_refused(megatron, tmp_path, change, message):
+    exported(tmp_path / "hf", {})
+    edited(tmp_path / "hf", **change)
+    with pytest.raises((CheckpointError, ConfigurationError), match=message):
+        convert(tmp_path / "hf", tmp_path / "ours")
+
+
+def test_options_of_another_target_are_refused(megatron, tmp_path):
+    with pytest.raises(ConfigurationError, match="--decoder-only: given with --target megatron"):
+        convert(tmp_path, tmp_path / "2", target="megatron", decoder_only=True)
+    with pytest.raises(ConfigurationError, match="--max-shard-size: 'much'"):
+        convert(tmp_path, tmp_path / "2", target="huggingface", max_shard_size="much")
+    exported(tmp_path / "hf", {})
+    with pytest.raises(CheckpointError, match="holds a checkpoint"):
+        convert(tmp_path / "hf", tmp_path / "hf", target="huggingface")
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    """However large the shards are: a weight is loaded when it is written, and dropped."""
+    import weakref
+
+    from safetensors.torch import load_file
+
+    from retro_mcore.checkpoint.conversion.safetensors_files import write_safetensors
+    from retro_mcore.checkpoint.conversion.weights import Weight
+
+    alive: list[weakref.ref] = []
+
+    def load(number):
+        assert sum(reference() is not None for reference in alive) <= 1
+        tensor = torch.full((3, 5), number, dtype=torch.bfloat16)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    weights = {str(n): Weight((3, 5), torch.bfloat16, lambda n=n: load(n)) for n in range(7)}
+    write_safetensors(tmp_path, weights, 100)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 3
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 7 * 30
+    for number, name in enumerate(weights):
+        stored = load_file(tmp_path / index["weight_map"][name])[name]
+        assert torch.equal(stored, torch.full((3, 5), number, dtype=torch.bfloat16))
