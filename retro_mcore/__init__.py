@@ -10,6 +10,7 @@ from retro_mcore.missing_triton import allow_missing_triton
 if TYPE_CHECKING:
     from retro_mcore.api.models import evaluate_perplexity, generate, load_model, pretrain
     from retro_mcore.api.project import Project
+    from retro_mcore.api.retriever import project_retriever
     from retro_mcore.inference.prompt_files import Prompt
     from retro_mcore.model.config import RetroConfig
     from retro_mcore.model.model import RetroModel
@@ -31,6 +32,7 @@ __all__ = [
     "initialize_parallel",
     "load_model",
     "pretrain",
+    "project_retriever",
     "set_seeds",
     "setup_device",
 ]
@@ -46,6 +48,7 @@ _HOMES = {
     "initialize_parallel": "retro_mcore.training.setup.initialize",
     "load_model": "retro_mcore.api.models",
     "pretrain": "retro_mcore.api.models",
+    "project_retriever": "retro_mcore.api.retriever",
     "set_seeds": "retro_mcore.training.setup.initialize",
     "setup_device": "retro_mcore.platform",
 }

@@ -1,0 +1,182 @@
+"""RetroForCausalLM in the tools that people use, and where retro-mcore is not installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.unit.huggingface.models import pair
+from tests.unit.huggingface.test_generation import Source, prompts, retriever, their_tokens
+from tests.unit.huggingface.test_model import sample, small_model
+
+ROPE = {"position_embedding_type": "rope"}
+WITHOUT_US = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("retro_mcore", "megatron"):
+            raise ImportError(name + " is not installed here")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+directory, inputs, outputs = sys.argv[1:]
+assert AutoConfig.from_pretrained(directory, trust_remote_code=True).model_type == "retro"
+model = AutoModelForCausalLM.from_pretrained(
+    directory, trust_remote_code=True, dtype=torch.float64
+)
+assert not any(name.split(".")[0] in ("retro_mcore", "megatron") for name in sys.modules)
+given = torch.load(inputs)
+table = given.pop("table")
+with torch.no_grad():
+    logits = model(**given).logits
+new = model.generate(
+    given["input_ids"][:1, :11], max_new_tokens=9, do_sample=False, eos_token_id=90,
+    pad_token_id=0, retriever=lambda chunks: table[chunks.sum(1) % len(table)],
+)
+torch.save({"logits": logits, "new": new}, outputs)
+model.save_pretrained(directory + "-again", max_shard_size="20KB")
+"""
+
+
+@pytest.mark.slow
+def test_where_neither_retro_mcore_nor_megatron_is_installed(megatron, tmp_path):
+    from tests.unit.huggingface.test_conversion import exported, loaded
+
+    exported(tmp_path / "hf", ROPE)
+    model, inputs = loaded(tmp_path / "hf", dtype=torch.float64), sample()
+    table = torch.randint(-1, 90, (7, 2, 16))
+    torch.save({**inputs, "table": table}, tmp_path / "inputs")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [str(tmp_path / name) for name in ("hf", "inputs", "outputs")]
+    command = [sys.executable, "-c", WITHOUT_US, *arguments]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    found = torch.load(tmp_path / "outputs")
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+    torch.testing.assert_close(found["logits"], wanted, atol=1e-10, rtol=0)
+    by_sum = {"retriever": lambda chunks: table[chunks.sum(1) % len(table)]}
+    text = inputs["input_ids"][0, :11].tolist()
+    assert found["new"][0, 11:].tolist() == their_tokens(model, [text], new=9, **by_sum)[0]
+    again = tmp_path / "hf-again"
+    assert (again / "modeling_retro.py").is_file()
+    assert len(list(again.glob("model-*.safetensors"))) > 1
+    reloaded = loaded(again, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(**inputs).logits, wanted)
+
+
+@pytest.mark.slow
+def test_trainer_lowers_the_loss(megatron, tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate, an optional package, is not installed")
+    from transformers import Trainer, TrainingArguments
+
+    model, inputs = small_model(**ROPE, init_method_std=0.02).float(), sample(batch_size=8)
+    rows = [
+        {"labels": tokens, "input_ids": tokens, "retrieved_input_ids": neighbors}
+        for tokens, neighbors in zip(*inputs.values(), strict=True)
+    ]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2,
+        gradient_accumulation_steps=2, gradient_checkpointing=True, logging_steps=1,
+        report_to=[], use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_a_lora_step(megatron):
+    peft = pytest.importorskip("peft", reason="peft, an optional package, is not installed")
+    model, inputs = small_model(**ROPE), sample()
+    before = model(**inputs).logits
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0
+    )
+    tuned = peft.get_peft_model(model, settings)
+    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert any("cross_attn" in name for name in trained)
+    assert any("encoder" in name for name in trained)
+    optimizer = torch.optim.SGD((p for p in tuned.parameters() if p.requires_grad), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = tuned(**inputs, labels=inputs["input_ids"]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    with tuned.disable_adapter():
+        torch.testing.assert_close(tuned(**inputs).logits, before)
+    assert tuned.generate(
+        input_ids=inputs["input_ids"][:1], retriever=retriever, max_new_tokens=3
+    ).size(1) > 32  # fmt: skip
+
+
+def letters():
+    """A tokenizer of transformers with the tokens of `tests.unit.evaluation.loaded.Letters`."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<eod>": 0, "<bos>": 1} | {chr(token + 30): token for token in range(2, 90)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eod>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eod>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("retro_neighbors", ["none", "live"])
+def test_lm_eval_scores_as_our_adapter_does(megatron, monkeypatch, retro_neighbors):
+    pytest.importorskip("accelerate", reason="accelerate, an optional package, is not installed")
+    harness = pytest.importorskip(
+        "lm_eval.models.huggingface", reason="lm_eval, an optional package, is not installed"
+    )
+    from retro_mcore import session
+    from retro_mcore.evaluation.lm_eval import RetroLM
+    from tests.unit.evaluation.loaded import loaded_model
+
+    ours, theirs = pair(**ROPE)
+    loaded = loaded_model(retro_neighbors == "live", ours)
+    monkeypatch.setattr(session, "load_model", lambda *args, **kwargs: loaded)
+    adapter = RetroLM("project", "model", retro_neighbors=retro_neighbors, device="cpu")
+    if retro_neighbors == "live":
+        monkeypatch.setattr(loaded.retriever, "neighbors_of", Source().neighbors_of)
+        theirs.retriever = retriever
+    model = harness.HFLM(pretrained=theirs, tokenizer=letters(), device="cpu", batch_size=2)
+    pairs = [("Hello there, my dear", " friend of old"), ("ab", "c"), ("Xyz " * 8, "again and so")]
+    asked = [SimpleNamespace(args=each) for each in pairs]
+    wanted, found = adapter.loglikelihood(asked), model.loglikelihood(asked, disable_tqdm=True)
+    for (likelihood, greedy), (likelihood_there, greedy_there) in zip(wanted, found, strict=True):
+        assert likelihood == pytest.approx(likelihood_there, abs=1e-4)
+        assert greedy == greedy_there
+
+
+@pytest.mark.slow
+def test_a_projects_retriever(megatron):
+    """As the model calls it, what the project's live search finds."""
+    from retro_mcore import project_retriever
+    from retro_mcore.errors import ConfigurationError
+    from retro_mcore.retrieval.retriever import Retriever
+    from tests.unit.data.projects import built_project
+
+    directory = built_project()
+    model = small_model(vocab_size=512, retro_chunk_length=16, max_position_embeddings=128)
+    function = project_retriever(directory, model.config, device="cpu")
+    chunks = torch.randint(5, 400, (3, 16))
+    wanted = Retriever(directory, 2, 2, "cpu").search_tokens(chunks.tolist())
+    found = function(chunks)
+    assert found.shape == (3, 2, 32)
+    assert torch.equal(found < 0, torch.from_numpy(wanted.mask))
+    assert torch.equal(found[found >= 0], torch.from_numpy(wanted.tokens).long()[found >= 0])
+    assert len(their_tokens(model, prompts(18), new=4, retriever=function)[0]) == 4
+    with pytest.raises(ConfigurationError, match="chunks of 16 tokens, and the model's have 8"):
+        project_retriever(directory, small_model().config)
