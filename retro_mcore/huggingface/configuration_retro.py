@@ -256,6 +256,10 @@ class RetroConfig(PretrainedConfig):
         self._check()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All settings: a saved config.json states every one, whatever later defaults are."""
+        return self.to_dict()
+
     def _check(self) -> None:
         problems = [
             f"{name} is {getattr(self, name)!r}, expected one of {choices}"

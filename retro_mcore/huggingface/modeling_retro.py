@@ -324,7 +324,9 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         """Replace the output layer."""
         self.lm_head = new_embeddings
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any):
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
         """Transformers' method; every row is a token afterwards."""
         resized = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if new_num_tokens is not None:

@@ -220,7 +220,7 @@ class Config:
                 computed = family.fixed[key]
                 if not any(value is one or value == one for one in computed):
                     problems.append(f"{found} (it computes {_shown(computed[0])})")
-            elif not (key in family.defaults or key in _WINDOWS or _is_neutral(key, value)):
+            elif not (key in family.defaults or key in _WINDOWS or is_neutral(key, value)):
                 problems.append(found)
         if problems:
             raise self.refusal(
@@ -276,7 +276,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _is_neutral(key: str, value: Any) -> bool:
+def is_neutral(key: str, value: Any) -> bool:
+    """Whether a key that is not known here changes nothing with this value."""
     if _ON.fullmatch(key):
         return value is True
     if value is None or value is False or value in ("", [], {}):

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from retro_mcore.checkpoint.conversion.huggingface_config import _is_neutral as is_neutral
+from retro_mcore.checkpoint.conversion.huggingface_config import is_neutral
 from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, RETRIEVAL_FIELDS, Flags
 from retro_mcore.checkpoint.conversion.model_file import flags_of_file
 from retro_mcore.errors import CheckpointError, ConfigurationError, MissingDependencyError
@@ -41,7 +41,7 @@ def huggingface_package() -> Any:
         raise MissingDependencyError(
             "--target huggingface",
             f"transformers does not import ({error})",
-            "Install transformers 5, which the `embed` extra brings",
+            "Install the `huggingface` extra",
         ) from error
     return huggingface
 

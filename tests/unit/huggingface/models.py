@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,6 +32,12 @@ SMALL: dict[str, Any] = {
     "tokenizer_type": "unknown",
     "tokenizer_fingerprint": "",
 }
+
+
+def mostly_slow(names: Iterable[str], *fast: str) -> list[Any]:
+    """Parameters of a test, of which the default run takes a few."""
+    slow = pytest.mark.slow
+    return [name if name in fast else pytest.param(name, marks=slow) for name in names]
 
 
 def pair(**options: Any) -> tuple[Any, Any]:

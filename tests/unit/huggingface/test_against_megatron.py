@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS
-from tests.unit.huggingface.models import inputs_of, our_logits, pair, their_logits
+from tests.unit.huggingface.models import (
+    inputs_of,
+    mostly_slow,
+    our_logits,
+    pair,
+    their_logits,
+)
 
 ROPE = {"position_embedding_type": "rope"}
 GATED = {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm", **ROPE}
@@ -99,12 +105,11 @@ def test_every_option_is_covered():
 @pytest.mark.parametrize("option", CASES)
 def test_logits(megatron, option):
     ours, theirs = pair(**CASES[option])
-    for length in (32, 27):
-        assert_same(ours, theirs, length)
+    assert_same(ours, theirs, 27)
 
 
 @pytest.mark.parametrize("origin", ["mcore-0.15", "mcore-0.5", "legacy"])
-@pytest.mark.parametrize("positions", ["rope", "learned_absolute"])
+@pytest.mark.parametrize("positions", mostly_slow(["rope", "learned_absolute"], "rope"))
 def test_origins(megatron, origin, positions):
     ours, theirs = pair(retro_origin=origin, position_embedding_type=positions)
     for length in (32, 27, 8, 5):
@@ -121,6 +126,7 @@ def test_the_origins_are_ours(megatron):
         assert ORIGINS[origin] == values_of_origin(origin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {**GATED, "num_query_groups": 2}])
 def test_gradients(megatron, options):
     """Of every parameter, for the loss over the tokens that count."""

@@ -11,7 +11,14 @@ import torch
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from tests.unit.checkpoint.test_convert_checkpoint import built, convert, save_torch_format, state
 from tests.unit.checkpoint.test_upstream import load_case
-from tests.unit.huggingface.models import SMALL, inputs_of, our_logits, pair, their_logits
+from tests.unit.huggingface.models import (
+    SMALL,
+    inputs_of,
+    mostly_slow,
+    our_logits,
+    pair,
+    their_logits,
+)
 from tests.unit.huggingface.test_against_megatron import CASES
 from tests.unit.training.small import small_trainer
 
@@ -76,14 +83,14 @@ def _flat(tree, prefix=""):
     return flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm", "bf16": True,
          "num_query_groups": 2, "qk_layernorm": True, "untie_embeddings_and_output_weights": True},
-        pytest.param({"retro_deepnorm": True, "retro_encoder_hidden_size": 16},
-                     marks=pytest.mark.slow),
-        pytest.param({"no_retrieval": True, "retro_decoder_layers": None}, marks=pytest.mark.slow),
+        {"retro_deepnorm": True, "retro_encoder_hidden_size": 16},
+        {"no_retrieval": True, "retro_decoder_layers": None},
     ],
 )  # fmt: skip
 def test_a_run_of_ours(megatron, tmp_path, flags):
@@ -108,7 +115,10 @@ def test_a_run_of_ours(megatron, tmp_path, flags):
     torch.testing.assert_close(found, our_logits(model.float(), inputs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("option", CASES)
+@pytest.mark.parametrize(
+    "option",
+    mostly_slow(CASES, "num_query_groups", "retro_origin", "retro_deepnorm", "no_retrieval"),
+)
 def test_every_option_comes_back(megatron, tmp_path, option):
     """The same options, and bit for bit the same weights."""
     from retro_mcore.checkpoint.conversion.formats import open_checkpoint
@@ -171,7 +181,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, "gpt2", "stablelm", "qwen3"))
 def test_the_decoder_alone(megatron, tmp_path, name):
     ours = exported(tmp_path, FAMILIES[name], decoder_only=True)
     theirs = loaded(tmp_path, dtype=torch.float64)
@@ -204,6 +214,7 @@ def test_a_decoder_of_no_family_is_refused(options, message):
         family_of(vars(_arguments(options)))
 
 
+@pytest.mark.slow
 def test_the_weights_may_be_those_of_a_gpt_to_begin_with(megatron, tmp_path):
     """--load-gpt reads the decoder that another run wrote."""
     exported(tmp_path / "1", FAMILIES["llama"], decoder_only=True)
@@ -237,10 +248,12 @@ def edited(directory: Path, **changes):
     ],
 )
 def test_a_directory_that_was_changed_is_refused(megatron, tmp_path, change, message):
-    exported(tmp_path / "hf", {})
-    edited(tmp_path / "hf", **change)
+    from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+
+    exported(tmp_path, {})
+    edited(tmp_path, **change)
     with pytest.raises((CheckpointError, ConfigurationError), match=message):
-        convert(tmp_path / "hf", tmp_path / "ours")
+        open_checkpoint(tmp_path)
 
 
 def test_options_of_another_target_are_refused(megatron, tmp_path):

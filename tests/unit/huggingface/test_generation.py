@@ -69,7 +69,7 @@ def their_tokens(model, texts, new=20, **options):
     return found[:, inputs["input_ids"].size(1) :].tolist()
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_greedy_tokens_are_ours(models, use_cache):
     ours, theirs = models
     texts = prompts(*LENGTHS)
@@ -78,6 +78,7 @@ def test_greedy_tokens_are_ours(models, use_cache):
     assert wanted != our_tokens(ours, texts, None) == their_tokens(theirs, texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -135,6 +136,7 @@ def test_the_models_own_retriever(models):
         theirs.retriever = None
 
 
+@pytest.mark.slow
 def test_each_chunk_is_retrieved_and_encoded_once(models):
     _, theirs = models
     asked, encoded = [], []
@@ -150,6 +152,7 @@ def test_each_chunk_is_retrieved_and_encoded_once(models):
     assert chunks == [whole[i : i + CHUNK_LENGTH] for i in range(0, 32, CHUNK_LENGTH)]
 
 
+@pytest.mark.slow
 def test_beams_and_several_answers(models):
     """Rows of the cache move; without a cache there is nothing to move."""
     _, theirs = models
@@ -185,6 +188,7 @@ def test_a_text_goes_on_in_pieces(models):
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 def test_chunked_prefill(models):
     _, theirs = models
     texts = prompts(17, 9)

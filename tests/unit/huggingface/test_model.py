@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.huggingface.models import SMALL, inputs_of, their_logits
+from tests.unit.huggingface.models import SMALL, inputs_of, mostly_slow, their_logits
 from tests.unit.model.builders import VOCABULARY
 
 
@@ -35,7 +35,7 @@ def sample(length=32, batch_size=2, **options):
 
 
 @pytest.mark.parametrize("alignment", ["left", "right"])
-@pytest.mark.parametrize("positions", ["rope", "learned_absolute"])
+@pytest.mark.parametrize("positions", mostly_slow(["rope", "learned_absolute"], "rope"))
 def test_padding_changes_nothing(megatron, alignment, positions):
     """Texts of several lengths beside one another, padded at either end."""
     model = small_model(position_embedding_type=positions, retro_chunk_alignment=alignment)
@@ -117,7 +117,7 @@ def test_logits_to_keep_and_hidden_states(megatron):
     torch.testing.assert_close(model(inputs_embeds=embedded, **inputs).logits, whole.logits)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_gradient_checkpointing_gives_the_same_gradients(megatron, reentrant):
     inputs, gradients = sample(), []
     for recomputes in (False, True):
@@ -179,6 +179,7 @@ def test_texts_beyond_the_model_are_refused(megatron):
         unknown(**sample())
 
 
+@pytest.mark.slow
 def test_initial_weights_are_those_of_our_model(megatron):
     """The same deviations, of DeepNorm and muP too."""
     from tests.unit.huggingface.models import pair

@@ -68,9 +68,19 @@ def test_where_neither_retro_mcore_nor_megatron_is_installed(megatron, tmp_path)
     again = tmp_path / "hf-again"
     assert (again / "modeling_retro.py").is_file()
     assert len(list(again.glob("model-*.safetensors"))) > 1
+    assert _read(again) == _read(tmp_path / "hf")
     reloaded = loaded(again, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(reloaded(**inputs).logits, wanted)
+
+
+def _read(directory):
+    """The options of a directory, and its weights as bytes."""
+    from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+
+    checkpoint = open_checkpoint(directory)
+    weights = {name: w.load().numpy().tobytes() for name, w in checkpoint.weights.items()}
+    return checkpoint.flags, weights
 
 
 @pytest.mark.slow
@@ -92,6 +102,23 @@ def test_trainer_lowers_the_loss(megatron, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_layers_spread_by_a_device_map(megatron, tmp_path):
+    """Some layers are read from disk when they run: accelerate moves what goes in and out."""
+    pytest.importorskip("accelerate", reason="accelerate, an optional package, is not installed")
+    from tests.unit.huggingface.test_conversion import exported, loaded
+
+    exported(tmp_path / "hf", ROPE, dtype=torch.float32)
+    inputs = sample()
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{n}": "disk" if n else "cpu" for n in range(4)}
+    places |= {"model.encoder.layers.0": "disk", "model.encoder.layers.1": "cpu"}
+    spread = loaded(tmp_path / "hf", device_map=places, offload_folder=str(tmp_path / "off"))
+    with torch.no_grad():
+        wanted = loaded(tmp_path / "hf")(**inputs).logits
+        torch.testing.assert_close(spread(**inputs).logits, wanted)
 
 
 @pytest.mark.slow
