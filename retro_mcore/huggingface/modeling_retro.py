@@ -478,6 +478,10 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
 def _cache(given: Cache | None, wanted: bool) -> Cache | None:
     if given is None:
         return RetroCache() if wanted else None
+    if getattr(given, "is_compileable", False):
+        raise ValueError(
+            f"past_key_values is a {type(given).__name__}, of a fixed size: give a RetroCache"
+        )
     return given
 
 

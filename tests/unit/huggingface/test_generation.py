@@ -203,6 +203,8 @@ def test_caches_that_cannot_go_on_are_refused(megatron, models):
     tokens = torch.tensor(prompts(9))
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
         theirs(tokens, past_key_values=DynamicCache(), retriever=retriever)
+    with pytest.raises(ValueError, match="past_key_values is a StaticCache, of a fixed size"):
+        theirs.generate(tokens, max_new_tokens=2, cache_implementation="static")
     _, right = pair(retro_origin="legacy", **ROPE)
     cache = right(tokens, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="give chunk_alignment='left'"):
