@@ -233,6 +233,12 @@ class DocumentEvaluation:
             self.project_dir, self.documents, self.tokenizer, num_save, device
         )
 
+    @property
+    def searched_owners(self) -> NDArray[np.int64]:
+        """Document of each chunk that was searched, i64; `search_neighbors` comes first."""
+        assert self._neighbors is not None, "search_neighbors first"
+        return self.documents.owners[self._neighbors.searched()]
+
     @cached_property
     def num_bytes(self) -> NDArray[np.int64]:
         """Bytes of each chunk, i64 [chunks]. All ranks must read this property together."""

@@ -44,6 +44,10 @@ class DocumentRows:
     def __len__(self) -> int:
         return len(self.places)
 
+    def searched(self) -> NDArray[np.bool_]:
+        """Whether each chunk has a row and so was searched, bool [chunks]."""
+        return self.places != NO_ROW
+
     def rows(self, start: int, end: int) -> np.ndarray:
         """Neighbors of chunks [start, end), i64 [end - start, num_saved]."""
         places = self.places[start:end]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
 
@@ -34,6 +35,9 @@ class NeighborRows(Protocol):
     @property
     def num_saved(self) -> int: ...
 
+    def searched(self) -> NDArray[np.bool_]:
+        """Whether neighbors were searched for each chunk, bool [rows]. The others hold no text."""
+
     def rows(self, start: int, end: int) -> np.ndarray:
         """Chunk ids i64 [end - start, num_saved]."""
 
@@ -44,7 +48,7 @@ class ShuffledNeighbors:
 
     Attributes:
         neighbors: The chunks' own neighbors.
-        donors: int64 [rows]: the row whose neighbors each row gets.
+        donors: int64 [rows]: the row whose neighbors each row gets; -1: none.
     """
 
     neighbors: NeighborRows
@@ -60,7 +64,15 @@ class ShuffledNeighbors:
 
     def rows(self, start: int, end: int) -> np.ndarray:
         """Neighbors i64 [end - start, num_saved] of the chunks' donors."""
-        return np.concatenate([self.neighbors.rows(row, row + 1) for row in self.donors[start:end]])
+        none = np.full((1, self.num_saved), NO_NEIGHBOR, np.int64)
+        donors = self.donors[start:end].tolist()
+        return np.concatenate(
+            [none if row < 0 else self.neighbors.rows(row, row + 1) for row in donors]
+        )
+
+    def searched(self) -> NDArray[np.bool_]:
+        """See `NeighborRows.searched`."""
+        return self.donors >= 0
 
 
 @dataclass(frozen=True)
@@ -68,30 +80,35 @@ class RandomNeighbors:
     """Gives each chunk uniformly random chunks of the database.
 
     Attributes:
-        num_rows: Number of chunks that get neighbors.
+        has_neighbors: bool [rows]: whether a chunk gets neighbors.
         num_saved: Number of neighbors per chunk.
         database_size: Number of chunks to draw from.
         seed: Seed of the draws.
     """
 
-    num_rows: int
+    has_neighbors: NDArray[np.bool_]
     num_saved: int
     database_size: int
     seed: int
 
     def __len__(self) -> int:
-        return self.num_rows
+        return len(self.has_neighbors)
+
+    def searched(self) -> NDArray[np.bool_]:
+        """See `NeighborRows.searched`."""
+        return self.has_neighbors
 
     def rows(self, start: int, end: int) -> np.ndarray:
         """Neighbors i64 [end - start, num_saved]. A row is the same for any range."""
         # Philox depends only on its counter, so a row is drawn without the rows before it.
-        return np.stack(
+        drawn = np.stack(
             [
                 np.random.Generator(np.random.Philox(key=self.seed, counter=[0, row, 0, 0]))
                 .integers(self.database_size, size=self.num_saved)
                 for row in range(start, end)
             ]
         )  # fmt: skip
+        return np.where(self.has_neighbors[start:end, None], drawn, NO_NEIGHBOR)
 
 
 def change_neighbors(
@@ -102,6 +119,8 @@ def change_neighbors(
     seed: int,
 ) -> NeighborRows:
     """Choose the neighbors to evaluate with.
+
+    Chunks that were not searched stay without neighbors: they hold no words, or only padding.
 
     Args:
         neighbors: The chunks' own neighbors.
@@ -115,9 +134,12 @@ def change_neighbors(
         ConfigurationError: no shuffling can give every chunk the neighbors of another owner.
     """
     if kind == "shuffled":
-        return ShuffledNeighbors(neighbors, shuffled_rows(owners, seed))
+        (rows,) = np.nonzero(neighbors.searched())
+        donors = np.full(len(owners), -1, np.int64)
+        donors[rows] = rows[shuffled_rows(owners[rows], seed)]
+        return ShuffledNeighbors(neighbors, donors)
     if kind == "random":
-        return RandomNeighbors(len(neighbors), neighbors.num_saved, database_size, seed)
+        return RandomNeighbors(neighbors.searched(), neighbors.num_saved, database_size, seed)
     return neighbors
 
 

@@ -25,7 +25,7 @@ from retro_mcore.evaluation.repeats import distinct_text
 from retro_mcore.evaluation.results import require_writable, write_results
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import SPLITS, ProjectConfig
-from retro_mcore.samples.retro_dataset import build_retro_datasets
+from retro_mcore.samples.retro_dataset import build_retro_datasets, note_of_short_neighbors
 from retro_mcore.session import LoadedModel
 from retro_mcore.training.loop.sample_reader import require_split
 from retro_mcore.training.setup.fits_project import check_sample_length
@@ -241,7 +241,10 @@ class _Evaluation:
         with raise_together():
             distinct = distinct_text(dataset.samples, num_samples)
             owners = np.repeat(np.arange(len(dataset)), dataset.chunks_per_sample)
+            owners = owners[dataset.neighbors.searched()]
             kinds = possible_kinds(self.kinds, owners, bool(config.retro_eval_neighbors))
+        if kinds != ["none"] and (note := note_of_short_neighbors(dataset)) and get_rank() == 0:
+            _LOG.info("note: %s samples: %s", split, note)
         return [
             measure_perplexity(
                 self.loaded.model,
@@ -283,6 +286,8 @@ class _Evaluation:
         needed = self._num_searched(kinds)
         if needed:
             documents.search_neighbors(needed, str(next(model.parameters()).device))
+            with raise_together():  # chunks without words were not searched
+                kinds = possible_kinds(kinds, documents.searched_owners, given)
         rows = [
             documents.measure(model, kind, config.micro_batch_size, config.seed) for kind in kinds
         ]

@@ -102,6 +102,10 @@ class SavedNeighbors:
         """Neighbors saved per row."""
         return int(self._files[0].shape[1])
 
+    def searched(self) -> np.ndarray:
+        """Whether neighbors were searched for each chunk, bool [rows]: here for all."""
+        return np.ones(len(self), bool)
+
     def rows(self, start: int, end: int) -> np.ndarray:
         """Read rows [start, end), i64 [end - start, num_saved] (distances: f32)."""
         first = int(np.searchsorted(self._ends, start, side="right"))

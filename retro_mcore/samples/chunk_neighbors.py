@@ -92,6 +92,32 @@ def first_rows(
 
 
 @dataclass(frozen=True)
+class ShortNeighbors:
+    """Chunks with fewer than K neighbors, after those from the sample's documents are dropped.
+
+    Attributes:
+        samples: Samples that were read.
+        all_samples: Samples of the split.
+        chunks: Chunks of the samples read that were searched.
+        short: Those with too few neighbors.
+        num_neighbors: K.
+    """
+
+    samples: int
+    all_samples: int
+    chunks: int
+    short: int
+    num_neighbors: int
+
+    def __str__(self) -> str:
+        of = "" if self.samples == self.all_samples else f" of {self.samples} samples"
+        return (
+            f"{self.short} of {self.chunks} chunks{of} ({self.short / self.chunks:.1%}) have fewer "
+            f"than {self.num_neighbors} neighbors from documents outside their sample"
+        )
+
+
+@dataclass(frozen=True)
 class ChunkNeighbors:
     """Neighbors of a split's samples, as `SampleNeighbors`. Picklable.
 
@@ -135,6 +161,46 @@ class ChunkNeighbors:
     def directories(self) -> list[Path]:
         """Directories under `query/` with the saved neighbors."""
         return [table.neighbors.directory for table in self.tables]
+
+    def searched(self) -> np.ndarray:
+        """Whether each chunk has a row and so was searched, bool [chunks].
+
+        The others hold no words, or only padding.
+        """
+        return self.searched_of(range(len(self.samples))).reshape(-1)
+
+    def searched_of(self, samples: Sequence[int]) -> np.ndarray:
+        """The same for the chunks of some samples, bool [n, L]."""
+        places = [self.samples.chunk_places(sample, self.chunk_length) for sample in samples]
+        datasets = np.repeat([dataset for dataset, _, _ in places], self.chunks_per_sample)
+        documents = np.concatenate([each for _, each, _ in places])
+        starts = np.concatenate([each for _, _, each in places])
+        found = np.zeros(len(documents), bool)
+        for dataset in np.unique(datasets).tolist():
+            here = datasets == dataset
+            trained = documents < self.num_train_documents[dataset]
+            for table, mine in self._shares(trained):
+                rows = table.rows_of(
+                    dataset, documents[mine & here], starts[mine & here], self.chunk_length
+                )
+                found[mine & here] = rows != NO_ROW
+        return found.reshape(len(samples), self.chunks_per_sample)
+
+    def count_short(self, num_neighbors: int, most: int) -> ShortNeighbors:
+        """Count chunks that keep too few neighbors, in evenly spaced samples.
+
+        Args:
+            num_neighbors: K.
+            most: Number of samples that are read at most.
+        """
+        total = len(self.samples)
+        samples = np.unique(np.linspace(0, total - 1, min(most, total)).astype(np.int64)).tolist()
+        searched, length = self.searched_of(samples), self.chunks_per_sample
+        short = 0
+        for sample, mine in zip(samples, searched, strict=True):
+            last = self.rows(sample * length, (sample + 1) * length)[:, num_neighbors - 1]
+            short += int((mine & (last == NO_NEIGHBOR)).sum())
+        return ShortNeighbors(len(samples), total, int(searched.sum()), short, num_neighbors)
 
     def rows(self, start: int, end: int) -> np.ndarray:
         """Neighbors of chunks [start, end) of all samples, i64 [end - start, num_saved].

@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 
 from retro_mcore.chunking import chunks_per_sample
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
-from retro_mcore.distributed import raise_together
+from retro_mcore.distributed import on_first_rank, raise_together
 from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.project.config import SPLITS, ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.samples.chunk_neighbors import ChunkNeighbors
 from retro_mcore.samples.neighbor_check import check_neighbor_settings
 from retro_mcore.samples.neighbor_noise import NeighborNoise
 from retro_mcore.samples.project_samples import (
@@ -129,6 +130,25 @@ class RetroDataset(Dataset):
             "neighbor_tokens": tokens.reshape(shape),
             "neighbor_mask": mask.reshape(shape),
         }
+
+
+def note_of_short_neighbors(samples: object, most: int = 256) -> str | None:
+    """Sentence on the chunks of an aligned project that have too few neighbors; None if none has.
+
+    In a packed project, query_neighbors counts them. All ranks must call this together.
+
+    Args:
+        samples: A split; only those with saved neighbors of chunks are looked at.
+        most: Number of evenly spaced samples that are read at most.
+
+    Raises:
+        CorruptFileError: saved neighbors are damaged.
+    """
+    if not isinstance(samples, RetroDataset) or not isinstance(samples.neighbors, ChunkNeighbors):
+        return None
+    neighbors, num_neighbors = samples.neighbors, samples.num_neighbors
+    found = on_first_rank(lambda: neighbors.count_short(num_neighbors, most))
+    return str(found) if found.short else None
 
 
 def build_retro_datasets(

@@ -44,6 +44,9 @@ class SampleNeighbors(Protocol):
     def directories(self) -> list[Path]:
         """Directories under `query/` with the saved neighbors."""
 
+    def searched(self) -> np.ndarray:
+        """Whether neighbors were searched for each chunk, bool [chunks]."""
+
     def rows(self, start: int, end: int) -> np.ndarray:
         """Neighbors of chunks [start, end), best first, i64 [end - start, num_saved]."""
 

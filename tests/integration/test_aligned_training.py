@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 
 import pytest
@@ -81,6 +83,16 @@ def test_an_evaluation_counts_texts_and_their_ends_alone(project, trained, tmp_p
     assert len(result.train_losses) == 4
 
 
+def test_the_log_tells_counted_tokens_from_padding(project, trained):
+    save, _ = trained
+    lines = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+    (speed,) = [line for line in lines if "tokens_per_second" in line]
+    train_samples = build_retro_datasets(project)["train"]
+    masks = [train_samples[index]["loss_mask"] for index in range(len(train_samples))]
+    share = sum(mask.sum() for mask in masks) / sum(map(len, masks))
+    assert speed["counted_tokens_per_second"] / speed["tokens_per_second"] == pytest.approx(share)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(project, trained, tmp_path):
     save, result = trained
     copy = shutil.copytree(save, tmp_path / "checkpoint")
@@ -89,11 +101,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(project, trained, tmp_path):
     assert resumed.train_losses == result.train_losses[2:]
 
 
-def test_other_samples_train_without_a_search_and_do_not_resume(project, trained, tmp_path):
+def test_other_samples_train_without_a_search_and_do_not_resume(project, trained, tmp_path, capsys):
     save, _ = trained
     other = shutil.copytree(project, tmp_path / "project")
     set_samples(SetSamplesOptions(str(other), seq_length=6 * M, seed=5, train_samples=4))
-    assert len(train(other).train_losses) == 2
+    assert len(train(other, retro_num_neighbors=20).train_losses) == 2
+    assert re.search(r"train samples: \d+ of \d+ chunks .* than 20 neigh", capsys.readouterr().out)
     set_samples(SetSamplesOptions(str(other), seq_length=4 * M, train_samples=16))
     with pytest.raises(CheckpointError):
         train(other, load=str(save))

@@ -170,10 +170,12 @@ class StepLoss:
 
     Attributes:
         loss: Mean per token over all micro batches and data parallel ranks.
+        num_tokens: Number of tokens that the loss counts.
         stop: Number of ranks that want to stop.
     """
 
     loss: float
+    num_tokens: int
     stop: int
 
 
@@ -188,7 +190,7 @@ def reduce_losses(reports: Sequence[LossReport], stop: bool = False) -> StepLoss
     zeros = torch.zeros(2, dtype=torch.float64, device=device)
     sums = sum((report["sums"] for report in reports), zeros)
     loss_sum, num_tokens, stops = sum_over_ranks(sums, float(stop))
-    return StepLoss(loss_sum / max(num_tokens, 1.0), int(stops))
+    return StepLoss(loss_sum / max(num_tokens, 1.0), int(num_tokens), int(stops))
 
 
 def sum_over_ranks(sums: Tensor, every: float = 0.0) -> list[float]:

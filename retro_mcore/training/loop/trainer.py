@@ -22,8 +22,10 @@ from retro_mcore.model.pipeline import EmbeddingGroups
 from retro_mcore.platform.determinism import use_deterministic_algorithms
 from retro_mcore.platform.optimizer_state import InfiniteNormError
 from retro_mcore.samples.batch import RetroBatch
+from retro_mcore.samples.retro_dataset import note_of_short_neighbors
 from retro_mcore.training.loop.loss import (
     LossReport,
+    StepLoss,
     check_finite,
     forward_backward,
     non_finite,
@@ -171,6 +173,8 @@ class Trainer:
                 reporter.message("--save cannot be locked here: see that no other run uses it")
             if self._decoder is not None:
                 reporter.message(str(self._decoder))
+            if self.plan.with_retrieval and (note := note_of_short_neighbors(self._train_samples)):
+                reporter.message(f"train samples: {note}")
             reporter.samples(self._progress.iteration)
             self._loop(stop, reporter)
             self._report_saved(self._saver.finish(), reporter)
@@ -243,16 +247,16 @@ class Trainer:
             plan.with_retrieval,
         )
         reduced = reduce_losses(reports, stop)
-        step = self._update(reports, reduced.loss, samples)
+        step = self._update(reports, reduced, samples)
         self._result.train_losses.append(step.loss)
         self._report_spike(step, reports, reporter)
         reporter.step(step)
         return reduced.stop > 0
 
-    def _update(self, reports: Sequence[LossReport], loss: float, samples: int) -> StepReport:
+    def _update(self, reports: Sequence[LossReport], reduced: StepLoss, samples: int) -> StepReport:
         """Run the optimizer step, unless the loss or gradients are not finite."""
         parts, progress, options = self._parts, self._progress, self.plan.options
-        iteration = progress.iteration + 1
+        iteration, loss = progress.iteration + 1, reduced.loss
         if options.check_for_nan_in_loss_and_grad and not self._may_overflow():
             check_finite(reports, loss, iteration)
         lr, scale = learning_rate(parts.optimizer), loss_scale(parts.optimizer)
@@ -269,6 +273,7 @@ class Trainer:
             iteration=iteration,
             consumed_samples=progress.consumed_samples,
             samples=samples,
+            counted_tokens=reduced.num_tokens,
             loss=loss,
             learning_rate=lr,
             grad_norm=grad_norm,

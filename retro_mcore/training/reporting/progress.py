@@ -38,6 +38,7 @@ class StepReport:
         iteration: Number of the iteration, from 1.
         consumed_samples: Total number of samples after this iteration.
         samples: Number of samples in this iteration.
+        counted_tokens: Number of tokens that its loss counts, which padding is not part of.
         loss: Mean loss per token, in nats.
         learning_rate: Learning rate of this iteration.
         grad_norm: Gradient norm before clipping; 0 if the iteration was skipped.
@@ -49,6 +50,7 @@ class StepReport:
     iteration: int
     consumed_samples: int
     samples: int
+    counted_tokens: int
     loss: float
     learning_rate: float
     grad_norm: float
@@ -76,13 +78,14 @@ class _Interval:
 
     def __init__(self) -> None:
         self.since = time.perf_counter()
-        self.iterations = self.samples = self.skipped = 0
+        self.iterations = self.samples = self.counted_tokens = self.skipped = 0
         self._loss = 0.0
 
     def add(self, step: StepReport) -> None:
         """Add an iteration. The mean loss excludes skipped iterations."""
         self.iterations += 1
         self.samples += step.samples
+        self.counted_tokens += step.counted_tokens
         if step.skipped:
             self.skipped += 1
         else:
@@ -240,13 +243,17 @@ class TrainingReporter:
         self._to_sinks({key: value for key, value in record.items() if key in _SPEED}, step)
 
     def _speed(self, interval: _Interval) -> Record:
-        samples_per_second = interval.samples / interval.seconds
+        seconds = interval.seconds
+        samples_per_second = interval.samples / seconds
         flops = samples_per_second * self._flops_per_sample
+        tokens = interval.samples * self._plan.sequence_length
         speed: Record = {
-            "seconds_per_iteration": interval.seconds / interval.iterations,
+            "seconds_per_iteration": seconds / interval.iterations,
             "tokens_per_second": samples_per_second * self._plan.sequence_length,
             "tflops_per_device": flops / get_world_size() / 1e12,
         }
+        if interval.counted_tokens < tokens:  # the loss leaves out padding, or prompts
+            speed["counted_tokens_per_second"] = interval.counted_tokens / seconds
         if self._peak_flops is not None:
             speed["model_flops_utilisation"] = flops / self._peak_flops
         return speed
@@ -266,6 +273,7 @@ class TrainingReporter:
             f"skipped {record['skipped_iterations']}" if "skipped_iterations" in record else "",
             f"zeros {step.num_zeros}" if step.num_zeros is not None else "",
             f"tokens/s {record['tokens_per_second']:.0f}",
+            _counted(record.get("counted_tokens_per_second")),
             f"TFLOP/s per device {record['tflops_per_device']:.3g}",
             _utilisation(record.get("model_flops_utilisation")),
             f"left {timedelta(seconds=round(seconds_left))}",
@@ -306,9 +314,14 @@ class TrainingReporter:
 _SPEED = (
     "seconds_per_iteration",
     "tokens_per_second",
+    "counted_tokens_per_second",
     "tflops_per_device",
     "model_flops_utilisation",
 )
+
+
+def _counted(rate: float | None) -> str:
+    return "" if rate is None else f"counted tokens/s {rate:.0f}"
 
 
 def _utilisation(share: float | None) -> str:

@@ -60,3 +60,20 @@ def test_kinds_of_neighbors():
     assert every.max() < 50
     assert np.array_equal(drawn.rows(5, 7), every[5:7])
     assert not np.array_equal(every, change_neighbors(own, "random", owners, 50, 2).rows(0, 12))
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "random"])
+def test_chunks_that_were_not_searched_stay_without_neighbors(kind):
+    without, owners = (0, 3, 10), np.repeat(np.arange(3), 4)
+    own = RandomRows(12, not_searched=without)
+    changed = change_neighbors(own, kind, owners, 50, 1)
+    found = changed.rows(0, 12)
+    assert np.flatnonzero((found < 0).any(1)).tolist() == list(without)
+    assert (found[list(without)] == -1).all()
+    assert changed.searched().tolist() == own.searched().tolist()
+    assert np.array_equal(changed.rows(2, 5), found[2:5])
+    if kind == "shuffled":
+        rows = np.flatnonzero(own.searched())
+        donors = changed.donors[rows]
+        assert sorted(donors) == rows.tolist()
+        assert not (owners[donors] == owners[rows]).any()

@@ -62,10 +62,15 @@ class RandomRows:
 
     num_rows: int
     num_saved: int = NUM_NEIGHBORS
+    not_searched: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.num_rows
 
+    def searched(self) -> np.ndarray:
+        return ~np.isin(np.arange(self.num_rows), self.not_searched)
+
     def rows(self, start: int, end: int) -> np.ndarray:
         every = np.random.default_rng(3).integers(0, 50, (self.num_rows, self.num_saved))
+        every[list(self.not_searched)] = -1
         return every[start:end]

@@ -22,7 +22,7 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.samples.chunk_neighbors import first_rows
 from retro_mcore.samples.neighbor_noise import NeighborNoise
-from retro_mcore.samples.retro_dataset import build_retro_datasets
+from retro_mcore.samples.retro_dataset import build_retro_datasets, note_of_short_neighbors
 from tests.unit.data.aligned import M, aligned_database, distances_between, save_tables
 from tests.unit.data.projects import documents
 
@@ -194,6 +194,25 @@ def test_distances_are_those_of_the_neighbors_in_any_range(project):
         assert neighbors.rows(start, end).tolist() == ids[start:end].tolist()
     again = pickle.loads(pickle.dumps(dataset))
     assert (again[3]["neighbor_chunks"] == dataset[3]["neighbor_chunks"]).all()
+
+
+def test_chunks_left_with_too_few_neighbors_are_counted(project):
+    dataset, naive = build_retro_datasets(project, 20, 1)["train"], Naive(project)
+    searched, short = [], 0
+    for index in range(len(dataset)):
+        places, item = naive.stream(dataset.samples, index), dataset[index]
+        for chunk in range(dataset.chunks_per_sample):
+            number, document, offset = places[chunk * M]
+            searched.append((number, document, offset // M) in naive.rows)
+            short += searched[-1] and item["neighbor_chunks"][chunk, -1, 0] == NO_NEIGHBOR
+    assert dataset.neighbors.searched().tolist() == searched
+    assert 0 < short < sum(searched) < len(searched)
+    assert note_of_short_neighbors(dataset).startswith(f"{short} of {sum(searched)} chunks (")
+    counted, length = dataset.neighbors.count_short(20, 2), dataset.chunks_per_sample
+    assert (counted.samples, counted.chunks) == (2, sum(searched[:length] + searched[-length:]))
+    assert " chunks of 2 samples (" in str(counted)
+    assert note_of_short_neighbors(build_retro_datasets(project, 1, 1)["train"]) is None
+    assert note_of_short_neighbors(dataset.samples) is None
 
 
 def test_noise_changes_training_samples_alone(project):
