@@ -27,8 +27,8 @@ class QueryCounts(EmbeddingCounts):
     Attributes:
         chunks_short: Chunks with fewer neighbors than are saved.
         chunks_without: Chunks without any.
-        vectors_stored: Chunks searched with the vectors that build_index stored; the others were
-            embedded.
+        vectors_stored: Chunks searched with vectors that build_index or an earlier search stored;
+            the others were embedded.
         nearest_is_copy: Chunks whose nearest neighbor has the same tokens.
         copy_found: Chunks that have a neighbor with the same tokens.
         near_copy_found: Chunks whose first neighbors include a near copy; see
@@ -124,6 +124,49 @@ class SampleChunks:
 
 
 @dataclass(frozen=True)
+class EmbeddedVectors:
+    """Embeds the rows of a database.
+
+    Attributes:
+        database: The database.
+        embedder: Embeds their text.
+    """
+
+    database: ChunkDatabase
+    embedder: ChunkEmbedder
+
+    def read(self, start: int, end: int, counts: QueryCounts) -> np.ndarray:
+        """See `VectorReader.read`."""
+        return self.embedder.embed(self.database.tokens(range(start, end)), start, counts)
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """Reads vectors that are stored already.
+
+    Attributes:
+        stored: Returns the vectors of rows [start, end), f32 [end - start, dimension].
+    """
+
+    stored: Callable[[int, int], np.ndarray]
+
+    def read(self, start: int, end: int, counts: QueryCounts) -> np.ndarray:
+        """See `VectorReader.read`."""
+        vectors = self.stored(start, end)
+        counts.chunks += len(vectors)
+        counts.vectors_stored += len(vectors)
+        counts.zero += int((~vectors.any(axis=1)).sum())
+        return vectors
+
+
+class VectorReader(Protocol):
+    """Reads vectors of a database's rows, and counts the rows; see `KeptVectors`."""
+
+    def read(self, start: int, end: int, counts: QueryCounts) -> np.ndarray:
+        """Read vectors [start, end), f32 [end - start, dimension]."""
+
+
+@dataclass(frozen=True)
 class DatabaseChunks:
     """The rows of a chunk database, each a chunk of one document.
 
@@ -131,15 +174,13 @@ class DatabaseChunks:
         database: The database.
         numbers: Number of each of its datasets in the searched database; see
             `numbers_in_database`.
-        embedder: Embeds their text, unless `stored` is given.
-        stored: Returns the stored vectors of rows [start, end), f32 [end - start, dimension].
+        vectors: Reads the vectors of rows [start, end), or embeds them.
         known: Returns `QueryBatch.known` of rows [start, end).
     """
 
     database: ChunkDatabase
     numbers: Sequence[int]
-    embedder: ChunkEmbedder
-    stored: Callable[[int, int], np.ndarray] | None = None
+    vectors: VectorReader
     known: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def __len__(self) -> int:
@@ -148,13 +189,7 @@ class DatabaseChunks:
     def read(self, start: int, end: int, counts: QueryCounts) -> QueryBatch:
         """See `QueryChunks.read`."""
         chunks = self.database.tokens(range(start, end))
-        if self.stored is None:
-            vectors = self.embedder.embed(chunks, start, counts)
-        else:
-            vectors = self.stored(start, end)
-            counts.chunks += len(vectors)
-            counts.vectors_stored += len(vectors)
-            counts.zero += int((~vectors.any(axis=1)).sum())
+        vectors = self.vectors.read(start, end, counts)
         known = None if self.known is None else self.known(start, end)
         return QueryBatch(chunks, vectors, self._owners(start, end), known)
 

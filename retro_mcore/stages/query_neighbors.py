@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ from retro_mcore.stages.configuration import Project, project_paths
 from retro_mcore.stages.embedding_choice import explicit_precision, precision_options
 from retro_mcore.stages.extended_search import MERGED, find_old_neighbors
 from retro_mcore.stages.query_tables import QueryTable, database_tables, sample_tables
+from retro_mcore.stages.stored_vectors import held_out_vectors
 
 STAGE = "query_neighbors"
 #: Name, among the recorded options, of the order in which lists are searched.
@@ -301,8 +303,16 @@ class _Run:
     def _tables(self) -> Iterable[QueryTable]:
         if not self._aligned:
             return sample_tables(self._search, self._tokenizer, self._embedder, self._numbers)
+        held_out = partial(
+            held_out_vectors,
+            self._search,
+            embedder=self._embedder,
+            options=self._options,
+            precision=self._precision,
+            tag=self._tag,
+        )
         with raise_together():
-            return database_tables(self._search, self._embedder, self._numbers, self._old)
+            return database_tables(self._search, self._embedder, self._numbers, held_out, self._old)
 
     def _query(self, table: QueryTable, report: QueryNeighborsReport) -> str:
         """Search one table and add it to the report. Returns its directory's name."""

@@ -7,7 +7,7 @@ them. The table "valid" serves validation and test samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from retro_mcore.data.tokenizers.loading import Tokenizer
@@ -17,8 +17,11 @@ from retro_mcore.retrieval.project_search import ProjectSearch
 from retro_mcore.retrieval.query_chunks import (
     ChunkEmbedder,
     DatabaseChunks,
+    EmbeddedVectors,
     QueryChunks,
     SampleChunks,
+    StoredVectors,
+    VectorReader,
 )
 from retro_mcore.samples.project_samples import RenumberedSamples, build_all_gpt_samples
 from retro_mcore.stages.extended_search import MERGED, OldNeighbors
@@ -70,16 +73,19 @@ def database_tables(
     search: ProjectSearch,
     embedder: ChunkEmbedder,
     numbers: list[int],
+    held_out: Callable[[ChunkDatabase], VectorReader],
     old: OldNeighbors | None = None,
 ) -> list[QueryTable]:
     """The tables of an aligned project's merged databases; a database without rows has none.
 
-    Training chunks are searched with the vectors that build_index stored.
+    Training chunks are searched with the vectors that build_index stored, held-out chunks with
+    those of an earlier search.
 
     Args:
         search: The project and the database that is searched.
-        embedder: Embeds the chunks that have no stored vectors.
+        embedder: Embeds training chunks that have no stored vectors.
         numbers: Number of each of the project's datasets in the database.
+        held_out: Returns what reads the vectors of the held-out chunks.
         old: Known neighbors among the old chunks, if only the new ones are searched.
 
     Raises:
@@ -89,9 +95,12 @@ def database_tables(
     tables = []
     for split in MERGED:
         own = ChunkDatabase.open(search.paths.root, split, own=True)
-        stored = vectors_of_rows(search, own, numbers) if split == "train" else None
         if len(own):
+            vectors = held_out(own)
+            if split == "train":
+                stored = vectors_of_rows(search, own, numbers)
+                vectors = StoredVectors(stored) if stored else EmbeddedVectors(own, embedder)
             known = None if old is None else old.of(split)
-            chunks = DatabaseChunks(own, numbers, embedder, stored, known)
+            chunks = DatabaseChunks(own, numbers, vectors, known)
             tables.append(QueryTable(split, f"chunks_{split}", chunks, len(own)))
     return tables

@@ -1,27 +1,29 @@
-"""The vectors that build_index stored, for searching the chunks that they belong to."""
+"""Vectors stored by build_index or an earlier search, of chunks that neighbors are searched for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from retro_mcore.errors import ProjectError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
-from retro_mcore.project.markers import FileState, digest_of, state_of
+from retro_mcore.project.markers import digest_of, fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import recorded_options
-from retro_mcore.project.shards import Shard
+from retro_mcore.project.shards import cut
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.base import LEXICAL_EMBEDDER
-from retro_mcore.retrieval.index.embeddings import Embeddings
+from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.index.inherited import begins_with
+from retro_mcore.retrieval.index.vector_files import VectorFiles
+from retro_mcore.retrieval.kept_vectors import KeptVectors
 from retro_mcore.retrieval.project_search import ProjectSearch
+from retro_mcore.retrieval.query_chunks import ChunkEmbedder
 from retro_mcore.stages.build_index import STAGE, stored_embeddings
 
 
-class StoredVectors:
-    """Vectors of a project's database. A file is verified when it is first read.
+def stored_vectors(paths: ProjectPaths) -> VectorFiles:
+    """The vectors that a project's index was built from.
 
     Args:
         paths: The project, after build_index.
@@ -29,55 +31,17 @@ class StoredVectors:
     Raises:
         ProjectError: build_index has not finished.
     """
-
-    def __init__(self, paths: ProjectPaths) -> None:
-        self._paths, files = paths, stored_embeddings(paths)
-        self._embeddings, self._fingerprint = Embeddings(files.shards), files.fingerprint
-        self._verified: set[Path] = set()
-
-    def __call__(self, start: int, end: int) -> np.ndarray:
-        """Read vectors [start, end), f32 [end - start, dimension].
-
-        Raises:
-            ProjectError: files are missing or damaged. Says how to make them again.
-            CorruptFileError: a vector is NaN or infinite.
-        """
-        if not self._verified:
-            self._require_files()
-        for shard in self._embeddings.shards_of(start, end):
-            self._verify(shard)
-        return self._embeddings.range(start, end)
-
-    def _require_files(self) -> None:
-        shards = self._embeddings.shards
-        missing = [shard.path for shard in shards if not shard.path.is_file()]
-        if missing:
-            raise ProjectError(
-                missing[0].parent,
-                f"{len(missing)} of {len(shards)} files are missing, the first {missing[0].name}",
-                self._hint,
-            )
-
-    def _verify(self, shard: Shard) -> None:
-        if shard.path in self._verified:
-            return
-        if state_of(shard.path, self._fingerprint) is not FileState.COMPLETE:
-            raise ProjectError(
-                shard.path, "is damaged, or not what the index was built from", self._hint
-            )
-        self._verified.add(shard.path)
-
-    @property
-    def _hint(self) -> str:
-        return (
-            f"Restore it, or embed these chunks again: build_index --project-dir "
-            f"{self._paths.root} --stage embed, with the options that it was run with"
-        )
+    files = stored_embeddings(paths)
+    hint = (
+        f"Restore it, or embed these chunks again: build_index --project-dir {paths.root} "
+        "--stage embed, with the options that it was run with"
+    )
+    return VectorFiles(paths, files.shards, hint, files.fingerprint)
 
 
 def vectors_of_rows(
     search: ProjectSearch, own: ChunkDatabase, numbers: list[int]
-) -> StoredVectors | None:
+) -> VectorFiles | None:
     """Stored vectors of the rows of a project's own database; None if they must be embedded.
 
     Args:
@@ -87,8 +51,40 @@ def vectors_of_rows(
     """
     same_datasets = numbers == list(range(len(numbers)))
     if same_datasets and begins_with(search.database.chunks, own.chunks):
-        return StoredVectors(search.source)
-    return StoredVectors(search.paths) if _embedded_alike(search) else None
+        return stored_vectors(search.source)
+    return stored_vectors(search.paths) if _embedded_alike(search) else None
+
+
+def held_out_vectors(
+    search: ProjectSearch,
+    own: ChunkDatabase,
+    *,
+    embedder: ChunkEmbedder,
+    options: Mapping[str, Any],
+    precision: Precision,
+    tag: str,
+) -> KeptVectors:
+    """Vectors of a project's held-out chunks, kept under `query/` for the next search.
+
+    Args:
+        search: The project, and the database that is searched for these chunks.
+        own: The held-out chunks.
+        embedder: Embeds them.
+        options: Options of the search, by flag.
+        precision: Precision of the embedder.
+        tag: Ending of the directory's name if the database has another embedder than the project.
+    """
+    paths, source, settings = search.paths, search.source, search.source_settings
+    alike = source.root == paths.root or _embedded_alike(search)
+    directory = paths.query / ("vectors_valid" if alike else f"vectors_valid{tag}")
+    made_from = {
+        "embedder": [settings.embedder, settings.embedder_pooling, way_of_embedding(source)],
+        "options": {name: options[name] for name in options if name.startswith("--embed")},
+        "precision": precision,
+        "inputs": {own.path.name: digest_of(own.path), **search.token_digests()},
+    }
+    shards = cut(directory, len(own), search.config.retro_block_size)
+    return KeptVectors(own, embedder, shards, fingerprint_of(made_from))
 
 
 def _embedded_alike(search: ProjectSearch) -> bool:

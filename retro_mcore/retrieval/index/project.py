@@ -17,19 +17,16 @@ from retro_mcore.project.markers import (
 )
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import require_stage
-from retro_mcore.project.shards import Shard
+from retro_mcore.project.shards import Shard, cut
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts
 from retro_mcore.retrieval.index.filling import find_parts
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus, to_gpu_for_search
 from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
-from retro_mcore.retrieval.index.rescoring import (
-    RescoredIndex,
-    RescoredSharedIndex,
-    VectorFiles,
-)
+from retro_mcore.retrieval.index.rescoring import RescoredIndex, RescoredSharedIndex
 from retro_mcore.retrieval.index.shared import SharedIndex
 from retro_mcore.retrieval.index.training import kind_of
+from retro_mcore.retrieval.index.vector_files import VectorFiles
 
 
 class ProjectIndex:
@@ -95,7 +92,15 @@ class ProjectIndex:
         Raises:
             ProjectError: they are not all there.
         """
-        return VectorFiles(self._paths, self._settings, self._count, self._block_size)
+        paths, settings = self._paths, self._settings
+        hint = (
+            f"Run build_index --project-dir {paths.root} --stage embed, with the options that the "
+            "index was built with, or search without --rescore, which reads the stored vectors"
+        )
+        shards = cut(paths.embeddings, self._count, self._block_size, settings.growth)
+        files = VectorFiles(paths, shards, hint, dimension=settings.embedding_dimension)
+        files.require()
+        return files
 
     def open(
         self,

@@ -7,11 +7,6 @@ from typing import Any
 import numpy as np
 
 from retro_mcore.distributed import raise_together
-from retro_mcore.errors import ProjectError
-from retro_mcore.project.config import ProjectSettings
-from retro_mcore.project.markers import digest_of, fingerprint_of, verify
-from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.shards import cut
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.faiss_search import nearest, search
 from retro_mcore.retrieval.index.shared import SharedIndex
@@ -20,56 +15,6 @@ from retro_mcore.retrieval.index.shared import SharedIndex
 _BLOCK_BYTES = 64 << 20
 
 Found = tuple[np.ndarray, np.ndarray]
-
-
-class VectorFiles:
-    """The vectors of a project's database that build_index stored.
-
-    Args:
-        paths: The project.
-        settings: Its settings.
-        count: Chunks of its database.
-        block_size: Its rows per file.
-
-    Raises:
-        ProjectError: a file is missing.
-        CorruptFileError: the vectors are not those of the index.
-    """
-
-    def __init__(
-        self, paths: ProjectPaths, settings: ProjectSettings, count: int, block_size: int
-    ) -> None:
-        self._paths, self._settings = paths, settings
-        self.shards = cut(paths.embeddings, count, block_size, settings.growth)
-        self._hint = (
-            f"Run build_index --project-dir {paths.root} --stage embed, with the options that the "
-            "index was built with, or search without --rescore"
-        )
-        missing = [shard.path for shard in self.shards if not shard.path.is_file()]
-        if missing:
-            what = f"missing, and so are {len(missing) - 1} more" if missing[1:] else "missing"
-            raise ProjectError(
-                missing[0], f"{what}; --rescore reads the stored vectors", self._hint
-            )
-
-    def digests(self) -> dict[str, str]:
-        """Digest of the files, for a stage's inputs."""
-        digests = fingerprint_of([digest_of(shard.path) for shard in self.shards])
-        return {self._paths.relative(self._paths.embeddings): digests}
-
-    def open(self, check: bool = True) -> Embeddings:
-        """Map the vectors into memory; with `check`, verify their checksums."""
-        for shard in self.shards if check else []:
-            verify(shard.path, self._hint)
-        embeddings = Embeddings(self.shards)
-        if self._settings.embedding_dimension not in (None, embeddings.dimension):
-            raise ProjectError(
-                self.shards[0].path,
-                f"holds vectors of dimension {embeddings.dimension}, and the index those of "
-                f"{self._settings.embedding_dimension}",
-                self._hint,
-            )
-        return embeddings
 
 
 def rescored(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray) -> Found:

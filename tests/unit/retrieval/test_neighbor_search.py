@@ -16,6 +16,7 @@ from retro_mcore.retrieval.neighbor_search import NeighborSearch, answer
 from retro_mcore.retrieval.query_chunks import (
     ChunkEmbedder,
     DatabaseChunks,
+    EmbeddedVectors,
     QueryCounts,
     SampleChunks,
 )
@@ -188,7 +189,7 @@ class Lengths:
 def test_how_many_chunks_are_searched_together_changes_nothing(database, monkeypatch, together):
     """Batches of 16 are read and filtered; the rows of wider searches are collected."""
     monkeypatch.setattr(neighbor_search, "BATCH", 16)
-    chunks = DatabaseChunks(database, [0], Lengths())
+    chunks = DatabaseChunks(database, [0], EmbeddedVectors(database, Lengths()))
     search = NeighborSearch(database, num_query=4, num_save=3, together=together)
     rows = min(100, len(database))
     step = search._step(rows)

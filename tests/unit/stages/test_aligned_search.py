@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -161,6 +163,32 @@ def test_no_training_chunk_is_embedded_and_copies_are_counted(
     assert valid.copy_found >= 10  # the document that is in both
 
 
+def test_held_out_chunks_are_embedded_once(project: Path) -> None:
+    before = tables(project)
+    query = ProjectPaths(project).query
+    first, *_ = sorted((query / "vectors_valid").glob("*.hdf5"))
+    content = first.read_bytes()
+    rows = len(h5py.File(first)["data"])
+    for damaged in (False, True):
+        counted = stage_report(ProjectPaths(project), "query_neighbors")["valid"]
+        for name in ("chunks_train", "chunks_valid"):
+            shutil.rmtree(query / name)
+        (project / "stages" / "query_neighbors.json").unlink()
+        if damaged:
+            first.write_bytes(bytes(len(content)))
+        counts = search_again(project).counts["valid"]
+        assert counts.vectors_stored == counts.chunks - damaged * rows
+        others = {"vectors_stored": 0}
+        assert {**asdict(counts), **others} == {**counted, **others}
+        after = tables(project)
+        assert after.keys() == before.keys()
+        for name in before:
+            if "distances" not in name:  # which hold the counts
+                assert after[name] == before[name]
+    search_again(forget_neighbors(project))
+    assert tables(project) == before
+
+
 def test_other_samples_need_no_search(project: Path) -> None:
     config = json.loads((project / "config.json").read_text())
     changed = {"seed": 7, "seq_length": 32, "train_samples": 3, "global_batch_size": 1}
@@ -219,6 +247,8 @@ def test_appended_documents_are_found(project: Path) -> None:
     after.check()
     train = result.neighbors.counts["train"]
     assert train.vectors_stored == train.chunks == len(old)
+    held_out = result.neighbors.counts["valid"]
+    assert held_out.vectors_stored == held_out.chunks > 0
     assert len(after.database) > len(before.database)
     assert (after.saved["train"].rows(0, len(old)) >= len(before.database)).any()
     # The new documents are laid out as the old, and the old neighbors stay.
@@ -306,7 +336,7 @@ def test_another_projects_database(project: Path, samples: str) -> None:
             update_db(UpdateDbOptions(str(project), exchange=str(other)))
         return
     result = update_db(UpdateDbOptions(str(project), exchange=str(other)))
-    assert result.neighbors.counts["train"].vectors_stored == 0
+    assert {counts.vectors_stored for counts in result.neighbors.counts.values()} == {0}
     Oracle(project).check()
 
 
