@@ -241,7 +241,8 @@ class _Evaluation:
         with raise_together():
             distinct = distinct_text(dataset.samples, num_samples)
             owners = np.repeat(np.arange(len(dataset)), dataset.chunks_per_sample)
-            owners = owners[dataset.neighbors.searched()]
+            if "shuffled" in self.kinds:  # among the chunks that have neighbors
+                owners = owners[dataset.neighbors.searched()]
             kinds = possible_kinds(self.kinds, owners, bool(config.retro_eval_neighbors))
         if kinds != ["none"] and (note := note_of_short_neighbors(dataset)) and get_rank() == 0:
             _LOG.info("note: %s samples: %s", split, note)

@@ -21,15 +21,9 @@ from retro_mcore.project.integrity import verifying
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import (
-    check_stage,
-    finish_stage,
-    input_digests,
-    recorded_options,
-    require_stage,
-)
+from retro_mcore.project.records import check_stage, finish_stage, recorded_options
 from retro_mcore.project.shards import ShardReport, cut
-from retro_mcore.retrieval.embedders.precision import FLAG, Precision
+from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus
 from retro_mcore.retrieval.index.list_order import list_order_pays, queries_together
 from retro_mcore.retrieval.neighbor_search import (
@@ -42,8 +36,9 @@ from retro_mcore.retrieval.query_chunks import ChunkEmbedder, QueryCounts
 from retro_mcore.retrieval.rerank import save_token_counts
 from retro_mcore.samples.project_samples import numbers_in_database, remove_truncated_cache
 from retro_mcore.stages.configuration import Project, project_paths
-from retro_mcore.stages.embedding_choice import explicit_precision, precision_options
-from retro_mcore.stages.extended_search import MERGED, find_old_neighbors
+from retro_mcore.stages.embedding_choice import explicit_precision
+from retro_mcore.stages.extended_search import find_old_neighbors
+from retro_mcore.stages.query_options import database_digests, options_of
 from retro_mcore.stages.query_tables import QueryTable, database_tables, sample_tables
 from retro_mcore.stages.stored_vectors import held_out_vectors
 
@@ -56,11 +51,6 @@ _LEAST = {
     "embed_batch_size": 1,
     "embed_batch_tokens": 1,
 }
-#: Keys of config.json that decide which samples are cut, but no chunk of an aligned project.
-_OF_SAMPLES = (
-    "retro_gpt_seed", "retro_gpt_seq_length", "retro_gpt_train_samples", "retro_gpt_data_path",
-    "retro_gpt_global_batch_size", "retro_gpt_eval_interval", "retro_gpt_eval_iters",
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -200,10 +190,10 @@ class _Run:
         searched = self._search.database_digests(config.rescore)
         own = self._search.token_digests()
         if self._aligned:
-            own |= _database_digests(paths)
+            own |= database_digests(paths)
         self._inputs = {**own, **searched}
         self._tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
-        self._options = _recorded_options(config, self._search, self._num_query, self._precision)
+        self._options = options_of(config, self._search, self._num_query, self._precision)
         self._in_list_order = _searches_in_list_order(paths, self._record, self._search)
         if self._in_list_order:
             self._options[_ORDER] = "lists"
@@ -376,38 +366,6 @@ class _Run:
         self._project.save(self._paths.root)
 
 
-def _recorded_options(
-    config: QueryNeighborsConfig, search: ProjectSearch, num_query: int, precision: Precision
-) -> dict[str, Any]:
-    """The options that the neighbors depend on, by flag or by key of config.json."""
-    settings, project = search.source_settings, search.config
-    return {
-        "--num-neighbors-query": num_query,
-        "--num-neighbors-save": config.num_neighbors_save,
-        "--embed-batch-size": config.embed_batch_size,
-        "--nprobe of build_index": settings.nprobe,
-        "--ef-search of build_index": settings.ef_search,
-        # The following only if set, so that projects built before they existed remain valid.
-        **_precision_options(precision, search.precision),
-        **({"--embed-batch-tokens": tokens} if (tokens := config.embed_batch_tokens) else {}),
-        **({"--rerank": config.rerank} if config.rerank else {}),
-        **({"--rescore": True} if config.rescore else {}),
-        **(
-            {"document_ends of build_index": settings.document_ends}
-            if settings.document_ends != "line break"
-            else {}
-        ),
-        **{key: getattr(project, key) for key in _recorded_keys(search)},
-    }
-
-
-def _precision_options(precision: Precision, of_database: Precision) -> dict[str, Any]:
-    """The precision as it is recorded; fp32 only where the database has another."""
-    if precision == "fp32" != of_database:
-        return {FLAG: precision}
-    return precision_options(precision)
-
-
 def _searches_in_list_order(paths: ProjectPaths, record: str, search: ProjectSearch) -> bool:
     """Whether to search in list order; a stage that has finished goes on as it was run."""
     before = recorded_options(paths, record)
@@ -415,28 +373,6 @@ def _searches_in_list_order(paths: ProjectPaths, record: str, search: ProjectSea
         return _ORDER in before
     settings = search.source_settings
     return list_order_pays(settings.index_string or "", settings.nprobe)
-
-
-def _recorded_keys(search: ProjectSearch) -> list[str]:
-    """Keys of config.json that the neighbors depend on."""
-    # In an aligned project, the chunks are those of the documents, whatever the samples are.
-    of_samples = _OF_SAMPLES if search.settings.samples == "aligned" else ()
-    return [
-        key
-        for key in vars(search.config)
-        if key.startswith(("retro_gpt_", "retro_block_size"))
-        and not key.endswith("cache_path")
-        and key not in of_samples
-    ]
-
-
-def _database_digests(paths: ProjectPaths) -> dict[str, str]:
-    """Digests of the project's own databases, whose chunks are searched for."""
-    files = [paths.merged_db(name) for name in MERGED]
-    for file in files:
-        require_stage(paths, file, "build_db")
-    found = input_digests(paths, files)
-    return {f"{name} (searched for)": digest for name, digest in found.items()}
 
 
 def _place(source: ProjectPaths, paths: ProjectPaths) -> str:
