@@ -58,7 +58,7 @@ def _losses(counts: QueryCounts, num_saved: int, max_tokens: int | None) -> dict
     losses = embedding_losses(counts, max_tokens)
     if counts.vectors_stored:
         embedded = counts.chunks - counts.vectors_stored
-        losses["vectors"] = f"{counts.vectors_stored} stored before, {embedded} embedded"
+        losses["vectors"] = f"{counts.vectors_stored} stored by build_index, {embedded} embedded"
     if counts.copy_found:
         share = counts.copy_found / max(counts.chunks, 1)
         losses["exact copies"] = (

@@ -65,10 +65,9 @@ class KeptVectors:
         return Embeddings(self.shards)
 
     def _open(self, shard: Shard, counts: QueryCounts) -> None:
-        if state_of(shard.path, self.fingerprint) is FileState.COMPLETE:
-            counts.vectors_stored += shard.end - shard.start
-        else:
+        if state_of(shard.path, self.fingerprint) is not FileState.COMPLETE:
             self._embed(shard)
+        # The same whether it was embedded now or before, so a resumed search gives the same bytes.
         counts.add(read_counts(shard.path))
 
     def _embed(self, shard: Shard) -> None:

@@ -27,8 +27,8 @@ class QueryCounts(EmbeddingCounts):
     Attributes:
         chunks_short: Chunks with fewer neighbors than are saved.
         chunks_without: Chunks without any.
-        vectors_stored: Chunks searched with vectors that build_index or an earlier search stored;
-            the others were embedded.
+        vectors_stored: Chunks searched with the vectors that build_index stored; the others were
+            embedded, now or in an earlier search.
         nearest_is_copy: Chunks whose nearest neighbor has the same tokens.
         copy_found: Chunks that have a neighbor with the same tokens.
         near_copy_found: Chunks whose first neighbors include a near copy; see

@@ -113,7 +113,7 @@ def is_padded(source: TokenSource, eod: int) -> bool:
     batches = range(0, len(source.tokens), _BATCH)
     all_ends = sum(np.count_nonzero(source.tokens[i : i + _BATCH] == eod) for i in batches)
     # Equal if no document holds EOD before its end.
-    return all_ends == ends_and_padding(source, 0, len(last), multiple, eod).sum()
+    return bool(all_ends == ends_and_padding(source, 0, len(last), multiple, eod).sum())
 
 
 def ends_and_padding(
