@@ -299,7 +299,7 @@ class DocumentEvaluation:
         kinds, number = [row.neighbors for row in rows], len(self.documents)
         owners, chunks = self.documents.owners, [self.losses[kind] for kind in kinds]
         bits = [np.bincount(owners, each.losses / math.log(2), number) for each in chunks]
-        num_bytes = np.bincount(owners, self.num_bytes, number)
+        num_bytes = np.bincount(owners, self.num_bytes, number).astype(np.float64)
         drawn = dict(
             zip(
                 kinds, resampled_ratios(np.array(bits), num_bytes, num_resamples, seed), strict=True

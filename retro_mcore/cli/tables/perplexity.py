@@ -47,7 +47,8 @@ def print_tables(
 
 def _print_intervals(rows: Sequence[BitsPerByte]) -> None:
     """Bootstrap intervals, and differences to the first kind of neighbors of each split."""
-    cells, first = [], {}
+    cells: list[list[str]] = []
+    first: dict[str, BitsPerByte] = {}
     for row in rows:
         if row.interval is None:
             continue
