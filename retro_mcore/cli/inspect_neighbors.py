@@ -28,7 +28,10 @@ def inspect_neighbors(options: InspectNeighborsOptions) -> InspectedNeighbors:
     """
     require_writable(Path(options.output))
     result = run(options)
-    rows = {"page": result.output.absolute(), "samples": ", ".join(map(str, result.samples))}
+    rows = {
+        "page": result.output.resolve().as_uri(),
+        "samples": ", ".join(map(str, result.samples)),
+    }
     if len(result.overlaps):
         rows["mean overlap"] = f"{result.overlaps.mean():.3f}"
         rows["neighbors with overlap over 1/8"] = f"{(result.overlaps > 0.125).mean():.1%}"

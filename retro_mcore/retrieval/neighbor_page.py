@@ -8,20 +8,10 @@ from html import escape
 
 import numpy as np
 
-#: A stretch of text, and whether its tokens are shared.
-Piece = tuple[str, bool]
+from retro_mcore.retrieval.marked_text import Piece
+from retro_mcore.retrieval.page import facts_table, html_page, marked_html, neighbor_html
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --mark: #ffd54a88; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
-table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
-section { border-top: 1px solid var(--line); margin-top: 1.2rem; padding-top: .4rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft);
-  padding: .4rem .7rem; border-radius: .3rem; font: 13px/1.5 ui-monospace, monospace; }
-.neighbor { margin: .6rem 0 .6rem 2rem; } .about { font-size: .85rem; opacity: .8; }
-.continuation { border-top: 1px dashed var(--line); margin-top: .3rem; padding-top: .3rem; }
-mark { background: var(--mark); color: inherit; border-radius: .15rem; }
+_CHARTS = """
 .charts { display: flex; flex-wrap: wrap; gap: 2rem; } figure { margin: 0; }
 svg { font: 11px system-ui, sans-serif; } svg rect { fill: #4a7fd0; }
 svg text { fill: currentColor; } svg line { stroke: currentColor; }
@@ -82,19 +72,10 @@ class Page:
 
 def render(page: Page) -> str:
     """Render the page as HTML; all text is escaped."""
-    facts = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>\n"
-        for name, value in page.facts.items()
-    )
     charts = "\n".join(map(_histogram, page.histograms))
     samples = "\n".join(map(_sample, page.samples))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(page.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(page.title)}</h1>\n<table>\n{facts}</table>\n"
-        f'<div class="charts">\n{charts}\n</div>\n{samples}\n</body>\n</html>\n'
-    )
+    body = f'{facts_table(page.facts)}\n<div class="charts">\n{charts}\n</div>\n{samples}'
+    return html_page(page.title, body, _CHARTS)
 
 
 def _sample(sample: SampleView) -> str:
@@ -104,30 +85,12 @@ def _sample(sample: SampleView) -> str:
 
 
 def _chunk(chunk: ChunkView) -> str:
-    neighbors = "\n".join(map(_neighbor, chunk.neighbors))
+    neighbors = "\n".join(neighbor_html(one.about, one.chunks) for one in chunk.neighbors)
     if not chunk.neighbors:
         neighbors = '<div class="neighbor about">no neighbors</div>'
     return (
         f'<section>\n<div class="about">chunk {chunk.number}</div>\n'
-        f'<div class="text">{_text(chunk.text)}</div>\n{neighbors}\n</section>'
-    )
-
-
-def _neighbor(neighbor: NeighborView) -> str:
-    first, *rest = neighbor.chunks
-    parts = [f"<div>{_text(first or [])}</div>"]
-    for following in rest:
-        text = "<i>end of its document</i>" if following is None else _text(following)
-        parts.append(f'<div class="continuation">{text}</div>')
-    return (
-        f'<div class="neighbor">\n<div class="about">{escape(neighbor.about)}</div>\n'
-        f'<div class="text">{"".join(parts)}</div>\n</div>'
-    )
-
-
-def _text(pieces: Sequence[Piece]) -> str:
-    return "".join(
-        f"<mark>{escape(text)}</mark>" if shared else escape(text) for text, shared in pieces
+        f'<div class="text">{marked_html(chunk.text)}</div>\n{neighbors}\n</section>'
     )
 
 

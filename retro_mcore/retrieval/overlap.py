@@ -58,13 +58,31 @@ def shared_positions(
     Returns:
         bool [A] and bool [B].
     """
+    lengths = covering_runs(first, second, shortest)
+    return lengths[0] > 0, lengths[1] > 0
+
+
+def covering_runs(
+    first: np.ndarray, second: np.ndarray, shortest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Length of the longest common run that covers each token of two sequences.
+
+    Args:
+        first: Tokens [A].
+        second: Tokens [B].
+        shortest: Length of the shortest run that counts.
+
+    Returns:
+        i64 [A] and i64 [B]; 0 where no run covers the token.
+    """
     same = first[:, None] == second
     run = np.zeros((len(first) + 1, len(second) + 1), np.int64)
     for row in range(len(first)):
         run[row + 1, 1:] = np.where(same[row], run[row, :-1] + 1, 0)
-    marked = np.zeros(len(first), bool), np.zeros(len(second), bool)
+    covering = np.zeros(len(first), np.int64), np.zeros(len(second), np.int64)
     for row, column in np.argwhere(run >= shortest):
         length = run[row, column]
-        marked[0][row - length : row] = True
-        marked[1][column - length : column] = True
-    return marked
+        for lengths, end in zip(covering, (row, column), strict=True):
+            covered = lengths[end - length : end]
+            np.maximum(covered, length, out=covered)
+    return covering

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
-from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.document_ids import DocumentNames
 from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.project.config import ProjectConfig, Split
 from retro_mcore.project.integrity import verify_project
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.marked_text import Piece, split_text
 from retro_mcore.retrieval.neighbor_page import (
     ChunkView,
     Histogram,
     NeighborView,
     Page,
-    Piece,
     SampleView,
 )
 from retro_mcore.retrieval.overlap import longest_common_runs, shared_positions
@@ -217,28 +217,3 @@ def _open_distances(paths: ProjectPaths, dataset: RetroDataset) -> Any | None:
     for directory in dataset.neighbors.directories:
         verify_project(paths, sorted(directory.glob("distances/*.hdf5")))
     return dataset.neighbors.distances()
-
-
-def split_text(tokenizer: Tokenizer, tokens: np.ndarray, marked: np.ndarray) -> list[Piece]:
-    """Text of `tokens`, split where `marked` changes.
-
-    The pieces join to the text of all tokens. They are not decoded separately, since some
-    tokenizers drop a leading space. Instead, each cut is placed at the length of the text before
-    it.
-    """
-    ids = [int(token) for token in tokens]
-    cuts = [0, *(np.flatnonzero(np.diff(marked)) + 1).tolist(), len(ids)]
-    *heads, whole = tokenizer.detokenize_batch([ids[:cut] for cut in cuts[1:]])
-    # A cut inside a character of several tokens moves to the next complete character.
-    bounds = [0, *(_common_length(head, whole) for head in heads), len(whole)]
-    return [
-        (whole[start:end], bool(marked[cut]))
-        for start, end, cut in zip(bounds, bounds[1:], cuts, strict=False)
-        if start < end
-    ]
-
-
-def _common_length(head: str, whole: str) -> int:
-    """Length of the longest common prefix, in characters."""
-    pairs = zip(head, whole, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(head), len(whole)))

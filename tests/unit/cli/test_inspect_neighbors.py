@@ -13,6 +13,7 @@ from retro_mcore.cli import inspect_neighbors as command
 from retro_mcore.cli.inspect_neighbors import InspectNeighborsOptions, inspect_neighbors
 from retro_mcore.data.tokenizers.loading import GPTSentencePieceTokenizer, load_project_tokenizer
 from retro_mcore.project import ProjectConfig, ProjectPaths
+from retro_mcore.retrieval.marked_text import split_text
 from retro_mcore.retrieval.neighbor_page import (
     ChunkView,
     Histogram,
@@ -22,7 +23,6 @@ from retro_mcore.retrieval.neighbor_page import (
     render,
 )
 from retro_mcore.retrieval.neighbor_tables import SavedDistances
-from retro_mcore.samples.inspection import split_text
 from retro_mcore.samples.retro_dataset import build_retro_datasets
 from tests.integration.browser import NAMES as BROWSERS
 from tests.unit.data.projects import built_project
