@@ -64,7 +64,12 @@ class GenerateOptions(GenerationModelOptions):
     micro_batch_size: int = 8
     """Prompts that are continued together."""
     show_neighbors: bool = False
-    """Print what was retrieved, with distances and source documents."""
+    """Print each chunk with the neighbors that the model read while it wrote the chunk: distance,
+    source document, and nats per token by which the neighbor lowered the loss. Tokens copied from
+    them are marked."""
+    html: str | None = None
+    """Also write the texts, chunk by chunk beside their neighbors, into this HTML file, with the
+    gain by each neighbor for each token."""
 
 
 def generate(options: GenerateOptions) -> list[Continuation]:
@@ -81,20 +86,26 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     sampling = SamplingOptions(options.temperature, options.top_k, options.top_p, options.seed)
     loaded = load_generation_model(options)
     with raise_together():
-        if options.output is not None and get_rank() == 0:
-            require_writable(Path(options.output))
+        if get_rank() == 0:
+            _require_writable(options)
     from retro_mcore.inference.requests import GenerationRequest, StoppingOptions
     from retro_mcore.session.continuation import (
         check_prompts,
         continue_prompts,
         write_continuations,
     )
+    from retro_mcore.session.continuation_page import write_page
 
     stop = tuple(options.stop or ())
     stopping = StoppingOptions(
         options.max_new_tokens, options.min_new_tokens, tuple(options.stop_token_ids or ()), stop
     )
-    like = GenerationRequest(sampling=sampling, stopping=stopping, top_logprobs=options.logprobs)
+    like = GenerationRequest(
+        sampling=sampling,
+        stopping=stopping,
+        top_logprobs=options.logprobs,
+        neighbor_credit=options.show_neighbors or options.html is not None,
+    )
     requests = check_prompts(loaded, prompts, like)
     printer = None
     if len(prompts) == 1 and get_rank() == 0:
@@ -114,7 +125,21 @@ def generate(options: GenerateOptions) -> list[Continuation]:
             print_continuation(result, loaded, printer, logprobs, options.show_neighbors)
     if options.output is not None and get_rank() == 0:
         write_continuations(Path(options.output), results, loaded)
+    if options.html is not None and get_rank() == 0:
+        write_page(Path(options.html), results, loaded)
+        print(f"page: {Path(options.html).resolve().as_uri()}", flush=True)
     return results
+
+
+def _require_writable(options: GenerateOptions) -> None:
+    if options.output is not None:
+        require_writable(Path(options.output))
+    if options.html is not None:
+        require_writable(Path(options.html), "--html")
+        if options.output is not None and Path(options.html) == Path(options.output):
+            raise ConfigurationError(
+                f"--html {options.html}", "the file of --output too", "Name another file"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from retro_mcore.distributed import PeerError, broadcast_object, get_rank, get_world_size
 from retro_mcore.errors import ConfigurationError, RetroError
+from retro_mcore.inference.credit import text_credit
 from retro_mcore.inference.decoders import CachedDecoder, Decoder
 from retro_mcore.inference.growing_text import Detokenizer, GrowingText, find_stop
 from retro_mcore.inference.requests import GenerationRequest, Vocabulary, num_tokens
@@ -54,6 +56,8 @@ class _Member:
         return torch.tensor(list(self.endings))
 
 
+#: Ends of texts that are whole.
+_COMPLETE = ("eod", "stop", "length")
 #: A new token and its log-probabilities, as the sampling rank sends them.
 _Choice = tuple[int, TokenLogprobs | None]
 
@@ -250,7 +254,12 @@ class TextBatch:
                 self._attempt(lambda source=source, chunks=chunks: source.expect(chunks))  # type: ignore[misc]
 
     def _keep_growing(self) -> None:
-        """Remove texts that have ended."""
+        """Remove texts that have ended, after crediting their neighbors if requested."""
+        for member in self._members:
+            text = member.text
+            wanted = member.request.neighbor_credit and text.neighbors
+            if wanted and text.finish_reason in _COMPLETE:
+                self._credit(member)
         for member in self._members:
             source = member.request.neighbors
             if member.text.finish_reason is not None and isinstance(source, Prefetching):
@@ -279,6 +288,21 @@ class TextBatch:
             return
         assert isinstance(scores, list)
         member.text.prompt_logprobs = scores
+
+    def _credit(self, member: _Member) -> None:
+        text = member.text
+        found: object = text_credit(
+            self._decoder, text, self._chunk_length(), self._tokenizer.eod, self._num_tokens
+        )
+        if self._samples() and isinstance(found, np.ndarray):
+            gains = torch.from_numpy(found)
+            found = self._attempt(lambda: require_numbers(gains.abs())) or found
+        found = broadcast_object(found, self._group, self._sampling_rank)
+        if isinstance(found, Exception):
+            self._fail(member, found)
+            return
+        assert found is None or isinstance(found, np.ndarray)
+        text.neighbor_credit = found
 
     def _samples(self) -> bool:
         return get_rank(self._group) == self._sampling_rank

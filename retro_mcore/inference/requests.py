@@ -75,6 +75,8 @@ class GenerationRequest:
         two_chunks: The prompt is the first chunk, the answer the second, whatever their lengths.
         top_logprobs: Record log-probabilities of each new token (0) and of the n likeliest (n).
         prompt_logprobs: Also record log-probabilities of the prompt's tokens.
+        neighbor_credit: Once the text has ended, measure the credit of each neighbor for each
+            token, which costs K + 1 passes over the text.
 
     Raises:
         ConfigurationError: a value is out of range.
@@ -89,6 +91,7 @@ class GenerationRequest:
     two_chunks: bool = False
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    neighbor_credit: bool = False
 
     def __post_init__(self) -> None:
         if self.top_logprobs is not None and self.top_logprobs < 0:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from retro_mcore.retrieval.neighbors import RetrievedNeighbors
 
 FinishReason = Literal["eod", "stop", "length", "dropped", "failed"]
@@ -43,6 +45,8 @@ class GeneratedText:
         prompt_logprobs: Log-probabilities of the prompt's tokens from the second on, if requested.
         stop_text: The new text before the stop string, if one has ended the text.
         end_logprob: Log-probability of the EOD or stop token that ended the text, if requested.
+        neighbor_credit: f32 [tokens, K], if requested: nats by which each neighbor lowers the loss
+            of each token, once the text has ended. None if it was written without neighbors.
         error: The error, if the text has failed.
     """
 
@@ -55,6 +59,7 @@ class GeneratedText:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop_text: str | None = None
     end_logprob: float | None = None
+    neighbor_credit: np.ndarray | None = None
     error: Exception | None = None
 
     @property
@@ -85,3 +90,13 @@ class GeneratedText:
             range(chunk * chunk_length, (chunk + 1) * chunk_length)
             for chunk in range(start // chunk_length, stop // chunk_length)
         ]
+
+    def chunk_read_for(self, place: int, chunk_length: int) -> int | None:
+        """Number of the chunk whose neighbors the model read to predict the token at `place`.
+
+        None if it read none.
+        """
+        chunk = place // chunk_length - 1
+        if self.two_chunks:
+            chunk = 0 if place >= self.prompt_length else -1
+        return chunk if 0 <= chunk < len(self.neighbors) else None

@@ -10,6 +10,7 @@ from retro_mcore.cli.generate import GenerateOptions, generate, main
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.inference.prompt_files import Prompt, read_prompt_file
 from tests.integration.small_checkpoint import small_checkpoint
+from tests.unit.cli.test_inspect_neighbors import Reader
 from tests.unit.data.projects import built_project, documents
 
 PROMPT = documents()[0][:120]
@@ -43,6 +44,38 @@ def test_the_text_streams_whole_and_its_neighbors_follow(options, capsys):
     assert len(result.generated.neighbors) == (len(result.generated.tokens) - 1) // 16
     assert output.count("distance ") == 2 * len(result.generated.neighbors)
     assert "of corpus_text_document" in output
+
+
+def test_given_neighbors_are_shown_with_the_share_of_copied_tokens(options, capsys):
+    (result,) = generate(options(neighbors=["Other words.", "and"], show_neighbors=True))
+    output = capsys.readouterr().out
+    length, prompt = len(result.generated.tokens), result.generated.prompt_length
+    assert output.count("are in a run copied from") == -(-length // 16) - prompt // 16
+    assert output.count("neighbor 2: given") == len(result.generated.neighbors)
+    assert "\x1b" not in output  # not a terminal
+
+
+def test_the_page_holds_every_text_beside_its_neighbors(options, tmp_path, capsys):
+    rows = [{"prompt": PROMPT}, {"prompt": "<b>&", "neighbors": ["<script>", "</mark>"]}]
+    prompts, page = tmp_path / "prompts.jsonl", tmp_path / "a page.html"
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    results = generate(options(prompt_file=str(prompts), html=str(page), max_new_tokens=20))
+    assert capsys.readouterr().out.endswith(f"page: {page.as_uri()}\n")
+    read = Reader(page.read_text(encoding="utf-8"))
+    assert read.found["h2"] == ["Text 1", "Text 2"]
+    assert not {"script", "b"} & set(read.found)
+    live, _ = results
+    count = 2 * sum(len(result.generated.neighbors) for result in results)
+    assert len(read.found[".neighbor"]) == count
+    assert sum("distance " in about for about in read.found[".about"]) == 2 * len(
+        live.generated.neighbors
+    )
+    texts = [result.generated for result in results]
+    chunks = [max(-(-len(text.tokens) // 16), len(text.neighbors) + 1) for text in texts]
+    assert len(read.found["section"]) == sum(chunks)
+    first = "".join(read.found[".text"][0])
+    assert live.prompt.startswith(first)
+    assert not any("//" in value for value in read.attributes)
 
 
 def test_live_neighbors_change_the_text_and_none_shows_none(options, capsys):
@@ -141,6 +174,7 @@ def test_searching_ahead_finds_neighbors_for_every_chunk(options):
         ),
         ({"retrieval_lead": 2, "neighbors": ["a"]}, "--retrieval-lead: 2 with --neighbors"),
         ({"micro_batch_size": 0}, "--micro-batch-size: 0"),
+        ({"html": "x", "output": "x"}, "--html x: the file of --output"),
         ({"max_new_tokens": 1000}, "--max-new-tokens: 1000 after the .* window of 64"),
     ],
 )

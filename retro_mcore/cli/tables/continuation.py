@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.inference.growing_text import SafeStream
-from retro_mcore.retrieval.retriever import Retriever
+from retro_mcore.retrieval.marked_text import Piece, split_text
 
 if TYPE_CHECKING:
     from retro_mcore.inference.texts import GeneratedText
@@ -54,7 +56,7 @@ def print_continuation(
         loaded: The model that wrote it.
         printer: What has streamed it; None if nothing has.
         logprobs: Print the log-probabilities of its new tokens.
-        neighbors: Print the neighbors that were retrieved for it.
+        neighbors: Print its chunks with the neighbors that the model read for them.
     """
     if printer is None:
         print(result.prompt + result.text)
@@ -64,9 +66,9 @@ def print_continuation(
         print()
         for line in _logprob_lines(loaded.tokenizer, result.generated):
             print(line)
-    if neighbors and loaded.retriever is not None:
+    if neighbors:
         print()
-        for line in _neighbor_lines(loaded.retriever, result.generated):
+        for line in _chunk_lines(loaded, result.generated, _marks()):
             print(line)
     print(flush=True)
 
@@ -79,23 +81,45 @@ def _logprob_lines(tokenizer: Tokenizer, text: GeneratedText) -> Iterator[str]:
         yield f"{entry.logprob:9.4f}  {tokenizer.detokenize([entry.token])!r}  {top}".rstrip()
 
 
-def _neighbor_lines(retriever: Retriever, text: GeneratedText) -> Iterator[str]:
-    """Each chunk and what was retrieved for it."""
-    if any(retrieved.ids is None for retrieved in text.neighbors):
-        yield "The neighbors were given."
-        return
+def _marks() -> tuple[str, str]:
+    """Strings around copied text: bold and underlined on a terminal, else brackets."""
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return ("[[", "]]") if plain or not sys.stdout.isatty() else ("\x1b[1;4m", "\x1b[0m")
+
+
+def _chunk_lines(
+    loaded: GenerationModel, text: GeneratedText, marks: tuple[str, str]
+) -> Iterator[str]:
+    """Each chunk, the share of it that is copied, and the neighbors it was written with."""
+    from retro_mcore.session.written_chunks import written_chunks
+
+    chunk_length = loaded.arguments.retro_chunk_length
     if not text.neighbors:
-        yield f"No neighbors: the text has no complete chunk of {retriever.chunk_length} tokens."
-    for place, retrieved in enumerate(text.neighbors):
-        where = text.chunks(retriever.chunk_length)[place]
-        chunk = text.tokens[where.start : where.stop]
-        yield f"Chunk {place}: {_excerpt(retriever.tokenizer.detokenize(chunk))}"
-        for neighbor in retriever.describe(retrieved)[0]:
-            yield (
-                f"  distance {neighbor.distance:.3f}, {neighbor.source}: {_excerpt(neighbor.text)}"
-            )
+        short = f"the text has no complete chunk of {chunk_length} tokens"
+        yield f"No neighbors: {'nothing was retrieved' if loaded.retriever is None else short}."
+        return
+    for chunk in written_chunks(text, chunk_length, loaded.retriever):
+        yield chunk.title.capitalize()
+        pieces = split_text(loaded.tokenizer, chunk.tokens, chunk.copied_from > 0)
+        yield f"  {_marked(pieces, marks)}"
+        if chunk.num_generated:
+            yield f"  {chunk.copied_share}"
+        for neighbor in chunk.neighbors:
+            own, *continuation = neighbor.pieces(loaded.tokenizer)
+            yield f"  {neighbor.title}"
+            yield f"    {_marked(own, marks)}"
+            yield from (f"    then: {_marked(part, marks)}" for part in continuation)
 
 
-def _excerpt(text: str, length: int = 160) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= length else words[: length - 1] + "…"
+def _marked(pieces: Sequence[Piece], marks: tuple[str, str]) -> str:
+    """Text in one line; unmarked stretches are shortened in the middle."""
+    before, after = marks
+    line = "".join(f"{before}{text}{after}" if on else _shortened(text) for text, on in pieces)
+    return " ".join(line.split())
+
+
+def _shortened(text: str, most: int = 160) -> str:
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} … {text[-half:]}"
