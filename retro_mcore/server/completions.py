@@ -1,7 +1,8 @@
 """OpenAI-compatible completions: requests and responses.
 
-Fields beyond OpenAI's: top_k, min_tokens, stop_token_ids, neighbors, retrieve, two_chunks. An
-unsupported field is rejected by name, unless its value has no effect. Null means a field's default.
+Fields beyond OpenAI's: top_k, min_tokens, stop_token_ids, neighbors, neighbor_credit, retrieve,
+two_chunks. An unsupported field is rejected by name, unless its value has no effect. Null means a
+field's default.
 """
 
 from __future__ import annotations
@@ -94,6 +95,9 @@ class CompletionRequest(BaseModel):
     """Identifier of the client's user. Accepted as in OpenAI's API, but has no effect."""
     neighbors: list[StrictStr] | list[list[StrictStr]] | None = None
     """Texts to use instead of retrieved neighbors: one list for all prompts, or one list each."""
+    neighbor_credit: StrictBool = False
+    """Also return the nats by which each neighbor lowers the loss of each new token. Costs one pass
+    over the text for each neighbor, and one more."""
     retrieve: StrictBool = True
     """Retrieve neighbors. False: use only the neighbors given in the request, if any."""
     two_chunks: StrictBool | None = None
@@ -192,6 +196,7 @@ class CompletionRequest(BaseModel):
                 stopping=stopping,
                 top_logprobs=self.logprobs or (0 if chosen_by_logprobs else self.logprobs),
                 prompt_logprobs=self.echo and self.logprobs is not None,
+                neighbor_credit=self.neighbor_credit,
             )
             for number in range(self.num_texts)
         ]
@@ -278,6 +283,8 @@ class Answer:
         cut = self._neighbors_cut[index // self._request.n]
         if text is not None and cut is not None:
             choice["neighbors_cut"] = cut
+        if text is not None and self._request.neighbor_credit:
+            choice["neighbor_credit"] = self._credit(index // self._request.n, text)
         return {**self._head, "choices": [choice]}
 
     def last(self, texts: Sequence[GeneratedText]) -> dict[str, Any]:
@@ -309,6 +316,26 @@ class Answer:
         choice = self.piece(index, growing.text, text, logprobs)["choices"][0]
         choice["neighbors"] = self.neighbors(text)
         return choice
+
+    def _credit(self, prompt: int, text: GeneratedText) -> dict[str, Any] | None:
+        """Credit of the neighbors for each new token that is shown; None without neighbors.
+
+        `chunk` is the number of the chunk whose neighbors the model read for the token, and `gain`
+        has an entry for each of them, missing ones included.
+        """
+        if text.neighbor_credit is None:
+            return None
+        growing = self.choice_text(prompt, text.tokens[: text.prompt_length])
+        for token in text.new_tokens:
+            growing.add(token)
+        growing.finish()
+        placed = growing.take_tokens(ended=True)
+        return {
+            "tokens": [token.text for token in placed],
+            "text_offset": [token.offset for token in placed],
+            "chunk": [text.chunk_read_for(token.place, self._chunk_length) for token in placed],
+            "gain": text.neighbor_credit[[token.place for token in placed]].tolist(),
+        }
 
     def neighbors(
         self, text: GeneratedText, first: int = 0, end: int | None = None

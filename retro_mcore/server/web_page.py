@@ -44,15 +44,48 @@ function add(parent, kind, text) {
 
 function showChunk(chunk) {
   const section = add($("neighbors"), "chunk", "");
+  section.dataset.chunk = chunk.chunk;
   add(section, "query text", `chunk ${chunk.chunk}: ${chunk.text}`);
-  for (const neighbor of chunk.neighbors) {
+  for (const [rank, neighbor] of chunk.neighbors.entries()) {
     const box = add(section, "neighbor", "");
+    box.style.borderLeft = `.25rem solid ${color(rank, 0.8)}`;
     const distance = "distance" in neighbor ? `, distance ${neighbor.distance.toFixed(4)}` : "";
     add(box, "about", neighbor.source + distance);
     add(box, "text", neighbor.text);
     if (neighbor.continuation) add(box, "text continuation", neighbor.continuation);
   }
   if (!chunk.neighbors.length) add(section, "about", "no neighbors");
+}
+
+function color(rank, depth) {
+  return `hsl(${(48 + rank * 137) % 360} 90% 50% / ${depth.toFixed(2)})`;
+}
+
+// Tint each token in the color of the neighbor that lowered its loss most.
+function showCredit(credit, output) {
+  const sums = {};
+  output.replaceChildren(...credit.tokens.map((text, place) => {
+    const span = document.createElement("span"), gains = credit.gain[place];
+    span.textContent = text;
+    const chunk = credit.chunk[place];
+    if (chunk === null) return span;
+    const sum = sums[chunk] ??= {count: 0, gains: gains.map(() => 0)};
+    sum.count += 1;
+    gains.forEach((gain, rank) => sum.gains[rank] += gain);
+    span.title = gains.map((gain, rank) => `neighbor ${rank + 1}: ${gain.toFixed(2)} nats`)
+      .join("\\n");
+    const best = gains.indexOf(Math.max(...gains));
+    if (gains[best] > 0) {
+      span.style.backgroundColor = color(best, Math.min(gains[best] / 2, 1) * 0.6);
+    }
+    return span;
+  }));
+  for (const [chunk, sum] of Object.entries(sums)) {
+    document.querySelectorAll(`[data-chunk="${chunk}"] .neighbor .about`).forEach((about, rank) => {
+      const gain = sum.gains[rank] / sum.count;
+      about.append(`, gain ${gain.toFixed(3)} nats per token of the next chunk`);
+    });
+  }
 }
 
 function status(text, isError) {
@@ -65,7 +98,7 @@ function body() {
     prompt: $("prompt").value, stream: true,
     max_tokens: Number($("max_tokens").value), temperature: Number($("temperature").value),
     top_p: Number($("top_p").value), retrieve: $("retrieve").checked,
-    two_chunks: $("two_chunks").checked,
+    two_chunks: $("two_chunks").checked, neighbor_credit: $("credit").checked,
   };
   if ($("seed").value !== "") value.seed = Number($("seed").value);
   const given = $("given").value.split("\\n").map(line => line.trim()).filter(Boolean);
@@ -81,6 +114,7 @@ function take(line, output) {
     output.append(choice.text);
     for (const chunk of choice.neighbors || []) showChunk(chunk);
     const cut = choice.neighbors_cut ? `; ${choice.neighbors_cut} given neighbors are cut` : "";
+    if (choice.neighbor_credit) showCredit(choice.neighbor_credit, output);
     if (choice.finish_reason) status(`done (${choice.finish_reason}${cut})`);
   }
 }
@@ -138,6 +172,8 @@ _BODY = """
 <label>seed <input id="seed" type="number" min="0"></label>
 <label><input id="retrieve" type="checkbox" checked> retrieve</label>
 <label><input id="two_chunks" type="checkbox"> two chunks</label>
+<label title="Nats by which each neighbor lowers the loss of each new token">
+<input id="credit" type="checkbox"> credit neighbors</label>
 <label>key <input id="key" type="password" autocomplete="off"></label>
 </p>
 <details><summary>Neighbors of your own</summary>

@@ -103,6 +103,7 @@ class App:
             whole["text"] += piece["text"]
             whole["finish_reason"] = piece["finish_reason"]
             whole["neighbors_cut"] = piece.get("neighbors_cut")
+            whole["neighbor_credit"] = piece.get("neighbor_credit")
             for name, values in (piece["logprobs"] or {}).items():
                 whole["logprobs"].setdefault(name, []).extend(values)
             told = "".join(whole["logprobs"].get("tokens", []))
@@ -365,6 +366,29 @@ def test_given_neighbors_that_are_cut_are_counted(app, body, cut):
     assert [choice.get("neighbors_cut") for choice in choices] == cut
     assert all(("neighbors_cut" in choice) == (cut[0] is not None) for choice in choices)
     assert [choice["neighbors_cut"] for choice in app.stream(**body)] == cut
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_credit_says_which_neighbors_lowered_the_loss_of_each_token(app, echo):
+    body = {"max_tokens": 20, "echo": echo, "neighbor_credit": True}
+    (choice,) = app.complete(**body)
+    credit = choice["neighbor_credit"]
+    start = len(PROMPT) if echo else 0
+    assert "".join(credit["tokens"]) == choice["text"][start:]
+    assert credit["text_offset"][0] == start
+    assert len(credit["chunk"]) == len(credit["gain"]) == len(credit["tokens"])
+    first = len(app.loaded.tokenize([PROMPT])[0])
+    read = [(first + place) // 16 - 1 for place in range(len(credit["tokens"]))]
+    assert credit["chunk"] == [None if chunk < 0 else chunk for chunk in read]
+    assert read[-1] < len(choice["neighbors"])
+    assert all(len(gains) == 2 for gains in credit["gain"])
+    assert any(abs(gain) > 1e-4 for gains in credit["gain"] for gain in gains)
+    assert app.stream(**body)[0]["neighbor_credit"] == credit
+
+
+def test_without_neighbors_or_unasked_there_is_no_credit(app):
+    assert app.complete(retrieve=False, neighbor_credit=True)[0]["neighbor_credit"] is None
+    assert "neighbor_credit" not in app.complete()[0]
 
 
 def test_of_the_best_texts_too_it_is_told_which_prompts_neighbors_are_cut(app):
