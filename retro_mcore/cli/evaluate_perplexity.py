@@ -42,7 +42,7 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
     result = run(options)
     with raise_together():
         if get_rank() == 0:
-            print_tables(result.perplexities, result.bits_per_byte, result.leakage)
+            print_tables(result.perplexities, result.bits_per_byte, result.leakage, result.gains)
             result.write()
     return result
 

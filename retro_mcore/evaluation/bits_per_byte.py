@@ -259,6 +259,19 @@ class DocumentEvaluation:
             ConfigurationError: "shuffled" with a single document.
         """
         started = time.perf_counter()
+        self.losses[kind] = measure_chunk_losses(
+            model,
+            self.reader(kind, seed),
+            self.windows,
+            num_bytes=self.num_bytes,
+            batch_size=batch_size,
+            description=f"{self.documents.split} documents, {kind} neighbors",
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        return summarize(self.documents, self.losses[kind], kind, self.window, self.stride, started)
+
+    def reader(self, kind: NeighborKind, seed: int = 1234) -> WindowReader:
+        """Reads the windows with one kind of neighbors; see `measure`."""
         given = None
         if kind != "none":
             assert self._neighbors is not None, "search_neighbors first"
@@ -266,7 +279,7 @@ class DocumentEvaluation:
                 given = change_neighbors(
                     self._neighbors, kind, self.documents.owners, len(self.database), seed
                 )
-        reader = WindowReader(
+        return WindowReader(
             self.documents,
             given,
             self.database,
@@ -275,16 +288,6 @@ class DocumentEvaluation:
             # Sequence parallelism divides the positions among ranks.
             divisor=parallel_state.get_tensor_model_parallel_world_size(),
         )
-        self.losses[kind] = measure_chunk_losses(
-            model,
-            reader,
-            self.windows,
-            num_bytes=self.num_bytes,
-            batch_size=batch_size,
-            description=f"{self.documents.split} documents, {kind} neighbors",
-            vocab_size=self.tokenizer.vocab_size,
-        )
-        return summarize(self.documents, self.losses[kind], kind, self.window, self.stride, started)
 
     def with_intervals(
         self, rows: Sequence[BitsPerByte], num_resamples: int, seed: int

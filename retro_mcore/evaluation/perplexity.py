@@ -113,21 +113,14 @@ def measure_perplexity(
     """
     started = time.perf_counter()
     dataset = with_neighbors(dataset, neighbors, seed)
-    sampler = MicroBatchSampler(
-        0,
-        num_samples,
-        micro_batch_size,
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-        keep_rest=True,
-    )
-    numbered = NumberedSamples(dataset, retrieval=neighbors != "none")
-    device = next(model.parameters()).device
-    batches: Iterable[RetroBatch] = track(
-        read_batches(numbered, sampler, num_workers, device),
+    batches = read_samples(
+        dataset,
         f"{split}, {neighbors} neighbors",
-        total=len(sampler),
-        hidden=get_rank() != 0,
+        num_samples=num_samples,
+        micro_batch_size=micro_batch_size,
+        num_workers=num_workers,
+        device=next(model.parameters()).device,
+        retrieval=neighbors != "none",
     )
     sums = np.zeros((2, num_samples))  # losses, tokens
     for batch, losses_BS in token_losses([model], batches, vocab_size):
@@ -148,6 +141,45 @@ def measure_perplexity(
         num_documents=distinct.num_documents if distinct else None,
         num_distinct_tokens=distinct.num_tokens if distinct else None,
     )
+
+
+def read_samples(
+    dataset: RetroDataset,
+    description: str,
+    *,
+    num_samples: int,
+    micro_batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    retrieval: bool = True,
+) -> Iterable[RetroBatch]:
+    """Read this data parallel rank's batches of the first `num_samples` samples.
+
+    Args:
+        dataset: The samples.
+        description: Label of the progress bar.
+        num_samples: Number of samples, over all ranks.
+        micro_batch_size: Samples per batch.
+        num_workers: Number of processes that prefetch samples.
+        device: Where the batches go.
+        retrieval: Also read the neighbors.
+    """
+    sampler = MicroBatchSampler(
+        0,
+        num_samples,
+        micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        keep_rest=True,
+    )
+    numbered = NumberedSamples(dataset, retrieval=retrieval)
+    batches: Iterable[RetroBatch] = track(
+        read_batches(numbered, sampler, num_workers, device),
+        description,
+        total=len(sampler),
+        hidden=get_rank() != 0,
+    )
+    return batches
 
 
 def _corpus_loss(sums: np.ndarray) -> CorpusLoss:

@@ -58,6 +58,9 @@ class EvaluatePerplexityConfig:
     """Number of neighbors per chunk used to measure its overlap."""
     leakage_alphas: list[float] = field(default_factory=list)
     """Maximum overlaps of the leakage curve, each from 0 to 1. Default: 0.125, 0.25, … 1."""
+    attribute: bool = False
+    """Also measure which neighbors help: the mean loss without the neighbors of each rank minus the
+    loss with them. Costs one pass for each rank, and two more."""
     micro_batch_size: int = 4
     """Number of samples or windows per forward pass on each process."""
     num_workers: int = 0
@@ -66,9 +69,9 @@ class EvaluatePerplexityConfig:
     """Seed of shuffling and random draws."""
     output: str | None = None
     """JSON file of the samples' measurements. Default: perplexity.json in --load. Other files are
-    in the same folder: bits_per_byte.json, leakage.json and leakage.png, or
-    NAME.bits_per_byte.json, … for
-    --output NAME.json (NAME_bits_per_byte.json, … for --output NAME)."""
+    in the same folder: bits_per_byte.json, attribution.json, leakage.json and leakage.png, or
+    NAME.bits_per_byte.json, … for --output NAME.json (NAME_bits_per_byte.json, … for --output
+    NAME)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on. auto: CUDA if available, else the CPU."""
     tensor_model_parallel_size: int = 1

@@ -16,6 +16,7 @@ from retro_mcore import session
 from retro_mcore.data.tokens.splits import parse_split
 from retro_mcore.distributed import get_rank, raise_together
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.evaluation.attribution import NeighborGain, document_gains, sample_gains
 from retro_mcore.evaluation.bits_per_byte import BitsPerByte, DocumentEvaluation
 from retro_mcore.evaluation.leakage import DEFAULT_ALPHAS, LeakagePoint, plot_leakage
 from retro_mcore.evaluation.neighbor_sources import NeighborKind, possible_kinds
@@ -25,7 +26,11 @@ from retro_mcore.evaluation.repeats import distinct_text
 from retro_mcore.evaluation.results import require_writable, write_results
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import SPLITS, ProjectConfig
-from retro_mcore.samples.retro_dataset import build_retro_datasets, note_of_short_neighbors
+from retro_mcore.samples.retro_dataset import (
+    RetroDataset,
+    build_retro_datasets,
+    note_of_short_neighbors,
+)
 from retro_mcore.session import LoadedModel
 from retro_mcore.training.loop.sample_reader import require_split
 from retro_mcore.training.setup.fits_project import check_sample_length
@@ -34,6 +39,7 @@ _LOG = logging.getLogger(__name__)
 
 PERPLEXITY_FILE = "perplexity.json"
 BITS_PER_BYTE_FILE = "bits_per_byte.json"
+ATTRIBUTION_FILE = "attribution.json"
 LEAKAGE_FILE = "leakage.json"
 LEAKAGE_PLOT = "leakage.png"
 
@@ -46,12 +52,14 @@ class EvaluatePerplexityResult:
         perplexities: One per split and kind of neighbors, over samples.
         bits_per_byte: One per split and kind of neighbors, over documents.
         leakage: Leakage curve of each split.
+        gains: With --attribute, the credit of the neighbors of each rank.
         output: The JSON file of `perplexities`; `file_beside` gives the names of the others.
     """
 
     perplexities: list[Perplexity]
     bits_per_byte: list[BitsPerByte]
     leakage: dict[str, list[LeakagePoint]]
+    gains: list[NeighborGain]
     output: Path
 
     def perplexity(self, neighbors: str, split: str = "valid") -> float:
@@ -75,6 +83,9 @@ class EvaluatePerplexityResult:
         if self.bits_per_byte:
             rows = [_without_none(asdict(row)) for row in self.bits_per_byte]
             write_results(file_beside(output, BITS_PER_BYTE_FILE), rows)
+        if self.gains:
+            rows = [asdict(gain) for gain in self.gains]
+            write_results(file_beside(output, ATTRIBUTION_FILE), rows)
         if self.leakage:
             curves = {
                 split: [point.as_json() for point in points]
@@ -109,7 +120,7 @@ def file_beside(output: Path, name: str) -> Path:
 
 def _require_own_name(output: Path) -> None:
     """Reject an output named like a result file of another output."""
-    for name in (BITS_PER_BYTE_FILE, LEAKAGE_FILE, LEAKAGE_PLOT):
+    for name in (BITS_PER_BYTE_FILE, ATTRIBUTION_FILE, LEAKAGE_FILE, LEAKAGE_PLOT):
         if output.name == name or output.name.endswith((f".{name}", f"_{name}")):
             raise ConfigurationError(
                 f"--output {output}",
@@ -120,6 +131,7 @@ def _require_own_name(output: Path) -> None:
 
 def _result_files(config: EvaluatePerplexityConfig, output: Path) -> list[Path]:
     names = [BITS_PER_BYTE_FILE] if config.protocol != "samples" else []
+    names += [ATTRIBUTION_FILE] if config.attribute else []
     names += [LEAKAGE_FILE, LEAKAGE_PLOT] if config.leakage else []
     return [output, *(file_beside(output, name) for name in names)]
 
@@ -146,17 +158,23 @@ def run(config: EvaluatePerplexityConfig) -> EvaluatePerplexityResult:
     with raise_together():
         _check_samples(loaded, project, config.project_dir)
         kinds = _neighbor_kinds(config, loaded.arguments)
+        if config.attribute:
+            session.require_reading(loaded.arguments, "--attribute", "Leave it out")
         if get_rank() == 0:
             for path in _result_files(config, output):
                 require_writable(path)
     evaluation = _Evaluation(config, project, loaded, kinds)
-    result = EvaluatePerplexityResult([], [], {}, output)
+    result = EvaluatePerplexityResult([], [], {}, [], output)
     if config.protocol != "documents":
-        result.perplexities.extend(evaluation.measure_samples())
+        for split, dataset in evaluation.open_samples().items():
+            rows, gains = evaluation.measure_samples(split, dataset)
+            result.perplexities.extend(rows)
+            result.gains.extend(gains)
     if config.protocol != "samples":
         for split in config.splits:
-            rows, curve = evaluation.measure_documents(split)
-            result.bits_per_byte.extend(rows)
+            documents, gains, curve = evaluation.measure_documents(split)
+            result.bits_per_byte.extend(documents)
+            result.gains.extend(gains)
             if curve:
                 result.leakage[split] = curve
     return result
@@ -216,8 +234,8 @@ class _Evaluation:
     loaded: LoadedModel
     kinds: list[NeighborKind]
 
-    def measure_samples(self) -> list[Perplexity]:
-        """Measure Megatron's validation loss for each split and kind of neighbors."""
+    def open_samples(self) -> dict[str, RetroDataset]:
+        """The samples of each split to evaluate."""
         arguments = self.loaded.arguments
         datasets = build_retro_datasets(
             self.config.project_dir,
@@ -225,13 +243,15 @@ class _Evaluation:
             arguments.retro_num_retrieved_chunks,
         )
         with raise_together():
-            chosen = {
+            return {
                 split: require_split(datasets, split, self.config.project_dir)
                 for split in self.config.splits
             }
-        return [row for item in chosen.items() for row in self._measure_split(*item)]
 
-    def _measure_split(self, split: str, dataset: Any) -> list[Perplexity]:
+    def measure_samples(
+        self, split: str, dataset: RetroDataset
+    ) -> tuple[list[Perplexity], list[NeighborGain]]:
+        """Measure Megatron's validation loss for each kind of neighbors, and their credit."""
         config = self.config
         limit = (config.eval_iters or len(dataset)) * self.project.retro_gpt_global_batch_size
         num_samples = min(len(dataset), limit)
@@ -246,7 +266,7 @@ class _Evaluation:
             kinds = possible_kinds(self.kinds, owners, bool(config.retro_eval_neighbors))
         if kinds != ["none"] and (note := note_of_short_neighbors(dataset)) and get_rank() == 0:
             _LOG.info("note: %s samples: %s", split, note)
-        return [
+        rows = [
             measure_perplexity(
                 self.loaded.model,
                 dataset,
@@ -262,11 +282,21 @@ class _Evaluation:
             )
             for kind in kinds
         ]
+        if not config.attribute:
+            return rows, []
+        return rows, sample_gains(
+            self.loaded,
+            dataset,
+            split,
+            num_samples=num_samples,
+            micro_batch_size=config.micro_batch_size,
+            num_workers=config.num_workers,
+        )
 
     def measure_documents(
         self, split: Literal["valid", "test"]
-    ) -> tuple[list[BitsPerByte], list[LeakagePoint]]:
-        """Measure bits per byte for each kind of neighbors, and the leakage curve if requested."""
+    ) -> tuple[list[BitsPerByte], list[NeighborGain], list[LeakagePoint]]:
+        """Measure bits per byte for each kind of neighbors; credit and leakage if requested."""
         config, model = self.config, self.loaded.model
         documents = DocumentEvaluation.open(
             self.config.project_dir,
@@ -294,10 +324,13 @@ class _Evaluation:
         ]
         if config.bootstrap:
             rows = self._with_intervals(documents, rows)
+        gains = []
+        if config.attribute:
+            gains = document_gains(self.loaded, documents, config.micro_batch_size)
         if not config.leakage:
-            return rows, []
+            return rows, gains, []
         alphas = sorted(config.leakage_alphas) or DEFAULT_ALPHAS
-        return rows, documents.leakage_curve(config.leakage_neighbors, alphas)
+        return rows, gains, documents.leakage_curve(config.leakage_neighbors, alphas)
 
     def _with_intervals(
         self, documents: DocumentEvaluation, rows: list[BitsPerByte]
@@ -310,7 +343,8 @@ class _Evaluation:
 
     def _num_searched(self, kinds: list[NeighborKind]) -> int:
         """Number of neighbors to search for each chunk of the documents."""
-        read = self.loaded.arguments.retro_num_neighbors if kinds != ["none"] else 0
+        reads = kinds != ["none"] or self.config.attribute
+        read = self.loaded.arguments.retro_num_neighbors if reads else 0
         return max(read, self.config.leakage_neighbors if self.config.leakage else 0)
 
 

@@ -49,6 +49,7 @@ def documents_result(tmp_path_factory):
             retro_eval_neighbors=KINDS,
             leakage=True,
             bootstrap=50,
+            attribute=True,
         )
     )
     # Other tests search the documents with other options.
@@ -91,6 +92,28 @@ def test_bits_per_byte_is_the_loss_over_the_documents_text(documents_result):
     assert row.num_tokens == sum(len(text) - 1 for text in texts)
     expected = row.loss * row.num_tokens / math.log(2) / num_bytes
     assert row.bits_per_byte == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_credit_of_all_neighbors_is_what_real_ones_gain(documents_result):
+    folder, result = documents_result
+    ranks = [(gain.split, gain.protocol, gain.rank) for gain in result.gains]
+    assert ranks == [
+        (split, protocol, rank)
+        for protocol in ("samples", "documents")
+        for split in ("valid", "test")
+        for rank in (1, 2, None)
+    ]
+    for gain in result.gains:
+        measured = result.perplexities if gain.protocol == "samples" else result.bits_per_byte
+        rows = {row.neighbors: row for row in measured if row.split == gain.split}
+        real, none = rows["real"], rows["none"]
+        assert 0 < gain.num_tokens < real.num_tokens
+        assert gain.helped + gain.hurt <= 1
+        if gain.rank is None:  # every chunk has both neighbors
+            expected = (none.loss - real.loss) * real.num_tokens
+            assert gain.gain * gain.num_tokens == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    written = json.loads((folder / "attribution.json").read_text())
+    assert [row["gain"] for row in written] == [gain.gain for gain in result.gains]
 
 
 def test_the_leakage_curve_ends_at_the_whole_text(documents_result):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from retro_mcore.evaluation.attribution import NeighborGain
     from retro_mcore.evaluation.bits_per_byte import BitsPerByte
     from retro_mcore.evaluation.leakage import LeakagePoint
     from retro_mcore.evaluation.perplexity import Perplexity
@@ -18,6 +19,7 @@ def print_tables(
     perplexities: Sequence[Perplexity],
     bits_per_byte: Sequence[BitsPerByte],
     leakage: Mapping[str, Sequence[LeakagePoint]],
+    gains: Sequence[NeighborGain] = (),
 ) -> None:
     """A table of each measurement that was made."""
     if perplexities:
@@ -36,6 +38,13 @@ def print_tables(
         )
         _print_intervals(bits_per_byte)
         _print_notes(_left_out_note(row) for row in bits_per_byte)
+    if gains:
+        _print_table(
+            "gain: loss without these neighbors minus loss with them, in nats per token",
+            ("split", "protocol", "rank", "gain", "helped", "hurt", "tokens", "seconds"),
+            [_gain_cells(gain) for gain in gains],
+        )
+        print("helped and hurt: shares of the tokens with a gain of more than 0.1, less than -0.1")
     for split, points in leakage.items():
         kinds = list(points[0].bits_per_byte)
         _print_table(
@@ -130,6 +139,16 @@ def _print_notes(notes: Iterable[str]) -> None:
             print(note)
 
 
+def _gain_cells(gain: NeighborGain) -> list[str]:
+    if not gain.num_tokens:
+        shown = ["no tokens", "", ""]
+    else:
+        shown = [f"{gain.gain:+.4f}", f"{gain.helped:.1%}", f"{gain.hurt:.1%}"]
+    rank = "all" if gain.rank is None else str(gain.rank)
+    cells = [gain.split, gain.protocol, rank, *shown]
+    return [*cells, f"{gain.num_tokens:,}", f"{gain.seconds:.1f}"]
+
+
 def _leakage_cells(point: LeakagePoint) -> list[str]:
     values = [
         "no chunks" if value != value else f"{value:.4f}" for value in point.bits_per_byte.values()
@@ -140,7 +159,7 @@ def _leakage_cells(point: LeakagePoint) -> list[str]:
 def _print_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in names:
-        left = name in ("split", "neighbors", "corpus")
+        left = name in ("split", "neighbors", "corpus", "protocol")
         table.add_column(name, justify="left" if left else "right")
     for row in rows:
         table.add_row(*row)
