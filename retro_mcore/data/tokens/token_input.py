@@ -115,7 +115,7 @@ def count_bos(prefix: Path, tokenizer: Tokenizer) -> tuple[int, int]:
 def _count_padded_ends(file: TokenFile, eod: int) -> int:
     """Number of documents of several EODs and nothing else: padded, without text."""
     (numbers,) = np.nonzero((file.lengths > 1) & (file.tokens[file.starts] == eod))
-    return sum(bool((file.sequence(number) == eod).all()) for number in numbers)
+    return sum(bool((file.sequence(number) == eod).all()) for number in numbers.tolist())
 
 
 def begin_with_bos(prefixes: Sequence[Path], tokenizer: Tokenizer) -> bool:
