@@ -1,6 +1,6 @@
 """A project of real text in which retrieval helps, and a model that trains on it in minutes.
 
-The text: the docstrings of the installed Transformers' models, one document per source file. Models
+The text: the docstrings of the installed Transformers' models, one document per model. Models
 document their arguments in one another's words, so that neighbors hold much of what comes next.
 """
 
@@ -54,8 +54,13 @@ def make_project(
     corpus, project = folder / "documentation.jsonl", folder / "project"
     if not corpus.is_file():
         maker = _corpus_maker()
-        documents = list(maker.source_documents(_models_of_transformers()))
-        maker.write_jsonl(maker.in_order(documents), corpus)
+        try:
+            documents = maker.models_documentation()
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(
+                "transformers", "not installed", "pip install transformers"
+            ) from error
+        maker.write_jsonl(documents, corpus)
     preprocess_corpus(
         PreprocessCorpusOptions(
             str(project),
@@ -76,13 +81,6 @@ def make_project(
     build_index(BuildIndexOptions(str(project), embedder="lexical"))
     query_neighbors(QueryNeighborsOptions(str(project)))
     return project
-
-
-def _models_of_transformers() -> Path:
-    found = importlib.util.find_spec("transformers")
-    if found is None or not found.submodule_search_locations:
-        raise MissingDependencyError("transformers", "not installed", "pip install transformers")
-    return Path(found.submodule_search_locations[0]) / "models"
 
 
 def _corpus_maker() -> ModuleType:

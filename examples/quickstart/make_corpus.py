@@ -31,6 +31,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,17 +69,15 @@ def source_documents(library: Path) -> Iterator[Document]:
             yield Document(f"module:{name}", f"Module {name}", "\n\n".join(sections))
 
 
-def model_documents(models: Path) -> Iterator[Document]:
-    """The docstrings of every model of Transformers: the folders in `models`, a document each.
+def model_document(folder: Path) -> Document:
+    """The docstrings of a model of Transformers, whose files are in `folder`.
 
-    Equal sections of a model's files are kept once. Several files of a model are generated from one
-    another.
+    Equal sections are kept once: several files of a model are generated from one another.
     """
-    for folder in sorted(path for path in models.iterdir() if path.is_dir()):
-        sections: dict[str, None] = {}
-        for path in sorted(folder.glob("*.py")):
-            sections.update(dict.fromkeys(_file_sections(path.stem, path)))
-        yield Document(f"model:{folder.name}", f"Model {folder.name}", "\n\n".join(sections))
+    sections: dict[str, None] = {}
+    for path in sorted(folder.glob("*.py")):
+        sections.update(dict.fromkeys(_file_sections(path.stem, path)))
+    return Document(f"model:{folder.name}", f"Model {folder.name}", "\n\n".join(sections))
 
 
 def _file_sections(name: str, path: Path) -> list[str]:
@@ -171,14 +170,25 @@ def models_documentation(max_documents: int | None = None) -> list[Document]:
     found = importlib.util.find_spec("transformers")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("transformers is not installed: pip install transformers")
-    folder = Path(found.submodule_search_locations[0]) / "models"
-    return in_order(list(model_documents(folder)))[:max_documents]
+    models = Path(found.submodule_search_locations[0]) / "models"
+    folders = [path for path in models.iterdir() if path.is_dir()]
+    folders.sort(key=lambda path: _place(f"model:{path.name}"))
+    documents = (model_document(path) for path in folders)
+    return list(islice((one for one in documents if _says_something(one)), max_documents))
 
 
 def in_order(documents: list[Document]) -> list[Document]:
     """Those that say something, each once, in the order of a hash of their ids."""
-    found = {one.id: one for one in documents if len(one.text) >= MIN_CHARACTERS}
-    return sorted(found.values(), key=lambda one: hashlib.sha256(one.id.encode()).digest())
+    found = {one.id: one for one in documents if _says_something(one)}
+    return sorted(found.values(), key=lambda one: _place(one.id))
+
+
+def _says_something(document: Document) -> bool:
+    return len(document.text) >= MIN_CHARACTERS
+
+
+def _place(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
 
 def write_jsonl(documents: list[Document], output: Path) -> int:

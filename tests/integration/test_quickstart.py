@@ -1,4 +1,4 @@
-"""The quickstart: seven commands from text to a generated paragraph, on real data and processes."""
+"""The quickstart: from text to two models and a generated paragraph, on real data and processes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ COMMANDS = [
     "build_index",
     "query_neighbors",
     "pretrain_retro",
+    "pretrain_retro",
+    "evaluate_perplexity",
     "evaluate_perplexity",
     "generate",
 ]
@@ -55,7 +57,7 @@ def test_two_processes_go_from_text_to_a_paragraph(finished):
     folder, output = finished
     assert commands_shown(output) == COMMANDS
     assert output.count("torchrun --standalone --nproc-per-node 2") == len(COMMANDS)
-    assert (folder / "checkpoints" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "retro_against_gpt.png").read_bytes().startswith(b"\x89PNG")
     measured = json.loads((folder / "checkpoints" / "perplexity.json").read_text("utf-8"))
     assert [row["neighbors"] for row in measured] == ["real", "shuffled", "none"]
     assert len({row["perplexity"] for row in measured}) == 3
@@ -63,7 +65,11 @@ def test_two_processes_go_from_text_to_a_paragraph(finished):
     assert re.search(r"distance \d", output)
     closing = output[output.rindex("\nquickstart ") :]  # the table, not a path in it
     assert all(re.search(rf"{name} .*\d s", closing) for name in COMMANDS)
-    assert "loss_curve.png" in closing
+    assert re.search(r"GPT +\d+\.\d\d █", closing)
+    assert f"plot: {(folder / 'retro_against_gpt.png').as_uri()}" in closing
+    page = folder / "generated.html"
+    assert page.as_uri() in closing
+    assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
 
 
 @pytest.mark.slow
@@ -76,9 +82,10 @@ def test_a_second_run_on_one_process_reuses_what_is_finished(finished):
     result = run_script("run.py", "--smoke", "--output", folder)
     assert result.returncode == 0, result.stdout + result.stderr
     assert commands_shown(result.stdout) == COMMANDS
-    for name in COMMANDS[:5]:
-        start = result.stdout.index(f"tools/{name}.py")
-        assert "reused" in result.stdout[start:].split("\n$ ")[0], name
+    shown = result.stdout.split("\n$ ")[1:]
+    for name, printed in list(zip(COMMANDS, shown, strict=True))[:6]:
+        assert f"tools/{name}.py" in printed
+        assert "reused" in printed, name
     assert contents(folder / "project" / "db") | contents(folder / "project" / "query") == built
     assert tracker.stat().st_mtime_ns == trained_at
 
@@ -102,7 +109,7 @@ def test_a_commands_failure_is_forwarded_with_its_code_and_message(tmp_path, npr
 def test_the_corpus_is_pythons_documentation_always_the_same(tmp_path):
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     for path in (first, second):
-        result = run_script("make_corpus.py", "--output", path)
+        result = run_script("make_corpus.py", "--text", "python", "--output", path)
         assert result.returncode == 0, result.stderr
     assert first.read_bytes() == second.read_bytes()
     documents = {
@@ -116,6 +123,21 @@ def test_the_corpus_is_pythons_documentation_always_the_same(tmp_path):
     assert not any(name.startswith(("module:test", "module:idlelib")) for name in documents)
 
 
+def test_a_models_files_are_one_document_with_each_section_once(tmp_path):
+    path = tmp_path / "models.jsonl"
+    result = run_script("make_corpus.py", "--output", path, "--max-documents", 20)
+    assert result.returncode == 0, result.stderr
+    documents = [json.loads(line) for line in path.open(encoding="utf-8")]
+    assert len({one["id"] for one in documents}) == len(documents) == 20
+    assert all(one["id"].startswith("model:") for one in documents)
+    for one in documents:
+        headings = re.findall(r"(?m)^class \w+Config\(.*\)$", one["text"])
+        assert len(headings) == len(set(headings)), one["id"]
+    refused = run_script("make_corpus.py", "--output", path, "--max-modules", 1)
+    assert refused.returncode == 2
+    assert "only --text python has modules" in refused.stderr
+
+
 def test_fewer_documents_are_the_first_ones(tmp_path, monkeypatch, capsys):
     # In this process, to parse the standard library once.
     spec = importlib.util.spec_from_file_location("make_corpus", QUICKSTART / "make_corpus.py")
@@ -124,7 +146,8 @@ def test_fewer_documents_are_the_first_ones(tmp_path, monkeypatch, capsys):
     read = corpus.source_documents
     monkeypatch.setattr(corpus, "source_documents", cache(lambda library: [*read(library)]))
     for count in (3, 5):
-        flags = ["--output", str(tmp_path / f"{count}.jsonl"), "--max-documents", str(count)]
+        flags = ["--text", "python", "--output", str(tmp_path / f"{count}.jsonl")]
+        flags += ["--max-documents", str(count)]
         monkeypatch.setattr(sys, "argv", ["make_corpus.py", *flags])
         assert corpus.main() == 0
         assert f"{count} documents" in capsys.readouterr().out
