@@ -70,9 +70,8 @@ def curves_as_text(models: Sequence[Model]) -> str:
     points = [point for model in models for point in model.losses]
     if not points:
         return ""
-    last, low, high = (f(p) for f, p in zip(
-        (max, min, max), ([n for n, _ in points], *[[y for _, y in points]] * 2), strict=True
-    ))  # fmt: skip
+    last = max(number for number, _ in points)
+    low, high = min(loss for _, loss in points), max(loss for _, loss in points)
     grid = [[" "] * (_COLUMNS + 1) for _ in range(_LINES)]
     for model in models:
         for number, loss in model.losses:
