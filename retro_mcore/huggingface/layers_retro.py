@@ -127,7 +127,8 @@ def linear(
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    module: RetroSelfAttention | RetroCrossAttention, query: Tensor, key: Tensor, value: Tensor,
+    mask: Tensor | None,
     scale: float, dropout: float, causal: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention with the implementation that the model was loaded with.

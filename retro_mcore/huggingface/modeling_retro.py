@@ -57,7 +57,7 @@ class RetroPreTrainedModel(PreTrainedModel):
                 nn.init.uniform_(module.weight, -(3**0.5) * std, 3**0.5 * std)
             else:
                 nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RetroNorm):
             nn.init.constant_(module.weight, 0.0 if module.centered else 1.0)
@@ -70,7 +70,7 @@ class RetroModel(RetroPreTrainedModel):
 
     def __init__(self, config: RetroConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions: nn.Embedding | None = None
         self.rotary: Rotary | None = None
         if config.position_embedding_type == "rope":
@@ -133,11 +133,12 @@ class RetroModel(RetroPreTrainedModel):
         self._check_length(spans)
         if position_ids is None:
             position_ids = _positions(spans, past, length, inputs_embeds.device)
-        plan = self._plan(
+        chunks = self._plan(
             spans, past, length, cache, input_ids, retrieved_input_ids,
             retriever or self.retriever, chunk_alignment or config.retro_chunk_alignment,
+            inputs_embeds.device,
         )  # fmt: skip
-        plan, neighbors, mask = plan if plan is not None else (None, None, None)
+        plan, neighbors, mask = (None, None, None) if chunks is None else chunks
 
         def encode(normed: Tensor, embedded: Tensor | None) -> Tensor | None:
             return self._encode(normed, embedded, mask, plan, cache)
@@ -190,6 +191,7 @@ class RetroModel(RetroPreTrainedModel):
     def _plan(
         self, spans: Spans, past: int, length: int, cache: Cache | None, input_ids: Tensor | None,
         retrieved: Tensor | None, retriever: Retriever | None, alignment: str,
+        device: torch.device,
     ) -> tuple[ChunkPlan, Tensor | None, Tensor | None] | None:  # fmt: skip
         """The chunks of the pass, their embedded neighbors `[N * K, R, D]` and which of the tokens
         are real, bool `[N * K, R]`. None: retrieval is off."""
@@ -228,7 +230,7 @@ class RetroModel(RetroPreTrainedModel):
             _require_missing(retrieved, "the pass completes no chunk")
             return plan, None, None
         ids = self._neighbors(plan, tokens, retrieved, retriever)
-        return plan, *self._read(plan, ids.to(self.embed_tokens.weight.device), memory, past)
+        return plan, *self._read(plan, ids.to(device), memory, past)
 
     def _neighbors(
         self, plan: ChunkPlan, tokens: Tensor | None, retrieved: Tensor | None,
@@ -304,7 +306,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
     def __init__(self, config: RetroConfig) -> None:
         super().__init__(config)
         self.model = RetroModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @property
@@ -438,28 +440,37 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         )
         inputs |= {"retriever": retriever, "chunk_alignment": "left"}
         if retrieved_input_ids is not None:
-            length = (inputs.get("input_ids", input_ids)).size(1)
-            inputs["retrieved_input_ids"] = self._given_so_far(
-                retrieved_input_ids, attention_mask, past_key_values, past, length, retriever
+            length = inputs.get("input_ids", input_ids).size(1)
+            spans = _spans(attention_mask, past_key_values, len(input_ids), past, length)
+            inputs["retrieved_input_ids"] = self._given_or_found(
+                retrieved_input_ids, input_ids, spans, past, length, retriever or self.retriever
             )
         return inputs
 
-    def _given_so_far(
-        self, retrieved: Tensor, attention_mask: Tensor | None, cache: Cache | None, past: int,
-        length: int, retriever: Retriever | None,
+    def _given_or_found(
+        self, retrieved: Tensor, input_ids: Tensor, spans: Spans, past: int, length: int,
+        retriever: Retriever | None,
     ) -> Tensor | None:  # fmt: skip
-        """Given neighbors of the chunks of a pass; later chunks than the given ones have none."""
+        """Neighbors of a pass's chunks: those given; of later chunks the retriever's, or none."""
         rows, given, *shape = retrieved.shape
-        spans = _spans(attention_mask, cache, rows, past, length)
         size = self.config.retro_chunk_length
         plan = ChunkPlan.of(spans, past, length, size, "left")
         chosen = retrieved.new_full((rows, plan.most, *shape), -1)
-        for row, place in zip(plan.rows, plan.places, strict=True):
+        later: list[tuple[int, int, Tensor]] = []
+        before = past + length - input_ids.size(1)  # cached tokens that are not passed again
+        for row, place, start in zip(plan.rows, plan.places, plan.starts, strict=True):
             chunk = max(past - spans[row][0], 0) // size + place
             if chunk < given:
                 chosen[row, place] = retrieved[row, chunk]
-            elif retriever is not None or self.retriever is not None:
-                return None if past else _too_few(given)
+            elif retriever is not None and start + past < before:
+                raise ValueError("a chunk began in the cache: pass the whole text to generate()")
+            elif retriever is not None:
+                first = start + past - before
+                later.append((row, place, input_ids[row, first : first + size]))
+        if later and retriever is not None:
+            found = torch.as_tensor(retriever(torch.stack([tokens for *_, tokens in later])))
+            for (row, place, _), neighbors in zip(later, found, strict=True):
+                chosen[row, place] = neighbors.to(chosen.device)
         return chosen if plan.most else None
 
     def _prepare_cache_for_generation(
@@ -485,9 +496,8 @@ def _cache(given: Cache | None, wanted: bool) -> Cache | None:
     return given
 
 
-def _recomputes(model: nn.Module) -> bool:
-    layer = next(iter(model.layers), None)
-    return bool(getattr(layer, "gradient_checkpointing", False))
+def _recomputes(model: RetroModel) -> bool:
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers)
 
 
 def _as_object(return_dict: bool | None, config: RetroConfig) -> bool:
@@ -558,10 +568,3 @@ def _given(plan: ChunkPlan, retrieved: Tensor, shape: tuple[int, int]) -> Tensor
 def _require_missing(retrieved: Tensor | None, why: str) -> None:
     if retrieved is not None and bool((retrieved >= 0).any()):
         raise ValueError(f"retrieved_input_ids has neighbors that nothing attends to: {why}")
-
-
-def _too_few(given: int) -> None:
-    raise ValueError(
-        f"retrieved_input_ids has {given} chunks and the prompts have more: give all of them, or "
-        "leave them to the retriever"
-    )

@@ -148,7 +148,8 @@ class _ReadOnce:
 
     def __init__(self, weight: Weight, readings: int) -> None:
         self._weight, self._readings = weight, readings
-        self._left, self._tensor = 0, None
+        self._left = 0
+        self._tensor: Tensor | None = None
 
     def load(self) -> Tensor:
         if self._tensor is None:

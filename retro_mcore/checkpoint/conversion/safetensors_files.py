@@ -97,4 +97,4 @@ def _write_shard(file: Path, shard: Mapping[str, Weight]) -> None:
                 found = f"{name} is {tensor.dtype} {tuple(tensor.shape)}"
                 raise CheckpointError(file, found, f"Expected {weight.dtype} {weight.shape}")
             data = tensor.detach().contiguous().flatten().view(torch.uint8)
-            stream.write(memoryview(data.numpy()))
+            data.numpy().tofile(stream)

@@ -120,8 +120,9 @@ def test_given_neighbors_are_those_of_the_prompts_chunks(models):
     alone = their_tokens(theirs, texts, **both)
     assert alone == their_tokens(theirs, texts, use_cache=False, **both)
     assert alone != found
-    with pytest.raises(ValueError, match="has 1 chunks and the prompts have more"):
-        their_tokens(theirs, texts, retriever=retriever, retrieved_input_ids=given[:, :1])
+    for use_cache in (True, False):
+        some = {"retrieved_input_ids": given[:, :1], "use_cache": use_cache}
+        assert their_tokens(theirs, texts, retriever=retriever, **some) == found
 
 
 def test_the_models_own_retriever(models):
