@@ -40,7 +40,7 @@ GROUPS: dict[str, str] = {
     "computation": "transformer_impl attention_backend no_*_fusion no_persist_layer_norm "
     "cross_entropy_* recompute_* use_cpu_initialization deterministic_mode",
     "checkpoint": "save save_* async_save keep_last_n load load_* ckpt_step use_checkpoint_args "
-    "finetune no_load_* exit_* target target_* model_config",
+    "finetune no_load_* exit_* target target_* decoder_only max_shard_size model_config",
     "logging": "log_* tensorboard_* wandb_* check_for_* device_peak_tflops",
     "scale": "tokens training_tokens document_tokens embedding_dimension hours *_per_node "
     "node_memory *_rate measure",
