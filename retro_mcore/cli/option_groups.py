@@ -17,9 +17,11 @@ GROUPS: dict[str, str] = {
     "prompt": "prompt prompt_* task template_id passages longform_answer ft_neighbours reuse_top "
     "loss_on pack_samples two_chunks num_gen",
     "model": "num_layers hidden_size num_attention_heads group_query_attention num_query_groups "
-    "ffn_hidden_size kv_channels norm* apply_layernorm_1p swiglu openai_gelu squared_relu "
+    "ffn_hidden_size kv_channels norm* apply_layernorm_1p swiglu geglu openai_gelu "
+    "squared_relu sublayer_norms parallel_residual *_multiplier logits_scaling softmax_scale "
+    "*_softcap no_rope_layers "
     "position_embedding_type rotary_* *rope_scaling* max_position_embeddings "
-    "untie_embeddings_and_output_weights disable_bias_linear add_qkv_bias qk_layernorm "
+    "untie_embeddings_and_output_weights disable_bias_linear add_qkv_bias qk_layernorm* "
     "sliding_window hidden_dropout attention_dropout *init_method* make_vocab_size_divisible_by "
     "retro_origin retro_deepnorm retro_mup_*",
     "retrieval": "retro_neighbors retro_attention_gate no_retrieval embedder* embed_* embeddings_* "

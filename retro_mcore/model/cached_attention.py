@@ -8,6 +8,7 @@ attend to the neighbors of one chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.cross_attention import RetroCrossAttention
+from retro_mcore.model.family_layers import local_rotary
+from retro_mcore.model.family_options import family_option
 from retro_mcore.model.inference_context import InferenceContext, NewChunk
+from retro_mcore.platform.attention import attend_capped
 from retro_mcore.platform.compatibility import config_value
 
 if TYPE_CHECKING:
@@ -30,7 +34,34 @@ class RetroSelfAttention(SelfAttention):
 
     Keys are cached with their rotary embedding, so a step costs one pass over them. (Megatron's
     own static context keeps them as projected and rotates the whole cache in every step.)
+
+    It also computes what families do otherwise: layers without rotary positions or with a base of
+    their own, and YaRN's and LongRoPE's factor on rotated queries and keys.
     """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.has_rope = self.layer_number not in (family_option(config, "no_rope_layers") or ())
+        self.local_rotary = local_rotary(config, self.layer_number, self.pg_collection.cp)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's; the channels to be rotated are multiplied by `rotary_attention_factor`."""
+        query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        factor = family_option(self.config, "rotary_attention_factor")
+        if factor != 1.0 and self.has_rope and self.local_rotary is None:
+            rotated = 2 * len(self.config.rotary_frequencies)
+            query, key = (_scale_channels(states, rotated, factor) for states in (query, key))
+        return query, key, *rest
+
+    def _own_angles(self, angles: Any, positions_SB: Tensor | None = None) -> Any:
+        """The rotary embedding of this layer, given that of the model."""
+        if angles is None or not self.has_rope:
+            return None
+        if self.local_rotary is None:
+            return angles
+        if positions_SB is None:
+            return self.local_rotary(angles.size(0))
+        return self.local_rotary(int(positions_SB.max()) + 1)[:, 0][positions_SB]
 
     def forward(  # type: ignore[override]
         self,
@@ -43,7 +74,10 @@ class RetroSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Megatron's forward; with an InferenceContext, `rotary_pos_emb` is `[S, B, 1, C]`."""
         if isinstance(inference_context, InferenceContext):
-            return self._forward_cached(hidden_states, inference_context, rotary_pos_emb)
+            positions_SB = inference_context.current.positions_SB
+            angles = self._own_angles(rotary_pos_emb, positions_SB)
+            return self._forward_cached(hidden_states, inference_context, angles)
+        rotary_pos_emb = self._own_angles(rotary_pos_emb)
         return super().forward(
             hidden_states,
             attention_mask,
@@ -65,7 +99,10 @@ class RetroSelfAttention(SelfAttention):
         context.remember_keys(self.layer_number, key, value)
         query_BHSC = query.permute(1, 2, 0, 3)
         key_BGTC, value_BGTC = context.past(self.layer_number)
-        attend = torch.nn.functional.scaled_dot_product_attention
+        cap = family_option(self.config, "attention_softcap")
+        attend: Any = torch.nn.functional.scaled_dot_product_attention
+        if cap is not None:
+            attend = partial(attend_capped, softcap=cap)
         if context.current.is_step:
             # The heads of a group as its queries: their keys need not be repeated.
             mask = context.current.key_mask
@@ -92,6 +129,13 @@ class RetroSelfAttention(SelfAttention):
         if self.config.apply_query_key_layer_scaling:
             scale /= max(1, self.layer_number)
         return scale
+
+
+def _scale_channels(states: Tensor, rotated: int, factor: float) -> Tensor:
+    """Multiply the first `rotated` channels."""
+    if rotated == states.size(-1):
+        return states * factor
+    return torch.cat((states[..., :rotated] * factor, states[..., rotated:]), dim=-1)
 
 
 def check_cacheable(config: TransformerConfig) -> None:

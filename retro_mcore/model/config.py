@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from megatron.core.transformer import TransformerConfig
-
 from retro_mcore.chunking import Alignment, ChunkGrid
 from retro_mcore.errors import ConfigurationError, check_all, raise_problems
+from retro_mcore.model.decoder_config import DecoderConfig
+from retro_mcore.model.family_options import plain_options
 from retro_mcore.model.option_traits import at_least, by_origin, not_an_option, out_of_range, stated
 from retro_mcore.model.options import ORIGINS, ModelOptions, Origin, RetroOptions
 from retro_mcore.platform import is_cpu_in_use
@@ -19,8 +19,8 @@ from retro_mcore.platform.compatibility import allow_norm_recomputation, config_
 
 
 @dataclass
-class RetroConfig(RetroOptions, TransformerConfig):
-    """A TransformerConfig with Retro's fields, under the names that Megatron gave them.
+class RetroConfig(RetroOptions, DecoderConfig):
+    """A DecoderConfig with Retro's fields, under the names that Megatron gave them.
 
     The defaults are the paper's model (Borgeaud et al. 2022); `from_upstream` reproduces the
     numerics of the implementations that Megatron shipped. `retro_attention_gate` may be changed on
@@ -124,6 +124,7 @@ class RetroConfig(RetroOptions, TransformerConfig):
             self._validate_retrieval,
             self._validate_decoder_layers,
             self._validate_encoder,
+            self._validate_deepnorm,
             self._validate_parallelism,
         )
         if self.retro_encoder_cross_attention_dropout is None:
@@ -166,6 +167,9 @@ class RetroConfig(RetroOptions, TransformerConfig):
         if self.retro_deepnorm:
             depth = (self.retro_encoder_num_layers**4 * self.num_layers) ** (1 / 16)
             config.deepnorm_alpha, config.deepnorm_beta = 0.81 * depth, 0.87 / depth
+        for name, value in plain_options().items():
+            if name != "softmax_scale" or self.retro_mup_base_hidden_size is None:
+                setattr(config, name, value)
         config.pipeline_model_parallel_size = 1
         config.virtual_pipeline_model_parallel_size = None
         config.pipeline_model_parallel_layout = None
@@ -259,6 +263,15 @@ class RetroConfig(RetroOptions, TransformerConfig):
                 f"{layers} in a model of {self.num_layers} layers",
                 "Give ascending layer numbers from 1 to num_layers",
             )
+
+    def _validate_deepnorm(self) -> None:
+        for name in ("sublayer_norms", "residual_multiplier", "parallel_residual"):
+            if self.retro_deepnorm and getattr(self, name) != plain_options()[name]:
+                raise ConfigurationError(
+                    name,
+                    f"{getattr(self, name)}, under DeepNorm, which adds its own way",
+                    "Leave it out",
+                )
 
     def _validate_encoder(self) -> None:
         heads = self.retro_encoder_num_attention_heads or self.num_attention_heads

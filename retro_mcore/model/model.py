@@ -14,6 +14,7 @@ from torch import Tensor
 from retro_mcore.errors import ConfigurationError, ShapeError
 from retro_mcore.model.chunks import nearest_first
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.family_layers import finish_decoder
 from retro_mcore.model.initialization import initialize_hidden_weights, scale_output_layer
 from retro_mcore.model.neighbor_encoder import NeighborEncoder
 from retro_mcore.model.pipeline import (
@@ -89,6 +90,7 @@ class RetroModel(GPTModel):
         initialize_hidden_weights(self)
         if self.post_process:
             scale_output_layer(self)
+        finish_decoder(self)
 
     def _encoder_rotary(self) -> RotaryEmbedding | None:
         if self.position_embedding_type != "rope":

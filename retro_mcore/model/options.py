@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from retro_mcore.errors import ConfigurationError, flag_of
+from retro_mcore.model.family_options import FamilyOptions
 from retro_mcore.model.option_traits import (
     MEGATRON,
     at_least,
@@ -57,7 +58,7 @@ def _are_decoders_heads(value: Any, flags: Mapping[str, Any]) -> bool:
 
 
 @dataclass(kw_only=True)
-class DecoderOptions:
+class DecoderOptions(FamilyOptions):
     """The decoder, with or without retrieval."""
 
     num_layers: int = field(metadata=at_least(1) | decoder(sets="config"))
@@ -91,6 +92,8 @@ class DecoderOptions:
     """Use a gated SiLU in the MLP instead of GELU."""
     openai_gelu: bool = field(default=False, metadata=decoder(sets=None))
     """Use the tanh approximation of GELU, as GPT-2 does."""
+    geglu: bool = field(default=False, metadata=ours(_is_off, sets=None, gpt="same", absent=False))
+    """Use a gated GELU in the MLP, in its tanh approximation, instead of GELU (Gemma)."""
     squared_relu: bool = field(default=False, metadata=decoder(sets=None))
     """Use squared ReLU in the MLP instead of GELU."""
     position_embedding_type: Literal["learned_absolute", "rope"] = field(
@@ -261,7 +264,7 @@ class ModelOptions(RetroOptions, DecoderOptions):
         Raises:
             ConfigurationError: naming the flag.
         """
-        names = ("squared_relu", "openai_gelu", "swiglu")
+        names = ("squared_relu", "openai_gelu", "swiglu", "geglu")
         given = [flag_of(name) for name in names if getattr(self, name)]
         if len(given) > 1:
             raise ConfigurationError(given[0], f"given together with {given[1]}", "Choose one")

@@ -34,6 +34,13 @@ from retro_mcore.model.chunked_cross_attention import (
 )
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.deepnorm import DeepNormAdd, DeepNormCrossAdd
+from retro_mcore.model.family_layers import (
+    AllGroupsNorm,
+    AllHeadsNorm,
+    ParallelResidualLayer,
+    SublayerAdd,
+)
+from retro_mcore.model.family_options import family_option
 from retro_mcore.model.pipeline import (
     RetroTransformerLayer,
     carries_neighbors,
@@ -81,7 +88,8 @@ def get_retro_decoder_block_spec(
         for number in numbers
     ]
     if _packs_at_the_end(config, numbers, vp_stage, pp_rank):
-        layer_specs[-1].module = RetroTransformerLayer
+        if not family_option(config, "parallel_residual"):
+            layer_specs[-1].module = RetroTransformerLayer
         layer_specs[-1].params["packing"] = True
     return RetroBlockSubmodules(
         layer_specs=layer_specs,
@@ -169,15 +177,17 @@ def _layer_spec(
     **cross_attention_params: Any,
 ) -> ModuleSpec:
     deepnorm = _is_deepnorm(config)
-    if deepnorm:
+    norms = family_option(config, "sublayer_norms")
+    if deepnorm or norms == "post":
         backend = NormsApart(backend)
     fused = backend.fuse_layernorm_and_linear()
     linear_qkv = (
         backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
     )
     norm = _layer_norm(config, backend)
-    qk_norm = _layer_norm(config, backend, for_qk=True) if config.qk_layernorm else IdentityOp
+    # Neither bidirectional masks (below) nor limited scores are Transformer Engine's.
     bidirectional = attn_mask_type == AttnMaskType.no_mask
+    own_attention = bidirectional or family_option(config, "attention_softcap") is not None
     submodules = TransformerLayerSubmodules(
         input_layernorm=IdentityOp if fused else norm,
         self_attention=ModuleSpec(
@@ -187,10 +197,9 @@ def _layer_spec(
                 linear_qkv=linear_qkv,
                 # Retrieved chunks are padded inside, not only at the end, which Transformer
                 # Engine's padding masks cannot say.
-                core_attention=SDPAttention if bidirectional else backend.core_attention(),
+                core_attention=SDPAttention if own_attention else backend.core_attention(),
                 linear_proj=backend.row_parallel_linear(),
-                q_layernorm=qk_norm,
-                k_layernorm=qk_norm,
+                **_qk_norms(config, backend),
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
@@ -213,13 +222,43 @@ def _layer_spec(
         submodules.cross_attn_bda = RetroBiasDropoutAdd
     if deepnorm:
         _norm_after_adding(config, submodules, norm)
+    else:
+        _add_as_the_family(config, submodules, norm)
     if not fused:
         # Checkpoints carry Transformer Engine's names, so that either spec loads them.
         submodules.sharded_state_dict_keys_map = {
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         }
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    parallel = family_option(config, "parallel_residual")
+    module = ParallelResidualLayer if parallel else TransformerLayer
+    return ModuleSpec(module=module, submodules=submodules)
+
+
+def _qk_norms(config: TransformerConfig, backend: Any) -> dict[str, type]:
+    """The norms of queries and keys."""
+    if not config.qk_layernorm:
+        return {"q_layernorm": IdentityOp, "k_layernorm": IdentityOp}
+    if family_option(config, "qk_layernorm_over") == "all_heads":
+        return {"q_layernorm": AllHeadsNorm, "k_layernorm": AllGroupsNorm}
+    norm = _layer_norm(config, backend, for_qk=True)
+    return {"q_layernorm": norm, "k_layernorm": norm}
+
+
+def _add_as_the_family(
+    config: TransformerConfig, submodules: TransformerLayerSubmodules, norm: type
+) -> None:
+    """The family's places for the norms, and its way of adding to the stream."""
+    place = family_option(config, "sublayer_norms")
+    if place == "post":
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = IdentityOp
+    plain = place == "pre" and family_option(config, "residual_multiplier") == 1.0
+    if not plain:
+        params = {"config": config, "norm": None if place == "pre" else norm}
+        submodules.self_attn_bda = ModuleSpec(module=SublayerAdd, params=params)
+    if not plain or family_option(config, "parallel_residual"):
+        params = {"config": config, "norm": None if place == "pre" else norm}
+        submodules.mlp_bda = ModuleSpec(module=SublayerAdd, params=params)
 
 
 def _norm_after_adding(

@@ -55,6 +55,10 @@ class SDPAttention(MegatronModule):
         if config.apply_query_key_layer_scaling:
             scale = (scale or config.kv_channels**-0.5) / max(1, layer_number)
         self.softmax_scale = scale
+        #: Limit of the scores (`FamilyOptions.attention_softcap`), in self-attention only.
+        self.softcap = getattr(config, "attention_softcap", None)
+        if attention_type != "self":
+            self.softcap = None
 
     def forward(
         self,
@@ -98,6 +102,10 @@ class SDPAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query.size(2) != key.size(2),
         )
+        if self.softcap is not None:
+            attend_here = partial(
+                attend_here, function=partial(attend_capped, softcap=self.softcap)
+            )
         with self._dropout_random_state(dropout):
             if causal and _pays_off_in_halves(query, key):
                 output = attend_in_halves(attend_here, query, key, value)
@@ -114,11 +122,51 @@ class SDPAttention(MegatronModule):
         return get_cuda_rng_tracker().fork()
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-    """PyTorch's function in Megatron's layout."""
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    function: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention,
+    **kwargs: Any,
+) -> Tensor:
+    """PyTorch's function, or `attend_capped`, in Megatron's layout."""
     query, key, value = (states.permute(1, 2, 0, 3) for states in (query, key, value))
-    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **kwargs)
-    return output.permute(2, 0, 1, 3)
+    return function(query, key, value, **kwargs).permute(2, 0, 1, 3)
+
+
+def attend_capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softcap: float,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """PyTorch's attention with scores s limited to c * tanh(s / c); it holds all scores.
+
+    Args:
+        query, key, value: `[B, heads, S, channels]`.
+        softcap: c.
+        attn_mask: bool, True = attended to, or a bias of the limited scores.
+        dropout_p, is_causal, scale, enable_gqa: As PyTorch takes them.
+    """
+    if enable_gqa:
+        repeats = query.size(1) // key.size(1)
+        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+    scores = query @ key.transpose(-1, -2) * (scale or query.size(-1) ** -0.5)
+    scores = torch.tanh(scores / softcap) * softcap
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = scores.float().softmax(-1).to(query.dtype)
+    return torch.nn.functional.dropout(weights, dropout_p) @ value
 
 
 def _pays_off_in_halves(query: Tensor, key: Tensor) -> bool:

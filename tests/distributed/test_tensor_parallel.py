@@ -29,6 +29,18 @@ VARIANTS = {
         "share_embeddings_and_output_weights": True,
     },
     "muP": {"retro_mup_base_hidden_size": 16},
+    "like OLMo and Granite": {
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "num_query_groups": 2,
+        "sublayer_norms": "post",
+        "qk_layernorm": True,
+        "qk_layernorm_over": "all_heads",
+        "residual_multiplier": 0.4,
+        "embedding_multiplier": 2.0,
+        "logit_softcap": 3.0,
+    },
+    "parallel residual, limited scores": {"parallel_residual": True, "attention_softcap": 2.0},
     "right-aligned": {"retro_chunk_alignment": "right"},
 }
 

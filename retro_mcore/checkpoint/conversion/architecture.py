@@ -48,7 +48,7 @@ LACKED: dict[str, tuple[Any, ...]] = {
     "mrope_section": (),
 }
 _ROTARY = tuple(name for name in DECODER_FLAGS if name.startswith(("rotary_", "rope_", "use_rope")))
-_NORM_BIASES = {"input_layernorm.bias", "self_attn_bda.norm.bias"}  # the second is DeepNorm's
+_NORM_BIAS = re.compile(r"^decoder\..*norm\.bias$")
 _LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.")
 
 
@@ -134,9 +134,9 @@ def flags_of_weights(weights: Weights) -> Flags:
         "padded_vocab_size": vocabulary,
         "ffn_hidden_size": ffn,
         "swiglu": shapes["mlp.linear_fc1.weight"][0] == 2 * ffn,
-        "normalization": "LayerNorm" if _NORM_BIASES & shapes.keys() else "RMSNorm",
+        "normalization": "LayerNorm" if any(map(_NORM_BIAS.search, weights)) else "RMSNorm",
         "disable_bias_linear": "mlp.linear_fc2.bias" not in shapes,
-        "qk_layernorm": "self_attention.q_layernorm.weight" in shapes,
+        "qk_layernorm": any("self_attention.q_layernorm." in name for name in shapes),
         "untie_embeddings_and_output_weights": "output_layer.weight" in weights,
     }
     flags["add_qkv_bias"] = (
@@ -185,6 +185,8 @@ def check_decoder(found: Mapping[str, Any], wanted: Mapping[str, Any], source: o
     rotary = wanted["position_embedding_type"] == "rope"
     for name in DECODER_FLAGS:
         if name not in found or _same(found[name], wanted[name]):
+            continue
+        if name == "qk_layernorm_over" and not found.get("qk_layernorm"):
             continue
         if (name in _ROTARY and not rotary) or (name == "max_position_embeddings" and rotary):
             continue

@@ -3,7 +3,7 @@
 retro-mcore     ours, in Megatron's torch_dist format
 megatron        Megatron-Core's names: torch_dist, or one file per rank
 instructretro   the names before Megatron-Core: one file per rank
-huggingface     a directory of a GPT-2 or Llama-family model, or of RetroForCausalLM
+huggingface     a directory of a GPT (huggingface_families), or of RetroForCausalLM
 gguf            a file of llama.cpp, of the Llama family
 """
 
@@ -111,6 +111,7 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
         weights = _our_names(weights)
     of_arguments = flags_of_arguments(args, path)
     flags = {**OURS_ALONE, "sliding_window": None, **of_arguments, **flags_of_weights(weights)}
+    flags["swiglu"] = flags["swiglu"] and not flags["geglu"]  # the weights show a gate alone
     source: Source = "retro-mcore" if ours else "instructretro" if older else "megatron"
     if not ours and not flags["no_retrieval"]:
         theirs = _origin(source, weights)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from retro_mcore.checkpoint.conversion.gguf_rope import rope_parameters
 from retro_mcore.checkpoint.conversion.huggingface import read_model
-from retro_mcore.checkpoint.conversion.huggingface_config import Config, Flags
+from retro_mcore.checkpoint.conversion.huggingface_config import Config
+from retro_mcore.checkpoint.conversion.huggingface_families import Flags
 from retro_mcore.checkpoint.conversion.huggingface_files import Stored, TensorFiles, refuse
 from retro_mcore.checkpoint.conversion.weights import Weight
 from retro_mcore.errors import MissingDependencyError

@@ -93,6 +93,7 @@ def check_gpt(
     check_all(
         partial(check_decoder, checkpoint.flags, wanted, source),
         partial(_check_window, checkpoint, wanted),
+        partial(_check_rotary_limit, checkpoint, wanted),
         partial(_check_vocabulary, checkpoint, vocab_size),
     )
 
@@ -114,6 +115,19 @@ def _check_window(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"--load-gpt {checkpoint.path}",
             f"attends to the last {window} tokens only, and samples have {wanted['seq_length']}",
+            "Build the project with shorter samples",
+        )
+
+
+def _check_rotary_limit(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
+    theirs = checkpoint.source in ("huggingface", "gguf")
+    rope = theirs and wanted["position_embedding_type"] == "rope"
+    limit = checkpoint.flags.get("max_position_embeddings") if rope else None
+    if limit is not None and limit < wanted["seq_length"]:
+        raise CheckpointError(
+            f"--load-gpt {checkpoint.path}",
+            f"rotates texts of more than {limit} tokens by other angles (dynamic or longrope), and "
+            f"samples have {wanted['seq_length']}",
             "Build the project with shorter samples",
         )
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories of GPT-2 and of the Llama family, as weights under our names.
+"""Hugging Face directories of GPTs, as weights under our names.
 
 Nothing of transformers is used: config.json and the files of weights are all that is read.
 """
@@ -12,15 +12,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retro_mcore.checkpoint.conversion.huggingface_config import Config, Flags, config_flags
+from retro_mcore.checkpoint.conversion.huggingface_config import Config
+from retro_mcore.checkpoint.conversion.huggingface_families import Flags
 from retro_mcore.checkpoint.conversion.huggingface_files import TensorFiles, read_json_object
+from retro_mcore.checkpoint.conversion.huggingface_flags import config_flags
+from retro_mcore.checkpoint.conversion.huggingface_layers import (
+    layer_parts,
+    merge_qkv,
+    missing_biases,
+)
 from retro_mcore.checkpoint.conversion.weights import Weight
 
-_HEAD = "lm_head.weight"
+_HEADS = ("lm_head.weight", "embed_out.weight")  # the second: GPT-NeoX's on the hub
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 # Buffers that older releases saved: causal masks, and the rotary embedding's frequencies.
 _GPT2_BUFFERS = (".attn.bias", ".attn.masked_bias")
-_LLAMA_BUFFERS = ("rotary_emb.inv_freq",)
+_BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -52,8 +59,10 @@ def read_model(config: Config, tensors: TensorFiles) -> tuple[Flags, dict[str, W
     gpt2 = config.family == "gpt2"
     weights, notes = _embeddings(config, flags, tensors)
     flags["untie_embeddings_and_output_weights"] = _OUTPUT in weights
-    weights |= _gpt2_weights(flags, tensors) if gpt2 else _llama_weights(config, flags, tensors)
-    buffers = _GPT2_BUFFERS if gpt2 else _LLAMA_BUFFERS
+    weights |= _gpt2_weights(flags, tensors) if gpt2 else _rotary_weights(config, flags, tensors)
+    if not gpt2 and missing_biases(config, flags):
+        notes = [*notes, "linear layers without biases in config.json get biases of zero"]
+    buffers = _GPT2_BUFFERS if gpt2 else _BUFFERS
     tensors.check(lambda name: name.endswith(buffers))
     return flags, weights, notes
 
@@ -67,15 +76,17 @@ def _embeddings(
     is not, where both are there and differ; and where one is there, it is both.
     """
     tied = config.boolean("tie_word_embeddings")
-    name = "wte.weight" if config.family == "gpt2" else "embed_tokens.weight"
+    name, head_name = config.facts.embedding, _HEADS[0]
+    if config.family == "gpt_neox" and head_name not in tensors and _HEADS[1] in tensors:
+        head_name = _HEADS[1]
     shape = (flags["vocab_size"], flags["hidden_size"])
-    if tied and name not in tensors and _HEAD in tensors:
-        name = _HEAD
+    if tied and name not in tensors and head_name in tensors:
+        name = head_name
     weights = {_EMBEDDING: tensors.take({name: shape})}
-    if tied and (name == _HEAD or _HEAD not in tensors):
+    if tied and (name == head_name or head_name not in tensors):
         return weights, []
-    head = tensors.take({_HEAD: shape})
-    if tied and torch.equal(tensors.load(name), tensors.load(_HEAD)):
+    head = tensors.take({head_name: shape})
+    if tied and torch.equal(tensors.load(name), tensors.load(head_name)):
         return weights, []
     note = (
         "config.json ties the output layer to the embedding, but their weights differ: both are "
@@ -133,71 +144,26 @@ def _gpt2_build(name: str, kind: str, heads: int) -> Callable[[Tensor], Tensor] 
     return None if name.startswith("ln_") else build
 
 
-def _llama_weights(config: Config, flags: Flags, tensors: TensorFiles) -> dict[str, Weight]:
+def _rotary_weights(config: Config, flags: Flags, tensors: TensorFiles) -> dict[str, Weight]:
+    """The weights of every family but GPT-2."""
     kinds = ("weight", "bias") if flags["normalization"] == "LayerNorm" else ("weight",)
     hidden = flags["hidden_size"]
     weights = {}
     for kind in kinds:
-        weights[f"decoder.final_layernorm.{kind}"] = tensors.take({f"norm.{kind}": (hidden,)})
+        final = {f"{config.facts.final_norm}.{kind}": (hidden,)}
+        weights[f"decoder.final_layernorm.{kind}"] = tensors.take(final)
+    parts, zeros = layer_parts(config, flags), missing_biases(config, flags)
     for layer in range(flags["num_layers"]):
         theirs, ours = f"layers.{layer}.", f"decoder.layers.{layer}."
-        for name, (parts, build) in _llama_layer(config, flags, kinds).items():
-            prefixed = {f"{theirs}{part}": shape for part, shape in parts.items()}
+        for name, (named, build) in parts.items():
+            prefixed = {f"{theirs}{part}": shape for part, shape in named.items()}
             weights[f"{ours}{name}"] = tensors.take(prefixed, build)
+        dtype = weights[f"{ours}mlp.linear_fc2.weight"].dtype
+        weights |= {f"{ours}{name}": _zeros(shape, dtype) for name, shape in zeros.items()}
         if tensors.has_problems:
             break
     return weights
 
 
-_Parts = tuple[dict[str, tuple[int, ...]], Callable[..., Tensor] | None]
-
-
-def _llama_layer(config: Config, flags: Flags, kinds: tuple[str, ...]) -> dict[str, _Parts]:
-    """Our weights of a layer: the tensors that make one, with their sizes, and how."""
-    hidden, ffn, width = (flags[n] for n in ("hidden_size", "ffn_hidden_size", "kv_channels"))
-    queries, keys = flags["num_attention_heads"] * width, flags["num_query_groups"] * width
-    rows = {"q": queries, "k": keys, "v": keys}
-    merge = partial(merge_qkv, groups=flags["num_query_groups"])
-    layer: dict[str, _Parts] = {
-        "self_attention.linear_qkv.weight": (
-            {f"self_attn.{p}_proj.weight": (n, hidden) for p, n in rows.items()}, merge
-        ),
-        "self_attention.linear_proj.weight": ({"self_attn.o_proj.weight": (hidden, queries)}, None),
-        "mlp.linear_fc1.weight": (
-            {f"mlp.{part}_proj.weight": (ffn, hidden) for part in ("gate", "up")}, _stack
-        ),
-        "mlp.linear_fc2.weight": ({"mlp.down_proj.weight": (hidden, ffn)}, None),
-    }  # fmt: skip
-    if config.family == "qwen2" or (config.family == "stablelm" and config.boolean("use_qkv_bias")):
-        biases: dict[str, tuple[int, ...]] = {
-            f"self_attn.{p}_proj.bias": (n,) for p, n in rows.items()
-        }
-        layer["self_attention.linear_qkv.bias"] = (biases, merge)
-    for kind in kinds:
-        layer[f"input_layernorm.{kind}"] = ({f"input_layernorm.{kind}": (hidden,)}, None)
-        theirs = f"post_attention_layernorm.{kind}"
-        layer[f"pre_mlp_layernorm.{kind}"] = ({theirs: (hidden,)}, None)
-    if config.family == "qwen3":
-        for part in "qk":
-            norm: _Parts = ({f"self_attn.{part}_norm.weight": (width,)}, None)
-            layer[f"self_attention.{part}_layernorm.weight"] = norm
-    return layer
-
-
-def merge_qkv(query: Tensor, key: Tensor, value: Tensor, groups: int) -> Tensor:
-    """Rows of queries, keys and values as Megatron orders them: group by group, in each its
-    queries, its key, its value.
-
-    Args:
-        query: `[attention heads * C, ...]`, C the width of a head.
-        key: `[groups * C, ...]`.
-        value: As `key`.
-        groups: Query groups.
-    """
-    rest = query.shape[1:]
-    parts = [part.reshape(groups, -1, *rest) for part in (query, key, value)]
-    return torch.cat(parts, 1).reshape(-1, *rest)
-
-
-def _stack(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
+    return Weight(shape, dtype, partial(torch.zeros, shape, dtype=dtype))

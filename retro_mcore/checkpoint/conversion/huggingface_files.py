@@ -31,7 +31,7 @@ from retro_mcore.json_text import JsonError, parse_json
 
 _CANDIDATES = ("model.safetensors", "model.safetensors.index.json",
                "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
-_PREFIXES = ("transformer.", "model.")
+_PREFIXES = ("transformer.", "model.", "gpt_neox.")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FLOATS = tuple(_DTYPES.values())
 _QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv",

@@ -52,8 +52,11 @@ def model_options_of_gpt(
     """
     if load is not None and existing_checkpoint(load, ckpt_step) is not None:
         return model_options_of_checkpoint(load, ckpt_step)
-    flags = open_checkpoint(load_gpt, compare=False).flags
+    checkpoint = open_checkpoint(load_gpt, compare=False)
+    flags = checkpoint.flags
     learned = flags.get("position_embedding_type") == "learned_absolute"
-    unused = () if learned else ("max_position_embeddings",)
+    # Hugging Face's state it only if longer texts would be rotated otherwise.
+    states_limit = learned or checkpoint.source in ("huggingface", "gguf")
+    unused = () if states_limit else ("max_position_embeddings",)
     names = [name for name, traits in MODEL_FIELDS.items() if traits.gpt and name not in unused]
     return {name: flags[name] for name in names if flags.get(name) is not None}

@@ -21,7 +21,7 @@ def default_ffn_hidden_size(options: ModelOptions) -> int:
     """Megatron's MLP size: 4 hidden sizes; for gated MLPs two thirds of it, a multiple of 64."""
     if options.ffn_hidden_size is not None:
         return options.ffn_hidden_size
-    if options.swiglu:
+    if options.swiglu or options.geglu:
         return int(4 * options.hidden_size * 2 / 3 / 64) * 64
     return 4 * options.hidden_size
 

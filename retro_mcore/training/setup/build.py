@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.family_layers import finish_decoder
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import ModelArguments
@@ -80,6 +81,7 @@ def build_model(
         model = RetroModel(config, get_retro_decoder_block_spec(config, engine, vp_stage), **sizes)
     else:
         model = GPTModel(config, get_gpt_decoder_block_spec(config, engine, vp_stage), **sizes)
+        finish_decoder(model)
     return model if is_cpu_in_use() else model.cuda(torch.cuda.current_device())
 
 

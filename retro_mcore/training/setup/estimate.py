@@ -13,6 +13,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.family_options import family_option
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.model.pipeline import stage_layer_numbers
 from retro_mcore.training.setup.build import number_of_positions
@@ -102,7 +103,11 @@ def _layer(config: TransformerConfig, parts: int) -> int:
         count += qkv + hidden + first + hidden
     elif config.add_qkv_bias:
         count += qkv
-    if config.qk_layernorm:
+    if family_option(config, "sublayer_norms") == "both":
+        count += 2 * _norm(config)
+    if config.qk_layernorm and family_option(config, "qk_layernorm_over") == "all_heads":
+        count += wide + narrow
+    elif config.qk_layernorm:
         count += 2 * _norm(config, config.kv_channels)
     return count
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.utils import openai_gelu
 
 from retro_mcore.errors import ConfigurationError, RetroError, flag_of, raise_problems
 from retro_mcore.model.config import RetroConfig, check_rates
+from retro_mcore.model.decoder_config import DecoderConfig
 from retro_mcore.model.option_traits import model_traits, passed_to
 from retro_mcore.model.options import DecoderOptions, ModelArguments, ModelOptions, RetroOptions
 from retro_mcore.platform import is_cpu_in_use
@@ -55,7 +56,7 @@ def uses_transformer_engine(parallel: ParallelOptions) -> bool:
 def build_config(
     arguments: ModelArguments, parallel: ParallelOptions, recompute: RecomputeOptions
 ) -> TransformerConfig:
-    """The model's configuration: a RetroConfig, or without retrieval a TransformerConfig.
+    """The model's configuration: a RetroConfig, or without retrieval a DecoderConfig.
 
     Raises:
         ConfigurationError: a value is invalid. Names the field or flag.
@@ -104,7 +105,7 @@ def _build(arguments: ModelArguments, shared: dict[str, Any]) -> TransformerConf
     if arguments.no_retrieval:
         _refuse_without_retrieval(arguments)
         check_rates(arguments)
-        return TransformerConfig(**shared)
+        return DecoderConfig(**shared)
     build: Callable[..., RetroConfig] = RetroConfig
     if arguments.retro_origin is not None:
         build = partial(RetroConfig.from_upstream, arguments.retro_origin)
@@ -139,6 +140,8 @@ def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
 def _activation_fields(arguments: ModelArguments) -> dict[str, Any]:
     if arguments.swiglu:
         return {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    if arguments.geglu:
+        return {"gated_linear_unit": True, "activation_func": openai_gelu}
     if arguments.squared_relu:
         return {"activation_func": squared_relu}
     return {"activation_func": openai_gelu} if arguments.openai_gelu else {}
@@ -157,7 +160,9 @@ def _fusion_fields(arguments: ModelArguments, parallel: ParallelOptions) -> dict
         return {}
     off = parallel.no_bias_swiglu_fusion if arguments.swiglu else parallel.no_bias_gelu_fusion
     has_bias = arguments.swiglu or not arguments.disable_bias_linear
-    other = arguments.squared_relu or arguments.openai_gelu  # no kernels for these
+    other = (
+        arguments.squared_relu or arguments.openai_gelu or arguments.geglu
+    )  # no kernels for these
     extension = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return {
         "bias_activation_fusion": not (off or other) and has_bias,

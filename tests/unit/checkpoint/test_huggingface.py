@@ -217,7 +217,7 @@ def test_another_architecture_is_refused_by_flag(megatron, tmp_path, flags, mess
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma"}, "model_type 'gemma'"),
+        ({"model_type": "mpt"}, "model_type 'mpt'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rotary embedding 'yarn'"),
     ],

@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_mcore.checkpoint.conversion.huggingface_config import FAMILIES, Config, config_flags
+from retro_mcore.checkpoint.conversion.huggingface_config import Config
+from retro_mcore.checkpoint.conversion.huggingface_families import FAMILIES
 from retro_mcore.checkpoint.conversion.huggingface_files import read_json_object
+from retro_mcore.checkpoint.conversion.huggingface_flags import config_flags
 from retro_mcore.errors import CheckpointError, RetroError
 from tests.unit.checkpoint.test_huggingface import (
     FAMILIES as MODELS,
@@ -48,9 +50,16 @@ def test_defaults_are_transformers_own(family):
     config = transformers.AutoConfig.for_model(family)
     rope = getattr(config, "rope_parameters", None) or {}
     switched_off = {"sliding_window"} if family.startswith("qwen") else set()
-    derived = {"head_dim", "num_key_value_heads", "layer_types"}  # where our default is null
+    derived = {
+        "head_dim",
+        "num_key_value_heads",
+        "layer_types",
+        "no_rope_layers",
+    }  # where our default is null
+    rope = rope.get("full_attention", rope)
+    older = {"rope_local_base_freq", "sliding_window_pattern"}  # no fields of the configuration
     for key, ours in FAMILIES[family].defaults.items():
-        if key in ("rope_parameters", "rope_scaling", *switched_off):
+        if key in older or key in ("rope_parameters", "rope_scaling", *switched_off):
             continue
         if ours is None and key in (*derived, "original_max_position_embeddings"):
             continue
@@ -58,6 +67,10 @@ def test_defaults_are_transformers_own(family):
         assert ours == (getattr(config, key) if theirs is None else theirs), key
     for key, computed in FAMILIES[family].fixed.items():
         assert getattr(config, key, None) in computed, key
+    local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
+    assert local is None or local["rope_theta"] == FAMILIES[family].defaults.get(
+        "rope_local_base_freq", FAMILIES[family].defaults["rope_theta"]
+    )
     assert switched_off == set() or FAMILIES[family].defaults["sliding_window"] == 4096
 
 
@@ -88,8 +101,6 @@ def test_absent_keys_compute_as_transformers_does(megatron, family, tmp_path):
 @pytest.mark.parametrize(
     ("family", "setting"),
     [
-        ("llama", {"attention_bias": True}),
-        ("llama", {"mlp_bias": True}),
         ("llama", {"sliding_window": 4096}),
         ("llama", {"partial_rotary_factor": 0.5}),
         ("llama", {"embedding_multiplier": 12.0}),
@@ -109,10 +120,11 @@ def test_absent_keys_compute_as_transformers_does(megatron, family, tmp_path):
         ("llama", {"num_local_experts": 8}),
         ("llama", {"layer_types": ["linear_attention"] * 32}),
         ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
         ("llama", {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}),
+        ("llama", {"rope_scaling": {"rope_type": "yarn"}}),  # no factor
         ("llama", {"rope_scaling": {"rope_type": "mrope"}}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 3}}),
+        ("llama", {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),  # no low_freq_factor
         ("llama", {"rope_scaling": {"type": "linear"}}),
         ("llama", {"rope_theta": None}),
@@ -122,7 +134,6 @@ def test_absent_keys_compute_as_transformers_does(megatron, family, tmp_path):
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}),
         ("qwen2", {"layer_types": ["chunked_attention"] * 32, "use_sliding_window": True}),
         ("qwen2", {"layer_types": ["sliding_attention"] * 32}),
-        ("qwen3", {"attention_bias": True}),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}),
         ("stablelm", {"use_parallel_residual": True}),
         ("stablelm", {"qk_layernorm": True}),
@@ -131,6 +142,19 @@ def test_absent_keys_compute_as_transformers_does(megatron, family, tmp_path):
         ("gpt2", {"scale_attn_weights": False}),
         ("gpt2", {"add_cross_attention": True}),
         ("gpt2", {"activation_function": "silu"}),
+        ("gemma2", {"hidden_activation": "gelu"}),
+        ("gemma2", {"use_bidirectional_attention": True}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e6}}),
+        ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_type": "yarn", "factor": 2.0}}}),
+        ("olmo2", {"clip_qkv": 8.0}),
+        ("phi3", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 3}}),
+        ("smollm3", {"no_rope_layers": [1, 0]}),
+        ("granite", {"hidden_act": "gelu"}),
+        ("granite", {"attention_multiplier": 0}),
+        ("starcoder2", {"mlp_type": "gated"}),
+        ("gpt_neox", {"hidden_act": "silu"}),
+        ("mixtral", {"model_type": "mixtral"}),
     ],
 )  # fmt: skip
 def test_a_setting_that_changes_numbers_is_refused_by_name(family, setting):

@@ -80,9 +80,10 @@ def test_options_of_the_model_are_passed_to_places_that_exist(megatron):
     from inspect import signature
 
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.transformer import TransformerConfig
 
-    known = {field.name for field in fields(TransformerConfig)}
+    from retro_mcore.model.decoder_config import DecoderConfig
+
+    known = {field.name for field in fields(DecoderConfig)}
     assert set(names_there("config", DecoderOptions).values()) <= known
     assert set(names_there("model", DecoderOptions).values()) <= set(signature(GPTModel).parameters)
     retrieval = [field.name for field in fields(RetroOptions)]

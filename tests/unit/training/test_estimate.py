@@ -28,6 +28,14 @@ MODELS = {
         "kv_channels": 16,
     },
     "qwen": {"disable_bias_linear": True, "add_qkv_bias": True, "qk_layernorm": True},
+    "like Gemma": {"geglu": True, "normalization": "RMSNorm", "sublayer_norms": "both"},
+    "like OLMo": {
+        "num_query_groups": 2,
+        "normalization": "RMSNorm",
+        "sublayer_norms": "post",
+        "qk_layernorm": True,
+        "qk_layernorm_over": "all_heads",
+    },
     "GPT": {"no_retrieval": True},
     "mcore-0.15": {"retro_origin": "mcore-0.15"},
 }

@@ -37,6 +37,65 @@ def test_such_a_model_resumes_as_if_never_interrupted(tmp_path):
     assert first.train_losses + second.train_losses == whole.train_losses
 
 
+FAMILIES = {
+    "like Gemma": {
+        "normalization": "RMSNorm",
+        "apply_layernorm_1p": True,
+        "geglu": True,
+        "sublayer_norms": "both",
+        "qk_layernorm": True,
+        "embedding_multiplier": 5.5,
+        "attention_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "rotary_local_base": 100,
+        "rotary_local_layers": [1],
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "like OLMo": {
+        "normalization": "RMSNorm",
+        "sublayer_norms": "post",
+        "qk_layernorm": True,
+        "qk_layernorm_over": "all_heads",
+        "no_rope_layers": [2],
+    },
+    "parallel residual": {"parallel_residual": True, "residual_multiplier": 0.5},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_model_resumes_as_if_never_interrupted(tmp_path, family):
+    flags = {**FAMILIES[family], **NO_DROPOUT}
+    whole = train(**flags)
+    assert whole.train_losses[-1] < whole.train_losses[0]
+    first = train(**flags, save=str(tmp_path), exit_interval=4)
+    second = train(**flags, save=str(tmp_path), load=str(tmp_path))
+    assert first.train_losses + second.train_losses == whole.train_losses
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"no_rope_layers": [3]}, "--no-rope-layers"),
+        ({"rotary_local_base": 100}, "--rotary-local-base"),
+        ({"rotary_attention_factor": 1.2}, "--rotary-attention-factor"),
+        ({"rotary_frequencies": [1.0]}, "--rotary-frequencies|rotary_frequencies"),
+        ({"parallel_residual": True, "sublayer_norms": "post"}, "--parallel-residual"),
+        ({"qk_layernorm_over": "all_heads"}, "--qk-layernorm-over"),
+        ({"geglu": True, "swiglu": True}, "--swiglu"),
+        ({"residual_multiplier": 0.5, "retro_deepnorm": True}, "--residual-multiplier"),
+        ({"logits_scaling": 0.0}, "--logits-scaling"),
+    ],
+)
+@pytest.mark.parametrize("no_retrieval", [False, True])
+def test_what_a_familys_layers_cannot_compute_is_refused(flags, named, no_retrieval):
+    if no_retrieval and "retro_deepnorm" in flags:
+        return
+    with pytest.raises(ConfigurationError, match=named):
+        small_trainer(**flags, no_retrieval=no_retrieval)
+
+
 def test_relative_positions_change_the_losses():
     plain = train(**NO_DROPOUT).train_losses
     rotary = train(**NO_DROPOUT, retro_cross_attention_positions="rotary").train_losses

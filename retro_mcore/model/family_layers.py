@@ -1,0 +1,193 @@
+"""Modules for the options of `FamilyOptions`: norms, residuals, multipliers, rotary embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.family_options import family_option
+from retro_mcore.model.pipeline import RetroTransformerLayer
+from retro_mcore.platform.parallel_residual import ParallelResidual
+
+
+class SublayerAdd(MegatronModule):
+    """Add a sublayer's output to the stream: normalized, then multiplied, then with dropout.
+
+    Args:
+        config: The block's configuration; gives `residual_multiplier`.
+        norm: Class of the norm; None: no norm.
+    """
+
+    def __init__(self, config: TransformerConfig, norm: type | None = None, **kwargs: Any) -> None:
+        super().__init__(config=config)
+        self.multiplier = family_option(config, "residual_multiplier")
+        self.norm: torch.nn.Module | None = None
+        if norm is not None:
+            self.norm = norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+        #: What to add to, instead of the residual that the layer passes (`ParallelResidual`).
+        self.stream: Tensor | None = None
+
+    def forward(self, training: bool, fused: bool) -> Callable[[Any, Tensor, float], Tensor]:
+        """A function of (output and bias, residual, dropout probability)."""
+        bias_dropout_add = get_bias_dropout_add(training, fused)
+
+        def add(output_and_bias: Any, residual: Tensor, probability: float) -> Tensor:
+            output, bias = output_and_bias
+            stream = residual if self.stream is None else self.stream
+            # Megatron calls this with gradients on, also where the model runs without.
+            with torch.set_grad_enabled(output.requires_grad or stream.requires_grad):
+                if self.norm is not None or self.multiplier != 1.0:
+                    output, bias = self._transformed(output, bias), None
+                return bias_dropout_add((output, bias), stream, probability)
+
+        return add
+
+    def _transformed(self, output: Tensor, bias: Tensor | None) -> Tensor:
+        output = output if bias is None else output + bias
+        output = output if self.norm is None else self.norm(output)
+        return output if self.multiplier == 1.0 else output * self.multiplier
+
+
+class ParallelResidualLayer(ParallelResidual, RetroTransformerLayer):
+    """A layer with `parallel_residual`, which may end a stage."""
+
+
+class AllHeadsNorm(MegatronModule):
+    """RMSNorm over all heads of queries together, split over tensor parallel ranks.
+
+    Args:
+        config: Gives `normalization`, `layernorm_zero_centered_gamma` and the sizes.
+        eps: Added to the mean square.
+
+    Raises:
+        ConfigurationError: a LayerNorm, which is not implemented.
+    """
+
+    heads = "num_attention_heads"
+
+    def __init__(self, config: TransformerConfig, eps: float, **kwargs: Any) -> None:
+        super().__init__(config=config)
+        if config.normalization != "RMSNorm":
+            raise ConfigurationError(
+                "qk_layernorm_over", f"all_heads with {config.normalization}", "Use RMSNorm"
+            )
+        self.eps = eps
+        self.width = getattr(config, self.heads) * config.kv_channels
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        parts = config.tensor_model_parallel_size
+        gain = torch.full((self.width // parts,), 0.0 if self.zero_centered else 1.0)
+        self.all_heads_weight = torch.nn.Parameter(gain.to(config.params_dtype))
+        set_tensor_model_parallel_attributes(self.all_heads_weight, True, 0, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Normalize `[S, B, heads of this rank, C]` over the last two dimensions of all ranks."""
+        wide = states.flatten(2).float()
+        squares = wide.square().sum(-1, keepdim=True)
+        # The sum over ranks, and in the backward pass the sum of what each rank's heads make of it.
+        squares = reduce_from_tensor_model_parallel_region(squares)
+        squares = copy_to_tensor_model_parallel_region(squares)
+        normed = wide * torch.rsqrt(squares / self.width + self.eps)
+        gain = self.all_heads_weight + 1.0 if self.zero_centered else self.all_heads_weight
+        return (normed * gain.float()).to(states.dtype).view_as(states)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """The gain, split over tensor parallel ranks."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(
+            state, prefix, {"all_heads_weight": 0}, sharded_offsets
+        )
+
+
+class AllGroupsNorm(AllHeadsNorm):
+    """The same norm over all keys, of which there is one for each query group."""
+
+    heads = "num_query_groups"
+
+
+def local_rotary(config: TransformerConfig, layer_number: int, group: Any) -> Any:
+    """The rotary embedding of a layer in `rotary_local_layers`; None for the others.
+
+    Args:
+        config: The decoder's configuration.
+        layer_number: The layer's number, from 1.
+        group: Context parallel group.
+    """
+    if layer_number not in (family_option(config, "rotary_local_layers") or ()):
+        return None
+    return RotaryEmbedding(
+        config.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=config.rotary_local_base,
+        use_cpu_initialization=config.use_cpu_initialization,
+        cp_group=group,
+    )
+
+
+def finish_decoder(model: GPTModel) -> None:
+    """Give a built model the options that its layers do not read: the rotary embedding's
+    frequencies, and the multipliers of embeddings and logits.
+
+    Raises:
+        ConfigurationError: `rotary_frequencies` of another number.
+    """
+    config = model.config
+    frequencies = family_option(config, "rotary_frequencies")
+    if frequencies is not None and model.position_embedding_type == "rope":
+        _set_frequencies(model.rotary_pos_emb, frequencies)
+    multiplier = family_option(config, "embedding_multiplier")
+    if multiplier != 1.0 and hasattr(model, "embedding"):
+        model.embedding.word_embeddings.register_forward_hook(_multiply_by(multiplier))
+    if model.post_process:
+        _scale_logits(model)
+
+
+def _set_frequencies(rotary: RotaryEmbedding, frequencies: list[float]) -> None:
+    if len(frequencies) != rotary.inv_freq.numel():
+        raise ConfigurationError(
+            "rotary_frequencies",
+            f"{len(frequencies)} for {rotary.inv_freq.numel()} rotated pairs of channels",
+            "Give one for each",
+        )
+    rotary.inv_freq = torch.tensor(
+        frequencies, dtype=rotary.inv_freq.dtype, device=rotary.inv_freq.device
+    )
+
+
+def _multiply_by(multiplier: float) -> Callable[..., Tensor]:
+    def multiply(_: Any, args: Any, output: Tensor) -> Tensor:
+        # In the output's precision, as transformers rounds it.
+        return output * torch.tensor(multiplier, dtype=output.dtype, device=output.device)
+
+    return multiply
+
+
+def _scale_logits(model: GPTModel) -> None:
+    scaling = family_option(model.config, "logits_scaling")
+    cap = family_option(model.config, "logit_softcap")
+
+    def scale(_: Any, args: Any, output: Any) -> Any:
+        logits, bias = output
+        logits = logits if scaling == 1.0 else logits / scaling
+        return (logits if cap is None else torch.tanh(logits / cap) * cap), bias
+
+    if scaling != 1.0 or cap is not None:
+        model.output_layer.register_forward_hook(scale)

@@ -1,0 +1,226 @@
+"""Every family through `--load-gpt DIR` alone, against transformers' own forward pass."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from retro_mcore.checkpoint.conversion.huggingface_config import Config
+from retro_mcore.checkpoint.conversion.huggingface_families import FAMILIES
+from retro_mcore.errors import CheckpointError, RetroError
+from tests.unit.checkpoint.families import (
+    CASES,
+    GROUPS,
+    SIZES,
+    load_alone,
+    ours,
+    randomize,
+    save_family,
+    save_model,
+    theirs,
+)
+
+#: Rounding of fp32 over three layers, whose logits have a standard deviation of about 1.
+ROUNDING = {"atol": 5e-5, "rtol": 1e-5}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_transformers_own(megatron, tmp_path, name):
+    model = save_model(name, tmp_path)
+    loaded, report = load_alone(tmp_path)
+    torch.testing.assert_close(ours(loaded), theirs(model), **ROUNDING)
+    assert ("biases of zero" in str(report)) == ("biases of attention" in name or "and b" in name)
+
+
+def test_every_family_has_a_case():
+    assert {family for family, _ in CASES.values()} | {"gpt2"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "OLMo 3", "Phi-3, longrope", "Granite", "GPT-NeoX"])
+def test_bf16_in_shards_and_through_our_own_format(megatron, tmp_path, name):
+    from tests.unit.checkpoint.test_convert_checkpoint import convert
+
+    model = save_model(name, tmp_path / "hf", torch.bfloat16, max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    loaded, _ = load_alone(tmp_path / "hf")
+    wanted = theirs(model.float())
+    if name == "Gemma 2":  # its own multiplier was rounded with the weights
+        model.model.embed_tokens.embed_scale.fill_(32**0.5)
+        wanted = theirs(model)
+    torch.testing.assert_close(ours(loaded), wanted, **ROUNDING)
+    convert(tmp_path / "hf", tmp_path / "ours")
+    again, _ = load_alone(tmp_path / "ours", max_position_embeddings=None)
+    assert torch.equal(ours(again), ours(loaded))
+
+
+def hub(family: str, path, model_changes: dict, older: dict, dropped: tuple[str, ...] = ()):
+    """A model whose config.json is written as its first releases on the hub are."""
+    model = save_family(family, {**SIZES, **model_changes}, path, torch.float32)
+    file = path / "config.json"
+    settings = {**json.loads(file.read_text()), **older}
+    kept = {key: value for key, value in settings.items() if key not in dropped}
+    file.write_text(json.dumps(kept))
+    return model
+
+
+OLDER = {
+    "gemma3_text": (
+        {**GROUPS, "head_dim": 16},
+        {"rope_theta": 1e6, "rope_local_base_freq": 100.0, "sliding_window_pattern": 2,
+         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+        ("rope_parameters", "layer_types", "_sliding_window_pattern"),
+    ),
+    "gpt_neox": ({}, {"rotary_pct": 0.5, "rotary_emb_base": 500}, ("rope_parameters",)),
+    "phi3": (
+        {**GROUPS, "pad_token_id": None, "sliding_window": 200},
+        {"rope_theta": 5e3, "original_max_position_embeddings": 200, "rope_scaling": {
+            "type": "su", "short_factor": [1.0, 2.0, 2.0, 4.0], "long_factor": [8.0] * 4}},
+        ("rope_parameters",),
+    ),
+    "smollm3": (
+        {**GROUPS, "pad_token_id": None},
+        {"rope_theta": 5e3, "no_rope_layer_interval": 2},
+        ("rope_parameters", "no_rope_layers", "layer_types"),
+    ),
+    "gemma": ({**GROUPS, "head_dim": 16}, {"hidden_act": "gelu", "hidden_activation": None}, ()),
+    "olmo3": ({**GROUPS, "sliding_window": 200}, {"rope_theta": 300.0, "rope_scaling": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 24}},
+        ("rope_parameters",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OLDER)
+def test_older_forms_of_config_json(megatron, tmp_path, family):
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    hub(family, tmp_path, *OLDER[family])
+    if family == "gpt_neox":  # as Pythia's files name it
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+        tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.ones(1)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    loaded, _ = load_alone(tmp_path)
+    torch.testing.assert_close(ours(loaded), theirs(model.eval()), **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("OLMo 2", {"sublayer_norms": "pre"}, "--sublayer-norms is pre, expected post"),
+        ("OLMo 2", {"qk_layernorm_over": "head"}, "--qk-layernorm-over is head, expected all_h"),
+        ("GPT-NeoX", {"parallel_residual": False}, "--parallel-residual is False, expected True"),
+        ("Granite", {"logits_scaling": 1.0}, "--logits-scaling is 1.0, expected 6.0"),
+        ("SmolLM3", {"no_rope_layers": None}, "--no-rope-layers is None, expected"),
+        ("Gemma", {"geglu": False, "swiglu": True}, "--geglu is False, expected True"),
+        ("Llama, yarn", {"rotary_frequencies": None, "rotary_attention_factor": 1.0},
+         "--rotary-frequencies is None, expected"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_contradicts_the_family_is_refused(megatron, tmp_path, name, flags, message):
+    save_model(name, tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_alone(tmp_path, **flags)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_texts_that_would_be_rotated_otherwise_are_refused(megatron, tmp_path, kind):
+    """Samples of 32 tokens, of a model whose angles change after 24."""
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 5e3}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        rope["original_max_position_embeddings"] = 24
+    length = 24 if kind == "dynamic" else 96
+    settings = {**SIZES, **GROUPS, "rope_parameters": rope, "max_position_embeddings": length}
+    save_family("llama", settings, tmp_path, torch.float32)
+    with pytest.raises(RetroError, match="24"):
+        load_alone(tmp_path)
+    with pytest.raises(RetroError, match="more than 24 tokens"):
+        load_alone(tmp_path, max_position_embeddings=32)
+
+
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "phimoe",
+               "deepseek_v3"],
+)  # fmt: skip
+def test_mixtures_of_experts_are_refused_as_such(family):
+    import transformers
+
+    settings = transformers.AutoConfig.for_model(family).to_dict()
+    with pytest.raises(CheckpointError, match=f"{family}.*a mixture of experts"):
+        Config("a model", settings)
+
+
+def test_a_model_of_text_and_images_is_refused_as_such():
+    import transformers
+
+    settings = transformers.AutoConfig.for_model("gemma3").to_dict()
+    with pytest.raises(CheckpointError, match="model of text and images"):
+        Config("a model", settings)
+
+
+_SIZE_KEYS = {"hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "head_dim",
+              "num_key_value_heads", "intermediate_size", "model_type", "architectures", "dtype",
+              "n_embd", "n_head", "n_layer", "n_inner", "transformers_version"}  # fmt: skip
+
+
+def other_values(value):
+    """Values of the same kind; of a key that is null, some that could be meant."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, (int, float)):
+        return [value + 3] if isinstance(value, int) else [value * 1.5 if value else 0.25]
+    if isinstance(value, str):
+        return ["gelu", "silu", "gelu_pytorch_tanh", "relu"]
+    return [True, 7, 0.5] if value is None else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_attribute_is_ignored(megatron, tmp_path, family):
+    """Each attribute of a configuration set to another value: the same logits, or a refusal."""
+    import transformers
+
+    changes = next((c for f, c in CASES.values() if f == family), {})
+    sizes = {**SIZES, **changes}
+    if family == "gpt2":
+        sizes = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 256, "vocab_size": 101}
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    accepted = 0
+    for key, value in config.to_dict().items():
+        if key in _SIZE_KEYS or key.startswith("_"):
+            continue
+        for other in other_values(value):
+            model = None if other == value else built(family, sizes, key, other, tmp_path)
+            if model is None:
+                continue
+            try:
+                loaded, _ = load_alone(tmp_path)
+            except RetroError:
+                continue
+            torch.testing.assert_close(ours(loaded, 40), theirs(model, 40), **ROUNDING)
+            accepted += 1
+    assert accepted > 5
+
+
+def built(family, sizes, key, value, path):
+    """The model with another value of a key; None if transformers does not compute it."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.for_model(family, **{**sizes, key: value})
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        randomize(model)
+        theirs(model.eval(), 40)
+    except Exception:
+        return None
+    model.save_pretrained(path)
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**settings, key: value}))
+    return model
