@@ -64,7 +64,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                     "rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}}),
     "OLMo 2": ("olmo2", {**GROUPS}),
     "OLMo 3": ("olmo3", {**GROUPS, "sliding_window": 128, "layer_types": [
-               _SLIDING, "full_attention", "full_attention"], "rope_parameters": {**_LOCAL, "full_attention": {
+               _SLIDING, "full_attention", "full_attention"],
+               "rope_parameters": {**_LOCAL, "full_attention": {
                    "rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, **_ORIGINAL}}}),
     "Phi-3": ("phi3", {**GROUPS, "pad_token_id": None}),
     "Phi-3, longrope": ("phi3", {**GROUPS, "pad_token_id": None, "rope_parameters": _LONGROPE,
