@@ -26,8 +26,8 @@ class ConvertCheckpointOptions:
     """Convert the weights of a Retro or GPT checkpoint, in one process and without a GPU.
 
     The format of --load is recognised: ours, Megatron's torch_dist or one file per rank (with the
-    names of Megatron-Core or of InstructRetro), a Hugging Face directory (GPT-2, Llama family), or
-    a GGUF file (Llama family), which is dequantized.
+    names of Megatron-Core or of InstructRetro), a Hugging Face directory, or a GGUF file (Llama
+    family), which is dequantized.
     A setting that changes what the model computes is kept, or refused by name.
     """
 

@@ -6,17 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
@@ -70,7 +69,10 @@ class ParallelResidualLayer(ParallelResidual, RetroTransformerLayer):
 
 
 class AllHeadsNorm(MegatronModule):
-    """RMSNorm over all heads of queries together, split over tensor parallel ranks.
+    """RMSNorm over all heads of queries together, on all tensor parallel ranks.
+
+    Every rank holds the whole gain and uses its heads' part. Megatron sums the gradients of norms
+    of queries and keys over these ranks (by their names), which makes them whole.
 
     Args:
         config: Gives `normalization`, `layernorm_zero_centered_gamma` and the sizes.
@@ -91,10 +93,8 @@ class AllHeadsNorm(MegatronModule):
         self.eps = eps
         self.width = getattr(config, self.heads) * config.kv_channels
         self.zero_centered = config.layernorm_zero_centered_gamma
-        parts = config.tensor_model_parallel_size
-        gain = torch.full((self.width // parts,), 0.0 if self.zero_centered else 1.0)
-        self.all_heads_weight = torch.nn.Parameter(gain.to(config.params_dtype))
-        set_tensor_model_parallel_attributes(self.all_heads_weight, True, 0, 1)
+        gain = torch.full((self.width,), 0.0 if self.zero_centered else 1.0)
+        self.weight = torch.nn.Parameter(gain.to(config.params_dtype))
 
     def forward(self, states: Tensor) -> Tensor:
         """Normalize `[S, B, heads of this rank, C]` over the last two dimensions of all ranks."""
@@ -104,17 +104,12 @@ class AllHeadsNorm(MegatronModule):
         squares = reduce_from_tensor_model_parallel_region(squares)
         squares = copy_to_tensor_model_parallel_region(squares)
         normed = wide * torch.rsqrt(squares / self.width + self.eps)
-        gain = self.all_heads_weight + 1.0 if self.zero_centered else self.all_heads_weight
-        return (normed * gain.float()).to(states.dtype).view_as(states)
+        return (normed * self._gain(wide.size(-1))).to(states.dtype).view_as(states)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
-        """The gain, split over tensor parallel ranks."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(
-            state, prefix, {"all_heads_weight": 0}, sharded_offsets
-        )
+    def _gain(self, width: int) -> Tensor:
+        first = parallel_state.get_tensor_model_parallel_rank() * width
+        gain = self.weight[first : first + width].float()
+        return gain + 1.0 if self.zero_centered else gain
 
 
 class AllGroupsNorm(AllHeadsNorm):

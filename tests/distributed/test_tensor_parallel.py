@@ -106,7 +106,11 @@ def whole_gradient(name, parameter, config):
             gates, ups = zip(*(part.chunk(2) for part in parts), strict=True)
             return torch.cat((*gates, *ups))
         return torch.cat(parts, dim=parameter.partition_dim)
-    if getattr(parameter, "sequence_parallel", False):
+    if (
+        getattr(parameter, "sequence_parallel", False)
+        or "q_layernorm" in name
+        or "k_layernorm" in name
+    ):
         # As megatron's finalize_model_grads does.
         torch.distributed.all_reduce(gradient, group=group)
     return gradient

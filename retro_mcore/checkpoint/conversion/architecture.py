@@ -136,7 +136,7 @@ def flags_of_weights(weights: Weights) -> Flags:
         "swiglu": shapes["mlp.linear_fc1.weight"][0] == 2 * ffn,
         "normalization": "LayerNorm" if any(map(_NORM_BIAS.search, weights)) else "RMSNorm",
         "disable_bias_linear": "mlp.linear_fc2.bias" not in shapes,
-        "qk_layernorm": any("self_attention.q_layernorm." in name for name in shapes),
+        "qk_layernorm": "self_attention.q_layernorm.weight" in shapes,
         "untie_embeddings_and_output_weights": "output_layer.weight" in weights,
     }
     flags["add_qkv_bias"] = (

@@ -105,10 +105,9 @@ def _qk_norms(config: Config, flags: Flags) -> dict[str, Parts]:
     if config.facts.qk_norm is None:
         return {}
     whole = config.facts.qk_norm == "all_heads"
-    name = "all_heads_weight" if whole else "weight"
     widths = {"q": queries, "k": keys} if whole else dict.fromkeys("qk", flags["kv_channels"])
     return {
-        f"self_attention.{part}_layernorm.{name}": (
+        f"self_attention.{part}_layernorm.weight": (
             {f"self_attn.{part}_norm.weight": (width,)},
             None,
         )

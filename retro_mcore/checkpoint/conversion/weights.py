@@ -52,8 +52,6 @@ def partition_dim(name: str) -> int | None:
     1
     """
     module, _, kind = name.rpartition(".")
-    if kind == "all_heads_weight":  # norms of queries and keys over all heads
-        return 0
     module = module.rpartition(".")[2]
     if module in _COLUMN and kind in ("weight", "bias"):
         return 0

@@ -106,7 +106,7 @@ def _layer(config: TransformerConfig, parts: int) -> int:
     if family_option(config, "sublayer_norms") == "both":
         count += 2 * _norm(config)
     if config.qk_layernorm and family_option(config, "qk_layernorm_over") == "all_heads":
-        count += wide + narrow
+        count += (wide + narrow) * parts  # every process holds all of them
     elif config.qk_layernorm:
         count += 2 * _norm(config, config.kv_channels)
     return count

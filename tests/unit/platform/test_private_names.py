@@ -23,6 +23,7 @@ NAMES = [
     "megatron.core.datasets.gpt_dataset:GPTDataset._query_document_sample_shuffle_indices",
     "megatron.core.datasets.gpt_dataset:GPTDataset._build_document_sample_shuffle_indices",
     "megatron.core.datasets.gpt_dataset:GPTDataset._key_config_attributes",
+    "megatron.core.transformer.transformer_layer:TransformerLayer._forward_mlp",
     "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes",
     "torch.distributed.checkpoint.default_planner:set_element",
     "torch.serialization:_get_layout",
