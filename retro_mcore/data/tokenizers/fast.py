@@ -108,11 +108,18 @@ class FastTokenizer(Tokenizer):
         return found
 
     def _pad(self, declared: DeclaredTokens, special: dict[int, str]) -> int | None:
-        """The padding token, if it is not also EOD, as in many models."""
-        _, named = declared.tokens.get("pad_token", ("", None))
+        """The padding token, if it is not also EOD, as in many models.
+
+        The declared one (by name, else by id), else the special token with a well-known name.
+        """
         by_text = {text: each for each, text in special.items()}
-        names = _PAD_NAMES if named is None else (named,)
-        found = next((by_text[name] for name in names if name in by_text), None)
+        if "pad_token" in declared.tokens:
+            _, named = declared.tokens["pad_token"]
+            found = by_text.get(named or "")
+        else:
+            known = (by_text[name] for name in _PAD_NAMES if name in by_text)
+            ids = (each for each in declared.pad_ids if each in special)
+            found = next(ids, next(known, None))
         return None if found in self._ends() else found
 
 

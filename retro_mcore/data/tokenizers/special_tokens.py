@@ -99,6 +99,7 @@ class DeclaredTokens:
         add_bos: `add_bos_token`; None: not declared.
         special: Text of every token declared special.
         not_special: Text of every added token declared not special.
+        pad_ids: Ids of the padding token in the model's configurations.
     """
 
     directory: Path
@@ -107,6 +108,7 @@ class DeclaredTokens:
     add_bos: bool | None
     special: frozenset[str]
     not_special: frozenset[str]
+    pad_ids: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, directory: Path) -> DeclaredTokens:
@@ -131,14 +133,15 @@ class DeclaredTokens:
                 (special if added.get("special") else not_special).add(str(added.get("content")))
         special |= {token for _, token in tokens.values() if token is not None}
         ids: dict[str, list[tuple[str, list[int]]]] = {}
+        pad_ids: list[int] = []
         for name in DECLARING_FILES[2:]:
             values = _read_object(directory / name, strict=False)
             for role in ("eos_token_id", "bos_token_id"):
                 if found := _ids(values.get(role)):
                     ids.setdefault(role, []).append((name, found))
-        return cls(
-            directory, tokens, ids, add_bos, frozenset(special), frozenset(not_special - special)
-        )
+            pad_ids += _ids(values.get("pad_token_id"))
+        ordinary = frozenset(not_special - special)
+        return cls(directory, tokens, ids, add_bos, frozenset(special), ordinary, tuple(pad_ids))
 
     def __bool__(self) -> bool:
         """Whether anything is declared."""

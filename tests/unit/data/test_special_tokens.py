@@ -209,6 +209,35 @@ def test_ids_that_nothing_writes_are_not_counted_as_used(tmp_path):
     assert tokenizer.used_vocab_size == tokenizer.vocab_size
 
 
+@pytest.mark.parametrize(
+    ("files", "pad"),
+    [
+        ({}, "<pad>"),
+        ({"tokenizer_config": {"pad_token": "<fill>"}}, "<fill>"),
+        ({"tokenizer_config": {"pad_token": None}}, None),
+        ({"generation_config": {"pad_token_id": "<fill>"}}, "<fill>"),
+        ({"config": {"pad_token_id": 3}}, "<pad>"),  # an ordinary token: a default
+        ({"tokenizer_config": {"pad_token": "</s>"}}, None),  # it ends documents
+    ],
+)
+def test_the_padding_token_is_the_declared_one(tmp_path, files, pad):
+    tokenizer = load(save(tmp_path, byte_level(["</s>", "<pad>", "<fill>"]), **files))
+    assert (None if tokenizer.pad is None else tokenizer.token_name(tokenizer.pad)) == pad
+
+
+def test_what_a_token_strips_from_text_is_counted(tmp_path):
+    """Phi-3 declares </s> an ordinary token that swallows the spaces after it."""
+    from tokenizers import AddedToken
+
+    made = byte_level(["<|endoftext|>"])
+    made.add_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
+    tokenizer = load(save(tmp_path, made))
+    text = "a</s>  \n b"
+    ids = tokenizer.tokenize(text)
+    assert tokenizer.eod not in ids
+    assert tokenizer.count_losses([text], [ids])["texts_changed_by_tokenizer"] == 1
+
+
 def test_a_template_or_add_bos_token_is_a_habit(tmp_path):
     plain = byte_level(["<s>", "</s>"])
     assert bos_habit(save(tmp_path, plain)) is False

@@ -74,6 +74,25 @@ def begins_with(tokenizer: Any, bos: str) -> Any:
     return tokenizer
 
 
+def after_its_bytes(tokenizer: Any, bos: str) -> Any:
+    """With Llama 3's post-processor: a sequence whose last step puts `bos` before a text."""
+    from tokenizers import processors
+
+    template = begins_with(tokenizer, bos).post_processor
+    steps = [processors.ByteLevel(trim_offsets=False), template]
+    tokenizer.post_processor = processors.Sequence(steps)
+    return tokenizer
+
+
+def with_runs_of_spaces(tokenizer: Any) -> Any:
+    """With ordinary added tokens of spaces, as GPT-NeoX has them."""
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer.add_tokens([AddedToken(" " * number, normalized=True) for number in (2, 3, 4)])
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
 def save(directory: Path, tokenizer: Any, **files: dict[str, Any]) -> Path:
     """The directory with tokenizer.json and the files named (without .json).
 
@@ -144,6 +163,45 @@ SHAPES: dict[str, tuple[Any, dict[str, Any], str, str | None, bool]] = {
         "<|eot_id|>",
         "<|begin_of_text|>",
         True,
+    ),
+    "llama 3.1, ids alone": (
+        lambda: after_its_bytes(
+            byte_level(["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]),
+            "<|begin_of_text|>",
+        ),
+        {
+            "generation_config": {
+                "bos_token_id": "<|begin_of_text|>",
+                "eos_token_id": ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+            }
+        },
+        "<|end_of_text|>",
+        "<|begin_of_text|>",
+        True,
+    ),
+    "smollm 2": (
+        lambda: byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]),
+        {
+            "tokenizer_config": {
+                "bos_token": "<|im_start|>",
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|im_end|>",
+                "unk_token": "<|endoftext|>",
+            }
+        },
+        "<|im_end|>",
+        "<|im_start|>",
+        False,
+    ),
+    "pythia": (
+        lambda: with_runs_of_spaces(byte_level(["<|endoftext|>", "<|padding|>"])),
+        {
+            "tokenizer_config": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+            "config": {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|endoftext|>"},
+        },
+        "<|endoftext|>",
+        "<|endoftext|>",
+        False,
     ),
     "gpt-2": (
         lambda: byte_level(["<|endoftext|>"]),
