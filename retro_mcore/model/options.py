@@ -92,7 +92,9 @@ class DecoderOptions(FamilyOptions):
     """Use a gated SiLU in the MLP instead of GELU."""
     openai_gelu: bool = field(default=False, metadata=decoder(sets=None))
     """Use the tanh approximation of GELU, as GPT-2 does."""
-    geglu: bool = field(default=False, metadata=ours(_is_off, sets=None, gpt="same", absent=False))
+    geglu: bool = field(
+        default=False, metadata=ours(_is_off, sets=None, gpt="same", absent=False, our_trainer=True)
+    )
     """Use a gated GELU in the MLP, in its tanh approximation, instead of GELU (Gemma)."""
     squared_relu: bool = field(default=False, metadata=decoder(sets=None))
     """Use squared ReLU in the MLP instead of GELU."""

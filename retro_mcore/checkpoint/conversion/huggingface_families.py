@@ -27,9 +27,9 @@ class Family:
         biases: Linear layers with biases; a text names the key that decides.
         partial_rotary: Whether only a share of a head's width may be rotated.
         windows: How the family decides which layers have a sliding window.
+        full_every: Interval of the layers without a window, by default. 0: no such rule.
         flags: Other flags that every model of the family has.
         embedding, final_norm: Names of weights.
-        tied: Default of tie_word_embeddings.
     """
 
     defaults: Mapping[str, Any]
@@ -258,7 +258,7 @@ _FULL_ROTARY = {"partial_rotary_factor": (None, 1, 1.0)}
 _CAUSAL = {"use_bidirectional_attention": (None, False), **_FULL_ROTARY}
 _ATTENTION_BIAS: dict[Any, str | bool] = {"qkv": "attention_bias", "proj": "attention_bias"}
 _BIASES = {**_ATTENTION_BIAS, "mlp": "mlp_bias"}
-_GEMMAS = {
+_GEMMAS: dict[str, Any] = {
     "activations": _GATED_GELU,
     "biases": _ATTENTION_BIAS,
     "flags": {"apply_layernorm_1p": True},
