@@ -21,6 +21,7 @@ from retro_mcore.checkpoint.conversion.model_fields import Flags
 from retro_mcore.checkpoint.conversion.retro_names import Parts, cut_qkv, cut_weight, parts_of
 from retro_mcore.checkpoint.conversion.weights import Weight, Weights
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.family_options import plain_options
 
 _RETRIEVAL = re.compile(r"^neighbor_encoder\.|\.(cross_attention|pre_cross_attn_layernorm)\.")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)\.(weight|bias)$")
@@ -114,6 +115,11 @@ def _never(flags: Flags) -> list[str]:
         f"{name} {flags[name]}"
         for name in ("retro_deepnorm", "retro_mup_base_hidden_size", "rotary_interleaved")
         if flags.get(name)
+    ]
+    # Options of other families: their export is not written yet.
+    plain = {**plain_options(), "geglu": False}
+    problems += [
+        f"{name} {flags[name]}" for name, value in plain.items() if flags.get(name, value) != value
     ]
     if flags.get("retro_origin") == "mcore-0.15" and not flags["no_retrieval"]:
         problems.append("retro_origin mcore-0.15, whose decoder ends without a norm")

@@ -9,7 +9,7 @@ import torch
 
 from retro_mcore.checkpoint.conversion.huggingface_config import Config
 from retro_mcore.checkpoint.conversion.huggingface_families import FAMILIES
-from retro_mcore.errors import CheckpointError, RetroError
+from retro_mcore.errors import CheckpointError, ConfigurationError, RetroError
 from tests.unit.checkpoint.families import (
     CASES,
     GROUPS,
@@ -225,3 +225,24 @@ def built(family, sizes, key, value, path):
     settings = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**settings, key: value}))
     return model
+
+
+@pytest.mark.parametrize(
+    "name", ["Gemma", "OLMo 2", "Granite", "SmolLM3", "GPT-NeoX", "Llama, yarn"]
+)
+def test_what_others_do_not_compute_is_not_written_for_them(tmp_path, name):
+    from retro_mcore.checkpoint.conversion.families_out import family_of
+    from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+    from retro_mcore.checkpoint.conversion.retro_config import retro_config
+    from retro_mcore.checkpoint.conversion.targets import check_origin
+
+    save_model(name, tmp_path)
+    flags = open_checkpoint(tmp_path).flags
+    for write in (
+        family_of,
+        retro_config,
+        lambda flags: check_origin("megatron", flags),
+        lambda flags: check_origin("instructretro", flags),
+    ):
+        with pytest.raises(ConfigurationError):
+            write(flags)
