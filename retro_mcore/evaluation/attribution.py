@@ -106,10 +106,10 @@ def document_gains(
     numbers = track(mine, f"{split} documents, credit of neighbors", hidden=get_rank() != 0)
     read = evaluation.reader("real").read(batches, mine, _device(loaded))
     placed = (
-        (batch, [window.document for window in batches[number]])
+        (batch, [number * batch_size + row for row in range(len(batches[number]))])
         for number, batch in zip(numbers, read, strict=True)
     )
-    sums = _sum_gains(loaded, placed, len(evaluation.documents))
+    sums = _sum_gains(loaded, placed, len(batches) * batch_size)
     return _rows(sums, split, "documents", started)
 
 
@@ -124,8 +124,9 @@ def _sum_gains(
 
     Args:
         loaded: The model.
-        batches: Each with the place (sample or document) of each of its rows.
-        num_places: Number of places; each has a sum of its own, so that the layout does not matter.
+        batches: Each with the place (sample or window) of each of its rows.
+        num_places: Number of places. Each has a sum of its own, so results do not depend on which
+            rank reads it.
     """
     num_neighbors = loaded.arguments.retro_num_neighbors
     groups = [[rank] for rank in range(num_neighbors)]

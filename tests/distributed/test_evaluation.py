@@ -32,6 +32,7 @@ def evaluate(project: str, checkpoints: str, folder: str, **layout):
             protocol="both",
             retro_eval_neighbors=["real", "random", "none"],
             leakage=True,
+            attribute=True,
             micro_batch_size=3,
             device="cpu",
             **layout,
@@ -39,7 +40,9 @@ def evaluate(project: str, checkpoints: str, folder: str, **layout):
     )
     rows = [*result.perplexities, *result.bits_per_byte]
     points = result.leakage["valid"]
-    return [row.loss for row in rows], [point.as_json() for point in points]
+    gains = [(gain.gain, gain.helped, gain.num_tokens) for gain in result.gains]
+    beside = {"leakage": [point.as_json() for point in points], "gains": gains}
+    return [row.loss for row in rows], beside
 
 
 def answer(project: str, checkpoints: str, folder: str, **layout):
@@ -95,6 +98,15 @@ def test_a_model_on_two_ranks_gives_the_same_numbers(one_and_two, layout):
     one, two = one_and_two
     for rank in two:
         assert rank[layout][0] == pytest.approx(one[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["sequence parallel", "pipeline parallel"])
+def test_a_model_on_two_ranks_credits_neighbors_alike(one_and_two, layout):
+    one, two = one_and_two
+    for rank in two:
+        for ours, theirs in zip(rank[layout][1]["gains"], one[1]["gains"], strict=True):
+            assert ours[0] == pytest.approx(theirs[0], abs=1e-5)  # a difference of losses in fp32
+            assert ours[2] == theirs[2]
 
 
 def test_two_ranks_write_the_predictions_of_one(one_and_two):

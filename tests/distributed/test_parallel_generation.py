@@ -34,9 +34,14 @@ LAYOUTS = {
 for layout in LAYOUTS.values():
     layout.fields = {**FIELDS, "retro_decoder_layers": [2, 4], **layout.fields}
 USES: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
+    "greedy": {"temperature": 0.0, "neighbor_credit": True},
     "sampled": {"temperature": 0.8, "top_logprobs": 2, "stop_tokens": [5, 6, 7, 8]},
-    "two chunks": {"temperature": 0.0, "two_chunks": True, "prompt_logprobs": True},
+    "two chunks": {
+        "temperature": 0.0,
+        "two_chunks": True,
+        "prompt_logprobs": True,
+        "neighbor_credit": True,
+    },
 }
 
 
@@ -69,6 +74,9 @@ def assert_same_logprobs(texts, expected):
         for name in ("logprobs", "prompt_logprobs"):
             values = [[entry.logprob for entry in getattr(text, name)] for text in (ours, theirs)]
             assert values[0] == pytest.approx(values[1], abs=1e-4)
+        assert (ours.neighbor_credit is None) == (theirs.neighbor_credit is None)
+        if theirs.neighbor_credit is not None:
+            assert ours.neighbor_credit == pytest.approx(theirs.neighbor_credit, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
