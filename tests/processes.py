@@ -51,9 +51,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         function: Importable at module level; its arguments and results are pickled.
     """
     with tempfile.TemporaryDirectory() as folder:
+        torch.save(args, Path(folder) / "arguments.pt")  # a server takes few shared tensors
         torch.multiprocessing.start_processes(
             _rank_main,
-            args=(world_size, folder, dict(os.environ), function, args),
+            args=(world_size, folder, dict(os.environ), function),
             nprocs=world_size,
             start_method=START_METHOD,
         )
@@ -69,7 +70,6 @@ def _rank_main(
     folder: str,
     environment: dict[str, str],
     function: Callable[..., Any],
-    args: tuple,
 ) -> None:
     os.environ.clear()  # the server's own is as old as the first call
     os.environ.update(environment, OMP_NUM_THREADS="1")
@@ -77,6 +77,7 @@ def _rank_main(
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", world_size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    args = torch.load(Path(folder) / "arguments.pt", weights_only=False)
     try:
         torch.save(function(*args), Path(folder) / f"result_{rank}.pt")
         torch.distributed.barrier()
