@@ -45,6 +45,7 @@ def print_report(report: PreprocessCorpusReport, options: PreprocessCorpusOption
         "project": options.project_dir,
         "documents": f"{report.num_documents}{' (reused)' if report.reused else ''}",
         "tokens": report.num_tokens,
+        **({"near-duplicates": options.near} if options.near.are_searched else {}),
         **loss_rows(report.report),
         "tokenizer": f"{report.tokenizer_type}, {vocab}",
         "documents end with": f"{report.eod_token} (token {report.eod_id})",

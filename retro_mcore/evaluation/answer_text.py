@@ -12,28 +12,9 @@ import string
 import unicodedata
 from collections.abc import Iterator
 
-_ARTICLES = {"a", "an", "the"}
+from retro_mcore.data.unspaced_scripts import UNSPACED
 
-#: Unicode blocks of scripts without spaces: Thai, Lao, Tibetan, Burmese, Khmer, Han, kana …
-_UNSPACED = (
-    (0x0E00, 0x0FFF),
-    (0x1000, 0x109F),
-    (0x1780, 0x17FF),
-    (0x1950, 0x19DF),
-    (0x1A20, 0x1AAF),
-    (0x2E80, 0x2FDF),
-    (0x3005, 0x3007),
-    (0x3021, 0x312F),
-    (0x31A0, 0x31FF),
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xA000, 0xA4CF),
-    (0xA9E0, 0xA9FF),
-    (0xAA60, 0xAA7F),
-    (0xF900, 0xFAFF),
-    (0x1B000, 0x1B16F),
-    (0x20000, 0x3FFFF),
-)
+_ARTICLES = {"a", "an", "the"}
 
 
 def normal_form(text: str) -> str:
@@ -110,4 +91,4 @@ def _split(word: str) -> Iterator[str]:
 
 def _is_unspaced(char: str) -> bool:
     code = ord(char)
-    return any(first <= code <= last for first, last in _UNSPACED)
+    return any(first <= code <= last for first, last in UNSPACED)

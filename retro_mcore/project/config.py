@@ -14,6 +14,8 @@ from retro_mcore.project.config_values import config_problems, needed_keys, sett
 from retro_mcore.project.paths import ProjectPaths
 
 Split = Literal["train", "valid", "test"]
+#: What is done with near-duplicate documents; see `preprocess_corpus`.
+NearDuplicateMode = Literal["keep", "count", "exclude-neighbors", "decontaminate", "drop"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 _REPAIR = "Restore the file"
 
@@ -204,6 +206,10 @@ class ProjectSettings:
         chunk_neighbor_dirs: In an aligned project, the directories under `query/` that hold the
             neighbors of all chunks of the merged databases, by database ("train", "valid"); None
             until they are searched.
+        near_duplicates: What was done with near-duplicate documents, and is done with those that
+            are appended.
+        near_duplicate_threshold: Least Jaccard similarity of near-duplicates; None: not searched.
+        near_duplicate_words: Words per sequence that documents are compared by; None likewise.
         whole_datasets: Datasets whose documents are all in the database, regardless of the split.
             These are appended datasets, from which no samples are drawn.
         grown_from: The project whose database this one extends, relative to this one.
@@ -236,6 +242,9 @@ class ProjectSettings:
     add_bos: bool = False
     samples: SampleLayout = "packed"
     chunk_neighbor_dirs: dict[str, str] | None = None
+    near_duplicates: NearDuplicateMode = "keep"
+    near_duplicate_threshold: float | None = None
+    near_duplicate_words: int | None = None
     whole_datasets: list[str] = field(default_factory=list)
     grown_from: str | None = None
     growth: list[int] = field(default_factory=list)

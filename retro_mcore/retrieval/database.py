@@ -22,6 +22,7 @@ from retro_mcore.project.hdf5 import map_dataset
 from retro_mcore.project.markers import verify
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import require_stage
+from retro_mcore.retrieval.document_groups import DocumentGroups
 
 #: Rows checked in one call.
 _ROWS = 1 << 20
@@ -35,13 +36,19 @@ class ChunkDatabase:
     Args:
         path: A merged database, such as db/merged/train.hdf5.
         token_sources: The datasets, in the order of the project's data path.
+        groups: Groups of documents that do not retrieve one another; None: each is alone.
 
     Raises:
         CorruptFileError: the file is damaged.
     """
 
-    def __init__(self, path: Path | str, token_sources: Sequence[TokenSource]) -> None:
-        self.path, self.token_sources = Path(path), token_sources
+    def __init__(
+        self,
+        path: Path | str,
+        token_sources: Sequence[TokenSource],
+        groups: DocumentGroups | None = None,
+    ) -> None:
+        self.path, self.token_sources, self.groups = Path(path), token_sources, groups
         #: u32 [n, 5]: dataset, document, first token, end token, BERT tokens.
         self.chunks = map_dataset(self.path, "chunks", "i", 2, 5)
 
@@ -67,7 +74,9 @@ class ChunkDatabase:
         hint = f"Run build_db --project-dir {paths.root} again"
         if get_rank() == 0:  # one rank reads all of it
             verify(path, hint)
-        database = cls(path, open_token_files(config, paths))
+        files = open_token_files(config, paths)
+        groups = DocumentGroups.open(paths, [len(file) for file in files])
+        database = cls(path, files, groups)
         if get_rank() == 0:
             database._require_rows(config.retro_gpt_chunk_length, hint)
         return database
@@ -103,7 +112,7 @@ class ChunkDatabase:
         return len(self.chunks)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.path, self.token_sources)
+        return type(self), (self.path, self.token_sources, self.groups)
 
     def documents(self, ids: np.ndarray) -> np.ndarray:
         """Dataset and document of each chunk, u32 [..., 2]; ids must be valid."""

@@ -1,4 +1,7 @@
-"""Filtering a search's candidates: no neighbor comes from the sample's own documents."""
+"""Filtering a search's candidates: no neighbor comes from the sample's own documents.
+
+Where a project keeps near-duplicates out of the neighbors, a document stands for its whole group.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,7 @@ class DocumentFilter:
 
     def __init__(self, database: ChunkDatabase) -> None:
         sizes = [len(source.starts) for source in database.token_sources]
+        self._groups = None if database.groups is None else database.groups.numbers
         self._first_document = np.cumsum([0, *sizes[:-1]])
         self._many_datasets, self._total = len(sizes) > 1, sum(sizes)
         # Flat: a gather from a column would copy the column.
@@ -52,12 +56,12 @@ class DocumentFilter:
         self._marked = np.zeros(min(self._total, _SLOTS), bool)
 
     def documents(self, ids: np.ndarray) -> np.ndarray:
-        """Number each chunk's document over all datasets; ids [...] must be valid."""
+        """Number of each chunk's document or group, over all datasets; ids [...] must be valid."""
         where = ids * self._width
         documents = self._flat.take(where + 1).astype(np.int64)
         if self._many_datasets:
             documents += self._first_document[self._flat.take(where)]
-        return documents
+        return documents if self._groups is None else self._groups[documents]
 
     def own(self, candidates: np.ndarray, samples: Sequence[SampleRows]) -> np.ndarray:
         """Mark the candidates that come from the documents of the querying sample.
@@ -78,6 +82,7 @@ class DocumentFilter:
                 own[sample.start : sample.end] = False
                 continue
             mine = self._first_document[sample.dataset] + sample.documents
+            mine = mine if self._groups is None else self._groups[mine]
             slots = mine if self._total <= _SLOTS else mine & (_SLOTS - 1)
             self._marked[slots] = True
             self._marked.take(folded[sample.start : sample.end], out=own[sample.start : sample.end])
@@ -119,6 +124,8 @@ def from_documents(
 ) -> np.ndarray:
     """Mark the chunks that come from given documents of one dataset, bool of the shape of `ids`.
 
+    Chunks of their near-duplicates are marked, too, where the database has groups.
+
     Args:
         database: The retrieval database.
         ids: Valid chunk ids of any shape.
@@ -126,6 +133,9 @@ def from_documents(
         documents: Documents of that dataset.
     """
     found = database.documents(ids)
+    if database.groups is not None and dataset < len(database.token_sources):
+        own = database.groups.of(dataset, documents)
+        return np.isin(database.groups.of(found[..., 0], found[..., 1]), own)
     return (found[..., 0] == dataset) & np.isin(found[..., 1], documents)
 
 

@@ -18,6 +18,7 @@ from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import input_digests
 from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.document_groups import group_files
 from retro_mcore.retrieval.embedders import load_project_embedder
 from retro_mcore.retrieval.embedders.base import BATCH_SIZE, Embedder
 from retro_mcore.retrieval.embedders.precision import Precision, obstacle
@@ -132,7 +133,8 @@ class ProjectSearch:
         Raises:
             ProjectError: stored vectors are missing.
         """
-        merged = input_digests(self.source, [self.source.merged_db("train")])
+        files = [self.source.merged_db("train"), *group_files(self.source)]
+        merged = input_digests(self.source, files)
         vectors = self.index.vector_files().digests() if rescore else {}
         return merged | self.index.digests() | vectors
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from retro_mcore.data.near_duplicates.options import NearDuplicates
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.errors import ProjectError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.markers import checksum
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.samples.project_samples import numbers_in_database
 
 
 def check_database_fits(paths: ProjectPaths, config: ProjectConfig, target: ProjectPaths) -> None:
-    """Compare chunk length, tokenizer and whether documents begin with BOS.
+    """Compare chunk length, tokenizer, near-duplicates, and whether documents begin with BOS.
 
     Args:
         paths: The project with the samples.
@@ -32,6 +34,7 @@ def check_database_fits(paths: ProjectPaths, config: ProjectConfig, target: Proj
             "Build it with the same --retro-chunk-length",
         )
     _check_samples(paths, target)
+    _check_near_duplicates(paths, config, target)
     mine = load_project_tokenizer(config, paths)
     theirs = load_project_tokenizer(other, target)
     if _contents(mine) != _contents(theirs):
@@ -51,6 +54,30 @@ def _check_samples(paths: ProjectPaths, target: ProjectPaths) -> None:
             "could not be recognized",
             f"Build it with preprocess_corpus --samples {mine}",
         )
+
+
+def _check_near_duplicates(
+    paths: ProjectPaths, config: ProjectConfig, target: ProjectPaths
+) -> None:
+    """Refuse documents that were not compared with the project's, whose near-duplicates it has not.
+
+    A database that holds all of the project's documents was compared with them.
+    """
+    mine, theirs = (
+        NearDuplicates.recorded(ProjectSettings.load(each.root)) for each in (paths, target)
+    )
+    if mine.mode in ("keep", "count"):
+        return
+    numbers = numbers_in_database(paths, config, target)
+    held = len(ProjectConfig.load(target.root).blend[1])
+    if mine == theirs and max(numbers) < held:
+        return
+    raise ProjectError(
+        target.root,
+        f"its documents were not compared with those of {paths.root}, which was built with "
+        f"--near-duplicates {mine.mode}",
+        "Append them with update_db --append, which compares them",
+    )
 
 
 def _check_beginnings(

@@ -119,6 +119,8 @@ def find_old_neighbors(
     inputs = recorded_inputs(search.paths, stage)
     if any(inputs.get(name) != digest for name, digest in {**own_inputs, **digests}.items()):
         return None
+    if not _are_grouped_as_before(search.database, base):
+        return None
     if _decisive(recorded_options(search.paths, stage)) != _decisive(options):
         return None
     directories = {
@@ -131,6 +133,14 @@ def find_old_neighbors(
         return None
     fingerprint = fingerprint_of([stage, dict(options), inputs])
     return OldNeighbors(search, directories, settings.growth[-1], parts, fingerprint)
+
+
+def _are_grouped_as_before(database: ChunkDatabase, base: ProjectPaths) -> bool:
+    """Whether no new document connects old ones, which then may not retrieve one another."""
+    if database.groups is None:
+        return True
+    old = ChunkDatabase.open(base.root, own=True).groups
+    return old is not None and database.groups.extends(old)
 
 
 def _decisive(options: Mapping[str, Any]) -> dict[str, Any]:

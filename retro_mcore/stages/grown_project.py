@@ -16,13 +16,14 @@ from retro_mcore.data.tokenizers.loading import load_project_tokenizer, recorded
 from retro_mcore.data.tokenizers.special_tokens import DECLARING_FILES
 from retro_mcore.data.tokens.document_ids import ids_path
 from retro_mcore.data.tokens.token_file import bin_path, idx_path
-from retro_mcore.data.tokens.tokenizing import CorpusReader, make_dataset
+from retro_mcore.data.tokens.tokenizing import CorpusReader
 from retro_mcore.distributed import barrier, get_rank, raise_together
 from retro_mcore.errors import ProjectError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json_object
 from retro_mcore.project.markers import FileState, adopt, marker_path, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.stages.appended_corpora import make_appended_datasets, take_over_keys
 
 
 def origin_of(paths: ProjectPaths) -> ProjectPaths:
@@ -57,15 +58,14 @@ def make_grown_project(
         ProjectError: a file of the old project is missing or damaged.
     """
     with raise_together():
-        config, settings = ProjectConfig.load(base.root), ProjectSettings.load(base.root)
-        multiple = config.retro_gpt_chunk_length if settings.samples == "aligned" else 1
+        config = ProjectConfig.load(base.root)
         if get_rank() == 0:
             _take_over_inputs(base, grown, config)
+            take_over_keys(base, grown, config.blend[1])
     barrier()
     with raise_together():
         tokenizer = load_project_tokenizer(config, grown, recorded_choice(base))
-    for source, prefix in zip(sources, prefixes, strict=True):
-        make_dataset(source, grown.data / prefix, tokenizer, reader, fingerprint, multiple)
+    make_appended_datasets(base, grown, sources, prefixes, tokenizer, reader, fingerprint)
     with raise_together():
         if get_rank() == 0:
             _take_over_chunks(base, grown, config)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from retro_mcore.chunking import SampleLayout
+from retro_mcore.data.near_duplicates.files import read_groups
+from retro_mcore.data.near_duplicates.minhash import require_datasketch
+from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.data.tokenizers.loading import SpecialTokenChoice
 from retro_mcore.data.tokens.splits import check_documents
 from retro_mcore.data.tokens.token_file import TokenFile, bin_path
@@ -18,11 +23,18 @@ from retro_mcore.samples.passes import count_passes
 from retro_mcore.stages.configuration import Project, project_paths
 from retro_mcore.stages.preprocessing.config import (
     PreprocessCorpusConfig,
+    near_duplicate_options,
     problems_of,
     sample_options,
     text_options,
 )
 from retro_mcore.stages.preprocessing.corpora import Corpora
+from retro_mcore.stages.preprocessing.near_duplicates import (
+    CorpusDatasets,
+    NearDuplicateCounts,
+    count_near_duplicates,
+    drop_of_corpus,
+)
 from retro_mcore.stages.preprocessing.project_config import make_project_config, save_project
 from retro_mcore.stages.preprocessing.report import PreprocessCorpusReport, count_all, count_padding
 from retro_mcore.stages.preprocessing.tokenizer import (
@@ -64,13 +76,15 @@ def run(project: Project, config: PreprocessCorpusConfig) -> PreprocessCorpusRep
 
 def _preprocess(paths: ProjectPaths, config: PreprocessCorpusConfig) -> PreprocessCorpusReport:
     with raise_together():
+        if config.near.are_searched:
+            require_datasketch()
         config = replace(config, samples=config.samples or _layout_of(paths))
         inputs = _Inputs.open(paths, config)
     corpora, choice = inputs.corpora, inputs.choice
     setup = TokenizerSetup(config, paths, corpora, choice, inputs.fingerprint)
     tokenizer, files = setup.prepare()
     multiple = config.document_multiple
-    reused = corpora.tokenize(paths, tokenizer, inputs.fingerprint, multiple)
+    reused = inputs.make_datasets(paths, config, tokenizer)
     with raise_together():
         datasets = [TokenFile(paths.data / prefix) for prefix in corpora.prefixes]
         for source, dataset in zip(corpora.sources, datasets, strict=True):
@@ -80,7 +94,8 @@ def _preprocess(paths: ProjectPaths, config: PreprocessCorpusConfig) -> Preproce
         padding = (
             count_padding(datasets, config.split, multiple, tokenizer.eod) if multiple > 1 else {}
         )
-        counts = count_all(paths, corpora.prefixes, datasets, passes, padding)
+        near = _near_duplicates(paths, config, datasets)
+        counts = count_all(paths, corpora.prefixes, datasets, passes, padding, near)
         if get_rank() == 0:
             save_project(made, config, paths, None if choice.first_known_eod else tokenizer)
             finish_stage(paths, STAGE, inputs.options, inputs.digests, counts)
@@ -110,6 +125,16 @@ def _layout_of(paths: ProjectPaths) -> SampleLayout:
     return "aligned" if recorded == "aligned" else "packed"
 
 
+def _near_duplicates(
+    paths: ProjectPaths, config: PreprocessCorpusConfig, datasets: Sequence[TokenFile]
+) -> NearDuplicateCounts | None:
+    """Counts of near-duplicates that are in the project; None if they are not searched."""
+    if not config.near.are_searched:
+        return None
+    sizes = [len(dataset) for dataset in datasets]
+    return count_near_duplicates(read_groups(paths.data, sum(sizes)), sizes, config.split)
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """Everything that determines the tokens, compared with an earlier run's."""
@@ -128,8 +153,24 @@ class _Inputs:
         digests.update(tokenizer_digests(config, choice))
         require_tokenizer(config, corpora)
         text = text_options(config)
-        options = {**text, **sample_options(config)}
+        near = near_duplicate_options(config)
+        options = {**text, **sample_options(config), **near}
         check_stage(paths, STAGE, options, digests, bin_path(paths.data / corpora.prefixes[0]))
         version = [] if choice.first_known_eod else [_TEXT_VERSION]
         fingerprint = fingerprint_of([text, digests, *version])
         return cls(corpora, choice, options, digests, fingerprint)
+
+    def make_datasets(
+        self, paths: ProjectPaths, config: PreprocessCorpusConfig, tokenizer: Tokenizer
+    ) -> bool:
+        """Write all datasets, on all ranks; returns whether they existed already."""
+        near, multiple = config.near, config.document_multiple
+        made_from = fingerprint_of([self.fingerprint, near_duplicate_options(config), config.split])
+        datasets = CorpusDatasets(
+            paths.data, self.corpora.prefixes, near, tokenizer, multiple, made_from
+        )
+
+        def tokenize(folder: Path) -> bool:
+            return self.corpora.tokenize(folder, tokenizer, self.fingerprint, multiple)
+
+        return datasets.make(tokenize, drop_of_corpus(near, config.split, self.corpora.sources))

@@ -21,6 +21,7 @@ from retro_mcore.project.records import finish_stage, recorded_options, stage_re
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY
 from retro_mcore.stages import build_db, build_index, query_neighbors
+from retro_mcore.stages.appended_corpora import count_appended
 from retro_mcore.stages.configuration import Config, Project, project_paths, recorded_config
 from retro_mcore.stages.database_fit import check_database_fits
 from retro_mcore.stages.grown_project import make_grown_project, origin_of
@@ -181,7 +182,7 @@ def _grow(
         grown = ProjectPaths(paths.grown(made_from[:12]))
     with stage_lock(grown, STAGE, create=True):
         make_grown_project(base, grown, sources, prefixes, reader, made_from)
-        _record(grown, prefixes, reader, clean)
+        _record(base, grown, prefixes, reader, clean)
     database = build_db.run(grown, _restored(base, build_db.STAGE, build_db.BuildDbConfig))
     on_stage(database)
     index_config = _restored(base, build_index.STAGE, build_index.BuildIndexConfig)
@@ -219,11 +220,16 @@ def _reader(
 
 
 def _record(
-    grown: ProjectPaths, prefixes: Sequence[str], reader: CorpusReader, clean: bool
+    base: ProjectPaths,
+    grown: ProjectPaths,
+    prefixes: Sequence[str],
+    reader: CorpusReader,
+    clean: bool,
 ) -> None:
     """Record how the new documents were read and what was counted."""
     with raise_together():
-        each = {prefix: read_counts(grown.data / prefix) for prefix in prefixes}
+        near = count_appended(base, grown, prefixes)
+        each = {prefix: {**read_counts(grown.data / prefix), **near[prefix]} for prefix in prefixes}
         read_as = {
             "--append": list(prefixes),
             "--json-keys": list(reader.json_keys),

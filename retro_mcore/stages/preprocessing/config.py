@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from retro_mcore.chunking import SampleLayout, chunks_per_sample
+from retro_mcore.data.near_duplicates.options import LEAST_THRESHOLD, NearDuplicates
 from retro_mcore.data.tokenizers.gguf import read_gguf_tokenizer
 from retro_mcore.data.tokenizers.loading import (
     TOKENIZER_TYPES,
@@ -18,6 +19,7 @@ from retro_mcore.data.tokenizers.loading import (
 from retro_mcore.data.tokens.splits import parse_split
 from retro_mcore.errors import ConfigurationError, RetroError, TokenizerError, flag_of, too_small
 from retro_mcore.gguf_file import is_gguf
+from retro_mcore.project.config import NearDuplicateMode
 
 _LEAST = {
     "global_batch_size": 1,
@@ -73,6 +75,16 @@ class PreprocessCorpusConfig:
     """aligned: every document begins a chunk and is padded to whole chunks, so its chunks are
     searched once for all samples. packed: documents follow one another, as in Megatron
     (default: the project's; aligned for a new one)."""
+    near_duplicates: NearDuplicateMode = "keep"
+    """What to do with documents that are nearly the same. keep: not searched for. count: report
+    them. exclude-neighbors: no document retrieves its near-duplicates. decontaminate: drop training
+    documents that are near-duplicates of held-out documents. drop: also drop those of earlier
+    training documents."""
+    near_duplicate_threshold: float | None = None
+    """Least Jaccard similarity of near-duplicates: word sequences in both documents over those in
+    either (default: 0.8)."""
+    near_duplicate_words: int | None = None
+    """Words per sequence for comparing documents (default: 5)."""
     seq_length: int = 512
     """Tokens per sample."""
     retro_chunk_length: int = 64
@@ -134,6 +146,12 @@ class PreprocessCorpusConfig:
             )
 
     @property
+    def near(self) -> NearDuplicates:
+        """How near-duplicates are searched and treated."""
+        threshold, words = self.near_duplicate_threshold, self.near_duplicate_words
+        return NearDuplicates.of(self.near_duplicates, threshold, words)
+
+    @property
     def document_multiple(self) -> int:
         """Number of tokens that documents are padded to a multiple of; 1: not padded."""
         return self.retro_chunk_length if self.samples == "aligned" else 1
@@ -150,6 +168,7 @@ def problems_of(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
         except RetroError as error:
             yield error
     yield from too_small(config, _LEAST)
+    yield from near_duplicate_problems(config)
     if config.seed >= 1 << 32:
         yield ConfigurationError("--seed", str(config.seed), "Give less than 2^32")
     if not 0 < config.train_epochs < math.inf:
@@ -203,6 +222,42 @@ def text_options(config: PreprocessCorpusConfig) -> dict[str, object]:
         if (value := getattr(config, name)) is not None:
             options[flag_of(name)] = value
     return options
+
+
+def near_duplicate_problems(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
+    """Errors for invalid options of near-duplicates."""
+    mode, modes = config.near_duplicates, get_args(NearDuplicateMode)
+    threshold, words = config.near_duplicate_threshold, config.near_duplicate_words
+    if mode not in modes:
+        yield ConfigurationError(
+            "--near-duplicates", repr(mode), f"Choose one of {', '.join(modes)}"
+        )
+    for flag, value in (
+        ("--near-duplicate-threshold", threshold),
+        ("--near-duplicate-words", words),
+    ):
+        if mode == "keep" and value is not None:
+            yield ConfigurationError(
+                flag, "given without --near-duplicates", "Add --near-duplicates count, or leave out"
+            )
+    if threshold is not None and not LEAST_THRESHOLD <= threshold <= 1:
+        yield ConfigurationError(
+            "--near-duplicate-threshold", str(threshold), f"Give {LEAST_THRESHOLD} to 1"
+        )
+    if words is not None and words < 1:
+        yield ConfigurationError("--near-duplicate-words", str(words), "Give at least 1")
+
+
+def near_duplicate_options(config: PreprocessCorpusConfig) -> dict[str, object]:
+    """Options of near-duplicates, by flag, for the stage's record; empty if they are kept."""
+    near = config.near
+    if near.mode == "keep":
+        return {}
+    return {
+        "--near-duplicates": near.mode,
+        "--near-duplicate-threshold": near.threshold,
+        "--near-duplicate-words": near.words,
+    }
 
 
 def sample_options(config: PreprocessCorpusConfig) -> dict[str, object]:

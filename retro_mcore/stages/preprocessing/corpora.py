@@ -11,7 +11,6 @@ from retro_mcore.data.corpus.sources import digest_inputs, name_datasets
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.data.tokens.token_input import find_token_input
 from retro_mcore.data.tokens.tokenizing import CorpusReader, empty_corpus, make_dataset
-from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.stages.preprocessing.config import PreprocessCorpusConfig
 
 
@@ -68,14 +67,12 @@ class Corpora:
             if not found:
                 raise empty_corpus(source)
 
-    def tokenize(
-        self, paths: ProjectPaths, tokenizer: Tokenizer, fingerprint: str, multiple: int
-    ) -> bool:
+    def tokenize(self, folder: Path, tokenizer: Tokenizer, fingerprint: str, multiple: int) -> bool:
         """Write the dataset of each input, on all ranks; returns whether all existed already.
 
         Args:
-            paths: The project.
-            tokenizer: Its tokenizer.
+            folder: Folder of the datasets.
+            tokenizer: The project's tokenizer.
             fingerprint: Fingerprint of the inputs and the options.
             multiple: Documents are padded to a multiple of this number of tokens.
 
@@ -84,7 +81,7 @@ class Corpora:
             TokenizerError: given tokens do not match the tokenizer.
         """
         made = [
-            make_dataset(source, paths.data / prefix, tokenizer, self.reader, fingerprint, multiple)
+            make_dataset(source, folder / prefix, tokenizer, self.reader, fingerprint, multiple)
             for source, prefix in zip(self.sources, self.prefixes, strict=True)
         ]
         return all(shards is None for shards in made)

@@ -137,6 +137,10 @@ def save_project(
     settings.json_keys = config.json_keys
     settings.id_key, settings.clean_text = config.id_key, config.clean_text
     settings.samples = config.samples or "packed"
+    if config.near.are_searched:
+        settings.near_duplicates = config.near.mode
+        settings.near_duplicate_threshold = config.near.threshold
+        settings.near_duplicate_words = config.near.words
     if tokenizer is not None:
         settings.eod_id, settings.bos_id = tokenizer.eod, tokenizer.bos
         settings.add_bos = tokenizer.adds_bos

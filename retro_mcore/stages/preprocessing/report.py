@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retro_mcore.data.corpus.counts import read_counts, total
+from retro_mcore.data.near_duplicates.dropping import OF_HELD_OUT, OF_TRAINING
 from retro_mcore.data.tokens.layout import ends_and_padding
 from retro_mcore.data.tokens.splits import document_ranges
 from retro_mcore.data.tokens.token_file import TokenFile
 from retro_mcore.project.config import SPLITS, ProjectConfig, Split
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.samples.passes import SplitPasses
+from retro_mcore.stages.preprocessing.near_duplicates import NearDuplicateCounts
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def count_all(
     datasets: Sequence[TokenFile],
     passes: Sequence[SplitPasses],
     padding: Mapping[Split, int],
+    near: NearDuplicateCounts | None = None,
 ) -> dict[str, Any]:
     """Counts of all datasets together, of each dataset, and of the samples of each split.
 
@@ -63,24 +66,32 @@ def count_all(
         datasets: Tokens of each dataset.
         passes: Samples of each split.
         padding: Tokens of padding in each split; empty if documents are not padded.
+        near: Near-duplicates of each dataset and split; None if they are not searched.
 
     Raises:
         CorruptFileError: a file of counts is damaged.
     """
+    found: Sequence[dict[str, int]] = [{}] * len(datasets) if near is None else near.datasets
     each = {
         prefix: {
             **read_counts(paths.data / prefix),
             "documents": len(dataset),
             "tokens": len(dataset.tokens),
+            **of_dataset,
         }
-        for prefix, dataset in zip(prefixes, datasets, strict=True)
+        for prefix, dataset, of_dataset in zip(prefixes, datasets, found, strict=True)
     }
+    summed = total(list(each.values()))
+    # Only training documents are dropped.
+    dropped = {name: summed[name] for name in (OF_HELD_OUT, OF_TRAINING) if name in summed}
     return {
-        **total(list(each.values())),
+        **summed,
         "splits": {
             split.name: {
                 **split.report,
                 **({"padding_tokens": padding[split.name]} if padding else {}),
+                **(near.splits[split.name] if near is not None else {}),
+                **(dropped if split.name == "train" else {}),
             }
             for split in passes
         },
