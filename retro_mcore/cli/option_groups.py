@@ -31,8 +31,8 @@ GROUPS: dict[str, str] = {
     "num_retrieved_chunks neighbors show_neighbors retrieval_* retro_index_* retro_num_* "
     "retro_encoder_* retro_cross_attention_* retro_decoder_layers retro_drop_* retro_replace_*",
     "generation": "max_new_tokens min_new_tokens stop* temperature top_* logprobs",
-    "evaluation": "protocol retro_eval_neighbors overlapping_eval leakage* predictions "
-    "ablate_retrieval legacy_scoring confidence_level num_resamples histogram_chunks "
+    "evaluation": "protocol retro_eval_neighbors overlapping_eval leakage* predictions bootstrap "
+    "attribute ablate_retrieval legacy_scoring confidence_level num_resamples histogram_chunks "
     "shortest_shared_run",
     "optimizer": "lr lr_* min_lr *weight_decay* adam_* clip_grad decoupled_* "
     "use_precision_aware_optimizer freeze_decoder",
@@ -48,7 +48,7 @@ GROUPS: dict[str, str] = {
     "scale": "tokens training_tokens document_tokens embedding_dimension hours *_per_node "
     "node_memory *_rate measure",
     "server": "host port api_key_file model_name max_* *_seconds",
-    "run": "dry_run skip_train stage shard output json",
+    "run": "dry_run skip_train stage shard output html json",
 }
 
 
