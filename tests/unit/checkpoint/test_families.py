@@ -21,12 +21,21 @@ from tests.unit.checkpoint.families import (
     save_model,
     theirs,
 )
+from tests.unit.huggingface.models import mostly_slow
 
 #: Rounding of fp32 over three layers, whose logits have a standard deviation of about 1.
 ROUNDING = {"atol": 5e-5, "rtol": 1e-5}
 
 
-@pytest.mark.parametrize("name", CASES)
+#: One for each module and kind of rotary embedding; the others combine the same.
+IN_DEFAULT = (
+    *("Llama, biases of attention", "Llama 3.1, other lengths", "Llama, yarn with mscale"),
+    *("Gemma 2", "Gemma 3", "OLMo 3", "Phi-4 mini, partial longrope", "SmolLM3", "Granite"),
+    *("StarCoder2", "GPT-NeoX"),
+)
+
+
+@pytest.mark.parametrize("name", mostly_slow(CASES, *IN_DEFAULT))
 def test_logits_are_transformers_own(megatron, tmp_path, name):
     model = save_model(name, tmp_path)
     loaded, report = load_alone(tmp_path)
@@ -47,7 +56,10 @@ def reload(path):
     ).eval()
 
 
-@pytest.mark.parametrize("name", ["Gemma 2", "OLMo 3", "Phi-3, longrope", "Granite", "GPT-NeoX"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(["Gemma 2", "OLMo 3", "Phi-3, longrope", "Granite", "GPT-NeoX"], "OLMo 3"),
+)
 def test_bf16_in_shards_and_through_our_own_format(megatron, tmp_path, name):
     from tests.unit.checkpoint.test_convert_checkpoint import convert
 
@@ -96,7 +108,7 @@ OLDER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", OLDER)
+@pytest.mark.parametrize("family", mostly_slow(OLDER, "gemma3_text", "gpt_neox"))
 def test_older_forms_of_config_json(megatron, tmp_path, family):
     from safetensors.torch import load_file, save_file
 

@@ -64,7 +64,14 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "like Gemma",
+        pytest.param("like OLMo", marks=pytest.mark.slow),
+        pytest.param("parallel residual", marks=pytest.mark.slow),
+    ],
+)
 def test_a_familys_model_resumes_as_if_never_interrupted(tmp_path, family):
     flags = {**FAMILIES[family], **NO_DROPOUT}
     whole = train(**flags)
