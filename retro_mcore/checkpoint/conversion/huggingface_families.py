@@ -9,6 +9,12 @@ from typing import Any, Literal
 Flags = dict[str, Any]
 
 
+PRE_NORMS: Mapping[str, str] = {
+    "input_layernorm": "input_layernorm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Facts about a family.
@@ -59,10 +65,6 @@ _GELU: Mapping[str, Flags] = {
 }
 _GATED_GELU: Mapping[str, Flags] = {name: {"geglu": True} for name in _TANH_GELU}
 
-PRE_NORMS = {
-    "input_layernorm": "input_layernorm",
-    "pre_mlp_layernorm": "post_attention_layernorm",
-}
 _POST_NORMS = {
     "self_attn_bda.norm": "post_attention_layernorm",
     "mlp_bda.norm": "post_feedforward_layernorm",

@@ -127,7 +127,7 @@ def _hidden_dropout(config: Config) -> float:
 def _scales(config: Config) -> Flags:
     """Multipliers, limits and what else a few families have."""
     flags: Flags = {}
-    if config.family.startswith("gemma"):
+    if config.family in ("gemma", "gemma2", "gemma3_text"):
         flags["embedding_multiplier"] = config.integer("hidden_size") ** 0.5
     if "query_pre_attn_scalar" in config.facts.defaults:
         flags["softmax_scale"] = config.number("query_pre_attn_scalar", 1e-9) ** -0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -38,7 +38,10 @@ def has_biases(config: Config, part: str) -> bool:
 
 
 def _linear(
-    name: str, theirs: dict[str, tuple[int, ...]], build: Callable[..., Tensor] | None, bias: bool
+    name: str,
+    theirs: Mapping[str, tuple[int, ...]],
+    build: Callable[..., Tensor] | None,
+    bias: bool,
 ) -> dict[str, Parts]:
     """A linear layer from others, whose weights' shapes are given."""
     weights = {f"{each}.weight": shape for each, shape in theirs.items()}
@@ -51,13 +54,15 @@ def _linear(
 
 def _attention(config: Config, flags: Flags) -> dict[str, Parts]:
     hidden, queries, keys, _ = _sizes(flags)
-    merge: Callable[..., Tensor] | None = partial(merge_qkv, groups=flags["num_query_groups"])
+    grouped = partial(merge_qkv, groups=flags["num_query_groups"])
+    merge: Callable[..., Tensor] | None = grouped
+    theirs: dict[str, tuple[int, ...]]
     theirs = {f"self_attn.{part}_proj": (keys, hidden) for part in "qkv"}
     theirs["self_attn.q_proj"] = (queries, hidden)
     output = "self_attn.o_proj"
     if config.family == "phi3":
         theirs = {"self_attn.qkv_proj": (queries + 2 * keys, hidden)}
-        merge = partial(_part_and_merge, rows=(queries, keys, keys), merge=merge)
+        merge = partial(_part_and_merge, rows=(queries, keys, keys), merge=grouped)
     elif config.family == "gpt_neox":  # query, key and value head by head, as Megatron has them
         theirs, merge = {"attention.query_key_value": (3 * queries, hidden)}, None
         output = "attention.dense"
@@ -105,7 +110,8 @@ def _qk_norms(config: Config, flags: Flags) -> dict[str, Parts]:
     if config.facts.qk_norm is None:
         return {}
     whole = config.facts.qk_norm == "all_heads"
-    widths = {"q": queries, "k": keys} if whole else dict.fromkeys("qk", flags["kv_channels"])
+    channels: int = flags["kv_channels"]
+    widths = {"q": queries, "k": keys} if whole else {"q": channels, "k": channels}
     return {
         f"self_attention.{part}_layernorm.weight": (
             {f"self_attn.{part}_norm.weight": (width,)},

@@ -219,7 +219,7 @@ def _mscale(factor: float, scale: float) -> float:
 
 def _longrope(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Flags) -> Flags:
     """The factors of short texts; longer ones are refused."""
-    short = rope.get("short_factor")
+    short: Any = rope.get("short_factor")
     numbers = isinstance(short, list) and all(isinstance(each, (int, float)) for each in short)
     if not numbers or len(short) != len(periods) or min(short, default=1) <= 0:
         raise config.refusal(
