@@ -24,6 +24,8 @@ from retro_mcore.project.markers import checksum
 
 CHECKSUMS_FILE = "checksums.json"
 
+_RESTORE = "Restore the file, or load an earlier checkpoint (--ckpt-step)"
+
 #: torch_dist's files name the rank that wrote them.
 _WRITTEN_BY = re.compile(r"__(\d+)_")
 
@@ -67,12 +69,23 @@ def verify_checkpoint(checkpoint: Path) -> None:
     path = checkpoint / CHECKSUMS_FILE
     if not path.is_file():
         return
-    hint = "Restore the file, or load an earlier checkpoint (--ckpt-step)"
     files = [
         SignedFile(checkpoint / name, entry["bytes"], entry["sha256"])
         for name, entry in _read(path).items()
     ]
-    verify_files(files, lambda _: hint, CheckpointError)
+    verify_files(files, lambda _: _RESTORE, CheckpointError)
+
+
+def verify_small_file(file: Path) -> None:
+    """Compare one file of a checkpoint with its checksum, if it has one, before it is used.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = file.parent / CHECKSUMS_FILE
+    entry = _read(path).get(file.name) if path.is_file() else None
+    if entry is not None and checksum(file) != entry["sha256"]:
+        raise CheckpointError(file, "is damaged: its checksum differs", _RESTORE)
 
 
 def _read(path: Path) -> Checksums:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from retro_mcore.checkpoint.checksums import verify_small_file
 from retro_mcore.checkpoint.safe_loading import Record, load_contents, load_torch_file
 from retro_mcore.checkpoint.tracker import RELEASE
 from retro_mcore.errors import CheckpointError
@@ -128,6 +129,7 @@ def common_state(checkpoint: Path, metadata: Metadata) -> dict[str, Any] | None:
     """
     path = checkpoint / COMMON_FILE
     if path.is_file():
+        verify_small_file(path)
         return check_common(path, load_torch_file(path, path))
     entry = (metadata.storage_data or {}).get(_COMMON_ENTRY)
     if entry is None:

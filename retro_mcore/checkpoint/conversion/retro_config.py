@@ -13,12 +13,15 @@ from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, RETRIEV
 from retro_mcore.checkpoint.conversion.model_file import flags_of_file
 from retro_mcore.errors import CheckpointError, ConfigurationError, MissingDependencyError
 from retro_mcore.model.config import RetroConfig, values_of_origin
+from retro_mcore.model.family_options import FamilyOptions
 from retro_mcore.model.option_traits import stated
 
 #: Our options that have another name there.
 RENAMED = {"vocab_size": "tokenizer_vocab_size", "padded_vocab_size": "vocab_size"}
 #: Our options that it states in another way.
 TRANSLATED = frozenset({"untie_embeddings_and_output_weights", "group_query_attention"})
+#: Our options that it does not have; models with a value of these are not written for it.
+ABSENT = frozenset(option.name for option in fields(FamilyOptions)) | {"geglu"}
 #: Tokens that begin and end documents, as our checkpoints record them.
 DOCUMENT_TOKENS = "document_tokens"
 
@@ -95,7 +98,8 @@ def flags_of_retro_config(directory: Path, values: Mapping[str, Any]) -> Flags:
         ConfigurationError: a value is of another type.
     """
     source = directory / "config.json"
-    there = {name: RENAMED.get(name, name) for name in MODEL_FIELDS if name not in TRANSLATED}
+    names = [name for name in MODEL_FIELDS if name not in TRANSLATED | ABSENT]
+    there = {name: RENAMED.get(name, name) for name in names}
     optional = set() if not values.get("no_retrieval") else RETRIEVAL_FIELDS
     missing = [key for name, key in there.items() if key not in values and name not in optional]
     missing += [] if "tie_word_embeddings" in values else ["tie_word_embeddings"]

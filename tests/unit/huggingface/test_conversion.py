@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from retro_mcore.checkpoint.conversion import retro_config
+from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from tests.unit.checkpoint.test_convert_checkpoint import built, convert, save_torch_format, state
 from tests.unit.checkpoint.test_upstream import load_case
@@ -292,3 +294,8 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     for number, name in enumerate(weights):
         stored = load_file(tmp_path / index["weight_map"][name])[name]
         assert torch.equal(stored, torch.full((3, 5), number, dtype=torch.bfloat16))
+
+
+def test_what_its_configuration_lacks_is_listed():
+    known = {name for name in MODEL_FIELDS if name not in retro_config.TRANSLATED}
+    assert known - set(retro_config.names_there()) == retro_config.ABSENT
