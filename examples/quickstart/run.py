@@ -50,8 +50,8 @@ class Size:
 LAPTOP = Size(
     chunk_length=16,
     make_corpus="--max-documents 300",
-    preprocess_corpus="--vocab-size 1024 --seq-length 256 --split 90,5,5 --train-samples 2400 "
-    "--global-batch-size 4 --eval-interval 600 --eval-iters 40",
+    preprocess_corpus="--vocab-size 1024 --seq-length 256 --split 90,5,5 --train-samples 1600 "
+    "--global-batch-size 4 --eval-interval 400 --eval-iters 40",
     index="--index IVF256,Flat --nprobe 8",
     model="--num-layers 4 --hidden-size 128 --num-attention-heads 4 "
     "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear "

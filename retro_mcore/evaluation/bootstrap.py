@@ -78,7 +78,8 @@ def resampled_ratios(
 
     Args:
         numerators: f64 [kinds, documents], such as losses in bits.
-        denominators: f64 [documents], such as bytes; at least one is positive.
+        denominators: f64 [documents], such as bytes; at least one is positive. Resamples
+            whose sum is zero are left out.
         num_resamples: Number of resamples of the documents.
         seed: Seed of the resampling.
     """
@@ -87,7 +88,8 @@ def resampled_ratios(
     for start in range(0, num_resamples, _BATCH):
         size = min(_BATCH, num_resamples - start)
         counts = rng.multinomial(number, np.full(number, 1 / number), size)
-        found.append(numerators @ counts.T / (counts @ denominators))
+        drawn = counts @ denominators
+        found.append((numerators @ counts.T)[:, drawn > 0] / drawn[drawn > 0])
     return np.concatenate(found, axis=1)
 
 

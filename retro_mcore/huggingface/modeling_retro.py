@@ -457,10 +457,14 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         plan = ChunkPlan.of(spans, past, length, size, "left")
         chosen = retrieved.new_full((rows, plan.most, *shape), -1)
         later: list[tuple[int, int, Tensor]] = []
+        counts = [given] * rows
+        if retriever is not None:  # -1 at the end of a row: its text has fewer chunks
+            held = (retrieved >= 0).flatten(2).any(2).tolist()
+            counts = [max((n for n, has in enumerate(row, 1) if has), default=0) for row in held]
         before = past + length - input_ids.size(1)  # cached tokens that are not passed again
         for row, place, start in zip(plan.rows, plan.places, plan.starts, strict=True):
             chunk = max(past - spans[row][0], 0) // size + place
-            if chunk < given:
+            if chunk < counts[row]:
                 chosen[row, place] = retrieved[row, chunk]
             elif retriever is not None and start + past < before:
                 raise ValueError("a chunk began in the cache: pass the whole text to generate()")

@@ -22,6 +22,8 @@ from retro_mcore.project.markers import FileState, signed_write, state_of
 from retro_mcore.project.space import require_space
 
 _round = itertools.count()
+#: Most shards of a group, whose files are open together.
+_MOST_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def group_shards(shards: Sequence[Shard], rows: int, least: int = 1) -> list[lis
     held = 0
     for shard in shards:
         length = shard.end - shard.start
-        if groups and held + length <= most:
+        if groups and held + length <= most and len(groups[-1]) < _MOST_SHARDS:
             groups[-1].append(shard)
         else:
             groups.append([shard])

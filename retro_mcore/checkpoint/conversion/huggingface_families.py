@@ -211,6 +211,7 @@ _SMOLLM3 = {
     "mlp_bias": False,
     "use_sliding_window": False,
     "sliding_window": None,
+    "max_window_layers": None,  # transformers does not read it
     "layer_types": None,
     "no_rope_layers": None,
     "no_rope_layer_interval": 4,
@@ -319,7 +320,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma2": Family(
         defaults=_GEMMA2,
-        fixed=_CAUSAL,
+        # transformers reads hidden_activation alone.
+        fixed={**_CAUSAL, "hidden_act": (None, "gelu", "gelu_pytorch_tanh")},
         activation="hidden_activation",
         norms=_BOTH_NORMS,
         windows="types",
@@ -357,14 +359,25 @@ FAMILIES: Mapping[str, Family] = {
         windows="types",
         full_every=4,
     ),
-    "phi3": Family(defaults=_PHI3, partial_rotary=True, windows="all"),
+    "phi3": Family(
+        defaults=_PHI3,
+        fixed={"full_attn_mod": (None, 1), "interpolate_factor": (None, 1)},
+        partial_rotary=True,
+        windows="all",
+    ),
     "smollm3": Family(
         defaults=_SMOLLM3, fixed=_FULL_ROTARY, biases=_BIASES, windows="smollm3"
     ),
     "granite": Family(defaults=_GRANITE, fixed=_FULL_ROTARY, biases=_BIASES),
     "starcoder2": Family(
         defaults=_STARCODER2,
-        fixed=_FULL_ROTARY,
+        fixed={
+            **_FULL_ROTARY,
+            "scale_attn_weights": (None, True),
+            "mlp_type": (None, "default"),
+            "norm_type": (None, "layer_norm"),
+            "layer_norm_epsilon": (None, 1e-5),
+        },
         activations=_GELU,
         epsilon="norm_epsilon",
         normalization="LayerNorm",

@@ -45,6 +45,8 @@ def write_safetensors(directory: Path, weights: Weights, max_shard_bytes: int) -
     Raises:
         CheckpointError: a weight is not what was announced.
     """
+    for old in (*directory.glob("model*.safetensors"), directory / "model.safetensors.index.json"):
+        old.unlink(missing_ok=True)  # of an interrupted conversion: readers would take it first
     shards = list(_shards(weights, max_shard_bytes))
     names = ["model.safetensors"]
     if len(shards) > 1:

@@ -97,7 +97,8 @@ class Embeddings:
             rows = map_dataset(shard.path, "data", "f", 2)
             if len(rows) != shard.end - shard.start:
                 raise CorruptFileError(shard.path, f"holds {len(rows)} vectors", _hint(shard))
-            if index and rows.shape[1] != self.dimension:
+            others = (each for each in self._files if each is not None)
+            if rows.shape[1] != next(others, rows).shape[1]:
                 raise CorruptFileError(
                     shard.path, f"holds vectors of dimension {rows.shape[1]}", _hint(shard)
                 )
@@ -114,8 +115,10 @@ class Embeddings:
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Read rows in any order, f32 [n, dimension]."""
-        result = np.empty((len(ids), self.dimension), np.float32)
         where = np.searchsorted(self._starts, ids, side="right") - 1
+        # Not `self.dimension`: another rank may still be writing the first file.
+        dimension = self._file(int(where[0])).shape[1] if len(ids) else self.dimension
+        result = np.empty((len(ids), dimension), np.float32)
         for file in np.unique(where):
             mine = where == file
             result[mine] = self._file(file)[ids[mine] - self._starts[file]]

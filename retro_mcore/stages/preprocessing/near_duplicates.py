@@ -19,7 +19,7 @@ from retro_mcore.data.near_duplicates.dropping import (
     choose_dropped_of_corpus,
     training_documents,
 )
-from retro_mcore.data.near_duplicates.files import keys_path, write_groups
+from retro_mcore.data.near_duplicates.files import groups_path, keys_path, write_groups
 from retro_mcore.data.near_duplicates.options import NearDuplicates
 from retro_mcore.data.near_duplicates.search import NearDuplicateSearch
 from retro_mcore.data.tokenizers.base import Tokenizer
@@ -103,10 +103,10 @@ class CorpusDatasets:
         files = [path(target) for target in self.targets for path in (bin_path, idx_path)]
         if any(state_of(file, self.fingerprint) is not FileState.COMPLETE for file in files):
             return False
-        return all(
-            state_of(keys_path(target), self.search.keys_fingerprint(target)) is FileState.COMPLETE
-            for target in self.targets
-        )
+        made_from = self.search.fingerprint([*self.earlier, *self.targets])
+        found = [(keys_path(each), self.search.keys_fingerprint(each)) for each in self.targets]
+        found.append((groups_path(self.folder), made_from))
+        return all(state_of(*each) is FileState.COMPLETE for each in found)
 
     def _drop(self, choose: Callable[[np.ndarray, list[int]], Dropped]) -> None:
         sources = [*self.earlier, *(self.whole / prefix for prefix in self.prefixes)]

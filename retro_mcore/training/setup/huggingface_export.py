@@ -3,6 +3,7 @@ model card."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +141,33 @@ def _write_tokenizer(directory: Path, checkpoint: Checkpoint, project_dir: str |
         bos = next(iter(tokenizer.beginning), None)
         values: dict[str, Any] = {"tokenizer_class": kind}
         values["eos_token"] = tokenizer.token_name(tokenizer.eod)
+        values["pad_token"] = values["eos_token"]
         values |= {} if bos is None else {"bos_token": tokenizer.token_name(bos)}
         write_json(config, values)
+    if (bos := next(iter(tokenizer.beginning), None)) is not None:
+        _begin_with_bos(directory / "tokenizer.json", tokenizer.token_name(bos), bos)
     return []
+
+
+def _begin_with_bos(file: Path, name: str, bos: int) -> None:
+    """Let a tokenizer.json that has no rule of its own begin texts with BOS, as the project does.
+
+    transformers ignores `add_bos_token` for such files.
+    """
+    if not file.is_file():
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("post_processor") is not None:
+        return
+    token = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, first],
+        "pair": [token, first, second],
+        "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+    }
+    write_json(file, content)
 
 
 def _copy_tokenizer(source: Path, directory: Path) -> list[str]:

@@ -92,16 +92,23 @@ OLDER = {
     "gpt_neox": ({}, {"rotary_pct": 0.5, "rotary_emb_base": 500}, ("rope_parameters",)),
     "phi3": (
         {**GROUPS, "pad_token_id": None, "sliding_window": 200},
-        {"rope_theta": 5e3, "original_max_position_embeddings": 200, "rope_scaling": {
+        {"rope_theta": 5e3, "full_attn_mod": 1, "interpolate_factor": 1,
+         "original_max_position_embeddings": 200, "rope_scaling": {
             "type": "longrope", "short_factor": [1.0, 2.0, 2.0, 4.0], "long_factor": [8.0] * 4}},
         ("rope_parameters",),
     ),
     "smollm3": (
         {**GROUPS, "pad_token_id": None},
-        {"rope_theta": 5e3, "no_rope_layer_interval": 2},
+        {"rope_theta": 5e3, "no_rope_layer_interval": 2, "max_window_layers": 28},
         ("rope_parameters", "no_rope_layers", "layer_types"),
     ),
     "gemma": ({**GROUPS, "head_dim": 16}, {"hidden_act": "gelu", "hidden_activation": None}, ()),
+    "llama": (GROUPS, {"is_llama_config": True, "rope_interleaved": False}, ()),
+    "gemma2": ({**GROUPS, "head_dim": 16}, {"hidden_act": "gelu_pytorch_tanh"}, ()),
+    "starcoder2": (GROUPS, {
+        "attention_softmax_in_fp32": True, "scale_attention_softmax_in_fp32": True,
+        "scale_attn_weights": True, "mlp_type": "default", "norm_type": "layer_norm",
+        "layer_norm_epsilon": 1e-5}, ()),
     "olmo3": ({**GROUPS, "sliding_window": 200}, {"rope_theta": 300.0, "rope_scaling": {
         "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 24}},
         ("rope_parameters",)),

@@ -57,3 +57,9 @@ def test_documents_are_resampled_whole(megatron):
     assert difference.mean == pytest.approx(real.bits_per_byte - none.bits_per_byte)
     assert (difference.low, difference.high) == pytest.approx((wanted - high, wanted - low))
     assert list(none.differences) == ["real"]
+
+
+def test_resamples_without_bytes_are_left_out():
+    found = resampled_ratios(np.array([[5.0, 1.0, 0.0]]), np.array([4.0, 0.0, 0.0]), 200, 1)
+    assert found.shape[1] < 200
+    assert np.isfinite(found).all()

@@ -20,3 +20,9 @@ from retro_mcore.project.shards import cut, group_shards
 def test_shards_are_grouped_by_their_rows(tmp_path, rows, least, sizes):
     groups = group_shards(cut(tmp_path, 100, 27), rows, least)
     assert [len(group) for group in groups] == sizes
+
+
+def test_a_group_has_few_enough_files_to_be_open_together(tmp_path):
+    groups = group_shards(cut(tmp_path, 10_000, 10), 10_000)
+    assert max(map(len, groups)) <= 64
+    assert sum(map(len, groups)) == 1000

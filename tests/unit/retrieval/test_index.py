@@ -257,6 +257,12 @@ def test_the_number_of_threads_does_not_matter(tmp_path, monkeypatch):
     assert results[0] == results[1]
 
 
+def test_vectors_are_read_while_another_rank_writes_the_first_file(tmp_path):
+    shards = write_rows(vectors(), tmp_path, 700)
+    shards[0].path.unlink()
+    np.testing.assert_array_equal(Embeddings(shards).rows(np.arange(700, 800)), vectors()[700:800])
+
+
 @pytest.mark.parametrize("string", ["Flat", "IVF8,Flat", "IVF4_HNSW4,Flat", "HNSW8,Flat"])
 def test_an_index_finds_its_vectors_and_its_recall_is_measured(tmp_path, string):
     embeddings = Embeddings(write_rows(vectors(), tmp_path, 700))

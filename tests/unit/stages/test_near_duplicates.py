@@ -9,6 +9,7 @@ import pytest
 
 from retro_mcore.cli.preprocess_corpus import PreprocessCorpusOptions, preprocess_corpus
 from retro_mcore.data.near_duplicates.dropping import Copy
+from retro_mcore.data.near_duplicates.files import groups_path
 from retro_mcore.data.near_duplicates.search import NearDuplicateSearch
 from retro_mcore.data.tokens.document_ids import DocumentIds
 from retro_mcore.data.tokens.token_file import TokenFile
@@ -115,6 +116,10 @@ def test_an_interrupted_run_resumes_and_a_finished_one_is_reused(tmp_path, monke
     assert (tmp_path / "project" / "data" / "whole").is_dir()
     # What was found is used again.
     monkeypatch.setattr(NearDuplicateSearch, "_write_keys", _fail)
+    preprocess_corpus(options)
+    assert contents(tmp_path) == undisturbed
+    monkeypatch.undo()
+    groups_path(tmp_path / "project" / "data").unlink()  # as a kill before it is written
     preprocess_corpus(options)
     assert contents(tmp_path) == undisturbed
 
