@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.data.test_gguf_tokenizer import TEXTS, byte_level
 
-pytest.importorskip("gguf")
+pytest.importorskip("gguf", reason="gguf, an optional package, is not installed")
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrofit" / "smollm2"
 COMMANDS = ["preprocess_corpus", "build_db", "build_index", "query_neighbors", "pretrain_retro",
             "evaluate_perplexity"]  # fmt: skip

@@ -85,16 +85,16 @@ class CorpusDatasets:
             MissingDependencyError: datasketch is not installed.
         """
         if not self.near.are_dropped:
-            reused = tokenize(self.folder)
+            done = tokenize(self.folder)
             if self.near.are_searched:
                 self.search.group([*self.earlier, *self.targets], self.folder)
-            return reused
-        done = on_first_rank(self._are_copied)
-        if not done:
-            tokenize(self.whole)
-            self._drop(choose)
+        else:
+            done = on_first_rank(self._are_copied)
+            if not done:
+                tokenize(self.whole)
+                self._drop(choose)
         with raise_together():
-            if get_rank() == 0:
+            if get_rank() == 0:  # also of an interrupted run with other options
                 shutil.rmtree(self.whole, ignore_errors=True)
         barrier()
         return done

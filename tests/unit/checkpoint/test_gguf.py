@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="gguf, an optional package, is not installed")
 
 from retro_mcore.checkpoint.conversion.formats import open_checkpoint  # noqa: E402
 from retro_mcore.errors import CheckpointError, RetroError  # noqa: E402

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-pytest.importorskip("gguf")
+pytest.importorskip("gguf", reason="gguf, an optional package, is not installed")
 
 from retro_mcore.data.tokenizers.gguf import (
     gguf_bos_habit,
@@ -94,7 +94,7 @@ RULES = {
 
 
 def split(text: str, rules: list[str]) -> list[str]:
-    regex = pytest.importorskip("regex")
+    regex = pytest.importorskip("regex", reason="regex, an optional package, is not installed")
     parts = [text]
     for rule in rules:
         cut = []

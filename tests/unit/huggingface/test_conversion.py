@@ -299,3 +299,21 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 def test_what_its_configuration_lacks_is_listed():
     known = {name for name in MODEL_FIELDS if name not in retro_config.TRANSLATED}
     assert known - set(retro_config.names_there()) == retro_config.ABSENT
+
+
+@pytest.mark.parametrize("own_rule", [False, True])
+def test_an_exported_tokenizer_begins_texts_as_the_project_does(tmp_path, own_rule):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    from retro_mcore.training.setup.huggingface_export import _begin_with_bos
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, "a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if own_rule:
+        tokenizer.post_processor = TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+    _begin_with_bos(file, "<s>", 0)
+    ids = Tokenizer.from_file(str(file)).encode("a b").ids
+    assert ids == ([2, 3, 1] if own_rule else [0, 2, 3])

@@ -125,6 +125,19 @@ def test_given_neighbors_are_those_of_the_prompts_chunks(models):
         assert their_tokens(theirs, texts, retriever=retriever, **some) == found
 
 
+def test_given_neighbors_of_prompts_of_several_lengths(models):
+    """A shorter prompt's row is filled with -1; its later chunks are retrieved nevertheless."""
+    _, theirs = models
+    texts = prompts(17, 9)
+    chunks = torch.tensor([texts[0][:8], texts[0][8:16], texts[1][:8]])
+    given = torch.nn.utils.rnn.pad_sequence(
+        retriever(chunks).split((2, 1)), batch_first=True, padding_value=-1
+    )
+    both = {"retriever": retriever, "retrieved_input_ids": given}
+    found = their_tokens(theirs, texts, retriever=retriever)
+    assert their_tokens(theirs, texts, **both) == found
+
+
 def test_the_models_own_retriever(models):
     """As tools use it that know nothing of retrieval: set once, used in every pass."""
     _, theirs = models
