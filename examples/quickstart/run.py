@@ -4,7 +4,8 @@
     python examples/quickstart/run.py --input my.jsonl     # or a folder of .txt files
     python examples/quickstart/run.py --nproc 2            # two processes, tensor parallel
 
-Each command is printed as you would type it, and run. Everything is written below --output; run
+Each command is printed as you would type it, and run; the GPT is trained beside Retro where there
+are two cores. Everything is written below --output; run
 again, the commands find what is finished there and reuse it.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compare import Model, curves_as_text, draw, perplexities_as_text
+from stages import Beside, Stage, cores, run_stage, show
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 #: The prompt is the beginning of the last document, which is a held-out one: so many chunks of it.
 PROMPT_CHUNKS = 1.5
 
@@ -104,6 +104,10 @@ class Layout:
         return self.root / "gpt"
 
     @property
+    def gpt_log(self) -> Path:
+        return self.root / "gpt.log"
+
+    @property
     def prompt(self) -> Path:
         return self.root / "prompt.txt"
 
@@ -116,10 +120,8 @@ class Layout:
         return self.root / "generated.html"
 
 
-def stages(
-    size: Size, source: Path, layout: Layout, nproc: int
-) -> list[tuple[str, str, list[str]]]:
-    """Title, command and flags of each stage."""
+def all_stages(size: Size, source: Path, layout: Layout, nproc: int, together: bool) -> list[Stage]:
+    """The commands in order; the GPT is trained beside Retro if `together`."""
     project = ["--project-dir", str(layout.project)]
     tensor_parallel = ["--tensor-model-parallel-size", str(nproc)] if nproc > 1 else []
     chunks = ["--retro-chunk-length", str(size.chunk_length)]
@@ -132,62 +134,41 @@ def stages(
 
     retro = [*trained(layout.checkpoints), "--save", str(layout.checkpoints), *model]
     gpt = [*trained(layout.gpt), "--save", str(layout.gpt), *model]
+    train_gpt = Stage(
+        "pretrain_retro, GPT",
+        "pretrain_retro",
+        [*gpt, *size.gpt.split()],
+        log=layout.gpt_log if together else None,
+    )
+    test = ["--split", "test"]
     return [
-        (
+        Stage(
             "preprocess_corpus",
             "preprocess_corpus",
             [*project, "--input", str(source), *chunks, *size.preprocess_corpus.split()],
         ),
-        ("build_db", "build_db", project),
-        ("build_index", "build_index", [*project, "--embedder", "lexical", *index]),
-        ("query_neighbors", "query_neighbors", project),
-        ("pretrain_retro", "pretrain_retro", [*retro, *size.retro.split()]),
-        ("pretrain_retro, GPT", "pretrain_retro", [*gpt, *size.gpt.split()]),
-        (
+        Stage("build_db", "build_db", project),
+        Stage("build_index", "build_index", [*project, "--embedder", "lexical", *index]),
+        Stage("query_neighbors", "query_neighbors", project),
+        train_gpt,
+        Stage("pretrain_retro", "pretrain_retro", [*retro, *size.retro.split()]),
+        Stage(
             "evaluate_perplexity",
             "evaluate_perplexity",
-            [*trained(layout.checkpoints), "--split", "test"],
+            [*trained(layout.checkpoints), *test],
         ),
-        (
+        Stage(
             "evaluate_perplexity, GPT",
             "evaluate_perplexity",
-            [*trained(layout.gpt), "--split", "test"],
+            [*trained(layout.gpt), *test],
+            needs=train_gpt.title,
         ),
-        (
+        Stage(
             "generate",
             "generate",
             [*trained(layout.checkpoints), *prompt, *shown, *size.generate.split()],
         ),
     ]
-
-
-def run_stage(name: str, flags: list[str], nproc: int) -> int:
-    """Print and run one command; returns its own exit code, from under torchrun too."""
-    script = os.path.relpath(REPOSITORY / "tools" / f"{name}.py")
-    arguments = [script, *flags]
-    if nproc == 1:
-        command = [os.path.relpath(sys.executable), *arguments]
-        _show(command)
-        return subprocess.run(command, check=False).returncode
-    arguments = ["--standalone", "--nproc-per-node", str(nproc), *arguments]
-    _show([os.path.relpath(Path(sys.executable).with_name("torchrun")), *arguments])
-    return _torchrun(arguments)
-
-
-def _show(command: list[str]) -> None:
-    print(f"\n$ {shlex.join(command)}", flush=True)
-
-
-def _torchrun(arguments: list[str]) -> int:
-    """What the command `torchrun` does, but for its traceback and its exit code, always 1."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    try:
-        run(parse_args(arguments))
-    except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
-    return 0
 
 
 def write_prompt(source: Path, layout: Layout, num_tokens: int) -> None:
@@ -211,7 +192,7 @@ def make_corpus(layout: Layout, flags: str) -> int:
     script = os.path.relpath(Path(__file__).with_name("make_corpus.py"))
     command = [os.path.relpath(sys.executable), script, "--output", str(layout.corpus)]
     command += flags.split()
-    _show(command)
+    show(command)
     return subprocess.run(command, check=False).returncode
 
 
@@ -221,24 +202,45 @@ def run(size: Size, layout: Layout, source: Path | None, nproc: int) -> int:
         if code := make_corpus(layout, size.make_corpus):
             return code
         source = layout.corpus
+    together = nproc == 1 and cores() > 1
+    half = max(1, cores() // 2)
     seconds: dict[str, float] = {}
-    for title, name, flags in stages(size, source, layout, nproc):
-        if name == "generate":
-            write_prompt(source, layout, int(PROMPT_CHUNKS * size.chunk_length))
-        start = time.monotonic()
-        if code := run_stage(name, flags, nproc):
-            print(f"{name} stopped with exit code {code}", file=sys.stderr)
-            return code
-        seconds[title] = time.monotonic() - start
-    _summarize(seconds, layout)
+    beside: dict[str, Beside] = {}
+    start = time.monotonic()
+    try:
+        for stage in all_stages(size, source, layout, nproc, together):
+            if stage.command == "generate":
+                write_prompt(source, layout, int(PROMPT_CHUNKS * size.chunk_length))
+            if stage.needs in beside:
+                other = beside.pop(stage.needs)
+                code = other.wait()
+                seconds[stage.needs] = other.seconds
+                if code:
+                    return _stopped(other.stage, code)
+            if stage.log is not None:
+                beside[stage.title] = Beside(stage, stage.log, half)
+                continue
+            began = time.monotonic()
+            if code := run_stage(stage, nproc, half if beside else None):
+                return _stopped(stage, code)
+            seconds[stage.title] = time.monotonic() - began
+    finally:
+        for other in beside.values():
+            other.stop()
+    _summarize(seconds, time.monotonic() - start, layout)
     return 0
 
 
-def _summarize(seconds: dict[str, float], layout: Layout) -> None:
+def _stopped(stage: Stage, code: int) -> int:
+    print(f"{stage.title} stopped with exit code {code}", file=sys.stderr)
+    return code
+
+
+def _summarize(seconds: dict[str, float], total: float, layout: Layout) -> None:
     from retro_mcore.cli.output import print_summary
 
     rows: dict[str, object] = {name: f"{value:6.1f} s" for name, value in seconds.items()}
-    rows["total"] = f"{sum(seconds.values()):6.1f} s"
+    rows["total"] = f"{total:6.1f} s"
     print_summary("quickstart", rows)
     models = [Model.read("Retro", layout.checkpoints), Model.read("GPT", layout.gpt)]
     print(curves_as_text(models))
