@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def measure(options: Options) -> dict[int, float]:
 
 def _ratio(length: int, options: Options) -> float:
     shape = (length, options.batch, options.heads, 64)
-    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    inputs: Any = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     gradient = torch.randn(shape)
 
     def seconds(function: Callable[[], Tensor]) -> float:

@@ -23,6 +23,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "quickstart"))
@@ -36,7 +37,7 @@ from retro_mcore.errors import RetroError
 from retro_mcore.retrieval.embedders import build_embedder
 from retro_mcore.retrieval.embedders.base import Embedder
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
-from retro_mcore.retrieval.embedders.precision import processor_features
+from retro_mcore.retrieval.embedders.precision import Precision, processor_features
 
 #: Characters of about 64 tokens.
 CHARACTERS = 260
@@ -82,7 +83,8 @@ def chunks(count: int) -> list[str]:
 def load(choice: str, texts: list[str]) -> Embedder:
     """The embedder of NAME, NAME:PRECISION or NAME:PRECISION:TOKENS."""
     given = choice.split(":")
-    name, precision, tokens = given + ["fp32", "0"][len(given) - 1 :]
+    name, given_precision, tokens = given + ["fp32", "0"][len(given) - 1 :]
+    precision = cast(Precision, given_precision)
     if name == "lexical":
         return LexicalEmbedder(weights_of(count_texts(texts)))
     return build_embedder(name, device="cpu", precision=precision, batch_tokens=int(tokens) or None)

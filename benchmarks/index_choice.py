@@ -15,15 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.cli.command import run_command
-from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.shards import Shard
-from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.index import HeldOut, search, set_search_breadth, stored_bytes
 from retro_mcore.retrieval.index.filling import add_rows
 from retro_mcore.retrieval.index.library import faiss_threads
@@ -33,8 +32,9 @@ from retro_mcore.retrieval.index.recall import (
     rounding_of,
     squared_distances,
 )
-from retro_mcore.retrieval.index.rescoring import VectorFiles, rescored
+from retro_mcore.retrieval.index.rescoring import rescored
 from retro_mcore.retrieval.index.training import num_lists, train_index
+from retro_mcore.stages.stored_vectors import stored_vectors
 
 #: {D} is the dimension, {L} the number of lists.
 _INDEXES = (
@@ -116,10 +116,9 @@ def clustered(count: int, dimension: int) -> np.ndarray:
 
 def project_vectors(folder: Path, count: int) -> np.ndarray:
     """Evenly spaced stored vectors of a project, in random order."""
-    paths = ProjectPaths(folder)
-    settings, length = ProjectSettings.load(folder), ProjectConfig.load(folder).retro_block_size
-    total = len(ChunkDatabase.open(folder, own=True))
-    rows = VectorFiles(paths, settings, total, length).open()
+    files = stored_vectors(ProjectPaths(folder))
+    rows = files.open()
+    total = files.shards[-1].end
     ids = np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
     return np.random.default_rng(0).permutation(rows.rows(ids))
 
@@ -179,7 +178,7 @@ def _row(
     )
 
 
-def _timed(call: Callable[[], object]) -> tuple[object, float]:
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
     """The result of a call, and its processor seconds on all threads."""
     start = time.process_time()
     return call(), time.process_time() - start

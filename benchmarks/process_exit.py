@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -43,7 +44,7 @@ class SlowToGo:
 def start_collectives() -> None:
     """All-reduce two tensors whose last owner will be gloo's thread, most often."""
     for _ in range(2):
-        tensor = torch.ones(1 << 20)
+        tensor: Any = torch.ones(1 << 20)
         tensor.attribute = SlowToGo()
         dist.all_reduce(tensor, async_op=True)
         del tensor

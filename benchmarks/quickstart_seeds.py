@@ -21,7 +21,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
 
-from run import LAPTOP, SMOKE, Layout, Size, make_corpus, run_stage, stages  # noqa: E402
+from run import LAPTOP, SMOKE, Layout, Size, all_stages, make_corpus  # noqa: E402
+from stages import Stage, run_stage  # noqa: E402
 
 from benchmarks.retro_against_gpt import parameters  # noqa: E402
 
@@ -29,13 +30,13 @@ FIRST_SEED = 1234
 COLUMNS = ("real", "shuffled", "none", "gpt")
 
 
-def call(name: str, flags: list[str]) -> None:
+def call(command: str, flags: list[str]) -> None:
     """Run one command of the quickstart.
 
     Raises:
         SystemExit: with its exit code, if it fails.
     """
-    if code := run_stage(name, flags, 1):
+    if code := run_stage(Stage(command, command, flags), 1):
         raise SystemExit(code)
 
 
@@ -43,8 +44,8 @@ def prepare(size: Size, layout: Layout) -> None:
     """From text to neighbors."""
     if code := make_corpus(layout, size.make_corpus):
         raise SystemExit(code)
-    for _, name, flags in stages(size, layout.corpus, layout, 1)[:4]:
-        call(name, flags)
+    for stage in all_stages(size, layout.corpus, layout, 1, together=False)[:4]:
+        call(stage.command, stage.flags)
 
 
 def measure(size: Size, layout: Layout, seed: int) -> dict[str, Any]:
@@ -52,9 +53,10 @@ def measure(size: Size, layout: Layout, seed: int) -> dict[str, Any]:
     place = Layout(layout.root / f"seed_{seed}")
     call("set_samples", ["--project-dir", str(layout.project), "--seed", str(seed)])
     row: dict[str, Any] = {"seed": seed}
-    for _, name, flags in stages(size, layout.corpus, place, 1)[4:8]:
-        seeded = ["--seed", str(seed)] if name == "pretrain_retro" else []
-        call(name, [*replaced(flags, "--project-dir", str(layout.project)), *seeded])
+    for stage in all_stages(size, layout.corpus, place, 1, together=False)[4:8]:
+        seeded = ["--seed", str(seed)] if stage.command == "pretrain_retro" else []
+        flags = replaced(stage.flags, "--project-dir", str(layout.project))
+        call(stage.command, [*flags, *seeded])
     for name, folder in (("retro", place.checkpoints), ("gpt", place.gpt)):
         measured = json.loads((folder / "perplexity.json").read_text(encoding="utf-8"))
         found = {one["neighbors"]: one["perplexity"] for one in measured}

@@ -100,8 +100,8 @@ class Retired:
         )
 
         # Without a GPU: it counts blocks in CUDA tensors, and clusters on all GPUs.
-        torch.cuda.LongTensor = torch.LongTensor
-        faiss.index_cpu_to_all_gpus = lambda index: index
+        torch.cuda.LongTensor = torch.LongTensor  # type: ignore[attr-defined,misc]
+        faiss.index_cpu_to_all_gpus = lambda index: index  # type: ignore[assignment,misc]
         # It would start up to 128 processes, which takes longer than their work here.
         db.ProcessPoolExecutor = lambda max_workers: ProcessPoolExecutor(PROCESSES)
         self.project = project
@@ -274,7 +274,7 @@ def whole(project: Path) -> dict[str, Any]:
         retro_index_delete_training_embeddings=False, retro_index_delete_added_codes=False,
         retro_query_nprobe=settings["nprobe"], retro_query_ef_search=settings["ef_search"],
     )  # fmt: skip
-    clock, stages = Clock(), {}
+    clock, stages = Clock(), dict[str, float]()
     for stage in (build_db, train_index, add_to_index, query_neighbors):
         if stage is query_neighbors:
             stages["embedded_for_index"] = counted[0]

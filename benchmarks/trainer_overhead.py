@@ -66,7 +66,7 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Any:
         from retro_mcore.samples.retro_dataset import build_retro_datasets
 
         project = ProjectConfig.load(options.project_dir)
-        samples = build_retro_datasets(options.project_dir, 2, 2)["train"]
+        samples: Any = build_retro_datasets(options.project_dir, 2, 2)["train"]
         vocabulary = load_project_tokenizer(project, ProjectPaths(options.project_dir)).vocab_size
     else:
         vocabulary = 2048

@@ -1,0 +1,24 @@
+"""Benchmarks that measure a project (mypy checks what all of them import)."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.slow
+def test_indexes_are_compared_on_vectors_of_a_project(tmp_path, capsys):
+    from benchmarks.index_choice import Options, measure
+    from tests.unit.data.projects import built_project
+
+    options = Options(
+        project_dir=built_project(),
+        vectors=60,
+        queries=8,
+        lists=2,
+        nprobe=2,
+        candidates=10,
+        index=["IVF{L},Flat", "IVF{L},SQ8"],
+    )
+    rows = measure(options)
+    assert [row.index for row in rows] == ["IVF2,Flat", "IVF2,SQ8"]
+    assert rows[0].recall == 1.0  # both lists are scanned
