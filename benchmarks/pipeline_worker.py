@@ -170,7 +170,8 @@ def _index(project: Path, string: str) -> dict[str, Any]:
     built = build_index(BuildIndexOptions(str(project), embedder="lexical", index=string))
     result: dict[str, Any] = clock.read()
     chunks = len(ChunkDatabase.open(project))
-    assert built.choice is not None and built.recall is not None
+    assert built.choice is not None
+    assert built.recall is not None
     found = {"index": built.choice.string, "recall_at_2": built.recall.at[2]}
     settings = ProjectSettings.load(project)
     rows = len(ChunkDatabase.open(project, "sampled"))
