@@ -199,6 +199,9 @@ def plan_scale(
     index, lists, vector_bytes = index_for(chunks, work.dimension)
     training = min(chunks, _TRAINING_PER_LIST * lists)
     index_bytes = float(vector_bytes) * chunks
+    shares = math.ceil(index_bytes / (0.8 * node.memory))
+    # The parts stay beside the index that is merged from them; a split index has its parts alone.
+    on_disk = index_bytes * (2 if shares == 1 else 1)
     embedders = node.gpus or node.cores
     worker = "GPU" if node.gpus else "core"
 
@@ -229,14 +232,13 @@ def plan_scale(
         stage("build_index: embed", worker, chunks, rates.embedded, saved * chunks, 2**31),
         # Published for the largest index: under 4 hours on one node for 600M vectors.
         stage("build_index: train", "node", training, 600e6 / (4 * 3600), 0, vector * training),
-        stage("build_index: add, merge", "core", chunks, rates.added, index_bytes, 2**31),
+        stage("build_index: add, merge", "core", chunks, rates.added, on_disk, 2**31),
         *embedding,
         stage(
             "query_neighbors: search", "node", queries, rates.queried,
             queries * work.neighbors_saved * (8 + 4), index_bytes,
         ),
     ]  # fmt: skip
-    shares = math.ceil(index_bytes / (0.8 * node.memory))
     return ScalePlan(
         chunks=chunks,
         query_chunks=queries,

@@ -54,6 +54,7 @@ def test_a_plan_by_hand():
     plan = plan_scale(small, rates, Node(gpus=2, cores=4, memory=1e6), hours=0.01)
     assert (plan.chunks, plan.query_chunks, plan.index) == (2000, 640, "Flat")
     assert plan.index_bytes == 2000 * 400
+    assert plan.stages[4].disk == 2 * 2000 * 400  # its parts, and merged
     assert plan.index_shares == 1  # 800 of 800 KB
     stages = {stage.name.split()[-1]: stage for stage in plan.stages[2:]}
     assert stages["search"].hours == pytest.approx(640 / 0.5 / 3600)
