@@ -33,7 +33,11 @@ MODEL_FLAGS = (
 
 
 def make_project(
-    folder: Path, train_iters: int, samples: SampleLayout = "packed", seed: int = 1234
+    folder: Path,
+    train_iters: int,
+    samples: SampleLayout = "packed",
+    seed: int = 1234,
+    num_neighbors_save: int = 20,
 ) -> Path:
     """The project below `folder`, as far as it is not there; returns its directory.
 
@@ -42,6 +46,7 @@ def make_project(
         train_iters: Training steps that it has samples for.
         samples: Layout of the samples.
         seed: Seed for their order.
+        num_neighbors_save: Neighbors saved per chunk.
 
     Raises:
         MissingDependencyError: Transformers is not installed.
@@ -79,7 +84,7 @@ def make_project(
     )
     build_db(BuildDbOptions(str(project)))
     build_index(BuildIndexOptions(str(project), embedder="lexical"))
-    query_neighbors(QueryNeighborsOptions(str(project)))
+    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=num_neighbors_save))
     return project
 
 

@@ -32,8 +32,8 @@ GROUPS: dict[str, str] = {
     "retro_encoder_* retro_cross_attention_* retro_decoder_layers retro_drop_* retro_replace_*",
     "generation": "max_new_tokens min_new_tokens stop* temperature top_* logprobs",
     "evaluation": "protocol retro_eval_neighbors overlapping_eval leakage* predictions bootstrap "
-    "attribute ablate_retrieval legacy_scoring confidence_level num_resamples histogram_chunks "
-    "shortest_shared_run",
+    "attribute database_fraction ablate_retrieval legacy_scoring confidence_level num_resamples "
+    "histogram_chunks shortest_shared_run",
     "optimizer": "lr lr_* min_lr *weight_decay* adam_* clip_grad decoupled_* "
     "use_precision_aware_optimizer freeze_decoder",
     "precision": "fp8_* bf16 fp16 *_bf16 tp_only_amax_red fp32_residual_connection *loss_scale* "

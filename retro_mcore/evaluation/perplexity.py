@@ -61,6 +61,7 @@ class Perplexity:
         num_documents: Number of documents in the samples; None if unknown.
         num_distinct_tokens: `num_tokens` without repetitions. A split with fewer tokens than its
             samples hold is read more than once.
+        database_fraction: Share of the database's documents that neighbors were taken from.
     """
 
     split: str
@@ -73,6 +74,7 @@ class Perplexity:
     corpora: dict[str, CorpusLoss] = field(default_factory=dict)
     num_documents: int | None = None
     num_distinct_tokens: int | None = None
+    database_fraction: float = 1.0
 
     @property
     def repeats(self) -> float:

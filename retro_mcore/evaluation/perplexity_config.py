@@ -39,6 +39,10 @@ class EvaluatePerplexityConfig:
     )
     """Kinds of neighbors to measure with. Default: real, shuffled and none; only none if the model
     reads no neighbors, and no shuffled if one text has more than half of the chunks."""
+    database_fraction: float = 1.0
+    """Share of the database's documents to retrieve from (protocol samples). Saved neighbors of the
+    others are left out, so one search shows what a smaller database would give. Save many
+    neighbors for that (query_neighbors --num-neighbors-save 200)."""
     retro_attention_gate: float | None = None
     """Scale of the cross-attention output. Default: the checkpoint's. A model tuned with 0 needs 1
     to use its neighbors."""
@@ -113,6 +117,14 @@ class EvaluatePerplexityConfig:
         for alpha in self.leakage_alphas:
             if not 0 <= alpha <= 1:
                 yield ConfigurationError("--leakage-alphas", str(alpha), "Give numbers from 0 to 1")
+        if not 0 < self.database_fraction <= 1:
+            found = str(self.database_fraction)
+            yield ConfigurationError(
+                "--database-fraction", found, "Give more than 0, and at most 1"
+            )
+        elif self.database_fraction < 1 and self.protocol != "samples":
+            found = f"{self.database_fraction} with --protocol {self.protocol}"
+            yield ConfigurationError("--database-fraction", found, "Use --protocol samples")
         of_documents = {
             "--bootstrap": self.bootstrap != 0,
             "--leakage": self.leakage,

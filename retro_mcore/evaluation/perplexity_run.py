@@ -6,7 +6,7 @@ Import it after `setup_device`.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from retro_mcore.distributed import get_rank, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.evaluation.attribution import NeighborGain, document_gains, sample_gains
 from retro_mcore.evaluation.bits_per_byte import BitsPerByte, DocumentEvaluation
+from retro_mcore.evaluation.database_fraction import NeighborsOfFraction
 from retro_mcore.evaluation.leakage import DEFAULT_ALPHAS, LeakagePoint, plot_leakage
 from retro_mcore.evaluation.neighbor_sources import NeighborKind, possible_kinds
 from retro_mcore.evaluation.perplexity import Perplexity, measure_perplexity
@@ -168,7 +169,9 @@ def run(config: EvaluatePerplexityConfig) -> EvaluatePerplexityResult:
     if config.protocol != "documents":
         for split, dataset in evaluation.open_samples().items():
             rows, gains = evaluation.measure_samples(split, dataset)
-            result.perplexities.extend(rows)
+            result.perplexities.extend(
+                replace(row, database_fraction=config.database_fraction) for row in rows
+            )
             result.gains.extend(gains)
     if config.protocol != "samples":
         for split in config.splits:
@@ -243,10 +246,26 @@ class _Evaluation:
             arguments.retro_num_retrieved_chunks,
         )
         with raise_together():
-            return {
+            opened = {
                 split: require_split(datasets, split, self.config.project_dir)
                 for split in self.config.splits
             }
+            return {split: self._of_fraction(split, opened[split]) for split in opened}
+
+    def _of_fraction(self, split: str, dataset: RetroDataset) -> RetroDataset:
+        """The samples with the neighbors of a smaller database, if one was requested."""
+        fraction, num_neighbors = self.config.database_fraction, dataset.num_neighbors
+        if fraction == 1:
+            return dataset
+        part = NeighborsOfFraction(dataset.neighbors, dataset.database, fraction, self.config.seed)
+        if get_rank() == 0 and (short := part.share_short(num_neighbors)):
+            _LOG.warning(
+                "%s: %.1f%% of the chunks keep fewer than %d of their %d saved neighbors at "
+                "--database-fraction %g. Save more: query_neighbors --num-neighbors-save",
+                *(split, 100 * short, num_neighbors, part.num_saved, fraction),
+            )
+        neighbors: Any = part
+        return replace(dataset, neighbors=neighbors)
 
     def measure_samples(
         self, split: str, dataset: RetroDataset
