@@ -12,7 +12,6 @@ what was written. See benchmarks/README.md.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -32,6 +31,7 @@ sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
 from make_corpus import models_documentation, python_documentation  # noqa: E402
 
 from retro_mcore.cli.command import run_command  # noqa: E402
+from retro_mcore.project.markers import checksum  # noqa: E402
 
 #: Characters of a chunk of 64 tokens, of this text, with `_VOCABULARY`.
 _CHARACTERS, _CHUNK, _VOCABULARY = 208, 64, 4096
@@ -152,7 +152,7 @@ def start(command: list[str], log: Path, limit: float | None) -> tuple[bool, flo
     begun = time.monotonic()
     with log.open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, process_group=0
+            command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
         )
     ended = False
     while True:
@@ -212,9 +212,7 @@ def digests(project: Path) -> dict[str, str]:
     for part in ("data", "db", "index", "query"):
         for path in sorted((project / part).rglob("*")):
             if path.is_file() and path.suffix != ".lock" and "cache" not in path.parts:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                found[str(path.relative_to(project))] = digest
+                found[str(path.relative_to(project))] = checksum(path)
     return found
 
 
