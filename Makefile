@@ -38,13 +38,14 @@ test: env ## run the tests (JOBS=2 at a time)
 	$(PYTEST) -m "not slow and not parity and not gpu"
 
 test-slow: env ## run the tests that take longer: every parallel layout, the quickstart's chain
-	$(INSTALL) -r requirements/lm_eval.txt
+	$(INSTALL) -r requirements/lm_eval.txt -r requirements/huggingface_tools.txt
 	$(PYTEST) -m "slow and not parity and not gpu"
 
 test-kernels: env ## run what computes once more, with other kernels than this processor's own
 	$(OTHER_KERNELS) $(PYTEST) -m "not slow and not parity and not gpu" -k "not (refused or named or told)" \
 		tests/distributed/test_tensor_parallel.py \
-		tests/unit/checkpoint/test_upstream.py tests/unit/checkpoint/test_huggingface.py \
+		$(addprefix tests/unit/checkpoint/test_,upstream.py huggingface.py families.py) \
+		tests/unit/huggingface/test_against_megatron.py \
 		$(addprefix tests/unit/evaluation/test_,documents.py layout_and_batches.py perplexity.py qa_batches.py) \
 		$(addprefix tests/unit/inference/test_,decoders.py generation.py sampling.py) tests/unit/model \
 		$(addprefix tests/unit/platform/test_,attention.py mlp.py) \

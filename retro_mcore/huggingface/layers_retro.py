@@ -40,7 +40,6 @@ class Rotary:
         stretched = stretched and not whole
         self._factor = config.rope_scaling_factor if stretched and config.use_rope_scaling else None
         self._interpolation = config.rotary_seq_len_interpolation_factor if stretched else None
-        self._pairs = config.rotary_interleaved and not whole
         self._interleaved = config.rotary_interleaved
 
     def angles(self, positions: Tensor) -> Angles:
@@ -49,7 +48,10 @@ class Rotary:
         if self._interpolation is not None:
             positions = positions * (1 / self._interpolation)
         angles = positions[..., None] * self._frequencies(positions.device)
-        angles = angles.repeat_interleave(2, -1) if self._pairs else torch.cat((angles, angles), -1)
+        if self._interleaved:
+            angles = angles.repeat_interleave(2, -1)
+        else:
+            angles = torch.cat((angles, angles), -1)
         return angles.cos(), angles.sin()
 
     def rotate(self, states: Tensor, angles: Angles) -> Tensor:

@@ -213,7 +213,9 @@ class RetroModel(RetroPreTrainedModel):
                     "give chunk_alignment='left' from the first pass on, as generate() does"
                 )
         tokens = None
-        if input_ids is not None:
+        if input_ids is None and memory is not None:
+            memory.tokens = None  # a chunk that spans this pass is not known in whole
+        elif input_ids is not None:
             tokens = input_ids if memory is None else memory.remember_tokens(input_ids, size)
         ongoing = memory is not None and memory.has is not None
         if config.retro_attention_gate == 0 or not (
@@ -245,6 +247,11 @@ class RetroModel(RetroPreTrainedModel):
         if tokens is None or len(set(plan.lengths)) > 1:
             raise ValueError(
                 "a retriever needs input_ids, and whole chunks (chunk_alignment='left')"
+            )
+        if min(plan.starts) < plan.length - tokens.size(1):
+            raise ValueError(
+                "a retriever needs the tokens of whole chunks: give input_ids, not inputs_embeds, "
+                "in every pass"
             )
         found = torch.as_tensor(retriever(plan.content(tokens)))
         if found.shape != (len(plan), *shape):
@@ -425,27 +432,48 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         *args: Any,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         retrieved_input_ids: Tensor | None = None,
         retriever: Retriever | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Transformers' method; `retrieved_input_ids` are those of the prompts' chunks."""
+        """Transformers' method; `retrieved_input_ids` are those of the prompts' chunks.
+
+        Raises:
+            ValueError: `inputs_embeds` with a retriever, or without a cache.
+        """
+        if inputs_embeds is not None:
+            self._check_embedded_prompt(retriever, past_key_values)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             *args,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
         inputs |= {"retriever": retriever, "chunk_alignment": "left"}
         if retrieved_input_ids is not None:
-            length = inputs.get("input_ids", input_ids).size(1)
+            passed = inputs.get("inputs_embeds", inputs.get("input_ids"))
+            length = passed.size(1)
             spans = _spans(attention_mask, past_key_values, len(input_ids), past, length)
             inputs["retrieved_input_ids"] = self._given_or_found(
                 retrieved_input_ids, input_ids, spans, past, length, retriever or self.retriever
             )
         return inputs
+
+    def _check_embedded_prompt(self, retriever: Retriever | None, cache: Cache | None) -> None:
+        if self.model.encoder is not None and (retriever or self.retriever) is not None:
+            raise ValueError(
+                "generate(inputs_embeds=...) with a retriever, which needs the prompt's tokens: "
+                "give input_ids, or retrieved_input_ids instead of the retriever"
+            )
+        if cache is None:
+            raise ValueError(
+                "generate(inputs_embeds=...) needs use_cache=True: transformers passes the "
+                "embedded prompt to the first step alone"
+            )
 
     def _given_or_found(
         self, retrieved: Tensor, input_ids: Tensor, spans: Spans, past: int, length: int,

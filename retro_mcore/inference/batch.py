@@ -22,7 +22,7 @@ from retro_mcore.errors import ConfigurationError, RetroError
 from retro_mcore.inference.credit import text_credit
 from retro_mcore.inference.decoders import CachedDecoder, Decoder
 from retro_mcore.inference.growing_text import Detokenizer, GrowingText, find_stop
-from retro_mcore.inference.requests import GenerationRequest, Vocabulary, num_tokens
+from retro_mcore.inference.requests import GenerationRequest, Vocabulary, end_tokens, num_tokens
 from retro_mcore.inference.sampling import require_numbers, sample, token_logprobs
 from retro_mcore.inference.texts import FinishReason, GeneratedText, TokenLogprobs
 from retro_mcore.platform.parallel import model_parallel_group
@@ -124,7 +124,8 @@ class TextBatch:
             new_text = GrowingText(self._tokenizer, request.tokens)
         (generator,) = request.sampling.generators(1)
         endings: dict[int, FinishReason] = dict.fromkeys(request.stopping.stop_tokens, "stop")
-        endings.setdefault(self._tokenizer.eod, "eod")
+        for token in end_tokens(self._tokenizer):
+            endings.setdefault(token, "eod")
         member = _Member(request, text, generator, new_text, endings)
         self._members.append(member)
         self._expect([member])

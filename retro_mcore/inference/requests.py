@@ -123,6 +123,11 @@ class GenerationRequest:
         ]
 
 
+def end_tokens(tokenizer: Vocabulary) -> tuple[int, ...]:
+    """Tokens that end every text: EOD, and those that the model's checkpoint records."""
+    return (tokenizer.eod, *getattr(tokenizer, "end_tokens", ()))
+
+
 def num_tokens(model: RetroModel, tokenizer: Vocabulary) -> int:
     """Number of usable tokens: those of the tokenizer that have a row in the model's embedding.
 
@@ -202,7 +207,7 @@ def _check_endings(request: GenerationRequest, model: RetroModel, tokenizer: Voc
             raise ConfigurationError(
                 "--stop-token-ids", _short(token), f"Give ids from 0 to {rows - 1}"
             )
-    endings = {tokenizer.eod, *stopping.stop_tokens}
+    endings = {*end_tokens(tokenizer), *stopping.stop_tokens}
     if stopping.min_new_tokens and endings.issuperset(range(num_tokens(model, tokenizer))):
         raise ConfigurationError(
             "--stop-token-ids",

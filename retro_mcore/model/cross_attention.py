@@ -87,6 +87,7 @@ class RetroCrossAttention(MegatronModule):
             self.rotary = RotaryEmbedding(
                 channels,
                 rotary_percent=1.0,
+                rotary_interleaved=config.rotary_interleaved,
                 use_cpu_initialization=config.use_cpu_initialization,
                 cp_group=self.pg_collection.cp,
             )

@@ -131,6 +131,7 @@ def local_rotary(config: TransformerConfig, layer_number: int, group: Any) -> An
     return RotaryEmbedding(
         config.kv_channels,
         rotary_percent=1.0,
+        rotary_interleaved=config.rotary_interleaved,
         rotary_base=config.rotary_local_base,
         use_cpu_initialization=config.use_cpu_initialization,
         cp_group=group,

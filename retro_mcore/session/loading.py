@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron.core.models.gpt import GPTModel
 
+from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import get_rank, raise_together
 from retro_mcore.errors import ConfigurationError
@@ -93,6 +94,7 @@ def load_model(
         tokenizer = _fitting_tokenizer(saved, project, project_dir)
         if retrieval:
             require_reading(saved.arguments, "--retro-neighbors live", "Use --retro-neighbors none")
+    tokenizer.end_tokens = _end_tokens(saved, tokenizer)
     model = saved.load(layout)
     retriever = None
     with raise_together():
@@ -122,6 +124,12 @@ def _fitting_tokenizer(
     if warning is not None and get_rank() == 0:
         _LOG.warning("%s", warning)
     return tokenizer
+
+
+def _end_tokens(saved: SavedModel, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Recorded tokens that end a text, besides EOD. Those beyond the tokenizer cannot occur."""
+    recorded = saved.entries.get(END_TOKENS) or ()
+    return tuple(t for t in recorded if t != tokenizer.eod and t < tokenizer.vocab_size)
 
 
 def warn_beyond_training(arguments: ModelArguments, num_tokens: int, what: str) -> None:

@@ -8,12 +8,17 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from retro_mcore.checkpoint.conversion.model_fields import DECODER_FLAGS, MODEL_FIELDS, Flags
+from retro_mcore.checkpoint.conversion.model_fields import (
+    DECODER_FLAGS,
+    END_TOKENS,
+    MODEL_FIELDS,
+    Flags,
+)
 from retro_mcore.checkpoint.conversion.weights import Weights
 from retro_mcore.errors import CheckpointError, flag_of
 
 # Arguments of training and its data that conversion keeps; Megatron calls them the same.
-_OF_TRAINING = ("seed", "bf16", "fp16", "document_tokens")
+_OF_TRAINING = ("seed", "bf16", "fp16", "document_tokens", END_TOKENS)
 #: Megatron's arguments for computations that our model lacks, with the values that turn them off
 #: besides None, False and 0. Refused by conversion and inside Megatron-LM's trainer.
 LACKED: dict[str, tuple[Any, ...]] = {

@@ -14,13 +14,18 @@ from torch import Tensor
 
 from retro_mcore.checkpoint.conversion.huggingface_config import Config
 from retro_mcore.checkpoint.conversion.huggingface_families import Flags
-from retro_mcore.checkpoint.conversion.huggingface_files import TensorFiles, read_json_object
+from retro_mcore.checkpoint.conversion.huggingface_files import (
+    TensorFiles,
+    end_tokens,
+    read_json_object,
+)
 from retro_mcore.checkpoint.conversion.huggingface_flags import config_flags
 from retro_mcore.checkpoint.conversion.huggingface_layers import (
     layer_parts,
     merge_qkv,
     missing_biases,
 )
+from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.checkpoint.conversion.weights import Weight
 
 _HEADS = ("lm_head.weight", "embed_out.weight")  # the second: GPT-NeoX's on the hub
@@ -46,7 +51,10 @@ def read_huggingface(directory: Path) -> tuple[Flags, dict[str, Weight], list[st
     """
     values = read_json_object(directory / "config.json")
     config = Config(directory, values)
-    return read_model(config, TensorFiles.of_directory(directory, values))
+    flags, weights, notes = read_model(config, TensorFiles.of_directory(directory, values))
+    if tokens := end_tokens(directory, values):
+        flags[END_TOKENS] = tokens
+    return flags, weights, notes
 
 
 def read_model(config: Config, tensors: TensorFiles) -> tuple[Flags, dict[str, Weight], list[str]]:

@@ -65,6 +65,28 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def end_tokens(directory: Path, config: Mapping[str, Any]) -> list[int]:
+    """Tokens that end a generated text, as transformers' `generate` takes them.
+
+    Those of generation_config.json. A list in config.json counts where that file is missing; a
+    single token there may be a family's default.
+
+    Args:
+        directory: The model's directory.
+        config: Content of config.json.
+
+    Raises:
+        CheckpointError: generation_config.json cannot be read.
+    """
+    file, found = directory / "generation_config.json", config.get("eos_token_id")
+    if file.is_file():
+        found = read_json_object(file).get("eos_token_id")
+        found = [found] if isinstance(found, int) else found
+    tokens = found if isinstance(found, list) else []
+    plain = (each for each in tokens if isinstance(each, int) and not isinstance(each, bool))
+    return list(dict.fromkeys(each for each in plain if each >= 0))
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a file.

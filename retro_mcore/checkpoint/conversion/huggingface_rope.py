@@ -67,6 +67,11 @@ def _two_ropes(config: Config, channels: int) -> Flags:
     if kind != "default":  # their frequencies are those of rotary_local_base
         found = f"rope_parameters of sliding_attention: rotary embedding {kind!r}"
         raise config.refusal(found, "default")
+    if own["rotary_frequencies"] is not None:
+        found = f"rope_local_base_freq {default}"
+        if "rope_theta" in local:
+            found = f"rope_parameters of sliding_attention: rope_theta {local['rope_theta']}"
+        raise config.refusal(found, "a whole number")
     return {**flags, "rotary_local_base": own["rotary_base"]}
 
 
@@ -87,14 +92,15 @@ def _one_rope(config: Config, rope: Mapping[str, Any], base: Any, channels: int)
     if config.family == "phi3" and kind in ("su", "yarn"):  # its older names
         kind = "longrope"
     base = config.checked_number("rope_theta", rope.get("rope_theta", base), 1, 2**53)
-    if base != int(base):
-        raise config.refusal(f"rope_theta {base}", "a whole number")
     percent = _rotary_percent(config, rope)
-    flags: Flags = {"rotary_percent": percent, "rotary_base": int(base), **_PLAIN}
+    flags: Flags = {"rotary_percent": percent, "rotary_base": round(base), **_PLAIN}
     compute = _KINDS.get(kind) if isinstance(kind, str) else None
     if compute is None:
         raise config.refusal(f"rotary embedding {kind!r}", " or ".join(_KINDS))
-    return {**flags, **compute(config, rope, _periods(base, int(channels * percent)), flags)}
+    periods = _periods(base, int(channels * percent))
+    if base != int(base):  # Megatron's base is a whole number
+        flags["rotary_frequencies"] = (1.0 / periods).tolist()
+    return {**flags, **compute(config, rope, periods, base)}
 
 
 def _rotary_percent(config: Config, rope: Mapping[str, Any]) -> float:
@@ -128,28 +134,29 @@ def _original(config: Config, rope: Mapping[str, Any]) -> int:
     return int(config.checked_number("original_max_position_embeddings", original, 1))
 
 
-def _default(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Flags) -> Flags:
+def _default(config: Config, rope: Mapping[str, Any], periods: Tensor, base: float) -> Flags:
     return {}
 
 
-def _linear(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Flags) -> Flags:
+def _linear(config: Config, rope: Mapping[str, Any], periods: Tensor, base: float) -> Flags:
     factor = config.checked_number("rope factor", rope.get("factor"), 1)
     return {"rotary_seq_len_interpolation_factor": float(factor)}
 
 
-def _dynamic(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Flags) -> Flags:
+def _dynamic(config: Config, rope: Mapping[str, Any], periods: Tensor, base: float) -> Flags:
     """Changes nothing up to the trained length; longer texts are refused."""
     _factor(config, rope)
     return {"max_position_embeddings": config.integer("max_position_embeddings")}
 
 
-def _llama3(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Flags) -> Flags:
+def _llama3(config: Config, rope: Mapping[str, Any], periods: Tensor, base: float) -> Flags:
     missing = [name for name in ("low_freq_factor", "high_freq_factor") if rope.get(name) is None]
     if missing:
         raise config.refusal(f"rotary embedding 'llama3' without {missing[0]}", "a number")
     factor = config.checked_number("rope factor", rope.get("factor"), 1)
     rope = {**rope, "original_max_position_embeddings": _original(config, rope)}
-    if all(rope[name] == value for name, value in _LLAMA3_ROPE.items()):
+    built_in = all(rope[name] == value for name, value in _LLAMA3_ROPE.items())
+    if built_in and base == int(base):
         return {"use_rope_scaling": True, "rope_scaling_factor": float(factor)}
     low, high = (_factor(config, rope, f"{name}_freq_factor") for name in ("low", "high"))
     if low >= high:
@@ -164,7 +171,7 @@ def _llama3(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Fla
     return {"rotary_frequencies": torch.where(between, smoothed, stretched).tolist()}
 
 
-def _yarn(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Flags) -> Flags:
+def _yarn(config: Config, rope: Mapping[str, Any], periods: Tensor, base: float) -> Flags:
     if "factor" not in rope:
         raise config.refusal("rotary embedding 'yarn' without factor", "a number")
     original = _original(config, rope)
@@ -178,7 +185,7 @@ def _yarn(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Flags
     low, high = _yarn_range(
         (given["beta_fast"] or 32, given["beta_slow"] or 1),
         2 * len(periods),
-        flags["rotary_base"],
+        base,
         original,
         rope.get("truncate", True),
     )
@@ -198,7 +205,7 @@ def _yarn(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Flags
 
 
 def _yarn_range(
-    betas: tuple[float, float], channels: int, base: int, original: int, truncate: Any
+    betas: tuple[float, float], channels: int, base: float, original: int, truncate: Any
 ) -> tuple[float, float]:
     """The pairs of channels between which the stretching sets in."""
 
@@ -217,7 +224,7 @@ def _mscale(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-def _longrope(config: Config, rope: Mapping[str, Any], periods: Tensor, flags: Flags) -> Flags:
+def _longrope(config: Config, rope: Mapping[str, Any], periods: Tensor, base: float) -> Flags:
     """The factors of short texts; longer ones are refused."""
     short: Any = rope.get("short_factor")
     numbers = isinstance(short, list) and all(isinstance(each, (int, float)) for each in short)

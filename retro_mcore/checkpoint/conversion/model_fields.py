@@ -10,6 +10,10 @@ from retro_mcore.model.options import ModelArguments, RetroOptions
 
 Flags = dict[str, Any]
 
+#: Checkpoint argument with the tokens that end a generated text: the `eos_token_id` of the model's
+#: generation_config.json.
+END_TOKENS = "end_tokens"
+
 #: Formats that checkpoints are written in.
 Target = Literal["retro-mcore", "megatron", "megatron-torch", "instructretro", "huggingface"]
 

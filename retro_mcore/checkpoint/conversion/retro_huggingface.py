@@ -12,10 +12,11 @@ import torch
 from retro_mcore.checkpoint.conversion.architecture import flags_of_weights
 from retro_mcore.checkpoint.conversion.huggingface_files import (
     TensorFiles,
+    end_tokens,
     read_json_object,
     refuse,
 )
-from retro_mcore.checkpoint.conversion.model_fields import Flags
+from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS, Flags
 from retro_mcore.checkpoint.conversion.retro_config import (
     DOCUMENT_TOKENS,
     flags_of_retro_config,
@@ -66,10 +67,21 @@ def retro_model_files(
     return values, to_retro_huggingface(weights, flags), code
 
 
-def generation_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of generation_config.json, from that of config.json."""
+def generation_config(values: Mapping[str, Any], flags: Flags) -> dict[str, Any]:
+    """The content of generation_config.json.
+
+    Args:
+        values: The content of config.json.
+        flags: The model's options, with the tokens that end a text if they are recorded.
+    """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: values[name] for name in names if values.get(name) is not None}
+    ends = [ids["eos_token_id"]] if "eos_token_id" in ids else []
+    ends = list(dict.fromkeys([*ends, *flags.get(END_TOKENS, ())]))
+    if len(ends) > 1:  # `generate` ends at any of them
+        return {**ids, "eos_token_id": ends}
+    if ends:
+        ids["eos_token_id"] = ends[0]
     return {"_from_model_config": True, **ids}
 
 
@@ -98,6 +110,8 @@ def read_retro_huggingface(directory: Path) -> tuple[Flags, dict[str, Weight], l
     """
     values = read_json_object(directory / CONFIG)
     flags = flags_of_retro_config(directory, values)
+    if found := end_tokens(directory, values):
+        flags[END_TOKENS] = found
     tensors = TensorFiles.of_directory(directory, values)
     shapes = tensors.shapes()
     notes = []

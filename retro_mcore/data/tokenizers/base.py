@@ -38,6 +38,8 @@ class Tokenizer(ABC):
         bos: Id of the beginning-of-sequence token; None if there is none.
         adds_bos: Whether documents and prompts begin with `bos`; see `with_bos`.
         pad: Id of the padding token; None if there is none.
+        end_tokens: Tokens that end a generated text besides `eod`, as the loaded model's checkpoint
+            records them.
     """
 
     name: ClassVar[str]
@@ -46,6 +48,7 @@ class Tokenizer(ABC):
     bos: int | None = None
     adds_bos: bool = False
     pad: int | None = None
+    end_tokens: tuple[int, ...] = ()
     _speller: Speller
 
     def __init__(self, *files: Path | str) -> None:
@@ -132,6 +135,18 @@ class Tokenizer(ABC):
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""
         return self.detokenize_batch([ids])[0]
+
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """Names of the special tokens that `tokenize_with_special` finds in a text."""
+        return ()
+
+    def tokenize_with_special(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens stand for these tokens.
+
+        For prompts that a chat template writes. Other texts are never read this way.
+        """
+        return self.tokenize(text)
 
     @property
     def beginning(self) -> list[int]:

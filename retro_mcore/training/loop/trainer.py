@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.checkpoint.arguments import read_arguments
+from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.checkpoint.files import Retention
 from retro_mcore.checkpoint.loading import load_checkpoint
 from retro_mcore.checkpoint.saving import CheckpointSaver
@@ -138,8 +139,9 @@ class Trainer:
             Retention(options.keep_last_n, options.save_retain_interval),
             alone,
         )
-        self._gpt_contents = saved.get("gpt_contents")
+        self._gpt_contents, self._end_tokens = saved.get("gpt_contents"), saved.get(END_TOKENS)
         if self._decoder is not None:
+            self._end_tokens = self._decoder.checkpoint.flags.get(END_TOKENS)
             gpt = self._decoder.checkpoint.path
             self._gpt_contents = on_first_rank(lambda: contents_of_gpt(gpt))
         self._result = TrainingResult(0, 0, checkpoint=checkpoint)
@@ -322,6 +324,8 @@ class Trainer:
         vars(args).update(order_of(self._train_samples, self._progress.consumed_samples))
         if self._gpt_contents is not None:
             args.gpt_contents = self._gpt_contents
+        if self._end_tokens:
+            setattr(args, END_TOKENS, list(self._end_tokens))
         self._report_saved(self._saver.finish(), reporter)
         with gathered_weights(self._parts.stages):
             self._report_saved(self._saver.save(self._parts, self._progress, args), reporter)

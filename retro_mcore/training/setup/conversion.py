@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from retro_mcore.checkpoint.conversion.formats import Checkpoint, open_checkpoint
-from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, Flags, Target
+from retro_mcore.checkpoint.conversion.model_fields import (
+    END_TOKENS,
+    MODEL_FIELDS,
+    Flags,
+    Target,
+)
 from retro_mcore.checkpoint.conversion.targets import (
     check_origin,
     check_window,
@@ -225,7 +230,7 @@ def _as_trained(arguments: ModelArguments) -> ModelArguments:
 
 def _our_arguments(flags: Flags, arguments: Flags) -> dict[str, Any]:
     """Arguments in the form that our trainer saves."""
-    tokens = {DOCUMENT_TOKENS: flags[DOCUMENT_TOKENS]} if DOCUMENT_TOKENS in flags else {}
+    tokens = {name: flags[name] for name in (DOCUMENT_TOKENS, END_TOKENS) if name in flags}
     return {
         **arguments,
         **tokens,

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from retro_mcore.checkpoint.conversion.families_out import decoder_files
 from retro_mcore.checkpoint.conversion.formats import Checkpoint
@@ -103,7 +103,7 @@ def write_huggingface(
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory, weights, bytes_of(options.max_shard_size))
     copy_code(code, directory)
-    write_json(directory / GENERATION_CONFIG, generation_config(values))
+    write_json(directory / GENERATION_CONFIG, generation_config(values, flags))
     notes += _write_tokenizer(directory, checkpoint, project_dir)
     card = model_card(checkpoint, flags, values, project_dir)
     with atomic_write(directory / "README.md") as file:
@@ -136,17 +136,45 @@ def _write_tokenizer(directory: Path, checkpoint: Checkpoint, project_dir: str |
     else:
         kinds = f"{HuggingFaceTokenizer.name} and {GPT2BPETokenizer.name}"
         return [f"no tokenizer is written: transformers reads {kinds} alone as the project does"]
+    bos = next(iter(tokenizer.beginning), None)
+    names = {"eos_token": tokenizer.token_name(tokenizer.eod)}
+    names |= {} if bos is None else {"bos_token": tokenizer.token_name(bos)}
+    notes: list[str] = []
     config = directory / "tokenizer_config.json"
-    if not config.exists():
-        bos = next(iter(tokenizer.beginning), None)
-        values: dict[str, Any] = {"tokenizer_class": kind}
-        values["eos_token"] = tokenizer.token_name(tokenizer.eod)
-        values["pad_token"] = values["eos_token"]
-        values |= {} if bos is None else {"bos_token": tokenizer.token_name(bos)}
-        write_json(config, values)
-    if (bos := next(iter(tokenizer.beginning), None)) is not None:
-        _begin_with_bos(directory / "tokenizer.json", tokenizer.token_name(bos), bos)
-    return []
+    if config.exists():
+        notes = _declare(directory, names)
+    else:
+        write_json(config, {"tokenizer_class": kind, "pad_token": names["eos_token"], **names})
+    if bos is not None:
+        _begin_with_bos(directory / "tokenizer.json", names["bos_token"], bos)
+    return notes
+
+
+def _declare(directory: Path, names: Mapping[str, str]) -> list[str]:
+    """Let copied files declare the project's tokens, which --eod-token may have chosen.
+
+    Args:
+        directory: The directory that is written.
+        names: The project's tokens by role.
+
+    Returns:
+        A note for every token that the files declared otherwise.
+    """
+    notes: dict[str, None] = {}
+    for file in (directory / name for name in ("tokenizer_config.json", "special_tokens_map.json")):
+        if not file.is_file():
+            continue
+        values = json.loads(file.read_text(encoding="utf-8"))
+        before = {role: values.get(role) for role in names}
+        plain = {role: t.get("content") if isinstance(t, dict) else t for role, t in before.items()}
+        if plain != dict(names):
+            write_json(file, {**values, **names})
+        notes |= {
+            f"the tokenizer's {role} {plain[role]} becomes {name}, the project's": None
+            for role, name in names.items()
+            if plain[role] not in (None, name)
+        }
+    return list(notes)
 
 
 def _begin_with_bos(file: Path, name: str, bos: int) -> None:

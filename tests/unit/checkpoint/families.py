@@ -80,6 +80,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 "residual_multiplier": 0.22, "attention_multiplier": 0.2,
                 "tie_word_embeddings": True}),
     "StarCoder2": ("starcoder2", {**GROUPS, "sliding_window": 128}),
+    "StarCoder2, a broken base": ("starcoder2", {**GROUPS, "rope_theta": 999999.4420358813}),
     "GPT-NeoX": ("gpt_neox", {"rotary_pct": 0.25}),
     "GPT-NeoX, in sequence": ("gpt_neox", {"use_parallel_residual": False, "hidden_act":
                                            "gelu_new", "rotary_pct": 0.5}),

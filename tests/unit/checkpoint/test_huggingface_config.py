@@ -129,7 +129,7 @@ def test_absent_keys_compute_as_transformers_does(megatron, family, tmp_path):
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),  # no low_freq_factor
         ("llama", {"rope_scaling": {"type": "linear"}}),
         ("llama", {"rope_theta": None}),
-        ("llama", {"rope_theta": 10000.5}),
+        ("gemma3_text", {"rope_local_base_freq": 10000.5}),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}),
         ("llama", {"quantization_config": {"quant_method": "awq"}}),
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}),
@@ -223,6 +223,24 @@ def test_the_older_name_of_rope_parameters_counts_where_both_are_given():
     found = flags("llama", **both)
     assert found["rotary_base"] == 500_000
     assert found["rotary_seq_len_interpolation_factor"] == 2.0
+
+
+@pytest.mark.parametrize("kind", [None, "llama3"])
+def test_a_broken_base_is_kept_in_the_frequencies(kind):
+    """Megatron's base is a whole number; StarCoder2-3B's is not."""
+    rope = None
+    if kind is not None:
+        rope = {"rope_type": kind, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192}  # fmt: skip
+    base = 999999.4420358813
+    found = flags("starcoder2" if kind is None else "llama", rope_theta=base, rope_scaling=rope)
+    assert found["rotary_base"] == 999999
+    assert not found["use_rope_scaling"]
+    channels = found["kv_channels"]
+    wanted = base ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    measured = torch.tensor(found["rotary_frequencies"], dtype=torch.float64)
+    unscaled = slice(None) if kind is None else slice(channels // 8)
+    torch.testing.assert_close(measured[unscaled], wanted[unscaled], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu2"])

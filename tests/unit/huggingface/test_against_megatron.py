@@ -187,3 +187,23 @@ def test_gradients(megatron, options):
     assert named.keys() == found.keys()
     for name, weight in named.items():
         torch.testing.assert_close(found[name], weight.load(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_cross_attention_sees_distances_alone(megatron, interleaved):
+    """Both rotate: a score stays if query and key move on together."""
+    options = {"retro_cross_attention_positions": "rotary", "rotary_interleaved": interleaved}
+    ours, theirs = pair(**options, **ROPE)
+    query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    layers = ours.decoder.layers[1].cross_attention, theirs.model.layers[1].cross_attn
+
+    def scores(first, second):
+        place = torch.tensor
+        rotated = (
+            layers[0].rotate(query, first) * layers[0].rotate(key, second),
+            layers[1]._rotate(query, place([first])) * layers[1]._rotate(key, place([second])),
+        )
+        return torch.stack([each.sum() for each in rotated])
+
+    torch.testing.assert_close(scores(3, 1), scores(40, 38), atol=1e-4, rtol=0)  # fp32 angles
+    assert (scores(3, 1) - scores(3, 2)).abs().min() > 1e-3

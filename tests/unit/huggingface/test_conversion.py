@@ -317,3 +317,63 @@ def test_an_exported_tokenizer_begins_texts_as_the_project_does(tmp_path, own_ru
     _begin_with_bos(file, "<s>", 0)
     ids = Tokenizer.from_file(str(file)).encode("a b").ids
     assert ids == ([2, 3, 1] if own_rule else [0, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 5}, {"eos_token_id": [7, 5, 7]}, [7, 5]),
+        ({"eos_token_id": [1, 2]}, None, [1, 2]),
+        ({"eos_token_id": 2}, None, []),  # a family's default
+        ({"eos_token_id": 2}, {"eos_token_id": 9}, [9]),
+        ({"eos_token_id": [1, 2]}, {}, []),
+    ],
+)
+def test_the_ends_of_a_text_are_those_of_transformers_generate(tmp_path, config, generation, ends):
+    from retro_mcore.checkpoint.conversion.huggingface_files import end_tokens
+
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert end_tokens(tmp_path, config) == ends
+
+
+def test_ends_of_a_text_are_kept_by_every_conversion(megatron, tmp_path):
+    """Also through a retro-fitted model's training run, and in both forms for transformers."""
+    from retro_mcore.checkpoint.arguments import read_arguments
+    from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+    from retro_mcore.checkpoint.tracker import tracked_checkpoint
+    from tests.unit.checkpoint.test_huggingface import flags_of, make_model
+    from tests.unit.training.small import NO_DROPOUT
+
+    make_model("llama", tmp_path / "instruct")
+    file = tmp_path / "instruct" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [7, 5]}))
+    run = {**flags_of("llama"), **NO_DROPOUT, "load_gpt": str(tmp_path / "instruct")}
+    small_trainer(save=str(tmp_path / "run"), train_iters=2, exit_interval=1, **run).train()
+    resumed = {"load": str(tmp_path / "run"), "save": str(tmp_path / "resumed")}
+    small_trainer(train_iters=2, **resumed, **run).train()
+    for name in ("run", "resumed"):
+        assert read_arguments(tracked_checkpoint(tmp_path / name))["end_tokens"] == [7, 5]
+    convert(tmp_path / "resumed", tmp_path / "hf", target="huggingface")
+    convert(tmp_path / "instruct", tmp_path / "decoder", target="huggingface", decoder_only=True)
+    for name in ("hf", "decoder"):
+        assert loaded(tmp_path / name).generation_config.eos_token_id == [7, 5]
+    convert(tmp_path / "hf", tmp_path / "ours")
+    assert open_checkpoint(tmp_path / "ours").flags["end_tokens"] == [7, 5]
+
+
+def test_a_copied_tokenizer_declares_the_projects_tokens(tmp_path):
+    """Those that --eod-token chose, whatever the original's files say."""
+    from retro_mcore.training.setup.huggingface_export import _declare
+
+    config, other = tmp_path / "tokenizer_config.json", tmp_path / "special_tokens_map.json"
+    config.write_text(json.dumps({"eos_token": {"content": "</s>"}, "model_max_length": 9}))
+    other.write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    notes = _declare(tmp_path, {"eos_token": "<end>", "bos_token": "<s>"})
+    assert notes == ["the tokenizer's eos_token </s> becomes <end>, the project's"]
+    tokens = {"eos_token": "<end>", "bos_token": "<s>"}
+    assert json.loads(config.read_text()) == {**tokens, "model_max_length": 9}
+    assert json.loads(other.read_text()) == tokens
+    before = config.read_bytes(), other.read_bytes()
+    assert _declare(tmp_path, tokens) == []
+    assert (config.read_bytes(), other.read_bytes()) == before

@@ -227,3 +227,51 @@ def test_caches_that_cannot_go_on_are_refused(megatron, models):
     cache = theirs(tokens.expand(2, -1), use_cache=True, **padding).past_key_values
     with pytest.raises(ValueError, match="pad at the left"):
         theirs(tokens[:, :1].expand(2, -1), past_key_values=cache)
+
+
+def test_a_prompt_of_embeddings(models):
+    """Its neighbors may be given; a retriever needs tokens."""
+    _, theirs = models
+    texts = prompts(17, 9)
+    inputs = padded(texts)
+    embedded = {"inputs_embeds": theirs.get_input_embeddings()(inputs["input_ids"])}
+    embedded |= {"attention_mask": inputs["attention_mask"]}
+    options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 90, "pad_token_id": 0}
+    chunks = torch.tensor([texts[0][:8], texts[0][8:16], texts[1][:8]])
+    given = torch.nn.utils.rnn.pad_sequence(
+        retriever(chunks).split((2, 1)), batch_first=True, padding_value=-1
+    )
+    for neighbors in ({}, {"retrieved_input_ids": given}):
+        found = theirs.generate(**embedded, **neighbors, **options)
+        assert found.tolist() == their_tokens(theirs, texts, **neighbors)
+    with pytest.raises(ValueError, match=r"inputs_embeds.*with a retriever.*give input_ids"):
+        theirs.generate(**embedded, retriever=retriever, **options)
+    with pytest.raises(ValueError, match=r"inputs_embeds.*needs use_cache=True"):
+        theirs.generate(**embedded, **options, use_cache=False)
+
+
+def test_a_chunk_of_which_tokens_are_unknown_is_not_retrieved(models):
+    _, theirs = models
+    tokens = torch.tensor(prompts(5, 5))
+    cache = theirs(inputs_embeds=theirs.get_input_embeddings()(tokens), use_cache=True)
+    with pytest.raises(ValueError, match="tokens of whole chunks: give input_ids"):
+        theirs(tokens[:, :3], past_key_values=cache.past_key_values, retriever=retriever)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_rows_of_a_cache_without_neighbors_are_selected(models, filled):
+    from retro_mcore.huggingface import RetroCache
+
+    _, theirs = models
+    for select, rows in (
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), [1, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([False, True])), [1]),
+    ):
+        texts = padded(prompts(9, 4))
+        cache = theirs(**texts, use_cache=True).past_key_values if filled else RetroCache()
+        spans = cache.spans
+        select(cache)
+        assert cache.spans == ([spans[row] for row in rows] if filled else None)
+        assert cache.starts == []
+        assert filled == (cache.tokens is not None)

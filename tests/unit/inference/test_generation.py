@@ -33,6 +33,14 @@ class Spelled(Vocabulary):
         return "".join(f"t{token:02} " for token in tokens)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ending(Vocabulary):
+    """A tokenizer of a checkpoint that records more than one end of a text."""
+
+    eod: int = 90
+    end_tokens: tuple[int, ...] = ()
+
+
 @pytest.fixture(scope="module")
 def model(megatron):
     return small_model()
@@ -401,3 +409,15 @@ def test_sequence_parallelism_is_off_for_a_while_in_every_module_and_configurati
     finally:
         for config in configs:
             config.sequence_parallel = False
+
+
+def test_each_end_that_the_checkpoint_records_ends_a_text(model):
+    (free,) = generate(model, prompts(5), max_new_tokens=12)
+    end = free.new_tokens[6]
+    never = next(token for token in range(90) if token not in free.new_tokens)
+    ended = Ending(end_tokens=(never, end))
+    (text,) = generate(model, prompts(5), max_new_tokens=12, tokenizer=ended)
+    assert text.new_tokens == free.new_tokens[: free.new_tokens.index(end)]
+    assert text.finish_reason == "eod"
+    (held,) = generate(model, prompts(5), max_new_tokens=12, min_new_tokens=12, tokenizer=ended)
+    assert end not in held.new_tokens
