@@ -440,10 +440,10 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         """Transformers' method; `retrieved_input_ids` are those of the prompts' chunks.
 
         Raises:
-            ValueError: `inputs_embeds` with a retriever, or without a cache.
+            ValueError: `inputs_embeds` with a retriever.
         """
         if inputs_embeds is not None:
-            self._check_embedded_prompt(retriever, past_key_values)
+            self._check_embedded_prompt(retriever)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -463,16 +463,11 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             )
         return inputs
 
-    def _check_embedded_prompt(self, retriever: Retriever | None, cache: Cache | None) -> None:
+    def _check_embedded_prompt(self, retriever: Retriever | None) -> None:
         if self.model.encoder is not None and (retriever or self.retriever) is not None:
             raise ValueError(
                 "generate(inputs_embeds=...) with a retriever, which needs the prompt's tokens: "
                 "give input_ids, or retrieved_input_ids instead of the retriever"
-            )
-        if cache is None:
-            raise ValueError(
-                "generate(inputs_embeds=...) needs use_cache=True: transformers passes the "
-                "embedded prompt to the first step alone"
             )
 
     def _given_or_found(

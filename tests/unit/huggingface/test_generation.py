@@ -246,8 +246,6 @@ def test_a_prompt_of_embeddings(models):
         assert found.tolist() == their_tokens(theirs, texts, **neighbors)
     with pytest.raises(ValueError, match=r"inputs_embeds.*with a retriever.*give input_ids"):
         theirs.generate(**embedded, retriever=retriever, **options)
-    with pytest.raises(ValueError, match=r"inputs_embeds.*needs use_cache=True"):
-        theirs.generate(**embedded, **options, use_cache=False)
 
 
 def test_a_chunk_of_which_tokens_are_unknown_is_not_retrieved(models):
