@@ -54,7 +54,7 @@ class Options:
     recall: float = 0.95
     """Target of recall@2 for auto."""
     kills: int = 0
-    """Kills of a stage at random moments, at most."""
+    """Kills at random moments, at most; each stage has its share."""
     seed: int = 0
     """Seed for the moments of the kills."""
     compare: bool = False
@@ -175,10 +175,11 @@ def start(command: list[str], log: Path, limit: float | None) -> tuple[bool, flo
 def run_pipeline(options: Options, place: Path, corpus: Path, kills: int) -> list[Stage]:
     """All stages, each until it has ended by itself."""
     place.mkdir(parents=True, exist_ok=True)
-    project, killer = place / "project", Killer(kills, random.Random(options.seed))
+    project, moments = place / "project", random.Random(options.seed)
     stages = []
-    for name in _STAGES:
-        stage, before = Stage(name), disk_of(project)
+    for number, name in enumerate(_STAGES):
+        share = kills * (number + 1) // len(_STAGES) - kills * number // len(_STAGES)
+        stage, before, killer = Stage(name), disk_of(project), Killer(share, moments)
         script = str(REPOSITORY / "tools" / f"{name}.py")
         command = [sys.executable, script, "--project-dir", str(project)]
         command += flags_of(name, options, corpus)
