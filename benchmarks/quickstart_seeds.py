@@ -25,6 +25,7 @@ from run import LAPTOP, SMOKE, Layout, Size, all_stages, make_corpus  # noqa: E4
 from stages import Stage, run_stage  # noqa: E402
 
 from benchmarks.retro_against_gpt import parameters  # noqa: E402
+from retro_mcore.platform import setup_device  # noqa: E402
 
 FIRST_SEED = 1234
 COLUMNS = ("real", "shuffled", "none", "gpt")
@@ -93,6 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     size, layout = SMOKE if options.smoke else LAPTOP, Layout(options.folder)
     prepare(size, layout)
+    setup_device("cpu")  # to count parameters
     rows = [measure(size, layout, FIRST_SEED + number) for number in range(options.seeds)]
     show(rows)
     if options.json:
