@@ -68,6 +68,33 @@ class ChunkGrid:
         return chunk if chunk < self.num_chunks else None
 
 
+@dataclass(frozen=True)
+class PieceGrid:
+    """The chunks whose neighbors a piece of a sequence attends to, under context parallelism.
+
+    These are the piece's own chunks, and the chunk before it: the first M - 1 positions of the
+    piece attend to that chunk's neighbors. It is chunk 0 here. Both alignments of `ChunkGrid` give
+    the same grid, because pieces hold whole chunks.
+
+    Attributes:
+        sequence_length: Tokens of the piece, a multiple of M.
+        chunk_length: M, in tokens.
+    """
+
+    sequence_length: int
+    chunk_length: int
+
+    @property
+    def num_chunks(self) -> int:
+        """The piece's chunks, and the one before."""
+        return self.sequence_length // self.chunk_length + 1
+
+    @property
+    def first_attending(self) -> int:
+        """First position that attends to chunk 0: the last token before the piece."""
+        return -1
+
+
 def chunks_per_sample(sequence_length: int, chunk_length: int) -> int:
     """L, the number of chunks in a training sample, which must hold whole chunks.
 

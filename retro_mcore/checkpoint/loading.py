@@ -120,6 +120,7 @@ def _same_layout(args: Namespace) -> bool:
         getattr(args, "tensor_model_parallel_size", None),
         getattr(args, "pipeline_model_parallel_size", None),
         getattr(args, "virtual_pipeline_model_parallel_size", None),
+        getattr(args, "context_parallel_size", 1),
     )
 
 

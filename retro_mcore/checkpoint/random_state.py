@@ -13,7 +13,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 
 def sharded_random_state() -> ShardedObject:
-    """Of each tensor and pipeline parallel rank; data parallel ranks share theirs."""
+    """The states of each tensor and pipeline parallel rank. Data and context parallel ranks share
+    theirs."""
     return ShardedObject(
         "rng_state",
         [_random_state()],
@@ -25,7 +26,7 @@ def sharded_random_state() -> ShardedObject:
             parallel_state.get_pipeline_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_rank(),
         ),
-        replica_id=parallel_state.get_data_parallel_rank(),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
 
 

@@ -285,8 +285,7 @@ class DocumentEvaluation:
             self.database,
             self.num_neighbors,
             self.num_retrieved_chunks,
-            # Sequence parallelism divides the positions among ranks.
-            divisor=parallel_state.get_tensor_model_parallel_world_size(),
+            divisor=_length_divisor(self.documents.chunk_length),
         )
 
     def with_intervals(
@@ -340,3 +339,12 @@ class DocumentEvaluation:
             self.num_retrieved_chunks,
         )
         return leakage_curve(overlaps, self.losses, alphas)
+
+
+def _length_divisor(chunk_length: int) -> int:
+    """Divisor of the number of positions, which sequence and context parallelism share out."""
+    tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks == 1:
+        return tensor_parallel
+    return math.lcm(ranks * tensor_parallel, 2 * ranks * chunk_length)

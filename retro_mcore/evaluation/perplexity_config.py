@@ -17,6 +17,7 @@ _POSITIVE = (
     "leakage_neighbors",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "context_parallel_size",
 )
 
 
@@ -84,6 +85,8 @@ class EvaluatePerplexityConfig:
     """Use sequence parallelism among the tensor parallel processes."""
     pipeline_model_parallel_size: int = 1
     """Number of pipeline stages; may differ from training."""
+    context_parallel_size: int = 1
+    """Number of processes over which each text's tokens are divided; may differ from training."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of the transformer layers."""
 
@@ -99,6 +102,7 @@ class EvaluatePerplexityConfig:
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             sequence_parallel=self.sequence_parallel,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            context_parallel_size=self.context_parallel_size,
             transformer_impl=self.transformer_impl,
         )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
@@ -64,6 +65,7 @@ class CachedDecoder:
     def __init__(
         self, model: RetroModel, pad_id: int, max_batch_size: int, max_length: int | None = None
     ) -> None:
+        _refuse_divided_texts(model.config)
         check_cacheable(model.config)
         if is_interleaved(model.config):
             raise ConfigurationError(
@@ -252,6 +254,7 @@ class FullRecomputation:
     """
 
     def __init__(self, model: RetroModel, pad_id: int) -> None:
+        _refuse_divided_texts(model.config)
         self._model, self._pad_id = model, pad_id
         self._device = next(model.parameters()).device
 
@@ -312,4 +315,13 @@ class FullRecomputation:
         return retrieved_inputs(
             torch.from_numpy(packed.tokens).to(self._device),
             torch.from_numpy(packed.mask).to(self._device),
+        )
+
+
+def _refuse_divided_texts(config: TransformerConfig) -> None:
+    if config.context_parallel_size > 1:
+        raise ConfigurationError(
+            "context_parallel_size",
+            f"{config.context_parallel_size}: generation reads whole texts on every rank",
+            "Load the checkpoint without it; tensor and pipeline parallelism generate",
         )

@@ -60,7 +60,8 @@ class RetroSelfAttention(SelfAttention):
         if self.local_rotary is None:
             return angles
         if positions_SB is None:
-            return self.local_rotary(angles.size(0))
+            # Megatron takes this rank's part of the whole sequence's angles.
+            return self.local_rotary(angles.size(0) * self.config.context_parallel_size)
         return self.local_rotary(int(positions_SB.max()) + 1)[:, 0][positions_SB]
 
     def forward(  # type: ignore[override]
@@ -150,7 +151,6 @@ def check_cacheable(config: TransformerConfig) -> None:
         "no_rope_freq": None,
         "window_size": None,
         "softmax_type": "vanilla",
-        "context_parallel_size": 1,
         "sequence_parallel": False,  # a step of one token cannot be shared out over ranks
     }.items():
         found = config_value(config, field, absent=plain)

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from retro_mcore.chunking import ChunkGrid
 from retro_mcore.model.cached_attention import cross_attend
-from retro_mcore.model.chunks import (
-    RetrievingChunks,
-    attending_positions,
-    join_attending,
-    split_attending,
-    split_chunks,
-)
+from retro_mcore.model.chunks import RetrievingChunks, split_chunks
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.context_parallel import (
+    AttendingCut,
+    with_chunks_before,
+    without_chunk_before_text,
+    without_chunks_before,
+)
 from retro_mcore.model.cross_attention import RetroCrossAttention
 from retro_mcore.model.inference_context import InferenceContext
 
@@ -66,6 +66,8 @@ class ChunkedCrossAttention(RetroCrossAttention):
 
         Args:
             hidden_states: `[S, B, D]`, normed (under sequence parallelism this rank's part of S).
+                Under context parallelism S is this rank's two pieces of the sequence, and L below
+                includes the chunk before each piece, except for the embedded neighbors.
             attention_mask: bool `[K * B * L, R]`, True = padding or missing. None: all real.
             key_value_states: `[R, K * B * L, D]`, the embedded neighbors, for the first of these
                 layers; `[R, K * B * L, encoder's D]`, the encoded ones, for the others. None:
@@ -87,35 +89,54 @@ class ChunkedCrossAttention(RetroCrossAttention):
         if gate == 0.0:
             return {"output": None, "bias": None, "context": key_value_states}
         for encoder in self.neighbor_encoders:
-            key_value_states = encoder(key_value_states, hidden_states, attention_mask)
+            key_value_states = self._encode(
+                encoder, key_value_states, hidden_states, attention_mask
+            )
 
         query_SBHC = self.project_query(hidden_states)
-        sequence_length, batch_size = query_SBHC.shape[:2]
-        grid = self.config.chunk_grid(sequence_length)
+        cut = AttendingCut.of(self.config, *query_SBHC.shape[:2])
         mask, has_neighbors_BL = self._retrieved_mask(attention_mask)
         # The attending tokens start with their chunk's last one.
         attended_MBLX = self.attend(
-            self.rotate(split_attending(query_SBHC, grid), first=grid.chunk_length - 1),
+            self.rotate(cut.split(query_SBHC), first=self.config.retro_chunk_length - 1),
             self.join_neighbors(self.rotate_keys(self.project_key_value(key_value_states))),
             mask,
         )
-        if has_neighbors_BL is None:
-            has_neighbors_BL = attended_MBLX.new_ones(attended_MBLX.size(1), dtype=torch.bool)
-        else:
+        all_BL = attended_MBLX.new_ones(attended_MBLX.size(1), dtype=torch.bool)
+        if self.config.context_parallel_size > 1:
+            mark_BL = all_BL if has_neighbors_BL is None else has_neighbors_BL
+            has_neighbors_BL = without_chunk_before_text(
+                mark_BL, cut.batch_size, self.pg_collection.cp
+            )
+        if has_neighbors_BL is not None:
             attended_MBLX = attended_MBLX * has_neighbors_BL[None, :, None]
         if self.config.sequence_parallel:  # the output projection scatters the sequence
-            output, bias = self.linear_proj(join_attending(attended_MBLX, grid, batch_size))
+            output, bias = self.linear_proj(cut.join(attended_MBLX))
         else:  # no padded copy of its input is kept for the backward pass
             output, bias = self.linear_proj(attended_MBLX)
-            output = join_attending(output, grid, batch_size)
+            output = cut.join(output)
         # Only positions that attend get the bias; the others stay as they were.
-        attends_SB1 = self._local_part(attending_positions(grid, has_neighbors_BL))
+        attends_SB1 = self._local_part(
+            cut.attending(all_BL if has_neighbors_BL is None else has_neighbors_BL)
+        )
         if bias is not None:
             bias = bias * attends_SB1
         if gate != 1.0:
             output, bias = output * gate, None if bias is None else bias * gate
         attended = {"output": output, "bias": bias, "attends": attends_SB1}
         return {**attended, "context": key_value_states}
+
+    def _encode(
+        self, encoder: NeighborEncoder, embedded: Tensor, hidden_states: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The encoded neighbors of the chunks that this rank's positions attend to."""
+        if self.config.context_parallel_size == 1:
+            return encoder(embedded, hidden_states, mask)
+        num_samples = self.config.retro_num_neighbors * hidden_states.size(1)
+        if mask is not None:
+            mask = without_chunks_before(mask, num_samples)
+        encoded = encoder(embedded, hidden_states, mask)
+        return with_chunks_before(encoded, num_samples, self.pg_collection.cp)
 
     def _retrieved_mask(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The core attention's mask `[B * L, 1, 1, R * K]`, and which chunks have neighbors

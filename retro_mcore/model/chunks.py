@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retro_mcore.chunking import ChunkGrid
+from retro_mcore.chunking import ChunkGrid, PieceGrid
 
 
 class RetrievingChunks(NamedTuple):
@@ -66,10 +66,10 @@ def nearest_first(rows: Tensor, num_neighbors: int) -> Tensor:
     return rows.unflatten(0, (-1, num_neighbors)).transpose(0, 1).flatten(0, 1)
 
 
-def split_attending(states_SBX: Tensor, grid: ChunkGrid) -> Tensor:
+def split_attending(states_SBX: Tensor, grid: ChunkGrid | PieceGrid) -> Tensor:
     """The M positions that attend to each chunk's neighbors: from the chunk's last token on.
 
-    Positions beyond the sequence's end are zero.
+    Positions outside of the sequence are zero.
 
     Args:
         states_SBX: `[S, B, ...]`.
@@ -77,13 +77,14 @@ def split_attending(states_SBX: Tensor, grid: ChunkGrid) -> Tensor:
     Returns:
         `[M, B * L, ...]`, chunk `(b, l)` at column `b * L + l`.
     """
-    attending = states_SBX[grid.first_attending :]
-    missing = grid.num_chunks * grid.chunk_length - attending.size(0)
-    padding = [0, 0] * (attending.dim() - 1) + [0, missing]
+    attending = states_SBX[max(grid.first_attending, 0) :]
+    before = max(-grid.first_attending, 0)
+    after = grid.num_chunks * grid.chunk_length - before - attending.size(0)
+    padding = [0, 0] * (attending.dim() - 1) + [before, after]
     return _stack_chunks(torch.nn.functional.pad(attending, padding), grid)
 
 
-def join_attending(chunks_MBLX: Tensor, grid: ChunkGrid, batch_size: int) -> Tensor:
+def join_attending(chunks_MBLX: Tensor, grid: ChunkGrid | PieceGrid, batch_size: int) -> Tensor:
     """The inverse of `split_attending`; positions that do not attend are zero.
 
     Returns:
@@ -95,11 +96,12 @@ def join_attending(chunks_MBLX: Tensor, grid: ChunkGrid, batch_size: int) -> Ten
         .flatten(0, 1)
     )
     first = grid.first_attending
-    padding = [0, 0] * (sequence.dim() - 1) + [first, 0]
-    return torch.nn.functional.pad(sequence[: grid.sequence_length - first], padding)
+    padding = [0, 0] * (sequence.dim() - 1) + [max(first, 0), 0]
+    attending = sequence[max(-first, 0) : grid.sequence_length - first]
+    return torch.nn.functional.pad(attending, padding)
 
 
-def attending_positions(grid: ChunkGrid, has_neighbors_BL: Tensor) -> Tensor:
+def attending_positions(grid: ChunkGrid | PieceGrid, has_neighbors_BL: Tensor) -> Tensor:
     """Mark the positions that attend to at least one retrieved token.
 
     Args:
@@ -113,6 +115,6 @@ def attending_positions(grid: ChunkGrid, has_neighbors_BL: Tensor) -> Tensor:
     return join_attending(by_position, grid, batch_size).unsqueeze(-1)
 
 
-def _stack_chunks(states_SBX: Tensor, grid: ChunkGrid) -> Tensor:
+def _stack_chunks(states_SBX: Tensor, grid: ChunkGrid | PieceGrid) -> Tensor:
     chunks_LMBX = states_SBX.unflatten(0, (grid.num_chunks, grid.chunk_length))
     return chunks_LMBX.permute(1, 2, 0, *range(3, chunks_LMBX.dim())).flatten(1, 2)

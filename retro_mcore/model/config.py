@@ -170,6 +170,7 @@ class RetroConfig(RetroOptions, DecoderConfig):
         for name, value in plain_options().items():
             if name != "softmax_scale" or self.retro_mup_base_hidden_size is None:
                 setattr(config, name, value)
+        config.context_parallel_size, config.cp_comm_type = 1, None  # chunks are whole
         config.pipeline_model_parallel_size = 1
         config.virtual_pipeline_model_parallel_size = None
         config.pipeline_model_parallel_layout = None
@@ -290,12 +291,13 @@ class RetroConfig(RetroOptions, DecoderConfig):
             )
 
     def _validate_parallelism(self) -> None:
-        if self.context_parallel_size > 1:
-            raise ConfigurationError(
-                "context_parallel_size",
-                f"{self.context_parallel_size}",
-                "Retro runs with 1; use tensor, sequence and pipeline parallelism",
-            )
+        for name in ("hybrid_context_parallel", "hierarchical_context_parallel_sizes"):
+            if config_value(self, name, absent=None):
+                raise ConfigurationError(
+                    name,
+                    f"{getattr(self, name)}, which divides sequences unevenly or in two ways",
+                    "Leave it out; context_parallel_size divides every sequence alike",
+                )
         tensor_parallel = self.tensor_model_parallel_size
         retrieved_length = self.retro_num_retrieved_chunks * self.retro_chunk_length
         if self.num_query_groups % tensor_parallel:

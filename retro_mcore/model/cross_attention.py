@@ -133,7 +133,8 @@ class RetroCrossAttention(MegatronModule):
         without relative positions."""
         if self.rotary is None:
             return states
-        angles = self.rotary(first + states.size(0))[first:]
+        # "Packed": for whole chunks, also under context parallelism.
+        angles = self.rotary(first + states.size(0), packed_seq=True)[first:]
         return apply_rotary_pos_emb(states, angles, self.config, cp_group=self.pg_collection.cp)
 
     def rotate_keys(self, key_value: Tensor) -> Tensor:

@@ -170,6 +170,8 @@ class RetroModel(GPTModel):
                 get it, for the shape of what it receives.
             context_position_ids: `[B * L * K, R]`; None: each row counts from 0.
             context_mask: bool `[B * L * K, R]`, True = padding or missing; None: all are real.
+                Under context parallelism `[B * (L + 2) * K, R]`, required: each of the rank's two
+                pieces begins with the chunk before it (`RetroBatch.part` gives all arguments).
             labels: `[B, S]`.
 
         Returns:
@@ -186,7 +188,7 @@ class RetroModel(GPTModel):
         elif self.config.pipeline_model_parallel_size > 1 and context_mask is None:
             context_mask = torch.zeros_like(context_input_ids, dtype=torch.bool)
         if not self.pre_process:
-            context = self._unpack_stage_input(context_input_ids)
+            context = self._unpack_stage_input(context_mask)
         if context_mask is not None:
             context_mask = nearest_first(context_mask, self.config.retro_num_neighbors)
         if context_input_ids is not None and self.neighbor_encoder is not None:
@@ -208,14 +210,14 @@ class RetroModel(GPTModel):
             (input_tensor,) = input_tensor
         self._stage_input = input_tensor
 
-    def _unpack_stage_input(self, context_input_ids: Tensor | None) -> Tensor | None:
+    def _unpack_stage_input(self, context_mask: Tensor | None) -> Tensor | None:
         """Hand the hidden states to the decoder; the encoded neighbors, if they came along."""
         assert self._stage_input is not None, "the schedule sets the input of a later stage first"
         hidden, neighbors = self._stage_input, None
         previous_layer = stage_layer_numbers(self.config, self.vp_stage).start - 1
         arriving = carries_neighbors(self.config, previous_layer)
-        if context_input_ids is not None and (arriving or is_interleaved(self.config)):
-            hidden, neighbors = unpack(hidden, self.config, context_input_ids.size(0))
+        if context_mask is not None and (arriving or is_interleaved(self.config)):
+            hidden, neighbors = unpack(hidden, self.config, context_mask.size(0))
             neighbors = neighbors.to(self.config.params_dtype) if arriving else None
         self.decoder.set_input_tensor(hidden)
         return neighbors
@@ -244,17 +246,40 @@ class RetroModel(GPTModel):
             return
         batch_size, sequence_length = input_ids.shape
         num_chunks = self.config.chunk_grid(sequence_length).num_chunks
-        rows = batch_size * num_chunks * self.config.retro_num_neighbors
-        expected = (rows, self.config.retro_retrieved_length)
-        for name, tensor in {"context_input_ids": context, "context_mask": mask}.items():
-            if tensor is not None and tuple(tensor.shape) != expected:
-                raise ShapeError(
-                    name,
-                    f"shape {tuple(tensor.shape)}",
-                    f"Expected {expected}: {batch_size} samples x {num_chunks} chunks x "
-                    f"{self.config.retro_num_neighbors} neighbors, "
-                    f"{self.config.retro_retrieved_length} retrieved tokens",
-                )
+        if self.config.context_parallel_size > 1:
+            self._check_pieces(sequence_length)
+        self._check_shape("context_input_ids", context, batch_size, num_chunks)
+        if self.config.context_parallel_size > 1:
+            self._check_shape("context_mask", mask, batch_size, num_chunks + 2)
+        elif mask is not None:
+            self._check_shape("context_mask", mask, batch_size, num_chunks)
+
+    def _check_pieces(self, sequence_length: int) -> None:
+        if sequence_length % (2 * self.config.retro_chunk_length):
+            raise ShapeError(
+                "input_ids",
+                f"{sequence_length} tokens of each sample on this rank",
+                "Under context parallelism a rank holds two pieces of whole chunks: choose a "
+                f"multiple of {2 * self.config.retro_chunk_length}",
+            )
+
+    def _check_shape(
+        self, name: str, tensor: Tensor | None, batch_size: int, num_chunks: int
+    ) -> None:
+        config = self.config
+        expected = (
+            batch_size * num_chunks * config.retro_num_neighbors,
+            config.retro_retrieved_length,
+        )
+        found = None if tensor is None else tuple(tensor.shape)
+        if found != expected:
+            raise ShapeError(
+                name,
+                f"shape {found}",
+                f"Expected {expected}: {batch_size} samples x {num_chunks} chunks x "
+                f"{config.retro_num_neighbors} neighbors, "
+                f"{config.retro_retrieved_length} retrieved tokens",
+            )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -87,7 +87,8 @@ class NeighborEncoder(TransformerBlock):
             embedded_neighbors = self.input_projection(embedded_neighbors)
         rotary = None
         if self._rotary is not None and self.config.retro_encoder_positions:
-            rotary = self._rotary(self.config.retro_retrieved_length)
+            # "Packed": for whole neighbors, also under context parallelism.
+            rotary = self._rotary(self.config.retro_retrieved_length, packed_seq=True)
         chunks = RetrievingChunks(decoder_states, chunk_length or self.config.retro_chunk_length)
         attention_mask, hidden_states = self._self_attention_mask(mask), embedded_neighbors
         for layer in self.layers:

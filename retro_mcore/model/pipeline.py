@@ -30,6 +30,7 @@ from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.context_parallel import chunks_in_context
 from retro_mcore.platform.parallel import unwrap_model
 
 Shape = tuple[int, ...]
@@ -72,7 +73,7 @@ def packed_rows(config: RetroConfig, neighbors_per_sample: int) -> int:
 
     Args:
         config: The model's configuration.
-        neighbors_per_sample: L * K.
+        neighbors_per_sample: L * K, as `chunks_in_context` counts L.
     """
     parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
     retrieved_length = config.retro_num_retrieved_chunks * config.retro_chunk_length // parts
@@ -96,12 +97,12 @@ def schedule_kwargs(
     """
     if config.pipeline_model_parallel_size == 1 or not with_retrieval:
         return {"seq_length": sequence_length}
-    num_chunks = config.chunk_grid(sequence_length).num_chunks
+    num_chunks = chunks_in_context(config, sequence_length)
     rows = packed_rows(config, num_chunks * config.retro_num_neighbors)
     if is_interleaved(config):
-        # Megatron divides the length over the ranks under sequence parallelism.
+        # Megatron divides the length over the ranks under sequence and context parallelism.
         parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        return {"seq_length": sequence_length + rows * parts}
+        return {"seq_length": sequence_length + rows * parts * config.context_parallel_size}
     numbers = stage_layer_numbers(config, None, pp_rank)
 
     def add_rows(shapes: Sequence[Shape], last_layer: int) -> list[Shape]:

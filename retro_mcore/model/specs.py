@@ -49,6 +49,7 @@ from retro_mcore.model.pipeline import (
 )
 from retro_mcore.platform.attention import SDPAttention
 from retro_mcore.platform.backends import NormsApart, get_backend, get_mlp
+from retro_mcore.platform.gathered_attention import GatheredAttention
 
 
 @dataclass
@@ -197,7 +198,7 @@ def _layer_spec(
                 linear_qkv=linear_qkv,
                 # Retrieved chunks are padded inside, not only at the end, which Transformer
                 # Engine's padding masks cannot say.
-                core_attention=SDPAttention if own_attention else backend.core_attention(),
+                core_attention=_core_attention(config, backend, own_attention),
                 linear_proj=backend.row_parallel_linear(),
                 **_qk_norms(config, backend),
             ),
@@ -233,6 +234,13 @@ def _layer_spec(
     parallel = family_option(config, "parallel_residual")
     module = ParallelResidualLayer if parallel else TransformerLayer
     return ModuleSpec(module=module, submodules=submodules)
+
+
+def _core_attention(config: TransformerConfig, backend: Any, own_attention: bool) -> type:
+    """The core attention of self-attention; our own needs keys gathered if sequences are cut."""
+    attention = SDPAttention if own_attention else backend.core_attention()
+    gathers = attention is SDPAttention and config.context_parallel_size > 1
+    return GatheredAttention if gathers else attention
 
 
 def _qk_norms(config: TransformerConfig, backend: Any) -> dict[str, type]:

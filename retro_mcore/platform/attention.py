@@ -37,6 +37,9 @@ class SDPAttention(MegatronModule):
         ConfigurationError: the configuration asks for something that these kernels cannot do.
     """
 
+    #: Whether a rank that holds a part of each sequence attends to all of it.
+    gathers_keys = False
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -49,6 +52,12 @@ class SDPAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         _refuse_unsupported(config)
+        if config.context_parallel_size > 1 and attention_type == "self" and not self.gathers_keys:
+            raise ConfigurationError(
+                "context_parallel_size",
+                f"{config.context_parallel_size} with an attention within one rank",
+                "Build the layers with this package's layer specs",
+            )
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         scale = softmax_scale
@@ -209,7 +218,6 @@ def _mask_of_second_half(length: int, dtype: torch.dtype) -> Tensor:
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
     unsupported = {
-        "context_parallel_size": config.context_parallel_size > 1,
         "window_size": config.window_size is not None,
         "softmax_type": getattr(config, "softmax_type", "vanilla") != "vanilla",
     }

@@ -198,6 +198,8 @@ def _on_cpu(factory: Callable) -> Callable:
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):  # for copies to a GPU
+            kwargs["pin_memory"] = False
         return factory(*args, **kwargs)
 
     return allocate

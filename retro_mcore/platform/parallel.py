@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
 import retro_mcore.platform.groups  # noqa: F401 (ends the threads of groups at exit)
+from retro_mcore.platform.context_parallel import ContextPart
 
 
 def unwrap_model(model: torch.nn.Module) -> GPTModel:
@@ -67,10 +68,18 @@ def model_parallel_group(model: GPTModel) -> dist.ProcessGroup | None:
     return getattr(groups, "mp", None) or groups.tp
 
 
-def parallel_sizes() -> tuple[int, int, int | None]:
-    """Tensor, pipeline and virtual pipeline parallel sizes of megatron's groups."""
+def parallel_sizes() -> tuple[int, int, int | None, int]:
+    """Tensor, pipeline, virtual pipeline and context parallel sizes of megatron's groups."""
     return (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+
+
+def context_part() -> ContextPart:
+    """The part of every sequence that this rank holds."""
+    return ContextPart(
+        parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     )

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retro_mcore.errors import ShapeError
+from retro_mcore.platform.context_parallel import ContextPart
+
 
 @dataclass
 class RetroBatch:
@@ -32,6 +35,8 @@ class RetroBatch:
         retrieved_mask: bool [B*L*K, R], True where there is only padding; None without retrieval.
         sample_ids: The samples' indices in their dataset, for error messages.
         segments: int64 [B, S], equal for tokens that may attend to one another; None: all may.
+        attention_mask: bool [B, 1, S, S], True = masked out, in place of `segments`; only in parts
+            of a batch, whose keys are those of whole samples.
     """
 
     tokens: Tensor
@@ -42,6 +47,7 @@ class RetroBatch:
     retrieved_mask: Tensor | None
     sample_ids: list[int]
     segments: Tensor | None = None
+    attention_mask: Tensor | None = None
 
     @classmethod
     def from_text(
@@ -95,12 +101,60 @@ class RetroBatch:
         }
         return replace(self, **tensors)
 
+    def part(self, part: ContextPart, chunk_length: int | None = None) -> RetroBatch:
+        """The part of this batch that a context parallel rank reads; S is divided by the ranks.
+
+        The rank gets the retrieved tokens of its own chunks. The mask also covers the chunk before
+        each of the two pieces, whose neighbors another rank encodes: L + 2 chunks of each sample.
+
+        Args:
+            part: The rank's part.
+            chunk_length: M; not needed without retrieval.
+
+        Raises:
+            ShapeError: the pieces do not have the same length, or do not hold whole chunks.
+        """
+        if part.size == 1:
+            return self
+        retrieved, retrieved_mask = self.retrieved_tokens, self.retrieved_mask
+        if retrieved is None:
+            self._check_divisible(2 * part.size)
+        else:
+            assert chunk_length is not None, "samples with neighbors have chunks"
+            self._check_divisible(2 * part.size * chunk_length)
+            shape = (len(self.tokens), self.tokens.shape[1] // chunk_length)
+            retrieved, retrieved_mask = _retrieved_part(retrieved, retrieved_mask, shape, part)
+        mask = None if self.segments is None else segment_mask(self.segments)
+        return replace(
+            self,
+            tokens=part.take(self.tokens, 1),
+            labels=part.take(self.labels, 1),
+            loss_mask=part.take(self.loss_mask, 1),
+            position_ids=part.take(self.position_ids, 1),
+            retrieved_tokens=retrieved,
+            retrieved_mask=retrieved_mask,
+            segments=None,
+            attention_mask=None if mask is None else part.take(mask, 2),
+        )
+
+    def _check_divisible(self, divisor: int) -> None:
+        length = self.tokens.shape[1]
+        if length % divisor:
+            raise ShapeError(
+                "--context-parallel-size",
+                f"samples of {length} tokens",
+                f"Their length must be a multiple of {divisor}: two pieces of whole chunks on each "
+                "rank",
+            )
+
     def model_inputs(self) -> dict[str, Tensor | None]:
         """Keyword arguments of the model's forward pass, except the labels."""
         inputs: dict[str, Tensor | None] = {
             "input_ids": self.tokens,
             "position_ids": self.position_ids,
-            "attention_mask": None if self.segments is None else segment_mask(self.segments),
+            "attention_mask": (
+                self.attention_mask if self.segments is None else segment_mask(self.segments)
+            ),
         }
         if self.retrieved_tokens is not None:
             inputs |= retrieved_inputs(self.retrieved_tokens, self.retrieved_mask)
@@ -120,6 +174,26 @@ def retrieved_inputs(tokens: Tensor, mask: Tensor | None) -> dict[str, Tensor | 
         "context_position_ids": position_ids(rows),
         "context_mask": None if mask is None else mask.flatten(0, -2),
     }
+
+
+def _retrieved_part(
+    tokens: Tensor, mask: Tensor | None, shape: tuple[int, int], part: ContextPart
+) -> tuple[Tensor, Tensor]:
+    """The retrieved tokens of a rank's chunks, and the mask of these and of the chunks before.
+
+    Args:
+        tokens: int64 [B*L*K, R].
+        mask: bool of the same shape, True = padding or missing; None: all are real.
+        shape: B and L.
+        part: The rank's part.
+    """
+    mask = torch.zeros_like(tokens, dtype=torch.bool) if mask is None else mask
+    tokens_BLX, mask_BLX = (rows.unflatten(0, (*shape, -1)) for rows in (tokens, mask))
+    length = shape[1] // (2 * part.size)
+    # No chunk comes before the first one.
+    before_BLX = torch.cat((torch.ones_like(mask_BLX[:, :1]), mask_BLX), dim=1)
+    masks = [before_BLX[:, piece * length :][:, : length + 1] for piece in part.pieces]
+    return part.take(tokens_BLX, 1).flatten(0, 2), torch.cat(masks, dim=1).flatten(0, 2)
 
 
 def segment_mask(segments_BS: Tensor) -> Tensor:

@@ -88,7 +88,11 @@ def load_model(
     with raise_together():
         project = ProjectConfig.load(project_dir)
         _check_gate(retro_attention_gate)
-    initialize_parallel(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
+    initialize_parallel(
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+    )
     with raise_together():
         saved = SavedModel.find(checkpoints).with_attention_gate(retro_attention_gate)
         tokenizer = _fitting_tokenizer(saved, project, project_dir)

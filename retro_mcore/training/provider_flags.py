@@ -59,7 +59,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "position_embedding_type": ((None, "learned_absolute", "rope"), "Use one of these"),
     "transformer_impl": ((None, "local", "transformer_engine"), "Use one of these"),
-    "context_parallel_size": ((None, 1), "Use tensor parallelism: nothing here divides samples"),
+    "context_parallel_size": ((None, 1), "Use tools/pretrain_retro.py, which divides samples"),
     "expert_model_parallel_size": ((None, 1), _OTHER_MODEL),
     **dict.fromkeys(
         (

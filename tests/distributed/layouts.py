@@ -24,6 +24,7 @@ class Layout:
     pipeline: int = 1
     virtual: int | None = None
     sequence: bool = False
+    context: int = 1
     distributed_optimizer: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -70,14 +71,13 @@ def counting_sent_bytes() -> Iterator[dict[int, int]]:
     from megatron.core import parallel_state
 
     sent: dict[int, int] = {}
-    ranks = torch.distributed.get_process_group_ranks(
-        parallel_state.get_pipeline_model_parallel_group()
-    )
+    group = parallel_state.get_pipeline_model_parallel_group()
+    ranks = torch.distributed.get_process_group_ranks(group)
     exchange = torch.distributed.batch_isend_irecv
 
     def counting(operations):
         for operation in operations:
-            if operation.op is torch.distributed.isend:
+            if operation.op is torch.distributed.isend and operation.group is group:
                 peer = ranks.index(operation.peer)
                 sent[peer] = sent.get(peer, 0) + operation.tensor.nbytes
         return exchange(operations)
@@ -163,8 +163,9 @@ class Trainer:
         _, gradient_norm, _ = self.optimizer.step()
         loss = torch.tensor([sum(float(o["loss"]) for o in outputs) / len(batches)])
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
-            loss /= ranks
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            torch.distributed.all_reduce(loss, group=group)
+            loss /= group.size()
         source = parallel_state.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(
             loss, source, group=parallel_state.get_pipeline_model_parallel_group()
@@ -198,6 +199,7 @@ def join_layout(layout: Layout) -> None:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual,
+        context_parallel_size=layout.context,
     )
 
 
@@ -212,6 +214,7 @@ def build_chunks(layout: Layout) -> list[Any]:
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual,
         "sequence_parallel": layout.sequence,
+        "context_parallel_size": layout.context,
         "pipeline_dtype": torch.float32,
         # gloo knows no tags: batched transfers of the interleaved schedule would be mixed up.
         "batch_p2p_comm": layout.virtual is None,
@@ -284,19 +287,27 @@ def microbatches(config: Any, step: int):
 
 def forward_step(data_iterator: Any, model: Any):
     """megatron's forward step: the model's output, and the function of it that is the loss."""
+    from retro_mcore.platform.parallel import context_part
+    from retro_mcore.samples.batch import RetroBatch
+    from retro_mcore.training.loop.loss import own_part
+
     inputs = next(data_iterator)
     tokens = inputs["tokens"]
-    output = model(
+    batch = RetroBatch(
         tokens,
+        inputs["labels"],
+        torch.ones_like(tokens),
         torch.arange(tokens.size(1)).expand_as(tokens),
-        None,
-        context_input_ids=inputs["retrieved"].flatten(0, 2),
-        context_mask=inputs["mask"].flatten(0, 2),
-        labels=inputs["labels"],
+        inputs["retrieved"].flatten(0, 2),
+        inputs["mask"].flatten(0, 2),
+        [],
     )
+    batch = own_part(batch, model)
+    output = model(**batch.model_inputs(), labels=batch.labels)
 
     def loss(output: torch.Tensor):
         mean = output.float().mean()
-        return mean, {"loss": mean.detach().clone()}  # the schedule scales `mean` in place
+        # The schedule scales the loss in place: by the context parallel ranks, among other things.
+        return mean / context_part().size, {"loss": mean.detach().clone()}
 
     return output, loss

@@ -18,6 +18,7 @@ LAYOUTS = {
     "data parallel": {},
     "sequence parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pipeline parallel": {"pipeline_model_parallel_size": 2},
+    "context parallel": {"context_parallel_size": 2},
 }
 
 
@@ -93,14 +94,14 @@ def test_two_data_parallel_ranks_give_the_same_bits(one_and_two):
         assert rank["data parallel"] == one[:2]
 
 
-@pytest.mark.parametrize("layout", ["sequence parallel", "pipeline parallel"])
+@pytest.mark.parametrize("layout", ["sequence parallel", "pipeline parallel", "context parallel"])
 def test_a_model_on_two_ranks_gives_the_same_numbers(one_and_two, layout):
     one, two = one_and_two
     for rank in two:
         assert rank[layout][0] == pytest.approx(one[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["sequence parallel", "pipeline parallel"])
+@pytest.mark.parametrize("layout", ["sequence parallel", "pipeline parallel", "context parallel"])
 def test_a_model_on_two_ranks_credits_neighbors_alike(one_and_two, layout):
     one, two = one_and_two
     for rank in two:

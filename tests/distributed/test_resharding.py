@@ -24,6 +24,7 @@ LAYOUTS = {
     "TP2+SP, PP2": {**TENSOR, **PIPELINE, "sequence_parallel": True},
     "PP2 of 2, DP2": {**PIPELINE, "num_virtual_stages_per_pipeline_rank": 2},
     "DP4": {},
+    "CP2, TP2": {**TENSOR, "context_parallel_size": 2},
 }
 # Each is saved by one layout and loaded by the other.
 PAIRS = [
@@ -37,6 +38,8 @@ PAIRS = [
     ("PP2 of 2, DP2", "TP2+SP, PP2"),
     ("PP2 of 2, DP2", "DP4"),
     ("DP4", "PP2 of 2, DP2"),
+    ("CP2, TP2", "PP2, DP2"),
+    ("PP2, DP2", "CP2, TP2"),
 ]
 FIRST, SECOND = 2, 4
 

@@ -19,6 +19,7 @@ LAYOUTS = {
     "distributed optimizer": {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
     "averaged in the collective": {"ddp_average_in_collective": True},
     "tensor and sequence parallel": {**TENSOR, "sequence_parallel": True},
+    "context parallel": {"context_parallel_size": 2},
     "pipeline parallel": PIPELINE,
     "pipeline, distributed optimizer": {**PIPELINE, "use_distributed_optimizer": True},
     "interleaved": {**PIPELINE, "num_virtual_stages_per_pipeline_rank": 2},
@@ -26,7 +27,12 @@ LAYOUTS = {
 
 
 # Those of the default test run ride along with test_training's processes.
-FEW = [("data parallel", 1), ("tensor and sequence parallel", 2), ("pipeline parallel", 2)]
+FEW = [
+    ("data parallel", 1),
+    ("tensor and sequence parallel", 2),
+    ("context parallel", 2),
+    ("pipeline parallel", 2),
+]
 ALL = [(layout, micro_batch_size) for layout in LAYOUTS for micro_batch_size in (1, 4)]
 
 

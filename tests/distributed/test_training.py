@@ -19,6 +19,7 @@ LAYOUTS = {
     "distributed optimizer": {**MODEL, "use_distributed_optimizer": True},
     "tensor parallel": TENSOR_PARALLEL,
     "sequence parallel": {**TENSOR_PARALLEL, "sequence_parallel": True},
+    "context parallel": {**MODEL, "context_parallel_size": 2},
 }
 # Stages draw their initial weights from streams of their own, so these begin where one process
 # stopped.

@@ -50,8 +50,17 @@ def _dry_run_rows(result: DryRun) -> dict[str, object]:
     options, copies = plan.options, result.copies
     tokens = plan.global_batch_size * plan.sequence_length
     layout = f"tensor {options.tensor_model_parallel_size}"
-    layout += f" x pipeline {options.pipeline_model_parallel_size} x data {copies}"
+    layout += f" x pipeline {options.pipeline_model_parallel_size}"
+    if options.context_parallel_size > 1:
+        layout += f" x context {options.context_parallel_size}"
+    layout += f" x data {copies}"
     model = plan.arguments
+    sent = {}
+    if result.context_bytes:
+        sent["context parallelism"] = (
+            f"about {result.context_bytes / _GIB:.3f} GiB sent by each process for each of "
+            f"{result.num_microbatches} micro batches"
+        )
     return {
         "model": f"{model.num_layers} layers of {model.hidden_size}, "
         f"{model.num_attention_heads} heads, vocabulary {model.padded_vocab_size}",
@@ -64,6 +73,7 @@ def _dry_run_rows(result: DryRun) -> dict[str, object]:
         "memory per GPU": f"{memory.total / _GIB:.1f} GiB: weights {memory.weights / _GIB:.1f}, "
         f"gradients {memory.gradients / _GIB:.1f}, optimizer {memory.optimizer / _GIB:.1f}, "
         f"activations about {memory.activations / _GIB:.1f}",
+        **sent,
         "FLOPs per token": f"{result.flops_per_token:.3e}",
         "FLOPs of the run": f"{result.flops_per_token * tokens * plan.train_iters:.3e}",
     }

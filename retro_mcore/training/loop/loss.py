@@ -20,6 +20,7 @@ from torch import Tensor
 from retro_mcore.errors import RetroError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.pipeline import schedule_kwargs
+from retro_mcore.platform.parallel import context_part
 from retro_mcore.samples.batch import RetroBatch
 
 #: Report of a micro batch: [sum of losses, number of tokens] (float32) and its samples.
@@ -44,9 +45,15 @@ def forward_step(
     Returns:
         The losses [B, S] and a function that reduces them.
     """
-    batch = next(batches)
+    batch = own_part(next(batches), model)
     losses_BS = model(**batch.model_inputs(), labels=batch.labels)
     return losses_BS, partial(_share_of_loss, positions, batch)
+
+
+def own_part(batch: RetroBatch, model: torch.nn.Module) -> RetroBatch:
+    """The part of a batch that this context parallel rank computes; all of it on a single one."""
+    chunk_length = getattr(get_model_config(model), "retro_chunk_length", None)
+    return batch.part(context_part(), chunk_length)
 
 
 def _share_of_loss(
@@ -140,6 +147,7 @@ def forward_backward(
     """
     config = get_model_config(stages[0])
     positions = num_microbatches * micro_batch_size * sequence_length
+    positions //= parallel_state.get_context_parallel_world_size()
     # Every virtual stage reads the step's batches at its own pace.
     iterators = itertools.tee(itertools.islice(batches, num_microbatches), len(stages))
     with token_mean(config, positions):
@@ -169,7 +177,7 @@ class StepLoss:
     """An iteration's loss over all ranks.
 
     Attributes:
-        loss: Mean per token over all micro batches and data parallel ranks.
+        loss: Mean per token over all micro batches, data and context parallel ranks.
         num_tokens: Number of tokens that the loss counts.
         stop: Number of ranks that want to stop.
     """

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from retro_mcore.model.vocabulary import losses_of_logits
+from retro_mcore.platform.context_parallel import gather_parts
 from retro_mcore.platform.parallel import unwrap_model
 from retro_mcore.samples.batch import RetroBatch
-from retro_mcore.training.loop.loss import masked_loss, schedule_lengths, sum_over_ranks
+from retro_mcore.training.loop.loss import masked_loss, own_part, schedule_lengths, sum_over_ranks
 
 
 @torch.no_grad()
@@ -38,7 +40,8 @@ def token_losses(
             fills a pipeline; the interleaved schedule needs a multiple of the pipeline's size.
 
     Yields:
-        Each batch and its losses f32 [B, S] in nats, unmasked; None except on the last stage.
+        Each batch and its losses f32 [B, S] in nats, unmasked; None except on the last stage. Every
+        context parallel rank gets the losses of whole samples.
     """
     for stage in stages:
         stage.eval()
@@ -56,14 +59,18 @@ def token_losses(
             **schedule_lengths(config, length, retrieval),
         )
         for number, batch in enumerate(step):
-            yield batch, reports[number]["losses"] if reports else None
+            yield batch, _whole(reports[number]["losses"]) if reports else None
+
+
+def _whole(losses: Tensor) -> Tensor:
+    return gather_parts(losses, 1, parallel_state.get_context_parallel_group())
 
 
 def _forward_step(
     vocab_size: int | None, batches: Iterator[RetroBatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
     """Logits on the last stage, and the function that computes losses from them."""
-    batch = next(batches)
+    batch = own_part(next(batches), model)
     reduce = partial(_report, batch, vocab_size, unwrap_model(model))
     return model(**batch.model_inputs()), reduce
 
@@ -92,6 +99,8 @@ def total_loss(
     for batch, losses_BS in token_losses(stages, batches, vocab_size, microbatches_per_step):
         if losses_BS is not None:
             total += masked_loss(batch, losses_BS)[2]["sums"].to("cpu", torch.float64)
+    if parallel_state.get_context_parallel_rank() > 0:  # the other ranks have the same losses
+        total.zero_()
     for stage in stages:
         stage.train(was_training)
     loss_sum, num_tokens, _ = sum_over_ranks(total)

@@ -110,6 +110,7 @@ class Trainer:
             options.tensor_model_parallel_size,
             options.pipeline_model_parallel_size,
             options.num_virtual_stages_per_pipeline_rank,
+            options.context_parallel_size,
         )
         with raise_together():
             if options.deterministic_mode:

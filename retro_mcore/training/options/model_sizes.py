@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.model.options import ModelOptions
+from retro_mcore.model.options import ModelArguments, ModelOptions
 from retro_mcore.training.options.parallel import ParallelOptions
 
 
@@ -64,6 +64,37 @@ def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
             "--sequence-parallel",
             "given with --tensor-model-parallel-size 1",
             "Leave it out, or use more tensor parallel processes",
+        )
+
+
+def check_context_parallel(arguments: ModelArguments, parallel: ParallelOptions) -> None:
+    """Reject samples that context parallelism cannot divide.
+
+    Each process holds two pieces of each sample. With retrieval they must hold whole chunks.
+
+    Raises:
+        ConfigurationError: the sample length has another divisor. Names the flag.
+    """
+    ranks = parallel.context_parallel_size
+    if ranks == 1:
+        return
+    length, chunk = arguments.seq_length, arguments.retro_chunk_length
+    multiple, why = 2 * ranks, f"2 x {ranks} pieces"
+    if not arguments.no_retrieval:
+        multiple, why = multiple * chunk, f"{why} of whole chunks of {chunk}"
+    if length % multiple:
+        raise ConfigurationError(
+            "--context-parallel-size",
+            f"{ranks}, for samples of {length} tokens",
+            f"Choose a size, or --seq-length, so that {why} divide a sample: a multiple of "
+            f"{multiple} tokens",
+        )
+    parts = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and length // ranks % parts:
+        raise ConfigurationError(
+            "--sequence-parallel",
+            f"{length // ranks} tokens of each sample over {parts} tensor parallel processes",
+            "Choose --context-parallel-size so that their number is a multiple",
         )
 
 

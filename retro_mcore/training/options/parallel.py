@@ -30,8 +30,12 @@ class ParallelOptions(LayerFlags):
     """Number of layers in the last pipeline stage, if different from the others."""
     pipeline_model_parallel_layout: str | None = None
     """Contents of each stage, in Megatron's notation, e.g. "Et*3|t*4|t*4|t*3L"."""
-    context_parallel_size: int = 1
-    """Must be 1: Retro has no context parallelism."""
+    context_parallel_size: int = field(default=1, metadata=at_least(1))
+    """Number of processes over which each sample's tokens are divided. The sample length must be a
+    multiple of 2 x this x the chunk length."""
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = None
+    """Exchange of keys and values under context parallelism. Default: Transformer Engine's (p2p);
+    all_gather without Transformer Engine, which has no other."""
     tp_comm_overlap: bool = False
     """Not supported: Transformer Engine's buffers have one length; text and neighbors differ."""
     no_overlap_p2p_communication: bool = False
@@ -72,11 +76,11 @@ class ParallelOptions(LayerFlags):
 
     def check_unsupported(self) -> None:
         """Reject Megatron options that Retro does not support."""
-        if self.context_parallel_size != 1:
+        if self.cp_comm_type is not None and self.context_parallel_size == 1:
             raise ConfigurationError(
-                "--context-parallel-size",
-                f"{self.context_parallel_size}",
-                "Retro runs with 1; use tensor, sequence and pipeline parallelism",
+                "--cp-comm-type",
+                f"{self.cp_comm_type}, which has no effect",
+                "Add --context-parallel-size",
             )
         if self.tp_comm_overlap:
             raise ConfigurationError(

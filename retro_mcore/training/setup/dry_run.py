@@ -12,12 +12,14 @@ from retro_mcore.distributed import get_world_size
 from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.training.options.parallel import ParallelOptions
 from retro_mcore.training.options.run import PretrainOptions
 from retro_mcore.training.reporting.flops import training_flops_per_sample
 from retro_mcore.training.setup.build import build_config
 from retro_mcore.training.setup.estimate import (
     Memory,
     Parameters,
+    context_parallel_bytes,
     count_parameters,
     estimate_memory,
 )
@@ -34,6 +36,7 @@ class DryRun:
         num_microbatches: Microbatches per process and iteration.
         parameters: Number of parameters of the whole model.
         memory: Bytes on the process that needs the most.
+        context_bytes: Bytes that each process sends for context parallelism, for each micro batch.
         flops_per_token: FLOPs per token: forward and backward pass.
     """
 
@@ -42,15 +45,13 @@ class DryRun:
     num_microbatches: int
     parameters: Parameters
     memory: Memory
+    context_bytes: int
     flops_per_token: float
 
     @property
     def copies(self) -> int:
         """Number of model copies on all processes."""
-        options = self.plan.options
-        return self.world_size // (
-            options.tensor_model_parallel_size * options.pipeline_model_parallel_size
-        )
+        return self.world_size // _processes_per_copy(self.plan.options)
 
 
 def dry_run(options: PretrainOptions) -> DryRun:
@@ -90,6 +91,7 @@ def dry_run(options: PretrainOptions) -> DryRun:
             copies,
             options.use_distributed_optimizer,
         ),
+        context_parallel_bytes(config, plan.arguments, options.micro_batch_size),
         flops / plan.sequence_length,
     )
 
@@ -139,9 +141,18 @@ def _vocabulary_of_gpt(options: PretrainOptions) -> int | None:
     return flags.get("vocab_size") or flags["padded_vocab_size"]
 
 
+def _processes_per_copy(options: ParallelOptions) -> int:
+    """Number of processes that share one copy of the model, or a sample."""
+    return (
+        options.tensor_model_parallel_size
+        * options.pipeline_model_parallel_size
+        * options.context_parallel_size
+    )
+
+
 def _copies(options: PretrainOptions) -> tuple[int, int]:
     """Number of processes, and of model copies on them."""
-    needed = options.tensor_model_parallel_size * options.pipeline_model_parallel_size
+    needed = _processes_per_copy(options)
     processes = options.world_size or max(get_world_size(), needed)
     if processes % needed:
         raise ConfigurationError(

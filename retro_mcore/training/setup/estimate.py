@@ -158,11 +158,13 @@ def estimate_memory(
         micro_batch_size: B.
         num_microbatches: Number of micro batches per step; a pipeline keeps several at once.
         data_parallel_size: Number of model copies.
-        distributed_optimizer: Whether the copies share the optimizer state.
+        distributed_optimizer: Whether the copies, and the context parallel processes of each, share
+            the optimizer state.
     """
+    sharing = data_parallel_size * config.context_parallel_size
     stages = [
         _stage_memory(config, arguments, rank, micro_batch_size, num_microbatches,
-                      data_parallel_size if distributed_optimizer else 1)
+                      sharing if distributed_optimizer else 1)
         for rank in range(config.pipeline_model_parallel_size)
     ]  # fmt: skip
     return max(stages, key=lambda memory: memory.total)
@@ -205,12 +207,17 @@ def _activations(
     config: TransformerConfig, arguments: ModelArguments, layers: range, last: bool
 ) -> int:
     """Number of elements that one sample's forward pass keeps on a stage."""
-    tokens, parts = arguments.seq_length, config.tensor_model_parallel_size
+    tokens = arguments.seq_length // config.context_parallel_size
+    parts = config.tensor_model_parallel_size
     full = config.recompute_granularity == "full"
     kept = len(layers) * (_boundary(config, tokens) if full else _layer_kept(config, tokens))
     kept += _layer_kept(config, tokens) if full else 0
     if isinstance(config, RetroConfig):
         kept += _retrieval_kept(config, tokens, layers, full)
+    if config.context_parallel_size > 1 and config.cp_comm_type == "all_gather":
+        # Keys and values of the other processes' tokens.
+        others = 2 * (arguments.seq_length - tokens) * _widths(config, parts)[1]
+        kept += (1 if full else len(layers)) * others
     if last:  # logits with 2 bytes, and with 4 for the loss
         kept += 3 * tokens * arguments.padded_vocab_size // parts
     return kept
@@ -231,10 +238,13 @@ def _layer_kept(config: TransformerConfig, tokens: int) -> int:
 
 def _retrieval_kept(config: RetroConfig, tokens: int, layers: range, full: bool) -> int:
     wide, narrow = _widths(config, config.tensor_model_parallel_size)
-    rows = config.chunk_grid(tokens).num_chunks * config.retro_num_neighbors
-    retrieved = rows * (config.retro_retrieved_length or 0)
+    chunks = config.chunk_grid(tokens).num_chunks
+    of_chunk = config.retro_num_neighbors * (config.retro_retrieved_length or 0)
+    retrieved = chunks * of_chunk
+    # Under context parallelism also those of the chunks before the process's two pieces.
+    attended = retrieved if config.context_parallel_size == 1 else (chunks + 2) * of_chunk
     encoder = config.encoder_config()
-    cross = 2 * _boundary(config, tokens) + tokens * 2 * wide + retrieved * 2 * narrow
+    cross = 2 * _boundary(config, tokens) + tokens * 2 * wide + attended * 2 * narrow
     count = len([number for number in config.retro_layer_numbers if number in layers])
     kept = (1 if full and count else 0 if full else count) * cross
     if config.retro_layer_numbers[0] in layers:
@@ -242,6 +252,30 @@ def _retrieval_kept(config: RetroConfig, tokens: int, layers: range, full: bool)
         of_encoder += 2 * _boundary(encoder, retrieved) + retrieved * 2 * wide
         kept += of_encoder  # recomputed together with the layer that calls it, so needed completely
     return kept
+
+
+def context_parallel_bytes(
+    config: TransformerConfig, arguments: ModelArguments, micro_batch_size: int
+) -> int:
+    """Bytes that a process sends for context parallelism, at most, for each micro batch.
+
+    Keys and values of its tokens go to the other processes in each layer of the stage, and their
+    gradients come back likewise. The encoded neighbors of two chunks of each sample go to the
+    processes with the tokens that follow. Recomputation sends again, which is not counted, nor is
+    what Transformer Engine's "p2p" sends more in the backward pass.
+    """
+    ranks = config.context_parallel_size
+    if ranks == 1:
+        return 0
+    layers = -(-config.num_layers // config.pipeline_model_parallel_size)
+    tokens = arguments.seq_length // ranks
+    narrow = _widths(config, config.tensor_model_parallel_size)[1]
+    elements = layers * (ranks - 1) * tokens * 2 * narrow
+    if isinstance(config, RetroConfig):
+        retrieved = (config.retro_retrieved_length or 0) // _sequence_parts(config)
+        messages = 1 if ranks == 2 else 2
+        elements += messages * retrieved * config.retro_num_neighbors * config.encoder_hidden_size
+    return 2 * micro_batch_size * elements * (2 if config.bf16 or config.fp16 else 4)
 
 
 def _sequence_parts(config: Any) -> int:

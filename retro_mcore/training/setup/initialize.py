@@ -20,6 +20,7 @@ def initialize_parallel(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
 ) -> None:
     """Join the process group and create megatron's groups; existing ones are reused if they fit.
 
@@ -31,12 +32,16 @@ def initialize_parallel(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     distributed.initialize(distributed_backend())
     world_size = distributed.get_world_size()
-    needed = tensor_model_parallel_size * pipeline_model_parallel_size
+    needed = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     if world_size % needed:
         flag, size = "--tensor-model-parallel-size", f"{tensor_model_parallel_size}"
-        if pipeline_model_parallel_size > 1:
-            flag += " x --pipeline-model-parallel-size"
-            size += f" x {pipeline_model_parallel_size}"
+        for name, value in (
+            ("pipeline-model", pipeline_model_parallel_size),
+            ("context", context_parallel_size),
+        ):
+            if value > 1:
+                flag += f" x --{name}-parallel-size"
+                size += f" x {value}"
         raise ConfigurationError(
             flag,
             f"{size}, but there are {world_size} processes",
@@ -46,12 +51,18 @@ def initialize_parallel(
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size,
+        context_parallel_size,
     )
     if parallel_state.model_parallel_is_initialized():
         if sizes == parallel_sizes():
             return
         leave_model_parallel()
-    parallel_state.initialize_model_parallel(*sizes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size,
+        pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+    )
 
 
 def set_seeds(seed: int) -> None:

@@ -111,7 +111,11 @@ def load_model_from_checkpoint(
         ConfigurationError: the layout does not fit the model.
     """
     parallel = parallel or ParallelOptions()
-    initialize_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    initialize_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
     with distributed.raise_together():
         saved = SavedModel.find(directory, ckpt_step)
     return saved.load(parallel), saved.arguments

@@ -24,6 +24,7 @@ from retro_mcore.model.options import DecoderOptions, ModelArguments, ModelOptio
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.training.options.megatron import LAYER_FLAGS, naming_refusals, values_of
 from retro_mcore.training.options.model_sizes import (
+    check_context_parallel,
     check_divisible,
     default_ffn_hidden_size,
 )
@@ -62,6 +63,7 @@ def build_config(
         ConfigurationError: a value is invalid. Names the field or flag.
     """
     check_divisible(arguments, parallel)
+    check_context_parallel(arguments, parallel)
     shared = {
         **_decoder_fields(arguments),
         **_layout_fields(parallel, recompute),
@@ -177,6 +179,8 @@ def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> di
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
+        "cp_comm_type": _exchange(parallel),
         **_pipeline_fields(parallel, precision or torch.float32),
         "use_cpu_initialization": parallel.use_cpu_initialization or is_cpu_in_use(),
         "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
@@ -190,6 +194,21 @@ def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> di
         "attention_backend": AttnBackend[parallel.attention_backend],
         **values_of(parallel, LAYER_FLAGS),
     }
+
+
+def _exchange(parallel: ParallelOptions) -> str | None:
+    """How context parallel ranks exchange keys and values; None: they are not divided."""
+    if parallel.context_parallel_size == 1:
+        return None
+    if uses_transformer_engine(parallel):
+        return parallel.cp_comm_type or "p2p"
+    if parallel.cp_comm_type not in (None, "all_gather"):
+        raise ConfigurationError(
+            "--cp-comm-type",
+            f"{parallel.cp_comm_type} without Transformer Engine",
+            "Use all_gather, or leave it out",
+        )
+    return "all_gather"
 
 
 def _pipeline_fields(parallel: ParallelOptions, dtype: torch.dtype) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from retro_mcore.training.loop.sample_reader import (
 )
 from retro_mcore.training.loop.schedule import ScheduleLengths, schedule_lengths
 from retro_mcore.training.options.megatron import PRECISION_FLAGS, has_option
+from retro_mcore.training.options.model_sizes import check_context_parallel
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.pretrain import OptimizerOptions, TrainingOptions
 from retro_mcore.training.setup.build import number_of_positions, padded_vocab_size
@@ -170,6 +171,7 @@ class TrainingPlan:
             pipeline_model_parallel_size=self.options.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=self.options.num_virtual_stages_per_pipeline_rank,
             sequence_parallel=self.options.sequence_parallel,
+            context_parallel_size=self.options.context_parallel_size,
             **({"data_contents": self.contents.record()} if self.contents else {}),
             **({DOCUMENT_TOKENS: dict(self.document_tokens)} if self.document_tokens else {}),
         )
@@ -304,6 +306,7 @@ def make_plan(
     if not (gpt_may_be_missing and options.load_gpt and not Path(options.load_gpt).exists()):
         arguments = gpt_arguments(arguments, options, used)
     arguments = replace(arguments, max_position_embeddings=number_of_positions(arguments))
+    check_context_parallel(arguments, options)
     return TrainingPlan(
         options=options,
         project=project,

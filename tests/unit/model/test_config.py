@@ -53,7 +53,7 @@ def test_default_rule_for_retro_layers(megatron, num_layers, expected):
             {"retro_encoder_num_attention_heads": 1, "tensor_model_parallel_size": 2},
             "retro_encoder_num_attention_heads",
         ),
-        ({"context_parallel_size": 2}, "context_parallel_size"),
+        ({"hybrid_context_parallel": True}, "hybrid_context_parallel"),
         (
             {
                 "tensor_model_parallel_size": 3,
