@@ -19,6 +19,7 @@ LAYOUTS = {
     "pipeline": {"pipeline_model_parallel_size": 2},
     "tensor and sequence": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "distributed optimizer": {"use_distributed_optimizer": True},
+    "context": {"context_parallel_size": 2},
 }
 
 

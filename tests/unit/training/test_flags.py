@@ -73,6 +73,7 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
     ("flags", "message"),
     [
         ({"context_parallel_size": 4}, "--context-parallel-size: 4, for samples of 32 tokens"),
+        ({"context_parallel_size": 0}, "--context-parallel-size: 0"),
         ({"cp_comm_type": "p2p"}, "--cp-comm-type: p2p, which has no effect"),
         ({"tp_comm_overlap": True}, "--tp-comm-overlap: given"),
         ({"fp8_format": "hybrid"}, "--fp8-format: hybrid without --bf16"),
