@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 NPROC ?= 1
 INPUT ?=
+GPU_PYTHON ?= python3
 MEGATRON ?= 0.19.2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=default FAISS_SIMD_LEVEL=NONE FAISS_OPT_LEVEL=generic \
 	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: help env quickstart test test-slow test-kernels test-versions test-parity docs style format lock clean
+.PHONY: help env quickstart test test-slow test-kernels test-versions test-parity test-gpu docs style format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -66,6 +67,9 @@ test-versions: env .megatron-$(MEGATRON)/.up-to-date ## run what stands on megat
 
 test-parity: env ## compare live with megatron-core 0.15.3, installed into .parity
 	$(BIN)/python -m pytest -m parity
+
+test-gpu: ## run the tests that need a GPU, with the machine's own Python (GPU_PYTHON=python3)
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/unit/retrieval
 
 docs: env ## build the documentation and API reference into docs/_build; a broken reference fails
 	$(INSTALL) -r requirements/docs.txt

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -75,6 +76,9 @@ class Options:
     threads: int = 1
     """Threads of each process, on CPU."""
 
+    retired: Path | None = None
+    """Folder with megatron-core 0.15.3. Default: installed from the package index, once."""
+
     json: Path | None = None
     """Write the measurements here too."""
 
@@ -98,8 +102,9 @@ class Worker:
     """A process that holds one side; see model_worker.py."""
 
     def __init__(self, side: str, hidden: int, options: Options, weights: Path, log: IO) -> None:
-        variables = environment.variables() if side == "retired" else {**os.environ}
-        fields = {**dataclasses.asdict(options), "hidden": hidden, "json": None}
+        old = side == "retired"
+        variables = environment.variables(options.retired) if old else {**os.environ}
+        fields = {**dataclasses.asdict(options), "hidden": hidden, "json": None, "retired": None}
         self._log = log
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER, side, json.dumps(fields), str(weights)],
@@ -143,9 +148,7 @@ def measure(options: Options) -> list[Measurement]:
         MissingDependencyError: the retired release cannot be installed.
     """
     _validate(options)
-    measurements = [
-        measurement for hidden in options.hidden_size for measurement in _measure(hidden, options)
-    ]
+    measurements = [one for hidden in options.hidden_size for one in measure_size(hidden, options)]
     _print(measurements, options)
     if options.json is not None:
         content = {
@@ -171,12 +174,26 @@ def _validate(options: Options) -> None:
             )
 
 
-def _measure(hidden: int, options: Options) -> list[Measurement]:
+def measure_size(
+    hidden: int, options: Options, sides: Sequence[str] = SIDES, counted: bool = True
+) -> list[Measurement]:
+    """Measure some sides at one size, the retired one first.
+
+    Args:
+        hidden: Hidden size.
+        options: All other sizes.
+        sides: Sides of `SIDES`; "retired" among them, for its weights.
+        counted: Count saved bytes and operations too (else 0); plain attention then holds all
+            scores of a layer.
+
+    Raises:
+        RuntimeError: a side failed; the message ends with what it wrote.
+    """
     with tempfile.TemporaryDirectory() as folder:
         weights, workers = Path(folder) / "weights.pt", {}
         try:
             # The retired side first: the others load its weights.
-            for side in SIDES:
+            for side in sides:
                 log = (Path(folder) / f"{side}.log").open("w+")
                 workers[side] = Worker(side, hidden, options, weights, log)
             found: dict[str, dict[str, Any]] = {side: {} for side in workers}
@@ -188,8 +205,8 @@ def _measure(hidden: int, options: Options) -> list[Measurement]:
                 for side, worker in workers.items():
                     rounds[side].append(worker.ask("time"))
             for side, worker in workers.items():
-                found[side]["saved_bytes"] = worker.ask("saved")
-                found[side]["flops"] = worker.ask("flops")
+                found[side]["saved_bytes"] = worker.ask("saved") if counted else 0
+                found[side]["flops"] = worker.ask("flops") if counted else 0
         finally:
             for worker in workers.values():
                 worker.close()
@@ -201,7 +218,7 @@ def _measure(hidden: int, options: Options) -> list[Measurement]:
             all_seconds=rounds[side],
             **found[side],
         )
-        for side in SIDES
+        for side in sides
     ]
 
 
@@ -231,7 +248,7 @@ def _print(measurements: list[Measurement], options: Options) -> None:
                 "",
                 name,
                 "",
-                f"{_time_ratio(top, bottom):.3f}",
+                f"{time_ratio(top, bottom):.3f}",
                 f"{top.peak_bytes / bottom.peak_bytes:.3f}",
                 f"{top.saved_bytes / bottom.saved_bytes:.3f}",
                 f"{top.flops / bottom.flops:.3f}",
@@ -242,7 +259,7 @@ def _print(measurements: list[Measurement], options: Options) -> None:
     Console(width=100).print(table)
 
 
-def _time_ratio(top: Measurement, bottom: Measurement) -> float:
+def time_ratio(top: Measurement, bottom: Measurement) -> float:
     """Median over the rounds: neighbors in time share what slowed the machine down."""
     pairs = zip(top.all_seconds, bottom.all_seconds, strict=True)
     return statistics.median(above / below for above, below in pairs)

@@ -42,6 +42,22 @@ def initialize(backend: str = "gloo", timeout_minutes: float = 60.0) -> None:
         )
 
 
+def initialize_with_store(
+    backend: str, store: dist.Store, rank: int, world_size: int, timeout_seconds: float
+) -> None:
+    """Join the default process group through a store that the ranks already share.
+
+    Args:
+        backend: "gloo" or "nccl".
+        store: The store.
+        rank: This rank.
+        world_size: Number of ranks.
+        timeout_seconds: Most seconds that a collective may take.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
 _before_leaving: list[Callable[[], None]] = []
 
 

@@ -28,7 +28,8 @@ def run_command(
 ) -> int:
     """Parse the flags and run a command; returns its exit code.
 
-    A user's mistake becomes one line on stderr and exit code 2. Process groups that the command
+    The exit code is 0, or the `exit_code` of what the function returns, if it has one. A user's
+    mistake becomes one line on stderr and exit code 2. Process groups that the command
     joined are left before it returns. A process that runs this command alone is started again in
     UTF-8 mode if it must be; see `use_utf8`.
     """
@@ -51,17 +52,17 @@ def _run(
     function: Callable[[Options], object],
     arguments: Sequence[str],
     logs: CommandLogs,
-) -> None:
+) -> int:
     options, level = parse_command(options_type, arguments)
     logs.set_level(level)
     add_log_file(logs, function.__name__, options)
     with logged_run(function.__name__, arguments), verification_of(options):
-        function(options)
+        return getattr(function(options), "exit_code", 0)
 
 
-def _exit_code(run: Callable[[], None]) -> int:
+def _exit_code(run: Callable[[], int]) -> int:
     try:
-        run()
+        return run()
     except RetroError as error:
         print_error(error)
         return EXIT_CODE
@@ -74,4 +75,3 @@ def _exit_code(run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
-    return 0

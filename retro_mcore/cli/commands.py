@@ -105,6 +105,11 @@ def serve(**options: Any) -> Any:
     return _run("serve", options)
 
 
+def doctor(**options: Any) -> Any:
+    """Check whether a node, or all ranks of a job, are ready for a long run."""
+    return _run("doctor", options)
+
+
 def verify(**options: Any) -> Any:
     """Check whether the files of a project or of checkpoints are what was written."""
     return _run("verify", options)

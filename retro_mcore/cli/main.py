@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate_qa": "answers to a test file's questions, scored",
     "generate": "text with live retrieval",
     "serve": "text with live retrieval over HTTP",
+    "doctor": "whether a node, or all ranks of a job, are ready for a long run",
     "verify": "whether the files of a project or of checkpoints are what was written",
 }
 

@@ -48,7 +48,7 @@ GROUPS: dict[str, str] = {
     "scale": "tokens training_tokens document_tokens embedding_dimension hours *_per_node "
     "node_memory *_rate measure",
     "server": "host port api_key_file model_name max_* *_seconds",
-    "run": "dry_run skip_train stage shard output html json",
+    "run": "dry_run skip_train stage shard time_limit output html json",
 }
 
 

@@ -89,8 +89,19 @@ def verify_files(
         _warn_unread(unread)
 
 
-def verify_project(paths: ProjectPaths, files: Iterable[Path], everything: bool = False) -> None:
+def verify_project(
+    paths: ProjectPaths,
+    files: Iterable[Path],
+    everything: bool = False,
+    sizes_only: bool = False,
+) -> None:
     """Apply `verify_files` to files written by stages. Files without a marker are trusted.
+
+    Args:
+        paths: The project.
+        files: The files.
+        everything: Read all files completely, whatever their size.
+        sizes_only: Read none, and compare all sizes in this process.
 
     Raises:
         CorruptFileError: a file differs. Names the file and the stage that writes it.
@@ -102,7 +113,13 @@ def verify_project(paths: ProjectPaths, files: Iterable[Path], everything: bool 
         command = COMMANDS.get(folder, "the stage that made it")
         return f"Run {command} --project-dir {paths.root} again, or restore the file"
 
-    verify_files(signed, hint, everything=everything)
+    if sizes_only:
+        problems = [(file.path, _problem(file, read=False)) for file in signed]
+        raise_problems(
+            [CorruptFileError(path, found, hint(path)) for path, found in problems if found]
+        )
+    else:
+        verify_files(signed, hint, everything=everything)
 
 
 def signed_file(path: Path) -> SignedFile | None:

@@ -19,12 +19,29 @@ def verify_whole_project(directory: str | Path) -> int:
     Raises:
         RetroError: files are damaged or missing; all of them are named.
     """
+    paths, files = _files_of(directory)
+    verify_project(paths, files)
+    return len(files)
+
+
+def compare_sizes(directory: str | Path) -> int:
+    """Compare the sizes of a project's files, and return their number. No file is read.
+
+    Raises:
+        RetroError: files are missing or have another size; all of them are named.
+    """
+    paths, files = _files_of(directory)
+    verify_project(paths, files, sizes_only=True)
+    return len(files)
+
+
+def _files_of(directory: str | Path) -> tuple[ProjectPaths, list[Path]]:
+    """A project with its marked files, missing ones included."""
     paths = ProjectPaths(directory)
     ProjectConfig.load(paths.root)
     ProjectSettings.load(paths.root)
     files = [path for path in _marked_files(paths.root) if path.is_file() or _is_lost(path)]
-    verify_project(paths, files)
-    return len(files)
+    return paths, files
 
 
 def _marked_files(root: Path) -> Iterator[Path]:

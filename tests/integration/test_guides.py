@@ -53,6 +53,7 @@ ADDED = {
     "pretrain_retro": "--num-workers 0 --device cpu",
     "evaluate_perplexity": "--num-workers 0 --device cpu",
     "generate": "--device cpu",
+    "doctor": "--device cpu",
 }
 #: The decoder of two layers that the sizes above give has no layer 6, where Retro's begin.
 FROM_SCRATCH = "--retro-decoder-layers 2 --retro-encoder-num-layers 1"
@@ -66,6 +67,8 @@ CONFIGURED = (
 NOT_RUN = {
     "hf": "downloads from the Hugging Face hub",
     "squeue": "asks a Slurm cluster",
+    "kubectl": "asks a Kubernetes cluster",
+    "docker": "needs a container engine",
 }
 
 
@@ -129,7 +132,8 @@ class Shell:
         name, flags = launched(words)
         if name == "serve":
             return self.serve(flags)
-        assert self.main(name, flags) == 0, line
+        warned = (1,) if name == "doctor" else ()  # of a small disk, say
+        assert self.main(name, flags) in (0, *warned), line
 
     def main(self, name: str, flags: list[str]) -> int:
         return import_module(f"retro_mcore.cli.{name}").main(small(name, flags))
@@ -251,6 +255,7 @@ PAGES = {
     "serve": model_and_project,
     "megatron": retired,
     "slurm": texts,
+    "clusters": model_and_project,
 }
 
 #: Pages with two projects, or with a server in a process of its own.

@@ -45,15 +45,19 @@ def install(folder: Path = FOLDER) -> Path:
     return folder
 
 
-def variables() -> dict[str, str]:
+def variables(folder: Path | None = None) -> dict[str, str]:
     """Environment variables under which `python` imports the retired release in place of ours.
+
+    Args:
+        folder: Where it is; None: it is installed.
 
     Raises:
         MissingDependencyError: see `install`.
     """
     # Models that were built in this process have set these; the retired one refuses their values.
     own = {name: value for name, value in os.environ.items() if name not in _OF_BUILT_MODELS}
-    return {**own, "PYTHONPATH": os.pathsep.join([str(install()), str(ROOT)])}
+    release = install() if folder is None else folder
+    return {**own, "PYTHONPATH": os.pathsep.join([str(release), str(ROOT)])}
 
 
 def run(arguments: Sequence[str]) -> None:

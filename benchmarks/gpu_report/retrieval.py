@@ -1,0 +1,258 @@
+"""Faiss, embedders and the query stage: equal results, and rates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_report.findings import Findings, Skipped
+from benchmarks.gpu_report.options import Setting
+
+#: Rounding of fp32 sums of a thousand products of about 1, ordered differently.
+DISTANCE_BOUND = 1e-3
+#: Published rate of BERT-large on one A100 (Wang et al. 2023, InstructRetro).
+PUBLISHED_EMBEDDING_RATE = 1728.0
+
+
+def faiss(setting: Setting, findings: Findings) -> None:
+    """The same index filled and searched in different ways finds neighbors at the same distances.
+
+    `index.search` on the CPU is compared with search in list order, and with Faiss on a GPU.
+    """
+    from benchmarks.all_knn import make_vectors
+    from retro_mcore.retrieval.index import search, set_search_breadth
+    from retro_mcore.retrieval.index.list_order import ListOrderSearch
+
+    count, dimension = setting.pick((400_000, 768), (3000, 32))
+    lists, queries, k = setting.pick((2048, 8192, 20), (16, 100, 5))
+    vectors = make_vectors(count, dimension)
+    findings.figure("index", f"IVF{lists},Flat over {count} x {dimension}, nprobe 32, k {k}")
+    index = _trained(vectors, lists, dimension)
+    empty = _copy_of(index)
+    seconds, _ = _timed(lambda: index.add_with_ids(vectors, np.arange(count)))
+    findings.figure("filling on the CPU, vectors/s", count / seconds)
+    set_search_breadth(index, 32, None)
+    asked = vectors[:: count // queries][:queries]
+    seconds, expected = _timed(lambda: search(index, asked, k))
+    findings.figure("index.search on the CPU, queries/s", queries / seconds)
+    seconds, found = _timed(lambda: ListOrderSearch(index).search(asked, k))
+    findings.figure("list order on the CPU, queries/s", queries / seconds)
+    _same_distances(findings, "list order", found[0], expected[0])
+    with findings.part("GPU"):
+        _require_gpu_build(setting)
+        _on_gpu(findings, index, empty, vectors, asked, expected, k)
+
+
+def _on_gpu(
+    findings: Findings,
+    index: Any,
+    empty: Any,
+    vectors: np.ndarray,
+    asked: np.ndarray,
+    expected: tuple[np.ndarray, np.ndarray],
+    k: int,
+) -> None:
+    from retro_mcore.retrieval.index import search
+    from retro_mcore.retrieval.index.gpu import GpuIndex, to_gpu, to_gpu_for_search
+
+    copy = to_gpu(empty, "filling")
+    findings.true("filling runs on the GPU", copy is not None, type(copy).__name__)
+    if copy is not None:
+        seconds, _ = _timed(lambda: copy.add_with_ids(vectors, np.arange(len(vectors))))
+        findings.figure("filling on the GPU, vectors/s", len(vectors) / seconds)
+        copy.nprobe = 32
+        _same_distances(
+            findings,
+            "filled on the GPU",
+            search(GpuIndex(copy, index, 2048), asked, k)[0],
+            expected[0],
+        )
+        del copy
+    on_gpu = to_gpu_for_search(index, k, 32)
+    findings.true("search runs on the GPU", isinstance(on_gpu, GpuIndex), type(on_gpu).__name__)
+    search(on_gpu, asked[:32], k)
+    seconds, found = _timed(lambda: search(on_gpu, asked, k))
+    findings.figure("search on the GPU, queries/s", len(asked) / seconds)
+    _same_distances(findings, "search on the GPU", found[0], expected[0])
+    findings.figure("search on the GPU, equal ids", float((found[1] == expected[1]).mean()))
+
+
+def _trained(vectors: np.ndarray, lists: int, dimension: int) -> Any:
+    from retro_mcore.retrieval.index.library import faiss_library
+
+    index = faiss_library().index_factory(dimension, f"IVF{lists},Flat")
+    index.cp.niter = 4
+    index.train(vectors[: 40 * lists])
+    return index
+
+
+def _copy_of(index: Any) -> Any:
+    from retro_mcore.retrieval.index.library import faiss_library
+
+    return faiss_library().clone_index(index)
+
+
+def _same_distances(findings: Findings, name: str, found: np.ndarray, expected: np.ndarray) -> None:
+    """Queries near a border may visit another list, so one in a thousand may differ."""
+    apart = np.abs(found - expected).max(axis=1) > DISTANCE_BOUND
+    findings.at_most(f"{name}, queries with other distances", float(apart.mean()), 1e-3)
+
+
+def _require_gpu_build(setting: Setting) -> None:
+    from retro_mcore.retrieval.index.gpu import num_gpus
+
+    if setting.device == "cpu":
+        raise Skipped("--device cpu")
+    if num_gpus() == 0:
+        raise Skipped("Faiss is its CPU build: install faiss-gpu or faiss-gpu-cuvs")
+
+
+def embedding(setting: Setting, findings: Findings) -> None:
+    """Chunks of 64 words embedded per second, and how far lower precisions are from fp32."""
+    count = setting.pick(16_384, 48)
+    texts = make_texts(count, 64)
+    with setting.folder() as folder:
+        for name, path in _embedders(setting, folder).items():
+            expected = None
+            for precision in ("fp32", "bf16", "fp16"):
+                with findings.part(f"{name}, {precision}"):
+                    vectors = _embed(
+                        setting, findings, f"{name}, {precision}", path, texts, precision
+                    )
+                    if expected is not None:
+                        _near(findings, f"{name}, {precision}", vectors, expected)
+                    expected = vectors if expected is None else expected
+
+
+def _embed(
+    setting: Setting, findings: Findings, name: str, path: str, texts: list[str], precision: Any
+) -> np.ndarray:
+    from retro_mcore.errors import ConfigurationError
+    from retro_mcore.retrieval.embedders import build_embedder
+
+    try:
+        embedder = build_embedder(
+            path,
+            device=setting.device,
+            precision=precision,
+            batch_tokens=setting.pick(32_768, 1024),
+        )
+    except ConfigurationError as error:  # this machine lacks the precision
+        raise Skipped(str(error)) from error
+    embedder.embed(texts[: len(texts) // 8])
+    seconds, vectors = _timed(lambda: embedder.embed(texts))
+    rate = len(texts) / seconds
+    findings.figure(f"{name}, chunks/s", rate)
+    if name.startswith("BERT-large") and precision != "fp32" and not setting.small:
+        findings.aim(f"{name}, chunks/s (published: A100)", rate, at_least=PUBLISHED_EMBEDDING_RATE)
+    return vectors
+
+
+def _near(findings: Findings, name: str, found: np.ndarray, expected: np.ndarray) -> None:
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    cosine = float(((found * expected).sum(1) / lengths).min())
+    findings.at_most(f"{name}, 1 - smallest cosine with fp32", 1 - cosine, 0.01)
+
+
+def _embedders(setting: Setting, folder: Path) -> dict[str, str]:
+    """Folders of encoders with random weights, of the sizes that are used. Rates do not depend on
+    the weights."""
+    sizes = setting.pick(
+        {"MiniLM's sizes": (6, 384, 12), "BERT-large's sizes": (24, 1024, 16)},
+        {"tiny": (2, 32, 2)},
+    )
+    return {
+        name: _random_encoder(folder / f"encoder_{n}", *shape)
+        for n, (name, shape) in enumerate(sizes.items())
+    }
+
+
+def _random_encoder(folder: Path, layers: int, hidden: int, heads: int) -> str:
+    try:
+        from transformers import BertConfig, BertModel, BertTokenizerFast
+    except ImportError as error:
+        raise Skipped(f"transformers does not import: {error}") from error
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_words()]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=512).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)
+
+
+def queries(setting: Setting, findings: Findings) -> None:
+    """Chunks per second of each stage on synthetic text, with the lexical embedder.
+
+    query_neighbors searches with the vectors that build_index stored, filters and saves.
+    """
+    from retro_mcore.cli import commands as retro
+    from retro_mcore.retrieval.index.gpu import num_gpus
+
+    documents, length = setting.pick((20_000, 500), (40, 120))
+    with setting.folder() as folder:
+        where = {"project_dir": str(folder / "project")}
+        texts = folder / "texts.jsonl"
+        _write_documents(texts, documents, length)
+        retro.preprocess_corpus(
+            **where,
+            input=[str(texts)],
+            vocab_size=500,
+            split="98,2,0",
+            seq_length=setting.pick(2048, 128),
+            retro_chunk_length=setting.pick(64, 16),
+            global_batch_size=2,
+            eval_iters=1,
+            train_samples=4,
+        )
+        retro.build_db(**where)
+        seconds, built = _timed(
+            lambda: retro.build_index(**where, embedder="lexical", device=setting.device)
+        )
+        chunks = built.embedded.num_chunks
+        findings.figure("chunks in the database", chunks)
+        findings.figure("build_index, chunks/s", chunks / seconds)
+        seconds, found = _timed(lambda: retro.query_neighbors(**where, device=setting.device))
+    queried = sum(found.num_chunks.values())
+    findings.figure("query_neighbors, chunks/s", queried / seconds)
+    findings.figure("index", built.choice.string)
+    findings.figure("Faiss", f"{num_gpus() if setting.device == 'cuda' else 0} GPUs")
+    findings.true("every chunk was queried", queried >= chunks, queried)
+
+
+def make_texts(count: int, length: int) -> list[str]:
+    """Texts of random words, the frequent ones more often."""
+    words, random = np.array(_words()), np.random.default_rng(3)
+    ranks = np.minimum(random.zipf(1.3, (count, length)) - 1, len(words) - 1)
+    return [" ".join(row) for row in words[ranks]]
+
+
+def _words() -> list[str]:
+    """A thousand pronounceable words."""
+    starts, ends = "bcdfghklmnprstvz", ("a", "e", "i", "o", "u", "an", "er", "is", "on", "ut")
+    syllables = [start + end for start in starts for end in ends]
+    return [first + second for first in syllables[::8] for second in syllables[::3]][:1000]
+
+
+def _write_documents(path: Path, count: int, length: int) -> None:
+    import json
+
+    with path.open("w", encoding="utf-8") as file:
+        for text in make_texts(count, length):
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result

@@ -1,0 +1,107 @@
+"""Run sections in processes of their own, within the time limit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_report.options import Setting
+from benchmarks.gpu_report.sections import Section
+from benchmarks.gpu_report.worker import RAISED, RUNNING, save
+
+ROOT = Path(__file__).parents[2]
+#: Status of a section that was not run, for lack of time.
+NOT_RUN = "not run"
+
+
+class Runner:
+    """Runs sections and collects their results.
+
+    Args:
+        folder: Where results are.
+        setting: What sections run with.
+        time_limit: Seconds from now.
+    """
+
+    def __init__(self, folder: Path, setting: Setting, time_limit: float) -> None:
+        self.folder, self.setting = folder, setting
+        self._end = time.monotonic() + time_limit
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, sections: Mapping[str, Section], repeat: bool = False) -> dict[str, Any]:
+        """Run the sections without a result; returns all results by name."""
+        for name in sections:
+            if repeat or self.result(name)["status"] == "skipped":  # its needs may be there now
+                self._path(name).unlink(missing_ok=True)
+        pending = [section for section in sections.values() if not self._has_result(section.name)]
+        while pending and self._seconds_left() > 0:
+            _, together = next(itertools.groupby(pending, lambda section: section.environment))
+            self._run_process(list(together))
+            pending = [section for section in pending if not self._has_result(section.name)]
+        return {name: self.result(name) for name in sections}
+
+    def result(self, name: str) -> dict[str, Any]:
+        """The result of a section."""
+        if not self._has_result(name):
+            return {"status": NOT_RUN, "seconds": 0.0}
+        return json.loads(self._path(name).read_text(encoding="utf-8"))
+
+    def _run_process(self, sections: list[Section]) -> None:
+        request = {
+            "folder": str(self.folder.absolute()),
+            "setting": asdict(self.setting),
+            "sections": {section.name: section.target for section in sections},
+        }
+        (self.folder / RUNNING).write_text(sections[0].name, encoding="utf-8")
+        log = self.folder / "log.txt"
+        with log.open("a", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.gpu_report.worker", json.dumps(request)],
+                cwd=ROOT,
+                env={**os.environ, **sections[0].environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            ended = self._wait(process)
+        running = (self.folder / RUNNING).read_text(encoding="utf-8")
+        if ended is None or process.returncode in (0, RAISED) or self._has_result(running):
+            return  # ended in time, or its result is there
+        save(self.folder, running, _crashed(process.returncode, log))
+
+    def _wait(self, process: subprocess.Popen) -> int | None:
+        """Wait for a process; end it, and those it started, at the time limit.
+
+        Returns:
+            Its exit code; None if it was ended here.
+        """
+        try:
+            return process.wait(max(self._seconds_left(), 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            return None
+
+    def _seconds_left(self) -> float:
+        return self._end - time.monotonic()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _has_result(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+
+def _crashed(code: int, log: Path) -> dict[str, Any]:
+    """The result of a section whose process ended without one."""
+    end = log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
+    error = f"the process ended with exit code {code}: {' '.join(end.splitlines()[-1:])}"
+    return {"status": "failed", "seconds": 0.0, "error": error[:1000], "traceback": end}
