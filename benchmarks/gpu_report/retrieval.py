@@ -179,7 +179,8 @@ def _random_encoder(folder: Path, layers: int, hidden: int, heads: int) -> str:
     folder.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_words()]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=512).save_pretrained(folder)
+    tokenizer = BertTokenizerFast.from_pretrained(str(folder), model_max_length=512)
+    tokenizer.save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(words),
         num_hidden_layers=layers,

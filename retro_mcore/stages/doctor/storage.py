@@ -74,18 +74,19 @@ def _space(place: Path) -> Iterator[Finding]:
 def _make_probe(flag: str, place: Path, peers: Peers, findings: list[Finding]) -> Path | None:
     """Make the probe folder on rank 0; returns its path on every rank, None if that failed."""
     name = f"probe {flag}"
-    if peers.rank == 0:
-        probe = place / f".retro_doctor_{os.getpid()}_{time.time_ns()}"
-        try:
-            probe.mkdir()
-        except OSError as refused:
-            fix = "Make the directory writable, or name another one"
-            findings.append(error(AREA, str(place), f"{refused.strerror}", fix))
-            probe = None
-        peers.put(name, "" if probe is None else str(probe))
-        return probe
-    told = peers.get(name, 0)
-    return Path(told) if told else None
+    if peers.rank != 0:
+        told = peers.get(name, 0)
+        return Path(told) if told else None
+    probe = place / f".retro_doctor_{os.getpid()}_{time.time_ns()}"
+    try:
+        probe.mkdir()
+    except OSError as refused:
+        fix = "Make the directory writable, or name another one"
+        findings.append(error(AREA, str(place), f"{refused.strerror}", fix))
+        peers.put(name, "")
+        return None
+    peers.put(name, str(probe))
+    return probe
 
 
 def _alone(flag: str, probe: Path) -> Iterator[Finding]:
