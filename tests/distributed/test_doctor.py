@@ -33,14 +33,14 @@ def run_doctor(folder: Path, world_size: int, started: int, seconds: float) -> d
         )
         for rank in range(started)
     ]  # fmt: skip
-    codes = {process.wait(600) for process in processes}
+    codes = {process.wait(1800) for process in processes}
     written = json.loads(found.read_text())
     assert codes == {written["exit_code"]}
     return written
 
 
 def test_two_ranks(tmp_path):
-    written = run_doctor(tmp_path, 2, 2, 300)
+    written = run_doctor(tmp_path, 2, 2, 600)
     assert not [found for found in written["findings"] if found["level"] == "error"]
     by_subject = {found["subject"]: found for found in written["findings"]}
     assert "2 ranks, 4 MiB" in by_subject["gloo all-reduce"]["found"]

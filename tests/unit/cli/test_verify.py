@@ -8,6 +8,8 @@ import pytest
 
 from retro_mcore.checkpoint.checksums import checksums_of_share, write_checksums
 from retro_mcore.cli import build_db, build_index, verify
+from retro_mcore.project.verification import compare_sizes
+from retro_mcore.stages.doctor import checkup
 from tests.unit.data.projects import built_project
 
 
@@ -93,3 +95,16 @@ def test_every_file_with_a_checksum_is_compared(capsys, project, run):
 def test_nothing_to_verify(capsys, flags):
     assert verify.main(flags) == 2
     assert len(errors(capsys)) == 1
+
+
+def test_sizes_are_compared_without_reading(project):
+    """As `doctor` does."""
+    assert compare_sizes(project) == len(list(project.rglob("*.done")))
+    file = next(project.glob("index/*/*/added*.faissindex"))
+    content = file.read_bytes()
+    file.write_bytes(bytes(len(content)))
+    assert compare_sizes(project)  # as long as before
+    file.write_bytes(content[:-1])
+    (wrong,) = checkup._project(str(project))
+    assert (wrong.level, wrong.subject) == ("error", str(file))
+    assert checkup._project(str(project.parent))[0].level == "note"
