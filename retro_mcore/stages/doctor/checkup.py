@@ -37,7 +37,7 @@ class DoctorConfig:
     """Device of the run: auto, cpu or cuda."""
     tensor_model_parallel_size: int = 1
     """Number of processes over which each layer will be split."""
-    time_limit: float = 60.0
+    time_limit: float = 300.0
     """Seconds to wait for other ranks at each step, before they are reported as missing."""
 
 
