@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -38,7 +38,7 @@ _TOKEN_ID = re.compile(r"[0-9]{1,19}")
 #: Limited because one thread searches all new text of all clients for stop strings.
 _MOST_STOPS, _LONGEST_STOP = 64, 1000
 
-_Stop = Annotated[str, Strict(), Field(max_length=_LONGEST_STOP)]
+Stop = Annotated[str, Strict(), Field(max_length=_LONGEST_STOP)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 
 
@@ -47,6 +47,31 @@ def _without_nulls(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {key: value for key, value in values.items() if value is not None}
+
+
+def without_unsupported(
+    values: Any, unsupported: Mapping[str, tuple[Any, ...]], fields: Container[str]
+) -> Any:
+    """Drop unsupported fields whose values have no effect, and null fields.
+
+    Args:
+        values: The body of a request.
+        unsupported: Unsupported fields, with the values that have no effect.
+        fields: Supported fields.
+
+    Raises:
+        ValueError: an unsupported field has an effect.
+    """
+    if not isinstance(values, dict):
+        return values
+    for field, harmless in unsupported.items():
+        if field in values and values[field] not in harmless:
+            raise ValueError(f"{field} is not supported")
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in unsupported and (value is not None or key not in fields)
+    }
 
 
 class StreamOptions(BaseModel):
@@ -84,7 +109,7 @@ class CompletionRequest(BaseModel):
     """Number of texts to generate for each prompt; the n with the highest mean log-probability are
     returned. Default: n."""
     seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: _Stop | list[_Stop] | None = None
+    stop: Stop | list[Stop] | None = None
     """Texts that end the generation, at most 64. Checked after each token."""
     stop_token_ids: list[StrictInt] = []
     logprobs: StrictInt | None = Field(None, ge=0, le=20)
@@ -106,16 +131,7 @@ class CompletionRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        for field, harmless in _UNSUPPORTED.items():
-            if field in values and values[field] not in harmless:
-                raise ValueError(f"{field} is not supported")
-        return {
-            key: value
-            for key, value in values.items()
-            if key not in _UNSUPPORTED and (value is not None or key not in cls.model_fields)
-        }
+        return without_unsupported(values, _UNSUPPORTED, cls.model_fields)
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
@@ -246,7 +262,8 @@ class Answer:
         choices: list[dict[str, Any]] = []
         for prompt, start in enumerate(range(0, len(texts), size)):
             for text in self._best(texts[start : start + size]):
-                choices.append(self._choice(len(choices), prompt, text))
+                choice = self._choice(len(choices), prompt, text)
+                choices.append(self.shape_choice(choice))
         return {**self._head, "choices": choices, "usage": self.usage(texts)}
 
     def _best(self, texts: Sequence[GeneratedText]) -> Sequence[GeneratedText]:
@@ -276,6 +293,25 @@ class Answer:
         neighbors: list[dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """A stream chunk; with `text`, the last one of its choice."""
+        choice = self._piece(index, piece, text, logprobs, neighbors)
+        return {**self._head, "choices": [self.shape_piece(choice)]}
+
+    def shape_piece(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """A choice of a stream chunk in the format of the response."""
+        return choice
+
+    def shape_choice(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """A whole choice in the format of the response."""
+        return choice
+
+    def _piece(
+        self,
+        index: int,
+        piece: str,
+        text: GeneratedText | None,
+        logprobs: dict[str, Any] | None,
+        neighbors: list[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
         reason = None if text is None else _FINISH_REASONS[text.finish_reason or "length"]
         choice = {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": reason}
         if neighbors:
@@ -285,7 +321,7 @@ class Answer:
             choice["neighbors_cut"] = cut
         if text is not None and self._request.neighbor_credit:
             choice["neighbor_credit"] = self._credit(index // self._request.n, text)
-        return {**self._head, "choices": [choice]}
+        return choice
 
     def last(self, texts: Sequence[GeneratedText]) -> dict[str, Any]:
         """The stream chunk with the usage."""
@@ -313,7 +349,7 @@ class Answer:
             if self._request.echo:
                 growing.score_prompt(text.prompt_logprobs)
             logprobs = growing.logprobs([*growing.take_prompt_tokens(), *growing.take_tokens(True)])
-        choice = self.piece(index, growing.text, text, logprobs)["choices"][0]
+        choice = self._piece(index, growing.text, text, logprobs)
         choice["neighbors"] = self.neighbors(text)
         return choice
 

@@ -52,6 +52,9 @@ class ServerConfig:
     """File with the API key in its first line."""
     model_name: str | None = None
     """Model name for clients. Default: the name of the --load directory."""
+    chat_template: str | None = None
+    """Jinja file with the chat template of /v1/chat/completions. Default: the wording that
+    finetune_retro tuned the model with, else the template of the project's tokenizer."""
     max_batch_size: int = 8
     """Maximum number of texts generated at the same time."""
     max_waiting: int = 64

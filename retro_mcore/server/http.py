@@ -20,7 +20,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.errors import RetroError
 from retro_mcore.retrieval.neighbors import NeighborSource, SameNeighbors
-from retro_mcore.server.completions import Answer, CompletionRequest, error_body
+from retro_mcore.server.chat import CHAT_FIELDS, ChatAnswer, ChatRequest
+from retro_mcore.server.chat_template import ChatError, ChatPrompt
+from retro_mcore.server.completions import FIELDS, Answer, CompletionRequest, error_body
 from retro_mcore.server.head import HeadAsGet
 from retro_mcore.server.http_requests import check_key, parse_request, read_json, refused
 from retro_mcore.server.service import (
@@ -30,7 +32,7 @@ from retro_mcore.server.service import (
     Job,
 )
 from retro_mcore.server.streams import INVALID, SERVER, Events, RequestError, finish, stream
-from retro_mcore.server.web_page import PAGE, PAGE_POLICY
+from retro_mcore.server.web_page import PAGE_POLICY, page_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class ServerParts:
         given: Makes a source of neighbors from texts by prompt number; None if the model reads no
             neighbors.
         two_chunks: Default of the request field `two_chunks`.
+        chat: Writes a conversation as a prompt; None if the model has no chat template.
     """
 
     service: GenerationService
@@ -59,6 +62,7 @@ class ServerParts:
     retriever: Any = None
     given: Callable[[Sequence[str]], SameNeighbors] | None = None
     two_chunks: bool = False
+    chat: ChatPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,9 @@ def build_app(
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+        return HTMLResponse(
+            page_of(parts.chat is not None), headers={"Content-Security-Policy": PAGE_POLICY}
+        )
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -139,13 +145,20 @@ def build_app(
         _check_model(model, parts.model_name)
         return entry
 
-    @app.post("/v1/completions", openapi_extra=_request_body())
+    @app.post("/v1/completions", openapi_extra=_request_body(CompletionRequest))
     async def completions(request: Request) -> Response:
+        return await respond(request, _prepare)
+
+    @app.post("/v1/chat/completions", openapi_extra=_request_body(ChatRequest))
+    async def chat(request: Request) -> Response:
+        return await respond(request, _prepare_chat)
+
+    async def respond(request: Request, prepare: Callable[..., Any]) -> Response:
         check_key(request, api_key)
         value = await read_json(request, limits.max_body_bytes, limits.receive_seconds)
         events = Events(parts.service)
         # Outside the event loop, since checking and tokenizing a large request takes long.
-        asked, jobs, answer = await asyncio.to_thread(_prepare, value, parts, limits, events)
+        asked, jobs, answer = await asyncio.to_thread(prepare, value, parts, limits, events)
         _submit(parts.service, jobs)
         if asked.stream:
             lines = stream(asked, answer, events, jobs)
@@ -156,9 +169,9 @@ def build_app(
     return app
 
 
-def _request_body() -> dict[str, Any]:
-    """OpenAPI description of a completion request."""
-    schema = CompletionRequest.model_json_schema()
+def _request_body(kind: type[CompletionRequest | ChatRequest]) -> dict[str, Any]:
+    """OpenAPI description of a request."""
+    schema = kind.model_json_schema()
     # Definitions are in the schema itself, where OpenAPI readers do not look for them.
     definitions = schema.pop("$defs")
     stream_options = schema["properties"]["stream_options"]
@@ -189,8 +202,68 @@ def _prepare(
     Raises:
         RequestError: the request cannot be generated.
     """
-    asked = parse_request(value)
+    asked = parse_request(value, CompletionRequest, FIELDS)
     _check_model(asked.model, parts.model_name)
+    return _prepare_answer(asked, parts, limits, events, Answer)
+
+
+def _prepare_chat(
+    value: Any, parts: ServerParts, limits: ServerLimits, events: Events
+) -> tuple[CompletionRequest, list[Job], Answer]:
+    """`_prepare` of a chat request.
+
+    Raises:
+        RequestError: the request cannot be generated, or the model does not chat.
+    """
+    asked = parse_request(value, ChatRequest, CHAT_FIELDS)
+    _check_model(asked.model, parts.model_name)
+    prompt = _chat_tokens(asked, parts, limits)
+    longest = min(limits.max_tokens, parts.service.max_length - len(prompt))
+    values = asked.completion(prompt, asked.most_tokens or max(longest, 1))
+    completion = parse_request(values, CompletionRequest, CHAT_FIELDS)
+    try:
+        return _prepare_answer(completion, parts, limits, events, ChatAnswer)
+    except RequestError as error:
+        raise error.renamed("prompt", "messages") from None
+
+
+def _chat_tokens(asked: ChatRequest, parts: ServerParts, limits: ServerLimits) -> list[int]:
+    if parts.chat is None:
+        raise RequestError(
+            400,
+            "messages: this model has no chat template. Use /v1/completions, or serve it with "
+            "--chat-template",
+            param="messages",
+        )
+    length = sum(len(each["content"]) for each in asked.messages)
+    if limits.max_prompt_chars is not None and length > limits.max_prompt_chars:
+        raise _too_long(f"{length} characters", parts)
+    try:
+        prompt = parts.chat(asked.messages)
+    except ChatError as error:
+        raise RequestError(400, f"messages: {error}", param="messages") from None
+    if len(prompt) >= parts.service.max_length:
+        raise _too_long(f"{len(prompt)} tokens", parts)
+    return prompt
+
+
+def _too_long(length: str, parts: ServerParts) -> RequestError:
+    return RequestError(
+        400,
+        f"messages: {length} leave no room for a reply in the model's window of "
+        f"{parts.service.max_length} tokens",
+        param="messages",
+        code="context_length_exceeded",
+    )
+
+
+def _prepare_answer(
+    asked: CompletionRequest,
+    parts: ServerParts,
+    limits: ServerLimits,
+    events: Events,
+    kind: type[Answer],
+) -> tuple[CompletionRequest, list[Job], Answer]:
     _check_limits(asked, limits)
     try:
         prompts, num_start_tokens = _prompt_tokens(asked.prompts, parts)
@@ -198,7 +271,7 @@ def _prepare(
         jobs = _jobs(asked, prompts, sources, parts, events)
     except RetroError as error:
         raise refused(error) from None
-    answer = Answer(
+    answer = kind(
         request=asked,
         model_name=parts.model_name,
         tokenizer=parts.tokenizer,

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
+from collections.abc import Container
 from email.message import Message
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from retro_mcore.errors import RetroError
 from retro_mcore.json_text import JsonError, parse_json, replace_surrogates
-from retro_mcore.server.completions import FIELDS, CompletionRequest
+from retro_mcore.server.completions import FIELDS
 from retro_mcore.server.streams import RequestError
 
+_Request = TypeVar("_Request", bound=BaseModel)
 #: Request fields that correspond to our flags.
 _FIELD_OF_FLAG = {
     "--max-new-tokens": "max_tokens",
@@ -103,20 +106,25 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def parse_request(value: Any) -> CompletionRequest:
-    """Parse a completion request.
+def parse_request(value: Any, kind: type[_Request], fields: Container[str]) -> _Request:
+    """Parse a request.
+
+    Args:
+        value: The JSON value of its body.
+        kind: What to parse it as.
+        fields: Names that an error may give as `param`.
 
     Raises:
         RequestError: a field is invalid (400). Names the first one.
     """
-    _check_text(value)
+    _check_text(value, fields)
     try:
-        return CompletionRequest.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise _invalid(error, fields) from None
 
 
-def _check_text(value: Any) -> None:
+def _check_text(value: Any, fields: Container[str]) -> None:
     """Reject strings with lone surrogates, which cannot be encoded."""
     waiting: list[tuple[Any, str | None]] = [(value, None)]
     while waiting:
@@ -127,12 +135,12 @@ def _check_text(value: Any) -> None:
         elif isinstance(one, list):
             waiting += [(item, field) for item in one]
         elif isinstance(one, str) and replace_surrogates(one)[1]:
-            name = field if field in FIELDS else None
+            name = field if field in fields else None
             message = "holds half of a surrogate pair, which is not a character"
             raise RequestError(400, f"{name or 'the request'}: {message}", param=name)
 
 
-def _invalid(error: ValidationError) -> RequestError:
+def _invalid(error: ValidationError, fields: Container[str]) -> RequestError:
     """The first validation error, with the name of its field."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = [str(part) for part in first["loc"]]
@@ -141,8 +149,8 @@ def _invalid(error: ValidationError) -> RequestError:
     if first["type"] == "extra_forbidden":
         message = "this field is not supported"
     if field is None:
-        word = message.split(" ", 1)[0]
-        return RequestError(400, message, param=word if word in FIELDS else None)
+        word = re.split(r"[ \[]", message, maxsplit=1)[0]
+        return RequestError(400, message, param=word if word in fields else None)
     return RequestError(400, f"{field}: {_EXPECTED.get(field, message)}", param=field)
 
 

@@ -7,9 +7,11 @@ import signal
 import socket
 from typing import Any
 
+from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.server.chat_template import chat_prompt
 from retro_mcore.server.config import ServerConfig
 from retro_mcore.server.http import ServerLimits, ServerParts, build_app
 from retro_mcore.server.http_connections import timed_protocol
@@ -71,6 +73,9 @@ def build_server_app(
         retriever=loaded.retriever,
         given=None if loaded.arguments.no_retrieval else loaded.given,
         two_chunks=loaded.two_chunks,
+        chat=chat_prompt(
+            loaded.tokenizer, loaded.tokenize, config.chat_template, _prompt_format(loaded)
+        ),
     )
     max_texts = min(config.max_texts, config.max_batch_size + config.max_waiting)
     limits = ServerLimits(
@@ -87,6 +92,13 @@ def build_server_app(
 def _name_of(loaded: GenerationModel) -> str:
     """Name of the checkpoint's directory."""
     return "retro" if loaded.checkpoint is None else loaded.checkpoint.parent.resolve().name
+
+
+def _prompt_format(loaded: GenerationModel) -> Any:
+    """Wording that finetune_retro tuned the model with; None if it did not."""
+    if loaded.checkpoint is None:
+        return None
+    return read_arguments(loaded.checkpoint).get("prompt_format")
 
 
 def _most_chars(tokenizer: Tokenizer, max_length: int) -> int:

@@ -32,6 +32,14 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.body = status, error_body(message, kind, param, code)
 
+    def renamed(self, param: str, name: str) -> RequestError:
+        """The same error, with another name of a field that the client does not know."""
+        error = self.body["error"]
+        if error["param"] == param:
+            message = error["message"].replace(f"{param}: ", f"{name}: ", 1)
+            self.body = {"error": {**error, "param": name, "message": message}}
+        return self
+
     def response(self) -> JSONResponse:
         """The HTTP response."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else None

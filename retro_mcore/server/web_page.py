@@ -1,4 +1,4 @@
-"""The server's demo page: type a prompt, and watch the text grow beside its neighbors.
+"""The server's demo page: type a prompt or chat, and watch the text grow beside its neighbors.
 
 The page loads no other resources. Content from the server is inserted as text, never as markup.
 """
@@ -20,7 +20,9 @@ main { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap:
 @media (max-width: 50rem) { main { grid-template-columns: minmax(0, 1fr); } }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 #text { background: var(--soft); padding: .6rem .8rem; border-radius: .3rem; min-height: 6rem; }
-#text .prompt { opacity: .65; }
+#text .prompt, #text .user { opacity: .65; }
+#text .user, #text .assistant { margin-bottom: .6rem; }
+#mode[hidden] { display: none; }
 .chunk { border-top: 1px solid var(--line); padding: .4rem 0; }
 .query { font-size: .85rem; opacity: .7; }
 .neighbor { background: var(--soft); padding: .3rem .6rem; margin: .4rem 0; border-radius: .3rem;
@@ -32,7 +34,8 @@ main { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap:
 
 _SCRIPT = """
 const $ = id => document.getElementById(id);
-let running = null;
+let running = null, turns = [];
+const chats = () => !$("mode").hidden && $("chat").checked;
 
 function add(parent, kind, text) {
   const element = document.createElement("div");
@@ -95,7 +98,7 @@ function status(text, isError) {
 
 function body() {
   const value = {
-    prompt: $("prompt").value, stream: true,
+    stream: true,
     max_tokens: Number($("max_tokens").value), temperature: Number($("temperature").value),
     top_p: Number($("top_p").value), retrieve: $("retrieve").checked,
     two_chunks: $("two_chunks").checked, neighbor_credit: $("credit").checked,
@@ -103,6 +106,9 @@ function body() {
   if ($("seed").value !== "") value.seed = Number($("seed").value);
   const given = $("given").value.split("\\n").map(line => line.trim()).filter(Boolean);
   if (given.length) value.neighbors = given;
+  const prompt = $("prompt").value;
+  if (chats()) value.messages = [...turns, {role: "user", content: prompt}];
+  else value.prompt = prompt;
   return value;
 }
 
@@ -111,7 +117,7 @@ function take(line, output) {
   const message = JSON.parse(line.slice(6));
   if (message.error) throw new Error(message.error.message);
   for (const choice of message.choices) {
-    output.append(choice.text);
+    output.append(choice.delta ? choice.delta.content || "" : choice.text);
     for (const chunk of choice.neighbors || []) showChunk(chunk);
     const cut = choice.neighbors_cut ? `; ${choice.neighbors_cut} given neighbors are cut` : "";
     if (choice.neighbor_credit) showCredit(choice.neighbor_credit, output);
@@ -126,14 +132,12 @@ async function generate() {
   $("go").textContent = "Stop";
   status("…");
   $("neighbors").replaceChildren();
-  const prompt = document.createElement("span");
-  prompt.className = "prompt";
-  prompt.textContent = $("prompt").value;
-  const output = document.createElement("span");
-  $("text").replaceChildren(prompt, output);
+  const chat = chats(), prompt = $("prompt").value, sent = JSON.stringify(body());
+  const output = chat ? beginReply(prompt) : beginText(prompt);
+  let failed = false;
   try {
-    const response = await fetch("v1/completions",
-      {method: "POST", headers, body: JSON.stringify(body()), signal: running.signal});
+    const response = await fetch(chat ? "v1/chat/completions" : "v1/completions",
+      {method: "POST", headers, body: sent, signal: running.signal});
     if (!response.ok) throw new Error((await response.json()).error.message);
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
@@ -145,12 +149,57 @@ async function generate() {
       for (const line of lines) take(line, output);
     }
   } catch (error) {
-    status(error.name === "AbortError" ? "stopped" : error.message, error.name !== "AbortError");
+    failed = error.name !== "AbortError";
+    status(failed ? error.message : "stopped", failed);
   } finally {
     running = null;
-    $("go").textContent = "Continue the text";
+    if (chat) endReply(prompt, output, failed);
+    showMode();
   }
 }
+
+function beginText(prompt) {
+  const shown = document.createElement("span"), output = document.createElement("span");
+  shown.className = "prompt";
+  shown.textContent = prompt;
+  $("text").replaceChildren(shown, output);
+  return output;
+}
+
+function beginReply(prompt) {
+  add($("text"), "user", prompt);
+  $("prompt").value = "";
+  return add($("text"), "assistant", "");
+}
+
+// A message without a reply goes back to where it was typed.
+function endReply(prompt, output, failed) {
+  if (!output.isConnected) return;  // a new chat has begun
+  const reply = output.textContent;
+  if (failed || !reply) {
+    output.previousSibling.remove();
+    output.remove();
+    $("prompt").value = prompt;
+  } else {
+    turns.push({role: "user", content: prompt}, {role: "assistant", content: reply});
+  }
+}
+
+function showMode() {
+  $("go").textContent = chats() ? "Send" : "Continue the text";
+}
+
+function startAgain() {
+  if (running) running.abort();
+  turns = [];
+  $("text").replaceChildren();
+  $("neighbors").replaceChildren();
+  showMode();
+}
+
+$("chat").addEventListener("change", startAgain);
+$("new").addEventListener("click", startAgain);
+showMode();
 
 $("form").addEventListener("submit", event => {
   event.preventDefault();
@@ -164,6 +213,8 @@ if (asked.has("prompt")) generate();
 _BODY = """
 <h1>retro-mcore</h1>
 <form id="form">
+<p id="mode" MODE><label><input id="chat" type="checkbox" checked> chat</label>
+<button id="new" type="button">New chat</button></p>
 <p><textarea id="prompt" rows="5" placeholder="A text to continue" required></textarea></p>
 <p>
 <label>new tokens <input id="max_tokens" type="number" value="64" min="1"></label>
@@ -190,11 +241,20 @@ def _hash(content: str) -> str:
     return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
-PAGE = (
-    '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>retro-mcore</title>'
-    '<meta name="viewport" content="width=device-width">'
-    f"<style>{_STYLE}</style></head><body>{_BODY}<script>{_SCRIPT}</script></body></html>"
-)
+def page_of(chats: bool) -> str:
+    """The page.
+
+    Args:
+        chats: Whether the model has a chat template: then the page begins with a chat.
+    """
+    body = _BODY.replace(" MODE>", ">" if chats else " hidden>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>retro-mcore</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f"<style>{_STYLE}</style></head><body>{body}<script>{_SCRIPT}</script></body></html>"
+    )
+
+
 #: Content security policy: run this script and call this server, nothing else.
 PAGE_POLICY = (
     f"default-src 'none'; style-src 'sha256-{_hash(_STYLE)}'; "

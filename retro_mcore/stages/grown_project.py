@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer, recorded_choice
-from retro_mcore.data.tokenizers.special_tokens import DECLARING_FILES
+from retro_mcore.data.tokenizers.special_tokens import KEPT_FILES
 from retro_mcore.data.tokens.document_ids import ids_path
 from retro_mcore.data.tokens.token_file import bin_path, idx_path
 from retro_mcore.data.tokens.tokenizing import CorpusReader
@@ -86,7 +86,7 @@ def _take_over_inputs(base: ProjectPaths, grown: ProjectPaths, config: ProjectCo
         config.retro_bert_vocab_file,
     )
     files += [base.root / name for name in names if name is not None]
-    declaring = [base.tokenizer / name for name in DECLARING_FILES]
+    declaring = [base.tokenizer / name for name in KEPT_FILES]
     files += [file for file in declaring if file.is_file() and file not in files]
     for file in files:
         _take_over(file, grown.root / base.relative(file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +18,16 @@ from tests.unit.data.projects import built_project, documents
 PROMPT = documents()[0][:60]
 POST = ("POST", "/v1/completions")
 KEY = "schlüssel"
+#: A chat template.
+TEMPLATE = "{% for each in messages %}{{ each.content }}\n{% endfor %}"
+MESSAGES = [{"role": "user", "content": PROMPT}]
 GREEDY = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0}
 
 
 class App:
     """The application of a small trained model; calls it without a socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, template: Path) -> None:
         from retro_mcore.cli.generation_options import load_generation_model
         from retro_mcore.cli.serve import ServeOptions
         from retro_mcore.server.service import GenerationService
@@ -36,6 +40,7 @@ class App:
             max_batch_size=2,
             max_waiting=6,
             device="cpu",
+            chat_template=str(template),
         )
         self.loaded = load_generation_model(options)
         self.tokenizer = self.loaded.tokenizer
@@ -82,6 +87,16 @@ class App:
         status, content = self.send(*POST, data, **headers)
         return status, json.loads(content) if content.startswith(b"{") else content.decode()
 
+    def chat(self, **body: Any) -> tuple[int, Any]:
+        """Status and answer of a chat; of a stream, its events."""
+        data = json.dumps({"messages": MESSAGES, "temperature": 0, **body}).encode()
+        status, content = self.send("POST", "/v1/chat/completions", data)
+        if content.startswith(b"{"):
+            return status, json.loads(content)
+        events = [line.removeprefix("data: ") for line in content.decode().split("\n\n") if line]
+        assert events.pop() == "[DONE]"
+        return status, [json.loads(event) for event in events]
+
     def complete(self, **body: Any) -> list[dict[str, Any]]:
         """The choices of a request that succeeds."""
         status, answer = self.post({**GREEDY, **body})
@@ -112,8 +127,10 @@ class App:
 
 
 @pytest.fixture(scope="module")
-def app():
-    app = App()
+def app(tmp_path_factory):
+    template = tmp_path_factory.mktemp("template") / "template.jinja"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    app = App(template)
     yield app
     app.service.close()
 
@@ -541,3 +558,95 @@ def test_health_says_when_generation_has_stopped(app, monkeypatch):
     status, content = app.send("GET", "/health")
     assert (status, json.loads(content)["status"]) == (503, "failed")
     assert app.post(GREEDY)[0] == 503
+
+
+def test_a_chat_is_the_completion_of_its_prompt_with_its_sources(app):
+    asked = {"max_tokens": 20, "n": 2, "temperature": 1, "seed": 3}
+    status, answer = app.chat(**asked, logprobs=True, top_logprobs=2)
+    assert status == 200, answer
+    whole = app.complete(prompt=f"{PROMPT}\n", **asked, logprobs=2)
+    assert answer["object"] == "chat.completion"
+    for choice, wanted in zip(answer["choices"], whole, strict=True):
+        message = {"role": "assistant", "content": wanted["text"], "refusal": None}
+        assert choice["message"] == message
+        for name in ("index", "finish_reason", "neighbors"):
+            assert choice[name] == wanted[name]
+        content = choice["logprobs"]["content"]
+        assert [one["token"] for one in content] == wanted["logprobs"]["tokens"]
+        assert [one["logprob"] for one in content] == wanted["logprobs"]["token_logprobs"]
+        assert all(len(one["top_logprobs"]) == 2 for one in content)
+        sources = [one["source"] for chunk in wanted["neighbors"] for one in chunk["neighbors"]]
+        assert choice["sources"] == list(dict.fromkeys(sources)) != []
+
+
+def test_a_streamed_chat_adds_up_to_the_whole(app):
+    asked = {"max_completion_tokens": 20, "stop": ["e"], "logprobs": True}
+    (whole,) = app.chat(**asked)[1]["choices"]
+    usage = app.chat(**asked)[1]["usage"]
+    events = app.chat(**asked, stream=True, stream_options={"include_usage": True})[1]
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert [event["usage"] for event in events] == [None] * (len(events) - 1) + [usage]
+    assert events.pop()["choices"] == []
+    choices = [event["choices"][0] for event in events]
+    assert choices[0]["delta"]["role"] == "assistant"
+    assert all("role" not in choice["delta"] for choice in choices[1:])
+    text = "".join(choice["delta"].get("content", "") for choice in choices)
+    assert text == whole["message"]["content"]
+    scores = [one for choice in choices for one in (choice["logprobs"] or {}).get("content", [])]
+    assert [one["token"] for one in scores] == [
+        one["token"] for one in whole["logprobs"]["content"]
+    ]
+    chunks = [chunk for choice in choices for chunk in choice.get("neighbors", [])]
+    assert chunks == whole["neighbors"]
+    assert (choices[-1]["finish_reason"], choices[-1]["sources"]) == (
+        whole["finish_reason"],
+        whole["sources"],
+    )
+
+
+def test_a_reply_may_fill_the_window(app):
+    answer = app.chat()[1]
+    usage, reason = answer["usage"], answer["choices"][0]["finish_reason"]
+    window = app.loaded.window
+    assert usage["total_tokens"] == window if reason == "length" else usage["total_tokens"] < window
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"messages": [{"role": "user", "content": "long " * 300}]}, "messages", "window"),
+        ({"messages": "x"}, "messages", "messages: "),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role 'tool'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages", "surrogate"),
+        ({"messages": [{"role": "user", "content": ""}], "max_tokens": 0}, "max_tokens", "1"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools is not supported"),
+        ({"max_tokens": 10**6}, "max_tokens", "at most"),
+        ({"n": 9}, "n", "at most"),
+        ({"top_logprobs": 1}, "top_logprobs", "needs logprobs"),
+        ({"stream_options": {}}, "stream_options", "needs stream"),
+        ({"stop": ["a"] * 65}, "stop", "at most 64"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "not a token id"),
+        ({"model": "other"}, "model", "no model 'other'"),
+    ],
+)
+def test_a_chat_that_cannot_be_answered_is_refused_by_name(app, body, param, message):
+    status, answer = app.chat(**body)
+    assert status == (404 if param == "model" else 400)
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["param"] == param, answer
+    assert message in answer["error"]["message"]
+    assert app.service.is_alive
+
+
+def test_a_model_without_a_chat_template_does_not_chat(app, monkeypatch):
+    from retro_mcore.server.http import build_app
+
+    monkeypatch.setattr(app, "app", build_app(_parts(app)))
+    status, answer = app.chat()
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "--chat-template" in answer["error"]["message"]
+    hidden = '<p id="mode" hidden>'
+    assert hidden in app.send("GET", "/")[1].decode()
+    monkeypatch.undo()
+    assert hidden not in app.send("GET", "/")[1].decode()

@@ -126,6 +126,16 @@ def write_turns(turns: tuple[Turn, ...]) -> str:
     return f"{said}\n\nAssistant:" if turns[-1].role == "user" else said
 
 
+def write_chat(turns: tuple[Turn, ...], prompt_format: PromptFormat) -> str:
+    """Write a chat up to the assistant's next reply, without passages.
+
+    Args:
+        turns: The chat; it may begin with a system message, and ends with the user's.
+        prompt_format: Wording of the system message, if the chat has none.
+    """
+    return _chat_prompt(turns, (), prompt_format).text
+
+
 def _chat_prompt(
     turns: tuple[Turn, ...], passages: tuple[str, ...], prompt_format: PromptFormat
 ) -> Prompt:

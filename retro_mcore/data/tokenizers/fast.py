@@ -54,6 +54,8 @@ class FastTokenizer(Tokenizer):
         self._used = 1 + max(set(self._vocabulary.values()) - forbidden.keys() | self._ends())
         decoder = _state(tokenizer.decoder)
         self._speller = Speller(forbidden, self._vocabulary.get, "ByteLevel" in decoder, unknown)
+        self._special = tuple(special.values())
+        self._with_special: Any = None
         self._bytes: dict[int, int] = {}
         if "ByteFallback" in decoder:
             self._bytes = _byte_tokens(self._vocabulary)
@@ -68,6 +70,17 @@ class FastTokenizer(Tokenizer):
 
     def token_name(self, token: int) -> str:
         return str(self._tokenizer.id_to_token(token))
+
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        return self._special
+
+    def tokenize_with_special(self, text: str) -> list[int]:
+        if self._with_special is None:
+            copy = type(self._tokenizer).from_str(self._tokenizer.to_str())
+            copy.encode_special_tokens = False
+            self._with_special = copy
+        return list(self._with_special.encode(text, add_special_tokens=False).ids)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # The "fast" methods omit text offsets, which are not needed here.

@@ -16,13 +16,15 @@ from retro_mcore.json_text import JsonError, RepeatedKeyError, parse_json
 from retro_mcore.project.markers import fingerprint_of
 
 END_OF_TEXT = "<|endoftext|>"
-#: Files that declare special tokens, most authoritative first. A project keeps copies of them.
+#: Files that declare special tokens, most authoritative first.
 DECLARING_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
     "config.json",
 )
+#: Files of a tokenizer's directory that a project keeps copies of.
+KEPT_FILES = (*DECLARING_FILES, "chat_template.jinja")
 #: Special tokens of well-known tokenizers, used if the files declare none.
 _EOD_NAMES = (
     END_OF_TEXT,

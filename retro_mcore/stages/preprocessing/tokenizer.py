@@ -16,7 +16,7 @@ from retro_mcore.data.tokenizers.loading import (
     recorded_choice,
     train_sentencepiece,
 )
-from retro_mcore.data.tokenizers.special_tokens import DECLARING_FILES, DeclaredTokens
+from retro_mcore.data.tokenizers.special_tokens import KEPT_FILES, DeclaredTokens
 from retro_mcore.data.tokens.token_file import bin_path
 from retro_mcore.data.tokens.token_input import begin_with_bos
 from retro_mcore.distributed import barrier, get_rank, raise_together
@@ -167,7 +167,7 @@ class TokenizerSetup:
                 return self._copy_given(str(unpacked), declares)
         name = self._copy(file, file.name)
         if declares and not self.choice.first_known_eod:
-            for declaring in DECLARING_FILES:
+            for declaring in KEPT_FILES:
                 if (beside := file.with_name(declaring)).is_file():
                     self._copy(beside, declaring)
         return name
