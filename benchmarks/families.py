@@ -4,7 +4,8 @@
 
 The models are those of tests/unit/checkpoint/families.py: tiny, with random weights, on texts of
 120 tokens. Each is loaded with `--load-gpt DIR` alone, from fp32 weights, from bf16 weights in
-shards, and from its conversion to our format.
+shards, and from its conversion to our format. That conversion is then written for transformers, as
+a model of the family (`--decoder-only`) and as `RetroForCausalLM`, and its logits are compared too.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from retro_mcore.cli.command import run_command
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import setup_device
 
-HEADER = ("model", "model_type", "logits' deviation", "fp32", "bf16 weights", "converted to ours")
+HEADER = (
+    *("model", "model_type", "logits' deviation", "fp32", "bf16 weights", "converted to ours"),
+    *("written back", "RetroForCausalLM"),
+)
 
 
 @dataclass
@@ -50,11 +55,12 @@ def _rows() -> Iterator[tuple[str, ...]]:
     for name, (family, _) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             deviation, *differences = _differences(name, Path(folder))
-        shown = (f"{difference:.0e}" for difference in differences)
+            assert deviation is not None
+        shown = ("refused" if each is None else f"{each:.0e}" for each in differences)
         yield name, f"`{family}`", f"{deviation:.2f}", *shown
 
 
-def _differences(name: str, folder: Path) -> Iterator[float]:
+def _differences(name: str, folder: Path) -> Iterator[float | None]:
     import torch
 
     from retro_mcore.training.setup.conversion import convert
@@ -68,6 +74,22 @@ def _differences(name: str, folder: Path) -> Iterator[float]:
     for kind, source in (("fp32", "fp32"), ("bf16", "bf16"), ("ours", "fp32")):
         model, _ = families.load_alone(folder / kind)
         yield float((families.ours(model) - wanted[source]).abs().max())
+    for decoder_only in (True, False):
+        yield _written(folder, decoder_only, wanted["fp32"])
+
+
+def _written(folder: Path, decoder_only: bool, wanted: Any) -> float | None:
+    """Difference after our checkpoint was written for transformers; None if that is refused."""
+    import retro_mcore.huggingface  # noqa: F401 (registers the model)
+    from retro_mcore.training.setup.conversion import convert
+    from retro_mcore.training.setup.huggingface_export import HuggingFaceOptions
+
+    target, how = folder / f"written {decoder_only}", HuggingFaceOptions(decoder_only)
+    try:
+        convert(str(folder / "ours"), str(target), "huggingface", {}, huggingface=how)
+    except ConfigurationError:
+        return None
+    return float((_theirs(target)[..., : wanted.size(-1)] - wanted).abs().max())
 
 
 def _theirs(path: Path) -> Any:

@@ -71,7 +71,7 @@ class FamilyOptions:
     """Decoder layers without rotary positions, from 1 (SmolLM3)."""
     rotary_frequencies: list[float] | None = field(default=None, metadata=_of_family(_is_off, None))
     """Angles per position of each rotated pair of channels, instead of those that --rotary-base
-    gives (YaRN, LongRoPE)."""
+    gives (YaRN, LongRoPE). In the neighbor encoder as --use-rope-scaling."""
     rotary_attention_factor: float = field(
         default=1.0, metadata=_POSITIVE | _of_family(_is_one, 1.0)
     )

@@ -112,7 +112,8 @@ class DecoderOptions(FamilyOptions):
         default=False,
         metadata=decoder(sets="model.rope_scaling", absent=False, computed_by=MEGATRON),
     )
-    """Stretch the rotary embedding's long periods, as Llama 3.1 and later do."""
+    """Stretch the rotary embedding's long periods, as Llama 3.1 and later do. In the neighbor
+    encoder only if its heads are as wide as the decoder's; else its embedding is not stretched."""
     rope_scaling_factor: float = field(default=8.0, metadata=decoder(sets="model"))
     """Factor by which --use-rope-scaling stretches them."""
     max_position_embeddings: int | None = field(
@@ -127,7 +128,8 @@ class DecoderOptions(FamilyOptions):
         default=None,
         metadata=decoder(sets="model.seq_len_interpolation_factor", computed_by=MEGATRON),
     )
-    """Stretch rotary positions: a sequence this many times longer gets the same angles."""
+    """Stretch rotary positions: a sequence this many times longer gets the same angles. In the
+    neighbor encoder as --use-rope-scaling."""
     untie_embeddings_and_output_weights: bool = field(default=False, metadata=decoder(sets=None))
     """Give the output layer weights of its own."""
     disable_bias_linear: bool = field(

@@ -1,5 +1,7 @@
-"""The decoder alone as an ordinary transformers model: GPT-2, Llama, Mistral, Qwen 2 and 3,
-StableLM or GPT-NeoX, whichever computes what it computes.
+"""The decoder alone as an ordinary transformers model of the family that computes its options.
+
+Plain decoders are GPT-2, Llama, Mistral, Qwen 2 and 3, StableLM or GPT-NeoX; `families_by_options`
+has the others.
 
 Biases that a family has and the model has not are written as zeros, and zero-centered norms
 (LayerNorm-1p) with one added: neither changes a number. Everything else that no family computes is
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retro_mcore.checkpoint.conversion import families_by_options as by_options
 from retro_mcore.checkpoint.conversion.model_fields import Flags
 from retro_mcore.checkpoint.conversion.retro_names import Parts, cut_qkv, cut_weight, parts_of
 from retro_mcore.checkpoint.conversion.weights import Weight, Weights
@@ -73,7 +76,8 @@ def decoder_files(
     named: dict[str, Weight] = {}
     for name, weight in weights.items():
         if not _RETRIEVAL.search(name):
-            weight = _centered(name, weight, flags)
+            if not by_options.keeps_centered_norms(family.model_type):
+                weight = _centered(name, weight, flags)
             named.update(cut_weight(weight, _parts(family.model_type, name, flags)))
     if family.model_type in ("gpt2", "gpt_neox"):
         named |= _zero_biases(family.model_type, named)
@@ -86,6 +90,8 @@ def family_of(flags: Flags) -> Family:
     Raises:
         ConfigurationError: there is none.
     """
+    if (model_type := by_options.model_type_of(flags)) is not None:
+        return _by_options(model_type, flags)
     _refuse(_never(flags))
     rotary = flags["position_embedding_type"] == "rope"
     gated, rms = flags["swiglu"], flags["normalization"] == "RMSNorm"
@@ -101,6 +107,22 @@ def family_of(flags: Flags) -> Family:
     raise AssertionError
 
 
+def _by_options(model_type: str, flags: Flags) -> Family:
+    _refuse([*_not_at_all(flags), *by_options.problems_of(model_type, flags)])
+    sizes = _heads(flags)
+    config = {
+        **_sizes(flags),
+        "num_key_value_heads": sizes["groups"],
+        "head_dim": sizes["channels"],
+        **({} if model_type == "starcoder2" else {"rms_norm_eps": flags["norm_epsilon"]}),
+        "attention_dropout": flags.get("attention_dropout", 0.0),
+        **by_options.rope_of(model_type, flags, _rope(flags)),
+        **by_options.config_of(model_type, flags),
+    }
+    architecture = by_options.architecture_of(model_type)
+    return Family(model_type, architecture, config, _no_hidden_dropout(flags))
+
+
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         raise ConfigurationError(
@@ -110,22 +132,33 @@ def _refuse(problems: Sequence[str]) -> None:
         )
 
 
-def _never(flags: Flags) -> list[str]:
+def _not_at_all(flags: Flags) -> list[str]:
+    """Options that no family computes."""
     problems = [
         f"{name} {flags[name]}"
         for name in ("retro_deepnorm", "retro_mup_base_hidden_size", "rotary_interleaved")
         if flags.get(name)
     ]
-    # Options of other families: their export is not written yet.
-    plain = {**plain_options(), "geglu": False}
-    problems += [
-        f"{name} {flags[name]}" for name, value in plain.items() if flags.get(name, value) != value
-    ]
     if flags.get("retro_origin") == "mcore-0.15" and not flags["no_retrieval"]:
         problems.append("retro_origin mcore-0.15, whose decoder ends without a norm")
     if flags.get("use_rope_scaling") and flags.get("rotary_seq_len_interpolation_factor"):
         problems.append("use_rope_scaling with rotary_seq_len_interpolation_factor")
+    if flags.get("rotary_frequencies") and flags.get("rotary_seq_len_interpolation_factor"):
+        problems.append("rotary_frequencies with rotary_seq_len_interpolation_factor")
     return problems
+
+
+def _never(flags: Flags) -> list[str]:
+    """Options that no family without options of its own computes."""
+    plain = {**plain_options(), "geglu": False}
+    if flags["position_embedding_type"] == "rope":
+        for name in ("rotary_frequencies", "rotary_attention_factor"):
+            del plain[name]
+        if flags["normalization"] == "LayerNorm" and not flags["swiglu"]:
+            del plain["parallel_residual"]  # GPT-NeoX's
+    return _not_at_all(flags) + [
+        f"{name} {flags[name]}" for name, value in plain.items() if flags.get(name, value) != value
+    ]
 
 
 def _unless(flags: Flags, **values: Any) -> list[str]:
@@ -165,7 +198,9 @@ def _activation(flags: Flags) -> str:
 def _rope(flags: Flags) -> dict[str, Any]:
     """Rotary embedding under the names that every release of transformers reads."""
     scaling = None
-    if flags.get("use_rope_scaling"):
+    if flags.get("rotary_frequencies"):
+        scaling = by_options.long_rope(flags)
+    elif flags.get("use_rope_scaling"):
         scaling = {
             "rope_type": "llama3",
             "factor": flags["rope_scaling_factor"],
@@ -259,7 +294,7 @@ def _gpt_neox(flags: Flags) -> Family:
         **_sizes(flags),
         "hidden_act": _activation(flags),
         "layer_norm_eps": flags["norm_epsilon"],
-        "use_parallel_residual": False,
+        "use_parallel_residual": flags.get("parallel_residual", False),
         "attention_bias": True,
         "rotary_pct": flags["rotary_percent"],
         "partial_rotary_factor": flags["rotary_percent"],
@@ -300,6 +335,8 @@ def _parts(model_type: str, name: str, flags: Flags) -> Parts:
         return _gpt2_parts(name, flags)
     if model_type == "gpt_neox":
         return _whole(_neox_name(name))
+    if by_options.model_type_of(flags) is not None and _LAYER.match(name):
+        return by_options.parts(model_type, name, flags)
     parts = parts_of(name, flags)
     names = tuple(_llama_name(part) for part in parts.names)
     return Parts(names, parts.cut, parts.join)

@@ -250,7 +250,6 @@ def built(family, sizes, key, value, path):
     "name", ["Gemma", "OLMo 2", "Granite", "SmolLM3", "GPT-NeoX", "Llama, yarn"]
 )
 def test_what_others_do_not_compute_is_not_written_for_them(tmp_path, name):
-    from retro_mcore.checkpoint.conversion.families_out import family_of
     from retro_mcore.checkpoint.conversion.formats import open_checkpoint
     from retro_mcore.checkpoint.conversion.retro_config import retro_config
     from retro_mcore.checkpoint.conversion.targets import check_origin
@@ -258,7 +257,6 @@ def test_what_others_do_not_compute_is_not_written_for_them(tmp_path, name):
     save_model(name, tmp_path)
     flags = open_checkpoint(tmp_path).flags
     for write in (
-        family_of,
         retro_config,
         lambda flags: check_origin("megatron", flags),
         lambda flags: check_origin("instructretro", flags),

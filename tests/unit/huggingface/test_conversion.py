@@ -203,7 +203,7 @@ def test_the_decoder_alone(megatron, tmp_path, name):
         ({"retro_origin": "mcore-0.15"}, "decoder ends without a norm"),
         ({"rotary_interleaved": True, **ROPE}, "rotary_interleaved True"),
         ({"num_query_groups": 2}, "num_query_groups 2"),
-        ({"rotary_percent": 0.5, **LLAMA}, r"rotary_percent 0\.5"),
+        ({"rotary_percent": 0.5, "no_rope_layers": [1], **LLAMA}, r"rotary_percent 0\.5"),
         ({"qk_layernorm": True}, "qk_layernorm True"),
         ({"normalization": "RMSNorm"}, "normalization RMSNorm, swiglu False.* in one model"),
         ({"sliding_window": 40}, "sliding_window 40"),
@@ -294,6 +294,30 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     for number, name in enumerate(weights):
         stored = load_file(tmp_path / index["weight_map"][name])[name]
         assert torch.equal(stored, torch.full((3, 5), number, dtype=torch.bfloat16))
+
+
+def test_our_own_format_is_written_one_tensor_at_a_time(tmp_path):
+    import weakref
+    from argparse import Namespace
+
+    from retro_mcore.checkpoint.conversion.weights import Weight
+    from retro_mcore.checkpoint.torch_dist import read_torch_dist, write_torch_dist
+
+    alive: list[weakref.ref] = []
+
+    def load(number):
+        assert sum(reference() is not None for reference in alive) <= 1
+        tensor = torch.full((3, 5), number, dtype=torch.bfloat16)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    weights = {f"decoder.layers.{n}.x.weight": Weight((3, 5), torch.bfloat16, lambda n=n: load(n))
+               for n in range(7)}  # fmt: skip
+    write_torch_dist(tmp_path / "ours", {"args": Namespace()}, weights)
+    assert len(alive) == 7
+    _, read = read_torch_dist(tmp_path / "ours")
+    for number, name in enumerate(weights):
+        assert torch.equal(read[name].load(), torch.full((3, 5), number, dtype=torch.bfloat16))
 
 
 def test_what_its_configuration_lacks_is_listed():
