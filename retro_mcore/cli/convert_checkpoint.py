@@ -128,7 +128,9 @@ def _summarize(options: ConvertCheckpointOptions, result: Conversion) -> None:
     if not flags["no_retrieval"]:
         rows["computes as"] = flags.get("retro_origin") or "the paper"
     if flags.get("sliding_window") is not None:
-        rows["sliding window"] = f"{flags['sliding_window']} tokens; longer texts are refused"
+        layers = flags.get("window_attn_skip_freq")
+        where = "all layers" if layers is None else f"layers by window_attn_skip_freq {layers}"
+        rows["sliding window"] = f"{flags['sliding_window']} tokens, in {where}"
     for number, note in enumerate(result.notes, start=1):
         rows[f"note {number}"] = note
     print_summary("convert_checkpoint", {**rows, "written": result.path})

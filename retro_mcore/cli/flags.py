@@ -19,6 +19,7 @@ from retro_mcore.cli.flag_spellings import (
     without_redundant_switches,
 )
 from retro_mcore.cli.help import print_help
+from retro_mcore.cli.window_flags import with_windows
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 
 Options = TypeVar("Options")
@@ -41,12 +42,14 @@ def parse_command(
         The options, and the level to log at.
 
     Raises:
-        ConfigurationError: the file is missing or holds an unknown key, or there is no such level.
+        ConfigurationError: the file is missing or holds an unknown key, there is no such level, or
+            a flag's value is malformed.
         SystemExit: bad flags (code 2), `--help` (code 0).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         print_help(options_type)
+    arguments = with_windows(arguments)
     files = _take("config", arguments)
     if len(files) > 1:
         raise ConfigurationError("--config", "given more than once", "Name one YAML file")

@@ -12,7 +12,7 @@ GROUPS: dict[str, str] = {
     "data_path data_folder valid_data_path sample_input_file seq_length retro_chunk_length "
     "train_* micro_batch_size global_batch_size rampup_batch_size eval_interval eval_iters "
     "eval_documents num_workers seed split samples num_samples retro_block_size "
-    "retro_doc_block_size verify",
+    "retro_doc_block_size verify reset_position_ids reset_attention_mask eod_mask_loss",
     "tokenizer": "tokenizer_* vocab_file merge_file eod_token bos_token add_bos* vocab_size "
     "bert_vocab_file",
     "prompt": "prompt prompt_* task template_id passages longform_answer ft_neighbours reuse_top "
@@ -23,8 +23,8 @@ GROUPS: dict[str, str] = {
     "*_softcap no_rope_layers "
     "position_embedding_type rotary_* *rope_scaling* max_position_embeddings "
     "untie_embeddings_and_output_weights disable_bias_linear add_qkv_bias qk_layernorm* "
-    "sliding_window hidden_dropout attention_dropout *init_method* make_vocab_size_divisible_by "
-    "retro_origin retro_deepnorm retro_mup_*",
+    "sliding_window window_attn_skip_freq hidden_dropout attention_dropout *init_method* "
+    "make_vocab_size_divisible_by retro_origin retro_deepnorm retro_mup_*",
     "retrieval": "retro_neighbors retro_attention_gate no_retrieval embedder* embed_* embeddings_* "
     "index* "
     "nprobe ef_search on_disk split_index faiss_gpu rerank rescore num_neighbors* "

@@ -140,6 +140,7 @@ class RetroConfig(PretrainedConfig):
         add_qkv_bias: bool = False,
         qk_layernorm: bool = False,
         sliding_window: int | None = None,
+        window_attn_skip_freq: list[int] | None = None,
         hidden_dropout: float = 0.1,
         attention_dropout: float = 0.1,
         init_method_std: float = 0.02,
@@ -206,6 +207,7 @@ class RetroConfig(PretrainedConfig):
         self.add_qkv_bias = add_qkv_bias
         self.qk_layernorm = qk_layernorm
         self.sliding_window = sliding_window
+        self.window_attn_skip_freq = window_attn_skip_freq
         self.hidden_dropout = hidden_dropout
         self.attention_dropout = attention_dropout
         self.init_method_std = init_method_std
@@ -268,6 +270,8 @@ class RetroConfig(PretrainedConfig):
         ]
         if sum((self.swiglu, self.openai_gelu, self.squared_relu)) > 1:
             problems.append("of swiglu, openai_gelu and squared_relu only one can be set")
+        if len(self.window_attn_skip_freq or [0]) not in (1, self.num_layers):
+            problems.append("window_attn_skip_freq has neither one number nor one for each layer")
         if self.num_attention_heads % self.num_query_groups:
             problems.append("num_query_groups does not divide num_attention_heads")
         if problems:
@@ -295,11 +299,16 @@ class RetroConfig(PretrainedConfig):
 
     @property
     def longest_text(self) -> int | None:
-        """Most tokens of a text, if there is a limit: learned positions, or the window."""
+        """Most tokens of a text, if there is a limit: learned positions."""
         learned = self.position_embedding_type == "learned_absolute"
-        limits = [self.max_position_embeddings] if learned else []
-        limits += [] if self.sliding_window is None else [self.sliding_window]
-        return min(limits, default=None)
+        return self.max_position_embeddings if learned else None
+
+    def has_window(self, layer: int) -> bool:
+        """Whether the positions of a decoder layer, from 1, attend to `sliding_window` tokens."""
+        layers = self.window_attn_skip_freq
+        if self.sliding_window is None or not layers:
+            return self.sliding_window is not None
+        return bool(layer % layers[0] if len(layers) == 1 else layers[layer - 1])
 
     def decoder_sizes(self) -> BlockSizes:
         """The decoder's sizes."""

@@ -145,12 +145,16 @@ class RetroModel(RetroPreTrainedModel):
 
         mask_4d, causal = _attention_mask(attention_mask, spans, past, length, inputs_embeds.device)
         states = self._embed(inputs_embeds, position_ids)
+        masks = {False: (mask_4d, causal)}
+        if config.sliding_window is not None:
+            masks[True] = _in_window(masks[False], config.sliding_window, past, states)
         angles = self._angles(position_ids)
         first = min(config.cross_attention_layers, default=0) - 1
         encodes = isinstance(cache, RetroCache) or plan is not None
         hidden_states: list[Tensor] = []
         for layer in self.layers:
             hidden_states += [states] if output_hidden_states else []
+            mask_4d, causal = masks[config.has_window(layer.index + 1)]
             states, neighbors = layer(
                 states,
                 neighbors,
@@ -367,6 +371,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             attention_mask: `[B, cached + S]`, 0 = padding, at the ends of a row only; chunks are
                 counted from each text's own first token. Or `[B, 1, S, cached + S]`, bool with
                 True = attended to or a float to add: then rows have no padding.
+                Windows of layers apply besides.
             position_ids: `[B, S]`; default: counted from each text's first token.
             past_key_values: A RetroCache of earlier tokens (padded at the left if at all).
             inputs_embeds: `[B, S, D]` instead of input_ids.
@@ -574,6 +579,24 @@ def _attention_mask(
     real = (keys >= first) & (keys < stop) & (keys <= queries)
     # Padding attends to itself alone: a row without any key would be no number.
     return (real | (keys == queries))[:, None], False
+
+
+def _in_window(
+    mask_and_causal: tuple[Tensor | None, bool], window: int, past: int, states: Tensor
+) -> tuple[Tensor | None, bool]:
+    """The mask of layers whose positions attend to the last `window` tokens, their own included,
+    and whether it is just causal."""
+    mask, total = mask_and_causal[0], past + states.size(1)
+    if total <= window:
+        return mask_and_causal
+    keys = torch.arange(total, device=states.device)
+    queries = keys[past:, None]
+    near = (keys > queries - window) & (keys <= queries)
+    if mask is None:
+        return near, False
+    if mask.dtype == torch.bool:
+        return mask & near, False
+    return mask.masked_fill(~near, torch.finfo(mask.dtype).min), False
 
 
 def _given(plan: ChunkPlan, retrieved: Tensor, shape: tuple[int, int]) -> Tensor:

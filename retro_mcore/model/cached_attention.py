@@ -24,6 +24,7 @@ from retro_mcore.model.family_options import family_option
 from retro_mcore.model.inference_context import InferenceContext, NewChunk
 from retro_mcore.platform.attention import attend_capped
 from retro_mcore.platform.compatibility import config_value
+from retro_mcore.platform.windows import layer_window, window_mask
 
 if TYPE_CHECKING:
     from retro_mcore.model.neighbor_encoder import NeighborEncoder
@@ -43,6 +44,7 @@ class RetroSelfAttention(SelfAttention):
         super().__init__(config, *args, **kwargs)
         self.has_rope = self.layer_number not in (family_option(config, "no_rope_layers") or ())
         self.local_rotary = local_rotary(config, self.layer_number, self.pg_collection.cp)
+        self.window = layer_window(config, self.layer_number)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Megatron's; the channels to be rotated are multiplied by `rotary_attention_factor`."""
@@ -106,7 +108,7 @@ class RetroSelfAttention(SelfAttention):
             attend = partial(attend_capped, softcap=cap)
         if context.current.is_step:
             # The heads of a group as its queries: their keys need not be repeated.
-            mask = context.current.key_mask
+            mask = context.current.keys_beyond(self.window)
             attended_BHSC = attend(
                 query_BHSC.unflatten(1, (key.size(2), -1)).flatten(2, 3),
                 key_BGTC,
@@ -115,11 +117,14 @@ class RetroSelfAttention(SelfAttention):
                 scale=self._scale(),
             ).view_as(query_BHSC)
         else:
+            length, window = query.size(0), self.window
+            narrow = window is not None and length > window
             attended_BHSC = attend(
                 query_BHSC,
                 key_BGTC,
                 value_BGTC,
-                is_causal=query.size(0) > 1,
+                attn_mask=window_mask(length, window, query.device) if narrow else None,
+                is_causal=length > 1 and not narrow,
                 scale=self._scale(),
                 enable_gqa=key.size(2) != query.size(2),
             )
@@ -149,7 +154,6 @@ def check_cacheable(config: TransformerConfig) -> None:
         "attention_output_gate": False,
         "multi_latent_attention": False,
         "no_rope_freq": None,
-        "window_size": None,
         "softmax_type": "vanilla",
         "sequence_parallel": False,  # a step of one token cannot be shared out over ranks
     }.items():

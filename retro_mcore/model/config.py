@@ -171,6 +171,7 @@ class RetroConfig(RetroOptions, DecoderConfig):
             if name != "softmax_scale" or self.retro_mup_base_hidden_size is None:
                 setattr(config, name, value)
         config.context_parallel_size, config.cp_comm_type = 1, None  # chunks are whole
+        config.window_size = config.window_attn_skip_freq = None
         config.pipeline_model_parallel_size = 1
         config.virtual_pipeline_model_parallel_size = None
         config.pipeline_model_parallel_layout = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron.core.transformer import TransformerConfig
 
-from retro_mcore.errors import raise_problems
+from retro_mcore.errors import ConfigurationError, raise_problems
 from retro_mcore.model.family_options import FamilyOptions, problems_of_family
 
 
@@ -21,4 +22,25 @@ class DecoderConfig(FamilyOptions, TransformerConfig):
     def __post_init__(self) -> None:
         """Validate, after Megatron's own checks."""
         super().__post_init__()
-        raise_problems([*problems_of_family(self, self.num_layers)])
+        raise_problems([*problems_of_family(self, self.num_layers), *_problems_of_window(self)])
+
+
+def _problems_of_window(config: TransformerConfig) -> Iterator[ConfigurationError]:
+    size, layers = config.window_size, config.window_attn_skip_freq
+    if size is not None and (len(size) != 2 or size[0] < -1 or size[1] != 0):
+        yield ConfigurationError(
+            "window_size", f"{size}", "Give (tokens before a position, 0): the decoder is causal"
+        )
+    if layers is None:
+        return
+    if size is None:
+        yield ConfigurationError(
+            "window_attn_skip_freq", f"{layers} without a window", "Give the window's size too"
+        )
+    if isinstance(layers, int):
+        fits, expected = layers > 0, "an interval from 1"
+    else:
+        fits = len(layers) == config.num_layers and set(layers) <= {0, 1}
+        expected = f"{config.num_layers} of 0 and 1, one for each layer"
+    if not fits:
+        yield ConfigurationError("window_attn_skip_freq", f"{layers}", f"Give {expected}")

@@ -70,6 +70,14 @@ class InferencePass:
     missing: Tensor | None = None
     encoded: Tensor | None = None
 
+    def keys_beyond(self, window: int | None) -> Tensor | None:
+        """`key_mask` of a layer whose positions attend to the last `window` tokens alone."""
+        if window is None or self.span <= window:
+            return self.key_mask
+        past = torch.arange(self.span, device=self.positions_SB.device)
+        before = (past <= self.positions_SB[0][:, None] - window)[:, None, None, :]
+        return before if self.key_mask is None else before | self.key_mask
+
     @property
     def rows(self) -> slice:
         """The rows of the pass in the cache."""

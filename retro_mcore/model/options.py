@@ -148,12 +148,16 @@ class DecoderOptions(FamilyOptions):
     """Norms on the heads of queries and keys in self-attention (Qwen3)."""
     sliding_window: int | None = field(
         default=None,
-        # What it computes is checked with the texts' length (`targets.check_window`).
+        # What others compute is checked with the texts' length (`targets.check_window`).
         metadata=at_least(1) | decoder("window_size", sets=None, form="other"),
     )
-    """Number of tokens, the position's own included, that each position of the decoder attends to
-    in the model of --load-gpt. It is not computed here: texts must fit it, where it changes
-    nothing; longer ones are refused."""
+    """Number of tokens, its own included, that each position of the decoder attends to in
+    self-attention; Megatron's --window-size 127,0 is --sliding-window 128. Default: all."""
+    window_attn_skip_freq: list[int] | None = field(
+        default=None, metadata=decoder(sets=None, form="other")
+    )
+    """Layers with the window: N leaves every N-th layer without, or a list of 1 (window) and 0 for
+    each layer, also written as ([1]*5+[0]*1)*4. Default: all layers."""
     hidden_dropout: float = field(
         default=0.1, metadata=between(0, 1) | shared(sets="config", gpt="default", reuse="free")
     )

@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform.windows import layer_window, window_mask
 
 
 class SDPAttention(MegatronModule):
@@ -66,8 +67,10 @@ class SDPAttention(MegatronModule):
         self.softmax_scale = scale
         #: Limit of the scores (`FamilyOptions.attention_softcap`), in self-attention only.
         self.softcap = getattr(config, "attention_softcap", None)
+        #: Tokens that a position attends to; None: all.
+        self.window = layer_window(config, layer_number)
         if attention_type != "self":
-            self.softcap = None
+            self.softcap = self.window = None
 
     def forward(
         self,
@@ -102,6 +105,9 @@ class SDPAttention(MegatronModule):
             AttnMaskType.padding_causal,
         )
         mask = None if attention_mask is None else ~attention_mask
+        if self.window is not None and query.size(0) > self.window:
+            band = window_mask(query.size(0), self.window, query.device)
+            mask, causal = band if mask is None else mask & band, False
         if attention_bias is not None:
             mask, causal = _merge_bias(attention_bias, mask, causal, query, key), False
         dropout = self.dropout if self.training else 0.0
@@ -218,7 +224,6 @@ def _mask_of_second_half(length: int, dtype: torch.dtype) -> Tensor:
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
     unsupported = {
-        "window_size": config.window_size is not None,
         "softmax_type": getattr(config, "softmax_type", "vanilla") != "vanilla",
     }
     for field, set_by_user in unsupported.items():

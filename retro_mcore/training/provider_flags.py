@@ -51,7 +51,14 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     **{name: ((*_OFF, *neutral), _OTHER_MODEL) for name, neutral in LACKED.items()},
     **dict.fromkeys(
         (
-            *("window_size", "qk_clip", "openai_gelu", "fp4", "use_kitchen_attention"),
+            *(
+                "window_size",
+                "window_attn_skip_freq",
+                "qk_clip",
+                "openai_gelu",
+                "fp4",
+                "use_kitchen_attention",
+            ),
             *("kitchen_config_file", "kitchen_recipe_number", "te_precision_config_file"),
             "use_legacy_models",
         ),

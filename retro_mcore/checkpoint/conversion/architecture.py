@@ -33,7 +33,6 @@ LACKED: dict[str, tuple[Any, ...]] = {
     "apply_residual_connection_post_layernorm": (),
     "softmax_scale": (),
     "softmax_type": ("vanilla",),
-    "window_attn_skip_freq": (),
     "no_rope_freq": (),
     "attention_output_gate": (),
     "quick_geglu": (),
@@ -53,6 +52,7 @@ LACKED: dict[str, tuple[Any, ...]] = {
     "mrope_section": (),
 }
 _ROTARY = tuple(name for name in DECODER_FLAGS if name.startswith(("rotary_", "rope_", "use_rope")))
+_WINDOW = ("sliding_window", "window_attn_skip_freq")
 _NORM_BIAS = re.compile(r"^decoder\..*norm\.bias$")
 _LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.")
 
@@ -88,14 +88,28 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
 
 
 def _window_flags(values: Mapping[str, Any], source: object) -> Flags:
-    """The window: Megatron counts the tokens before a position, we count the position too."""
+    """The window: Megatron counts the tokens before a position, we count the position too.
+
+    Raises:
+        CheckpointError: the layers with it are stated in another way.
+    """
     window = values.get("window_size")
     if window is None:
         return {}
     plain = isinstance(window, (tuple, list)) and len(window) == 2
     if not plain or not all(isinstance(size, int) for size in window):
         raise CheckpointError(source, f"has window_size {window!r}", "Expected (tokens, 0)")
-    return {"sliding_window": None if window[0] < 0 else window[0] + 1}
+    if window[0] < 0:
+        return {"sliding_window": None}
+    layers = values.get("window_attn_skip_freq")
+    layers = [layers] if isinstance(layers, int) else layers
+    if layers is not None and not all(isinstance(each, int) for each in layers):
+        raise CheckpointError(
+            source,
+            f"has window_attn_skip_freq {layers!r}",
+            "Expected a number or a list of 0 and 1",
+        )
+    return {"sliding_window": window[0] + 1, "window_attn_skip_freq": layers and list(layers)}
 
 
 def _refuse_lacked(values: Mapping[str, Any], source: object) -> None:
@@ -197,7 +211,7 @@ def check_decoder(found: Mapping[str, Any], wanted: Mapping[str, Any], source: o
             continue
         if name == "rope_scaling_factor" and not found.get("use_rope_scaling"):
             continue
-        if name == "sliding_window" and wanted[name] is None:  # then it is the checkpoint's
+        if name in _WINDOW and wanted[name] is None:  # then it is the checkpoint's
             continue
         if name == "apply_layernorm_1p" and wanted["normalization"] == "RMSNorm":
             continue

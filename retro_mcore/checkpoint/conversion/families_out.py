@@ -239,6 +239,7 @@ def _no_hidden_dropout(flags: Flags) -> tuple[str, ...]:
 def _llama(flags: Flags) -> Family:
     biases = not flags["disable_bias_linear"]
     window, sizes = flags.get("sliding_window"), _heads(flags)
+    layers = flags.get("window_attn_skip_freq")
     kind = ("llama", "LlamaForCausalLM")
     own: dict[str, Any] = {"attention_bias": biases, "mlp_bias": biases}
     problems = _unless(flags, rotary_percent=1)
@@ -249,13 +250,12 @@ def _llama(flags: Flags) -> Family:
         kind, own = ("qwen2", "Qwen2ForCausalLM"), {}
         problems += _usual_width(flags)
         problems += _unless(flags, disable_bias_linear=True)
-    elif window is not None and not biases:
+    elif window is not None and not biases and layers is None:
         kind, own = ("mistral", "MistralForCausalLM"), {"sliding_window": window}
     elif window is not None:
-        problems += _unless(flags, sliding_window=None)
+        problems += _unless(flags, sliding_window=None, window_attn_skip_freq=None)
     if kind[0].startswith("qwen"):
-        own |= {"use_sliding_window": window is not None, "sliding_window": window}
-        own |= {"max_window_layers": 0 if window is not None else flags["num_layers"]}
+        own |= _qwen_windows(flags)
     _refuse(problems)
     config = {
         **_sizes(flags),
@@ -267,7 +267,28 @@ def _llama(flags: Flags) -> Family:
         **_rope(flags),
         **own,
     }
-    return Family(*kind, config, _no_hidden_dropout(flags))
+    notes = _no_hidden_dropout(flags)
+    first = own.get("max_window_layers", 0)
+    if "full_attention" in own.get("layer_types", ())[first:]:
+        notes = (*notes, "its layers with a window need transformers 4.53 or later")
+    return Family(*kind, config, notes)
+
+
+def _qwen_windows(flags: Flags) -> dict[str, Any]:
+    """The window, and the layers with it."""
+    window, number = flags.get("sliding_window"), flags["num_layers"]
+    layers = flags.get("window_attn_skip_freq") or [1] * number
+    if len(layers) == 1 < number:
+        layers = [layer % layers[0] for layer in range(1, number + 1)]
+    windowed = [window is not None and each > 0 for each in layers]
+    kinds = ["sliding_attention" if each else "full_attention" for each in windowed]
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        # In releases before layer_types: the layers from this one on.
+        "max_window_layers": windowed.index(True) if any(windowed) else number,
+        "layer_types": kinds,
+    }
 
 
 def _stablelm(flags: Flags) -> Family:

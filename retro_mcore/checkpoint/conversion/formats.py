@@ -110,7 +110,8 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
     if not older:
         weights = _our_names(weights)
     of_arguments = flags_of_arguments(args, path)
-    flags = {**OURS_ALONE, "sliding_window": None, **of_arguments, **flags_of_weights(weights)}
+    no_window = {"sliding_window": None, "window_attn_skip_freq": None}
+    flags = {**OURS_ALONE, **no_window, **of_arguments, **flags_of_weights(weights)}
     flags["swiglu"] = flags["swiglu"] and not flags["geglu"]  # the weights show a gate alone
     source: Source = "retro-mcore" if ours else "instructretro" if older else "megatron"
     if not ours and not flags["no_retrieval"]:

@@ -92,7 +92,6 @@ def check_gpt(
     _check_is_gpt(checkpoint)
     check_all(
         partial(check_decoder, checkpoint.flags, wanted, source),
-        partial(_check_window, checkpoint, wanted),
         partial(_check_rotary_limit, checkpoint, wanted),
         partial(_check_vocabulary, checkpoint, vocab_size),
     )
@@ -104,18 +103,6 @@ def _check_is_gpt(checkpoint: Checkpoint) -> None:
             f"--load-gpt {checkpoint.path}",
             "is a Retro model already",
             "Continue it with --load, after convert_checkpoint.py if another program wrote it",
-        )
-
-
-def _check_window(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
-    window = checkpoint.flags.get("sliding_window")
-    if wanted.get("sliding_window") is not None:  # a flag by now, and compared as one
-        return
-    if window is not None and window < wanted["seq_length"]:
-        raise CheckpointError(
-            f"--load-gpt {checkpoint.path}",
-            f"attends to the last {window} tokens only, and samples have {wanted['seq_length']}",
-            "Build the project with shorter samples",
         )
 
 

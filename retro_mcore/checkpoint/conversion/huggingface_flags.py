@@ -36,7 +36,7 @@ def config_flags(config: Config) -> Flags:
         "hidden_dropout": _hidden_dropout(config),
         "attention_dropout": config.number("attention_dropout", 0, 1),
         "seq_length": config.integer("max_position_embeddings"),
-        "sliding_window": _window(config, kinds),
+        **_window_flags(config, kinds),
         **_scales(config),
     }
     if "max_position_embeddings" in flags:  # longer texts would be rotated otherwise
@@ -97,6 +97,7 @@ def _gpt2_flags(config: Config) -> Flags:
         "attention_dropout": config.number("attn_pdrop", 0, 1),
         "seq_length": config.integer("n_positions"),
         "sliding_window": None,
+        "window_attn_skip_freq": None,
     }
 
 
@@ -176,26 +177,34 @@ def _layer_types(config: Config) -> list[str]:
     return list(kinds)
 
 
-def _window(config: Config, kinds: list[str]) -> int | None:
-    """Tokens that a position of some layer attends to, itself among them; None: all.
+def _window_flags(config: Config, kinds: list[str]) -> Flags:
+    """The number of tokens that a position attends to, itself among them, and in which layers."""
+    layers = _sliding_layers(config, kinds)
+    if not any(layers):
+        return {"sliding_window": None, "window_attn_skip_freq": None}
+    return {
+        "sliding_window": config.integer("sliding_window"),
+        "window_attn_skip_freq": None if all(layers) else layers,
+    }
 
-    Where layers differ, it is that of the layers that have one: texts that fit it are the same in
-    every layer.
-    """
-    how, slides = config.facts.windows, _SLIDING in kinds
+
+def _sliding_layers(config: Config, kinds: list[str]) -> list[int]:
+    """1 for each layer with a window, else 0."""
+    how, number = config.facts.windows, config.integer("num_hidden_layers")
     if how == "all":
-        return None if config.get("sliding_window") is None else config.integer("sliding_window")
+        return [int(config.get("sliding_window") is not None)] * number
     if how in ("qwen", "smollm3") and not config.boolean("use_sliding_window"):
         has_window = False
     else:
         has_window = how != "none" and config.get("sliding_window") is not None
     if not has_window:
-        if slides:
+        if _SLIDING in kinds:
             raise config.refusal("layer_types with sliding_attention", "a window: sliding_window")
-        return None
+        return [0] * number
     if how == "qwen" and not kinds:
-        layers = config.integer("num_hidden_layers")
-        slides = config.integer("max_window_layers", 0) < layers
+        first = config.integer("max_window_layers", 0)
+        return [int(layer >= first) for layer in range(number)]
     if how == "smollm3" and not kinds:
-        slides = bool(_no_rope_layers(config))
-    return config.integer("sliding_window") if slides else None
+        without_rope = _no_rope_layers(config)
+        return [int(layer in without_rope) for layer in range(1, number + 1)]
+    return [int(kind == _SLIDING) for kind in kinds] or [0] * number

@@ -22,6 +22,8 @@ RENAMED = {"vocab_size": "tokenizer_vocab_size", "padded_vocab_size": "vocab_siz
 TRANSLATED = frozenset({"untie_embeddings_and_output_weights", "group_query_attention"})
 #: Our options that it does not have; models with a value of these are not written for it.
 ABSENT = frozenset(option.name for option in fields(FamilyOptions)) | {"geglu"}
+#: Options that directories of earlier releases do not state: their models have the default.
+LATER = frozenset({"window_attn_skip_freq"})
 #: Tokens that begin and end documents, as our checkpoints record them.
 DOCUMENT_TOKENS = "document_tokens"
 
@@ -100,7 +102,7 @@ def flags_of_retro_config(directory: Path, values: Mapping[str, Any]) -> Flags:
     source = directory / "config.json"
     names = [name for name in MODEL_FIELDS if name not in TRANSLATED | ABSENT]
     there = {name: RENAMED.get(name, name) for name in names}
-    optional = set() if not values.get("no_retrieval") else RETRIEVAL_FIELDS
+    optional = LATER | (RETRIEVAL_FIELDS if values.get("no_retrieval") else set())
     missing = [key for name, key in there.items() if key not in values and name not in optional]
     missing += [] if "tie_word_embeddings" in values else ["tie_word_embeddings"]
     if missing:

@@ -247,7 +247,7 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
     groups = flags.get("num_query_groups") or heads
     rotary = flags["position_embedding_type"] == "rope"
     rows = padded_vocabulary(flags, tensor_parallel_size)
-    window = flags.get("sliding_window")
+    window, layers = flags.get("sliding_window"), flags.get("window_attn_skip_freq")
     values: dict[str, Any] = {}
     for name, value in flags.items():
         if name not in MODEL_FIELDS:  # of training, or of the checkpoint
@@ -268,5 +268,6 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
         "pipeline_model_parallel_size": 1,
         "data_parallel_random_init": False,
         "window_size": None if window is None else (window - 1, 0),
+        "window_attn_skip_freq": layers[0] if layers and len(layers) == 1 else layers,
     }
     return Namespace(**values)

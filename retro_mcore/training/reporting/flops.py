@@ -1,7 +1,8 @@
 """FLOPs of a training step, and model FLOPs utilization (MFU).
 
 Only the model's matrix products are counted, with a multiplication and an addition each. Causal
-attention is counted in full, as in PaLM (Chowdhery et al. 2022, appendix B). A backward pass
+attention is counted in full, as in PaLM (Chowdhery et al. 2022, appendix B), that of a sliding
+window with as many keys as the window has. A backward pass
 counts as two forward passes, and recomputation is not counted. MFU is the FLOP/s divided by the
 devices' peak.
 """
@@ -12,6 +13,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.platform.windows import layer_window
 
 #: Peak dense bf16 TFLOP/s from vendors' data sheets, by part of the device's name. The first match
 #: is used.
@@ -64,7 +66,9 @@ def forward_flops_per_sample(
     config: TransformerConfig, sequence_length: int, vocab_size: int
 ) -> float:
     """FLOPs of the forward pass for one sample. See `training_flops_per_sample`."""
-    decoder = config.num_layers * _layer(config, sequence_length, sequence_length)
+    windows = (layer_window(config, number) for number in range(1, config.num_layers + 1))
+    keys = [min(sequence_length, window or sequence_length) for window in windows]
+    decoder = sum(_layer(config, sequence_length, each) for each in keys)
     logits = 2.0 * sequence_length * config.hidden_size * vocab_size
     retrieval = _retrieval(config, sequence_length) if isinstance(config, RetroConfig) else 0.0
     return decoder + logits + retrieval

@@ -93,8 +93,6 @@ def convert(
     checkpoint = open_checkpoint(load)
     flags = {**checkpoint.flags, **given}
     _check_vocabulary(load, flags, given, project_dir)
-    if target in ("retro-mcore", "huggingface") and "seq_length" not in given:
-        flags |= _within_window(flags)
     check_window(target, flags)
     arguments = _model_arguments(flags, load)
     # Keep resolved sizes, because Megatron's arguments have no defaults for them.
@@ -172,12 +170,6 @@ def _check_vocabulary(load: str, flags: Flags, given: Flags, project_dir: str | 
             f"has {rows} embedding rows, and {source} needs {needed}",
             "Give the tokenizer that the model was trained with, without tokens added later",
         )
-
-
-def _within_window(flags: Flags) -> Flags:
-    """Longest text of a model with a sliding window: one window."""
-    window, length = flags.get("sliding_window"), flags.get("seq_length")
-    return {"seq_length": window} if window and length and length > window else {}
 
 
 def _model_arguments(flags: Flags, load: str) -> Flags:

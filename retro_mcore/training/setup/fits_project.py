@@ -46,7 +46,7 @@ def check_sample_length(
     """Reject a project whose samples are longer than the model can read.
 
     Raises:
-        ConfigurationError: samples are longer than the model's positions or window.
+        ConfigurationError: samples are longer than the model's positions.
     """
     longer = project.retro_gpt_seq_length > arguments.seq_length
     if longer and arguments.position_embedding_type == "learned_absolute":
@@ -54,13 +54,5 @@ def check_sample_length(
             "retro_gpt_seq_length",
             f"{project.retro_gpt_seq_length} in {project_dir}, but the checkpoint has "
             f"{arguments.seq_length} positions",
-            "Evaluate on a project with shorter samples",
-        )
-    window = arguments.sliding_window
-    if window is not None and project.retro_gpt_seq_length > window:
-        raise ConfigurationError(
-            "retro_gpt_seq_length",
-            f"{project.retro_gpt_seq_length} in {project_dir}, but the model attends to the last "
-            f"{window} tokens only",
             "Evaluate on a project with shorter samples",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -134,8 +134,26 @@ def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
         "num_query_groups": arguments.num_query_groups or arguments.num_attention_heads,
         "ffn_hidden_size": default_ffn_hidden_size(arguments),
         "add_bias_linear": not arguments.disable_bias_linear,
+        **window_fields(arguments.sliding_window, arguments.window_attn_skip_freq),
         **_initialization_fields(arguments),
         **_activation_fields(arguments),
+    }
+
+
+def window_fields(window: int | None, layers: Sequence[int] | None) -> dict[str, Any]:
+    """The window as Megatron states it: tokens before a position and after it, and which layers.
+
+    Raises:
+        ConfigurationError: layers are given without a window.
+    """
+    if window is None and layers:
+        raise ConfigurationError(
+            "--window-attn-skip-freq", f"{list(layers)} without --sliding-window", "Add the window"
+        )
+    frequency = layers[0] if layers and len(layers) == 1 else list(layers or ()) or None
+    return {
+        "window_size": None if window is None else (window - 1, 0),
+        "window_attn_skip_freq": frequency,
     }
 
 
@@ -236,18 +254,12 @@ def _pipeline_fields(parallel: ParallelOptions, dtype: torch.dtype) -> dict[str,
 def number_of_positions(arguments: ModelArguments) -> int:
     """Number of positions: enough for a sample and, if they are learned, for a neighbor.
 
-    This is also the longest text that the model reads, at most one window.
+    This is also the longest text that the model reads.
 
     Raises:
-        ConfigurationError: --max-position-embeddings or --sliding-window is too small.
+        ConfigurationError: --max-position-embeddings is too small.
     """
-    needed, window = arguments.seq_length, arguments.sliding_window
-    if window is not None and window < needed:
-        raise ConfigurationError(
-            f"--sliding-window {window}",
-            f"the model attends to the last {window} tokens only, and texts have {needed}",
-            "Build the project with samples that fit (--seq-length)",
-        )
+    needed = arguments.seq_length
     if not arguments.no_retrieval:
         retrieved = arguments.retro_num_retrieved_chunks * arguments.retro_chunk_length
         needed = max(needed, retrieved)
@@ -259,4 +271,4 @@ def number_of_positions(arguments: ModelArguments) -> int:
             "Raise it, or leave it out; a GPT with fewer positions needs a project with shorter "
             "samples",
         )
-    return positions if window is None else min(positions, window)
+    return positions

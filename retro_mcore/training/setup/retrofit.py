@@ -72,7 +72,7 @@ def gpt_arguments(
     arguments: ModelArguments, options: TrainingOptions, used_vocab_size: int
 ) -> ModelArguments:
     """Complete a model's arguments from the GPT of --load-gpt: all rows of its vocabulary, and the
-    window that it was trained with.
+    window of its layers.
 
     Unchanged without --load-gpt, or if the run resumes from its own checkpoint.
 
@@ -83,8 +83,11 @@ def gpt_arguments(
     checkpoint = _gpt_to_load(options)
     if checkpoint is None:
         return arguments
-    window = checkpoint.flags.get("sliding_window")
-    taken = replace(arguments, sliding_window=arguments.sliding_window or window)
+    windows = {
+        name: getattr(arguments, name) or checkpoint.flags.get(name)
+        for name in ("sliding_window", "window_attn_skip_freq")
+    }
+    taken = replace(arguments, **windows)
     positions = arguments.max_position_embeddings or arguments.seq_length
     with suppress(ConfigurationError):  # reported below with everything else
         positions = number_of_positions(arguments)

@@ -47,8 +47,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama, longrope": ("llama", {**GROUPS, "rope_parameters": {**_LONGROPE, "factor": 4.0,
                                   "original_max_position_embeddings": 200}}),
     "Mistral": ("mistral", {**GROUPS, "head_dim": 16, "sliding_window": None}),
-    "Mistral, window": ("mistral", {"num_key_value_heads": 1, "sliding_window": 128}),
+    "Mistral, window": ("mistral", {"num_key_value_heads": 1, "sliding_window": 24}),
     "Qwen 2.5": ("qwen2", {**GROUPS, "tie_word_embeddings": True}),
+    "Qwen 2, window in the last layers": ("qwen2", {**GROUPS, "use_sliding_window": True,
+                                          "sliding_window": 24, "max_window_layers": 1}),
     "Qwen 3": ("qwen3", {**GROUPS, "head_dim": 16, "rope_theta": 1e6}),
     "Qwen 3, yarn and biases": ("qwen3", {**GROUPS, "head_dim": 8, "attention_bias": True,
                                 "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6,
@@ -56,18 +58,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "StableLM": ("stablelm", {"num_key_value_heads": 4, "use_qkv_bias": True}),
     "Gemma": ("gemma", {**GROUPS, "head_dim": 16}),
     "Gemma 2": ("gemma2", {**GROUPS, "head_dim": 16, "query_pre_attn_scalar": 24,
-                           "sliding_window": 128, "attn_logit_softcapping": 2.0,
+                           "sliding_window": 24, "attn_logit_softcapping": 2.0,
                            "final_logit_softcapping": 3.0}),
     "Gemma 3": ("gemma3_text", {**GROUPS, "head_dim": 16, "query_pre_attn_scalar": 24,
-                "sliding_window": 128, "layer_types": [_SLIDING, "full_attention", _SLIDING],
+                "sliding_window": 24, "layer_types": [_SLIDING, "full_attention", _SLIDING],
                 "rope_parameters": {**_LOCAL, "full_attention": {
                     "rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}}),
     "OLMo 2": ("olmo2", {**GROUPS}),
-    "OLMo 3": ("olmo3", {**GROUPS, "sliding_window": 128, "layer_types": [
+    "OLMo 3": ("olmo3", {**GROUPS, "sliding_window": 24, "layer_types": [
                _SLIDING, "full_attention", "full_attention"],
                "rope_parameters": {**_LOCAL, "full_attention": {
                    "rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, **_ORIGINAL}}}),
     "Phi-3": ("phi3", {**GROUPS, "pad_token_id": None}),
+    "Phi-3, window": ("phi3", {**GROUPS, "pad_token_id": None, "sliding_window": 24}),
     "Phi-3, longrope": ("phi3", {**GROUPS, "pad_token_id": None, "rope_parameters": _LONGROPE,
                         "original_max_position_embeddings": 200}),
     "Phi-4 mini, partial longrope": ("phi3", {**GROUPS, "pad_token_id": None, "rope_parameters": {
@@ -76,10 +79,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM2": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True,
                           "rope_theta": 1e5}),
     "SmolLM3": ("smollm3", {**GROUPS, "pad_token_id": None, "no_rope_layers": [1, 0, 1]}),
+    "SmolLM3, window": ("smollm3", {**GROUPS, "pad_token_id": None, "no_rope_layers": [1, 0, 1],
+                        "use_sliding_window": True, "sliding_window": 24}),
     "Granite": ("granite", {**GROUPS, "embedding_multiplier": 12.0, "logits_scaling": 6.0,
                 "residual_multiplier": 0.22, "attention_multiplier": 0.2,
                 "tie_word_embeddings": True}),
-    "StarCoder2": ("starcoder2", {**GROUPS, "sliding_window": 128}),
+    "StarCoder2": ("starcoder2", {**GROUPS, "sliding_window": 24}),
     "StarCoder2, a broken base": ("starcoder2", {**GROUPS, "rope_theta": 999999.4420358813}),
     "GPT-NeoX": ("gpt_neox", {"rotary_pct": 0.25}),
     "GPT-NeoX, in sequence": ("gpt_neox", {"use_parallel_residual": False, "hidden_act":

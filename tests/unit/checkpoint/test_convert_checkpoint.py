@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from retro_mcore.checkpoint.checksums import CHECKSUMS_FILE
-from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError, SeveralErrors
+from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError
 from retro_mcore.project.lock import directory_lock
 from tests.unit.checkpoint.test_upstream import load_case, run_case
 from tests.unit.data.projects import built_project
@@ -391,14 +391,15 @@ def mistral(path, **changes):
 
 
 def test_a_sliding_window_goes_with_the_model(megatron, tmp_path):
-    """Mistral's: texts that fit it are computed as by transformers, longer ones are refused."""
+    """Mistral's: our model computes it; Megatron's targets, which do not, refuse longer texts."""
     from retro_mcore.training.setup.build import number_of_positions
 
     mistral(tmp_path / "mistral", sliding_window=100)
     convert(tmp_path / "mistral", tmp_path / "ours")
     model, arguments = built(tmp_path / "ours")
     assert arguments.sliding_window == 100
-    assert model.max_sequence_length == 100 == number_of_positions(arguments)
+    assert model.max_sequence_length == 256 == number_of_positions(arguments)
+    assert model.config.window_size == (99, 0)
     convert(tmp_path / "ours", tmp_path / "again")  # and on
     assert built(tmp_path / "again")[1].sliding_window == 100
     for target in ("megatron", "megatron-torch", "instructretro"):
@@ -409,40 +410,25 @@ def test_a_sliding_window_goes_with_the_model(megatron, tmp_path):
     convert(tmp_path / "mistral", tmp_path / "theirs", target="megatron", model_config=str(short))
     convert(tmp_path / "theirs", tmp_path / "back")
     assert built(tmp_path / "back")[1].sliding_window == 100
-    short.write_text("seq_length: 128\n")
-    with pytest.raises(ConfigurationError, match="last 100 tokens only, and texts have 128"):
-        convert(tmp_path / "mistral", tmp_path / "long", model_config=str(short))
 
 
-def test_a_window_guards_what_is_trained_from_it(megatron, tmp_path):
-    """--load-gpt from the model itself and from its conversions; and evaluation of the result."""
-    from retro_mcore.training.setup.fits_project import check_sample_length
-    from tests.unit.checkpoint.test_huggingface import flags_of
-    from tests.unit.training.small import SEQUENCE_LENGTH, small_plan, small_project
+def test_a_window_is_taken_with_the_gpt(megatron, tmp_path):
+    """--load-gpt from the model itself and from its conversions, with a window of some layers."""
+    from tests.unit.checkpoint.test_huggingface import flags_of, make_model
+    from tests.unit.training.small import small_plan
 
-    flags = flags_of("mistral")
-    for window, fits in ((SEQUENCE_LENGTH, True), (SEQUENCE_LENGTH - 1, False)):
-        folder = tmp_path / str(window)
-        mistral(folder / "theirs", sliding_window=window, vocab_size=VOCABULARY)
-        convert(folder / "theirs", folder / "ours")
-        for load in ("theirs", "ours"):
-            wanted = {**flags, "load_gpt": str(folder / load)}
-            if not fits:
-                # As the command takes it from the checkpoint: told with what else is wrong.
-                both = {**wanted, "sliding_window": window, "num_layers": 4}
-                with pytest.raises(SeveralErrors) as caught:
-                    small_plan(**both)
-                assert f"last {window} tokens only" in str(caught.value)
-                assert "--num-layers is 4, expected 3" in str(caught.value)
-                with pytest.raises(CheckpointError, match=f"last {window} tokens only"):
-                    small_plan(**wanted)
-                continue
-            arguments = small_plan(**wanted).arguments
-            assert arguments.sliding_window == window
-            check_sample_length(arguments, small_project(), "project")
-            longer = small_project(retro_gpt_seq_length=2 * window)
-            with pytest.raises(ConfigurationError, match="retro_gpt_seq_length"):
-                check_sample_length(arguments, longer, "project")
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    windows = {"use_sliding_window": True, "sliding_window": 9, "layer_types": layers}
+    make_model("qwen2", tmp_path / "theirs", vocab_size=VOCABULARY, **windows)
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", target="huggingface", decoder_only=True)
+    for load in ("theirs", "ours", "back"):
+        wanted = {**flags_of("qwen2"), "load_gpt": str(tmp_path / load)}
+        arguments = small_plan(**wanted).arguments
+        assert (arguments.sliding_window, arguments.window_attn_skip_freq) == (9, [1, 0, 1])
+        for other in ({"sliding_window": 10}, {"window_attn_skip_freq": [2]}):
+            with pytest.raises(CheckpointError, match=f"is .*{next(iter(other.values()))}.*, expe"):
+                small_plan(**wanted, **other)
 
 
 @pytest.mark.parametrize(

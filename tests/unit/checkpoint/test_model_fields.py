@@ -134,6 +134,7 @@ def test_what_is_written_for_megatron_is_read_back():
     flags = {f.name: f.default for f in fields(ModelArguments)} | required
     flags |= {"num_query_groups": 2, "kv_channels": 4, "ffn_hidden_size": 24, "norm_epsilon": 1e-6}
     flags |= {"max_position_embeddings": 16, "disable_bias_linear": True, "sliding_window": 16}
+    flags["window_attn_skip_freq"] = [1, 0] * 4
     arguments = megatron_arguments(flags, 1)
     assert (arguments.layernorm_epsilon, arguments.norm_epsilon) == (1e-6, 1e-6)
     assert (arguments.add_bias_linear, arguments.retro_add_retriever) == (False, True)
@@ -280,7 +281,6 @@ def test_the_same_said_in_other_words_is_written(option, target):
         {"softmax_type": "learnable"},
         {"position_embedding_type": "none"},
         {"no_rope_freq": 4},
-        {"window_attn_skip_freq": 2, "window_size": (127, 0)},
         {"apply_residual_connection_post_layernorm": True},
         {"qk_l2_norm": True},
         {"rope_type": "yarn"},
@@ -298,3 +298,7 @@ def test_megatrons_own_options_that_we_lack_are_refused_by_name(argument):
         flags_of_arguments(Namespace(**argument))
     assert flags_of_arguments(Namespace(window_size=(127, 0)))["sliding_window"] == 128
     assert flags_of_arguments(Namespace(window_size=(-1, 0)))["sliding_window"] is None
+    windows = Namespace(window_size=(127, 0), window_attn_skip_freq=2)
+    assert flags_of_arguments(windows)["window_attn_skip_freq"] == [2]
+    with pytest.raises(CheckpointError, match="window_attn_skip_freq"):
+        flags_of_arguments(Namespace(window_size=(127, 0), window_attn_skip_freq="none"))

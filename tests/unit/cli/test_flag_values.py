@@ -65,6 +65,34 @@ def test_any_other_number_is_refused_with_its_flag(written, capsys):
     assert "--count" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "window", "layers"),
+    [
+        (["--window-size", "127,0"], 128, None),
+        (["--window_size=(127, 0)", "--window-attn-skip-freq", "6"], 128, [6]),
+        (["--window-size", "127", "0", "--window-attn-skip-freq", "([1]*2+[0]*1)*2"], 128,
+         [1, 1, 0, 1, 1, 0]),
+        (["--window-size", "-1,0"], None, None),
+        (["--sliding-window", "128", "--window-attn-skip-freq", "1", "0"], 128, [1, 0]),
+    ],
+)  # fmt: skip
+def test_windows_as_megatron_spells_them(given, window, layers):
+    sizes = ["--num-layers", "6", "--hidden-size", "32", "--num-attention-heads", "4"]
+    run = ["--project-dir", "p", "--micro-batch-size", "1", "--lr", "1e-3"]
+    options = parse_options(PretrainRetroOptions, [*sizes, *run, *given])
+    assert (options.sliding_window, options.window_attn_skip_freq) == (window, layers)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--window-size", "127,1"], ["--window-size", "x"], ["--window-attn-skip-freq", "[1]*9**9"],
+     ["--window-attn-skip-freq", "[print(1)]"]],
+)  # fmt: skip
+def test_windows_in_another_form_are_refused(given):
+    with pytest.raises(ConfigurationError, match=given[0]):
+        parse_options(PretrainRetroOptions, given)
+
+
 @pytest.mark.parametrize("text", ["count: [1", "- 1", "1: 2", "\x00", "a: &b [*b]"])
 def test_a_file_that_is_no_mapping_is_one_line(tmp_path, text):
     file = tmp_path / "options.yaml"

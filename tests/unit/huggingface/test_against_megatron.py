@@ -42,6 +42,8 @@ CASES = {
     "rope_scaling_factor": {"use_rope_scaling": True, "rope_scaling_factor": 2.0, "kv_channels": 32,
                             **ROPE},
     "max_position_embeddings": {"max_position_embeddings": 40},
+    "sliding_window": {"sliding_window": 7},
+    "window_attn_skip_freq": {"sliding_window": 7, "window_attn_skip_freq": [0, 1]},
     "rotary_interleaved": {"rotary_interleaved": True, **ROPE},
     "rotary_seq_len_interpolation_factor": {"rotary_seq_len_interpolation_factor": 3.0, **ROPE},
     "untie_embeddings_and_output_weights": {"untie_embeddings_and_output_weights": True},
@@ -73,7 +75,6 @@ CASES = {
 #: Options without an influence on a trained model's results, and what they are for.
 NO_NUMBERS = {
     "group_query_attention": "says that num_query_groups is given",
-    "sliding_window": "refuses longer texts: test_model.py",
     **dict.fromkeys(
         ("hidden_dropout", "attention_dropout", "retro_encoder_hidden_dropout",
          "retro_encoder_attention_dropout", "retro_encoder_cross_attention_dropout"),

@@ -83,6 +83,7 @@ def test_greedy_tokens_are_ours(models, use_cache):
     "options",
     [
         {"retro_origin": "mcore-0.15"},
+        {"sliding_window": 5, "window_attn_skip_freq": [3], **ROPE},
         {"retro_cross_attention_positions": "rotary", "num_query_groups": 2, **ROPE},
         {"retro_deepnorm": True, "retro_chunk_length": 5},
     ],

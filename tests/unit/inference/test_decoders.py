@@ -43,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 2.0,
         "rotary_local_base": 100,
         "rotary_local_layers": [1, 3],
+        "window_size": (4, 0),
+        "window_attn_skip_freq": 2,
         "num_query_groups": 2,
     },
     "like OLMo, Granite and SmolLM": {
@@ -57,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rotary_attention_factor": 1.3,
     },
     "parallel residual": {"parallel_residual": True, "rotary_percent": 0.5},
+    "a window in every layer": {"window_size": (M, 0)},
     "scaled by layer": {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True},
 }
 
@@ -219,10 +222,10 @@ def test_what_the_cache_does_not_know_is_refused_by_name(megatron):
     from retro_mcore.inference.decoders import CachedDecoder
 
     model = small_model()
-    model.config.window_size = (4, 0)
-    with pytest.raises(ConfigurationError, match="window_size"):
+    model.config.softmax_type = "learnable"
+    with pytest.raises(ConfigurationError, match="softmax_type"):
         CachedDecoder(model, 0, 1)
-    model.config.window_size = None
+    model.config.softmax_type = "vanilla"
     with pytest.raises(ConfigurationError, match="2 texts of up to 3 tokens"):
         CachedDecoder(model, 0, 1).next_logits([text_of([1, 2]), text_of([1, 2, 3])])
 

@@ -32,6 +32,18 @@ def test_a_token_changes_nothing_before_it(model, position):
     assert changed == list(range(position, SEQUENCE_LENGTH))
 
 
+@pytest.mark.parametrize("layers", [None, 2, [1, 1, 0, 1]])
+def test_a_token_reaches_as_far_as_the_windows(megatron, layers):
+    """Without neighbors: one window further in every layer that has one, to the end in others."""
+    model = build_model(window_size=(3, 0), window_attn_skip_freq=layers, num_layers=4).double()
+    inputs = {**make_inputs(model.config), "retrieved": None, "mask": None}
+    tokens = inputs["tokens"].clone()
+    tokens[0, 5] = (tokens[0, 5] + 1) % VOCABULARY
+    changed = changed_positions(model, inputs, {**inputs, "tokens": tokens})
+    end = 5 + 4 * 3 + 1 if layers is None else SEQUENCE_LENGTH
+    assert changed == list(range(5, end))
+
+
 @pytest.mark.parametrize("chunk", range(SEQUENCE_LENGTH // CHUNK_LENGTH))
 def test_neighbors_reach_from_the_last_token_of_their_chunk_on(model, chunk):
     inputs = make_inputs(model.config)

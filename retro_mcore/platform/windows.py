@@ -1,0 +1,35 @@
+"""Sliding windows of self-attention, under Megatron's names and with its meaning."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+
+def layer_window(config: Any, layer_number: int) -> int | None:
+    """Number of tokens that a position of a layer attends to, itself included; None: all.
+
+    Args:
+        config: A TransformerConfig: `window_size` (tokens before a position, and after it) and
+            `window_attn_skip_freq`, which says which layers have it.
+        layer_number: The layer's number, from 1.
+    """
+    size, layers = config.window_size, config.window_attn_skip_freq
+    if not is_layer_window_attention(size, layers, layer_number) or size[0] < 0:
+        return None
+    return int(size[0]) + 1
+
+
+@lru_cache(maxsize=8)
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Causal mask of a window: bool `[length, length]`, True = attended to.
+
+    One for all layers, which keep it for the backward pass.
+    """
+    with torch.inference_mode(mode=False):
+        every = torch.ones(length, length, dtype=torch.bool, device=device)
+        return every.tril().triu(1 - window)
