@@ -39,6 +39,9 @@ from retro_mcore.platform.optimizer_state import (
 from retro_mcore.platform.parallel import parallel_sizes, unwrap_model
 from retro_mcore.platform.torch_checkpoints import load_sharded_state
 
+#: What a group of parameters has of the schedule.
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
+
 
 @dataclass(frozen=True)
 class LoadScope:
@@ -128,16 +131,23 @@ def _load_optimizer(
     parts: TrainingParts, state: dict[str, Any], schedule: dict[str, Any], checkpoint: Path
 ) -> None:
     supply_adam_step(parts.optimizer, state)
+    rates = [
+        {name: group[name] for name in _RATES if name in group}
+        for group in parts.optimizer.param_groups
+    ]
     with keeping_adam_steps(parts.optimizer):
         parts.optimizer.load_state_dict(state)
     unshare_adam_steps(parts.optimizer)
+    if parts.scheduler.override_opt_param_scheduler:  # which Megatron reads from these first
+        for group, own in zip(parts.optimizer.param_groups, rates, strict=True):
+            group.update(own)
     try:
         parts.scheduler.load_state_dict(schedule)
     except AssertionError as error:
         raise CheckpointError(
             checkpoint,
             f"was trained with another schedule ({error})",
-            "Give the flags of the schedule as they were, or add --no-load-optim",
+            "Give the flags of the schedule as they were, or add --override-opt-param-scheduler",
         ) from error
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from retro_mcore.errors import ConfigurationError
 
+#: Length from which lists are no longer extended: more than any model has layers.
+_DEEPEST = 10_000
 _SIZE, _LAYERS = "--window-size", "--window-attn-skip-freq"
 
 
@@ -56,7 +58,7 @@ def _layers(values: Sequence[str]) -> list[str]:
     found = " ".join(values)
     try:
         layers = _list(ast.parse(found, mode="eval").body)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         layers = 0
     if not isinstance(layers, list):
         raise ConfigurationError(_LAYERS, found, "Give a number, or a list as ([1]*5+[0]*1)*4")
@@ -67,7 +69,7 @@ def _list(node: ast.expr) -> list[int] | int:
     """The value of an expression of lists of whole numbers, joined and repeated.
 
     Raises:
-        ValueError: it is of another kind, or longer than any model is deep.
+        ValueError: it is of another kind.
     """
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
@@ -77,9 +79,8 @@ def _list(node: ast.expr) -> list[int] | int:
             return [each for each in items if isinstance(each, int)]
     if isinstance(node, ast.BinOp):
         left, right = _list(node.left), _list(node.right)
-        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+        if isinstance(left, list) and isinstance(right, list) and isinstance(node.op, ast.Add):
             return left + right
-        times = isinstance(node.op, ast.Mult) and isinstance(left, list)
-        if times and isinstance(right, int) and len(left) * right < 10_000:  # type: ignore[arg-type]
-            return left * right
+        if isinstance(left, list) and isinstance(right, int) and isinstance(node.op, ast.Mult):
+            return left * min(right, 1 + _DEEPEST // max(1, len(left)))
     raise ValueError("not a list of whole numbers")

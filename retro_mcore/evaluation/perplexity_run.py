@@ -6,7 +6,7 @@ Import it after `setup_device`.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 from retro_mcore import session
 from retro_mcore.data.tokens.splits import parse_split
 from retro_mcore.distributed import get_rank, raise_together
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.evaluation.attribution import NeighborGain, document_gains, sample_gains
 from retro_mcore.evaluation.bits_per_byte import BitsPerByte, DocumentEvaluation
 from retro_mcore.evaluation.database_fraction import NeighborsOfFraction
@@ -30,10 +30,13 @@ from retro_mcore.project.config import SPLITS, ProjectConfig
 from retro_mcore.samples.retro_dataset import (
     RetroDataset,
     build_retro_datasets,
+    note_of_mixed_chunks,
     note_of_short_neighbors,
 )
 from retro_mcore.session import LoadedModel
 from retro_mcore.training.loop.sample_reader import require_split
+from retro_mcore.training.options.documents import DocumentOptions
+from retro_mcore.training.setup.build import uses_transformer_engine
 from retro_mcore.training.setup.fits_project import check_sample_length
 
 _LOG = logging.getLogger(__name__)
@@ -244,6 +247,7 @@ class _Evaluation:
             self.config.project_dir,
             arguments.retro_num_neighbors,
             arguments.retro_num_retrieved_chunks,
+            documents=self._documents(),
         )
         with raise_together():
             opened = {
@@ -267,6 +271,29 @@ class _Evaluation:
         neighbors: Any = part
         return replace(dataset, neighbors=neighbors)
 
+    def _documents(self) -> dict[str, bool]:
+        """How documents of a sample were kept apart in training.
+
+        Raises:
+            ConfigurationError: Transformer Engine's attention cannot do that.
+        """
+        training = self.loaded.training
+        names = [option.name for option in fields(DocumentOptions)]
+        documents = {name: bool(training.get(name, False)) for name in names}
+        if documents["reset_attention_mask"]:
+            with raise_together():
+                if uses_transformer_engine(self.config.parallel()):
+                    raise ConfigurationError(
+                        f"--load {self.config.load}",
+                        "was trained with --reset-attention-mask, and Transformer Engine's causal "
+                        "attention takes no mask of documents",
+                        "Add --transformer-impl local, or --protocol documents",
+                    )
+        if any(documents.values()) and get_rank() == 0:
+            named = ", ".join(flag_of(name) for name in names if documents[name])
+            _LOG.info("note: samples are read as in training, with %s", named)
+        return documents
+
     def measure_samples(
         self, split: str, dataset: RetroDataset
     ) -> tuple[list[Perplexity], list[NeighborGain]]:
@@ -283,8 +310,10 @@ class _Evaluation:
             if "shuffled" in self.kinds:  # among the chunks that have neighbors
                 owners = owners[dataset.neighbors.searched()]
             kinds = possible_kinds(self.kinds, owners, bool(config.retro_eval_neighbors))
-        if kinds != ["none"] and (note := note_of_short_neighbors(dataset)) and get_rank() == 0:
-            _LOG.info("note: %s samples: %s", split, note)
+        if kinds != ["none"]:
+            for note in (note_of_short_neighbors(dataset), note_of_mixed_chunks(dataset)):
+                if note and get_rank() == 0:
+                    _LOG.info("note: %s samples: %s", split, note)
         rows = [
             measure_perplexity(
                 self.loaded.model,

@@ -68,7 +68,9 @@ class ChunkedCrossAttention(RetroCrossAttention):
             hidden_states: `[S, B, D]`, normed (under sequence parallelism this rank's part of S).
                 Under context parallelism S is this rank's two pieces of the sequence, and L below
                 includes the chunk before each piece, except for the embedded neighbors.
-            attention_mask: bool `[K * B * L, R]`, True = padding or missing. None: all real.
+            attention_mask: bool `[K * B * L, R]`, True = padding or missing. None: all real. M more
+                columns, equal for all K, mark which of the M positions that attend to a chunk's
+                neighbors must not read them (`chunks.unread_neighbors`).
             key_value_states: `[R, K * B * L, D]`, the embedded neighbors, for the first of these
                 layers; `[R, K * B * L, encoder's D]`, the encoded ones, for the others. None:
                 retrieval is off.
@@ -88,6 +90,7 @@ class ChunkedCrossAttention(RetroCrossAttention):
         gate = self.config.retro_attention_gate
         if gate == 0.0:
             return {"output": None, "bias": None, "context": key_value_states}
+        attention_mask, unread_MN = self._part_mask(attention_mask)
         for encoder in self.neighbor_encoders:
             key_value_states = self._encode(
                 encoder, key_value_states, hidden_states, attention_mask
@@ -108,17 +111,18 @@ class ChunkedCrossAttention(RetroCrossAttention):
             has_neighbors_BL = without_chunk_before_text(
                 mark_BL, cut.batch_size, self.pg_collection.cp
             )
-        if has_neighbors_BL is not None:
-            attended_MBLX = attended_MBLX * has_neighbors_BL[None, :, None]
+        reads_MN = (all_BL if has_neighbors_BL is None else has_neighbors_BL)[None]
+        if unread_MN is not None:
+            reads_MN = reads_MN & ~unread_MN
+        if has_neighbors_BL is not None or unread_MN is not None:
+            attended_MBLX = attended_MBLX * reads_MN[:, :, None]
         if self.config.sequence_parallel:  # the output projection scatters the sequence
             output, bias = self.linear_proj(cut.join(attended_MBLX))
         else:  # no padded copy of its input is kept for the backward pass
             output, bias = self.linear_proj(attended_MBLX)
             output = cut.join(output)
         # Only positions that attend get the bias; the others stay as they were.
-        attends_SB1 = self._local_part(
-            cut.attending(all_BL if has_neighbors_BL is None else has_neighbors_BL)
-        )
+        attends_SB1 = self._local_part(cut.attending(reads_MN))
         if bias is not None:
             bias = bias * attends_SB1
         if gate != 1.0:
@@ -137,6 +141,14 @@ class ChunkedCrossAttention(RetroCrossAttention):
             mask = without_chunks_before(mask, num_samples)
         encoded = encoder(embedded, hidden_states, mask)
         return with_chunks_before(encoded, num_samples, self.pg_collection.cp)
+
+    def _part_mask(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The mask of retrieved tokens, and which positions must not read, bool `[M, B * L]`."""
+        length = self.config.retro_retrieved_length
+        if mask is None or mask.size(1) == length:
+            return mask, None
+        chunks = mask.size(0) // self.config.retro_num_neighbors
+        return mask[:, :length], mask[:chunks, length:].t()
 
     def _retrieved_mask(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The core attention's mask `[B * L, 1, 1, R * K]`, and which chunks have neighbors

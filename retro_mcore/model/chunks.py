@@ -101,16 +101,37 @@ def join_attending(chunks_MBLX: Tensor, grid: ChunkGrid | PieceGrid, batch_size:
     return torch.nn.functional.pad(attending, padding)
 
 
+def unread_neighbors(segments_BS: Tensor, grid: ChunkGrid) -> Tensor:
+    """Mark the positions that must not read the neighbors of the chunk before them.
+
+    A position reads them only if all tokens of the chunk belong to its own document: neighbors were
+    searched and encoded with every token of the chunk.
+
+    Args:
+        segments_BS: `[B, S]`, the document of each token.
+        grid: The chunks, all of them whole.
+
+    Returns:
+        bool `[B * L, M]`, for the M positions that attend to each chunk's neighbors.
+    """
+    segments_SB = segments_BS.t()
+    chunks_MN = split_chunks(segments_SB, grid)
+    owner_N = chunks_MN[-1]
+    reads_MN = (split_attending(segments_SB, grid) == owner_N) & (chunks_MN == owner_N).all(dim=0)
+    return ~reads_MN.t()
+
+
 def attending_positions(grid: ChunkGrid | PieceGrid, has_neighbors_BL: Tensor) -> Tensor:
     """Mark the positions that attend to at least one retrieved token.
 
     Args:
-        has_neighbors_BL: bool `[B * L]`, whether a chunk has any.
+        has_neighbors_BL: bool `[B * L]`, whether a chunk has any, or `[M, B * L]`, whether each of
+            the positions that attend to it reads any.
 
     Returns:
         bool `[S, B, 1]`.
     """
-    batch_size = has_neighbors_BL.numel() // grid.num_chunks
+    batch_size = has_neighbors_BL.size(-1) // grid.num_chunks
     by_position = has_neighbors_BL.expand(grid.chunk_length, -1)
     return join_attending(by_position, grid, batch_size).unsqueeze(-1)
 

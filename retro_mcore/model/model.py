@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError, ShapeError
-from retro_mcore.model.chunks import nearest_first
+from retro_mcore.model.chunks import nearest_first, unread_neighbors
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.family_layers import finish_decoder
 from retro_mcore.model.initialization import initialize_hidden_weights, scale_output_layer
@@ -157,6 +157,7 @@ class RetroModel(GPTModel):
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
         inference_context: Any = None,
+        segments: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Logits, or the loss of each token.
@@ -173,6 +174,9 @@ class RetroModel(GPTModel):
                 Under context parallelism `[B * (L + 2) * K, R]`, required: each of the rank's two
                 pieces begins with the chunk before it (`RetroBatch.part` gives all arguments).
             labels: `[B, S]`.
+            segments: `[B, S]`, the document of each token; positions read only neighbors of chunks
+                of their own document. (`attention_mask` keeps them apart in self-attention.) None:
+                the text is one document.
 
         Returns:
             `[B, S]` losses if labels are given, else `[B, S, V]` logits (this rank's part of V).
@@ -189,6 +193,8 @@ class RetroModel(GPTModel):
             context_mask = torch.zeros_like(context_input_ids, dtype=torch.bool)
         if not self.pre_process:
             context = self._unpack_stage_input(context_mask)
+        if segments is not None and context_input_ids is not None:
+            context_mask = self._with_unread(context_input_ids, context_mask, segments)
         if context_mask is not None:
             context_mask = nearest_first(context_mask, self.config.retro_num_neighbors)
         if context_input_ids is not None and self.neighbor_encoder is not None:
@@ -203,6 +209,27 @@ class RetroModel(GPTModel):
             extra_block_kwargs={"context": context, "context_mask": context_mask},
             **kwargs,
         )
+
+    def _with_unread(
+        self, context_input_ids: Tensor, context_mask: Tensor | None, segments_BS: Tensor
+    ) -> Tensor:
+        """The context's mask with M more columns; see `ChunkedCrossAttention.forward`.
+
+        Raises:
+            ConfigurationError: the first chunk of a right-aligned grid is partial.
+        """
+        grid = self.config.chunk_grid(segments_BS.size(1))
+        if grid.first_chunk_length != grid.chunk_length:
+            raise ConfigurationError(
+                "segments",
+                f"{segments_BS.size(1)} tokens on a right-aligned grid",
+                f"Give a multiple of the chunk length {grid.chunk_length}",
+            )
+        if context_mask is None:
+            context_mask = torch.zeros_like(context_input_ids, dtype=torch.bool)
+        unread = unread_neighbors(segments_BS, grid)
+        unread = unread.repeat_interleave(self.config.retro_num_neighbors, dim=0)
+        return torch.cat((context_mask, unread), dim=1)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take what the previous stage sent; `forward` knows how to unpack it."""

@@ -30,7 +30,7 @@ class RetroBatch:
         loss_mask: float32 [B, S], 1 where a position counts in the loss: everywhere where
             documents are packed, as in Megatron by default; within documents where they are
             padded (aligned); on the answers in instruction tuning.
-        position_ids: int64 [B, S], from 0 in each sample.
+        position_ids: int64 [B, S], from 0 in each sample, or in each document.
         retrieved_tokens: int64 [B*L*K, R], row (b*L + i)*K + j; None without retrieval.
         retrieved_mask: bool [B*L*K, R], True where there is only padding; None without retrieval.
         sample_ids: The samples' indices in their dataset, for error messages.
@@ -57,6 +57,7 @@ class RetroBatch:
         loss_mask: Tensor | None = None,
         segments: Tensor | None = None,
         sample_ids: Sequence[int] = (),
+        positions: Tensor | None = None,
     ) -> RetroBatch:
         """A batch of samples.
 
@@ -65,8 +66,9 @@ class RetroBatch:
             neighbors: Retrieved tokens int64 and mask bool, [B, L, K, R] or [B*L, K, R]; None
                 without retrieval.
             loss_mask: float32 [B, S]; None: every position counts.
-            segments: int64 [B, S]; positions restart in every segment.
+            segments: int64 [B, S], equal for tokens that may attend to one another.
             sample_ids: The samples' indices in their dataset.
+            positions: int64 [B, S]; None: from 0 in every segment.
         """
         tokens = text[:, :-1].contiguous()
         retrieved, mask = neighbors or (None, None)
@@ -74,11 +76,7 @@ class RetroBatch:
             tokens=tokens,
             labels=text[:, 1:].contiguous(),
             loss_mask=_ones_like(tokens) if loss_mask is None else loss_mask,
-            position_ids=(
-                position_ids(tokens).contiguous()
-                if segments is None
-                else segment_positions(segments)
-            ),
+            position_ids=_positions(tokens, segments) if positions is None else positions,
             retrieved_tokens=None if retrieved is None else retrieved.flatten(0, -2),
             retrieved_mask=None if mask is None else mask.flatten(0, -2),
             sample_ids=list(sample_ids),
@@ -158,6 +156,8 @@ class RetroBatch:
         }
         if self.retrieved_tokens is not None:
             inputs |= retrieved_inputs(self.retrieved_tokens, self.retrieved_mask)
+            if self.segments is not None:
+                inputs["segments"] = self.segments
         return inputs
 
 
@@ -210,13 +210,17 @@ def segment_positions(segments_BS: Tensor) -> Tensor:
     return position_BS - torch.where(starts_BS, position_BS, 0).cummax(dim=1).values
 
 
+def _positions(tokens: Tensor, segments: Tensor | None) -> Tensor:
+    return position_ids(tokens).contiguous() if segments is None else segment_positions(segments)
+
+
 def position_ids(tokens: Tensor) -> Tensor:
     """0, 1, 2, … along the last dimension of `tokens` [N, length]."""
     positions = torch.arange(tokens.shape[-1], dtype=torch.long, device=tokens.device)
     return positions.expand_as(tokens)
 
 
-_OPTIONAL = ("neighbor_tokens", "neighbor_mask", "loss_mask", "segments")
+_OPTIONAL = ("neighbor_tokens", "neighbor_mask", "loss_mask", "segments", "position_ids")
 
 
 def collate(samples: Sequence[Mapping]) -> RetroBatch:
@@ -225,8 +229,8 @@ def collate(samples: Sequence[Mapping]) -> RetroBatch:
     Args:
         samples: Each with `text` int64 [S+1] and `sample_id`; with retrieval also
             `neighbor_tokens` int64 [L, K, R] and `neighbor_mask` bool [L, K, R]; in an aligned
-            project and in instruction tuning with `loss_mask` float32 [S], and where instruction
-            samples are packed `segments` int64 [S].
+            project and in instruction tuning with `loss_mask` float32 [S], and where documents or
+            instruction samples are kept apart `segments` and `position_ids` int64 [S].
     """
     optional = {name: _stack(samples, name) for name in _OPTIONAL if name in samples[0]}
     neighbors = None
@@ -238,6 +242,7 @@ def collate(samples: Sequence[Mapping]) -> RetroBatch:
         optional.get("loss_mask"),
         optional.get("segments"),
         [int(sample["sample_id"]) for sample in samples],
+        optional.get("position_ids"),
     )
 
 

@@ -30,6 +30,7 @@ from retro_mcore.project.space import show_bytes
 from retro_mcore.retrieval.query_chunks import QuerySamples
 from retro_mcore.samples.index_cache import IndexCache
 from retro_mcore.samples.padding import DocumentPadding
+from retro_mcore.samples.separation import Separation
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,12 +44,14 @@ class GPTSamples:
         blended: Megatron's blended dataset, which may hold a few more samples than are used.
         num_samples: Number of samples that are used.
         padding: Padding of the documents; None in a packed project, which has none.
+        separation: How documents of a sample are kept apart; None: they are not.
     """
 
     split: Split
     blended: Any
     num_samples: int
     padding: DocumentPadding | None = None
+    separation: Separation | None = None
 
     def __len__(self) -> int:
         return self.num_samples
@@ -68,8 +71,10 @@ class GPTSamples:
         return self.read(index)[0]
 
     def masks(self, text: np.ndarray) -> dict[str, np.ndarray]:
-        """Parts of an item that follow from its tokens i64 [S+1]: `loss_mask` f32 [S] if padded."""
-        return {} if self.padding is None else {"loss_mask": self.padding.loss_mask(text)}
+        """Parts of an item that follow from its tokens i64 [S+1]: `loss_mask` f32 [S] if padded,
+        and what `Separation.items` returns."""
+        masks = {} if self.padding is None else {"loss_mask": self.padding.loss_mask(text)}
+        return masks if self.separation is None else {**masks, **self.separation.items(text)}
 
     def text_item(self, index: int) -> dict[str, np.ndarray]:
         """Read one sample without neighbors: `text`, i64 [S+1], and what `masks` returns."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from retro_mcore.samples.project_samples import (
     numbers_in_database,
 )
 from retro_mcore.samples.sample_neighbors import SampleNeighbors, open_neighbor_tables
+from retro_mcore.samples.separation import Separation
 
 
 @dataclass
@@ -102,6 +103,7 @@ class RetroDataset(Dataset):
             text: i64 [S+1].
             loss_mask: f32 [S], only in an aligned project: 0 for predictions from or of padding,
                 and of the first token of a document.
+            segments, position_ids, loss_mask: see `Separation.items`.
             neighbor_chunks: i64 [L, K, num_retrieved_chunks], NO_NEIGHBOR where there is none.
             neighbor_tokens: i64 [L, K, R].
             neighbor_mask: bool [L, K, R], True where padded or missing.
@@ -151,11 +153,42 @@ def note_of_short_neighbors(samples: object, most: int = 256) -> str | None:
     return str(found) if found.short else None
 
 
+def note_of_mixed_chunks(samples: object, most: int = 256) -> str | None:
+    """Sentence on chunks of several documents, whose neighbors nobody reads; None if there are
+    none.
+
+    All ranks must call this together.
+
+    Args:
+        samples: A split.
+        most: Number of evenly spaced samples that are read at most.
+    """
+    if not isinstance(samples, RetroDataset) or samples.samples.separation is None:
+        return None
+    separation, length = samples.samples.separation, samples.chunk_length
+    if not separation.reset_attention_mask or separation.chunk_length is not None:
+        return None
+    numbers = np.linspace(0, len(samples) - 1, min(most, len(samples)), dtype=np.int64)
+
+    def share() -> float:
+        texts = (samples.tokens(int(number))[:-1] for number in numbers)
+        return float(np.mean([separation.mixed_chunks(text, length) for text in texts]))
+
+    found = on_first_rank(share)
+    if not found:
+        return None
+    return (
+        f"{found:.1%} of the chunks (in {len(numbers)} samples) hold several documents: with "
+        "--reset-attention-mask nobody reads their neighbors; an aligned project has no such chunks"
+    )
+
+
 def build_retro_datasets(
     project_dir: Path | str,
     num_neighbors: int = 2,
     num_retrieved_chunks: int = 2,
     train_noise: NeighborNoise | None = None,
+    documents: Mapping[str, bool] | None = None,
 ) -> dict[Split, RetroDataset | None]:
     """Build the datasets of a project's splits; None for a split without samples.
 
@@ -167,6 +200,7 @@ def build_retro_datasets(
         num_neighbors: K.
         num_retrieved_chunks: Chunks per neighbor, including the neighbor itself.
         train_noise: Random changes to the neighbors, applied to training samples only.
+        documents: How documents are kept apart, by the names of `Separation`; None: they are not.
 
     Raises:
         ProjectError: a stage has not run. Names the command.
@@ -190,6 +224,10 @@ def build_retro_datasets(
             samples = all_samples[split]
             if samples is None:
                 continue
+            if documents is not None and any(documents.values()):
+                length = samples.padding and samples.padding.chunk_length
+                separation = Separation(tokenizer.eod, length, **documents)
+                samples = replace(samples, separation=separation)
             datasets[split] = RetroDataset(
                 samples,
                 tables.of_split(split, samples),

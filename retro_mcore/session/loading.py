@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
@@ -40,6 +42,7 @@ class LoadedModel:
         tokenizer: The project's.
         retriever: The project's live search; None unless it was asked for.
         checkpoint: Where the weights come from; None if they were not loaded.
+        training: What the checkpoint records about its run, by the names of flags.
     """
 
     model: GPTModel
@@ -47,6 +50,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     retriever: Retriever | None
     checkpoint: Path | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def window(self) -> int:
@@ -109,7 +113,9 @@ def load_model(
                 saved.arguments.retro_num_retrieved_chunks,
                 next(model.parameters()).device.type,
             )
-    return LoadedModel(model, saved.arguments, tokenizer, retriever, saved.path)
+    return LoadedModel(
+        model, saved.arguments, tokenizer, retriever, saved.path, dict(saved.entries)
+    )
 
 
 def _check_gate(gate: float | None) -> None:

@@ -44,6 +44,7 @@ def pretrain(options: PretrainOptions, device: torch.device) -> tuple[TrainingPl
         tokenizer = load_project_tokenizer(project, paths)
         _check(options, tokenizer.vocab_size)
         plan = make_plan(options, project, tokenizer.vocab_size, tokenizer.used_vocab_size)
+        plan.check_layers()
     contents = distributed.on_first_rank(lambda: contents_of_project(project, paths))
     with distributed.raise_together():
         passes = count_passes(project, open_token_files(project, paths))
@@ -95,7 +96,11 @@ def _run(plan: TrainingPlan, device: torch.device, skip_train: bool, alone: bool
         replace_tokens=options.retro_replace_tokens,
     )
     datasets = build_retro_datasets(
-        options.project_dir, options.retro_num_neighbors, options.retro_num_retrieved_chunks, noise
+        options.project_dir,
+        options.retro_num_neighbors,
+        options.retro_num_retrieved_chunks,
+        noise,
+        plan.documents,
     )
     with distributed.raise_together():
         train = require_split(datasets, "train", options.project_dir)

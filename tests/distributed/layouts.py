@@ -27,6 +27,8 @@ class Layout:
     context: int = 1
     distributed_optimizer: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
+    #: Samples of two documents that are kept apart.
+    documents: bool = False
 
     def model_fields(self) -> dict[str, Any]:
         """Of the model alone: what a one-process run shares with this layout."""
@@ -151,6 +153,8 @@ class Trainer:
         batches = list(microbatches(self.config, step))[
             parallel_state.get_data_parallel_rank() :: ranks
         ]
+        if self.layout.documents:
+            batches = [{**batch, **two_documents(self.config)} for batch in batches]
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in self.chunks],
@@ -285,6 +289,12 @@ def microbatches(config: Any, step: int):
         yield make_inputs(config, SEQUENCE_LENGTH, MICRO_BATCH_SIZE, seed=100 * step + index)
 
 
+def two_documents(config: Any) -> dict[str, torch.Tensor]:
+    """The documents of a batch's samples, of other lengths in every row."""
+    first = torch.tensor([[1], [3]]) * config.retro_chunk_length
+    return {"segments": (torch.arange(SEQUENCE_LENGTH) >= first).long()}
+
+
 def forward_step(data_iterator: Any, model: Any):
     """megatron's forward step: the model's output, and the function of it that is the loss."""
     from retro_mcore.platform.parallel import context_part
@@ -301,6 +311,7 @@ def forward_step(data_iterator: Any, model: Any):
         inputs["retrieved"].flatten(0, 2),
         inputs["mask"].flatten(0, 2),
         [],
+        inputs.get("segments"),
     )
     batch = own_part(batch, model)
     output = model(**batch.model_inputs(), labels=batch.labels)

@@ -72,6 +72,12 @@ TWO_RANKS = {
         fields={"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]},
     ),
     "TP2, selective recomputation": Layout(tensor=2, fields={"recompute_granularity": "selective"}),
+    "TP2+SP, documents apart": Layout(tensor=2, sequence=True, documents=True),
+    "PP2, documents apart, full recomputation": Layout(
+        pipeline=2,
+        documents=True,
+        fields={"retro_decoder_layers": [2, 7], **FULL, "recompute_method": "uniform"},
+    ),
     "TP2+SP, full recomputation": Layout(
         tensor=2, sequence=True, fields={**FULL, "recompute_method": "uniform"}
     ),
@@ -130,11 +136,11 @@ _serial: dict[str, tuple[dict[str, torch.Tensor], Run]] = {}
 def serial(layout: Layout) -> tuple[dict[str, torch.Tensor], Run]:
     """Initial weights of the layout's model and its run on one process, once for each model."""
     fields = layout.model_fields()
-    key = repr(sorted(fields.items()))
+    key = repr((layout.documents, sorted(fields.items())))
     if key not in _serial:
         join_layout(Layout())
         weights = serial_weights(fields)
-        _serial[key] = weights, train(Layout(fields=fields), weights)
+        _serial[key] = weights, train(Layout(fields=fields, documents=layout.documents), weights)
     return _serial[key]
 
 

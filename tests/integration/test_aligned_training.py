@@ -83,6 +83,17 @@ def test_an_evaluation_counts_texts_and_their_ends_alone(project, trained, tmp_p
     assert len(result.train_losses) == 4
 
 
+def test_documents_kept_apart_are_evaluated_as_trained(project, tmp_path):
+    apart = {"reset_attention_mask": True, "reset_position_ids": True}
+    save = tmp_path / "checkpoint"
+    train(project, save=str(save), train_iters=1, **apart)
+    measured = evaluate(project, save, tmp_path, split="test").perplexities[0]
+    again = train(project, load=str(save), skip_train=True, train_iters=1, **apart)
+    assert again.test_loss == pytest.approx(measured.loss, rel=1e-6)
+    with pytest.raises(CheckpointError, match="with reset_attention_mask True, and now it is"):
+        train(project, load=str(save), skip_train=True, train_iters=1)
+
+
 def test_the_log_tells_counted_tokens_from_padding(project, trained):
     save, _ = trained
     lines = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())

@@ -186,7 +186,9 @@ def build_scheduler(optimizer: MegatronOptimizer, plan: TrainingPlan) -> Optimiz
         wd_incr_style=options.weight_decay_incr_style,
         wsd_decay_steps=lengths.lr_wsd_decay_samples,
         lr_wsd_decay_style=options.lr_wsd_decay_style,
+        # The checkpoint's, if wanted, is in the options already.
         use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=options.override_opt_param_scheduler,
     )
 
 

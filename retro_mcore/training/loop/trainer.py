@@ -23,7 +23,7 @@ from retro_mcore.model.pipeline import EmbeddingGroups
 from retro_mcore.platform.determinism import use_deterministic_algorithms
 from retro_mcore.platform.optimizer_state import InfiniteNormError
 from retro_mcore.samples.batch import RetroBatch
-from retro_mcore.samples.retro_dataset import note_of_short_neighbors
+from retro_mcore.samples.retro_dataset import note_of_mixed_chunks, note_of_short_neighbors
 from retro_mcore.training.loop.loss import (
     LossReport,
     StepLoss,
@@ -176,8 +176,10 @@ class Trainer:
                 reporter.message("--save cannot be locked here: see that no other run uses it")
             if self._decoder is not None:
                 reporter.message(str(self._decoder))
-            if self.plan.with_retrieval and (note := note_of_short_neighbors(self._train_samples)):
-                reporter.message(f"train samples: {note}")
+            if self.plan.with_retrieval:
+                for note_of in (note_of_short_neighbors, note_of_mixed_chunks):
+                    if note := note_of(self._train_samples):
+                        reporter.message(f"train samples: {note}")
             reporter.samples(self._progress.iteration)
             self._loop(stop, reporter)
             self._report_saved(self._saver.finish(), reporter)

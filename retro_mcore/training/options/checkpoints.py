@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
@@ -37,6 +38,11 @@ class CheckpointOptions:
     """Load only the weights, and start from iteration 0 with a new optimizer and schedule."""
     no_load_optim: bool = field(default=False, metadata=needs("load"))
     """Start with a new optimizer and schedule instead of the checkpoint's."""
+    override_opt_param_scheduler: bool = field(default=False, metadata=needs("load"))
+    """Continue with the schedule of learning rate and weight decay that the flags give, not with
+    the checkpoint's."""
+    use_checkpoint_opt_param_scheduler: bool = field(default=False, metadata=needs("load"))
+    """Continue with the checkpoint's schedule, whatever the flags give."""
     no_load_rng: bool = field(default=False, metadata=needs("load"))
     """Initialize the random states from the seed instead of the checkpoint."""
     verify: bool = False
@@ -51,19 +57,32 @@ class CheckpointOptions:
             ConfigurationError: an option is invalid. Names the flag.
             SeveralErrors: several options are invalid. Names all of them.
         """
-        raise_problems(
-            [
-                ConfigurationError(flag_of(name), f"given without --{needed}", f"Add --{needed}")
-                for name, needed in stated("needs", CheckpointOptions).items()
-                if getattr(self, name) and getattr(self, needed) is None
-            ]
-        )
+        problems = [
+            ConfigurationError(flag_of(name), f"given without --{needed}", f"Add --{needed}")
+            for name, needed in stated("needs", CheckpointOptions).items()
+            if getattr(self, name) and getattr(self, needed) is None
+        ]
+        problems += self._schedules_without_effect()
+        raise_problems(problems)
+
+    def _schedules_without_effect(self) -> Iterator[ConfigurationError]:
+        override, use = "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"
+        others = {
+            override: (use, "finetune", "no_load_optim"),
+            use: ("finetune", "no_load_optim"),
+        }
+        for name, names in others.items():
+            for other in names:
+                if getattr(self, name) and getattr(self, other):
+                    yield ConfigurationError(
+                        flag_of(name), f"given together with {flag_of(other)}", "Choose one"
+                    )
 
     @property
     def needs_checkpoint(self) -> str | None:
         """The flag, if any, that makes no sense if --load contains no checkpoint."""
         for name, needed in stated("needs", CheckpointOptions).items():
-            if needed == "load" and getattr(self, name):
+            if needed == "load" and getattr(self, name) and "opt_param_scheduler" not in name:
                 return flag_of(name)
         return None
 

@@ -9,11 +9,22 @@ from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.model.option_traits import at_least
 from retro_mcore.training.options.megatron import OptimizerFlags
 
+#: Flags of the schedules of learning rate and weight decay.
+SCHEDULE = (
+    *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
+    *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    *("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init"),
+    *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+    *("decoupled_lr", "decoupled_min_lr"),
+)
+
 
 @dataclass(kw_only=True)
 class OptimizerOptions(OptimizerFlags):
     """AdamW, schedules of learning rate and weight decay, and gradient clipping."""
 
+    optimizer: str = "adam"
+    """Must be adam: AdamW. Saved states and muP are those of AdamW."""
     lr: float
     """Maximum learning rate."""
     min_lr: float = 0.0
@@ -67,6 +78,12 @@ class OptimizerOptions(OptimizerFlags):
         Raises:
             ConfigurationError: an option is invalid. Names the flag.
         """
+        if self.optimizer != "adam":
+            raise ConfigurationError(
+                "--optimizer",
+                f"{self.optimizer}, whose state is neither saved nor laid out anew here",
+                "Use adam",
+            )
         if not self.lr >= self.min_lr >= 0 or self.lr == 0:
             raise ConfigurationError(
                 "--lr", f"{self.lr} with --min-lr {self.min_lr}", "Choose lr >= min_lr >= 0, lr > 0"

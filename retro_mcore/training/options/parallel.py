@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.model.option_traits import at_least
-from retro_mcore.training.options.megatron import LayerFlags
+from retro_mcore.training.options.megatron import PRECISION_FLAGS, LayerFlags
 
 
 @dataclass(kw_only=True)
@@ -38,6 +38,11 @@ class ParallelOptions(LayerFlags):
     all_gather without Transformer Engine, which has no other."""
     tp_comm_overlap: bool = False
     """Not supported: Transformer Engine's buffers have one length; text and neighbors differ."""
+    cpu_offloading: bool = False
+    """Not supported: Transformer Engine's offloading knows one stack of layers, and the neighbor
+    encoder is a second one."""
+    fine_grained_activation_offloading: bool = False
+    """Not supported, for the same reason."""
     no_overlap_p2p_communication: bool = False
     """Do not overlap transfers between stages with computation in the interleaved schedule."""
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
@@ -66,12 +71,26 @@ class ParallelOptions(LayerFlags):
     """Initialize weights on the CPU, equal for every layout. Always on without a GPU."""
 
     def check_precision(self) -> None:
-        """Reject --bf16 with --fp16, and fp8 without bf16."""
+        """Reject --bf16 with --fp16, fp8 without bf16, and details of fp8 without fp8."""
         if self.bf16 and self.fp16:
             raise ConfigurationError("--bf16", "given together with --fp16", "Choose one of them")
         if self.fp8_format is not None and not self.bf16:
             raise ConfigurationError(
                 "--fp8-format", f"{self.fp8_format} without --bf16", "Add --bf16"
+            )
+        if self.fp8_format is None:
+            raise_problems(
+                [
+                    ConfigurationError(
+                        flag_of(each.name),
+                        f"{getattr(self, each.name)} without --fp8-format",
+                        "Add --fp8-format",
+                    )
+                    for each in fields(self)
+                    if each.name in PRECISION_FLAGS
+                    and each.name not in ("fp8_format", "fp32_residual_connection")
+                    and getattr(self, each.name) != each.default
+                ]
             )
 
     def check_unsupported(self) -> None:
@@ -82,6 +101,16 @@ class ParallelOptions(LayerFlags):
                 f"{self.cp_comm_type}, which has no effect",
                 "Add --context-parallel-size",
             )
+        for flag, given in (
+            ("--cpu-offloading", self.cpu_offloading),
+            ("--fine-grained-activation-offloading", self.fine_grained_activation_offloading),
+        ):
+            if given:
+                raise ConfigurationError(
+                    flag,
+                    "given, but activations of a neighbor encoder are not offloaded",
+                    "Leave it out; --recompute-granularity saves memory too",
+                )
         if self.tp_comm_overlap:
             raise ConfigurationError(
                 "--tp-comm-overlap",

@@ -13,6 +13,7 @@ from retro_mcore.errors import ConfigurationError, check_all, flag_of, raise_pro
 from retro_mcore.model.option_traits import at_least, below_minimum, of_project
 from retro_mcore.model.options import ModelOptions
 from retro_mcore.training.options.checkpoints import CheckpointOptions, ReproducibilityOptions
+from retro_mcore.training.options.documents import DocumentOptions
 from retro_mcore.training.options.logging import LoggingOptions
 from retro_mcore.training.options.megatron import DataParallelFlags
 from retro_mcore.training.options.noise import NeighborNoiseOptions
@@ -90,6 +91,7 @@ class TrainingOptions(
     LoggingOptions,
     ExitOptions,
     NeighborNoiseOptions,
+    DocumentOptions,
     CheckpointOptions,
     ReproducibilityOptions,
     DataParallelFlags,
@@ -116,6 +118,7 @@ class TrainingOptions(
             self.check_schedule,
             self.check_logging,
             partial(self.check_neighbor_noise, self.no_retrieval),
+            partial(self.check_documents, self.position_embedding_type),
             self._check_data_parallel,
             self._check_batches,
             lambda: raise_problems([*below_minimum(self)]),

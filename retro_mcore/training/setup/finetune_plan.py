@@ -25,6 +25,7 @@ from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.errors import ConfigurationError, CorpusError
 from retro_mcore.model.option_traits import stated
 from retro_mcore.project.config import ProjectConfig
+from retro_mcore.training.options.documents import DocumentOptions
 from retro_mcore.training.options.finetune import (
     FinetuneModelOptions,
     FinetuneOptions,
@@ -219,6 +220,8 @@ def _training_options(
             **changed,
             **own,
             "max_position_embeddings": positions,
+            # Recorded for evaluation on samples of the project.
+            **{each.name: saved.get(each.name, False) for each in fields(DocumentOptions)},
             "use_checkpoint_args": False,
         }
     )

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import yaml
 
+from retro_mcore.checkpoint.arguments import read_arguments
+from retro_mcore.checkpoint.files import existing_checkpoint
 from retro_mcore.errors import (
     CheckpointError,
     ConfigurationError,
@@ -33,11 +35,17 @@ from retro_mcore.training.loop.sample_reader import (
     tokenizer_fingerprint,
 )
 from retro_mcore.training.loop.schedule import ScheduleLengths, schedule_lengths
+from retro_mcore.training.options.documents import DocumentOptions
 from retro_mcore.training.options.megatron import PRECISION_FLAGS, has_option
 from retro_mcore.training.options.model_sizes import check_context_parallel
 from retro_mcore.training.options.noise import NeighborNoiseOptions
+from retro_mcore.training.options.optimizer import SCHEDULE
 from retro_mcore.training.options.pretrain import OptimizerOptions, TrainingOptions
-from retro_mcore.training.setup.build import number_of_positions, padded_vocab_size
+from retro_mcore.training.setup.build import (
+    number_of_positions,
+    padded_vocab_size,
+    uses_transformer_engine,
+)
 from retro_mcore.training.setup.data_contents import DataContents
 from retro_mcore.training.setup.gpt_contents import check_same_gpt
 from retro_mcore.training.setup.retrofit import gpt_arguments
@@ -121,6 +129,24 @@ class TrainingPlan:
         return False
 
     @property
+    def documents(self) -> dict[str, bool]:
+        """How the documents of a sample are kept apart, by the names of `DocumentOptions`."""
+        return {each.name: getattr(self.options, each.name) for each in fields(DocumentOptions)}
+
+    def check_layers(self) -> None:
+        """Reject documents that are kept apart, if attention cannot do that.
+
+        Raises:
+            ConfigurationError: --reset-attention-mask with Transformer Engine layers.
+        """
+        if self.options.reset_attention_mask and uses_transformer_engine(self.options):
+            raise ConfigurationError(
+                "--reset-attention-mask",
+                "given, but Transformer Engine's causal attention takes no mask of documents",
+                "Add --transformer-impl local, or leave it out",
+            )
+
+    @property
     def repetitions(self) -> dict[str, str]:
         """Warnings about repeated or cut samples, by split."""
         return {each.name: each.warning for each in self.passes if each.warning}
@@ -129,7 +155,7 @@ class TrainingPlan:
         """All values that must equal those of the run to resume, by flag name."""
         trained = {
             field.name: getattr(self.options, field.name)
-            for part in (OptimizerOptions, NeighborNoiseOptions)
+            for part in (OptimizerOptions, NeighborNoiseOptions, DocumentOptions)
             for field in fields(part)
         }
         return {
@@ -195,6 +221,8 @@ class TrainingPlan:
         # A checkpoint written before an option existed has its default.
         before = {field.name: field.default for field in fields(TrainingOptions)} | dict(saved)
         now = self._must_agree()
+        if self.options.override_opt_param_scheduler:
+            now = {name: value for name, value in now.items() if name not in SCHEDULE}
         if self._compares_contents(saved):
             now.pop("data_path", None)  # only the files' content matters, not their location
         differing = [name for name, mine in now.items() if before.get(name) != mine]
@@ -299,6 +327,7 @@ def make_plan(
         ConfigurationError: a flag is invalid, or contradicts the project.
     """
     check_all(options.check, partial(check_data_options, options, project))
+    options = _with_saved_schedule(options)
     used = used_vocab_size or vocab_size
     sizes = BatchSizes.of(project.retro_gpt_global_batch_size, options.rampup_batch_size)
     train_iters, train_samples = number_of_iterations(options, project, sizes)
@@ -317,6 +346,21 @@ def make_plan(
         schedule=schedule_lengths(options, project.retro_gpt_global_batch_size, train_samples),
         used_vocab_size=used,
     )
+
+
+def _with_saved_schedule(options: TrainingOptions) -> TrainingOptions:
+    """The options with the schedule of the checkpoint to resume, if they ask for it.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    if options.load is None or not options.use_checkpoint_opt_param_scheduler:
+        return options
+    checkpoint = existing_checkpoint(options.load, options.ckpt_step)
+    if checkpoint is None:
+        return options
+    saved = read_arguments(checkpoint)
+    return replace(options, **{name: saved[name] for name in SCHEDULE if name in saved})
 
 
 def _model_arguments(

@@ -195,6 +195,24 @@ def test_no_load_optim_goes_on_with_a_new_optimizer(saved):
     assert trainer._parts.scheduler.num_steps == 0
 
 
+def test_the_schedule_is_the_flags_or_the_checkpoints(saved):
+    from retro_mcore.training.loop.optimizer import learning_rate
+
+    other = {"lr": 1e-3, "lr_warmup_iters": 1, "weight_decay": 0.5}
+    run = {"load": str(saved[1]), "ckpt_step": 4}
+    with pytest.raises(CheckpointError, match=r"with lr 0\.01, and now it is 0\.001"):
+        small_trainer(**run, **other)
+
+    def resumed(**flags):
+        optimizer = (trainer := small_trainer(**run, **flags))._parts.optimizer
+        assert adam_state(trainer)
+        return learning_rate(optimizer), max(g["weight_decay"] for g in optimizer.param_groups)
+
+    assert resumed(use_checkpoint_opt_param_scheduler=True, **other) == resumed()
+    # Of 24 samples 16 are read; 4 of them were the warmup.
+    assert resumed(override_opt_param_scheduler=True, **other) == pytest.approx((4e-4, 0.5))
+
+
 def test_no_load_rng_draws_other_dropout(saved):
     result, directory = saved
     losses = train(load=str(directory), ckpt_step=4, no_load_rng=True).train_losses

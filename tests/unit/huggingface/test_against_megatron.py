@@ -43,7 +43,7 @@ CASES = {
                             **ROPE},
     "max_position_embeddings": {"max_position_embeddings": 40},
     "sliding_window": {"sliding_window": 7},
-    "window_attn_skip_freq": {"sliding_window": 7, "window_attn_skip_freq": [0, 1]},
+    "window_attn_skip_freq": {"sliding_window": 7, "window_attn_skip_freq": [0, 1, 1, 0]},
     "rotary_interleaved": {"rotary_interleaved": True, **ROPE},
     "rotary_seq_len_interpolation_factor": {"rotary_seq_len_interpolation_factor": 3.0, **ROPE},
     "untie_embeddings_and_output_weights": {"untie_embeddings_and_output_weights": True},

@@ -42,6 +42,22 @@ def datasets(project):
     return build_retro_datasets(project.root, num_neighbors=2, num_retrieved_chunks=2)
 
 
+def test_documents_kept_apart_lose_the_neighbors_of_mixed_chunks(project, datasets):
+    from retro_mcore.samples.retro_dataset import note_of_mixed_chunks
+
+    apart = build_retro_datasets(project.root, documents={"reset_attention_mask": True})["train"]
+    assert note_of_mixed_chunks(datasets["train"]) is None
+    length, mixed = apart.chunk_length, []
+    for index in range(len(apart)):
+        item = apart[index]
+        assert np.array_equal(item["text"], datasets["train"][index]["text"])
+        chunks = item["segments"].reshape(-1, length)
+        mixed += (chunks != chunks[:, :1]).any(axis=1).tolist()
+    assert 0 < sum(mixed) < len(mixed)
+    expected = f"{np.mean(mixed):.1%} of the chunks (in {len(apart)} samples)"
+    assert note_of_mixed_chunks(apart).startswith(expected)
+
+
 def test_tokens_are_read_as_megatron_reads_them(project):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
