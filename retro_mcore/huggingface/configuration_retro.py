@@ -270,7 +270,8 @@ class RetroConfig(PretrainedConfig):
         ]
         if sum((self.swiglu, self.openai_gelu, self.squared_relu)) > 1:
             problems.append("of swiglu, openai_gelu and squared_relu only one can be set")
-        if len(self.window_attn_skip_freq or [0]) not in (1, self.num_layers):
+        layers = self.window_attn_skip_freq or [1]
+        if len(layers) not in (1, self.num_layers) or layers == [0]:
             problems.append("window_attn_skip_freq has neither one number nor one for each layer")
         if self.num_attention_heads % self.num_query_groups:
             problems.append("num_query_groups does not divide num_attention_heads")
