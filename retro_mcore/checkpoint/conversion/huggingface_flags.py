@@ -179,32 +179,39 @@ def _layer_types(config: Config) -> list[str]:
 
 def _window_flags(config: Config, kinds: list[str]) -> Flags:
     """The number of tokens that a position attends to, itself among them, and in which layers."""
+    none = {"sliding_window": None, "window_attn_skip_freq": None}
+    if not _has_window(config):
+        if _SLIDING in kinds and config.facts.windows != "all":
+            raise config.refusal("layer_types with sliding_attention", "a window: sliding_window")
+        return none
     layers = _sliding_layers(config, kinds)
-    if not any(layers):
-        return {"sliding_window": None, "window_attn_skip_freq": None}
+    if layers is not None and not any(layers):
+        return none
     return {
         "sliding_window": config.integer("sliding_window"),
-        "window_attn_skip_freq": None if all(layers) else layers,
+        "window_attn_skip_freq": None if layers is None or all(layers) else layers,
     }
 
 
-def _sliding_layers(config: Config, kinds: list[str]) -> list[int]:
-    """1 for each layer with a window, else 0."""
+def _has_window(config: Config) -> bool:
+    """Whether some layers may have a window."""
+    how = config.facts.windows
+    if how in ("qwen", "smollm3") and not config.boolean("use_sliding_window"):
+        return False
+    return how != "none" and config.get("sliding_window") is not None
+
+
+def _sliding_layers(config: Config, kinds: list[str]) -> list[int] | None:
+    """1 for each layer with the window, else 0; None: all layers have it."""
     how, number = config.facts.windows, config.integer("num_hidden_layers")
     if how == "all":
-        return [int(config.get("sliding_window") is not None)] * number
-    if how in ("qwen", "smollm3") and not config.boolean("use_sliding_window"):
-        has_window = False
-    else:
-        has_window = how != "none" and config.get("sliding_window") is not None
-    if not has_window:
-        if _SLIDING in kinds:
-            raise config.refusal("layer_types with sliding_attention", "a window: sliding_window")
-        return [0] * number
+        return None
     if how == "qwen" and not kinds:
         first = config.integer("max_window_layers", 0)
-        return [int(layer >= first) for layer in range(number)]
+        if first == 0 or first >= number:
+            return [] if first else None
+        return [0] * first + [1] * (number - first)
     if how == "smollm3" and not kinds:
         without_rope = _no_rope_layers(config)
         return [int(layer in without_rope) for layer in range(1, number + 1)]
-    return [int(kind == _SLIDING) for kind in kinds] or [0] * number
+    return [int(kind == _SLIDING) for kind in kinds]

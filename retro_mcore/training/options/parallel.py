@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
-from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.option_traits import at_least
-from retro_mcore.training.options.megatron import PRECISION_FLAGS, LayerFlags
+from retro_mcore.training.options.megatron import LayerFlags
 
 
 @dataclass(kw_only=True)
@@ -71,26 +71,12 @@ class ParallelOptions(LayerFlags):
     """Initialize weights on the CPU, equal for every layout. Always on without a GPU."""
 
     def check_precision(self) -> None:
-        """Reject --bf16 with --fp16, fp8 without bf16, and details of fp8 without fp8."""
+        """Reject --bf16 with --fp16, and fp8 without bf16."""
         if self.bf16 and self.fp16:
             raise ConfigurationError("--bf16", "given together with --fp16", "Choose one of them")
         if self.fp8_format is not None and not self.bf16:
             raise ConfigurationError(
                 "--fp8-format", f"{self.fp8_format} without --bf16", "Add --bf16"
-            )
-        if self.fp8_format is None:
-            raise_problems(
-                [
-                    ConfigurationError(
-                        flag_of(each.name),
-                        f"{getattr(self, each.name)} without --fp8-format",
-                        "Add --fp8-format",
-                    )
-                    for each in fields(self)
-                    if each.name in PRECISION_FLAGS
-                    and each.name not in ("fp8_format", "fp32_residual_connection")
-                    and getattr(self, each.name) != each.default
-                ]
             )
 
     def check_unsupported(self) -> None:

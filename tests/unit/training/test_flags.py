@@ -79,7 +79,6 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
         ({"cpu_offloading": True}, "--cpu-offloading: given"),
         ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading"),
         ({"optimizer": "muon"}, "--optimizer: muon"),
-        ({"fp8_margin": 1}, "--fp8-margin: 1 without --fp8-format"),
         ({"reset_position_ids": True}, "--reset-position-ids: given with rotary positions"),
         (
             {"load": "run", "override_opt_param_scheduler": True, "finetune": True},
