@@ -225,7 +225,7 @@ def build_retro_datasets(
             if samples is None:
                 continue
             if documents is not None and any(documents.values()):
-                length = samples.padding and samples.padding.chunk_length
+                length = None if samples.padding is None else samples.padding.chunk_length
                 separation = Separation(tokenizer.eod, length, **documents)
                 samples = replace(samples, separation=separation)
             datasets[split] = RetroDataset(

@@ -83,7 +83,7 @@ def gpt_arguments(
     checkpoint = _gpt_to_load(options)
     if checkpoint is None:
         return arguments
-    windows = {
+    windows: dict[str, Any] = {
         name: getattr(arguments, name) or checkpoint.flags.get(name)
         for name in ("sliding_window", "window_attn_skip_freq")
     }
