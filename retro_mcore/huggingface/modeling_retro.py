@@ -152,9 +152,9 @@ class RetroModel(RetroPreTrainedModel):
         first = min(config.cross_attention_layers, default=0) - 1
         encodes = isinstance(cache, RetroCache) or plan is not None
         hidden_states: list[Tensor] = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, start=1):
             hidden_states += [states] if output_hidden_states else []
-            mask_4d, causal = masks[config.has_window(layer.index + 1)]
+            mask_4d, causal = masks[config.has_window(number)]
             states, neighbors = layer(
                 states,
                 neighbors,
