@@ -117,7 +117,7 @@ class Project:
 
     @takes_fields_of(UpdateDbConfig)
     def update(self, config: UpdateDbConfig) -> UpdateDbReport:
-        """Retrieve from more documents, or from another project's, for the same samples.
+        """Retrieve from more or fewer documents, or from another project's, for the same samples.
 
         Takes the fields of `UpdateDbConfig` as keyword arguments.
 

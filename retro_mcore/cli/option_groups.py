@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 #: name mean the same in all commands.
 GROUPS: dict[str, str] = {
     "data": "project_dir input input_weights json_keys id_key clean_text near_duplicate* "
-    "append exchange "
+    "append exchange remove remove_file compact "
     "data_path data_folder valid_data_path sample_input_file seq_length retro_chunk_length "
     "train_* micro_batch_size global_batch_size rampup_batch_size eval_interval eval_iters "
     "eval_documents num_workers seed split samples num_samples retro_block_size "

@@ -47,6 +47,8 @@ def print_report(report: QueryNeighborsReport) -> None:
     rows["neighbors"] = f"{num_saved} saved of {report.num_candidates} searched{order}"
     if report.num_searched is not None:
         rows["searched"] = f"{report.num_searched} new chunks; neighbors among the old were known"
+    if report.num_again is not None:
+        rows["searched again"] = f"{report.num_again} chunks, whose neighbors were removed"
     for split, counts in report.counts.items():
         for name, loss in _losses(counts, num_saved, report.max_tokens).items():
             rows[f"{split}, {name}"] = loss

@@ -13,7 +13,9 @@ from retro_mcore.cli.output import print_summary
 from retro_mcore.distributed import initialize, raise_together
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.integrity import verifying
+from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.verification import verify_whole_project
+from retro_mcore.retrieval.removed import verify_removed
 
 
 @dataclass
@@ -55,7 +57,10 @@ def verify(options: VerifyOptions) -> Verified:
         raise ConfigurationError("--project-dir and --load", "neither given", "Give one, or both")
     initialize()
     with raise_together(), verifying(True):
-        num_files = 0 if options.project_dir is None else verify_whole_project(options.project_dir)
+        num_files = 0
+        if options.project_dir is not None:
+            num_files = verify_whole_project(options.project_dir)
+            num_files += verify_removed(ProjectPaths(options.project_dir))
         checked, unchecked = ([], []) if options.load is None else verify_run(Path(options.load))
     result = Verified(num_files, checked, unchecked)
     rows: dict[str, object] = {}

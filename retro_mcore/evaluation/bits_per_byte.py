@@ -276,9 +276,9 @@ class DocumentEvaluation:
         if kind != "none":
             assert self._neighbors is not None, "search_neighbors first"
             with raise_together():
-                given = change_neighbors(
-                    self._neighbors, kind, self.documents.owners, len(self.database), seed
-                )
+                owners, size = self.documents.owners, len(self.database)
+                removed = self.database.removed
+                given = change_neighbors(self._neighbors, kind, owners, size, seed, removed)
         return WindowReader(
             self.documents,
             given,

@@ -84,7 +84,7 @@ def saved_document_neighbors(
         return None
     verify_project(paths, sorted((paths.query / directory).glob("*.hdf5")))
     database = ChunkDatabase.open(project_dir)
-    saved = SavedNeighbors(paths.query / directory, len(database))
+    saved = SavedNeighbors(paths.query / directory, len(database), database.removed)
     if saved.num_saved < num_save:
         return None
     table = ChunkTable(ChunkDatabase.open(project_dir, "valid", own=True), saved)

@@ -225,7 +225,7 @@ def search_document_neighbors(
             fingerprint,
             f"neighbors of {documents.split} documents",
         )
-    return SavedNeighbors(directory, len(search.database))
+    return SavedNeighbors(directory, len(search.database), search.database.removed)
 
 
 def _fingerprint(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.retrieval.removed import RemovedChunks
 
 if TYPE_CHECKING:
     from retro_mcore.samples.retro_dataset import RetroDataset
@@ -84,12 +85,14 @@ class RandomNeighbors:
         num_saved: Number of neighbors per chunk.
         database_size: Number of chunks to draw from.
         seed: Seed of the draws.
+        removed: Chunks that are not drawn; None: all are.
     """
 
     has_neighbors: NDArray[np.bool_]
     num_saved: int
     database_size: int
     seed: int
+    removed: RemovedChunks | None = None
 
     def __len__(self) -> int:
         return len(self.has_neighbors)
@@ -101,13 +104,16 @@ class RandomNeighbors:
     def rows(self, start: int, end: int) -> np.ndarray:
         """Neighbors i64 [end - start, num_saved]. A row is the same for any range."""
         # Philox depends only on its counter, so a row is drawn without the rows before it.
+        size = self.database_size - (0 if self.removed is None else len(self.removed))
         drawn = np.stack(
             [
                 np.random.Generator(np.random.Philox(key=self.seed, counter=[0, row, 0, 0]))
-                .integers(self.database_size, size=self.num_saved)
+                .integers(size, size=self.num_saved)
                 for row in range(start, end)
             ]
         )  # fmt: skip
+        if self.removed is not None:
+            drawn = self.removed.kept_rows(drawn)
         return np.where(self.has_neighbors[start:end, None], drawn, NO_NEIGHBOR)
 
 
@@ -117,6 +123,7 @@ def change_neighbors(
     owners: NDArray[np.int64],
     database_size: int,
     seed: int,
+    removed: RemovedChunks | None = None,
 ) -> NeighborRows:
     """Choose the neighbors to evaluate with.
 
@@ -129,6 +136,7 @@ def change_neighbors(
         owners: int64 [rows]: the sample or document of each chunk, ascending from 0.
         database_size: Number of chunks in the database.
         seed: Seed of shuffling and random draws.
+        removed: Chunks of removed documents, which are not drawn; None: there are none.
 
     Raises:
         ConfigurationError: no shuffling can give every chunk the neighbors of another owner.
@@ -139,7 +147,8 @@ def change_neighbors(
         donors[rows] = rows[shuffled_rows(owners[rows], seed)]
         return ShuffledNeighbors(neighbors, donors)
     if kind == "random":
-        return RandomNeighbors(neighbors.searched(), neighbors.num_saved, database_size, seed)
+        searched, saved = neighbors.searched(), neighbors.num_saved
+        return RandomNeighbors(searched, saved, database_size, seed, removed)
     return neighbors
 
 
@@ -148,7 +157,10 @@ def with_neighbors(dataset: RetroDataset, kind: NeighborKind, seed: int) -> Retr
     if kind not in ("shuffled", "random"):
         return dataset
     owners = np.repeat(np.arange(len(dataset)), dataset.chunks_per_sample)
-    changed: Any = change_neighbors(dataset.neighbors, kind, owners, len(dataset.database), seed)
+    database = dataset.database
+    changed: Any = change_neighbors(
+        dataset.neighbors, kind, owners, len(database), seed, database.removed
+    )
     return replace(dataset, neighbors=changed)
 
 

@@ -22,8 +22,10 @@ def save_array(path: Path, array: np.ndarray) -> None:
     path.write_bytes(content.getbuffer())
 
 
-def load_array(path: Path, shape: Sequence[int] | None, kind: str, hint: str) -> np.ndarray:
+def load_array(path: Path, shape: Sequence[int | None] | None, kind: str, hint: str) -> np.ndarray:
     """Read an array of the given shape (None: one axis, any length) and `np.dtype.kind`.
+
+    An axis of length None may have any length.
 
     Raises:
         CorruptFileError: the file holds something else; `hint` is the hint.
@@ -36,7 +38,10 @@ def load_array(path: Path, shape: Sequence[int] | None, kind: str, hint: str) ->
         reason = str(error).partition("\n")[0]
         raise CorruptFileError(path, f"unreadable ({reason})", hint) from error
     wanted = "one axis" if shape is None else str(list(shape))
-    fits = len(array.shape) == 1 if shape is None else array.shape == tuple(shape)
+    lengths = [None] if shape is None else list(shape)
+    fits = len(array.shape) == len(lengths) and all(
+        length in (None, size) for length, size in zip(lengths, array.shape, strict=True)
+    )
     if not fits or array.dtype.kind not in kind:
         raise CorruptFileError(path, f"{found}, not {wanted}", hint)
     return np.array(array)

@@ -18,6 +18,8 @@ Split = Literal["train", "valid", "test"]
 NearDuplicateMode = Literal["keep", "count", "exclude-neighbors", "decontaminate", "drop"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 _REPAIR = "Restore the file"
+#: Settings that are written only if set: older versions refuse a project that has them.
+_REFUSED_BY_OLDER = ("compacted_from", "removed_documents")
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,10 @@ class ProjectSettings:
             These are appended datasets, from which no samples are drawn.
         grown_from: The project whose database this one extends, relative to this one.
         growth: Number of chunks in the database before each extension.
+        compacted_from: The project whose database this one is, without its removed documents,
+            relative to this one.
+        removed_documents: Number of documents in db/removed/, which are not retrieved although the
+            database holds them. Versions that do not know this key refuse the project.
         embedder: Name or path that the embedder was loaded from.
         embedder_pooling: Pooling of the embedder's hidden states; None: the model's own setting.
         embed_precision: Precision that the embedder computes in; None in projects of versions
@@ -248,6 +254,8 @@ class ProjectSettings:
     whole_datasets: list[str] = field(default_factory=list)
     grown_from: str | None = None
     growth: list[int] = field(default_factory=list)
+    compacted_from: str | None = None
+    removed_documents: int = 0
     embedder: str | None = None
     embedder_pooling: Literal["mean", "cls"] | None = None
     embed_precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None
@@ -295,7 +303,11 @@ class ProjectSettings:
 
     def save(self, project_dir: Path | str) -> None:
         """Write retro_mcore.json, atomically."""
-        write_json(ProjectPaths(project_dir).settings, asdict(self))
+        values = asdict(self)
+        for name in _REFUSED_BY_OLDER:
+            if not values[name]:
+                del values[name]
+        write_json(ProjectPaths(project_dir).settings, values)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _SETTINGS_RANGES = {
     "ef_search": (1, (1 << 31) - 1),
     "num_neighbors_query": (1, (1 << 31) - 1),
     "num_neighbors_save": (1, (1 << 31) - 1),
+    "removed_documents": (0, _MOST),
 }
 _LENGTHS = ("retro_gpt_seq_length", "retro_gpt_chunk_length")
 _PATHS = (

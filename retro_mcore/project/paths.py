@@ -87,6 +87,16 @@ class ProjectPaths:
         return self.db / "merged" / f"{name}.hdf5"
 
     @property
+    def removed_documents(self) -> Path:
+        """Directory of the documents that the database holds but that are not retrieved."""
+        return self.db / "removed"
+
+    @property
+    def left_out_documents(self) -> Path:
+        """Documents whose chunks build_db leaves out of the database."""
+        return self.db / "left_out.npy"
+
+    @property
     def index(self) -> Path:
         """Embeddings and indexes."""
         return self.root / "index"

@@ -104,6 +104,16 @@ def recorded_inputs(paths: ProjectPaths, stage: str) -> dict[str, str]:
     return _recorded(paths, stage, "inputs")
 
 
+def recorded_fingerprint(paths: ProjectPaths, stage: str) -> str:
+    """Fingerprint of a finished stage's files; empty if it has not finished."""
+    path = paths.stage_record(stage)
+    if not path.is_file():
+        return ""
+    record = read_stage_record(path)
+    what = {"stage": stage, "options": record.get("options"), "inputs": record.get("inputs")}
+    return str(record.get("fingerprint") or fingerprint_of(what))
+
+
 def recorded_options(paths: ProjectPaths, stage: str) -> dict[str, Any]:
     """Flags of a finished stage; empty if it has not finished."""
     return _recorded(paths, stage, "options")

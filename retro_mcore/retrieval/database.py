@@ -23,6 +23,7 @@ from retro_mcore.project.markers import verify
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import require_stage
 from retro_mcore.retrieval.document_groups import DocumentGroups
+from retro_mcore.retrieval.removed import RemovedChunks, find_removed, removed_documents
 
 #: Rows checked in one call.
 _ROWS = 1 << 20
@@ -37,6 +38,7 @@ class ChunkDatabase:
         path: A merged database, such as db/merged/train.hdf5.
         token_sources: The datasets, in the order of the project's data path.
         groups: Groups of documents that do not retrieve one another; None: each is alone.
+        removed: Chunks of removed documents, which must not be retrieved; None: there are none.
 
     Raises:
         CorruptFileError: the file is damaged.
@@ -47,8 +49,10 @@ class ChunkDatabase:
         path: Path | str,
         token_sources: Sequence[TokenSource],
         groups: DocumentGroups | None = None,
+        removed: RemovedChunks | None = None,
     ) -> None:
         self.path, self.token_sources, self.groups = Path(path), token_sources, groups
+        self.removed = removed
         #: u32 [n, 5]: dataset, document, first token, end token, BERT tokens.
         self.chunks = map_dataset(self.path, "chunks", "i", 2, 5)
 
@@ -79,6 +83,8 @@ class ChunkDatabase:
         database = cls(path, files, groups)
         if get_rank() == 0:
             database._require_rows(config.retro_gpt_chunk_length, hint)
+        if name == "train":
+            database.removed = find_removed(database.chunks, removed_documents(paths))
         return database
 
     def _require_rows(self, chunk_length: int, hint: str) -> None:
@@ -111,8 +117,13 @@ class ChunkDatabase:
     def __len__(self) -> int:
         return len(self.chunks)
 
+    @property
+    def num_retrieved(self) -> int:
+        """Number of chunks that may be retrieved: all but those of removed documents."""
+        return len(self) - (0 if self.removed is None else len(self.removed))
+
     def __reduce__(self) -> tuple:
-        return type(self), (self.path, self.token_sources, self.groups)
+        return type(self), (self.path, self.token_sources, self.groups, self.removed)
 
     def documents(self, ids: np.ndarray) -> np.ndarray:
         """Dataset and document of each chunk, u32 [..., 2]; ids must be valid."""

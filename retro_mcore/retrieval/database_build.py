@@ -68,6 +68,8 @@ class DatabaseInputs:
         whole_datasets: Datasets whose documents all go into the retrieval database.
         aligned: Whether chunks are cut where samples of padded documents have theirs; see
             `_aligned_chunks`.
+        left_out: Documents whose chunks are left out of the merged databases: dataset and
+            document, i64 [documents, 2].
     """
 
     paths: ProjectPaths
@@ -77,6 +79,7 @@ class DatabaseInputs:
     counter: BertTokenCounter
     whole_datasets: Sequence[str]
     aligned: bool
+    left_out: np.ndarray
 
 
 def build_database(
@@ -129,9 +132,13 @@ def build_database(
         reports.append(run_shards(by_length, build, made_from, f"chunks of {prefix}", row_bytes))
     merged_reused = True
     with raise_together():
-        _count_chunks(infos, all_shards, num_sampled, whole_datasets)
+        sources = [
+            _DatasetChunks(shards, inputs.left_out[inputs.left_out[:, 0] == number, 1])
+            for number, shards in enumerate(all_shards)
+        ]
+        _count_chunks(infos, sources, num_sampled, whole_datasets)
         if get_rank() == 0:
-            merged_reused = _merge_all(infos, all_shards, inputs.paths, fingerprint)
+            merged_reused = _merge_all(infos, sources, inputs.paths, fingerprint)
     barrier()
     return DatabaseReport(infos, reports, merged_reused)
 
@@ -264,19 +271,43 @@ def _count_batch(
     return inputs.counter.count(tokenizer.detokenize_batch([flat[a:b] for a, b in bounds]))
 
 
+@dataclass(frozen=True)
+class _DatasetChunks:
+    """The chunks of one dataset, without documents that are left out.
+
+    Attributes:
+        shards: Files of all its chunks.
+        left_out: Documents that are left out, i64 [documents].
+    """
+
+    shards: Sequence[Shard]
+    left_out: np.ndarray
+
+    def read(self, shard: Shard) -> tuple[np.ndarray, np.ndarray, int]:
+        """Read a file: chunks u32 [n, 4], doc_offsets u64 [documents, 2], number of invalid."""
+        with h5py.File(shard.path, "r") as file:
+            chunks, offsets = file["chunks_valid"][:].reshape(-1, 4), file["doc_offsets"][:]
+            num_invalid = len(file["chunks_invalid"])
+        gone = np.isin(chunks[:, 0], self.left_out) if len(self.left_out) else np.zeros(0, bool)
+        if gone.any():
+            chunks = chunks[~gone]
+            ends = np.searchsorted(chunks[:, 0], offsets[:, 0], side="right")
+            offsets[:, 1] = ends.astype(np.uint64)
+        return chunks, offsets, num_invalid
+
+
 def _count_chunks(
     infos: Sequence[DatasetInfo],
-    all_shards: Sequence[Sequence[Shard]],
+    sources: Sequence[_DatasetChunks],
     num_sampled: int | None,
     whole_datasets: Sequence[str],
 ) -> None:
-    for info, shards in zip(infos, all_shards, strict=True):
-        for shard in shards:
-            with h5py.File(shard.path, "r") as file:
-                documents = _valid_chunks(file)[:, 0]
-                info.n_chunks += len(documents)
-                info.n_chunks_train += int((documents < info.n_docs_train).sum())
-                info.n_chunks_invalid += len(file["chunks_invalid"])
+    for info, source in zip(infos, sources, strict=True):
+        for shard in source.shards:
+            chunks, _, num_invalid = source.read(shard)
+            info.n_chunks += len(chunks)
+            info.n_chunks_train += int((chunks[:, 0] < info.n_docs_train).sum())
+            info.n_chunks_invalid += num_invalid
     if not sum(info.n_chunks_train for info in infos):
         raise ConfigurationError(
             "--split", "leaves no training chunks", "Give more documents or a larger first part"
@@ -297,14 +328,9 @@ def _count_chunks(
             )
 
 
-def _valid_chunks(file: h5py.File) -> np.ndarray:
-    """u32 [n, 4]: document, first token, end token, BERT tokens."""
-    return file["chunks_valid"][:].reshape(-1, 4)
-
-
 def _merge_all(
     infos: Sequence[DatasetInfo],
-    all_shards: Sequence[Sequence[Shard]],
+    sources: Sequence[_DatasetChunks],
     paths: ProjectPaths,
     fingerprint: str,
 ) -> bool:
@@ -318,14 +344,14 @@ def _merge_all(
             continue
         reused = False
         with signed_write(path, fingerprint) as temporary:
-            _merge(name, infos, all_shards, temporary)
+            _merge(name, infos, sources, temporary)
     return reused
 
 
 def _merge(
     name: str,
     infos: Sequence[DatasetInfo],
-    all_shards: Sequence[Sequence[Shard]],
+    sources: Sequence[_DatasetChunks],
     path: Path,
 ) -> None:
     bounds = [
@@ -348,13 +374,12 @@ def _merge(
             else None
         )
         row = doc_row = chunks_before = 0
-        for index, (info, shards, (start, end)) in enumerate(
-            zip(infos, all_shards, bounds, strict=True)
+        for index, (info, source, (start, end)) in enumerate(
+            zip(infos, sources, bounds, strict=True)
         ):
             seen = 0
-            for shard in shards:
-                with h5py.File(shard.path, "r") as source:
-                    chunks, doc_offsets = _valid_chunks(source), source["doc_offsets"][:]
+            for shard in source.shards:
+                chunks, doc_offsets, _ = source.read(shard)
                 part = chunks[max(start - seen, 0) : max(end - seen, 0)]
                 merged[row : row + len(part), 0] = index
                 merged[row : row + len(part), 1:] = part

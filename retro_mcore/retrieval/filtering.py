@@ -1,4 +1,5 @@
-"""Filtering a search's candidates: no neighbor comes from the sample's own documents.
+"""Filtering a search's candidates: no neighbor comes from the sample's own documents, or from a
+removed one.
 
 Where a project keeps near-duplicates out of the neighbors, a document stands for its whole group.
 """
@@ -37,7 +38,7 @@ class SampleRows:
 
 
 class DocumentFilter:
-    """Drops candidates from a sample's own documents.
+    """Drops candidates from a sample's own documents and from removed documents.
 
     A continuation belongs to its neighbor's document, so it needs no check of its own.
 
@@ -48,6 +49,7 @@ class DocumentFilter:
     def __init__(self, database: ChunkDatabase) -> None:
         sizes = [len(source.starts) for source in database.token_sources]
         self._groups = None if database.groups is None else database.groups.numbers
+        self._removed = database.removed
         self._first_document = np.cumsum([0, *sizes[:-1]])
         self._many_datasets, self._total = len(sizes) > 1, sum(sizes)
         # Flat: a gather from a column would copy the column.
@@ -64,7 +66,7 @@ class DocumentFilter:
         return documents if self._groups is None else self._groups[documents]
 
     def own(self, candidates: np.ndarray, samples: Sequence[SampleRows]) -> np.ndarray:
-        """Mark the candidates that come from the documents of the querying sample.
+        """Mark the candidates from the documents of the querying sample, and removed ones.
 
         Args:
             candidates: Chunk ids [rows, n]; the result for NO_NEIGHBOR is arbitrary.
@@ -90,6 +92,8 @@ class DocumentFilter:
             if self._total > _SLOTS:  # other documents may share a slot
                 rows = own[sample.start : sample.end]
                 rows &= np.isin(documents[sample.start : sample.end], mine)
+        if self._removed is not None:
+            own |= self._removed.of(candidates)
         return own
 
     def select(

@@ -131,9 +131,15 @@ class NeighborSearch:
             CorruptFileError: the index returns ids that are not in the database.
         """
         query = read_in_batches(chunks, start, end, BATCH, counts)
+        return (yield from self.find(query, counts))
+
+    def find(
+        self, query: QueryBatch, counts: QueryCounts
+    ) -> Generator[Request, Found, tuple[np.ndarray, np.ndarray]]:
+        """Search chunks that have been read; see `batch`."""
         distances, candidates = yield query.vectors, self.num_query
         require_found(distances, candidates, self.database, query.known is not None)
-        neighbors, kept = self._choose(query, np.arange(end - start), candidates, distances)
+        neighbors, kept = self._choose(query, np.arange(len(candidates)), candidates, distances)
         k = self.num_query
         total = len(self.database) if self.num_searched is None else self.num_searched
         while k < total:
@@ -151,9 +157,7 @@ class NeighborSearch:
                 require_found(more, wider, self.database, may_be_empty=True)
                 neighbors[some], kept[some] = self._choose(query, some, wider, more)
                 candidates[some, -1] = wider[:, -1]
-        for first in range(0, len(neighbors), BATCH):
-            here = slice(first, first + BATCH)
-            self._count(query.tokens[here], neighbors[here], counts)
+        count_neighbors(self.database, query.tokens, neighbors, counts)
         return neighbors, kept
 
     def _choose(
@@ -175,18 +179,6 @@ class NeighborSearch:
         kept, ids = nearest(found[1], found[0], self.num_save)
         return ids, np.where(ids == NO_NEIGHBOR, np.float32(np.nan), kept)
 
-    def _count(
-        self, tokens: Sequence[np.ndarray], neighbors: np.ndarray, counts: QueryCounts
-    ) -> None:
-        """Count rows with too few neighbors, and rows that found a copy of themselves."""
-        counts.chunks_short += int((neighbors[:, -1] == NO_NEIGHBOR).sum())
-        counts.chunks_without += int((neighbors[:, 0] == NO_NEIGHBOR).sum())
-        copies = find_copies(self.database, tokens, neighbors)
-        counts.nearest_is_copy += int(copies[:, 0].sum())
-        counts.copy_found += int(copies.any(axis=1).sum())
-        near = find_near_copies(self.database, tokens, neighbors) | copies[:, :FIRST]
-        counts.near_copy_found += int(near.any(axis=1).sum())
-
     def select(
         self,
         chunks: Sequence[np.ndarray],
@@ -201,6 +193,31 @@ class NeighborSearch:
         candidates, distances = keep_first(candidates, distances, allowed, candidates.shape[1])
         candidates, distances = self.rerank.reorder(chunks, candidates, distances)
         return keep_first(candidates, distances, candidates >= 0, self.num_save)
+
+
+def count_neighbors(
+    database: ChunkDatabase,
+    tokens: Sequence[np.ndarray],
+    neighbors: np.ndarray,
+    counts: QueryCounts,
+) -> None:
+    """Count chunks with too few neighbors, and chunks that found a copy of themselves.
+
+    Args:
+        database: The database that the neighbors are from.
+        tokens: Tokens of each chunk.
+        neighbors: Chunk ids [n, saved].
+        counts: The counts are added to these.
+    """
+    for first in range(0, len(neighbors), BATCH):
+        own, found = tokens[first : first + BATCH], neighbors[first : first + BATCH]
+        counts.chunks_short += int((found[:, -1] == NO_NEIGHBOR).sum())
+        counts.chunks_without += int((found[:, 0] == NO_NEIGHBOR).sum())
+        copies = find_copies(database, own, found)
+        counts.nearest_is_copy += int(copies[:, 0].sum())
+        counts.copy_found += int(copies.any(axis=1).sum())
+        near = find_near_copies(database, own, found) | copies[:, :FIRST]
+        counts.near_copy_found += int(near.any(axis=1).sum())
 
 
 def count_queried(shards: Sequence[Shard]) -> QueryCounts:

@@ -13,6 +13,7 @@ import numpy as np
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.hdf5 import map_dataset
+from retro_mcore.retrieval.removed import RemovedChunks
 
 #: Name of a file with rows [start, end); other files, such as renamed copies, are not read.
 _ROWS = re.compile(r"(\d+)-(\d+)")
@@ -27,6 +28,7 @@ class SavedNeighbors:
     Args:
         directory: A directory under `query/`.
         num_chunks: Number of chunks in the database, an upper bound of the ids; None: not checked.
+        removed: Chunks that are left out of every row that holds them; None: there are none.
 
     Raises:
         ProjectError: the directory is missing or empty.
@@ -36,9 +38,17 @@ class SavedNeighbors:
     """
 
     _dataset, _kind = "neighbors", "i"
+    #: Value of a column without a neighbor.
+    _missing: float = NO_NEIGHBOR
 
-    def __init__(self, directory: Path | str, num_chunks: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | str,
+        num_chunks: int | None = None,
+        removed: RemovedChunks | None = None,
+    ) -> None:
         self.directory, self._num_chunks = Path(directory), num_chunks
+        self.removed = removed
         found = [(path, _ROWS.fullmatch(path.stem)) for path in self.directory.glob("*.hdf5")]
         bounds = sorted((int(m[1]), int(m[2]), path) for path, m in found if m)
         if not bounds:
@@ -81,7 +91,7 @@ class SavedNeighbors:
         return int(self._ends[-1])
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.directory, self._num_chunks)
+        return type(self), (self.directory, self._num_chunks, self.removed)
 
     @property
     def directories(self) -> list[Path]:
@@ -108,6 +118,27 @@ class SavedNeighbors:
 
     def rows(self, start: int, end: int) -> np.ndarray:
         """Read rows [start, end), i64 [end - start, num_saved] (distances: f32)."""
+        found, removed = self.saved_rows(start, end), self._neighbors.removed
+        if removed is None:
+            return found
+        return self._kept(found, removed.of(self._neighbors.saved_rows(start, end)))
+
+    @property
+    def _neighbors(self) -> SavedNeighbors:
+        """The neighbors that say which columns of a row are left out."""
+        return self
+
+    def _kept(self, found: np.ndarray, gone: np.ndarray) -> np.ndarray:
+        """Rows without the marked columns; the columns after them move up."""
+        if not gone.any():
+            return found
+        order = np.argsort(gone, axis=1, kind="stable")
+        found = np.take_along_axis(found, order, axis=1)
+        found[np.take_along_axis(gone, order, axis=1)] = self._missing
+        return found
+
+    def saved_rows(self, start: int, end: int) -> np.ndarray:
+        """Rows [start, end) as they were saved, removed neighbors included."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < end:
@@ -129,6 +160,12 @@ class SavedNeighbors:
             ProjectError: a row does not exist.
             CorruptFileError: an id is not in the database.
         """
+        found, removed = self._saved_rows_at(rows), self._neighbors.removed
+        if removed is None:
+            return found
+        return self._kept(found, removed.of(self._neighbors._saved_rows_at(rows)))
+
+    def _saved_rows_at(self, rows: np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, np.int64)
         outside = rows[(rows < 0) | (rows >= len(self))]
         if len(outside):
@@ -151,6 +188,7 @@ class SavedDistances(SavedNeighbors):
 
     Args:
         directory: The directory of the neighbors, under `query/`.
+        neighbors: The neighbors, of which removed ones are left out; None: all are kept.
 
     Raises:
         ProjectError: no distances were saved.
@@ -158,9 +196,15 @@ class SavedDistances(SavedNeighbors):
     """
 
     _dataset, _kind = "distances", "f"
+    _missing = float("nan")
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, neighbors: SavedNeighbors | None = None) -> None:
         super().__init__(Path(directory) / "distances")
+        self._of = neighbors
+
+    @property
+    def _neighbors(self) -> SavedNeighbors:
+        return self if self._of is None else self._of
 
     def of(self, neighbors: SavedNeighbors) -> SavedDistances:
         """Check that these distances belong to `neighbors`, and return them.
@@ -175,7 +219,8 @@ class SavedDistances(SavedNeighbors):
                 f"holds {sizes[0]} rows and columns, its neighbors {sizes[1]}",
                 "Run query_neighbors again, or remove it",
             )
+        self._of = neighbors
         return self
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.directory.parent,)
+        return type(self), (self.directory.parent, self._of)

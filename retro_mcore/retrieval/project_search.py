@@ -24,6 +24,7 @@ from retro_mcore.retrieval.embedders.base import BATCH_SIZE, Embedder
 from retro_mcore.retrieval.embedders.precision import Precision, obstacle
 from retro_mcore.retrieval.index.project import ProjectIndex
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY
+from retro_mcore.retrieval.removed import INPUT, digest_of_documents, removed_documents
 from retro_mcore.retrieval.rerank import BM25, load_reranker
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ class ProjectSearch:
         return input_digests(self.paths, files)
 
     def database_digests(self, rescore: bool) -> dict[str, str]:
-        """Digests of the database and the index, and with `rescore` of the stored vectors.
+        """Digests of the database, its removed documents and the index, and with `rescore` of the
+        stored vectors.
 
         Raises:
             ProjectError: stored vectors are missing.
@@ -136,7 +138,9 @@ class ProjectSearch:
         files = [self.source.merged_db("train"), *group_files(self.source)]
         merged = input_digests(self.source, files)
         vectors = self.index.vector_files().digests() if rescore else {}
-        return merged | self.index.digests() | vectors
+        removed = removed_documents(self.source)
+        left_out = {INPUT: digest_of_documents(removed)} if len(removed) else {}
+        return merged | self.index.digests() | vectors | left_out
 
 
 def open_search(

@@ -71,6 +71,9 @@ class QueryChunks(Protocol):
             ConfigurationError: the embedder returns vectors that cannot be searched.
         """
 
+    def read_rows(self, rows: np.ndarray, counts: QueryCounts) -> QueryBatch:
+        """Read chunks in any ascending order, i64 [n], and count them; see `read`."""
+
 
 @dataclass(frozen=True)
 class ChunkEmbedder:
@@ -121,6 +124,13 @@ class SampleChunks:
         """See `QueryChunks.read`. Each sample is read once."""
         chunks, owners = read_chunks(self.samples, start, end, self.chunk_length)
         return QueryBatch(chunks, self.embedder.embed(chunks, start, counts), owners)
+
+    def read_rows(self, rows: np.ndarray, counts: QueryCounts) -> QueryBatch:
+        """See `QueryChunks.read_rows`. All of them are embedded together."""
+        runs = [read_chunks(self.samples, *run, self.chunk_length) for run in runs_of(rows)]
+        chunks = [chunk for tokens, _ in runs for chunk in tokens]
+        owners = _joined_owners([(len(tokens), owners) for tokens, owners in runs])
+        return QueryBatch(chunks, self.embedder.embed(chunks, int(rows[0]), counts), owners)
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,10 @@ class DatabaseChunks:
         known = None if self.known is None else self.known(start, end)
         return QueryBatch(chunks, vectors, self._owners(start, end), known)
 
+    def read_rows(self, rows: np.ndarray, counts: QueryCounts) -> QueryBatch:
+        """See `QueryChunks.read_rows`."""
+        return _joined([self.read(start, end, counts) for start, end in runs_of(rows)])
+
     def _owners(self, start: int, end: int) -> list[SampleRows]:
         """Each run of rows of one document."""
         owners = self.database.documents(np.arange(start, end)).astype(np.int64)
@@ -209,14 +223,33 @@ def read_in_batches(
 ) -> QueryBatch:
     """Read chunks [start, end), `size` at a time: embedding them rounds alike in any range."""
     firsts = range(start, end, size)
-    read = [chunks.read(first, min(first + size, end), counts) for first in firsts]
+    return _joined([chunks.read(first, min(first + size, end), counts) for first in firsts])
+
+
+def runs_of(rows: np.ndarray) -> list[tuple[int, int]]:
+    """The runs [start, end) of consecutive numbers in ascending ones, i64 [n]."""
+    firsts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    ends = [*firsts[1:].tolist(), len(rows)]
+    return [
+        (int(rows[first]), int(rows[first]) + end - first)
+        for first, end in zip(firsts.tolist(), ends, strict=True)
+    ]
+
+
+def _joined_owners(parts: Sequence[tuple[int, Sequence[SampleRows]]]) -> list[SampleRows]:
+    """The owners of several batches after one another, each with its number of chunks."""
+    owners, before = [], 0
+    for count, part in parts:
+        owners += [replace(rows, start=rows.start + before, end=rows.end + before) for rows in part]
+        before += count
+    return owners
+
+
+def _joined(read: Sequence[QueryBatch]) -> QueryBatch:
+    """Several batches as one."""
     if len(read) == 1:
         return read[0]
-    owners = [
-        replace(rows, start=rows.start + first - start, end=rows.end + first - start)
-        for first, batch in zip(firsts, read, strict=True)
-        for rows in batch.owners
-    ]
+    owners = _joined_owners([(len(batch.tokens), batch.owners) for batch in read])
     tokens = [chunk for batch in read for chunk in batch.tokens]
     known = [batch.known for batch in read if batch.known is not None]
     vectors = np.concatenate([batch.vectors for batch in read])

@@ -8,6 +8,7 @@ directly from the token file, without an index.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -76,6 +77,12 @@ class BM25:
         frequencies, total, self._mean_length = counts[:-2], counts[-2], counts[-1]
         self._idf = np.log1p((total - frequencies + 0.5) / (frequencies + 0.5))
         self._term = np.full(len(frequencies) + 1, -1, np.int64)
+
+    def over(self, database: ChunkDatabase) -> BM25:
+        """The same weights for the chunks of another database."""
+        other = copy.copy(self)
+        other._database = database
+        return other
 
     def scores(self, query: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """BM25 of candidate chunks, f64 [n].

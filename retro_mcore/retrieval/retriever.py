@@ -1,12 +1,13 @@
 """Live retrieval of the neighbors of a chunk or text in the project's database.
 
 The search is the same as for the project's training neighbors: same text of a chunk, same embedder,
-index and breadth, and same BM25 order if any. Nothing is filtered, since the text being generated
-belongs to no document of the database.
+index and breadth, and same BM25 order if any. Only removed documents are left out, since the text
+being generated belongs to no document of the database.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +20,18 @@ from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.document_ids import DocumentNames
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.retrieval.added_documents import AddedDocuments, JoinedDatabase
 from retro_mcore.retrieval.chunk_text import chunk_texts
+from retro_mcore.retrieval.document_chunks import DocumentMaker
 from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
+from retro_mcore.retrieval.filtering import keep_first
 from retro_mcore.retrieval.index import search
 from retro_mcore.retrieval.neighbor_search import require_found
 from retro_mcore.retrieval.neighbors import CompletedChunk, RetrievedNeighbors
 from retro_mcore.retrieval.project_search import open_search
+
+#: Factor by which a search that finds too few neighbors is widened.
+_MORE = 4
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,9 @@ class Retriever:
         wanted = project.num_candidates(project.settings.num_neighbors_query)
         self._num_query = min(wanted, len(self.database))
         self._rerank = project.load_reranker(project.settings.rerank, self.tokenizer)
+        self._embedding = threading.Lock()
+        self._added: AddedDocuments | None = None
+        self._maker: DocumentMaker | None = None
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -104,6 +114,32 @@ class Retriever:
     def index(self) -> Any:
         """The Faiss index, with the search breadth that build_index chose."""
         return self._project.index.open(rescore=self._project.rescore)
+
+    def accept_documents(self, most_chunks: int) -> AddedDocuments:
+        """Search documents that are added in memory from now on, too.
+
+        Args:
+            most_chunks: Maximum number of their chunks.
+
+        Raises:
+            ProjectError: the project cannot cut documents into chunks as its database has them.
+        """
+        project = self._project
+        dimension = int(project.source_settings.embedding_dimension or self.embedder.dimension)
+        self._maker = DocumentMaker.open(project, self.tokenizer, self._embed)
+        self._added = AddedDocuments(len(self.database), dimension, most_chunks)
+        return self._added
+
+    @property
+    def maker(self) -> DocumentMaker:
+        """Cuts and embeds documents; only after `accept_documents`."""
+        assert self._maker is not None
+        return self._maker
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed texts, f32 [n, dimension], for one thread at a time."""
+        with self._embedding:
+            return embed_unique(self.embedder, texts, what="text")
 
     def search_texts(self, texts: Sequence[str]) -> RetrievedNeighbors:
         """Search the neighbors of N texts; if the index finds fewer than K, the rest is masked."""
@@ -118,22 +154,44 @@ class Retriever:
 
     def _search(self, texts: Sequence[str], chunks: Sequence[Any]) -> RetrievedNeighbors:
         """Search neighbors of texts; `chunks` are their tokens, used to reorder candidates."""
+        # All of a search sees the same added documents.
+        added = None if self._added is None else self._added.now
+        database = self.database if added is None else JoinedDatabase(self.database, added)
         shape_NK = (len(texts), self.num_neighbors)
         ids, distances = np.full(shape_NK, NO_NEIGHBOR), np.full(shape_NK, np.inf, np.float32)
         if len(texts):
-            found = min(self.num_neighbors, len(self.database))
+            there = self.database.num_retrieved + (0 if added is None else len(added))
+            found = min(self.num_neighbors, there)
             reordered = self._rerank or self._project.rescore
             wanted = max(found, self._num_query) if reordered else found
-            vectors = embed_unique(self.embedder, texts, what="text")
-            near, candidates = search(self.index, vectors, wanted)
-            require_found(near, candidates, self.database)
+            vectors = self._embed(texts)
+            near, candidates = self._candidates(vectors, min(wanted, len(self.database)))
+            if added is not None:
+                near, candidates = added.merge(vectors, near, candidates, wanted)
             if self._rerank:
-                candidates, near = self._rerank.reorder(chunks, candidates, near)
+                rerank = self._rerank.over(database)
+                candidates, near = rerank.reorder(chunks, candidates, near)
             distances[:, :found], ids[:, :found] = near[:, :found], candidates[:, :found]
-        tokens, mask = self.database.retrieved_tokens(
+        tokens, mask = database.retrieved_tokens(
             ids, self.num_retrieved_chunks, self.chunk_length, self.tokenizer.eod
         )
         return RetrievedNeighbors(tokens, mask, ids, distances)
+
+    def _candidates(self, vectors: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest chunks that may be retrieved: distances and ids, [N, wanted]."""
+        removed, k = self.database.removed, wanted
+        while True:
+            near, candidates = search(self.index, vectors, k)
+            require_found(near, candidates, self.database)
+            if removed is None:
+                return near, candidates
+            allowed = ~removed.of(candidates)
+            # More are searched where removed chunks took the places of others.
+            short = (allowed.sum(axis=1) < wanted) & (candidates[:, -1] != NO_NEIGHBOR)
+            if k >= len(self.database) or not short.any():
+                ids, kept = keep_first(candidates, near, allowed, wanted)
+                return np.where(ids == NO_NEIGHBOR, np.inf, kept).astype(np.float32), ids
+            k = min(_MORE * k, len(self.database))
 
     def neighbors_of(self, chunks: Sequence[CompletedChunk]) -> RetrievedNeighbors:
         """Search the neighbors of N chunks of growing texts (`NeighborSource`)."""
@@ -145,14 +203,18 @@ class Retriever:
         assert retrieved.distances is not None
         return [
             [
-                self._describe(int(neighbor), float(distance))
-                for neighbor, distance in zip(ids_K, distances_K, strict=True)
+                self._describe(int(neighbor), float(distance), text_R[~mask_R])
+                for neighbor, distance, text_R, mask_R in zip(*found, strict=True)
                 if neighbor != NO_NEIGHBOR
             ]
-            for ids_K, distances_K in zip(retrieved.ids, retrieved.distances, strict=True)
+            for found in zip(
+                retrieved.ids, retrieved.distances, retrieved.tokens, retrieved.mask, strict=True
+            )
         ]
 
-    def _describe(self, neighbor: int, distance: float) -> NeighborDescription:
+    def _describe(self, neighbor: int, distance: float, read: np.ndarray) -> NeighborDescription:
+        if neighbor >= len(self.database):
+            return self._describe_added(neighbor, distance, read)
         ids = self.database.retrieved_ids(np.array(neighbor), self.num_retrieved_chunks)
         texts = self.database.texts(ids[ids != NO_NEIGHBOR], self.tokenizer)
         dataset, document = self.database.documents(np.array(neighbor)).tolist()
@@ -164,4 +226,28 @@ class Retriever:
             dataset=self._datasets[dataset],
             document=document,
             source=self._names.describe(dataset, document),
+        )
+
+    def _describe_added(
+        self, neighbor: int, distance: float, read: np.ndarray
+    ) -> NeighborDescription:
+        """Describe a chunk of an added document, which may be gone since it was read."""
+        assert self._added is not None
+        now = self._added.now
+        place = int(now.place_of(np.array(neighbor)))
+        # Only a document's last chunk, without continuation, is shorter, and the first after BOS.
+        first = self.chunk_length if place < 0 else len(now.chunks[place])
+        texts = self.tokenizer.detokenize_batch([read[:first].tolist(), read[first:].tolist()])
+        document = -1 if place < 0 else int(now.owners[place])
+        source = "an added document, which was removed"
+        if place >= 0:
+            source = f"{now.documents[document].id} (added document {document})"
+        return NeighborDescription(
+            id=neighbor,
+            distance=distance,
+            text=texts[0],
+            continuation=texts[1],
+            dataset="added",
+            document=document,
+            source=source,
         )

@@ -90,7 +90,7 @@ def _of_other_splits(paths: ProjectPaths, directories: Mapping[Split, str]) -> I
 
 
 def open_neighbors(
-    paths: ProjectPaths, config: ProjectConfig, split: Split, num_chunks: int | None = None
+    paths: ProjectPaths, config: ProjectConfig, split: Split, database: ChunkDatabase
 ) -> SavedNeighbors:
     """Open the neighbors that config.json names for a split, one row per chunk of its samples.
 
@@ -98,12 +98,13 @@ def open_neighbors(
         paths: The project.
         config: Its configuration.
         split: One with neighbors.
-        num_chunks: Number of chunks in the database that was searched; None: not checked.
+        database: The database that was searched.
 
     Raises:
         CorruptFileError: neighbors of some samples are missing.
     """
-    neighbors = SavedNeighbors(paths.query / str(config.neighbor_dir(split)), num_chunks)
+    directory = paths.query / str(config.neighbor_dir(split))
+    neighbors = SavedNeighbors(directory, len(database), database.removed)
     needed = config.num_samples(split) * config.chunks_per_sample
     if len(neighbors) != needed:
         raise CorruptFileError(
@@ -191,7 +192,7 @@ def _check_own_chunks(
 
 def _record(paths: ProjectPaths, directory: str) -> dict[str, Any] | None:
     """The record of the search; None if another program ran it."""
-    record = paths.stage_record(_stage(directory))
+    record = paths.stage_record(stage_of_directory(directory))
     return read_json_object(record) if record.is_file() else None
 
 
@@ -200,7 +201,8 @@ def _match(directory: str) -> re.Match[str] | None:
     return _NAME.fullmatch(directory) or _CHUNKS.fullmatch(directory)
 
 
-def _stage(directory: str) -> str:
+def stage_of_directory(directory: str) -> str:
+    """Name of the record of the search that filled a directory under `query/`."""
     name = _match(directory)
     return f"query_neighbors{(name and name['tag']) or ''}"
 
@@ -209,14 +211,18 @@ def _of_another_search(
     paths: ProjectPaths, directory: str, record: Mapping[str, Any]
 ) -> Iterator[RetroError]:
     """Problems of files copied from another project with their markers, which look complete."""
-    what = {"stage": _stage(directory), **{key: record.get(key) for key in ("options", "inputs")}}
+    stage = stage_of_directory(directory)
+    what = {
+        "stage": stage,
+        **{key: record.get(key) for key in ("options", "inputs")},
+    }
     wanted = record.get("fingerprint") or fingerprint_of(what)
     for file in sorted((paths.query / directory).glob("*.hdf5")):
         marker = read_marker(file)
         if marker and marker.get("fingerprint") != wanted:
             yield CorruptFileError(
                 file,
-                f"was written by another search than stages/{_stage(directory)}.json tells of",
+                f"was written by another search than stages/{stage}.json tells of",
                 "Run query_neighbors again, or restore the directory",
             )
             return

@@ -25,7 +25,8 @@ class NeighborNoise:
         drop_chunks: Probability that a chunk loses all its neighbors.
         drop_neighbors: Probability that a neighbor is dropped.
         replace_neighbors: Probability that a neighbor is replaced by a random chunk of the
-            database. It is kept if the random chunk is from the sample's own documents.
+            database. It is kept if the random chunk is from the sample's own documents, or from
+            a removed one.
         replace_tokens: Probability that a retrieved token is replaced by another retrieved token
             of the sample.
     """
@@ -61,6 +62,8 @@ class NeighborNoise:
         replaced = generator.random(ids.shape) < self.replace_neighbors
         others = generator.integers(len(database), size=ids.shape)
         replaced &= (ids != NO_NEIGHBOR) & ~from_documents(database, others, dataset, own)
+        if database.removed is not None:
+            replaced &= ~database.removed.of(others)
         return np.where(whole_chunks | dropped, NO_NEIGHBOR, np.where(replaced, others, ids))
 
     def disturb_tokens(self, index: int, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,28 @@ class GPTSamples:
         before = np.repeat(np.cumsum(counts) - counts, counts)
         starts = np.repeat(begins, counts) + (np.arange(counts.sum()) - before) * chunk_length
         return number, np.repeat(documents, counts), starts
+
+    def num_containing(self, documents: Mapping[int, np.ndarray]) -> int:
+        """Number of samples whose S input tokens include any of some documents' tokens.
+
+        Args:
+            documents: Documents by number of the dataset.
+        """
+        count = 0
+        of_dataset = np.asarray(self.blended.dataset_index)[: len(self)]
+        in_dataset = np.asarray(self.blended.dataset_sample_index)[: len(self)]
+        for number, chosen in documents.items():
+            dataset = self.blended.datasets[number]
+            places = dataset.shuffle_index[in_dataset[of_dataset == number]]
+            before = np.cumsum(np.isin(dataset.document_index, chosen))
+            before = np.concatenate([[0], before])
+            index = np.asarray(dataset.sample_index, np.int64)
+            (first, start), (last, stop) = index[places].T, index[places + 1].T
+            # A sample may begin after a document's last token, and end before its first one.
+            lengths = dataset.dataset.sequence_lengths[dataset.document_index[first]]
+            first, last = first + (start >= lengths), last - (stop == 0)
+            count += int((before[last + 1] > before[first]).sum())
+        return count
 
     def document_ids(self, index: int) -> np.ndarray:
         """Documents that the sample is made from, i64 [n]."""

@@ -122,7 +122,7 @@ def _open_of_samples(
     directories: Mapping[Split, str],
     database: ChunkDatabase,
 ) -> NeighborTables:
-    tables = {split: open_neighbors(paths, config, split, len(database)) for split in directories}
+    tables = {split: open_neighbors(paths, config, split, database) for split in directories}
     return _OfSamples(paths, config, tables, database)
 
 
@@ -167,7 +167,8 @@ def _open_of_chunks(
             continue
         if name not in directories:
             raise _not_searched(paths, name)
-        neighbors = SavedNeighbors(paths.query / directories[name], len(database))
+        directory = paths.query / directories[name]
+        neighbors = SavedNeighbors(directory, len(database), database.removed)
         tables[name] = ChunkTable(chunks, neighbors)
         check_chunk_neighbors(paths, chunks, neighbors, database)
     split = config.retro_gpt_split

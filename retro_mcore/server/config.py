@@ -21,7 +21,7 @@ _MAX_PORT = 65535
 _LEAST = {
     **dict.fromkeys(("max_batch_size", "max_tokens", "max_texts", "max_body_bytes"), 1),
     **dict.fromkeys(("receive_seconds", "max_length"), 1),
-    **dict.fromkeys(("max_waiting", "shutdown_seconds", "port"), 0),
+    **dict.fromkeys(("max_waiting", "max_added_chunks", "shutdown_seconds", "port"), 0),
 }
 
 
@@ -67,6 +67,8 @@ class ServerConfig:
     """Maximum texts (prompts times n) per request, at most as many as can be generated and wait."""
     max_body_bytes: int = 1 << 20
     """Maximum size of a request body, in bytes."""
+    max_added_chunks: int = 100_000
+    """Maximum chunks of documents that clients add with POST /v1/documents, in total."""
     receive_seconds: int = 30
     """Time limit for receiving a request, in seconds."""
     shutdown_seconds: int = 10

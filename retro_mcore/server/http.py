@@ -23,6 +23,7 @@ from retro_mcore.retrieval.neighbors import NeighborSource, SameNeighbors
 from retro_mcore.server.chat import CHAT_FIELDS, ChatAnswer, ChatRequest
 from retro_mcore.server.chat_template import ChatError, ChatPrompt
 from retro_mcore.server.completions import FIELDS, Answer, CompletionRequest, error_body
+from retro_mcore.server.documents import ServedDocuments, add_document_routes
 from retro_mcore.server.head import HeadAsGet
 from retro_mcore.server.http_requests import check_key, parse_request, read_json, refused
 from retro_mcore.server.service import (
@@ -51,6 +52,7 @@ class ServerParts:
             neighbors.
         two_chunks: Default of the request field `two_chunks`.
         chat: Writes a conversation as a prompt; None if the model has no chat template.
+        documents: Documents that clients add; None if the server does not search.
     """
 
     service: GenerationService
@@ -63,6 +65,7 @@ class ServerParts:
     given: Callable[[Sequence[str]], SameNeighbors] | None = None
     two_chunks: bool = False
     chat: ChatPrompt | None = None
+    documents: ServedDocuments | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,9 @@ def build_app(
         texts = await finish(request, events, jobs)
         return JSONResponse(await asyncio.to_thread(answer.whole, texts))
 
+    add_document_routes(
+        app, parts.documents, api_key, limits.max_body_bytes, limits.receive_seconds
+    )
     return app
 
 

@@ -117,15 +117,23 @@ def parse_request(value: Any, kind: type[_Request], fields: Container[str]) -> _
     Raises:
         RequestError: a field is invalid (400). Names the first one.
     """
-    _check_text(value, fields)
+    check_text(value, fields)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         raise _invalid(error, fields) from None
 
 
-def _check_text(value: Any, fields: Container[str]) -> None:
-    """Reject strings with lone surrogates, which cannot be encoded."""
+def check_text(value: Any, fields: Container[str]) -> None:
+    """Reject strings with lone surrogates, which cannot be encoded.
+
+    Args:
+        value: The parsed body of a request.
+        fields: Names of fields that an error may show.
+
+    Raises:
+        RequestError: there is one (400).
+    """
     waiting: list[tuple[Any, str | None]] = [(value, None)]
     while waiting:
         one, field = waiting.pop()

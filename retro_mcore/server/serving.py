@@ -10,9 +10,10 @@ from typing import Any
 from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.distributed import raise_together
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, RetroError
 from retro_mcore.server.chat_template import chat_prompt
 from retro_mcore.server.config import ServerConfig
+from retro_mcore.server.documents import ServedDocuments
 from retro_mcore.server.http import ServerLimits, ServerParts, build_app
 from retro_mcore.server.http_connections import timed_protocol
 from retro_mcore.server.service import GenerationService, is_first_rank
@@ -76,6 +77,7 @@ def build_server_app(
         chat=chat_prompt(
             loaded.tokenizer, loaded.tokenize, config.chat_template, _prompt_format(loaded)
         ),
+        documents=_documents(config, loaded),
     )
     max_texts = min(config.max_texts, config.max_batch_size + config.max_waiting)
     limits = ServerLimits(
@@ -87,6 +89,17 @@ def build_server_app(
     )
     hosts = ["localhost", "127.0.0.1", "[::1]"] if config.is_loopback else ["*"]
     return build_app(parts, limits, config.api_key(), hosts)
+
+
+def _documents(config: ServerConfig, loaded: GenerationModel) -> ServedDocuments | None:
+    """Documents that clients may add; None without a search, or without a key to protect them."""
+    if loaded.retriever is None or loaded.search is None or config.api_key() is None:
+        return None
+    try:
+        return ServedDocuments(loaded.retriever, config.max_added_chunks)
+    except RetroError as error:  # the project lacks the vocabulary, which nothing else needs here
+        _LOG.warning("POST /v1/documents will be refused: %s", error)
+        return None
 
 
 def _name_of(loaded: GenerationModel) -> str:

@@ -18,6 +18,7 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import check_stage, finish_stage, input_digests, require_stage
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.database_build import DatabaseInputs, DatabaseReport, build_database
+from retro_mcore.retrieval.removed import left_out_documents
 from retro_mcore.stages.configuration import Project, project_paths
 
 STAGE = "build_db"
@@ -100,6 +101,9 @@ class _Inputs(DatabaseInputs):
             if prefix not in whole:
                 check_documents(config.retro_gpt_split, len(dataset), prefix)
         digests = input_digests(paths, [*files, *tokenizer.files, bert])
+        left_out = left_out_documents(paths)
+        if len(left_out):
+            digests |= input_digests(paths, [paths.left_out_documents])
         return cls(
             paths=paths,
             config=config,
@@ -108,6 +112,7 @@ class _Inputs(DatabaseInputs):
             counter=counter,
             whole_datasets=whole,
             aligned=aligned,
+            left_out=left_out,
             prefixes=prefixes,
             digests=digests,
         )
@@ -135,6 +140,7 @@ def _chunk_fingerprint(inputs: _Inputs, prefix: Path) -> str:
     relative = inputs.paths.relative
     own = {relative(bin_path(prefix)), relative(idx_path(prefix))}
     others = {name for name in inputs.digests if name.startswith("data/")} - own
+    others.add(relative(inputs.paths.left_out_documents))  # left out when they are merged
     used = {name: digest for name, digest in inputs.digests.items() if name not in others}
     aligned = ["aligned"] if inputs.aligned else []
     return fingerprint_of(["chunks", inputs.config.retro_gpt_chunk_length, used, *aligned])

@@ -32,6 +32,7 @@ from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER
 from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.index import AUTO, IndexChoice, Recall, parse_bytes
 from retro_mcore.retrieval.index.build import IndexBuild, IndexOptions, read_recall
+from retro_mcore.retrieval.index.compacted import CompactedIndex
 from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, count_embedded
 from retro_mcore.retrieval.index.gpu import num_gpus
 from retro_mcore.retrieval.index.inherited import InheritedIndex
@@ -233,7 +234,7 @@ class _Run:
 
     def _inherit(self, embedding_options: dict[str, Any]) -> InheritedIndex | None:
         """The index of the project that this one was extended from; its embeddings are linked."""
-        inherited = InheritedIndex.of(self._paths, self._settings)
+        inherited = _inherited(self._paths, self._settings)
         if inherited is None or not inherited.embedded_with(embedding_options):
             return None
         config, embedded = self._config, self._embedding.embedded
@@ -251,6 +252,11 @@ class _Run:
         """Run the steps."""
         config, build, embedded = self._config, self._build, None
         if "embed" in config.steps:
+            inherited = self._build.inherited
+            if isinstance(inherited, CompactedIndex) and config.share is None:
+                files = self._embedding.embedded
+                dtype = self._embedding.embedded_as.dtype
+                inherited.copy_embeddings(files.shards, files.fingerprint, dtype)
             embedded = self._embedding.run(_embedder_options(config), config.share)
         reused, parts, recall = True, None, None
         if config.steps != ("embed",) and not build.is_complete():
@@ -292,6 +298,13 @@ class _Run:
         settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search
         settings.index_rescored = config.rescore
         settings.save(self._paths.root)
+
+
+def _inherited(paths: ProjectPaths, settings: ProjectSettings) -> InheritedIndex | None:
+    """What a project takes over from the one that its database was made from; None: nothing."""
+    if settings.compacted_from:
+        return CompactedIndex(paths, settings)
+    return InheritedIndex.of(paths, settings)
 
 
 def stored_embeddings(paths: ProjectPaths) -> EmbeddingFiles:

@@ -84,7 +84,8 @@ class OldNeighbors:
         directory = self.directories[split]
         files = [*directory.glob("*.hdf5"), *directory.glob("distances/*.hdf5")]
         verify_project(self.search.paths, sorted(files))
-        neighbors = SavedNeighbors(directory, self.num_chunks)
+        removed = self.search.database.removed
+        neighbors = SavedNeighbors(directory, self.num_chunks, removed)
         distances = SavedDistances(directory).of(neighbors)
         return lambda start, end: (neighbors.rows(start, end), distances.rows(start, end))
 
@@ -114,7 +115,10 @@ def find_old_neighbors(
         raise
     except ProjectError:  # its index is gone, so all chunks are searched
         return None
-    tag = "" if base == search.paths else f"_{fingerprint_of(digests)[:8]}"
+    # A project's first neighbors have no tag; those after a removal have one.
+    tag = f"_{fingerprint_of(digests)[:8]}"
+    if base == search.paths and not search.paths.stage_record(f"query_neighbors{tag}").is_file():
+        tag = ""
     stage = f"query_neighbors{tag}"
     inputs = recorded_inputs(search.paths, stage)
     if any(inputs.get(name) != digest for name, digest in {**own_inputs, **digests}.items()):

@@ -23,14 +23,23 @@ from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json
 from retro_mcore.project.markers import FileState, adopt, marker_path, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.removed import (
+    add_removed,
+    left_out_documents,
+    removed_documents,
+    save_left_out,
+)
 from retro_mcore.stages.appended_corpora import make_appended_datasets, take_over_keys
 
 
 def origin_of(paths: ProjectPaths) -> ProjectPaths:
     """The project that a project has grown from, directly or in several steps; else itself."""
     seen = set()
-    while paths.root not in seen and (base := ProjectSettings.load(paths.root).grown_from):
+    while paths.root not in seen:
         seen.add(paths.root)
+        settings = ProjectSettings.load(paths.root)
+        if not (base := settings.grown_from or settings.compacted_from):
+            break
         paths = ProjectPaths((paths.root / base).resolve())
     return paths
 
@@ -60,7 +69,7 @@ def make_grown_project(
     with raise_together():
         config = ProjectConfig.load(base.root)
         if get_rank() == 0:
-            _take_over_inputs(base, grown, config)
+            take_over_inputs(base, grown, config)
             take_over_keys(base, grown, config.blend[1])
     barrier()
     with raise_together():
@@ -68,12 +77,18 @@ def make_grown_project(
     make_appended_datasets(base, grown, sources, prefixes, tokenizer, reader, fingerprint)
     with raise_together():
         if get_rank() == 0:
-            _take_over_chunks(base, grown, config)
+            take_over_chunks(base, grown, config)
+            _take_over_left_out(base, grown)
             _write_settings(base, grown, config, prefixes)
     barrier()
 
 
-def _take_over_inputs(base: ProjectPaths, grown: ProjectPaths, config: ProjectConfig) -> None:
+def take_over_inputs(base: ProjectPaths, grown: ProjectPaths, config: ProjectConfig) -> None:
+    """Link tokens, ids and tokenizer, on rank 0.
+
+    Raises:
+        ProjectError: a file is missing or damaged.
+    """
     files = [
         path(base.data / prefix) for prefix in config.blend[1] for path in (bin_path, idx_path)
     ]
@@ -105,7 +120,7 @@ def _take_over(source: Path, target: Path) -> None:
         temporary.hardlink_to(source.resolve())
 
 
-def _take_over_chunks(base: ProjectPaths, grown: ProjectPaths, config: ProjectConfig) -> None:
+def take_over_chunks(base: ProjectPaths, grown: ProjectPaths, config: ProjectConfig) -> None:
     """Link chunks of the old datasets; build_db reuses those with the same fingerprint."""
     for prefix in config.blend[1]:
         for file in sorted(base.individual_db(prefix).glob("*.hdf5")):
@@ -113,6 +128,12 @@ def _take_over_chunks(base: ProjectPaths, grown: ProjectPaths, config: ProjectCo
             if not target.exists() and marker_path(file).exists():
                 fingerprint = _read_fingerprint(file)
                 adopt(file, target, fingerprint)
+
+
+def _take_over_left_out(base: ProjectPaths, grown: ProjectPaths) -> None:
+    """Let build_db leave out what the old database lacks."""
+    if len(left_out := left_out_documents(base)):
+        save_left_out(grown, left_out)
 
 
 def _read_fingerprint(path: Path) -> str:
@@ -133,10 +154,14 @@ def _write_settings(
         whole_datasets=[*settings.whole_datasets, *prefixes],
         grown_from=os.path.relpath(base.root, grown.root),
         growth=[*settings.growth, len(database)],
+        compacted_from=None,
+        removed_documents=0,
         chunk_neighbor_dirs=None,
     )
     if not grown.settings.is_file():
         grown_settings.save(grown.root)
+    if len(removed := removed_documents(base)):
+        add_removed(grown, removed)
     dataclasses.replace(
         config,
         retro_gpt_data_path=path,

@@ -21,7 +21,13 @@ from retro_mcore.project.integrity import verifying
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.markers import fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import check_stage, finish_stage, recorded_options
+from retro_mcore.project.records import (
+    check_stage,
+    finish_stage,
+    recorded_fingerprint,
+    recorded_inputs,
+    recorded_options,
+)
 from retro_mcore.project.shards import ShardReport, cut
 from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus
@@ -33,11 +39,13 @@ from retro_mcore.retrieval.neighbor_search import (
 )
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
 from retro_mcore.retrieval.query_chunks import ChunkEmbedder, QueryCounts
+from retro_mcore.retrieval.removed import INPUT
 from retro_mcore.retrieval.rerank import save_token_counts
 from retro_mcore.samples.project_samples import numbers_in_database, remove_truncated_cache
 from retro_mcore.stages.configuration import Project, project_paths
 from retro_mcore.stages.embedding_choice import explicit_precision
-from retro_mcore.stages.extended_search import find_old_neighbors
+from retro_mcore.stages.extended_search import OldNeighbors, find_old_neighbors
+from retro_mcore.stages.previous_search import PreviousNeighbors, find_previous_neighbors
 from retro_mcore.stages.query_options import database_digests, options_of
 from retro_mcore.stages.query_tables import QueryTable, database_tables, sample_tables
 from retro_mcore.stages.stored_vectors import held_out_vectors
@@ -102,6 +110,8 @@ class QueryNeighborsReport:
         max_tokens: Maximum number of tokens that the embedder reads; None: no limit.
         num_searched: Number of new chunks that were searched, where neighbors among the old ones
             were known; None: all chunks were searched.
+        num_again: Number of chunks that were searched again, because they had removed neighbors;
+            None: all were searched.
     """
 
     config: QueryNeighborsConfig
@@ -111,6 +121,7 @@ class QueryNeighborsReport:
     num_candidates: int
     max_tokens: int | None
     num_searched: int | None = None
+    num_again: int | None = None
 
 
 def run(project: Project, config: QueryNeighborsConfig) -> QueryNeighborsReport:
@@ -150,13 +161,36 @@ def query_other_database(
     return _run(project_paths(project), config, project_paths(other))
 
 
+def follow_removal(
+    project: Project, config: QueryNeighborsConfig, other: Project, found_in: Project
+) -> QueryNeighborsReport:
+    """Search again after documents were removed, but only chunks whose neighbors were removed.
+
+    As `query_other_database`, which it is where the current neighbors cannot be used.
+
+    Args:
+        project: Project directory, after query_neighbors.
+        config: Configuration of this stage.
+        other: The project whose database is searched; the project itself for its own.
+        found_in: The project whose database the current neighbors were found in: `other`, or the
+            one that it was compacted from.
+
+    Raises:
+        ProjectError: as for `run`.
+    """
+    return _run(project_paths(project), config, project_paths(other), project_paths(found_in))
+
+
 def _run(
-    paths: ProjectPaths, config: QueryNeighborsConfig, other: ProjectPaths | None
+    paths: ProjectPaths,
+    config: QueryNeighborsConfig,
+    other: ProjectPaths | None,
+    found_in: ProjectPaths | None = None,
 ) -> QueryNeighborsReport:
     with verifying(config.verify):
         with raise_together():
             _check(config)
-            stage = _Run(paths, config, other)
+            stage = _Run(paths, config, other, found_in)
         return stage.run()
 
 
@@ -173,7 +207,11 @@ class _Run:
     """One run of the stage on one project."""
 
     def __init__(
-        self, paths: ProjectPaths, config: QueryNeighborsConfig, other: ProjectPaths | None
+        self,
+        paths: ProjectPaths,
+        config: QueryNeighborsConfig,
+        other: ProjectPaths | None,
+        found_in: ProjectPaths | None = None,
     ) -> None:
         if other is None:
             _refuse_finished(paths)
@@ -191,19 +229,40 @@ class _Run:
         own = self._search.token_digests()
         if self._aligned:
             own |= database_digests(paths)
+        if other is None and INPUT not in recorded_inputs(paths, STAGE):
+            # Removed since the first search, whose neighbors are read without them.
+            searched.pop(INPUT, None)
         self._inputs = {**own, **searched}
         self._tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
         self._options = options_of(config, self._search, self._num_query, self._precision)
         self._in_list_order = _searches_in_list_order(paths, self._record, self._search)
         if self._in_list_order:
             self._options[_ORDER] = "lists"
+        self._old: OldNeighbors | None = None
+        self._previous: PreviousNeighbors | None = None
+        self._derived = False
         self._fingerprint = self._check_options()
-        self._old = None
+        if found_in is not None:
+            self._follow(found_in, own)
+            return
         # A GPU may probe other lists than the CPU, so that the nearest of both are not the nearest.
         if self._aligned and other is not None and not (config.faiss_gpu and num_gpus()):
             self._old = find_old_neighbors(self._search, self._options, own)
-        if self._old is not None:
-            self._fingerprint = fingerprint_of([self._fingerprint, self._old.fingerprint])
+        self._derive_fingerprint()
+
+    def _follow(self, found_in: ProjectPaths, own: Mapping[str, str]) -> None:
+        """Go on from the current neighbors, unless the search has finished already."""
+        if finished := recorded_fingerprint(self._paths, self._record):
+            self._derived, self._fingerprint = self._fingerprint != finished, finished
+            return
+        self._previous = find_previous_neighbors(self._search, found_in, self._options, own)
+        self._derive_fingerprint()
+
+    def _derive_fingerprint(self) -> None:
+        """Let the fingerprint of the files depend on those that the search goes on from."""
+        if (before := self._old or self._previous) is not None:
+            self._fingerprint = fingerprint_of([self._fingerprint, before.fingerprint])
+            self._derived = True
 
     @property
     def _record(self) -> str:
@@ -222,9 +281,11 @@ class _Run:
         with raise_together():  # rank 0 has counted the tokens
             self._neighbor_search = self._make_neighbor_search()
         max_tokens = self._embedder.embedder.max_tokens
-        searched = self._neighbor_search.num_searched
+        searched, again = self._neighbor_search.num_searched, None
+        if self._previous is not None:
+            again = self._previous.count_touched()
         report = QueryNeighborsReport(
-            self._config, {}, {}, {}, self._num_query, max_tokens, searched
+            self._config, {}, {}, {}, self._num_query, max_tokens, searched, again
         )
         directories: dict[str, str | None] = dict.fromkeys(SPLITS)
         for table in self._tables():
@@ -267,8 +328,7 @@ class _Run:
         if self._in_list_order and not used and not finished:
             del self._options[_ORDER]
             self._fingerprint = self._check_options()
-            if self._old is not None:
-                self._fingerprint = fingerprint_of([self._fingerprint, self._old.fingerprint])
+            self._derive_fingerprint()
 
     def _make_neighbor_search(self) -> NeighborSearch:
         search, config = self._search, self._config
@@ -309,8 +369,11 @@ class _Run:
         split, name = table.split, table.directory + self._tag
         report.num_chunks[split] = table.num_chunks
         shards = cut(self._paths.query / name, table.num_chunks, self._project.retro_block_size)
+        search = self._neighbor_search
+        if self._previous is not None:
+            search = self._previous.follow(search, split)
         report.reports[split] = query_split(
-            self._neighbor_search,
+            search,
             table.chunks,
             self._index,
             shards,
@@ -343,7 +406,7 @@ class _Run:
             self._options,
             self._inputs,
             counted or None,
-            self._fingerprint if self._old is not None else None,
+            self._fingerprint if self._derived else None,
         )
         searched = {split: name for split, name in directories.items() if name is not None}
         if self._other is None:

@@ -1,43 +1,46 @@
-"""Stage `update_db`: more documents, or another database, for the same samples."""
+"""Stage `update_db`: more or fewer documents, or another database, for the same samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from retro_mcore.data.corpus.counts import read_counts, total
-from retro_mcore.data.corpus.documents import text_cleaner
-from retro_mcore.data.corpus.sources import digest_of_source, name_datasets
-from retro_mcore.data.tokens.tokenizing import CorpusReader
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
-from retro_mcore.project.markers import digest_of, fingerprint_of
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import finish_stage, recorded_options, stage_report
+from retro_mcore.project.records import stage_report
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY
 from retro_mcore.stages import build_db, build_index, query_neighbors
-from retro_mcore.stages.appended_corpora import count_appended
-from retro_mcore.stages.configuration import Config, Project, project_paths, recorded_config
+from retro_mcore.stages.configuration import Project, project_paths, recorded_config
 from retro_mcore.stages.database_fit import check_database_fits
-from retro_mcore.stages.grown_project import make_grown_project, origin_of
+from retro_mcore.stages.derived_databases import append_documents, compact_database
+from retro_mcore.stages.removal import RemovalReport, read_names, remove_documents
 
 STAGE = "update_db"
 
 
 @dataclass(kw_only=True)
 class UpdateDbConfig:
-    """Configuration of `update_db`: `append` or `exchange`, and how to search."""
+    """Configuration of `update_db`: one change of the database, and how to search."""
 
     append: list[str] = field(default_factory=list)
     """New documents, in any form that preprocess_corpus --input accepts."""
     exchange: str | None = None
     """Another project, after build_index, whose database replaces this one's. The project itself:
     return to its own database."""
+    remove: list[str] = field(default_factory=list)
+    """Documents that must not be retrieved any more, by the corpus's id or as DATASET:NUMBER. Text
+    in training data stays."""
+    remove_file: str | None = None
+    """File that names such documents, one per line."""
+    compact: bool = False
+    """Rebuild database and index without the removed documents, beside the old ones. With --remove:
+    after these are removed."""
     json_keys: list[str] = field(default_factory=list)
     """Keys of a JSON line of --append that contain the text (default: as for the project)."""
     id_key: str | None = None
@@ -70,11 +73,13 @@ class UpdateDbReport:
     Attributes:
         project: Project whose database is now used.
         num_chunks: Number of chunks in the new database.
-        num_before: Number of chunks in the database used before.
+        num_before: Number of chunks that were retrieved from before.
         report: Counts of what was read, dropped and replaced in `append`, by name.
         database: Report of build_db on the extended project; None without `append`.
         index: Report of build_index on it; None without `append`.
-        neighbors: Report of query_neighbors; None if the project returned to its own database.
+        neighbors: Report of query_neighbors; None if nothing was searched.
+        removal: The removed documents; None without `remove`.
+        num_removed: Number of chunks in the database that are not retrieved.
     """
 
     project: Path
@@ -84,6 +89,8 @@ class UpdateDbReport:
     database: build_db.BuildDbReport | None = None
     index: build_index.BuildIndexReport | None = None
     neighbors: query_neighbors.QueryNeighborsReport | None = None
+    removal: RemovalReport | None = None
+    num_removed: int = 0
 
 
 def run(
@@ -91,7 +98,7 @@ def run(
     config: UpdateDbConfig,
     on_stage: Callable[[StageReport], None] = lambda report: None,
 ) -> UpdateDbReport:
-    """Extend or exchange the database that a project's samples retrieve from, on all ranks.
+    """Change the database that a project's samples retrieve from, on all ranks.
 
     Args:
         project: Project directory, after query_neighbors.
@@ -115,15 +122,23 @@ def run(
                     paths.config, "names no neighbors", "Run all stages on the project first"
                 )
             before = ChunkDatabase.open(paths.root)
-        database, index, neighbors = None, None, None
+        database, index, neighbors, removal = None, None, None, None
+        target = project_config.database_paths(paths.root)
         if config.append:
-            target, database, index = _grow(config, paths, project_config, on_stage)
-        else:
-            target = ProjectPaths(str(config.exchange))
-        if target.root == paths.root:
-            _return(paths, project_config)
-        else:
+            target, database, index = append_documents(config, target, paths, on_stage)
             neighbors = _switch(config, paths, project_config, target)
+        elif config.exchange is not None:
+            target = ProjectPaths(config.exchange)
+            neighbors = _exchange(config, paths, project_config, target)
+        else:
+            removal = _remove(config, paths)
+            neighbors = _search_again(config, paths, target)
+        if neighbors is not None:
+            on_stage(neighbors)
+        if config.compact and neighbors is not None:
+            base = target
+            target, database, index = compact_database(config, base, paths, on_stage)
+            neighbors = _follow(config, paths, target, base)
             on_stage(neighbors)
         with raise_together():
             now = ChunkDatabase.open(paths.root)
@@ -131,11 +146,13 @@ def run(
     return UpdateDbReport(
         project=target.root,
         num_chunks=len(now),
-        num_before=len(before),
+        num_before=before.num_retrieved,
         report=counts,
         database=database,
         index=index,
         neighbors=neighbors,
+        removal=removal,
+        num_removed=len(now) - now.num_retrieved,
     )
 
 
@@ -148,110 +165,30 @@ def _has_neighbors(paths: ProjectPaths, config: ProjectConfig) -> bool:
 
 
 def _check(config: UpdateDbConfig) -> None:
-    if bool(config.append) == (config.exchange is not None):
+    if config.append and config.exchange is not None:
+        raise ConfigurationError(
+            "--append and --exchange", "both given", "Give new documents, or another project"
+        )
+    removes = bool(config.remove) or config.remove_file is not None or config.compact
+    adds = bool(config.append) or config.exchange is not None
+    if not removes and not adds:
         raise ConfigurationError(
             "--append and --exchange",
-            "both given" if config.append else "neither given",
-            "Give new documents, or another project",
+            "neither given, nor --remove or --compact",
+            "Give new documents, another project, or documents to remove",
         )
-
-
-def _grow(
-    config: UpdateDbConfig,
-    paths: ProjectPaths,
-    project_config: ProjectConfig,
-    on_stage: Callable[[StageReport], None],
-) -> tuple[ProjectPaths, build_db.BuildDbReport, build_index.BuildIndexReport]:
-    """Create a project inside this one, with the new documents after the old ones, up to its
-    index."""
-    with raise_together():
-        base = project_config.database_paths(paths.root)
-        settings = ProjectSettings.load(base.root)
-        reader, clean = _reader(config, base, settings)
-        sources = [Path(source) for source in config.append]
-        held = ProjectConfig.load(base.root).blend[1]
-        prefixes = name_datasets(sources, reader.json_keys, held)
-        made_from = fingerprint_of(
-            {
-                "inputs": [digest_of_source(source) for source in sources],
-                "names": prefixes,
-                "reader": [list(reader.json_keys), reader.id_key, clean],
-                "base": digest_of(base.merged_db("train")),
-            }
+    if removes and adds:
+        raise ConfigurationError(
+            "--remove and --compact",
+            f"given with {'--append' if config.append else '--exchange'}",
+            "Run update_db twice",
         )
-        grown = ProjectPaths(paths.grown(made_from[:12]))
-    with stage_lock(grown, STAGE, create=True):
-        make_grown_project(base, grown, sources, prefixes, reader, made_from)
-        _record(base, grown, prefixes, reader, clean)
-    database = build_db.run(grown, _restored(base, build_db.STAGE, build_db.BuildDbConfig))
-    on_stage(database)
-    index_config = _restored(base, build_index.STAGE, build_index.BuildIndexConfig)
-    # The old documents' index by name, because "auto" could choose another.
-    index_config = replace(
-        index_config,
-        index=settings.index_string or index_config.index,
-        nprobe=settings.nprobe,
-        ef_search=settings.ef_search,
-        device=config.device,
-    )
-    index = build_index.run(grown, index_config)
-    on_stage(index)
-    return grown, database, index
-
-
-def _reader(
-    config: UpdateDbConfig, base: ProjectPaths, settings: ProjectSettings
-) -> tuple[CorpusReader, bool]:
-    """Reader of the new documents, by default the project's own, and whether it cleans texts."""
-    # Older projects have these only in the record of the stage, which grown projects lack.
-    recorded = recorded_options(origin_of(base), "preprocess_corpus")
-    id_key, clean = settings.id_key, settings.clean_text
-    if id_key is None:
-        id_key = str(recorded.get("--id-key", "id"))
-    if clean is None:
-        clean = bool(recorded.get("--clean-text", False))
-    clean = clean or config.clean_text
-    reader = CorpusReader(
-        config.json_keys or settings.json_keys,
-        config.id_key or id_key,
-        text_cleaner() if clean else None,
-    )
-    return reader, clean
-
-
-def _record(
-    base: ProjectPaths,
-    grown: ProjectPaths,
-    prefixes: Sequence[str],
-    reader: CorpusReader,
-    clean: bool,
-) -> None:
-    """Record how the new documents were read and what was counted."""
-    with raise_together():
-        near = count_appended(base, grown, prefixes)
-        each = {prefix: {**read_counts(grown.data / prefix), **near[prefix]} for prefix in prefixes}
-        read_as = {
-            "--append": list(prefixes),
-            "--json-keys": list(reader.json_keys),
-            "--id-key": reader.id_key,
-            "--clean-text": clean,
-        }
-        if get_rank() == 0:
-            report = {**total(list(each.values())), "datasets": each}
-            finish_stage(grown, STAGE, read_as, {}, report)
-    barrier()
-
-
-def _restored(base: ProjectPaths, stage: str, kind: type[Config]) -> Config:
-    """Configuration with which the old project was built."""
-    restored = recorded_config(base, stage, kind)
-    if restored is None:
-        raise ProjectError(
-            base.stage_record(stage),
-            "no such file, so its options are unknown",
-            f"Run {stage} on {base.root} first",
+    if removes and (config.num_neighbors_query or config.num_neighbors_save):
+        raise ConfigurationError(
+            "--num-neighbors-query and --num-neighbors-save",
+            "given with --remove or --compact",
+            "Leave them out: most neighbors stay as they were searched",
         )
-    return restored
 
 
 def _switch(
@@ -264,6 +201,47 @@ def _switch(
         check_database_fits(paths, project_config, target)
         query_config = _query_config(config, paths)
     return query_neighbors.query_other_database(paths, query_config, target)
+
+
+def _exchange(
+    config: UpdateDbConfig,
+    paths: ProjectPaths,
+    project_config: ProjectConfig,
+    target: ProjectPaths,
+) -> query_neighbors.QueryNeighborsReport | None:
+    """Use another project's database, or the project's own again; None if nothing is searched."""
+    if target.root == paths.root:
+        _return(paths, project_config)
+    elif target.root != project_config.database_paths(paths.root).root:
+        return _switch(config, paths, project_config, target)
+    found = _search_again(config, paths, target)
+    if found is None and target.root != paths.root:
+        return _switch(config, paths, project_config, target)
+    return found
+
+
+def _remove(config: UpdateDbConfig, paths: ProjectPaths) -> RemovalReport | None:
+    """Remove the documents that were named, if any."""
+    with raise_together():
+        names = read_names(config.remove, config.remove_file)
+    return remove_documents(paths, names) if names else None
+
+
+def _search_again(
+    config: UpdateDbConfig, paths: ProjectPaths, source: ProjectPaths
+) -> query_neighbors.QueryNeighborsReport | None:
+    """Search again for chunks with removed neighbors; None if the database has none removed."""
+    with raise_together():
+        removed = ChunkDatabase.open(source.root, own=True).removed
+    return None if removed is None else _follow(config, paths, source, source)
+
+
+def _follow(
+    config: UpdateDbConfig, paths: ProjectPaths, target: ProjectPaths, found_in: ProjectPaths
+) -> query_neighbors.QueryNeighborsReport:
+    with raise_together():
+        query_config = _query_config(config, paths)
+    return query_neighbors.follow_removal(paths, query_config, target, found_in)
 
 
 def _query_config(

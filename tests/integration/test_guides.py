@@ -21,10 +21,22 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from retro_mcore.cli.commands import convert_checkpoint, pretrain_retro
+from retro_mcore.cli.commands import (
+    build_db,
+    build_index,
+    convert_checkpoint,
+    preprocess_corpus,
+    pretrain_retro,
+    query_neighbors,
+)
 from tests.integration.small_checkpoint import small_checkpoint
 from tests.integration.test_serve import Server, running_server
-from tests.unit.data.projects import built_project, documents, write_corpus
+from tests.unit.data.projects import (
+    built_project,
+    documents,
+    preprocess_options,
+    write_corpus,
+)
 from tests.unit.data.test_tokenizer_of_model import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,18 +260,35 @@ def retired(shell: Shell) -> None:
                        target_tensor_parallel_size=2)  # fmt: skip
 
 
+def two_domains(shell: Shell) -> None:
+    """An aligned project, a model with its tokenizer, and texts of another domain."""
+    shutil.copytree(small_checkpoint(), shell.data / "retro")
+    corpus = write_corpus(shell.data / "wiki.jsonl", documents())
+    write_corpus(shell.data / "news.jsonl", documents(60)[40:56])
+    where = {"project_dir": str(shell.data / "wiki")}
+    tokenizer = str(built_project() / "tokenizer" / "sentencepiece.model")
+    options = preprocess_options(
+        shell.data / "wiki", corpus, samples="aligned", tokenizer_model=tokenizer
+    )
+    preprocess_corpus(**vars(options))
+    build_db(**where)
+    build_index(**where, embedder="lexical")
+    query_neighbors(**where)
+
+
 PAGES = {
     "own_text": texts,
     "llama_or_qwen": hugging_face_models,
     "perplexity": model_and_project,
     "serve": model_and_project,
+    "change_database": two_domains,
     "megatron": retired,
     "slurm": texts,
     "clusters": model_and_project,
 }
 
 #: Pages with two projects, or with a server in a process of its own.
-SLOW = ("llama_or_qwen", "serve")
+SLOW = ("llama_or_qwen", "serve", "change_database")
 
 
 def test_every_page_is_run():

@@ -16,6 +16,9 @@ from retro_mcore.errors import CorruptFileError
 from retro_mcore.project.hdf5 import map_dataset
 from retro_mcore.project.integrity import signed_file, verify_files
 
+#: Ids whose lengths are compared in one call.
+_BATCH = 1 << 20
+
 
 def ids_path(prefix: Path) -> Path:
     """The side file of the dataset `prefix` (a path without .bin and .idx)."""
@@ -77,6 +80,22 @@ class DocumentIds:
             raise IndexError(f"document {document} of {len(self)}")
         start, end = self._offsets[document : document + 2].tolist()
         return self._text[start:end].tobytes().decode("utf-8")
+
+    def matching(self, wanted: Sequence[bytes]) -> list[int]:
+        """Documents whose id is one of `wanted` (UTF-8), ascending."""
+        by_length: dict[int, set[bytes]] = {}
+        for value in wanted:
+            by_length.setdefault(len(value), set()).add(value)
+        found = []
+        for first in range(0, len(self), _BATCH):
+            # Most ids differ in length already, and are not read.
+            offsets = self._offsets[first : first + _BATCH + 1].astype(np.int64)
+            same = np.flatnonzero(np.isin(np.diff(offsets), list(by_length)))
+            for place in same.tolist():
+                value = self._text[offsets[place] : offsets[place + 1]].tobytes()
+                if value in by_length[len(value)]:
+                    found.append(first + place)
+        return found
 
     def __reduce__(self) -> tuple:
         return type(self), (self._prefix,)

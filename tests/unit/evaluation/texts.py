@@ -44,6 +44,8 @@ def random_documents(lengths: list[int], corpora: list[int] | None = None) -> An
 class RandomDatabase:
     """`ChunkDatabase.retrieved_tokens` over random chunks."""
 
+    removed = None
+
     def __init__(self, num_chunks: int = 50) -> None:
         self.chunks = np.random.default_rng(2).integers(1, 90, (num_chunks + 1, CHUNK_LENGTH))
 

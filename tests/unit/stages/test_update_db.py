@@ -36,7 +36,8 @@ from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.retro_dataset import build_retro_datasets
 from retro_mcore.stages import query_neighbors as query_command
 from retro_mcore.stages import update_db as update_stage
-from retro_mcore.stages.update_db import UpdateDbConfig, _reader
+from retro_mcore.stages.derived_databases import _reader
+from retro_mcore.stages.update_db import UpdateDbConfig
 from tests.unit.data.projects import documents, forget_neighbors, preprocess_options, write_corpus
 
 
