@@ -69,7 +69,7 @@ test-parity: env ## compare live with megatron-core 0.15.3, installed into .pari
 	$(BIN)/python -m pytest -m parity
 
 test-gpu: ## run the tests that need a GPU, with the machine's own Python (GPU_PYTHON=python3)
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/unit/retrieval
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/unit/retrieval/test_embedders.py
 
 docs: env ## build the documentation and API reference into docs/_build; a broken reference fails
 	$(INSTALL) -r requirements/docs.txt
