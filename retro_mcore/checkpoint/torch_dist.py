@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import shutil
 import warnings
@@ -21,7 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from retro_mcore.checkpoint.checksums import checksums_of_share, write_checksums
 from retro_mcore.checkpoint.contents import (
@@ -40,6 +45,7 @@ from retro_mcore.errors import CheckpointError
 # Everything else is the optimizer's, random states, and Transformer Engine's.
 _MODEL = ("embedding.", "decoder.", "output_layer.", "neighbor_encoder.")
 _HOMOGENEOUS = "decoder.layers."
+_FILE = "__0_0.distcp"  # torch's name for the first file of the first rank
 
 Places = Mapping[tuple[str, tuple[int, ...]], tuple[Path, int, int]]
 
@@ -157,10 +163,61 @@ def _read_chunk(chunk: _Chunk) -> Tensor:
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """Leaves its path out of the table of contents: readers here refuse paths."""
+    """Writes one file, with one tensor in memory at a time.
+
+    (torch's own keeps every tensor of a file until the file is written.) It leaves its path out of
+    the table of contents: readers here refuse paths.
+    """
 
     def storage_meta(self) -> None:
         """Nothing."""
+
+    def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
+        """Write the items of a plan, objects first, as torch does."""
+        items = sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO)
+        with (Path(self.path) / _FILE).open("wb") as stream:
+            results = [_write_item(stream, item, planner) for item in items]
+            stream.flush()
+            os.fsync(stream.fileno())
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def _write_item(stream: Any, item: Any, planner: Any) -> WriteResult:
+    start, data = stream.tell(), planner.resolve_data(item)
+    if isinstance(data, io.BytesIO):
+        stream.write(data.getbuffer())
+    else:
+        whole = data.untyped_storage().nbytes() == data.nbytes
+        torch.save(data if whole else data.clone(), stream)  # else of a larger storage: all of it
+    length = stream.tell() - start
+    return WriteResult(item.index, length, _StorageInfo(_FILE, start, length))
+
+
+class _Planner(torch_checkpoint.DefaultSavePlanner):
+    """Reads each weight when it is written, so that one is in memory at a time.
+
+    Args:
+        weights: Under the names to store. The state to save has tensors without content for them.
+    """
+
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._weights = weights
+
+    def resolve_data(self, write_item: Any) -> Any:
+        """The content of an item."""
+        weight = self._weights.get(write_item.index.fqn)
+        if weight is None:
+            return super().resolve_data(write_item)
+        tensor = weight.load().detach().contiguous()
+        if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
+            found = f"{write_item.index.fqn} is {tensor.dtype} {tuple(tensor.shape)}"
+            raise CheckpointError(
+                "the model", found, f"Expected {weight.dtype} {tuple(weight.shape)}"
+            )
+        return tensor
 
 
 def write_torch_dist(
@@ -176,12 +233,15 @@ def write_torch_dist(
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    state: dict[str, Any] = {name: weight.load().contiguous() for name, weight in weights.items()}
+    state: dict[str, Any] = {
+        name: torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        for name, weight in weights.items()
+    }
     state |= _extra_states(weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that this is one process: it is
         writer = _Writer(str(temporary), thread_count=1)
-        planner = torch_checkpoint.DefaultSavePlanner(flatten_state_dict=False)
+        planner = _Planner(weights)
         torch_checkpoint.save(state, storage_writer=writer, planner=planner, no_dist=True)
     args = common.get("args", Namespace())
     torch.save({**common, "args": args}, temporary / COMMON_FILE)

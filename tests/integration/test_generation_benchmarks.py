@@ -1,4 +1,4 @@
-"""The benchmarks of generation and of the server run, at a tiny size."""
+"""The benchmarks of generation, of the server and of transformers run, at a tiny size."""
 
 from __future__ import annotations
 
@@ -29,3 +29,16 @@ def test_both_benchmarks_run(tmp_path, capsys):
     assert sum(statuses.values()) == 60
     assert all(200 <= status < 500 for status in statuses)  # none fails the server
     assert "a good one then: 200" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_transformers_runs(tmp_path):
+    from benchmarks import huggingface
+
+    options = huggingface.Options(
+        hidden_size=64, num_layers=3, vocab_size=1024, new_tokens=8, rounds=1, size="tiny",
+        work_dir=str(tmp_path),
+    )  # fmt: skip
+    figures = huggingface.run(options)
+    assert min(figures["ours"], figures["theirs"]) > 0
+    targets = [each["target"] for each in figures["conversions"]]
+    assert targets == ["retro-mcore", "huggingface"]

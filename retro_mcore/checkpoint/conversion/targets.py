@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from retro_mcore.checkpoint.conversion.model_fields import (
     MODEL_FIELDS,
@@ -231,9 +234,16 @@ def _fit(weights: Weights, flags: Flags, size: int) -> dict[str, Weight]:
     fitted = dict(weights)
     for name, weight in weights.items():
         if is_vocabulary(name) and rows != weight.shape[0]:
-            whole = fit_vocabulary(weight.load(), rows, vocab_size or weight.shape[0])
-            fitted[name] = Weight.of(whole)
+            fitted[name] = Weight(
+                (rows, *weight.shape[1:]),
+                weight.dtype,
+                partial(_fitted, weight, rows, vocab_size or weight.shape[0]),
+            )
     return fitted
+
+
+def _fitted(weight: Weight, rows: int, vocab_size: int) -> Tensor:
+    return fit_vocabulary(weight.load(), rows, vocab_size)
 
 
 def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
