@@ -39,6 +39,7 @@ def run_doctor(folder: Path, world_size: int, started: int, seconds: float) -> d
     return written
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     written = run_doctor(tmp_path, 2, 2, 600)
     assert not [found for found in written["findings"] if found["level"] == "error"]
