@@ -280,10 +280,6 @@ class _Evaluation:
         training = self.loaded.training
         names = [option.name for option in fields(DocumentOptions)]
         documents = {name: bool(training.get(name, False)) for name in names}
-        with raise_together():
-            DocumentOptions(**documents).check_documents(
-                self.loaded.arguments.position_embedding_type, self.config.context_parallel_size
-            )
         if documents["reset_attention_mask"]:
             with raise_together():
                 if uses_transformer_engine(self.config.parallel()):

@@ -172,7 +172,8 @@ class RetroModel(GPTModel):
             context_position_ids: `[B * L * K, R]`; None: each row counts from 0.
             context_mask: bool `[B * L * K, R]`, True = padding or missing; None: all are real.
                 Under context parallelism `[B * (L + 2) * K, R]`, required: each of the rank's two
-                pieces begins with the chunk before it (`RetroBatch.part` gives all arguments).
+                pieces begins with the chunk before it. M more columns stand for `segments`
+                (`RetroBatch.part` gives all arguments).
             labels: `[B, S]`.
             segments: `[B, S]`, the document of each token; positions read only neighbors of chunks
                 of their own document. (`attention_mask` keeps them apart in self-attention.) None:
@@ -277,6 +278,10 @@ class RetroModel(GPTModel):
             self._check_pieces(sequence_length)
         self._check_shape("context_input_ids", context, batch_size, num_chunks)
         if self.config.context_parallel_size > 1:
+            # M more columns: positions that must not read a chunk's neighbors.
+            unread = self.config.retro_retrieved_length + self.config.retro_chunk_length
+            if mask is not None and mask.size(1) == unread:
+                mask = mask[:, : self.config.retro_retrieved_length]
             self._check_shape("context_mask", mask, batch_size, num_chunks + 2)
         elif mask is not None:
             self._check_shape("context_mask", mask, batch_size, num_chunks)

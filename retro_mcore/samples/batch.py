@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retro_mcore.chunking import ChunkGrid
 from retro_mcore.errors import ShapeError
+from retro_mcore.model.chunks import unread_neighbors
 from retro_mcore.platform.context_parallel import ContextPart
 
 
@@ -104,6 +106,7 @@ class RetroBatch:
 
         The rank gets the retrieved tokens of its own chunks. The mask also covers the chunk before
         each of the two pieces, whose neighbors another rank encodes: L + 2 chunks of each sample.
+        With segments it has M more columns (`chunks.unread_neighbors`).
 
         Args:
             part: The rank's part.
@@ -120,6 +123,7 @@ class RetroBatch:
         else:
             assert chunk_length is not None, "samples with neighbors have chunks"
             self._check_divisible(2 * part.size * chunk_length)
+            retrieved_mask = self._mask_with_unread(retrieved, chunk_length)
             shape = (len(self.tokens), self.tokens.shape[1] // chunk_length)
             retrieved, retrieved_mask = _retrieved_part(retrieved, retrieved_mask, shape, part)
         mask = None if self.segments is None else segment_mask(self.segments)
@@ -134,6 +138,17 @@ class RetroBatch:
             segments=None,
             attention_mask=None if mask is None else part.take(mask, 2),
         )
+
+    def _mask_with_unread(self, retrieved: Tensor, chunk_length: int) -> Tensor:
+        """The mask [B*L*K, R] of what was retrieved, with M more columns where there are segments:
+        the positions that must not read it. A rank's part of the segments would not tell."""
+        mask = self.retrieved_mask
+        mask = torch.zeros_like(retrieved, dtype=torch.bool) if mask is None else mask
+        if self.segments is None:
+            return mask
+        unread = unread_neighbors(self.segments, ChunkGrid(self.tokens.shape[1], chunk_length))
+        rows = len(mask) // len(unread)
+        return torch.cat((mask, unread.repeat_interleave(rows, dim=0)), dim=1)
 
     def _check_divisible(self, divisor: int) -> None:
         length = self.tokens.shape[1]
@@ -177,17 +192,16 @@ def retrieved_inputs(tokens: Tensor, mask: Tensor | None) -> dict[str, Tensor | 
 
 
 def _retrieved_part(
-    tokens: Tensor, mask: Tensor | None, shape: tuple[int, int], part: ContextPart
+    tokens: Tensor, mask: Tensor, shape: tuple[int, int], part: ContextPart
 ) -> tuple[Tensor, Tensor]:
     """The retrieved tokens of a rank's chunks, and the mask of these and of the chunks before.
 
     Args:
         tokens: int64 [B*L*K, R].
-        mask: bool of the same shape, True = padding or missing; None: all are real.
+        mask: bool of as many rows, True = padding or missing.
         shape: B and L.
         part: The rank's part.
     """
-    mask = torch.zeros_like(tokens, dtype=torch.bool) if mask is None else mask
     tokens_BLX, mask_BLX = (rows.unflatten(0, (*shape, -1)) for rows in (tokens, mask))
     length = shape[1] // (2 * part.size)
     # No chunk comes before the first one.

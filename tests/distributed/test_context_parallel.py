@@ -5,20 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.distributed import test_parallel_layouts as parallel_layouts
 from tests.distributed.layouts import (
     GLOBAL_BATCH_SIZE,
     MICRO_BATCH_SIZE,
     SEQUENCE_LENGTH,
     Layout,
     Trainer,
-    join_layout,
-    serial_weights,
     train,
 )
 from tests.distributed.test_parallel_layouts import FULL, NARROW, ROPE, TIED
@@ -45,6 +43,7 @@ TWO_RANKS = {
     "CP2, own rotary base": Layout(
         context=2, fields={**ROPE, "rotary_local_base": 100, "rotary_local_layers": [1, 4]}
     ),
+    "CP2, documents apart": Layout(context=2, documents=True, fields=ROPE),
     "CP2, DeepNorm": Layout(context=2, fields={"retro_deepnorm": True, **TIED}),
     "CP2, distributed optimizer": Layout(context=2, distributed_optimizer=True, fields=TIED),
     "CP2, full recomputation": Layout(context=2, fields={**FULL, "recompute_method": "uniform"}),
@@ -61,6 +60,9 @@ FOUR_RANKS = {
     ),
     "CP2, PP2 of 2, tied, rotary": Layout(
         context=2, pipeline=2, virtual=2, fields={**ROPE, **TIED}
+    ),
+    "CP2, PP2, documents apart": Layout(
+        context=2, pipeline=2, documents=True, fields={"retro_decoder_layers": [2, 7]}
     ),
     "CP2, DP2, distributed optimizer": Layout(context=2, distributed_optimizer=True, fields=ROPE),
 }
@@ -141,13 +143,9 @@ def on_two_ranks(weights):
     return runs, count_bytes(layout, next(iter(weights.values()))), cut_by_both()
 
 
-@cache
 def serial(name: str):
     """Initial weights of a layout's model, and its run on one process."""
-    fields = {**DEFAULT, **TWO_RANKS, **FOUR_RANKS}[name].model_fields()
-    join_layout(Layout())
-    weights = serial_weights(fields)
-    return weights, train(Layout(fields=fields), weights)
+    return parallel_layouts.serial({**DEFAULT, **TWO_RANKS, **FOUR_RANKS}[name])
 
 
 def initial_weights(layouts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from retro_mcore.errors import ConfigurationError, flag_of
+from retro_mcore.errors import ConfigurationError
 
 
 @dataclass(kw_only=True)
@@ -20,19 +20,12 @@ class DocumentOptions:
     """Leave predictions from end-of-document tokens out of the loss. In an aligned project they
     never count."""
 
-    def check_documents(self, position_embedding_type: str, context_parallel_size: int) -> None:
-        """Reject positions that restart without effect, and context parallelism.
+    def check_documents(self, position_embedding_type: str) -> None:
+        """Reject positions that restart without effect.
 
         Raises:
-            ConfigurationError: naming the flag.
+            ConfigurationError: naming --reset-position-ids.
         """
-        for name in ("reset_attention_mask", "reset_position_ids"):
-            if getattr(self, name) and context_parallel_size > 1:
-                raise ConfigurationError(
-                    flag_of(name),
-                    f"given with --context-parallel-size {context_parallel_size}",
-                    "Leave one of them out",
-                )
         rotary = position_embedding_type == "rope"
         if self.reset_position_ids and rotary and not self.reset_attention_mask:
             raise ConfigurationError(

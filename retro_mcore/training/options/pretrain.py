@@ -118,7 +118,7 @@ class TrainingOptions(
             self.check_schedule,
             self.check_logging,
             partial(self.check_neighbor_noise, self.no_retrieval),
-            partial(self.check_documents, self.position_embedding_type, self.context_parallel_size),
+            partial(self.check_documents, self.position_embedding_type),
             self._check_data_parallel,
             self._check_batches,
             lambda: raise_problems([*below_minimum(self)]),

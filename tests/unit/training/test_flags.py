@@ -81,10 +81,6 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
         ({"optimizer": "muon"}, "--optimizer: muon"),
         ({"reset_position_ids": True}, "--reset-position-ids: given with rotary positions"),
         (
-            {"reset_attention_mask": True, "context_parallel_size": 2},
-            "--reset-attention-mask: given with --context-parallel-size 2",
-        ),
-        (
             {"load": "run", "override_opt_param_scheduler": True, "finetune": True},
             "--override-opt-param-scheduler: given together with --finetune",
         ),
