@@ -159,9 +159,9 @@ def _exchange(
 
     def swap(sent: Tensor, peer: int) -> Tensor:
         received = torch.empty_like(sent)
-        where = {"peer": dist.get_global_rank(group, peer), "group": group}
-        operations.append(dist.P2POp(dist.isend, sent, **where))
-        operations.append(dist.P2POp(dist.irecv, received, **where))
+        where = dist.get_global_rank(group, peer)
+        operations.append(dist.P2POp(dist.isend, sent, where, group))
+        operations.append(dist.P2POp(dist.irecv, received, where, group))
         return received
 
     from_previous = swap(to_previous, rank - 1) if rank > 0 else None
