@@ -155,7 +155,8 @@ def _same_logits(findings: Findings, model: Any, options: Any, window: int) -> N
 
     source = generation.RandomNeighbors(options)
     text = generation.text_of(options, window // 4, source)
-    cached, recomputing = CachedDecoder(model, 0, 1, window), FullRecomputation(model, 0)
+    cached: Any = CachedDecoder(model, 0, 1, window)
+    recomputing: Any = FullRecomputation(model, 0)
     apart = []
     for token in range(options.chunk_length + 2):
         found = cached.next_logits([text]).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from statistics import mean
+from typing import Any
 
 from benchmarks.gpu_report.findings import Findings, Skipped
 from benchmarks.gpu_report.options import Setting
@@ -24,7 +25,7 @@ def bf16_training(setting: Setting, findings: Findings) -> None:
     findings.at_most("last loss / first loss", found[-1] / found[0], setting.pick(0.8, 0.99))
     with findings.part("Transformer Engine"):
         require_engine(setting)
-        engine = {"bf16": True, "transformer_impl": "transformer_engine"}
+        engine: Any = {"bf16": True, "transformer_impl": "transformer_engine"}
         found = train(setting, shape, steps, **engine).train_losses
         _follow(findings, "bf16, Transformer Engine", found, expected, BF16_MEAN, BF16_LAST)
 
@@ -37,7 +38,7 @@ def fp8(setting: Setting, findings: Findings) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
         raise Skipped(f"{torch.cuda.get_device_name()} has no fp8")
     steps = setting.pick(60, 12)
-    flags = {"bf16": True, "transformer_impl": "transformer_engine"}
+    flags: Any = {"bf16": True, "transformer_impl": "transformer_engine"}
     expected = train(setting, shape_of(setting), steps, **flags).train_losses
     found = train(setting, shape_of(setting), steps, fp8_format="hybrid", **flags).train_losses
     _follow(findings, "fp8", found, expected, FP8_MEAN, FP8_LAST)
@@ -47,7 +48,7 @@ def fp8(setting: Setting, findings: Findings) -> None:
 def resume(setting: Setting, findings: Findings) -> None:
     """A run that saved and went on has the losses of one that did not, to the last bit."""
     steps, half = setting.pick(12, 4), setting.pick(6, 2)
-    flags = {"bf16": True, "deterministic_mode": True, "use_distributed_optimizer": True}
+    flags: Any = {"bf16": True, "deterministic_mode": True, "use_distributed_optimizer": True}
     shape = shape_of(setting)
     whole = train(setting, shape, steps, **flags).train_losses
     with setting.folder() as folder:

@@ -96,7 +96,7 @@ def lineage(paths: ProjectPaths) -> Iterator[ProjectPaths]:
 
     Datasets keep their numbers from one to the next. A project that is gone ends the line.
     """
-    seen = set()
+    seen: set[Path] = set()
     while paths.root not in seen and (not seen or paths.written_config.is_file()):
         seen.add(paths.root)
         yield paths

@@ -135,9 +135,9 @@ def read_retro_huggingface(directory: Path) -> tuple[Flags, dict[str, Weight], l
         if name in flags and value is not None and flags[name] != value
     }
     if differing:
-        found = ", ".join(f"{name} {flags[name]}" for name in differing)
+        said = ", ".join(f"{name} {flags[name]}" for name in differing)
         shown = ", ".join(f"{name} {value}" for name, value in differing.items())
-        raise refuse(directory, f"{found} in its config.json", f"{shown}, as its weights have")
+        raise refuse(directory, f"{said} in its config.json", f"{shown}, as its weights have")
     return flags, weights, notes
 
 

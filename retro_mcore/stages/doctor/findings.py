@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -64,7 +64,7 @@ class Diagnosis:
     world_size: int
 
     @classmethod
-    def of(cls, by_rank: dict[int, Sequence[Finding]], world_size: int) -> Diagnosis:
+    def of(cls, by_rank: Mapping[int, Sequence[Finding]], world_size: int) -> Diagnosis:
         """Join equal findings of several ranks."""
         ranks: dict[Finding, list[int]] = {}
         for rank, findings in sorted(by_rank.items()):
