@@ -33,6 +33,7 @@ from retro_mcore.checkpoint.state import (
 from retro_mcore.errors import CheckpointError
 from retro_mcore.platform.optimizer_state import (
     keeping_adam_steps,
+    regroup,
     supply_adam_step,
     unshare_adam_steps,
 )
@@ -130,6 +131,7 @@ def _same_layout(args: Namespace) -> bool:
 def _load_optimizer(
     parts: TrainingParts, state: dict[str, Any], schedule: dict[str, Any], checkpoint: Path
 ) -> None:
+    state = regroup(parts.optimizer, state)
     supply_adam_step(parts.optimizer, state)
     rates = [
         {name: group[name] for name in _RATES if name in group}

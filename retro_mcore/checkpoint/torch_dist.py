@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,8 @@ from retro_mcore.checkpoint.contents import (
     read_bytes,
     read_metadata,
 )
-from retro_mcore.checkpoint.conversion.weights import Weight
+from retro_mcore.checkpoint.conversion.names import STACKED_EXPERTS, expert_name
+from retro_mcore.checkpoint.conversion.weights import Weight, stack_experts
 from retro_mcore.checkpoint.safe_loading import load_torch_file
 from retro_mcore.errors import CheckpointError
 
@@ -123,33 +124,47 @@ def _chunks(name: str, entry: Any, places: Places) -> Iterator[_Chunk]:
 def _layers(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, chunks: list[_Chunk]
 ) -> dict[str, Weight]:
+    """A tensor by its name, or the layers and experts that it stacks, each by its own."""
     inside = name.removeprefix(_HOMOGENEOUS)
-    if inside == name or inside.split(".")[0].isdigit():
-        return {name: Weight(shape, dtype, partial(_read, shape, dtype, chunks, None))}
+    names = {(): name}
+    if inside != name and not inside.split(".")[0].isdigit():
+        names = {(layer,): f"{_HOMOGENEOUS}{layer}.{inside}" for layer in range(shape[0])}
+    if STACKED_EXPERTS in name:
+        size = shape[len(next(iter(names)))]
+        names = {
+            (*index, expert): expert_name(each, expert)
+            for index, each in names.items()
+            for expert in range(size)
+        }
     return {
-        f"{_HOMOGENEOUS}{layer}.{inside}": Weight(
-            shape[1:], dtype, partial(_read, shape, dtype, chunks, layer)
-        )
-        for layer in range(shape[0])
+        each: Weight(shape[len(index) :], dtype, partial(_read, shape, dtype, chunks, index))
+        for index, each in names.items()
     }
 
 
 def _read(
-    shape: tuple[int, ...], dtype: torch.dtype, chunks: list[_Chunk], layer: int | None
+    shape: tuple[int, ...], dtype: torch.dtype, chunks: list[_Chunk], index: tuple[int, ...]
 ) -> Tensor:
-    """A whole tensor, or one layer of a stacked one, from its chunks."""
-    first, count = (0, shape[0]) if layer is None else (layer, 1)
-    whole = torch.empty((count, *shape[1:]), dtype=dtype)
+    """A tensor, or the part of it at an index of its first dimensions, from its chunks."""
+    begin = [*index, *(0 for _ in shape[len(index) :])]
+    end = [*(number + 1 for number in index), *shape[len(index) :]]
+    part = torch.empty([stop - start for start, stop in zip(begin, end, strict=True)], dtype=dtype)
     for chunk in chunks:
-        start = max(chunk.offsets[0], first)
-        stop = min(chunk.offsets[0] + chunk.sizes[0], first + count)
-        if start >= stop:
+        starts = list(map(max, chunk.offsets, begin))
+        ends = [o + size for o, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        stops = list(map(min, ends, end))
+        if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
             continue
-        part = _read_chunk(chunk)[start - chunk.offsets[0] : stop - chunk.offsets[0]]
-        where = [slice(start - first, stop - first)]
-        where += [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
-        whole[tuple(where)] = part
-    return whole if layer is None else whole[0]
+        read = _read_chunk(chunk)
+        part[_slices(starts, stops, begin)] = read[_slices(starts, stops, chunk.offsets)]
+    return part[(0,) * len(index)]
+
+
+def _slices(
+    starts: Sequence[int], stops: Sequence[int], origin: Sequence[int]
+) -> tuple[slice, ...]:
+    bounds = zip(starts, stops, origin, strict=True)
+    return tuple(slice(start - zero, stop - zero) for start, stop, zero in bounds)
 
 
 def _read_chunk(chunk: _Chunk) -> Tensor:
@@ -233,6 +248,7 @@ def write_torch_dist(
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    weights = stack_experts(weights)
     state: dict[str, Any] = {
         name: torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         for name, weight in weights.items()
@@ -254,5 +270,10 @@ def write_torch_dist(
 
 def _extra_states(weights: Mapping[str, Weight]) -> dict[str, list[None]]:
     """Empty entries for Transformer Engine's state of every linear layer: Megatron expects them."""
-    linear = (re.match(r"(.*\.linear_\w+)\.weight$", name) for name in weights)
-    return {f"{match[1]}._extra_state/shard_0_1": [None] for match in linear if match}
+    states: dict[str, list[None]] = {}
+    for name, weight in weights.items():
+        if match := re.match(r"(.*\.linear_\w+)\.weight$", name):
+            count = weight.shape[0] if STACKED_EXPERTS in name else 1
+            names = [f"{match[1]}._extra_state/shard_{part}_{count}" for part in range(count)]
+            states |= {each: [None] for each in names}
+    return states

@@ -19,7 +19,8 @@ GROUPS: dict[str, str] = {
     "loss_on pack_samples two_chunks num_gen",
     "model": "num_layers hidden_size num_attention_heads group_query_attention num_query_groups "
     "ffn_hidden_size kv_channels norm* apply_layernorm_1p swiglu geglu openai_gelu "
-    "squared_relu sublayer_norms parallel_residual *_multiplier logits_scaling softmax_scale "
+    "squared_relu num_experts moe_layer_freq moe_ffn_* moe_shared_* moe_router_* moe_*_coeff "
+    "sublayer_norms parallel_residual *_multiplier logits_scaling softmax_scale "
     "*_softcap no_rope_layers "
     "position_embedding_type rotary_* *rope_scaling* max_position_embeddings "
     "untie_embeddings_and_output_weights disable_bias_linear add_qkv_bias qk_layernorm* "
@@ -39,6 +40,7 @@ GROUPS: dict[str, str] = {
     "precision": "fp8_* bf16 fp16 *_bf16 tp_only_amax_red fp32_residual_connection *loss_scale* "
     "hysteresis accumulate_allreduce_grads_in_fp32",
     "parallelism": "device tensor_model_* sequence_parallel *pipeline* context_parallel_size "
+    "expert_*parallel_size moe_* "
     "cp_comm_type *overlap* world_size use_distributed_optimizer ddp_*",
     "computation": "transformer_impl attention_backend no_*_fusion no_persist_layer_norm "
     "cross_entropy_* *offloading recompute_* use_cpu_initialization deterministic_mode",

@@ -125,6 +125,7 @@ class RetroConfig(RetroOptions, DecoderConfig):
             self._validate_decoder_layers,
             self._validate_encoder,
             self._validate_deepnorm,
+            self._validate_experts,
             self._validate_parallelism,
         )
         if self.retro_encoder_cross_attention_dropout is None:
@@ -172,6 +173,8 @@ class RetroConfig(RetroOptions, DecoderConfig):
                 setattr(config, name, value)
         config.context_parallel_size, config.cp_comm_type = 1, None  # chunks are whole
         config.window_size = config.window_attn_skip_freq = None
+        config.num_moe_experts = config.moe_ffn_hidden_size = None  # dense
+        config.moe_layer_freq, config.moe_shared_expert_intermediate_size = 1, None
         config.pipeline_model_parallel_size = 1
         config.virtual_pipeline_model_parallel_size = None
         config.pipeline_model_parallel_layout = None
@@ -273,6 +276,15 @@ class RetroConfig(RetroOptions, DecoderConfig):
                     name,
                     f"{getattr(self, name)}, under DeepNorm, which adds its own way",
                     "Leave it out",
+                )
+
+    def _validate_experts(self) -> None:
+        for name in ("retro_deepnorm", "retro_mup_base_hidden_size"):
+            if self.num_moe_experts is not None and getattr(self, name):
+                raise ConfigurationError(
+                    name,
+                    f"{getattr(self, name)} in a model with experts, which it does not cover",
+                    "Leave it out, or use dense layers",
                 )
 
     def _validate_encoder(self) -> None:

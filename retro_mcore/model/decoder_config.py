@@ -23,6 +23,16 @@ class DecoderConfig(FamilyOptions, TransformerConfig):
         """Validate, after Megatron's own checks."""
         super().__post_init__()
         raise_problems([*problems_of_family(self, self.num_layers), *_problems_of_window(self)])
+        if self.num_moe_experts is not None and self.add_bias_linear:
+            raise ConfigurationError(
+                "add_bias_linear",
+                "True, in a model with experts, which do not train with biases",
+                "Set it to False",
+            )
+        if self.num_moe_experts is not None and self.parallel_residual:
+            raise ConfigurationError(
+                "parallel_residual", "True, in a model with experts", "Choose one of them"
+            )
 
 
 def _problems_of_window(config: TransformerConfig) -> Iterator[ConfigurationError]:

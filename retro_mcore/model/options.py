@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from retro_mcore.errors import ConfigurationError, flag_of
+from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
+from retro_mcore.model.expert_options import ExpertOptions, problems_of_experts
 from retro_mcore.model.family_options import FamilyOptions
 from retro_mcore.model.option_traits import (
     MEGATRON,
@@ -58,7 +59,7 @@ def _are_decoders_heads(value: Any, flags: Mapping[str, Any]) -> bool:
 
 
 @dataclass(kw_only=True)
-class DecoderOptions(FamilyOptions):
+class DecoderOptions(ExpertOptions, FamilyOptions):
     """The decoder, with or without retrieval."""
 
     num_layers: int = field(metadata=at_least(1) | decoder(sets="config"))
@@ -267,7 +268,8 @@ class ModelOptions(RetroOptions, DecoderOptions):
     """Train the same GPT without encoder, cross-attention and neighbors."""
 
     def check_model(self) -> None:
-        """Reject conflicting activations, and --group-query-attention without a number of groups.
+        """Reject conflicting activations, --group-query-attention without a number of groups, and
+        options of experts that cannot work.
 
         Raises:
             ConfigurationError: naming the flag.
@@ -280,6 +282,7 @@ class ModelOptions(RetroOptions, DecoderOptions):
             raise ConfigurationError(
                 "--group-query-attention", "given without --num-query-groups", "Add the number"
             )
+        raise_problems([*problems_of_experts(self, self.num_layers)])
 
 
 @dataclass(kw_only=True)

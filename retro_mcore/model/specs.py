@@ -34,6 +34,7 @@ from retro_mcore.model.chunked_cross_attention import (
 )
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.deepnorm import DeepNormAdd, DeepNormCrossAdd
+from retro_mcore.model.expert_options import expert_layers
 from retro_mcore.model.family_layers import (
     AllGroupsNorm,
     AllHeadsNorm,
@@ -49,6 +50,7 @@ from retro_mcore.model.pipeline import (
 )
 from retro_mcore.platform.attention import SDPAttention
 from retro_mcore.platform.backends import NormsApart, get_backend, get_mlp
+from retro_mcore.platform.experts import get_experts
 from retro_mcore.platform.gathered_attention import GatheredAttention
 
 
@@ -85,6 +87,7 @@ def get_retro_decoder_block_spec(
             backend,
             AttnMaskType.causal,
             ChunkedCrossAttention if number in retro_layers else None,
+            has_experts=number in decoder_expert_layers(config),
         )
         for number in numbers
     ]
@@ -131,9 +134,12 @@ def get_gpt_decoder_block_spec(
 ) -> TransformerBlockSubmodules:
     """The same decoder without retrieval, for a GPTModel: the baseline to compare with."""
     backend = get_backend(use_transformer_engine)
-    num_layers = len(stage_layer_numbers(config, vp_stage, pp_rank))
+    sparse = decoder_expert_layers(config)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config, backend, AttnMaskType.causal)] * num_layers,
+        layer_specs=[
+            _layer_spec(config, backend, AttnMaskType.causal, has_experts=number in sparse)
+            for number in stage_layer_numbers(config, vp_stage, pp_rank)
+        ],
         layer_norm=_final_layer_norm(config, backend),
     )
 
@@ -158,6 +164,11 @@ def get_neighbor_encoder_block_spec(
     )
 
 
+def decoder_expert_layers(config: TransformerConfig) -> list[int]:
+    """Numbers of the decoder layers with experts, from 1."""
+    return expert_layers(config.num_moe_experts, config.moe_layer_freq, config.num_layers)
+
+
 def _layer_norm(config: TransformerConfig, backend: Any, for_qk: bool = False) -> type:
     return backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=for_qk)
 
@@ -175,6 +186,7 @@ def _layer_spec(
     backend: Any,
     attn_mask_type: AttnMaskType,
     cross_attention: type | None = None,
+    has_experts: bool = False,
     **cross_attention_params: Any,
 ) -> ModuleSpec:
     deepnorm = _is_deepnorm(config)
@@ -204,8 +216,9 @@ def _layer_spec(
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=IdentityOp if fused else norm,
-        mlp=get_mlp(backend),
+        # Transformer Engine fuses the norm into the first linear layer, not into a router.
+        pre_mlp_layernorm=IdentityOp if fused and not has_experts else norm,
+        mlp=get_experts(backend, config) if has_experts else get_mlp(backend),
         mlp_bda=get_bias_dropout_add,
     )
     if cross_attention is not None:
@@ -227,10 +240,9 @@ def _layer_spec(
         _add_as_the_family(config, submodules, norm)
     if not fused:
         # Checkpoints carry Transformer Engine's names, so that either spec loads them.
-        submodules.sharded_state_dict_keys_map = {
-            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-        }
+        names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        names |= {} if has_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+        submodules.sharded_state_dict_keys_map = names
     parallel = family_option(config, "parallel_residual")
     module = ParallelResidualLayer if parallel else TransformerLayer
     return ModuleSpec(module=module, submodules=submodules)

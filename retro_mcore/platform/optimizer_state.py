@@ -7,6 +7,7 @@
 | `keeping_adam_steps`      | 0.16.1 to 0.19.2 | the distributed optimizer's state does not load   |
 | `unshare_adam_steps`      | 0.16.1 to 0.19.2 | Adam steps wrongly after loading, silently        |
 | `unpadded_bucket_offsets` | 0.16.1 to 0.19.2 | small models' moments are mixed up, silently      |
+| `regroup`                 | 0.16.1 to 0.19.2 | no change between one and several expert ranks    |
 | `refuse_infinite_norms`   | 0.16.1 to 0.19.2 | infinite gradients reach the weights              |
 
 The four for Adam concern PyTorch's own, which counts steps per parameter. Megatron is written for
@@ -54,9 +55,60 @@ def supply_adam_step(optimizer: MegatronOptimizer, state: dict[str, Any]) -> Non
 
     Megatron does not save it before the first step, and asks for it all the same.
     """
-    parameters = state.get("optimizer", state).get("state")
-    if parameters is not None and _torch_adams(optimizer):
-        parameters.setdefault("common_step", torch.tensor(0.0))
+    parts = [part for key, part in state.items() if isinstance(key, int)] or [state]
+    for part in parts:
+        parameters = part.get("optimizer", part).get("state")
+        if parameters is not None and _torch_adams(optimizer):
+            parameters.setdefault("common_step", torch.tensor(0.0))
+
+
+def regroup(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> dict[Any, Any]:
+    """A loaded state in as many parts as the optimizer has (0.16.1 to 0.19.2).
+
+    Under expert parallelism experts have an optimizer of their own, and the state has parts 0 and
+    1. What is saved per parameter loads into either form. What is saved once, hyperparameters and
+    steps, stays in the form of the checkpoint, and is brought into the other one here.
+    """
+    numbered = {key: part for key, part in state.items() if isinstance(key, int)}
+    rest = {key: value for key, value in state.items() if not isinstance(key, int)}
+    parts = _parts(optimizer)
+    if not numbered or not rest:
+        return state
+    if len(parts) == 1:
+        return _completed(parts[0], rest, [numbered[key] for key in sorted(numbered)])
+    return {index: _completed(part, numbered[index], [rest]) for index, part in enumerate(parts)}
+
+
+#: What tells an optimizer's groups of parameters apart, beside belonging to experts.
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_decoupled_lr")
+
+
+def _completed(part: Any, own: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """One optimizer's state, with what others' states hold once."""
+    nested = "optimizer" in saved[0]  # that of the distributed optimizer
+    inner = own.get("optimizer", {}) if nested else own
+    sources = [each["optimizer"] if nested else each for each in saved]
+    groups = [group for source in sources for group in source["param_groups"]]
+    current = part.optimizer.param_groups
+    loaded = inner.get("param_groups") or [{} for _ in current]
+    inner = {
+        **inner,
+        "state": {**sources[0].get("state", {}), **inner.get("state", {})},
+        "param_groups": [
+            {**_like(group, groups), **mine} for group, mine in zip(current, loaded, strict=True)
+        ],
+    }
+    others = {key: value for key, value in saved[0].items() if key not in ("param_state", *inner)}
+    return {**others, **own, **({"optimizer": inner} if nested else inner)}
+
+
+def _like(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """The saved group with the same multipliers, whether of experts or not."""
+    for other in saved:
+        if all(other.get(key) == group.get(key) for key in _GROUP_KEYS):
+            same = {key: value for key, value in other.items() if key != "params"}
+            return {**same, "is_expert_parallel": group["is_expert_parallel"]}
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 @contextmanager

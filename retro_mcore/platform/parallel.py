@@ -68,6 +68,14 @@ def model_parallel_group(model: GPTModel) -> dist.ProcessGroup | None:
     return getattr(groups, "mp", None) or groups.tp
 
 
+def expert_parallel_sizes() -> tuple[int, int]:
+    """Expert parallel and expert tensor parallel sizes of megatron's groups."""
+    return (
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+
+
 def parallel_sizes() -> tuple[int, int, int | None, int]:
     """Tensor, pipeline, virtual pipeline and context parallel sizes of megatron's groups."""
     return (

@@ -26,6 +26,7 @@ from retro_mcore.checkpoint.conversion.architecture import LACKED
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, RetroError, check_all, flag_of, raise_problems
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.expert_options import EXPERT_OPTIONS
 from retro_mcore.model.option_traits import model_traits, names_there, stated
 from retro_mcore.model.options import DecoderOptions, ModelOptions
 from retro_mcore.project.config import ProjectConfig
@@ -67,7 +68,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "position_embedding_type": ((None, "learned_absolute", "rope"), "Use one of these"),
     "transformer_impl": ((None, "local", "transformer_engine"), "Use one of these"),
     "context_parallel_size": ((None, 1), "Use tools/pretrain_retro.py, which divides samples"),
-    "expert_model_parallel_size": ((None, 1), _OTHER_MODEL),
+    **dict.fromkeys(("num_experts", "num_moe_experts"), (_OFF, _ELSEWHERE)),
+    "expert_model_parallel_size": ((None, 1), _ELSEWHERE),
     **dict.fromkeys(
         (
             *("data_path", "train_data_path", "valid_data_path", "test_data_path", "fim_data"),
@@ -94,7 +96,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 #: Fields of Megatron's configurations that Retro's layers honor, or that do not change results.
 _HONOURED = {
-    *names_there("config", DecoderOptions).values(),
+    *(set(names_there("config", DecoderOptions).values()) - set(EXPERT_OPTIONS)),
     *("num_query_groups", "ffn_hidden_size", "add_bias_linear", "perform_initialization"),
     *("use_cpu_initialization", "init_model_with_meta_device", "fp16", "bf16"),
     *("deterministic_mode", "tensor_model_parallel_size", "sequence_parallel"),

@@ -16,6 +16,7 @@ from retro_mcore.checkpoint.conversion.model_fields import (
 )
 from retro_mcore.checkpoint.conversion.weights import Weights
 from retro_mcore.errors import CheckpointError, flag_of
+from retro_mcore.model.expert_options import EXPERT_OPTIONS, NEED_EXPERTS, expert_layers
 
 # Arguments of training and its data that conversion keeps; Megatron calls them the same.
 _OF_TRAINING = ("seed", "bf16", "fp16", "document_tokens", END_TOKENS)
@@ -26,8 +27,11 @@ LACKED: dict[str, tuple[Any, ...]] = {
     "rope_type": ("rope",),
     "normalization": ("LayerNorm", "RMSNorm"),
     "qk_l2_norm": (),
-    "num_experts": (),
     "num_moe_experts": (),
+    "moe_router_enable_expert_bias": (),
+    "moe_expert_capacity_factor": (),
+    "moe_apply_probs_on_input": (),
+    "moe_latent_size": (),
     "multi_latent_attention": (),
     "mtp_num_layers": (),
     "apply_residual_connection_post_layernorm": (),
@@ -76,6 +80,7 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
     read = {name: option.read(name, values) for name, option in MODEL_FIELDS.items()}
     read |= {name: values.get(name) for name in _OF_TRAINING}
     flags = {name: value for name, value in read.items() if value is not None}
+    flags = _expert_flags(flags, values, source)
     if values.get("use_rotary_position_embeddings"):  # the flag before --position-embedding-type
         flags["position_embedding_type"] = "rope"
     if "num_attention_heads" in flags:
@@ -85,6 +90,25 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
     if values.get("bias_gelu_fusion") and not values.get("swiglu"):
         flags["openai_gelu"] = True
     return {**flags, **_window_flags(values, source)}
+
+
+def _expert_flags(flags: Flags, values: Mapping[str, Any], source: object) -> Flags:
+    """The flags, with Megatron's arguments of experts in our form.
+
+    Those of a dense model are left out, and losses of kinds that our trainer does not have.
+    """
+    if values.get("num_experts") is None:
+        return {n: value for n, value in flags.items() if not (value and n in NEED_EXPERTS)}
+    kind = values.get("moe_router_load_balancing_type")
+    if kind in ("sinkhorn", "quantile_balancing"):
+        raise CheckpointError(
+            source, f"routes tokens by {kind}", "Only routing by the largest scores converts"
+        )
+    pattern = values.get("moe_layer_freq")
+    flags["moe_layer_freq"] = [pattern] if isinstance(pattern, int) else pattern
+    if kind not in (None, "aux_loss", "seq_aux_loss", "none"):
+        flags |= {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+    return flags
 
 
 def _window_flags(values: Mapping[str, Any], source: object) -> Flags:
@@ -139,22 +163,23 @@ def flags_of_weights(weights: Weights) -> Flags:
     """
     layer = "decoder.layers.0."
     shapes = {name.removeprefix(layer): w.shape for name, w in weights.items() if layer in name}
-    if "mlp.linear_fc2.weight" not in shapes or "embedding.word_embeddings.weight" not in weights:
+    dense, expert = _mlp_shapes(weights, _DENSE), _mlp_shapes(weights, _FIRST_EXPERT)
+    mlp = dense or expert
+    if not mlp or "embedding.word_embeddings.weight" not in weights:
         raise CheckpointError(
             "the checkpoint",
-            f"has no dense decoder layers (found {', '.join(sorted(weights)[:4])}, ...)",
+            f"has no decoder layers (found {', '.join(sorted(weights)[:4])}, ...)",
             "Name a GPT or Retro checkpoint",
         )
-    ffn = shapes["mlp.linear_fc2.weight"][1]
     vocabulary, hidden = weights["embedding.word_embeddings.weight"].shape
     flags: Flags = {
         "num_layers": _count(weights, "decoder"),
         "hidden_size": hidden,
         "padded_vocab_size": vocabulary,
-        "ffn_hidden_size": ffn,
-        "swiglu": shapes["mlp.linear_fc1.weight"][0] == 2 * ffn,
+        **({"ffn_hidden_size": dense["linear_fc2.weight"][1]} if dense else {}),
+        "swiglu": mlp["linear_fc1.weight"][0] == 2 * mlp["linear_fc2.weight"][1],
         "normalization": "LayerNorm" if any(map(_NORM_BIAS.search, weights)) else "RMSNorm",
-        "disable_bias_linear": "mlp.linear_fc2.bias" not in shapes,
+        "disable_bias_linear": "linear_fc2.bias" not in mlp,
         "qk_layernorm": "self_attention.q_layernorm.weight" in shapes,
         "untie_embeddings_and_output_weights": "output_layer.weight" in weights,
     }
@@ -165,7 +190,37 @@ def flags_of_weights(weights: Weights) -> Flags:
     flags["position_embedding_type"] = "rope" if positions is None else "learned_absolute"
     if positions is not None:
         flags["max_position_embeddings"] = positions.shape[0]
+    flags |= _experts_of_weights(weights, flags["num_layers"], expert)
     return {**flags, **_retro_flags(weights, flags["num_layers"])}
+
+
+_DENSE = re.compile(r"^decoder\.layers\.\d+\.mlp\.(linear_fc.*)$")
+_FIRST_EXPERT = re.compile(r"^decoder\.layers\.\d+\.mlp\.experts\.local_experts\.0\.(.*)$")
+_ROUTER = re.compile(r"^decoder\.layers\.(\d+)\.mlp\.router\.weight$")
+
+
+def _mlp_shapes(weights: Weights, names: re.Pattern[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of an MLP's weights, by name below it; empty if the model has none."""
+    found = ((names.match(name), weight) for name, weight in weights.items())
+    return {match[1]: weight.shape for match, weight in found if match}
+
+
+def _experts_of_weights(
+    weights: Weights, num_layers: int, expert: Mapping[str, tuple[int, ...]]
+) -> Flags:
+    layers = {int(match[1]): name for name in weights if (match := _ROUTER.match(name))}
+    if not layers or not expert:
+        return {"num_experts": None}
+    prefix = next(iter(layers.values())).removesuffix("router.weight")
+    shared = weights.get(f"{prefix}shared_experts.linear_fc2.weight")
+    pattern = [int(number in layers) for number in range(num_layers)]
+    return {
+        "num_experts": weights[f"{prefix}router.weight"].shape[0],
+        "moe_layer_freq": None if all(pattern) else pattern,
+        "moe_ffn_hidden_size": expert["linear_fc2.weight"][1],
+        "moe_shared_expert_intermediate_size": shared and shared.shape[1],
+        "moe_shared_expert_gate": f"{prefix}shared_experts.gate_weight" in weights,
+    }
 
 
 def _retro_flags(weights: Weights, num_layers: int) -> Flags:
@@ -205,6 +260,8 @@ def check_decoder(found: Mapping[str, Any], wanted: Mapping[str, Any], source: o
     for name in DECODER_FLAGS:
         if name not in found or _same(found[name], wanted[name]):
             continue
+        if name in EXPERT_OPTIONS and _same_experts(name, found, wanted):
+            continue
         if name == "qk_layernorm_over" and not found.get("qk_layernorm"):
             continue
         if (name in _ROTARY and not rotary) or (name == "max_position_embeddings" and rotary):
@@ -222,6 +279,17 @@ def check_decoder(found: Mapping[str, Any], wanted: Mapping[str, Any], source: o
             "the model's flags contradict the checkpoint: " + "; ".join(problems),
             "Give the flags as the checkpoint has them",
         )
+
+
+def _same_experts(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether an option of experts makes no difference."""
+    if found.get("num_experts") is None and wanted.get("num_experts") is None:
+        return True
+    layers = [
+        expert_layers(flags.get("num_experts"), flags.get("moe_layer_freq"), flags["num_layers"])
+        for flags in (found, wanted)
+    ]
+    return name == "moe_layer_freq" and layers[0] == layers[1]
 
 
 def _same(one: Any, other: Any) -> bool:

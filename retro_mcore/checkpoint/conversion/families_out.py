@@ -1,7 +1,7 @@
 """The decoder alone as an ordinary transformers model of the family that computes its options.
 
-Plain decoders are GPT-2, Llama, Mistral, Qwen 2 and 3, StableLM or GPT-NeoX; `families_by_options`
-has the others.
+Plain decoders are GPT-2, Llama, Mistral, Qwen 2 and 3, StableLM or GPT-NeoX, and with experts
+Mixtral, Qwen 2 MoE or Qwen 3 MoE (`families_with_experts`); `families_by_options` has the others.
 
 Biases that a family has and the model has not are written as zeros, and zero-centered norms
 (LayerNorm-1p) with one added: neither changes a number. Everything else that no family computes is
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from retro_mcore.checkpoint.conversion import families_by_options as by_options
+from retro_mcore.checkpoint.conversion import families_with_experts
 from retro_mcore.checkpoint.conversion.model_fields import Flags
 from retro_mcore.checkpoint.conversion.retro_names import Parts, cut_qkv, cut_weight, parts_of
 from retro_mcore.checkpoint.conversion.weights import Weight, Weights
@@ -139,6 +140,10 @@ def _not_at_all(flags: Flags) -> list[str]:
         for name in ("retro_deepnorm", "retro_mup_base_hidden_size", "rotary_interleaved")
         if flags.get(name)
     ]
+    llama = flags["position_embedding_type"] == "rope" and flags["normalization"] == "RMSNorm"
+    llama = llama and flags["swiglu"] and by_options.model_type_of(flags) is None
+    if flags.get("num_experts") is not None and not llama:
+        problems.append(f"num_experts {flags['num_experts']}")
     if flags.get("retro_origin") == "mcore-0.15" and not flags["no_retrieval"]:
         problems.append("retro_origin mcore-0.15, whose decoder ends without a norm")
     if flags.get("use_rope_scaling") and flags.get("rotary_seq_len_interpolation_factor"):
@@ -256,6 +261,9 @@ def _llama(flags: Flags) -> Family:
         problems += _unless(flags, sliding_window=None, window_attn_skip_freq=None)
     if kind[0].startswith("qwen"):
         own |= _qwen_windows(flags)
+    if flags.get("num_experts") is not None:
+        kind, own, more = families_with_experts.family_of(kind[0], flags)
+        problems += more
     _refuse(problems)
     config = {
         **_sizes(flags),
@@ -263,7 +271,7 @@ def _llama(flags: Flags) -> Family:
         "hidden_act": "silu",
         "rms_norm_eps": flags["norm_epsilon"],
         "attention_dropout": flags.get("attention_dropout", 0.0),
-        **({} if kind[0] == "qwen2" else {"head_dim": sizes["channels"]}),
+        **({} if kind[0].startswith("qwen2") else {"head_dim": sizes["channels"]}),
         **_rope(flags),
         **own,
     }
@@ -356,6 +364,9 @@ def _parts(model_type: str, name: str, flags: Flags) -> Parts:
         return _gpt2_parts(name, flags)
     if model_type == "gpt_neox":
         return _whole(_neox_name(name))
+    routed = families_with_experts.parts_of(model_type, name)
+    if routed is not None:
+        return routed
     if by_options.model_type_of(flags) is not None and _LAYER.match(name):
         return by_options.parts(model_type, name, flags)
     parts = parts_of(name, flags)

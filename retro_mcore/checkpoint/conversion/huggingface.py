@@ -21,12 +21,14 @@ from retro_mcore.checkpoint.conversion.huggingface_files import (
 )
 from retro_mcore.checkpoint.conversion.huggingface_flags import config_flags
 from retro_mcore.checkpoint.conversion.huggingface_layers import (
+    expert_parts,
     layer_parts,
     merge_qkv,
     missing_biases,
 )
 from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.checkpoint.conversion.weights import Weight
+from retro_mcore.model.expert_options import expert_layers
 
 _HEADS = ("lm_head.weight", "embed_out.weight")  # the second: GPT-NeoX's on the hub
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -160,13 +162,20 @@ def _rotary_weights(config: Config, flags: Flags, tensors: TensorFiles) -> dict[
     for kind in kinds:
         final = {f"{config.facts.final_norm}.{kind}": (hidden,)}
         weights[f"decoder.final_layernorm.{kind}"] = tensors.take(final)
-    parts, zeros = layer_parts(config, flags), missing_biases(config, flags)
+    dense, zeros = layer_parts(config, flags), missing_biases(config, flags)
+    experts = expert_layers(
+        flags.get("num_experts"), flags.get("moe_layer_freq"), flags["num_layers"]
+    )
+    others = {name: part for name, part in dense.items() if not name.startswith("mlp.")}
     for layer in range(flags["num_layers"]):
         theirs, ours = f"layers.{layer}.", f"decoder.layers.{layer}."
+        parts = dense
+        if layer + 1 in experts:
+            parts = others | expert_parts(config, flags, tensors, theirs)
         for name, (named, build) in parts.items():
             prefixed = {f"{theirs}{part}": shape for part, shape in named.items()}
             weights[f"{ours}{name}"] = tensors.take(prefixed, build)
-        dtype = weights[f"{ours}mlp.linear_fc2.weight"].dtype
+        dtype = weights[f"{ours}self_attention.linear_proj.weight"].dtype
         weights |= {f"{ours}{name}": _zeros(shape, dtype) for name, shape in zeros.items()}
         if tensors.has_problems:
             break

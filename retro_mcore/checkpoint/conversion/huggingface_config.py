@@ -29,7 +29,7 @@ _HARMLESS = re.compile(
     r"attn_implementation|experts_implementation|use_flash_attn|use_flash_attention(_2)?|"
     r"pretraining_tp|chunk_size_feed_forward|reorder_and_upcast_attn|embd_pdrop|is_decoder|"
     r"embedding_dropout|classifier_dropout|is_(llama|qwen2|starcoder2)_config|"
-    r"(scale_)?attention_softmax_in_fp32|"
+    r"(scale_)?attention_softmax_in_fp32|router_aux_loss_coef|"
     r"tie_encoder_decoder|seq_length|max_sequence_length|model_max_length|max_seq_len|loss_type|"
     # of generation
     r"do_sample|temperature|top_[kp]|typical_p|min_p|(min|max)_(new_tokens|length)|early_stopping|"
@@ -92,7 +92,7 @@ class Config:
         self._check_keys(known)
 
     def _check_experts(self, values: Mapping[str, Any]) -> None:
-        if kind := _kind(values):
+        if kind := _kind(values, self.facts.experts):
             raise self.refusal(f"model_type {self.family!r}{kind}", "a dense model")
 
     def _check_keys(self, family: Family) -> None:
@@ -153,9 +153,9 @@ class Config:
 _WINDOWS = ("layer_types",)  # looked at for every family
 
 
-def _kind(values: Mapping[str, Any]) -> str:
-    """A remark if a model has experts, and on models of images and text."""
-    for key in EXPERTS:
+def _kind(values: Mapping[str, Any], known: str | None = None) -> str:
+    """A remark if a model has experts that its family has not, and on models of images and text."""
+    for key in () if known else EXPERTS:
         if isinstance(values.get(key), int) and values[key] > 1:
             return f" with {key} {values[key]}, a mixture of experts"
     return " with a text_config: a model of text and images" if values.get("text_config") else ""

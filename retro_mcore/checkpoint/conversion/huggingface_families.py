@@ -35,6 +35,7 @@ class Family:
         windows: How the family decides which layers have a sliding window.
         full_every: Interval of the layers without a window, by default. 0: no such rule.
         flags: Other flags that every model of the family has.
+        experts: Key of the number of experts, if the family has them.
         embedding, final_norm: Names of weights.
     """
 
@@ -52,6 +53,7 @@ class Family:
     windows: Literal["none", "all", "qwen", "types", "smollm3"] = "none"
     full_every: int = 0
     flags: Mapping[str, Any] = field(default_factory=dict)
+    experts: str | None = None
     embedding: str = "embed_tokens.weight"
     final_norm: str = "norm"
 
@@ -255,6 +257,55 @@ _NEOX = {
     "use_parallel_residual": True,
     "partial_rotary_factor": 0.25,
 }
+_MIXTRAL = {
+    **_MISTRAL,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "sliding_window": None,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+}
+_OLMOE = {
+    **_LLAMA,
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "num_experts_per_tok": 8,
+    "num_experts": 64,
+    "norm_topk_prob": False,
+}
+_QWEN3_MOE = {
+    **_LLAMA,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,  # not read without use_sliding_window
+    "max_window_layers": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "num_experts": 128,
+    "norm_topk_prob": False,
+}
+_QWEN2_MOE = {
+    **_QWEN3_MOE,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts_per_tok": 4,
+    "num_experts": 60,
+    "qkv_bias": True,
+}
 # Absent where transformers' configuration has no such key either.
 _OFF = (False, None)
 _FULL_ROTARY = {"partial_rotary_factor": (None, 1, 1.0)}
@@ -303,6 +354,33 @@ FAMILIES: Mapping[str, Family] = {
         biases=_ATTENTION_BIAS,
         qk_norm="head",
         windows="qwen",
+    ),
+    "mixtral": Family(
+        defaults=_MIXTRAL,
+        fixed={**_FULL_ROTARY, "router_jitter_noise": (0.0, None)},
+        aliases={"num_experts": "num_local_experts"},
+        windows="all",
+        experts="num_local_experts",
+    ),
+    "qwen2_moe": Family(
+        defaults=_QWEN2_MOE,
+        fixed={**_FULL_ROTARY, "use_sliding_window": _OFF},
+        biases={"qkv": "qkv_bias"},
+        experts="num_experts",
+    ),
+    "qwen3_moe": Family(
+        defaults=_QWEN3_MOE,
+        fixed={**_FULL_ROTARY, "use_sliding_window": _OFF, "attention_bias": _OFF},
+        aliases={"num_local_experts": "num_experts"},
+        qk_norm="head",
+        experts="num_experts",
+    ),
+    "olmoe": Family(
+        defaults=_OLMOE,
+        fixed={**_FULL_ROTARY, "attention_bias": _OFF, "clip_qkv": (None,)},
+        aliases={"num_local_experts": "num_experts"},
+        qk_norm="all_heads",
+        experts="num_experts",
     ),
     "stablelm": Family(
         defaults=_STABLELM,
@@ -397,5 +475,5 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }  # fmt: skip
 
-#: Families that are refused until the model carries mixtures of experts.
+#: Keys by which a model of another family has experts.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -166,6 +166,20 @@ class TensorFiles:
         """The shape of every tensor, by name."""
         return {name: stored.shape for name, stored in self._stored.items()}
 
+    def unstack(self, name: str) -> None:
+        """Replace a tensor by the rows of its first dimension, `NAME.0`, `NAME.1`, ..."""
+        stacked = self._stored.get(name)
+        if stacked is None or not stacked.shape:
+            return
+        rows = {
+            f"{name}.{row}": Stored(
+                f"{name}.{row}", stacked.shape[1:], stacked.dtype, partial(_load_row, stacked, row)
+            )
+            for row in range(stacked.shape[0])
+        }
+        others = {other: stored for other, stored in self._stored.items() if other != name}
+        self._stored = {**others, **rows}
+
     def load(self, name: str) -> Tensor:
         """A tensor by itself."""
         return self._stored[name].load()
@@ -286,6 +300,16 @@ def _read_safetensors(file: Path) -> Iterator[Stored]:
 def _load_safetensors(file: Path, name: str) -> Tensor:
     with _open(file) as tensors:
         return tensors.get_tensor(name)
+
+
+def _load_row(stacked: Stored, row: int) -> Tensor:
+    """A row of a tensor; of a safetensors file only these bytes are read."""
+    load: Any = stacked.load
+    if getattr(load, "func", None) is not _load_safetensors:
+        return stacked.load()[row]
+    file, name = load.args
+    with _open(file) as tensors:
+        return tensors.get_slice(name)[row]
 
 
 def _open(file: Path) -> Any:

@@ -38,6 +38,7 @@ def config_flags(config: Config) -> Flags:
         "seq_length": config.integer("max_position_embeddings"),
         **_window_flags(config, kinds),
         **_scales(config),
+        **_experts(config),
     }
     if "max_position_embeddings" in flags:  # longer texts would be rotated otherwise
         flags["seq_length"] = min(flags["seq_length"], flags["max_position_embeddings"])
@@ -143,6 +144,46 @@ def _scales(config: Config) -> Flags:
     if config.family == "smollm3":
         flags["no_rope_layers"] = _no_rope_layers(config) or None
     return flags
+
+
+def _experts(config: Config) -> Flags:
+    """Experts and how tokens choose them."""
+    key = config.facts.experts
+    layers = _expert_pattern(config)
+    if key is None or not any(layers):
+        return {}
+    own_width = "moe_intermediate_size" in config.facts.defaults
+    normed = "norm_topk_prob" not in config.facts.defaults or config.boolean("norm_topk_prob")
+    topk, experts = config.integer("num_experts_per_tok"), config.integer(key)
+    if topk > experts or (topk == 1 and normed):
+        raise config.refusal(f"num_experts_per_tok {topk} of {experts} experts", "2 or more")
+    flags: Flags = {
+        "num_experts": experts,
+        "moe_layer_freq": None if all(layers) else layers,
+        "moe_ffn_hidden_size": config.integer(
+            "moe_intermediate_size" if own_width else "intermediate_size"
+        ),
+        "moe_router_topk": topk,
+        "moe_router_pre_softmax": not normed,
+        "moe_router_score_function": "softmax",
+    }
+    if "shared_expert_intermediate_size" in config.facts.defaults:
+        width = config.integer("shared_expert_intermediate_size")
+        flags |= {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
+    return flags
+
+
+def _expert_pattern(config: Config) -> list[int]:
+    """1 for each layer with experts, 0 for each without."""
+    layers, key = config.integer("num_hidden_layers"), config.facts.experts
+    if key is None or config.integer(key, 0) == 0:
+        return [0] * layers
+    if "decoder_sparse_step" not in config.facts.defaults:
+        return [1] * layers
+    step, dense = config.integer("decoder_sparse_step"), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise config.refusal(f"mlp_only_layers {shown(dense)}", "a list of layers")
+    return [int(layer not in dense and (layer + 1) % step == 0) for layer in range(layers)]
 
 
 def _limit(config: Config, key: str) -> float | None:

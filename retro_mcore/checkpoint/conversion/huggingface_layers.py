@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retro_mcore.checkpoint.conversion.huggingface_config import Config
 from retro_mcore.checkpoint.conversion.huggingface_families import Flags
+from retro_mcore.checkpoint.conversion.huggingface_files import TensorFiles
 
 #: The tensors that make one of our weights, with their shapes, and how.
 Parts = tuple[dict[str, tuple[int, ...]], Callable[..., Tensor] | None]
@@ -93,6 +94,68 @@ def _mlp(config: Config, flags: Flags) -> dict[str, Parts]:
     return {
         **_linear("mlp.linear_fc1", first, build, bias),
         **_linear("mlp.linear_fc2", {second: (hidden, ffn)}, None, bias),
+    }
+
+
+def expert_parts(
+    config: Config, flags: Flags, tensors: TensorFiles, layer: str
+) -> dict[str, Parts]:
+    """Our weights of a layer's mixture of experts, by name below the layer.
+
+    Mixtral's first releases have names of their own. transformers 5 may hold all experts in one
+    tensor, which is then read row by row.
+
+    Args:
+        config, flags: As for `layer_parts`.
+        tensors: Of the model.
+        layer: Prefix of the layer's tensors.
+    """
+    hidden, ffn = flags["hidden_size"], flags["moe_ffn_hidden_size"]
+    old = f"{layer}block_sparse_moe.gate.weight" in tensors
+    block = "block_sparse_moe" if old else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if old or _has_w(tensors, layer) else _PROJECTIONS
+    fused = f"{block}.experts.gate_up_proj"
+    if f"{layer}{fused}" in tensors:
+        for name in (fused, f"{block}.experts.down_proj"):
+            tensors.unstack(f"{layer}{name}")
+    parts: dict[str, Parts] = {
+        "mlp.router.weight": ({f"{block}.gate.weight": (flags["num_experts"], hidden)}, None)
+    }
+    for number in range(flags["num_experts"]):
+        ours, theirs = f"mlp.experts.local_experts.{number}", f"{block}.experts.{number}"
+        first = {f"{theirs}.{part}.weight": (ffn, hidden) for part in (gate, up)}
+        second = {f"{theirs}.{down}.weight": (hidden, ffn)}
+        build: Callable[..., Tensor] | None = _stack
+        if f"{layer}{fused}.{number}" in tensors:
+            first, build = {f"{fused}.{number}": (2 * ffn, hidden)}, None
+            second = {f"{block}.experts.down_proj.{number}": (hidden, ffn)}
+        parts[f"{ours}.linear_fc1.weight"] = (first, build)
+        parts[f"{ours}.linear_fc2.weight"] = (second, None)
+    return parts | _shared_expert(flags)
+
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _has_w(tensors: TensorFiles, layer: str) -> bool:
+    return f"{layer}mlp.experts.0.w1.weight" in tensors
+
+
+def _shared_expert(flags: Flags) -> dict[str, Parts]:
+    hidden, width = flags["hidden_size"], flags.get("moe_shared_expert_intermediate_size")
+    if width is None:
+        return {}
+    first = {f"mlp.shared_expert.{part}.weight": (width, hidden) for part in _PROJECTIONS[:2]}
+    return {
+        "mlp.shared_experts.linear_fc1.weight": (first, _stack),
+        "mlp.shared_experts.linear_fc2.weight": (
+            {"mlp.shared_expert.down_proj.weight": (hidden, width)},
+            None,
+        ),
+        "mlp.shared_experts.gate_weight": (
+            {"mlp.shared_expert_gate.weight": (1, hidden)},
+            None,
+        ),
     }
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from retro_mcore.checkpoint.conversion.names import local_name
+from retro_mcore.checkpoint.conversion.names import local_name, shift_expert, split_expert_name
 from retro_mcore.checkpoint.conversion.weights import (
     Weights,
     cut,
@@ -33,6 +33,7 @@ def whole_name(model: GPTModel, name: str) -> str:
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return _EMBEDDING
     first = stage_layer_numbers(model.config, model.vp_stage).start - 1
+    name = shift_expert(name, _first_expert(model))
     return _DECODER_LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + first}.", name)
 
 
@@ -40,8 +41,23 @@ def whole_shape(model: GPTModel, name: str, tensor: Tensor) -> tuple[int, ...]:
     """Shape of a parameter over all tensor parallel ranks."""
     shape, dim = list(tensor.shape), partition_dim(name)
     if dim is not None:
-        shape[dim] *= get_world_size(model.pg_collection.tp)
+        shape[dim] *= get_world_size(_group_of(model, name))
     return tuple(shape)
+
+
+def _first_expert(model: GPTModel) -> int:
+    """Number of this rank's first expert, from 0."""
+    experts = model.config.num_moe_experts
+    if experts is None:
+        return 0
+    group = model.pg_collection.ep
+    return get_rank(group) * experts // get_world_size(group)
+
+
+def _group_of(model: GPTModel, name: str) -> dist.ProcessGroup:
+    """The ranks that a parameter is split over."""
+    groups = model.pg_collection
+    return groups.tp if split_expert_name(name) is None else groups.expt_tp
 
 
 def put_weights(
@@ -106,12 +122,11 @@ def gather_weights(models: Sequence[GPTModel]) -> dict[str, Tensor]:
         for name, tensor in parameters(model):
             if name not in own:
                 own[name] = _gather_tensor_parallel(model, name, tensor.detach(), gated)
-    group = models[0].pg_collection.pp
-    if get_world_size(group) == 1:
-        return own
-    stages: list[dict[str, Tensor]] = [{}] * get_world_size(group)
-    dist.all_gather_object(stages, own, group=group)
-    return {name: tensor for stage in stages for name, tensor in stage.items()}
+    for group in _groups_of_parts(models[0]):
+        parts: list[dict[str, Tensor]] = [{}] * get_world_size(group)
+        dist.all_gather_object(parts, own, group=group)
+        own = {name: tensor for part in parts for name, tensor in part.items()}
+    return own
 
 
 def parameters(model: GPTModel) -> list[tuple[str, Tensor]]:
@@ -138,7 +153,7 @@ def _shape_problem(
 def _part(
     model: GPTModel, name: str, tensor: Tensor, weights: Weights, vocab_size: int | None
 ) -> Tensor:
-    group = model.pg_collection.tp
+    group = _group_of(model, name)
     whole = weights[name].load()
     if vocab_size is not None and is_vocabulary(name):
         whole = fit_vocabulary(whole, tensor.size(0) * get_world_size(group), vocab_size)
@@ -147,7 +162,7 @@ def _part(
 
 
 def _gather_tensor_parallel(model: GPTModel, name: str, tensor: Tensor, gated: bool) -> Tensor:
-    group = model.pg_collection.tp
+    group = _group_of(model, name)
     if get_world_size(group) == 1:
         return tensor.cpu().clone()
     parts = [torch.empty_like(tensor) for _ in range(get_world_size(group))]
@@ -156,10 +171,16 @@ def _gather_tensor_parallel(model: GPTModel, name: str, tensor: Tensor, gated: b
 
 
 def _union(names: set[str], model: GPTModel) -> set[str]:
-    """Over the pipeline's stages."""
-    group = model.pg_collection.pp
-    if get_world_size(group) == 1:
-        return names
-    stages: list[set[str]] = [set()] * get_world_size(group)
-    dist.all_gather_object(stages, names, group=group)
-    return set().union(*stages)
+    """Over the pipeline's stages, and ranks with other experts."""
+    for group in _groups_of_parts(model):
+        parts: list[set[str]] = [set()] * get_world_size(group)
+        dist.all_gather_object(parts, names, group=group)
+        names = set().union(*parts)
+    return names
+
+
+def _groups_of_parts(model: GPTModel) -> list[dist.ProcessGroup]:
+    """The groups of more than one rank whose ranks hold other parameters."""
+    groups = [model.pg_collection.pp]
+    groups += [] if model.config.num_moe_experts is None else [model.pg_collection.ep]
+    return [group for group in groups if get_world_size(group) > 1]

@@ -18,6 +18,34 @@ _FUSED = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 
+#: Experts in a checkpoint of Megatron's, along the first dimension of one tensor.
+STACKED_EXPERTS = ".mlp.experts.experts."
+_LOCAL_EXPERTS = ".mlp.experts.local_experts."
+_EXPERT = re.compile(r"^(.*\.mlp\.experts\.)local_experts\.(\d+)\.(.*)$")
+
+
+def expert_name(stacked: str, expert: int) -> str:
+    """Our name of one expert's weight, from that of all of them.
+
+    >>> expert_name("decoder.layers.0.mlp.experts.experts.linear_fc1.weight", 3)
+    'decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight'
+    """
+    return stacked.replace(STACKED_EXPERTS, f"{_LOCAL_EXPERTS}{expert}.")
+
+
+def split_expert_name(name: str) -> tuple[str, int] | None:
+    """The inverse of `expert_name`; None for other weights."""
+    match = _EXPERT.match(name)
+    return match and (f"{match[1]}experts.{match[3]}", int(match[2]))
+
+
+def shift_expert(name: str, first: int) -> str:
+    """Our name of an expert's weight, from that on a rank whose first expert is `first`."""
+    match = _EXPERT.match(name)
+    if match is None or not first:
+        return name
+    return f"{match[1]}local_experts.{int(match[2]) + first}.{match[3]}"
+
 
 def local_name(name: str) -> str:
     """Transformer Engine's name of a norm that is fused into a linear layer, as a local layer's.

@@ -13,6 +13,7 @@ from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, RETRIEV
 from retro_mcore.checkpoint.conversion.model_file import flags_of_file
 from retro_mcore.errors import CheckpointError, ConfigurationError, MissingDependencyError
 from retro_mcore.model.config import RetroConfig, values_of_origin
+from retro_mcore.model.expert_options import EXPERT_OPTIONS
 from retro_mcore.model.family_options import FamilyOptions
 from retro_mcore.model.option_traits import stated
 
@@ -21,7 +22,7 @@ RENAMED = {"vocab_size": "tokenizer_vocab_size", "padded_vocab_size": "vocab_siz
 #: Our options that it states in another way.
 TRANSLATED = frozenset({"untie_embeddings_and_output_weights", "group_query_attention"})
 #: Our options that it does not have; models with a value of these are not written for it.
-ABSENT = frozenset(option.name for option in fields(FamilyOptions)) | {"geglu"}
+ABSENT = frozenset(option.name for option in fields(FamilyOptions)) | {"geglu", *EXPERT_OPTIONS}
 #: Options that directories of earlier releases do not state: their models have the default.
 LATER = frozenset({"window_attn_skip_freq"})
 #: Tokens that begin and end documents, as our checkpoints record them.
@@ -117,6 +118,7 @@ def flags_of_retro_config(directory: Path, values: Mapping[str, Any]) -> Flags:
         )
     given = {name: values[key] for name, key in there.items() if values.get(key) is not None}
     flags = flags_of_file(str(source), given)
+    flags |= {name: MODEL_FIELDS[name].absent for name in EXPERT_OPTIONS}  # it is dense
     flags["untie_embeddings_and_output_weights"] = not values["tie_word_embeddings"]
     if isinstance(values.get(DOCUMENT_TOKENS), dict):
         flags[DOCUMENT_TOKENS] = values[DOCUMENT_TOKENS]

@@ -75,6 +75,12 @@ def check_origin(target: Target, flags: Flags, forced: bool = False) -> None:
             "Keep it in retro-mcore's format",
         )
     check_window(target, flags)
+    if target == "megatron-torch" and flags.get("num_experts") is not None:
+        raise ConfigurationError(
+            "--target megatron-torch",
+            f"has files by expert parallel rank, and this model has {flags['num_experts']} experts",
+            "Use --target megatron",
+        )
     if flags["no_retrieval"]:
         return
     if flags.get("retro_decoder_layers") is not None and not forced:
@@ -195,7 +201,7 @@ def write_checkpoint(
     weights = _fit(weights, flags, tensor_parallel_size)
     if ours:
         common["consumed_samples"] = 0
-    stored = _stored_name(target, weights)
+    stored = _keeping_routed_norms(_stored_name(target, weights), weights)
     named = {stored(key): weight for key, weight in weights.items()}
     if target in ("retro-mcore", "megatron"):
         write_torch_dist(path, common, named)
@@ -217,6 +223,16 @@ def _stored_name(target: Target, weights: Weights) -> Callable[[str], str]:
     if target == "megatron-torch":
         return lambda name: to_upstream_name(name, first)
     return lambda name: to_legacy_name(name, first, crossing)
+
+
+def _keeping_routed_norms(stored: Callable[[str], str], weights: Weights) -> Callable[[str], str]:
+    """The norm before a router has its own name: no linear layer follows, to be fused into."""
+    routed = {
+        name.removesuffix("mlp.router.weight") + "pre_mlp_layernorm"
+        for name in weights
+        if name.endswith(".mlp.router.weight")
+    }
+    return lambda name: name if name.rpartition(".")[0] in routed else stored(name)
 
 
 def padded_vocabulary(flags: Flags, tensor_parallel_size: int) -> int:
@@ -277,7 +293,14 @@ def megatron_arguments(flags: Flags, tensor_parallel_size: int) -> Namespace:
         "tensor_model_parallel_size": tensor_parallel_size,
         "pipeline_model_parallel_size": 1,
         "data_parallel_random_init": False,
+        **_expert_arguments(flags),
         "window_size": None if window is None else (window - 1, 0),
         "window_attn_skip_freq": layers[0] if layers and len(layers) == 1 else layers,
     }
     return Namespace(**values)
+
+
+def _expert_arguments(flags: Flags) -> Flags:
+    pattern = flags.get("moe_layer_freq") or [1]
+    has_experts = flags.get("num_experts") is not None
+    return {"moe_layer_freq": pattern[0] if len(pattern) == 1 else pattern} if has_experts else {}

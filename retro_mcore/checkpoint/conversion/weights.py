@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retro_mcore.checkpoint.conversion.names import split_expert_name
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -56,6 +58,25 @@ def partition_dim(name: str) -> int | None:
     if module in _COLUMN and kind in ("weight", "bias"):
         return 0
     return 1 if module in _ROW and kind == "weight" else None
+
+
+def stack_experts(weights: Weights) -> dict[str, Weight]:
+    """Weights as Megatron stores them: those of a layer's experts as one tensor."""
+    stacked: dict[str, dict[int, Weight]] = {}
+    others: dict[str, Weight] = {}
+    for name, weight in weights.items():
+        found = split_expert_name(name)
+        if found is None:
+            others[name] = weight
+        else:
+            stacked.setdefault(found[0], {})[found[1]] = weight
+    return others | {name: _stack(experts) for name, experts in stacked.items()}
+
+
+def _stack(experts: Mapping[int, Weight]) -> Weight:
+    parts = [experts[number] for number in range(len(experts))]
+    shape, dtype = (len(parts), *parts[0].shape), parts[0].dtype
+    return Weight(shape, dtype, lambda: torch.stack([part.load() for part in parts]))
 
 
 def is_vocabulary(name: str) -> bool:

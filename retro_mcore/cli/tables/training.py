@@ -54,7 +54,10 @@ def _dry_run_rows(result: DryRun) -> dict[str, object]:
     if options.context_parallel_size > 1:
         layout += f" x context {options.context_parallel_size}"
     layout += f" x data {copies}"
+    if options.expert_model_parallel_size > 1:
+        layout += f" (experts over {options.expert_model_parallel_size})"
     model = plan.arguments
+    active = f"; {count.active:,} active" if count.inactive else ""
     sent = {}
     if result.context_bytes:
         sent["context parallelism"] = (
@@ -65,7 +68,7 @@ def _dry_run_rows(result: DryRun) -> dict[str, object]:
         "model": f"{model.num_layers} layers of {model.hidden_size}, "
         f"{model.num_attention_heads} heads, vocabulary {model.padded_vocab_size}",
         "parameters": f"{count.total:,} (decoder {count.decoder + count.embedding:,}, retrieval "
-        f"{count.retrieval:,})",
+        f"{count.retrieval:,}){active}",
         "processes": f"{result.world_size} = {layout}",
         "batch": f"{plan.global_batch_size} samples = {result.num_microbatches} x "
         f"{options.micro_batch_size} x {copies}; {tokens:,} tokens",

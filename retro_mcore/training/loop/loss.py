@@ -22,6 +22,7 @@ from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.pipeline import schedule_kwargs
 from retro_mcore.platform.parallel import context_part
 from retro_mcore.samples.batch import RetroBatch
+from retro_mcore.training.loop.balance import uncounted, weigh_balance
 
 #: Report of a micro batch: [sum of losses, number of tokens] (float32) and its samples.
 LossReport = dict[str, Any]
@@ -45,8 +46,12 @@ def forward_step(
     Returns:
         The losses [B, S] and a function that reduces them.
     """
-    batch = own_part(next(batches), model)
-    losses_BS = model(**batch.model_inputs(), labels=batch.labels)
+    whole = next(batches)
+    batch = own_part(whole, model)
+    inputs = batch.model_inputs()
+    if get_model_config(model).num_moe_experts is not None:
+        inputs["padding_mask"] = uncounted(batch, whole)
+    losses_BS = model(**inputs, labels=batch.labels)
     return losses_BS, partial(_share_of_loss, positions, batch)
 
 
@@ -148,8 +153,11 @@ def forward_backward(
     config = get_model_config(stages[0])
     positions = num_microbatches * micro_batch_size * sequence_length
     positions //= parallel_state.get_context_parallel_world_size()
+    batches = itertools.islice(batches, num_microbatches)
+    if config.num_moe_experts is not None:
+        batches = weigh_balance(stages, batches, positions)
     # Every virtual stage reads the step's batches at its own pace.
-    iterators = itertools.tee(itertools.islice(batches, num_microbatches), len(stages))
+    iterators = itertools.tee(batches, len(stages))
     with token_mean(config, positions):
         reports = get_forward_backward_func()(
             forward_step_func=partial(forward_step, positions),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from retro_mcore.platform.determinism import use_deterministic_algorithms
 from retro_mcore.platform.optimizer_state import InfiniteNormError
 from retro_mcore.samples.batch import RetroBatch
 from retro_mcore.samples.retro_dataset import note_of_mixed_chunks, note_of_short_neighbors
+from retro_mcore.training.loop.balance import reduce_balance
 from retro_mcore.training.loop.loss import (
     LossReport,
     StepLoss,
@@ -111,6 +113,8 @@ class Trainer:
             options.pipeline_model_parallel_size,
             options.num_virtual_stages_per_pipeline_rank,
             options.context_parallel_size,
+            options.expert_model_parallel_size,
+            options.expert_tensor_parallel_size,
         )
         with raise_together():
             if options.deterministic_mode:
@@ -243,16 +247,18 @@ class Trainer:
         for stage in parts.stages:
             stage.zero_grad_buffer()
         parts.optimizer.zero_grad()
+        num_microbatches = self._num_microbatches * samples // plan.global_batch_size
         reports = forward_backward(
             parts.stages,
             batches,
-            self._num_microbatches * samples // plan.global_batch_size,
+            num_microbatches,
             plan.sequence_length,
             plan.options.micro_batch_size,
             plan.with_retrieval,
         )
         reduced = reduce_losses(reports, stop)
-        step = self._update(reports, reduced, samples)
+        balance = reduce_balance(parts.stages, num_microbatches)
+        step = replace(self._update(reports, reduced, samples), balance=balance)
         self._result.train_losses.append(step.loss)
         self._report_spike(step, reports, reporter)
         reporter.step(step)

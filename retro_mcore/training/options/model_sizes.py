@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.model.options import ModelArguments, ModelOptions
 from retro_mcore.training.options.parallel import ParallelOptions
 
@@ -24,6 +24,13 @@ def default_ffn_hidden_size(options: ModelOptions) -> int:
     if options.swiglu or options.geglu:
         return int(4 * options.hidden_size * 2 / 3 / 64) * 64
     return 4 * options.hidden_size
+
+
+def expert_width(options: ModelOptions) -> int | None:
+    """Width of an expert's MLP; None without experts."""
+    if options.num_experts is None:
+        return None
+    return options.moe_ffn_hidden_size or default_ffn_hidden_size(options)
 
 
 def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
@@ -59,6 +66,7 @@ def check_divisible(arguments: ModelOptions, parallel: ParallelOptions) -> None:
                 f"Choose a tensor parallel size that divides {value}",
             )
     _check_pipeline(arguments, parallel)
+    _check_experts(arguments, parallel)
     if parallel.sequence_parallel and parts == 1:
         raise ConfigurationError(
             "--sequence-parallel",
@@ -95,6 +103,59 @@ def check_context_parallel(arguments: ModelArguments, parallel: ParallelOptions)
             "--sequence-parallel",
             f"{length // ranks} tokens of each sample over {parts} tensor parallel processes",
             "Choose --context-parallel-size so that their number is a multiple",
+        )
+
+
+def _check_experts(arguments: ModelOptions, parallel: ParallelOptions) -> None:
+    experts, parts = arguments.num_experts, parallel.expert_model_parallel_size
+    if experts is None:
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if getattr(parallel, name) not in (None, 1):
+                raise ConfigurationError(
+                    flag_of(name), f"{getattr(parallel, name)} without experts", "Leave it out"
+                )
+        return
+    if experts % parts:
+        raise ConfigurationError(
+            "--expert-model-parallel-size",
+            f"{parts} does not divide --num-experts {experts}",
+            "Choose a divisor",
+        )
+    split = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    width, shared = expert_width(arguments), arguments.moe_shared_expert_intermediate_size
+    for flag, value, divisor in (
+        ("--moe-ffn-hidden-size", width or 0, split),
+        (
+            "--moe-shared-expert-intermediate-size",
+            shared or 0,
+            parallel.tensor_model_parallel_size,
+        ),
+    ):
+        if value % divisor:
+            raise ConfigurationError(
+                flag, f"{value}, which {divisor} processes do not divide", "Choose a multiple"
+            )
+
+
+def check_trains(arguments: ModelOptions, parallel: ParallelOptions) -> None:
+    """Reject a layout that Megatron's experts cannot be trained in.
+
+    Raises:
+        ConfigurationError: experts under tensor parallelism without --sequence-parallel, or under
+            context parallelism.
+    """
+    if arguments.num_experts is not None and parallel.context_parallel_size > 1:
+        raise ConfigurationError(
+            "--context-parallel-size",
+            f"{parallel.context_parallel_size} with experts, which was not tested",
+            "Divide over tensor, expert or pipeline parallel processes instead",
+        )
+    parts = parallel.tensor_model_parallel_size
+    if arguments.num_experts is not None and parts > 1 and not parallel.sequence_parallel:
+        raise ConfigurationError(
+            "--sequence-parallel",
+            f"not given, with experts and --tensor-model-parallel-size {parts}",
+            "Add it: Megatron's experts train only with it",
         )
 
 

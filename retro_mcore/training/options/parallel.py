@@ -36,6 +36,16 @@ class ParallelOptions(LayerFlags):
     cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = None
     """Exchange of keys and values under context parallelism. Default: Transformer Engine's (p2p);
     all_gather without Transformer Engine, which has no other."""
+    expert_model_parallel_size: int = field(default=1, metadata=at_least(1))
+    """Number of data parallel processes over which each layer's experts are divided."""
+    expert_tensor_parallel_size: int | None = field(default=None, metadata=at_least(1))
+    """Number of processes over which each expert is split. Default: as many as other layers."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"
+    """How tokens travel to their experts' processes."""
+    moe_grouped_gemm: bool = False
+    """Not supported: experts are computed one after another."""
+    moe_expert_capacity_factor: float | None = None
+    """Not supported: a token's result would depend on the other tokens of its batch."""
     tp_comm_overlap: bool = False
     """Not supported: Transformer Engine's buffers have one length; text and neighbors differ."""
     cpu_offloading: bool = False
@@ -97,6 +107,19 @@ class ParallelOptions(LayerFlags):
                     "given, but activations of a neighbor encoder are not offloaded",
                     "Leave it out; --recompute-granularity saves memory too",
                 )
+        if self.moe_grouped_gemm:
+            raise ConfigurationError(
+                "--moe-grouped-gemm",
+                "given, but experts are computed one after another",
+                "Leave it out",
+            )
+        if self.moe_expert_capacity_factor is not None:
+            raise ConfigurationError(
+                "--moe-expert-capacity-factor",
+                f"{self.moe_expert_capacity_factor}: experts with a capacity drop tokens, and "
+                "what is dropped depends on the batch",
+                "Leave it out; --moe-aux-loss-coeff balances experts",
+            )
         if self.tp_comm_overlap:
             raise ConfigurationError(
                 "--tp-comm-overlap",

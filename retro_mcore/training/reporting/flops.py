@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.specs import decoder_expert_layers
 from retro_mcore.platform.windows import layer_window
 
 #: Peak dense bf16 TFLOP/s from vendors' data sheets, by part of the device's name. The first match
@@ -69,6 +70,9 @@ def forward_flops_per_sample(
     windows = (layer_window(config, number) for number in range(1, config.num_layers + 1))
     keys = [min(sequence_length, window or sequence_length) for window in windows]
     decoder = sum(_layer(config, sequence_length, each) for each in keys)
+    if routed := len(decoder_expert_layers(config)):
+        difference = _experts(config) - _mlp(config, config.ffn_hidden_size)
+        decoder += routed * 2.0 * sequence_length * difference
     logits = 2.0 * sequence_length * config.hidden_size * vocab_size
     retrieval = _retrieval(config, sequence_length) if isinstance(config, RetroConfig) else 0.0
     return decoder + logits + retrieval
@@ -79,8 +83,21 @@ def _layer(config: TransformerConfig, tokens: int, keys: int) -> float:
     wide = config.num_attention_heads * config.kv_channels
     narrow = config.num_query_groups * config.kv_channels
     projections = config.hidden_size * (2 * wide + 2 * narrow)
-    mlp = (3 if config.gated_linear_unit else 2) * config.hidden_size * config.ffn_hidden_size
+    mlp = _mlp(config, config.ffn_hidden_size)
     return 2.0 * tokens * (projections + mlp + 2 * keys * wide)
+
+
+def _mlp(config: TransformerConfig, width: int) -> int:
+    """Multiplications of an MLP, for one token."""
+    return (3 if config.gated_linear_unit else 2) * config.hidden_size * width
+
+
+def _experts(config: TransformerConfig) -> int:
+    """Multiplications of a router, the chosen experts and the shared one, for one token."""
+    width = config.moe_router_topk * config.moe_ffn_hidden_size
+    shared = config.moe_shared_expert_intermediate_size or 0
+    gate = config.hidden_size if shared and config.moe_shared_expert_gate else 0
+    return _mlp(config, width + shared) + config.hidden_size * config.num_moe_experts + gate
 
 
 def _retrieval(config: RetroConfig, sequence_length: int) -> float:

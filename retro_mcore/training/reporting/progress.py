@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,7 @@ class StepReport:
         skipped: Whether the update was skipped because of an fp16 overflow.
         loss_scale: Loss scale, in fp16.
         num_zeros: Number of zeros in the gradient, with --log-num-zeros-in-grad.
+        balance: Losses that balance experts, by name, without their coefficients.
     """
 
     iteration: int
@@ -57,6 +59,7 @@ class StepReport:
     skipped: bool = False
     loss_scale: float | None = None
     num_zeros: int | None = None
+    balance: Mapping[str, float] = field(default_factory=dict)
 
     def record(self) -> Record:
         """The iteration's metrics, without those that do not apply."""
@@ -68,6 +71,7 @@ class StepReport:
             "loss": self.loss,
             "learning_rate": self.learning_rate,
             "grad_norm": self.grad_norm,
+            **self.balance,
         }
         optional = {"loss_scale": self.loss_scale, "num_zeros": self.num_zeros}
         return record | {name: value for name, value in optional.items() if value is not None}
@@ -268,6 +272,7 @@ class TrainingReporter:
             f"batch {step.samples}" if self._plan.options.rampup_batch_size else "",
             f"learning rate {step.learning_rate:.6E}",
             f"lm loss {record['loss']:.6E}" if "loss" in record else "lm loss skipped",
+            *(f"{name.replace('_', ' ')} {loss:.6E}" for name, loss in step.balance.items()),
             f"grad norm {step.grad_norm:.3f}",
             f"loss scale {step.loss_scale:g}" if step.loss_scale is not None else "",
             f"skipped {record['skipped_iterations']}" if "skipped_iterations" in record else "",

@@ -16,7 +16,11 @@ from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform import is_cpu_in_use
-from retro_mcore.training.options.model_sizes import default_ffn_hidden_size, padded_vocab_size
+from retro_mcore.training.options.model_sizes import (
+    check_trains,
+    default_ffn_hidden_size,
+    padded_vocab_size,
+)
 from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
 from retro_mcore.training.setup.model_config import (
     build_config,
@@ -45,6 +49,7 @@ def build_model_stages(
     Raises:
         ConfigurationError: a value is invalid. Names the field or flag.
     """
+    check_trains(arguments, parallel)
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     stages = [None] if virtual is None else list(range(virtual))
     return [build_model(arguments, parallel, recompute, stage) for stage in stages]

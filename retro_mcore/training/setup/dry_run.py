@@ -12,6 +12,7 @@ from retro_mcore.distributed import get_world_size
 from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.training.options.model_sizes import check_trains
 from retro_mcore.training.options.parallel import ParallelOptions
 from retro_mcore.training.options.run import PretrainOptions
 from retro_mcore.training.reporting.flops import training_flops_per_sample
@@ -23,6 +24,7 @@ from retro_mcore.training.setup.estimate import (
     count_parameters,
     estimate_memory,
 )
+from retro_mcore.training.setup.initialize import check_expert_sizes
 from retro_mcore.training.setup.plan import TrainingPlan, make_plan
 
 
@@ -64,8 +66,14 @@ def dry_run(options: PretrainOptions) -> DryRun:
     """
     project, vocabulary, used = _project(options)
     plan = make_plan(options, project, vocabulary, used, gpt_may_be_missing=True)
+    check_trains(plan.arguments, options)
     config = build_config(plan.arguments, options, options)
     world_size, copies = _copies(options)
+    check_expert_sizes(
+        options.expert_model_parallel_size,
+        options.expert_tensor_parallel_size or options.tensor_model_parallel_size,
+        world_size // options.pipeline_model_parallel_size,
+    )
     batch = options.micro_batch_size * copies
     if plan.global_batch_size % batch:
         raise ConfigurationError(

@@ -7,6 +7,7 @@ an attention that keeps no probabilities (flash attention, or PyTorch's).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.family_options import family_option
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.model.pipeline import stage_layer_numbers
+from retro_mcore.model.specs import decoder_expert_layers
 from retro_mcore.training.setup.build import number_of_positions
 
 
@@ -28,17 +30,26 @@ class Parameters:
         decoder: The GPT's layers and final norm.
         retrieval: Neighbor encoder, cross-attentions and their norms.
         copies: Tied copies of embeddings on other stages.
+        experts: Those of the decoder that belong to experts.
+        inactive: Those of experts that a token does not pass.
     """
 
     embedding: int
     decoder: int
     retrieval: int
     copies: int = 0
+    experts: int = 0
+    inactive: int = 0
 
     @property
     def total(self) -> int:
         """Parameters of the model, excluding copies."""
         return self.embedding + self.decoder + self.retrieval
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token passes."""
+        return self.total - self.inactive
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Memory:
 def count_parameters(config: TransformerConfig, arguments: ModelArguments) -> Parameters:
     """Parameters of the whole model."""
     every = range(1, config.num_layers + 1)
-    return _stage(config, arguments, every, first=True, last=True, parts=1)
+    return _stage(config, arguments, every, first=True, last=True, parts=1, expert_parts=(1, 1))
 
 
 def _stage(
@@ -69,15 +80,27 @@ def _stage(
     first: bool,
     last: bool,
     parts: int,
+    expert_parts: tuple[int, int],
 ) -> Parameters:
-    """Parameters of one pipeline stage, on one of `parts` tensor parallel processes."""
+    """Parameters of one pipeline stage, on one of `parts` tensor parallel processes.
+
+    Args:
+        expert_parts: Expert parallel and expert tensor parallel sizes.
+    """
     retrieval, encodes = 0, False
     if isinstance(config, RetroConfig):
         crossing = [number for number in config.retro_layer_numbers if number in layers]
         retrieval = len(crossing) * _cross(config, config.encoder_hidden_size, parts)
         encodes = config.retro_layer_numbers[0] in layers
         retrieval += _encoder(config, parts) if encodes else 0
-    decoder = len(layers) * _layer(config, parts)
+    routed = len(set(layers) & set(decoder_expert_layers(config)))
+    decoder = len(layers) * _layer(config, parts) - routed * _mlp(config, parts)
+    decoder += routed * _around_experts(config, parts)
+    number, split = config.num_moe_experts or 0, expert_parts[1]
+    expert = _mlp(config, split, config.moe_ffn_hidden_size) if routed else 0
+    experts = routed * number // expert_parts[0] * expert
+    inactive = routed * (number - config.moe_router_topk) * expert
+    decoder += experts
     normed = not isinstance(config, RetroConfig) or config.retro_final_layernorm
     decoder += _norm(config) if last and normed else 0
     words = arguments.padded_vocab_size // parts * config.hidden_size
@@ -89,18 +112,17 @@ def _stage(
     copies = words if last and tied and not first else 0
     if encodes and not first:
         copies += positions + (0 if last and tied else words)
-    return Parameters(embedding, decoder, retrieval, copies)
+    return Parameters(embedding, decoder, retrieval, copies, experts, inactive)
 
 
 def _layer(config: TransformerConfig, parts: int) -> int:
     """Self-attention and MLP with their norms."""
     wide, narrow = _widths(config, parts)
-    hidden, ffn = config.hidden_size, config.ffn_hidden_size // parts
+    hidden = config.hidden_size
     qkv = wide + 2 * narrow
-    first = ffn * (2 if config.gated_linear_unit else 1)
-    count = hidden * qkv + wide * hidden + hidden * first + ffn * hidden + 2 * _norm(config)
+    count = hidden * qkv + wide * hidden + _mlp(config, parts) + 2 * _norm(config)
     if config.add_bias_linear:
-        count += qkv + hidden + first + hidden
+        count += qkv + hidden
     elif config.add_qkv_bias:
         count += qkv
     if family_option(config, "sublayer_norms") == "both":
@@ -109,6 +131,23 @@ def _layer(config: TransformerConfig, parts: int) -> int:
         count += (wide + narrow) * parts  # every process holds all of them
     elif config.qk_layernorm:
         count += 2 * _norm(config, config.kv_channels)
+    return count
+
+
+def _mlp(config: TransformerConfig, parts: int, width: int | None = None) -> int:
+    """An MLP, or an expert."""
+    hidden, ffn = config.hidden_size, (width or config.ffn_hidden_size) // parts
+    first = ffn * (2 if config.gated_linear_unit else 1)
+    return hidden * (first + ffn) + (first + hidden if config.add_bias_linear else 0)
+
+
+def _around_experts(config: TransformerConfig, parts: int) -> int:
+    """The router and the shared expert of a layer."""
+    count = (config.num_moe_experts or 0) * (config.hidden_size + config.add_bias_linear)
+    shared = config.moe_shared_expert_intermediate_size
+    if shared is not None:
+        count += _mlp(config, parts, shared)
+        count += config.hidden_size if config.moe_shared_expert_gate else 0
     return count
 
 
@@ -181,24 +220,33 @@ def _stage_memory(
     pipeline = config.pipeline_model_parallel_size
     virtual = config.virtual_pipeline_model_parallel_size
     chunks: list[int | None] = [None] if virtual is None else list(range(virtual))
-    parameters = activations = 0
+    parameters = experts = activations = 0
     for chunk in chunks:
         layers = stage_layer_numbers(config, chunk, rank)
         first = rank == 0 and not chunk
         last = rank == pipeline - 1 and (chunk is None or chunk == len(chunks) - 1)
         parts = config.tensor_model_parallel_size
-        stage = _stage(config, arguments, layers, first, last, parts)
+        expert_parts = (
+            config.expert_model_parallel_size,
+            config.expert_tensor_parallel_size or parts,
+        )
+        stage = _stage(config, arguments, layers, first, last, parts, expert_parts)
         parameters += stage.total + stage.copies
+        experts += stage.experts
         kept = min(num_microbatches, pipeline - rank)
         activations += kept * micro_batch_size * _activations(config, arguments, layers, last)
     low = config.bf16 or config.fp16
     # Low precision: 2 bytes for weights; 4 each for gradients, main weights and Adam's moments.
     state = 12 if low else 8
     gradient = 2 if config.fp16 else 4
+    # Of experts there are fewer copies to share the state.
+    of_experts = max(1, optimizer_shards * parts // math.prod(expert_parts))
+    of_experts = 1 if optimizer_shards == 1 else of_experts
     return Memory(
         weights=parameters * (2 if low else 4),
         gradients=parameters * gradient,
-        optimizer=parameters * state // optimizer_shards,
+        optimizer=(parameters - experts) * state // optimizer_shards
+        + experts * state // of_experts,
         activations=activations * (2 if low else 4),
     )
 
@@ -210,8 +258,14 @@ def _activations(
     tokens = arguments.seq_length // config.context_parallel_size
     parts = config.tensor_model_parallel_size
     full = config.recompute_granularity == "full"
-    kept = len(layers) * (_boundary(config, tokens) if full else _layer_kept(config, tokens))
-    kept += _layer_kept(config, tokens) if full else 0
+    routed = set(decoder_expert_layers(config)) & set(layers)
+    if full:
+        kept = len(layers) * _boundary(config, tokens)
+        kept += max(
+            _layer_kept(config, tokens, has_experts) for has_experts in {False, bool(routed)}
+        )
+    else:
+        kept = sum(_layer_kept(config, tokens, number in routed) for number in layers)
     if isinstance(config, RetroConfig):
         kept += _retrieval_kept(config, tokens, layers, full)
     if config.context_parallel_size > 1 and config.cp_comm_type == "all_gather":
@@ -228,11 +282,19 @@ def _boundary(config: TransformerConfig, tokens: int) -> int:
     return tokens * config.hidden_size // _sequence_parts(config)
 
 
-def _layer_kept(config: TransformerConfig, tokens: int) -> int:
-    """Inputs of norms, linear layers, attention and activation."""
+def _layer_kept(config: TransformerConfig, tokens: int, has_experts: bool = False) -> int:
+    """Inputs of norms, linear layers, attention and activation.
+
+    Balanced experts are assumed: each token is held by as many as it chooses.
+    """
     wide, narrow = _widths(config, config.tensor_model_parallel_size)
-    ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
-    inner = 2 * wide + 2 * narrow + ffn * (3 if config.gated_linear_unit else 2)
+    ffn = config.ffn_hidden_size
+    inner = 2 * wide + 2 * narrow
+    if has_experts:
+        ffn = config.moe_ffn_hidden_size * config.moe_router_topk
+        ffn += config.moe_shared_expert_intermediate_size or 0
+        inner += 2 * config.hidden_size * config.moe_router_topk // _sequence_parts(config)
+    inner += ffn // config.tensor_model_parallel_size * (3 if config.gated_linear_unit else 2)
     return 4 * _boundary(config, tokens) + tokens * inner
 
 

@@ -12,7 +12,7 @@ from megatron.core import num_microbatches_calculator, parallel_state, tensor_pa
 from retro_mcore import distributed
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import distributed_backend, is_cpu_in_use, leave_model_parallel
-from retro_mcore.platform.parallel import parallel_sizes
+from retro_mcore.platform.parallel import expert_parallel_sizes, parallel_sizes
 from retro_mcore.training.loop.batch_sizes import BatchSizes
 
 
@@ -21,6 +21,8 @@ def initialize_parallel(
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
 ) -> None:
     """Join the process group and create megatron's groups; existing ones are reused if they fit.
 
@@ -47,6 +49,11 @@ def initialize_parallel(
             f"{size}, but there are {world_size} processes",
             "Start a multiple of it: torchrun --nproc-per-node N tools/…",
         )
+    expert_sizes = (
+        expert_model_parallel_size,
+        expert_tensor_parallel_size or tensor_model_parallel_size,
+    )
+    check_expert_sizes(*expert_sizes, world_size // pipeline_model_parallel_size)
     sizes = (
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
@@ -54,7 +61,7 @@ def initialize_parallel(
         context_parallel_size,
     )
     if parallel_state.model_parallel_is_initialized():
-        if sizes == parallel_sizes():
+        if sizes == parallel_sizes() and expert_sizes == expert_parallel_sizes():
             return
         leave_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -62,7 +69,24 @@ def initialize_parallel(
         pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_sizes[0],
+        expert_tensor_parallel_size=expert_sizes[1],
     )
+
+
+def check_expert_sizes(experts: int, tensor: int, processes: int) -> None:
+    """Reject experts that do not divide over the processes of a pipeline stage.
+
+    Raises:
+        ConfigurationError: naming --expert-model-parallel-size.
+    """
+    if processes % (experts * tensor):
+        raise ConfigurationError(
+            "--expert-model-parallel-size",
+            f"{experts}, with each expert on {tensor} processes, but a pipeline stage has "
+            f"{processes}",
+            "Choose a divisor, or start more processes",
+        )
 
 
 def set_seeds(seed: int) -> None:

@@ -27,6 +27,7 @@ from retro_mcore.training.options.model_sizes import (
     check_context_parallel,
     check_divisible,
     default_ffn_hidden_size,
+    expert_width,
 )
 from retro_mcore.training.options.parallel import ParallelOptions, RecomputeOptions
 
@@ -135,6 +136,7 @@ def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
         "ffn_hidden_size": default_ffn_hidden_size(arguments),
         "add_bias_linear": not arguments.disable_bias_linear,
         **window_fields(arguments.sliding_window, arguments.window_attn_skip_freq),
+        **_expert_fields(arguments),
         **_initialization_fields(arguments),
         **_activation_fields(arguments),
     }
@@ -154,6 +156,17 @@ def window_fields(window: int | None, layers: Sequence[int] | None) -> dict[str,
     return {
         "window_size": None if window is None else (window - 1, 0),
         "window_attn_skip_freq": frequency,
+    }
+
+
+def _expert_fields(arguments: ModelArguments) -> dict[str, Any]:
+    pattern = arguments.moe_layer_freq or [1]
+    if arguments.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": arguments.num_experts,
+        "moe_ffn_hidden_size": expert_width(arguments),
+        "moe_layer_freq": pattern[0] if len(pattern) == 1 else pattern,
     }
 
 
@@ -199,6 +212,9 @@ def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> di
         "sequence_parallel": parallel.sequence_parallel,
         "context_parallel_size": parallel.context_parallel_size,
         "cp_comm_type": _exchange(parallel),
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
         **_pipeline_fields(parallel, precision or torch.float32),
         "use_cpu_initialization": parallel.use_cpu_initialization or is_cpu_in_use(),
         "deterministic_mode": torch.are_deterministic_algorithms_enabled(),

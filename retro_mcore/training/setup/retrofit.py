@@ -22,6 +22,7 @@ from retro_mcore.gguf_file import is_gguf
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.training.loop.sample_reader import check_document_tokens
+from retro_mcore.training.options.model_sizes import expert_width
 from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.setup.build import (
     default_ffn_hidden_size,
@@ -123,6 +124,7 @@ def _resolved_flags(arguments: ModelArguments, positions: int) -> dict[str, Any]
         "num_query_groups": arguments.num_query_groups or heads,
         "kv_channels": arguments.kv_channels or arguments.hidden_size // heads,
         "ffn_hidden_size": default_ffn_hidden_size(arguments),
+        "moe_ffn_hidden_size": expert_width(arguments),
         "max_position_embeddings": positions,
         # Only if other layers have no biases; otherwise these biases exist anyway.
         "add_qkv_bias": arguments.add_qkv_bias and arguments.disable_bias_linear,

@@ -21,6 +21,7 @@ GROUPS = {"num_key_value_heads": 2}
 _ORIGINAL = {"original_max_position_embeddings": 24}
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 3.0],
              "long_factor": [9.0, 9.0, 9.0, 9.0]}  # fmt: skip
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _SLIDING = "sliding_attention"
 _LOCAL = {_SLIDING: {"rope_type": "default", "rope_theta": 100.0}}
 
@@ -86,6 +87,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 "tie_word_embeddings": True}),
     "StarCoder2": ("starcoder2", {**GROUPS, "sliding_window": 24}),
     "StarCoder2, a broken base": ("starcoder2", {**GROUPS, "rope_theta": 999999.4420358813}),
+    "Mixtral": ("mixtral", {**GROUPS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Mixtral, tied, window": ("mixtral", {**GROUPS, "num_local_experts": 5, "head_dim": 16,
+                              "num_experts_per_tok": 3, "sliding_window": 128,
+                              "tie_word_embeddings": True}),
+    "Qwen 2 MoE": ("qwen2_moe", {**GROUPS, **_EXPERTS, "shared_expert_intermediate_size": 40,
+                   "norm_topk_prob": False, "mlp_only_layers": [0]}),
+    "Qwen 2 MoE, no biases": ("qwen2_moe", {**GROUPS, **_EXPERTS, "qkv_bias": False,
+                              "shared_expert_intermediate_size": 24, "norm_topk_prob": True}),
+    "Qwen 3 MoE": ("qwen3_moe", {**GROUPS, **_EXPERTS, "head_dim": 16, "norm_topk_prob": True,
+                   "decoder_sparse_step": 2}),
+    "Qwen 3 MoE, tied": ("qwen3_moe", {**GROUPS, **_EXPERTS, "head_dim": 8,
+                         "num_experts_per_tok": 1, "norm_topk_prob": False,
+                         "tie_word_embeddings": True}),
+    "OLMoE": ("olmoe", {**GROUPS, "num_experts": 4, "num_experts_per_tok": 2}),
+    "OLMoE, normed": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 3,
+                                "norm_topk_prob": True}),
     "GPT-NeoX": ("gpt_neox", {"rotary_pct": 0.25}),
     "GPT-NeoX, in sequence": ("gpt_neox", {"use_parallel_residual": False, "hidden_act":
                                            "gelu_new", "rotary_pct": 0.5}),

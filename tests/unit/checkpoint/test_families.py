@@ -9,6 +9,7 @@ import torch
 
 from retro_mcore.checkpoint.conversion.huggingface_config import Config
 from retro_mcore.checkpoint.conversion.huggingface_families import FAMILIES
+from retro_mcore.checkpoint.conversion.huggingface_flags import config_flags
 from retro_mcore.errors import CheckpointError, ConfigurationError, RetroError
 from tests.unit.checkpoint.families import (
     CASES,
@@ -31,7 +32,7 @@ ROUNDING = {"atol": 5e-5, "rtol": 1e-5}
 IN_DEFAULT = (
     *("Llama, biases of attention", "Llama 3.1, other lengths", "Llama, yarn with mscale"),
     *("Gemma 2", "Gemma 3", "OLMo 3", "Phi-4 mini, partial longrope", "SmolLM3", "Granite"),
-    *("StarCoder2", "GPT-NeoX"),
+    *("StarCoder2", "GPT-NeoX", "Mixtral", "Qwen 2 MoE"),
 )
 
 
@@ -58,7 +59,9 @@ def reload(path):
 
 @pytest.mark.parametrize(
     "name",
-    mostly_slow(["Gemma 2", "OLMo 3", "Phi-3, longrope", "Granite", "GPT-NeoX"], "OLMo 3"),
+    mostly_slow(
+        ["Gemma 2", "OLMo 3", "Phi-3, longrope", "Granite", "GPT-NeoX", "Qwen 3 MoE"], "OLMo 3"
+    ),
 )
 def test_bf16_in_shards_and_through_our_own_format(megatron, tmp_path, name):
     from tests.unit.checkpoint.test_convert_checkpoint import convert
@@ -165,16 +168,55 @@ def test_texts_that_would_be_rotated_otherwise_are_refused(megatron, tmp_path, k
         load_alone(tmp_path, max_position_embeddings=32)
 
 
-@pytest.mark.parametrize(
-    "family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "phimoe",
-               "deepseek_v3"],
-)  # fmt: skip
-def test_mixtures_of_experts_are_refused_as_such(family):
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "phimoe", "deepseek_v3"])
+def test_other_mixtures_of_experts_are_refused_as_such(family):
     import transformers
 
     settings = transformers.AutoConfig.for_model(family).to_dict()
     with pytest.raises(CheckpointError, match=f"{family}.*a mixture of experts"):
         Config("a model", settings)
+
+
+@pytest.mark.parametrize("name", mostly_slow(["Mixtral", "Qwen 2 MoE"], "Qwen 2 MoE"))
+def test_experts_that_are_stored_as_one_tensor(megatron, tmp_path, name):
+    """As transformers 5 holds them in memory; `save_pretrained` writes them one by one."""
+    from safetensors.torch import save_file
+
+    model = save_model(name, tmp_path)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    assert any(key.endswith("experts.gate_up_proj") for key in state)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded, _ = load_alone(tmp_path)
+    torch.testing.assert_close(ours(loaded), theirs(model), **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok 1"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 of 8"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window true"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias true"),
+        ("qwen2_moe", {"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step 0"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+    ],
+)
+def test_settings_of_experts_that_are_not_computed_are_refused(family, settings, message):
+    import transformers
+
+    values = {**transformers.AutoConfig.for_model(family).to_dict(), **settings}
+    with pytest.raises(CheckpointError, match=message):
+        config_flags(Config("a model", values))
+
+
+def test_layers_without_experts_are_those_that_transformers_makes_dense():
+    settings = {"model_type": "qwen3_moe", "num_hidden_layers": 6, "decoder_sparse_step": 2}
+    flags = config_flags(Config("a model", {**settings, "mlp_only_layers": [3]}))
+    assert flags["moe_layer_freq"] == [0, 1, 0, 0, 0, 1]
+    dense = config_flags(Config("a model", {**settings, "num_experts": 0}))
+    assert "num_experts" not in dense
 
 
 def test_a_model_of_text_and_images_is_refused_as_such():

@@ -275,7 +275,8 @@ def test_the_same_said_in_other_words_is_written(option, target):
 @pytest.mark.parametrize(
     "argument",
     [
-        {"num_experts": 2},
+        {"moe_router_enable_expert_bias": True},
+        {"moe_latent_size": 8},
         {"multi_latent_attention": True},
         {"mtp_num_layers": 1},
         {"softmax_type": "learnable"},

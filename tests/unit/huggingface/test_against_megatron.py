@@ -116,6 +116,21 @@ REFUSED = {
     "rotary_attention_factor": 1.2,
     "rotary_local_base": 100,
     "rotary_local_layers": [1],
+    "num_experts": 4,
+    "moe_layer_freq": [2],
+    "moe_ffn_hidden_size": 8,
+    "moe_shared_expert_intermediate_size": 8,
+    "moe_shared_expert_gate": True,
+    "moe_router_topk": 4,
+    "moe_router_pre_softmax": True,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_topk_scaling_factor": 2.0,
+    "moe_router_num_groups": 2,
+    "moe_router_group_topk": 2,
+    "moe_router_dtype": "fp32",
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.1,
+    "moe_z_loss_coeff": 0.1,
 }
 
 

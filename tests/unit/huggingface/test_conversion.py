@@ -162,6 +162,7 @@ def _arguments(options):
 
 ROPE = {"position_embedding_type": "rope"}
 LLAMA = {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm", **ROPE}
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 24}
 FAMILIES = {
     "gpt2": {"openai_gelu": True},
     "gpt2 without biases": {"disable_bias_linear": True, "squared_relu": True,
@@ -174,6 +175,12 @@ FAMILIES = {
     "qwen2": {"add_qkv_bias": True, "untie_embeddings_and_output_weights": True, **LLAMA},
     "qwen2 window": {"add_qkv_bias": True, "sliding_window": 40, **LLAMA},
     "qwen3": {"qk_layernorm": True, "num_query_groups": 1, "kv_channels": 16, **LLAMA},
+    "mixtral": {**EXPERTS, **LLAMA},
+    "mixtral window": {**EXPERTS, "sliding_window": 40, "moe_router_topk": 3, **LLAMA},
+    "qwen3_moe": {**EXPERTS, "qk_layernorm": True, "moe_layer_freq": [2], **LLAMA},
+    "qwen2_moe": {**EXPERTS, "add_qkv_bias": True, "moe_router_pre_softmax": True,
+                  "moe_shared_expert_intermediate_size": 40, "moe_shared_expert_gate": True,
+                  **LLAMA},
     # InstructRetro's own.
     "stablelm": {**LLAMA, "normalization": "LayerNorm", "apply_layernorm_1p": True,
                  "rotary_percent": 0.5, "untie_embeddings_and_output_weights": True,
@@ -207,6 +214,12 @@ def test_the_decoder_alone(megatron, tmp_path, name):
         ({"qk_layernorm": True}, "qk_layernorm True"),
         ({"normalization": "RMSNorm"}, "normalization RMSNorm, swiglu False.* in one model"),
         ({"sliding_window": 40}, "sliding_window 40"),
+        (EXPERTS, "num_experts 4"),
+        ({**LLAMA, **EXPERTS, "moe_layer_freq": [2]}, "dense layers beside"),
+        ({**LLAMA, **EXPERTS, "moe_router_pre_softmax": True}, "moe_router_pre_softmax"),
+        ({**LLAMA, **EXPERTS, "moe_router_score_function": "sigmoid"}, "sigmoid"),
+        ({**LLAMA, **EXPERTS, "add_qkv_bias": True}, "without a gated shared expert"),
+        ({**LLAMA, **EXPERTS, "qk_layernorm": True, "sliding_window": 40}, "sliding_window 40"),
     ],
 )
 def test_a_decoder_of_no_family_is_refused(options, message):

@@ -37,6 +37,15 @@ MODELS = {
         "qk_layernorm_over": "all_heads",
     },
     "GPT": {"no_retrieval": True},
+    "like Qwen 2 MoE": {
+        "num_experts": 4,
+        "moe_layer_freq": [0, 1, 1, 0, 1, 1],
+        "moe_ffn_hidden_size": 24,
+        "moe_shared_expert_intermediate_size": 40,
+        "moe_shared_expert_gate": True,
+        "swiglu": True,
+        "disable_bias_linear": True,
+    },
     "mcore-0.15": {"retro_origin": "mcore-0.15"},
 }
 LAYOUTS = {

@@ -22,6 +22,13 @@ SHAPES = {
     "plain": {},
     "gated, grouped": {"swiglu": True, "num_query_groups": 2, "kv_channels": 16},
     "gpt": {"no_retrieval": True},
+    "experts": {
+        "num_experts": 4,
+        "moe_router_topk": 3,
+        "moe_ffn_hidden_size": 48,
+        "moe_shared_expert_intermediate_size": 32,
+        "disable_bias_linear": True,
+    },
     "two cross-attentions": {"num_layers": 3, "retro_decoder_layers": [2, 3]},
 }
 
