@@ -43,13 +43,22 @@ def mostly_slow(names: Iterable[str], *fast: str) -> list[Any]:
 def pair(**options: Any) -> tuple[Any, Any]:
     """Our model and transformers', both in float64 and evaluation mode."""
     from retro_mcore.model.options import ModelArguments
+
+    ours = our_model(**options)
+    arguments = ModelArguments(**{**SMALL, **options})
+    return ours, transformers_model(ours, arguments).double().eval()
+
+
+def our_model(**options: Any) -> Any:
+    """Our model in float64 and evaluation mode."""
+    from retro_mcore.model.options import ModelArguments
     from retro_mcore.training.options.pretrain import ParallelOptions
     from retro_mcore.training.setup.build import build_model
 
     arguments = ModelArguments(**{**SMALL, **options})
     ours = build_model(arguments, ParallelOptions())
     randomize_vectors(ours)
-    return ours.double().eval(), transformers_model(ours, arguments).double().eval()
+    return ours.double().eval()
 
 
 def transformers_model(ours: Any, arguments: Any) -> Any:
