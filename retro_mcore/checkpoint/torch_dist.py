@@ -126,7 +126,7 @@ def _layers(
 ) -> dict[str, Weight]:
     """A tensor by its name, or the layers and experts that it stacks, each by its own."""
     inside = name.removeprefix(_HOMOGENEOUS)
-    names = {(): name}
+    names: dict[tuple[int, ...], str] = {(): name}
     if inside != name and not inside.split(".")[0].isdigit():
         names = {(layer,): f"{_HOMOGENEOUS}{layer}.{inside}" for layer in range(shape[0])}
     if STACKED_EXPERTS in name:

@@ -279,9 +279,10 @@ class RetroModel(GPTModel):
         self._check_shape("context_input_ids", context, batch_size, num_chunks)
         if self.config.context_parallel_size > 1:
             # M more columns: positions that must not read a chunk's neighbors.
-            unread = self.config.retro_retrieved_length + self.config.retro_chunk_length
-            if mask is not None and mask.size(1) == unread:
-                mask = mask[:, : self.config.retro_retrieved_length]
+            retrieved = self.config.retro_retrieved_length
+            assert retrieved is not None  # set by the configuration
+            if mask is not None and mask.size(1) == retrieved + self.config.retro_chunk_length:
+                mask = mask[:, :retrieved]
             self._check_shape("context_mask", mask, batch_size, num_chunks + 2)
         elif mask is not None:
             self._check_shape("context_mask", mask, batch_size, num_chunks)

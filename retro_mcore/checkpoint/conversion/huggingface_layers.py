@@ -13,7 +13,8 @@ from retro_mcore.checkpoint.conversion.huggingface_families import Flags
 from retro_mcore.checkpoint.conversion.huggingface_files import TensorFiles
 
 #: The tensors that make one of our weights, with their shapes, and how.
-Parts = tuple[dict[str, tuple[int, ...]], Callable[..., Tensor] | None]
+Shapes = dict[str, tuple[int, ...]]
+Parts = tuple[Shapes, Callable[..., Tensor] | None]
 
 
 def layer_parts(config: Config, flags: Flags) -> dict[str, Parts]:
@@ -123,8 +124,8 @@ def expert_parts(
     }
     for number in range(flags["num_experts"]):
         ours, theirs = f"mlp.experts.local_experts.{number}", f"{block}.experts.{number}"
-        first = {f"{theirs}.{part}.weight": (ffn, hidden) for part in (gate, up)}
-        second = {f"{theirs}.{down}.weight": (hidden, ffn)}
+        first: Shapes = {f"{theirs}.{part}.weight": (ffn, hidden) for part in (gate, up)}
+        second: Shapes = {f"{theirs}.{down}.weight": (hidden, ffn)}
         build: Callable[..., Tensor] | None = _stack
         if f"{layer}{fused}.{number}" in tensors:
             first, build = {f"{fused}.{number}": (2 * ffn, hidden)}, None
@@ -145,7 +146,9 @@ def _shared_expert(flags: Flags) -> dict[str, Parts]:
     hidden, width = flags["hidden_size"], flags.get("moe_shared_expert_intermediate_size")
     if width is None:
         return {}
-    first = {f"mlp.shared_expert.{part}.weight": (width, hidden) for part in _PROJECTIONS[:2]}
+    first: Shapes = {
+        f"mlp.shared_expert.{part}.weight": (width, hidden) for part in _PROJECTIONS[:2]
+    }
     return {
         "mlp.shared_experts.linear_fc1.weight": (first, _stack),
         "mlp.shared_experts.linear_fc2.weight": (
