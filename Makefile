@@ -4,6 +4,9 @@ NPROC ?= 1
 INPUT ?=
 GPU_PYTHON ?= python3
 MEGATRON ?= 0.19.2
+# Releases of megatron-core that contain Megatron-LM's own trainer.
+TRAINERS ?= 0.17.1 0.18.2 0.19.2
+BRIDGE ?= 0.6.2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
@@ -17,7 +20,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=default FAISS_SIMD_LEVEL=NONE FAISS_OPT_LEVEL=generic \
 	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: help env quickstart test test-slow test-kernels test-versions test-parity test-gpu docs style format lock clean
+.PHONY: help env quickstart test test-slow test-kernels test-versions test-bridge test-parity test-gpu docs style format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -53,16 +56,25 @@ test-kernels: env ## run what computes once more, with other kernels than this p
 		$(addprefix tests/unit/retrieval/test_,embedders.py index.py list_order.py megatron_bert.py \
 		neighbor_search.py precision.py rescoring.py retriever.py search.py static_embedder.py stored_vectors.py)
 
-test-versions: env .megatron-$(MEGATRON)/.up-to-date ## run what stands on megatron-core on MEGATRON=0.19.2 as well
+test-versions: env $(patsubst %,.megatron-%/.up-to-date,$(sort $(MEGATRON) $(TRAINERS))) ## run what stands on megatron-core on MEGATRON=0.19.2 as well, and Megatron-LM's trainers
 	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(PYTEST) -m "not slow and not parity and not gpu" \
 		tests/distributed tests/unit/platform tests/unit/model tests/unit/checkpoint/test_checkpoints.py \
 		--ignore tests/distributed/test_data_pipeline.py --ignore tests/distributed/test_index_steps.py \
 		$(addprefix tests/unit/training/test_,trainer.py training_options.py model_flags.py providers.py \
 		token_mean.py parametrization.py flags.py)
-	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(PYTEST) --dist load tests/distributed/test_megatron_lm.py
+	@# One process for each release: the tests of one share its runs.
+	printf '%s\n' $(TRAINERS) | xargs -P $(JOBS) -I VERSION env PYTHONPATH=$(CURDIR)/.megatron-VERSION \
+		$(BIN)/python -m pytest tests/distributed/test_megatron_lm.py
 
 .megatron-%/.up-to-date: $(STAMP)
 	$(INSTALL) --ignore-requires-python --no-deps --upgrade --target $(@D) megatron-core==$*
+	@touch $@
+
+test-bridge: env .bridge-$(BRIDGE)/.up-to-date ## train in Megatron-Bridge, installed into a folder of its own
+	PYTHONPATH=$(CURDIR)/.bridge-$(BRIDGE) $(BIN)/python -m pytest -m bridge tests/bridge
+
+.bridge-%/.up-to-date: $(STAMP) requirements/bridge.txt
+	$(INSTALL) --ignore-requires-python --no-deps --upgrade --target $(@D) megatron-bridge==$* -r requirements/bridge.txt
 	@touch $@
 
 test-parity: env ## compare live with megatron-core 0.15.3, installed into .parity
@@ -91,4 +103,4 @@ lock: ## pin requirements/cpu.txt from requirements/cpu.in
 	mv requirements/cpu.new requirements/cpu.txt
 
 clean: ## remove the environment and the quickstart's output
-	rm -rf $(VENV) .megatron-* quickstart
+	rm -rf $(VENV) .megatron-* .bridge-* quickstart

@@ -1,32 +1,59 @@
-"""What a training run's checkpoint was saved with."""
+"""Arguments that a checkpoint was saved with."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from retro_mcore.checkpoint.bridge_config import BRIDGE_FILE
 from retro_mcore.checkpoint.contents import read_common
 from retro_mcore.errors import CheckpointError
 
 
 def read_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The arguments that a checkpoint was saved with.
+    """The arguments that a trainer, ours or Megatron's, saved with a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or holds none.
     """
     common = read_common(checkpoint)
+    if "args" not in common and (checkpoint / BRIDGE_FILE).is_file():
+        raise CheckpointError(
+            checkpoint,
+            "was written by Megatron-Bridge, and its model is not one of retro_mcore.bridge",
+            f"Convert it: tools/convert_checkpoint.py --load {checkpoint} --save OTHER "
+            "--model-config FILE",
+        )
     if "args" not in common or "iteration" not in common:
         raise CheckpointError(
             checkpoint,
             "holds no arguments of a training run",
             "Name a checkpoint that pretrain_retro.py wrote",
         )
-    if "no_retrieval" not in vars(common["args"]):
+    return vars(common["args"])
+
+
+def in_our_form(arguments: Mapping[str, Any]) -> bool:
+    """Whether arguments have our names: our trainer's, or those of a model in Megatron-Bridge."""
+    return "no_retrieval" in arguments
+
+
+def is_own(arguments: Mapping[str, Any]) -> bool:
+    """Whether our own trainer saved these arguments."""
+    return in_our_form(arguments) and "trainer" not in arguments
+
+
+def require_own(checkpoint: Path) -> None:
+    """Reject a checkpoint that a run cannot go on from, because another trainer wrote it.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if not is_own(read_arguments(checkpoint)):
         raise CheckpointError(
             checkpoint,
-            "was written by Megatron-LM, whose arguments do not suffice here",
-            f"Convert it: tools/convert_checkpoint.py --load {checkpoint} --save OTHER "
-            "--project-dir PROJECT, and name OTHER",
+            "was written by Megatron-LM or Megatron-Bridge, whose optimizer and position in the "
+            "data are not read here",
+            "Add --finetune, to start from its weights",
         )
-    return vars(common["args"])

@@ -4,6 +4,7 @@ DIR/metadata.json     the format; written last
 DIR/.metadata         table of contents: tensors and objects, and where each lies
 DIR/common.pt         arguments and counters (from megatron-core 0.19 on an entry of the table)
 DIR/*.distcp          tensors and objects
+DIR/run_config.yaml   Megatron-Bridge's configuration, which stands for the arguments
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from retro_mcore.checkpoint.bridge_config import bridge_arguments
 from retro_mcore.checkpoint.checksums import verify_small_file
 from retro_mcore.checkpoint.safe_loading import Record, load_contents, load_torch_file
 from retro_mcore.checkpoint.tracker import RELEASE
@@ -127,6 +129,14 @@ def common_state(checkpoint: Path, metadata: Metadata) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is damaged, or holds objects that may run code.
     """
+    state = _common_state(checkpoint, metadata)
+    if state is None or "args" in state:
+        return state
+    recorded = bridge_arguments(checkpoint)
+    return state if recorded is None else {**state, "args": recorded}
+
+
+def _common_state(checkpoint: Path, metadata: Metadata) -> dict[str, Any] | None:
     path = checkpoint / COMMON_FILE
     if path.is_file():
         verify_small_file(path)

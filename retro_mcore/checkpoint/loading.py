@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from retro_mcore import distributed
+from retro_mcore.checkpoint.arguments import is_own
 from retro_mcore.checkpoint.checksums import verify_checkpoint
 from retro_mcore.checkpoint.contents import check_files, read_common, read_metadata
+from retro_mcore.checkpoint.conversion.formats import open_checkpoint
+from retro_mcore.checkpoint.conversion.model_weights import put_weights
 from retro_mcore.checkpoint.random_state import set_random_state
 from retro_mcore.checkpoint.safe_loading import load_run_state
 from retro_mcore.checkpoint.state import (
@@ -65,7 +69,7 @@ def load_checkpoint(
     """Put a checkpoint's state into the parts of a run, whatever layout it was saved under.
 
     Random states are those of the checkpoint if the model is laid out alike; else the run goes on
-    with those of its seed.
+    with those of its seed. Of a checkpoint of Megatron-LM only the weights can be loaded.
 
     Args:
         checkpoint: An iter_* directory.
@@ -81,10 +85,13 @@ def load_checkpoint(
         verify_checkpoint(checkpoint)
         _check_holds_run(common, scope, checkpoint)
     takes_random_state = scope.random_state and _same_layout(common["args"])
-    request = state_dict(parts, True, scope.optimizer, takes_random_state)
-    state = load_state(request, checkpoint)
-    for index, stage in enumerate(parts.stages):
-        unwrap_model(stage).load_state_dict(state[model_key(index, parts.stages)])
+    if is_own(vars(common["args"])):
+        request = state_dict(parts, True, scope.optimizer, takes_random_state)
+        state = load_state(request, checkpoint)
+        for index, stage in enumerate(parts.stages):
+            unwrap_model(stage).load_state_dict(state[model_key(index, parts.stages)])
+    else:
+        load_megatron_lm([unwrap_model(stage) for stage in parts.stages], checkpoint)
     if scope.optimizer:
         _load_optimizer(parts, state["optimizer"], common["opt_param_scheduler"], checkpoint)
     else:
@@ -94,6 +101,19 @@ def load_checkpoint(
     if not scope.progress:
         return TrainingProgress()
     return TrainingProgress(common["iteration"], common["consumed_samples"])
+
+
+def load_megatron_lm(models: Sequence[GPTModel], checkpoint: Path) -> None:
+    """Load the weights that Megatron-LM's trainer saved into this rank's stages of a model.
+
+    Its GPTs are stored with stacked layers, and Transformer Engine's under other names.
+
+    Raises:
+        CheckpointError: they cannot be read, or belong to another model.
+    """
+    with distributed.raise_together():
+        weights = open_checkpoint(checkpoint, compare=False).weights
+    put_weights(models, weights, source=checkpoint)
 
 
 def _check_holds_run(common: Mapping[str, Any], scope: LoadScope, checkpoint: Path) -> None:

@@ -60,22 +60,24 @@ def results_through_a_file() -> Iterator[None]:
 
 
 class _FileQueue:
-    """A queue for one value, from a forked process (or this one) to this one."""
+    """A queue for one value at a time, from a forked process (or this one) to this one."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it is read)
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the queue)
 
     def put(self, value: object) -> None:
         pickle.dump(value, self._file)
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        with self._file as results:
-            results.seek(0)
-            try:
-                return pickle.load(results)  # written by this program, into a file without a name
-            except EOFError:
-                raise queue.Empty from None  # the writer died
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)  # written by this program, into a file without a name
+        except EOFError:
+            raise queue.Empty from None  # the writer died
+        finally:  # a trainer saves more than once
+            self._file.seek(0)
+            self._file.truncate()
 
 
 def allow_norm_recomputation() -> None:

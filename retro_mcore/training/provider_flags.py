@@ -27,10 +27,11 @@ from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, RetroError, check_all, flag_of, raise_problems
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.expert_options import EXPERT_OPTIONS
-from retro_mcore.model.option_traits import model_traits, names_there, stated
-from retro_mcore.model.options import DecoderOptions, ModelOptions
+from retro_mcore.model.option_traits import model_traits, names_there, out_of_range, stated
+from retro_mcore.model.options import DecoderOptions, ModelOptions, RetroOptions
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.training.loop.sample_reader import document_tokens, tokenizer_fingerprint
 from retro_mcore.training.options.model_sizes import padded_vocab_size
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.pretrain import DataOptions
@@ -211,11 +212,12 @@ def project_arguments(directory: str | Path) -> dict[str, Any]:
     }
 
 
-def size_vocabulary(args: argparse.Namespace) -> None:
-    """Set `padded_vocab_size` for the project's tokenizer, as in our own trainer.
+def set_tokenizer(args: argparse.Namespace) -> None:
+    """Set `padded_vocab_size` for the project's tokenizer, as in our own trainer, and record it.
 
-    Megatron-LM has set it for the tokenizer that it built. A value from a flag, or from a
-    checkpoint whose arguments are used, is kept if the vocabulary fits.
+    Megatron-LM has set the size for the tokenizer that it built. A value from a flag, or from a
+    checkpoint whose arguments are used, is kept if the vocabulary fits. Checkpoints hold the
+    arguments, so commands that read one find the tokenizer's type, fingerprint and document tokens.
 
     Raises:
         ConfigurationError: it does not.
@@ -224,7 +226,11 @@ def size_vocabulary(args: argparse.Namespace) -> None:
         ProjectConfig.load(args.retro_project_dir),
         ProjectPaths(args.retro_project_dir),
     )
-    vocab_size = load_project_tokenizer(project, paths).vocab_size
+    tokenizer = load_project_tokenizer(project, paths)
+    vocab_size = tokenizer.vocab_size
+    args.retro_tokenizer_type = project.retro_gpt_tokenizer_type
+    args.tokenizer_fingerprint = tokenizer_fingerprint(project, args.retro_project_dir)
+    args.document_tokens = document_tokens(tokenizer)
     size = padded_vocab_size(
         vocab_size,
         getattr(args, "make_vocab_size_divisible_by", 128),
@@ -260,6 +266,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             )
         )
     problems += _too_small(args)
+    if args.retro_add_retriever:
+        problems += out_of_range(args, RetroOptions)
     noise = {f.name: getattr(args, f.name, 0.0) for f in dataclasses.fields(NeighborNoiseOptions)}
     if not args.retro_add_retriever:
         problems += [

@@ -28,8 +28,10 @@ counts only a GPT.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from types import TracebackType
@@ -59,7 +61,7 @@ from retro_mcore.training.provider_flags import (
     check_arguments,
     project_arguments,
     remember_given,
-    size_vocabulary,
+    set_tokenizer,
 )
 
 
@@ -105,7 +107,7 @@ def model_provider(
     """
     args = _megatron().get_args()
     check_arguments(args)
-    size_vocabulary(args)
+    set_tokenizer(args)
     retrieves = args.retro_add_retriever
     if config is None or (retrieves and not isinstance(config, RetroConfig)):
         config = _config(args)
@@ -179,12 +181,28 @@ def train_valid_test_datasets_provider(
         args.retro_project_dir, args.retro_num_neighbors, args.retro_num_retrieved_chunks, noise
     )
     flags = ("--train-iters or --train-samples", "--eval-iters", "--eval-iters")
-    for split, wanted, flag in zip(SPLITS, train_val_test_num_samples, flags, strict=True):
+    return check_number_of_samples(datasets, train_val_test_num_samples, flags)
+
+
+def check_number_of_samples(
+    datasets: Mapping[Any, Any], wanted: Sequence[int | None], settings: Sequence[str]
+) -> tuple[Any, Any, Any]:
+    """The datasets of all splits, if each has as many samples as the trainer will read.
+
+    Args:
+        datasets: By split.
+        wanted: Number of samples of each split; None: any.
+        settings: The setting that determines each number, for the error.
+
+    Raises:
+        ConfigurationError: a split has too few.
+    """
+    for split, number, setting in zip(SPLITS, wanted, settings, strict=True):
         dataset = datasets.get(split)
-        if dataset is not None and wanted is not None and wanted > len(dataset):
+        if dataset is not None and number is not None and number > len(dataset):
             raise ConfigurationError(
-                flag,
-                f"{wanted} samples of {split}, and the project has {len(dataset)}",
+                setting,
+                f"{number} samples of {split}, and the project has {len(dataset)}",
                 "Give fewer",
             )
     train, valid, test = (datasets.get(split) for split in SPLITS)
@@ -223,8 +241,24 @@ def get_batch(data_iterator: Iterator[Mapping[str, Tensor]], retrieval: bool) ->
 
 
 def _loss(batch: RetroBatch, losses_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    loss, num_tokens, report = masked_loss(batch, losses_BS)
     check = getattr(_megatron().get_args(), "check_for_nan_in_loss_and_grad", False)
+    return loss_of_batch(check, batch, losses_BS)
+
+
+def loss_of_batch(
+    check: bool, batch: RetroBatch, losses_BS: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the losses, number of tokens, and both for the report, as Megatron's trainers expect.
+
+    Args:
+        check: Whether to reject a loss that is not finite.
+        batch: The micro batch.
+        losses_BS: The model's output.
+
+    Raises:
+        NonFiniteLossError: the loss is NaN or infinite.
+    """
+    loss, num_tokens, report = masked_loss(batch, losses_BS)
     if check and not torch.isfinite(loss):
         raise NonFiniteLossError("loss", f"{loss.item()}", "Lower the learning rate")
     return loss, num_tokens, {"lm loss": report["sums"].clone()}
@@ -269,7 +303,11 @@ class _RefusalHook:
         if not isinstance(error, RetroError):
             self._others(kind, error, trace)
             return
-        print_error(error)
+        # With process groups, torch's hook calls this one, collects what it prints in a buffer, and
+        # loses that when this one exits.
+        collected = isinstance(sys.stderr, io.StringIO)
+        with contextlib.redirect_stderr(sys.__stderr__ if collected else sys.stderr):
+            print_error(error)
         raise SystemExit(EXIT_CODE)
 
 

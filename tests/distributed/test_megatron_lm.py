@@ -1,20 +1,21 @@
-"""Megatron-LM's own `pretrain()` trains Retro, where megatron-core's wheel holds it (from 0.17)."""
+"""Megatron-LM's own `pretrain()` trains Retro. megatron-core's wheels from 0.17 on contain it."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
+import json
 import re
-import socket
-import subprocess
-import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from tests.unit.training.test_providers import command_line, our_losses
+from retro_mcore.errors import CheckpointError, flag_of
+from tests.forked_runs import output, start
+from tests.unit.data.projects import built_project
+from tests.unit.training.our_losses import command_line, our_options, our_run
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("megatron_lm_on_cpu.py")
 
 
 def has_trainer() -> bool:
@@ -29,50 +30,186 @@ pytestmark = [
     pytest.mark.skipif(not has_trainer(), reason="this megatron-core has no megatron.training"),
 ]
 
+SPEC = "--spec retro_mcore.model.specs get_retro_decoder_block_spec"
 ON_CPU = """--distributed-backend gloo --use-cpu-initialization --transformer-impl local
 --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm
 --no-rope-fusion"""
 AS_OURS = """--hidden-dropout 0 --attention-dropout 0 --position-embedding-type rope --lr 1e-2
---lr-decay-style constant --log-interval 1 --make-vocab-size-divisible-by 512"""
+--lr-decay-style constant --lr-decay-iters 100 --log-interval 1
+--make-vocab-size-divisible-by 512 --ckpt-format torch_dist --save-interval 1"""
+#: With the vocabulary of the checkpoint: it is padded to a multiple of this times the ranks.
+TP2 = """--tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 256
+--override-opt-param-scheduler"""
+#: Every option of ours, with a value other than its default.
+OPTIONS = """--retro-attention-gate 0.5 --retro-num-neighbors 1 --retro-num-retrieved-chunks 1
+--retro-encoder-layers 3 --retro-encoder-cross-attention-dropout 0.3 --retro-encoder-hidden-size 16
+--retro-encoder-num-attention-heads 2 --retro-encoder-ffn-hidden-size 24
+--retro-cross-attention-positions rotary --retro-deepnorm --retro-mup-base-hidden-size 16
+--retro-mup-base-kv-channels 8 --retro-origin legacy --retro-drop-chunks 0.1
+--retro-drop-neighbors 0.2 --retro-replace-neighbors 0.3 --retro-replace-tokens 0.4"""
+#: Options that are trained with.
+TRAINED = {
+    "retro_encoder_hidden_size": 16,
+    "retro_encoder_num_attention_heads": 2,
+    "retro_encoder_ffn_hidden_size": 24,
+    "retro_cross_attention_positions": "rotary",
+    "retro_deepnorm": True,
+    "retro_drop_neighbors": 0.5,
+}
+ORIGIN = {"retro_origin": "mcore-0.15"}
 
 
-def train(*flags: str) -> subprocess.CompletedProcess:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    rank |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
-    return subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "tests" / "distributed" / "megatron_lm_on_cpu.py"),
-            *command_line(*ON_CPU.split(), *AS_OURS.split(), *flags),
-        ],
-        env={**os.environ, **rank, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
+def flags_of(options: dict[str, object]) -> str:
+    words = ([flag_of(n), *([] if v is True else [str(v)])] for n, v in options.items())
+    return " ".join(word for flag in words for word in flag)
+
+
+def run(name: str, flags: str, ranks: int = 1, retriever: bool = True, parse: bool = False):
+    argv = command_line(*f"{ON_CPU} {AS_OURS} {flags}".split(), retriever=retriever)
+    return {"name": name, "ranks": ranks, "flags": argv, "parse": parse}
+
+
+@pytest.fixture(scope="module")
+def trained(megatron, tmp_path_factory):
+    """The folder of all runs: output by rank, checkpoints, exit codes."""
+    folder = tmp_path_factory.mktemp("megatron_lm")
+    runs = [
+        run("retro", f"{SPEC} --train-iters 2 --save retro"),
+        run("resumed", f"{SPEC} --train-iters 4 --load retro --save resumed {TP2}", ranks=2),
+        run("gpt", "--train-iters 2 --save gpt", retriever=False),
+        run("parsed", f"--train-iters 2 {OPTIONS}", parse=True),
+        run("options", f"--train-iters 1 {flags_of(TRAINED)}"),
+        run("origin", f"--train-iters 1 {flags_of(ORIGIN)}"),
+        run("refused", "--train-iters 2 --multi-latent-attention --retro-mup-base-hidden-size 8"),
+    ]
+    our_run()  # builds the caches of samples, which the runs share
+    start(SCRIPT, runs, folder)
+    return folder
+
+
+def check_losses(text: str, expected: list[float]) -> None:
+    found = [float(loss) for loss in re.findall(r"lm loss: (\S+) \| loss scale", text)]
+    assert len(found) == len(expected)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    if len(found) == 1:
+        return
+    # Some releases begin to count anew only after the second line, which then has the mean.
+    either = [expected[1], (expected[0] + expected[1]) / 2]
+    assert min(abs(found[1] - each) for each in either) <= 1e-6 * expected[1]
+
+
+def test_losses_are_our_own_trainers(trained):
+    check_losses(output(trained, "retro"), our_run().train_losses[:2])
+
+
+def test_a_checkpoint_is_resumed_under_tensor_and_sequence_parallelism(trained):
+    text = output(trained, "resumed")
+    check_losses(text, our_run().train_losses[2:])
+    ((iteration, expected),) = our_run().valid_losses
+    found = re.search(rf"iteration {iteration} on validation set \| lm loss value: (\S+)", text)
+    assert float(found[1]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_gpt_without_retrieval(trained):
+    check_losses(output(trained, "gpt"), our_run(no_retrieval=True).train_losses[:2])
+
+
+@pytest.mark.parametrize(("name", "options"), [("options", TRAINED), ("origin", ORIGIN)])
+def test_options_change_the_model_as_in_our_trainer(trained, name, options):
+    check_losses(output(trained, name), our_run(train_iters=1, **options).train_losses)
+
+
+def test_a_script_without_a_guard_saves(trained):
+    assert (trained / "retro" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    for iteration in (1, 2):
+        assert list((trained / "retro" / f"iter_000000{iteration}").glob("*.distcp"))
+
+
+def test_every_option_of_ours_reaches_the_parser(trained):
+    from retro_mcore.model.options import ModelOptions
+    from retro_mcore.training.options.noise import NeighborNoiseOptions
+
+    output(trained, "parsed")
+    args = json.loads((trained / "parsed.json").read_text())
+    for options in (ModelOptions, NeighborNoiseOptions):
+        for field in fields(options):
+            if field.name.startswith("retro_"):
+                assert args[field.name] not in (None, field.default), field.name
+    assert args["retro_encoder_num_layers"] == 3
+    assert args["retro_cross_attention_positions"] == "rotary"
+    assert args["seq_length"] == 64  # the project's, by default
+    assert args["tokenizer_type"] == "NullTokenizer"
+
+
+def test_refusals_are_listed_in_one_line(trained):
+    text = output(trained, "refused", code=2)
+    assert "error: --multi-latent-attention: given. Leave it out" in text
+    assert "--retro-mup-base-hidden-size: 8" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("name", ["retro", "gpt"])
+def test_perplexity_is_that_of_the_converted_checkpoint(trained, tmp_path, name):
+    from retro_mcore.cli.convert_checkpoint import ConvertCheckpointOptions, convert_checkpoint
+    from retro_mcore.cli.evaluate_perplexity import EvaluatePerplexityOptions, evaluate_perplexity
+
+    output(trained, name)
+    project, ours = str(built_project()), str(tmp_path / "ours")
+    convert_checkpoint(
+        ConvertCheckpointOptions(load=str(trained / name), save=ours, project_dir=project)
     )
+    read, converted = (
+        evaluate_perplexity(EvaluatePerplexityOptions(project_dir=project, load=load, device="cpu"))
+        for load in (str(trained / name), ours)
+    )
+    assert [row.loss for row in read.perplexities] == [row.loss for row in converted.perplexities]
 
 
-def test_losses_are_our_own_trainers_and_a_script_without_a_guard_saves(megatron, tmp_path):
-    done = train("--save", str(tmp_path), "--save-interval", "2", "--ckpt-format", "torch_dist")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [float(loss) for loss in re.findall(r"lm loss: (\S+) \| loss scale", done.stdout)]
-    first, second = our_losses()
-    # Some releases begin to count anew only after the second line, which then holds the mean.
-    # Megatron-LM writes seven digits.
-    assert found[0] == pytest.approx(first, rel=2e-6)
-    assert found[1] in (pytest.approx(second, rel=2e-6), pytest.approx((first + second) / 2, 2e-6))
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
-    assert list((tmp_path / "iter_0000002").glob("*.distcp"))
+@pytest.mark.parametrize("name", ["retro", "gpt"])
+def test_the_tokenizer_is_recorded(trained, name):
+    from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+    from retro_mcore.project import ProjectConfig, ProjectPaths
+    from retro_mcore.training.loop.sample_reader import tokenizer_fingerprint
+    from retro_mcore.training.setup.load_model import SavedModel
+
+    output(trained, name)
+    project, directory = ProjectConfig.load(built_project()), built_project()
+    saved = SavedModel.find(trained / name)
+    assert saved.arguments.tokenizer_fingerprint == tokenizer_fingerprint(project, directory)
+    assert saved.arguments.tokenizer_type == project.retro_gpt_tokenizer_type
+    tokenizer = load_project_tokenizer(project, ProjectPaths(directory))
+    assert saved.arguments.vocab_size == tokenizer.vocab_size
+    assert saved.entries["document_tokens"]["eod"] == tokenizer.eod
 
 
-def test_a_flag_of_another_model_is_refused_by_name(megatron):
-    done = train("--multi-latent-attention")
-    assert done.returncode == 2
-    assert "error: --multi-latent-attention: given. Leave it out" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_our_trainer_goes_on_from_the_weights_alone(trained, tmp_path):
+    from retro_mcore.cli.pretrain_retro import pretrain_retro
+
+    output(trained, "retro")
+    load = {"load": str(trained / "retro"), "save": str(tmp_path), "train_iters": 1}
+    with pytest.raises(CheckpointError, match=r"was written by Megatron-LM or.*Add --finetune"):
+        pretrain_retro(our_options(**load))
+    # Megatron-LM's fused GELU is the tanh approximation.
+    first = pretrain_retro(our_options(**load, finetune=True, openai_gelu=True)).train_losses[0]
+    assert first < our_run().train_losses[0] - 0.1
+
+
+def test_instruction_tuning_and_generation_start_from_it(trained, tmp_path):
+    from retro_mcore.cli.finetune_retro import FinetuneRetroOptions, finetune_retro
+    from retro_mcore.cli.generate import GenerateOptions, generate
+
+    output(trained, "retro")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}))
+    common = {"project_dir": str(built_project()), "device": "cpu"}
+    tuned = finetune_retro(
+        FinetuneRetroOptions(
+            **common, load=str(trained / "retro"), save=str(tmp_path / "tuned"), finetune=True,
+            data_path=["chats.jsonl"], data_folder=str(tmp_path), micro_batch_size=1,
+            global_batch_size=1, train_iters=1, lr=1e-3, num_workers=0, eval_iters=1,
+        )
+    )  # fmt: skip
+    assert len(tuned.train_losses) == 1
+    options = GenerateOptions(**common, load=str(trained / "retro"), prompt="Hi", max_new_tokens=4)
+    (text,) = generate(options)
+    assert len(text.generated.tokens) > text.generated.prompt_length

@@ -31,6 +31,7 @@ from retro_mcore.cli.commands import (
 )
 from tests.integration.small_checkpoint import small_checkpoint
 from tests.integration.test_serve import Server, running_server
+from tests.unit.checkpoint.bridge_checkpoint import give_bridges_configuration
 from tests.unit.data.projects import (
     built_project,
     documents,
@@ -276,7 +277,15 @@ def two_domains(shell: Shell) -> None:
     query_neighbors(**where)
 
 
+def bridge_model(shell: Shell) -> None:
+    """A project, and a checkpoint as Megatron-Bridge saves it."""
+    model_and_project(shell)
+    (checkpoint,) = (shell.data / "retro").glob("iter_*")
+    give_bridges_configuration(checkpoint)
+
+
 PAGES = {
+    "bridge": bridge_model,
     "own_text": texts,
     "llama_or_qwen": hugging_face_models,
     "perplexity": model_and_project,

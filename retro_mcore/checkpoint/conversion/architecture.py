@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from retro_mcore.checkpoint.arguments import in_our_form
 from retro_mcore.checkpoint.conversion.model_fields import (
     DECODER_FLAGS,
     END_TOKENS,
@@ -18,8 +19,12 @@ from retro_mcore.checkpoint.conversion.weights import Weights
 from retro_mcore.errors import CheckpointError, flag_of
 from retro_mcore.model.expert_options import EXPERT_OPTIONS, NEED_EXPERTS, expert_layers
 
-# Arguments of training and its data that conversion keeps; Megatron calls them the same.
-_OF_TRAINING = ("seed", "bf16", "fp16", "document_tokens", END_TOKENS)
+# Arguments of training and its data that conversion keeps. Our trainer and our providers record
+# the last three; the others have the same name in Megatron.
+_OF_TRAINING = (
+    *("seed", "bf16", "fp16"),
+    *("document_tokens", "tokenizer_fingerprint", END_TOKENS),
+)
 #: Megatron's arguments for computations that our model lacks, with the values that turn them off
 #: besides None, False and 0. Refused by conversion and inside Megatron-LM's trainer.
 LACKED: dict[str, tuple[Any, ...]] = {
@@ -72,7 +77,7 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
         CheckpointError: they say that the model computes something that ours does not.
     """
     values = vars(args)
-    if is_ours(args):
+    if in_our_form(values):
         flags = {name: value for name, value in values.items() if value is not None}
         heads = values.get("num_query_groups") or values.get("num_attention_heads")
         return {**flags, "num_query_groups": heads} if heads else flags
@@ -81,6 +86,8 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
     read |= {name: values.get(name) for name in _OF_TRAINING}
     flags = {name: value for name, value in read.items() if value is not None}
     flags = _expert_flags(flags, values, source)
+    if values.get("retro_tokenizer_type"):  # the other one is the tokenizer that Megatron-LM built
+        flags["tokenizer_type"] = values["retro_tokenizer_type"]
     if values.get("use_rotary_position_embeddings"):  # the flag before --position-embedding-type
         flags["position_embedding_type"] = "rope"
     if "num_attention_heads" in flags:
@@ -148,11 +155,6 @@ def _refuse_lacked(values: Mapping[str, Any], source: object) -> None:
             f"is from a model that computes differently: {', '.join(found)}",
             "Only dense GPT and Retro models convert",
         )
-
-
-def is_ours(args: Namespace) -> bool:
-    """Whether our own trainer saved them."""
-    return "no_retrieval" in vars(args)
 
 
 def flags_of_weights(weights: Weights) -> Flags:

@@ -16,13 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from retro_mcore.checkpoint.arguments import is_own
 from retro_mcore.checkpoint.checksums import verify_checkpoint
 from retro_mcore.checkpoint.contents import is_torch_dist
-from retro_mcore.checkpoint.conversion.architecture import (
-    flags_of_arguments,
-    flags_of_weights,
-    is_ours,
-)
+from retro_mcore.checkpoint.conversion.architecture import flags_of_arguments, flags_of_weights
 from retro_mcore.checkpoint.conversion.gguf_model import read_gguf
 from retro_mcore.checkpoint.conversion.huggingface import is_huggingface, read_huggingface
 from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS, OURS_ALONE, Flags
@@ -51,6 +48,7 @@ class Checkpoint:
         weights: By our names, as an unsharded model with local layers has them.
         common: Arguments and counters, as they were saved.
         notes: Remarks for the user.
+        has_other_names: Whether it is a Retro with other names than ours, of other origin.
     """
 
     path: Path
@@ -59,6 +57,7 @@ class Checkpoint:
     weights: dict[str, Weight]
     common: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    has_other_names: bool = False
 
     @property
     def has_retrieval(self) -> bool:
@@ -104,7 +103,7 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
     if compare:
         verify_checkpoint(path)
     args = common.get("args") or Namespace()
-    ours = is_ours(args)
+    ours = is_own(vars(args))
     # Our model, whoever trained it: Megatron-LM does, with our providers.
     our_model = not older and any(name.startswith("neighbor_encoder.") for name in weights)
     if not older:
@@ -117,9 +116,9 @@ def open_checkpoint(directory: str | Path, compare: bool = True) -> Checkpoint:
     if not ours and not flags["no_retrieval"]:
         theirs = _origin(source, weights)
         flags["retro_origin"] = getattr(args, "retro_origin", None) if our_model else theirs
-    unread = source == "megatron" and not our_model and not flags["no_retrieval"]
-    notes = _drop_unread(flags) if unread else []
-    return Checkpoint(path, source, flags, weights, common, notes=notes)
+    upstreams = source != "retro-mcore" and not our_model and not flags["no_retrieval"]
+    notes = _drop_unread(flags) if upstreams and source == "megatron" else []
+    return Checkpoint(path, source, flags, weights, common, notes, upstreams)
 
 
 def _drop_unread(flags: Flags) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from retro_mcore.checkpoint.arguments import read_arguments
+from retro_mcore.checkpoint.arguments import require_own
 from retro_mcore.checkpoint.files import (
     existing_checkpoint,
     iteration_of,
@@ -28,6 +28,7 @@ from retro_mcore.training.reporting.metrics import (
     read_metrics,
 )
 from retro_mcore.training.setup.plan import TrainingPlan
+from retro_mcore.training.setup.saved_arguments import saved_arguments
 
 
 @dataclass
@@ -66,7 +67,8 @@ def checkpoint_to_resume(plan: TrainingPlan) -> Path | None:
     """The checkpoint to start from: that of --ckpt-step, else the latest; None if there is none.
 
     Raises:
-        CheckpointError: it has another configuration, or a flag needs one and there is none.
+        CheckpointError: it has another configuration, or a flag needs one and there is none; or it
+            is Megatron-LM's, and not only its weights are wanted.
         ConfigurationError: --save holds a checkpoint that the run would overwrite.
     """
     options = plan.options
@@ -74,7 +76,9 @@ def checkpoint_to_resume(plan: TrainingPlan) -> Path | None:
     if options.load is not None:
         checkpoint = existing_checkpoint(options.load, options.ckpt_step)
     if checkpoint is not None:
-        plan.check_resumes(read_arguments(checkpoint), checkpoint)
+        if not options.finetune:
+            require_own(checkpoint)
+        plan.check_resumes(saved_arguments(checkpoint), checkpoint)
     elif options.needs_checkpoint is not None:
         raise CheckpointError(
             f"--load {options.load}",

@@ -13,7 +13,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.checkpoint.files import Retention
 from retro_mcore.checkpoint.loading import load_checkpoint
@@ -78,6 +77,7 @@ from retro_mcore.training.setup.initialize import (
 )
 from retro_mcore.training.setup.plan import TrainingPlan
 from retro_mcore.training.setup.retrofit import load_decoder
+from retro_mcore.training.setup.saved_arguments import saved_arguments
 
 __all__ = ["Trainer", "TrainingResult", "checkpoint_to_resume", "finished_run", "num_parameters"]
 
@@ -120,7 +120,7 @@ class Trainer:
             if options.deterministic_mode:
                 use_deterministic_algorithms()
             checkpoint = checkpoint_to_resume(plan)
-            saved = {} if checkpoint is None else read_arguments(checkpoint)
+            saved = {} if checkpoint is None else saved_arguments(checkpoint)
             if checkpoint is not None:
                 plan = plan.with_vocabulary_of(saved)
                 if load_scope(plan).progress:

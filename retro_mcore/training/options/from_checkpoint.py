@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.checkpoint.conversion.formats import open_checkpoint
 from retro_mcore.checkpoint.conversion.model_fields import MODEL_FIELDS
 from retro_mcore.checkpoint.files import existing_checkpoint, find_checkpoint
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.options import ModelOptions
+from retro_mcore.training.setup.saved_arguments import saved_arguments
 
 
 def model_options_of_checkpoint(load: str | None, ckpt_step: int | None = None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def model_options_of_checkpoint(load: str | None, ckpt_step: int | None = None) 
     """
     if load is None:
         raise ConfigurationError("--use-checkpoint-args", "given without --load", "Add --load")
-    saved = read_arguments(find_checkpoint(load, ckpt_step))
+    saved = saved_arguments(find_checkpoint(load, ckpt_step))
     names = [field.name for field in fields(ModelOptions)]
     return {name: saved[name] for name in names if name in saved}
 

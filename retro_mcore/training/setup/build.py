@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
 
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.family_layers import finish_decoder
@@ -70,24 +71,42 @@ def build_model(
         ConfigurationError: a value is invalid. Names the field or flag.
     """
     config = build_config(arguments, parallel, recompute or RecomputeOptions())
-    engine = uses_transformer_engine(parallel)
     where = {"ignore_virtual": False, "vp_stage": vp_stage}
+    model = assemble_model(
+        config,
+        arguments,
+        uses_transformer_engine(parallel),
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        vp_stage=vp_stage,
+    )
+    return model if is_cpu_in_use() else model.cuda(torch.cuda.current_device())
+
+
+def assemble_model(
+    config: TransformerConfig, arguments: ModelArguments, engine: bool, **stage: Any
+) -> GPTModel:
+    """Build a stage of the model from its configuration.
+
+    Args:
+        config: A RetroConfig, or the configuration of the GPT without retrieval.
+        arguments: The arguments that it was made from.
+        engine: Whether layers come from Transformer Engine.
+        **stage: pre_process, post_process, vp_stage and, optionally, pg_collection of GPTModel.
+    """
     sizes: dict[str, Any] = {
-        "pre_process": parallel_state.is_pipeline_first_stage(**where),
-        "post_process": parallel_state.is_pipeline_last_stage(**where),
-        "vp_stage": vp_stage,
         "vocab_size": arguments.padded_vocab_size,
         "share_embeddings_and_output_weights": not arguments.untie_embeddings_and_output_weights,
         "max_sequence_length": number_of_positions(arguments),
         **passed_to("model", ModelArguments, arguments),
+        **stage,
     }
-    model: GPTModel
     if isinstance(config, RetroConfig):
-        model = RetroModel(config, get_retro_decoder_block_spec(config, engine, vp_stage), **sizes)
-    else:
-        model = GPTModel(config, get_gpt_decoder_block_spec(config, engine, vp_stage), **sizes)
-        finish_decoder(model)
-    return model if is_cpu_in_use() else model.cuda(torch.cuda.current_device())
+        spec = get_retro_decoder_block_spec(config, engine, stage["vp_stage"])
+        return RetroModel(config, spec, **sizes)
+    model = GPTModel(config, get_gpt_decoder_block_spec(config, engine, stage["vp_stage"]), **sizes)
+    finish_decoder(model)
+    return model
 
 
 def arguments_from(values: dict[str, Any]) -> ModelArguments:

@@ -6,18 +6,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retro_mcore.checkpoint.conversion.formats import Checkpoint, open_checkpoint
-from retro_mcore.checkpoint.conversion.model_fields import (
-    END_TOKENS,
-    MODEL_FIELDS,
-    Flags,
-    Target,
-)
+from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS, Flags, Target
 from retro_mcore.checkpoint.conversion.targets import (
     check_origin,
     check_window,
@@ -27,7 +21,6 @@ from retro_mcore.checkpoint.conversion.targets import (
 )
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import CheckpointError
-from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.lock import directory_lock
 from retro_mcore.project.paths import ProjectPaths
@@ -36,10 +29,9 @@ from retro_mcore.training.loop.sample_reader import (
     document_tokens,
     tokenizer_fingerprint,
 )
-from retro_mcore.training.options.model_sizes import default_ffn_hidden_size
 from retro_mcore.training.setup.huggingface_export import HuggingFaceOptions, write_huggingface
-from retro_mcore.training.setup.model_config import number_of_positions
 from retro_mcore.training.setup.retrofit import bos_notes
+from retro_mcore.training.setup.saved_arguments import complete_arguments
 
 
 @dataclass
@@ -94,7 +86,7 @@ def convert(
     flags = {**checkpoint.flags, **given}
     _check_vocabulary(load, flags, given, project_dir)
     check_window(target, flags)
-    arguments = _model_arguments(flags, load)
+    arguments = complete_arguments(flags, load)
     # Keep resolved sizes, because Megatron's arguments have no defaults for them.
     flags |= {name: value for name, value in arguments.items() if value is not None}
     check_origin(target, flags, origin_given)
@@ -170,54 +162,6 @@ def _check_vocabulary(load: str, flags: Flags, given: Flags, project_dir: str | 
             f"has {rows} embedding rows, and {source} needs {needed}",
             "Give the tokenizer that the model was trained with, without tokens added later",
         )
-
-
-def _model_arguments(flags: Flags, load: str) -> Flags:
-    """All arguments of the model, with defaults only for those that do not change its results."""
-    missing = [name for name in _needed(flags) if flags.get(name) is None]
-    if missing:
-        raise CheckpointError(
-            load,
-            f"does not say {', '.join(missing)}",
-            "Give them in a YAML file: --model-config FILE (or --project-dir)",
-        )
-    values: Flags = {
-        "retro_chunk_length": 64,  # not used by a GPT
-        "vocab_size": flags["padded_vocab_size"],
-        "tokenizer_type": "unknown",
-        "tokenizer_fingerprint": "",
-        **flags,
-    }
-    arguments: Flags = {}
-    for field in fields(ModelArguments):
-        if field.name in values:
-            arguments[field.name] = values[field.name]
-        elif field.default is not MISSING:
-            arguments[field.name] = field.default
-    return asdict(_as_trained(ModelArguments(**arguments)))
-
-
-def _needed(flags: Flags) -> Iterator[str]:
-    """Options whose defaults would be silently wrong."""
-    kinds = {"always"}
-    kinds |= {"rotary"} if flags["position_embedding_type"] == "rope" else set()
-    kinds |= set() if flags["no_retrieval"] else {"retrieval"}
-    return (name for name, traits in MODEL_FIELDS.items() if traits.needed in kinds)
-
-
-def _as_trained(arguments: ModelArguments) -> ModelArguments:
-    """Turn sizes equal to the defaults into defaults, so a run with the usual flags can resume."""
-    heads = arguments.num_attention_heads
-    usual = {
-        "num_query_groups": heads,
-        "kv_channels": arguments.hidden_size // heads,
-        "ffn_hidden_size": default_ffn_hidden_size(replace(arguments, ffn_hidden_size=None)),
-    }
-    left_out: Flags = {
-        name: None for name, size in usual.items() if getattr(arguments, name) == size
-    }
-    positions = arguments.max_position_embeddings or number_of_positions(arguments)
-    return replace(arguments, **left_out, max_position_embeddings=positions)
 
 
 def _our_arguments(flags: Flags, arguments: Flags) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from retro_mcore import distributed
-from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.checkpoint.files import find_checkpoint, latest_iteration
 from retro_mcore.data.instruction.blend import BlendPart, labels_of, parse_blend
 from retro_mcore.data.instruction.cuts import InstructionCuts, count_cuts
@@ -35,6 +34,7 @@ from retro_mcore.training.options.from_checkpoint import model_options_of_checkp
 from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.setup.build import uses_transformer_engine
 from retro_mcore.training.setup.plan import TrainingPlan, make_plan
+from retro_mcore.training.setup.saved_arguments import saved_arguments
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def make_finetune_plan(
     if command.save is not None and latest_iteration(command.save) is not None:
         command = replace(command, load=command.save, finetune=False, ckpt_step=None)
     assert command.load is not None
-    saved = read_arguments(find_checkpoint(command.load, command.ckpt_step))
+    saved = saved_arguments(find_checkpoint(command.load, command.ckpt_step))
     length = command.seq_length or int(saved["seq_length"])
     model = model_options_of_checkpoint(command.load, command.ckpt_step)
     options = _training_options(command, model, saved, length)

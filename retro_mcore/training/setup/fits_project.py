@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
+import logging
+
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError, TokenizerError
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.loop.sample_reader import tokenizer_fingerprint
+
+_LOG = logging.getLogger(__name__)
 
 
 def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
     """Reject a model trained with a different tokenizer from the project's.
 
+    Of a model whose checkpoint does not record its tokenizer, the size of the vocabulary is
+    compared, and a warning is logged.
+
     Raises:
         TokenizerError: the tokenizers differ. Names both.
     """
     theirs = tokenizer_fingerprint(project, project_dir)
-    if arguments.tokenizer_fingerprint != theirs:
+    if lacks_tokenizer(arguments.tokenizer_fingerprint):
+        _check_vocabulary(arguments, project, project_dir)
+    elif arguments.tokenizer_fingerprint != theirs:
         raise TokenizerError(
             f"tokenizer of {project_dir}",
             f"{project.retro_gpt_tokenizer_type} with fingerprint {theirs[:12]}, but the "
             f"checkpoint was trained with {arguments.tokenizer_type} (vocabulary "
             f"{arguments.vocab_size}, fingerprint {arguments.tokenizer_fingerprint[:12]})",
             "Evaluate on the project that the model was trained on, or on one with its tokenizer",
+        )
+
+
+def lacks_tokenizer(fingerprint: str | None) -> bool:
+    """Whether a checkpoint does not record its tokenizer, and say so on the first rank.
+
+    Megatron-LM's own trainer does not; with our providers it does.
+    """
+    if not fingerprint and get_rank() == 0:
+        _LOG.warning(
+            "warning: the checkpoint does not record its tokenizer's fingerprint: only the size of "
+            "the vocabulary is compared with the project's"
+        )
+    return not fingerprint
+
+
+def _check_vocabulary(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
+    here = load_project_tokenizer(project, ProjectPaths(project_dir)).vocab_size
+    if arguments.vocab_size != here:
+        raise TokenizerError(
+            f"tokenizer of {project_dir}",
+            f"{project.retro_gpt_tokenizer_type} with a vocabulary of {here}, but the checkpoint "
+            f"was trained with {arguments.vocab_size}",
+            "Use the project that the model was trained on, or one with its tokenizer",
         )
 
 

@@ -10,16 +10,17 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 
 from retro_mcore import distributed
-from retro_mcore.checkpoint.arguments import read_arguments
+from retro_mcore.checkpoint.arguments import is_own, read_arguments
 from retro_mcore.checkpoint.checksums import verify_checkpoint
 from retro_mcore.checkpoint.files import find_checkpoint
-from retro_mcore.checkpoint.loading import load_state, require_entries
+from retro_mcore.checkpoint.loading import load_megatron_lm, load_state, require_entries
 from retro_mcore.checkpoint.state import METADATA
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.training.options.pretrain import ParallelOptions
 from retro_mcore.training.setup.build import arguments_from, build_model
 from retro_mcore.training.setup.initialize import initialize_parallel, set_seeds
+from retro_mcore.training.setup.saved_arguments import saved_arguments
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class SavedModel:
         path: The checkpoint.
         entries: Everything that the checkpoint records about its run.
         arguments: Arguments that the model is built from.
+        is_own: Whether our own trainer saved it; otherwise Megatron-LM's did.
     """
 
     path: Path
     entries: Mapping[str, Any]
     arguments: ModelArguments
+    is_own: bool = True
 
     @classmethod
     def find(cls, directory: str | Path, ckpt_step: int | None = None) -> SavedModel:
@@ -48,10 +51,10 @@ class SavedModel:
             CheckpointError: there is no checkpoint, or it is damaged.
         """
         path = find_checkpoint(directory, ckpt_step)
-        entries = read_arguments(path)
+        entries = saved_arguments(path)
         verify_checkpoint(path)
         require_entries(path, entries, ("seed", "bf16", "fp16"))
-        return cls(path, entries, arguments_from(entries))
+        return cls(path, entries, arguments_from(entries), is_own(read_arguments(path)))
 
     def with_attention_gate(self, gate: float | None) -> SavedModel:
         """The same model with a different attention gate; None keeps the trained model's gate.
@@ -85,8 +88,11 @@ class SavedModel:
         layout = ParallelOptions(**{**vars(parallel), **precision})
         with distributed.raise_together():
             model = build_model(self.arguments, layout)
-        state = load_state({"model": model.sharded_state_dict(metadata=METADATA)}, self.path)
-        model.load_state_dict(state["model"])
+        if self.is_own:
+            state = load_state({"model": model.sharded_state_dict(metadata=METADATA)}, self.path)
+            model.load_state_dict(state["model"])
+        else:
+            load_megatron_lm([model], self.path)
         return model.eval()
 
 

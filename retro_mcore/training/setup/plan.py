@@ -47,6 +47,7 @@ from retro_mcore.training.setup.build import (
     uses_transformer_engine,
 )
 from retro_mcore.training.setup.data_contents import DataContents
+from retro_mcore.training.setup.fits_project import lacks_tokenizer
 from retro_mcore.training.setup.gpt_contents import check_same_gpt
 from retro_mcore.training.setup.retrofit import gpt_arguments
 
@@ -57,6 +58,9 @@ OPTIONS_FILE = "config.yaml"
 _WITHOUT_FLAG = {field.name for field in fields(ModelArguments)} - {
     field.name for field in fields(TrainingOptions)
 }
+
+
+_TOKENIZER = ("tokenizer_type", "tokenizer_fingerprint")
 
 
 class SplitReport(Protocol):
@@ -225,6 +229,8 @@ class TrainingPlan:
             now = {name: value for name, value in now.items() if name not in SCHEDULE}
         if self._compares_contents(saved):
             now.pop("data_path", None)  # only the files' content matters, not their location
+        if lacks_tokenizer(saved.get("tokenizer_fingerprint")):
+            now = {name: v for name, v in now.items() if name not in _TOKENIZER}
         differing = [name for name, mine in now.items() if before.get(name) != mine]
         if not differing:
             return

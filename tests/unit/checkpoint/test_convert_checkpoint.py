@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from retro_mcore.checkpoint.checksums import CHECKSUMS_FILE
 from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError
 from retro_mcore.project.lock import directory_lock
+from tests.unit.checkpoint.bridge_checkpoint import give_bridges_configuration
 from tests.unit.checkpoint.test_upstream import load_case, run_case
 from tests.unit.data.projects import built_project
 from tests.unit.training.small import CHUNK_LENGTH, VOCABULARY, small_trainer
@@ -370,18 +372,53 @@ def test_a_model_that_megatron_lm_trained_computes_the_same(megatron, tmp_path, 
     assert all(torch.equal(value, wanted[name]) for name, value in state(again).items())
 
 
-def test_a_checkpoint_of_megatron_lm_says_how_it_is_read(megatron, tmp_path):
-    """evaluate_perplexity, generate and the trainer tell how to convert it, in one line."""
+def megatron_lm_arguments(path: Path, **changes) -> None:
+    """Give a checkpoint of ours the arguments that Megatron-LM's trainer would have saved."""
+    common = torch.load(path / "common.pt", weights_only=False)
+    theirs = {**vars(common["args"]), "retro_add_retriever": True, "group_query_attention": False}
+    for name in ("no_retrieval", "tokenizer_fingerprint", "document_tokens"):
+        theirs.pop(name, None)
+    torch.save({**common, "args": Namespace(**{**theirs, **changes})}, path / "common.pt")
+    (path / CHECKSUMS_FILE).unlink()  # Megatron-LM writes none
+
+
+def test_a_checkpoint_of_megatron_lm_is_read(megatron, tmp_path, caplog):
+    small_trainer(save=str(tmp_path), train_iters=1).train()
+    wanted, arguments = built(tmp_path)
+    (path,) = tmp_path.glob("iter_*")
+    megatron_lm_arguments(path)
+    model, found = built(tmp_path)
+    assert replace(found, tokenizer_fingerprint=arguments.tokenizer_fingerprint) == arguments
+    assert all(torch.equal(value, state(wanted)[name]) for name, value in state(model).items())
+    with pytest.raises(CheckpointError, match=r"was written by Megatron-LM .*Add --finetune"):
+        small_trainer(load=str(tmp_path), train_iters=1)
+    trainer = small_trainer(load=str(tmp_path), finetune=True, train_iters=1)
+    assert "does not record its tokenizer's fingerprint" in caplog.text
+    assert trainer.train().iteration == 1
+
+
+def test_the_tokenizer_of_a_checkpoint_of_megatron_lm_is_compared(megatron, tmp_path):
     small_trainer(save=str(tmp_path), train_iters=1).train()
     (path,) = tmp_path.glob("iter_*")
-    common = torch.load(path / "common.pt", weights_only=False)
-    del common["args"].no_retrieval, common["args"].tokenizer_fingerprint
-    torch.save(common, path / "common.pt")
-    (path / CHECKSUMS_FILE).unlink()  # Megatron-LM writes none
-    with pytest.raises(CheckpointError, match=r"Convert it: tools/convert_checkpoint\.py --load"):
-        built(tmp_path)
-    with pytest.raises(CheckpointError, match="Convert it"):
+    megatron_lm_arguments(path, tokenizer_fingerprint="0" * 64)
+    with pytest.raises(CheckpointError, match="was trained with tokenizer_fingerprint 000"):
         small_trainer(load=str(tmp_path), finetune=True, train_iters=1)
+
+
+def test_a_model_of_megatron_bridge_is_read(megatron, tmp_path):
+    small_trainer(save=str(tmp_path), train_iters=1).train()
+    wanted, arguments = built(tmp_path)
+    (path,) = tmp_path.glob("iter_*")
+    give_bridges_configuration(path)
+    model, found = built(tmp_path)
+    assert found == arguments
+    assert all(torch.equal(value, state(wanted)[name]) for name, value in state(model).items())
+    with pytest.raises(CheckpointError, match=r"or Megatron-Bridge.*Add --finetune"):
+        small_trainer(load=str(tmp_path), train_iters=1)
+    for text, message in (("model: {}", "is not one of retro_mcore"), ("a: [", "cannot be read")):
+        (path / "run_config.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            built(tmp_path)
 
 
 def mistral(path, **changes):

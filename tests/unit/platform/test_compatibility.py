@@ -41,11 +41,14 @@ def test_saving_starts_no_manager_process(megatron, tmp_path):
 
 def test_results_of_any_size_come_from_a_forked_writer():
     results = compatibility._FileQueue()
-    large = b"0" * 1_000_000  # more than a pipe holds
-    writer = multiprocessing.get_context("fork").Process(target=results.put, args=(large,))
-    writer.start()
-    writer.join(60)
-    assert results.get_nowait() == large
+    for content in (b"0", b"1", b"2"):  # one queue serves every save of Megatron-LM's trainer
+        large = content * 1_000_000  # more than a pipe holds
+        writer = multiprocessing.get_context("fork").Process(target=results.put, args=(large,))
+        writer.start()
+        writer.join(60)
+        assert results.get_nowait() == large
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
 
 
 def test_a_writer_that_died_left_no_results():

@@ -1,0 +1,172 @@
+"""A recipe: pretraining on a project in Megatron-Bridge."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from megatron.bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    DistributedDataParallelConfig,
+    LoggerConfig,
+    OptimizerConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+
+from retro_mcore.bridge.data import RetroDatasetProvider
+from retro_mcore.bridge.model import RetroModelConfig
+from retro_mcore.data.tokenizers.loading import load_project_tokenizer
+from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.model.options import ModelOptions
+from retro_mcore.project.config import ProjectConfig
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.training.loop.sample_reader import DOCUMENT_TOKENS, document_tokens
+from retro_mcore.training.options.pretrain import RecomputeOptions, TrainingOptions
+from retro_mcore.training.setup.model_config import build_config, uses_transformer_engine
+from retro_mcore.training.setup.plan import TrainingPlan, make_plan
+
+_WEIGHT_DECAY = 0.1
+
+
+def pretrain_config(
+    project_dir: str,
+    *,
+    micro_batch_size: int = 1,
+    lr: float = 3e-4,
+    min_lr: float = 3e-5,
+    tensor_model_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    mixed_precision: str | None = "bf16_mixed",
+    save: str | None = None,
+    **model: Any,
+) -> ConfigContainer:
+    """Configuration for `megatron.bridge.training.pretrain.pretrain`, with `forward_step`.
+
+    Batch size, seed, validation and the number of iterations are the project's. Everything else
+    can be changed in the result as in any recipe of Bridge's, except the model.
+
+    Args:
+        project_dir: The project, after query_neighbors.
+        micro_batch_size: Samples per rank and forward pass.
+        lr: Largest learning rate, after a linear warmup.
+        min_lr: Learning rate at the end of its cosine decay.
+        tensor_model_parallel_size: Number of ranks that share a layer.
+        sequence_parallel: Whether they also divide the activations outside of attention and MLP.
+        mixed_precision: A name of Bridge's mixed precision; None: fp32.
+        save: Directory of checkpoints, from which a run also resumes; None: none are written.
+        **model: Options of the model, as fields of `retro_mcore.model.options.ModelOptions`, by
+            which tools/pretrain_retro.py's flags are named.
+
+    Raises:
+        RetroError: an option is unknown or invalid, or the project is incomplete.
+    """
+    _check_options(model)
+    project, paths = ProjectConfig.load(project_dir), ProjectPaths(project_dir)
+    tokenizer = load_project_tokenizer(project, paths)
+    options = TrainingOptions(
+        project_dir=project_dir,
+        micro_batch_size=micro_batch_size,
+        lr=lr,
+        min_lr=min_lr,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        sequence_parallel=sequence_parallel,
+        **model,
+    )
+    plan = make_plan(options, project, tokenizer.vocab_size, tokenizer.used_vocab_size)
+    interval = max(plan.train_iters // 10, 1)
+    return ConfigContainer(
+        model=_model_config(plan, document_tokens(tokenizer)),
+        train=TrainingConfig(
+            train_iters=plan.train_iters,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=micro_batch_size,
+        ),
+        validation=ValidationConfig(
+            eval_interval=project.retro_gpt_eval_interval, eval_iters=project.retro_gpt_eval_iters
+        ),
+        optimizer=OptimizerConfig(
+            optimizer="adam",
+            lr=lr,
+            min_lr=min_lr,
+            weight_decay=_WEIGHT_DECAY,
+            adam_beta2=0.95,
+            clip_grad=1.0,
+            use_distributed_optimizer=True,
+        ),
+        scheduler=SchedulerConfig(
+            lr_decay_style="cosine",
+            lr_decay_iters=plan.train_iters,
+            lr_warmup_iters=plan.train_iters // 100,
+            start_weight_decay=_WEIGHT_DECAY,
+            end_weight_decay=_WEIGHT_DECAY,
+            override_opt_param_scheduler=True,
+        ),
+        ddp=DistributedDataParallelConfig(
+            check_for_nan_in_grad=True, grad_reduce_in_fp32=True, use_distributed_optimizer=True
+        ),
+        dataset=_dataset(plan),
+        logger=LoggerConfig(log_interval=10),
+        # Only the size of the vocabulary is needed.
+        tokenizer=TokenizerConfig(
+            tokenizer_type="NullTokenizer", vocab_size=plan.arguments.vocab_size
+        ),
+        checkpoint=CheckpointConfig(
+            save=save, load=save, save_interval=interval, ckpt_format="torch_dist"
+        ),
+        rng=RNGConfig(seed=project.retro_gpt_seed),
+        mixed_precision=mixed_precision,
+    )
+
+
+def _check_options(model: dict[str, Any]) -> None:
+    known = {field.name for field in fields(ModelOptions)}
+    problems: list[RetroError] = [
+        ConfigurationError(name, "is no option of the model", "See ModelOptions for their names")
+        for name in model
+        if name not in known
+    ]
+    problems += [
+        ConfigurationError(name, f"{model[name]} in Megatron-Bridge", "Use tools/pretrain_retro.py")
+        for name in ("retro_mup_base_hidden_size", "retro_mup_base_kv_channels")
+        if model.get(name)  # its optimizer would not scale the learning rates
+    ]
+    raise_problems(problems)
+
+
+def _model_config(plan: TrainingPlan, tokens: dict[str, int | None]) -> RetroModelConfig:
+    arguments, options = plan.arguments, plan.options
+    transformer = build_config(arguments, options, RecomputeOptions())
+    engine = uses_transformer_engine(options)
+    transformer.transformer_impl = "transformer_engine" if engine else "local"
+    recorded = {DOCUMENT_TOKENS: tokens, "seed": plan.project.retro_gpt_seed}
+    return RetroModelConfig(
+        transformer=transformer,
+        arguments={**asdict(arguments), **recorded, "trainer": "megatron-bridge"},
+        seq_length=arguments.seq_length,
+        vocab_size=arguments.padded_vocab_size,
+        make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
+        share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
+        position_embedding_type=arguments.position_embedding_type,
+        rotary_percent=arguments.rotary_percent,
+        rotary_base=arguments.rotary_base,
+        rope_scaling=arguments.use_rope_scaling,
+        rope_scaling_factor=arguments.rope_scaling_factor,
+        seq_len_interpolation_factor=arguments.rotary_seq_len_interpolation_factor,
+    )
+
+
+def _dataset(plan: TrainingPlan) -> RetroDatasetProvider:
+    arguments = plan.arguments
+    return RetroDatasetProvider(
+        project_dir=str(plan.options.project_dir),
+        seq_length=plan.sequence_length,
+        num_neighbors=arguments.retro_num_neighbors,
+        num_retrieved_chunks=arguments.retro_num_retrieved_chunks,
+        seed=plan.project.retro_gpt_seed,
+        dataloader_type="single",
+    )

@@ -1,0 +1,128 @@
+"""Megatron-Bridge trains Retro (`make test-bridge`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from retro_mcore.errors import CheckpointError
+from tests.forked_runs import output, start
+from tests.unit.data.projects import built_project
+from tests.unit.training.our_losses import our_options, our_run
+
+SCRIPT = Path(__file__).with_name("bridge_on_cpu.py")
+
+
+def has_bridge() -> bool:
+    try:
+        return importlib.util.find_spec("megatron.bridge") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+pytestmark = [
+    pytest.mark.bridge,
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_bridge(), reason="needs Megatron-Bridge (make test-bridge)"),
+]
+
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "position_embedding_type": "rope",
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "make_vocab_size_divisible_by": 512,
+    "lr": 1e-2,
+}
+RETRO = {
+    "retro_decoder_layers": [2],
+    "retro_encoder_hidden_dropout": 0.0,
+    "retro_encoder_attention_dropout": 0.0,
+}
+CHANGED = {"model.hidden_size": 64, "model.hidden_dropout": 0.5}
+#: With the vocabulary of the checkpoint: it is padded to a multiple of this times the ranks.
+TP2 = {
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "make_vocab_size_divisible_by": 256,
+}
+
+
+def run(name: str, train_iters: int, ranks: int = 1, changes: dict | None = None, **recipe):
+    recipe = {"project_dir": str(built_project()), **MODEL, **recipe}
+    changes = {"train.train_iters": train_iters, **(changes or {})}
+    return {"name": name, "ranks": ranks, "recipe": recipe, "changes": changes}
+
+
+@pytest.fixture(scope="module")
+def trained(megatron, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bridge")
+    load = {"checkpoint.load": "retro", "checkpoint.save": "resumed"}
+    runs = [
+        run("retro", 2, save="retro", **RETRO),
+        run("resumed", 4, ranks=2, changes=load, save="resumed", **RETRO, **TP2),
+        run("gpt", 2, save="gpt", no_retrieval=True),
+        run("refused", 2, changes=CHANGED, **RETRO),
+    ]
+    our_run()  # builds the caches of samples, which the runs share
+    start(SCRIPT, runs, folder)
+    return folder
+
+
+def losses(text: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"lm loss: (\S+) \| loss scale", text)]
+
+
+def test_losses_are_our_own_trainers(trained):
+    found = losses(output(trained, "retro"))
+    assert found == pytest.approx(our_run().train_losses[:2], rel=1e-6)
+
+
+def test_a_checkpoint_is_resumed_under_tensor_and_sequence_parallelism(trained):
+    text = output(trained, "resumed")
+    assert losses(text) == pytest.approx(our_run().train_losses[2:], rel=1e-6)
+    ((iteration, expected),) = our_run().valid_losses
+    found = re.search(rf"iteration {iteration} on validation set \| lm loss value: (\S+)", text)
+    assert float(found[1]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_gpt_without_retrieval(trained):
+    found = losses(output(trained, "gpt"))
+    assert found == pytest.approx(our_run(no_retrieval=True).train_losses[:2], rel=1e-6)
+
+
+def test_changes_that_a_checkpoint_would_not_record_are_refused(trained):
+    text = output(trained, "refused", code=2)
+    assert "model.hidden_size: 64, and the model was made with 32" in text
+    assert "model.hidden_dropout: 0.5, and the model was made with 0.0" in text
+
+
+@pytest.mark.parametrize("name", ["retro", "gpt"])
+def test_our_commands_read_its_checkpoints(trained, tmp_path, name):
+    from retro_mcore.cli.convert_checkpoint import ConvertCheckpointOptions, convert_checkpoint
+    from retro_mcore.cli.evaluate_perplexity import EvaluatePerplexityOptions, evaluate_perplexity
+
+    output(trained, name)
+    project, ours = str(built_project()), str(tmp_path / "ours")
+    convert_checkpoint(ConvertCheckpointOptions(load=str(trained / name), save=ours))
+    read, converted = (
+        evaluate_perplexity(EvaluatePerplexityOptions(project_dir=project, load=load, device="cpu"))
+        for load in (str(trained / name), ours)
+    )
+    assert [row.loss for row in read.perplexities] == [row.loss for row in converted.perplexities]
+
+
+def test_our_trainer_goes_on_from_the_weights_alone(trained, tmp_path):
+    from retro_mcore.cli.pretrain_retro import pretrain_retro
+
+    output(trained, "retro")
+    load = {"load": str(trained / "retro"), "save": str(tmp_path), "train_iters": 1}
+    with pytest.raises(CheckpointError, match=r"or Megatron-Bridge.*Add --finetune"):
+        pretrain_retro(our_options(**load))
+    first = pretrain_retro(our_options(**load, finetune=True)).train_losses[0]
+    assert first < our_run().train_losses[0] - 0.1
