@@ -38,9 +38,7 @@ def doctor(options: DoctorOptions) -> Outcome:
     """
     if options.json is not None:
         require_writable(Path(options.json), "--json")
-    outcome = run(options)
-    if outcome.diagnosis is not None:
-        _render(outcome.diagnosis, options.json)
+    outcome = run(options, lambda diagnosis: _render(diagnosis, options.json))
     if outcome.hangs:
         sys.stdout.flush()
         os._exit(outcome.exit_code)

@@ -129,6 +129,9 @@ class EvaluatePerplexityConfig:
         elif self.database_fraction < 1 and self.protocol != "samples":
             found = f"{self.database_fraction} with --protocol {self.protocol}"
             yield ConfigurationError("--database-fraction", found, "Use --protocol samples")
+        elif self.database_fraction < 1 and "random" in self.retro_eval_neighbors:
+            found = f"{self.database_fraction} with random neighbors, which are of all documents"
+            yield ConfigurationError("--database-fraction", found, "Leave random out")
         of_documents = {
             "--bootstrap": self.bootstrap != 0,
             "--leakage": self.leakage,

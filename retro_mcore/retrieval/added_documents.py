@@ -36,6 +36,11 @@ class AddedDocument:
     vectors: np.ndarray
     num_without_words: int = 0
 
+    @property
+    def num_chunks(self) -> int:
+        """Number of its chunks, with those that were left out: its text is kept whole."""
+        return len(self.chunks) + self.num_without_words
+
 
 @dataclass(frozen=True)
 class AddedChunks:
@@ -164,10 +169,11 @@ class AddedDocuments:
         Raises:
             ConfigurationError: they are.
         """
-        if len(self._now) + num_chunks > self._most_chunks:
+        before = sum(each.num_chunks for each in self._now.documents)
+        if before + num_chunks > self._most_chunks:
             raise ConfigurationError(
                 "documents",
-                f"{num_chunks} chunks, and {len(self._now)} were added before; at most "
+                f"{num_chunks} chunks, and {before} were added before; at most "
                 f"{self._most_chunks} fit",
                 "Save them into the project with update_db --append, or raise --max-added-chunks",
             )
@@ -185,8 +191,8 @@ class AddedDocuments:
                     found = f"the id {document.id!r} is there already"
                     raise ConfigurationError("documents", found, "Give another id")
                 taken.add(document.id)
+            self.require_room(sum(document.num_chunks for document in documents))
             count = sum(len(document.chunks) for document in documents)
-            self.require_room(count)
             numbers = np.arange(self._next_id, self._next_id + count)
             together = (*self._now.documents, *documents)
             self._now = _snapshot(

@@ -185,9 +185,10 @@ _NONE = np.empty((0, 2), np.int64)
 
 def _recorded(paths: ProjectPaths) -> np.ndarray:
     """The documents in a project's own files."""
+    # The count is written after the file, so it is read before.
+    count = ProjectSettings.load(paths.root).removed_documents
     files = sorted(paths.removed_documents.glob("*.npy"))
     documents = union(*map(_read_named, files))
-    count = ProjectSettings.load(paths.root).removed_documents
     if len(documents) < count:
         raise CorruptFileError(
             paths.removed_documents,

@@ -196,9 +196,11 @@ def declared_template(directory: Path) -> tuple[str, str] | None:
     file = directory / "tokenizer_config.json"
     if not file.is_file():
         return None
-    template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    template = content.get("chat_template") if isinstance(content, dict) else None
     if isinstance(template, list):  # several, by name
-        named = {each.get("name"): each.get("template") for each in template}
+        listed = [each for each in template if isinstance(each, dict)]
+        named = {each.get("name"): each.get("template") for each in listed}
         template = named.get("default")
     return (template, str(file)) if isinstance(template, str) else None
 

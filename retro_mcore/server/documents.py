@@ -68,7 +68,8 @@ class ServedDocuments:
         """
         with self._adding:
             # Cutting is cheap, so too many chunks are refused before any is embedded.
-            count = sum(len(self._maker.cut(document.text)[0]) for document in asked)
+            cut = [self._maker.cut(document.text) for document in asked]
+            count = sum(len(chunks) + without for chunks, _, without in cut)
             self._added.require_room(count)
             made = [self._maker.make(self._name(document), document.text) for document in asked]
             now = self._added.add(made)
@@ -118,6 +119,8 @@ def add_document_routes(
         receive_seconds: Time limit for receiving it.
     """
 
+    busy = asyncio.Lock()  # embedding takes long, and threads are shared with all other requests
+
     def opened(request: Request) -> ServedDocuments:
         check_key(request, api_key)
         if api_key is None:
@@ -133,8 +136,12 @@ def add_document_routes(
         served = opened(request)
         value = await read_json(request, max_body_bytes, receive_seconds)
         asked = _parse(value)
+        if busy.locked():
+            message = "other documents are being added: send these afterwards"
+            raise RequestError(429, message, "rate_limit_error", code="rate_limit_exceeded")
         try:
-            return JSONResponse(await asyncio.to_thread(served.add, asked.documents))
+            async with busy:
+                return JSONResponse(await asyncio.to_thread(served.add, asked.documents))
         except RetroError as error:
             status = 400 if isinstance(error, ConfigurationError) else 500
             raise RequestError(status, str(error), param="documents") from None

@@ -11,7 +11,7 @@ from retro_mcore.checkpoint.arguments import read_arguments
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ConfigurationError, RetroError
-from retro_mcore.server.chat_template import chat_prompt
+from retro_mcore.server.chat_template import ChatPrompt, chat_prompt
 from retro_mcore.server.config import ServerConfig
 from retro_mcore.server.documents import ServedDocuments
 from retro_mcore.server.http import ServerLimits, ServerParts, build_app
@@ -42,6 +42,7 @@ def serve(loaded: GenerationModel, config: ServerConfig) -> None:
     longest = config.max_length or loaded.window
     warn_beyond_training(loaded.arguments, longest, "prompts and answers")
     with raise_together():
+        _chat(config, loaded)  # a bad --chat-template stops all ranks, before they follow the first
         if is_first_rank(loaded.model):
             _require_free_address(config)
     service = GenerationService(
@@ -60,6 +61,19 @@ def serve(loaded: GenerationModel, config: ServerConfig) -> None:
     _listen(config, build_server_app(config, loaded, service))
 
 
+def _chat(config: ServerConfig, loaded: GenerationModel) -> ChatPrompt | None:
+    """How conversations are written; None if nothing says it, or not in a way that works."""
+    given, wording = config.chat_template, _prompt_format(loaded)
+    try:
+        return chat_prompt(loaded.tokenizer, loaded.tokenize, given, wording)
+    except (RetroError, ValueError) as error:
+        if given is not None:
+            raise
+        if is_first_rank(loaded.model):
+            _LOG.warning("Chats are refused: the tokenizer's own template fails: %s", error)
+        return None
+
+
 def build_server_app(
     config: ServerConfig, loaded: GenerationModel, service: GenerationService
 ) -> Any:
@@ -74,9 +88,7 @@ def build_server_app(
         retriever=loaded.retriever,
         given=None if loaded.arguments.no_retrieval else loaded.given,
         two_chunks=loaded.two_chunks,
-        chat=chat_prompt(
-            loaded.tokenizer, loaded.tokenize, config.chat_template, _prompt_format(loaded)
-        ),
+        chat=_chat(config, loaded),
         documents=_documents(config, loaded),
     )
     max_texts = min(config.max_texts, config.max_batch_size + config.max_waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from retro_mcore.retrieval.removed import (
 )
 from retro_mcore.samples.project_samples import build_gpt_samples, numbers_in_database
 
+_LOG = logging.getLogger(__name__)
 _FLAG = "--remove"
 
 
@@ -103,6 +105,7 @@ def remove_documents(paths: ProjectPaths, names: Sequence[str]) -> RemovalReport
         gone = find_removed(database.chunks, now)
         if gone is not None and len(gone) == len(database):
             raise ConfigurationError(_FLAG, "leaves no chunks to retrieve", "Keep some documents")
+    with raise_together():  # all ranks have read what was removed before
         if get_rank() == 0:
             _mark(paths, source, trained)
     barrier()
@@ -128,7 +131,7 @@ def remove_documents(paths: ProjectPaths, names: Sequence[str]) -> RemovalReport
 
 
 def _require_own(paths: ProjectPaths, source: ProjectPaths) -> None:
-    if source.root.is_relative_to(paths.root):
+    if _is_within(source, paths):
         return
     raise ProjectError(
         paths.config,
@@ -164,7 +167,30 @@ def _mark(paths: ProjectPaths, source: ProjectPaths, documents: np.ndarray) -> N
     So they do not come back if the project returns to an earlier database. The oldest comes first:
     databases made from it read its marks, so that one write removes its documents from all.
     """
-    for each in reversed(list(lineage(source))):
-        if each.root.is_relative_to(paths.root):
-            held = len(ProjectConfig.load(each.root).blend[1])
-            add_removed(each, documents[documents[:, 0] < held])
+    marked = [each for each in lineage(source) if _is_within(each, paths)]
+    for each in reversed(marked):
+        held = len(ProjectConfig.load(each.root).blend[1])
+        add_removed(each, documents[documents[:, 0] < held])
+    _report_unreached(paths, {each.root.resolve() for each in marked})
+
+
+def _report_unreached(paths: ProjectPaths, marked: set[Path]) -> None:
+    """Warn of a project's other databases that read none of the marked ones' files."""
+    databases = [paths, *map(ProjectPaths, sorted(paths.grown("").glob("*")))]
+    unreached = [
+        str(each.root)
+        for each in databases
+        if each.written_config.is_file()
+        and marked.isdisjoint(older.root.resolve() for older in lineage(each))
+    ]
+    if unreached:
+        _LOG.warning(
+            "The documents are not removed from %s: it was not made from the database in use, or "
+            "one in between is gone. Run --remove again after an --exchange to it",
+            ", ".join(unreached),
+        )
+
+
+def _is_within(source: ProjectPaths, paths: ProjectPaths) -> bool:
+    """Whether a database belongs to a project, however its path is written."""
+    return source.root.resolve().is_relative_to(paths.root.resolve())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,13 @@ class Outcome:
     exit_code: int
 
 
-def run(config: DoctorConfig) -> Outcome:
+def run(config: DoctorConfig, report: Callable[[Diagnosis], None] | None = None) -> Outcome:
     """Check this node; under torchrun, all ranks.
+
+    Args:
+        config: The configuration.
+        report: Called with the diagnosis on the rank that has it, before any rank leaves: torchrun
+            ends the others when one leaves with an exit code.
 
     Raises:
         ConfigurationError: a flag's value is invalid, or rank 0 cannot be reached.
@@ -82,7 +87,7 @@ def run(config: DoctorConfig) -> Outcome:
     else:
         more, hangs = _together(config, peers, cuda)
         findings += more
-    return _report(peers, findings, absent, hangs)
+    return _report(peers, findings, absent, hangs, report)
 
 
 def _check_flags(config: DoctorConfig) -> None:
@@ -158,7 +163,11 @@ def _project(directory: str | None) -> list[Finding]:
 
 
 def _report(
-    peers: Peers, findings: Sequence[Finding], absent: Sequence[int], hangs: bool
+    peers: Peers,
+    findings: Sequence[Finding],
+    absent: Sequence[int],
+    hangs: bool,
+    report: Callable[[Diagnosis], None] | None,
 ) -> Outcome:
     """Collect the findings on the first rank that is there; all ranks get its exit code."""
     present = [rank for rank in range(peers.world_size) if rank not in absent]
@@ -176,6 +185,8 @@ def _report(
     if silent:
         by_rank[reporter].append(missing("the report", silent, {}))
     diagnosis = Diagnosis.of(by_rank, peers.world_size)
+    if report is not None:
+        report(diagnosis)
     peers.put("exit code", diagnosis.exit_code)
     peers.gather("leaves", [rank for rank in by_rank if rank != reporter])  # they read from here
     return Outcome(diagnosis, hangs, diagnosis.exit_code)

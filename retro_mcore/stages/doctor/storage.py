@@ -182,12 +182,16 @@ def _from_another(flag: str, probe: Path, peers: Peers) -> list[Finding]:
     if seconds > _LATE:
         found = f"{peers.host} sees a new file after {seconds:.0f} s"
         findings.append(warning(AREA, flag, found, "NFS: lower the attribute cache (actimeo)"))
-    with (probe / "held").open("r+") as file:
-        if _can_lock(file):
-            found = f"{peers.host} can lock what rank 0 has locked"
-            fix = "NFS: version 4, without nolock or local_lock; else do not share a project"
-            findings.append(error(AREA, f"{flag}, locks (flock)", found, fix))
-    (probe / f"rank_{peers.rank}").write_text(peers.host)
+    fix = "NFS: version 4, without nolock or local_lock; else do not share a project"
+    try:
+        with (probe / "held").open("r+") as file:
+            if _can_lock(file):
+                found = f"{peers.host} can lock what rank 0 has locked"
+                findings.append(error(AREA, f"{flag}, locks (flock)", found, fix))
+        (probe / f"rank_{peers.rank}").write_text(peers.host)
+    except OSError as refused:
+        found = f"{peers.host}: {refused}"
+        return [*findings, error(AREA, f"{flag}, locks and writes", found, fix)]
     peers.put(f"wrote {flag}", True)
     return findings
 

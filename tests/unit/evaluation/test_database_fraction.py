@@ -59,6 +59,7 @@ def test_neighbors_of_other_documents_move_up():
         ({"database_fraction": float("nan")}, "more than 0"),
         ({"database_fraction": 2}, "at most 1"),
         ({"database_fraction": 0.5, "protocol": "both"}, "Use --protocol samples"),
+        ({"database_fraction": 0.5, "retro_eval_neighbors": ["random"]}, "Leave random out"),
     ],
 )
 def test_what_cannot_be_subsampled_is_refused(values, found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from retro_mcore.project.records import stage_report
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.index import build, load_index
 from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors
+from retro_mcore.retrieval.removed import removed_documents
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.neighbor_noise import NeighborNoise
 from retro_mcore.samples.retro_dataset import build_retro_datasets
@@ -302,6 +304,24 @@ def test_documents_are_appended_after_a_removal(aligned: Path, tmp_path: Path) -
     assert gone(ChunkDatabase.open(project).chunks[:, :2])
     assert again.neighbors is not None
     assert again.neighbors.num_searched is not None
+
+
+def test_older_databases_are_marked_however_the_path_is_written(
+    aligned: Path, tmp_path: Path, capsys
+) -> None:
+    project = shutil.copytree(aligned, tmp_path / "copy") / "project"
+    update_db(UpdateDbOptions(str(project), append=[str(project.parent / "more.jsonl")]))
+    (tmp_path / "link").symlink_to(tmp_path / "copy")
+    remove(tmp_path / "link" / "project", *REMOVED)
+    (grown,) = (project / "updates").iterdir()
+    for root in (project, grown):
+        assert set(NUMBERS) <= set(removed_documents(ProjectPaths(root))[:, 1].tolist()), root
+    assert "not removed from" not in capsys.readouterr().err
+    # An older database that the one in use no longer leads to.
+    settings = ProjectSettings.load(grown)
+    replace(settings, grown_from="../gone").save(grown)
+    remove(project, "topic-2")
+    assert f"The documents are not removed from {project}" in capsys.readouterr().err
 
 
 def test_names_of_documents(aligned: Path, tmp_path: Path) -> None:
