@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from retro_mcore.checkpoint.bridge_config import BRIDGE_FILE
 from retro_mcore.checkpoint.contents import read_common
 from retro_mcore.errors import CheckpointError
+
+_LOG = logging.getLogger(__name__)
 
 
 def read_arguments(checkpoint: Path) -> dict[str, Any]:
@@ -31,7 +34,25 @@ def read_arguments(checkpoint: Path) -> dict[str, Any]:
             "holds no arguments of a training run",
             "Name a checkpoint that pretrain_retro.py wrote",
         )
-    return vars(common["args"])
+    return _with_layers_of_window(vars(common["args"]), checkpoint)
+
+
+def _with_layers_of_window(arguments: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Arguments of ours from before the layers with a window were recorded, completed."""
+    window, known = arguments.get("sliding_window"), "window_attn_skip_freq" in arguments
+    if not window or known or not in_our_form(arguments):
+        return arguments
+    local = arguments.get("rotary_local_layers")
+    if local:
+        layers = [int(n in local) for n in range(1, arguments["num_layers"] + 1)]
+        return {**arguments, "window_attn_skip_freq": layers}
+    _LOG.warning(
+        "%s does not say which layers have its window of %d tokens: all of them are taken. Convert "
+        "the model again if only some have it",
+        checkpoint,
+        window,
+    )
+    return arguments
 
 
 def in_our_form(arguments: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,8 @@ def _read(
         stops = list(map(min, ends, end))
         if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
             continue
-        read = _read_chunk(chunk)
+        whole = starts == list(chunk.offsets) and stops == ends
+        read = _read_chunk(chunk) if whole else _read_shared_chunk(chunk)
         part[_slices(starts, stops, begin)] = read[_slices(starts, stops, chunk.offsets)]
     return part[(0,) * len(index)]
 
@@ -175,6 +176,12 @@ def _read_chunk(chunk: _Chunk) -> Tensor:
             chunk.file, "is damaged, or belongs to another checkpoint", "Restore it"
         )
     return tensor
+
+
+@lru_cache(maxsize=2)  # the two layers of an MLP take turns
+def _read_shared_chunk(chunk: _Chunk) -> Tensor:
+    """A chunk of several experts' or layers' weights, which are read one after the other."""
+    return _read_chunk(chunk)
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):

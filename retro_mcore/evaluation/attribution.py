@@ -25,6 +25,7 @@ from retro_mcore.evaluation.perplexity import read_samples
 from retro_mcore.evaluation.scoring import sum_over_model_ranks
 from retro_mcore.evaluation.windows import plan_batches
 from retro_mcore.inference.credit import neighbor_credit
+from retro_mcore.model.chunks import join_attending, unread_neighbors
 from retro_mcore.progress import track
 from retro_mcore.samples.batch import RetroBatch
 from retro_mcore.samples.retro_dataset import RetroDataset
@@ -186,6 +187,10 @@ def _counted(loaded: LoadedModel, batch: RetroBatch, groups: Sequence[Sequence[i
     position_S = torch.arange(grid.sequence_length, device=exists_BLG.device)
     chunk_S = (position_S - grid.first_attending).div(grid.chunk_length, rounding_mode="floor")
     read_BSG = exists_BLG[:, chunk_S.clamp(min=0)] & (chunk_S >= 0)[:, None]
+    if batch.segments is not None:  # documents kept apart read the neighbors of their own chunks
+        reads_MN = ~unread_neighbors(batch.segments, grid).t()
+        reads_SB = join_attending(reads_MN.long(), grid, len(batch.tokens)).bool()
+        read_BSG = read_BSG & reads_SB.t()[..., None]
     return batch.loss_mask.double()[..., None] * read_BSG
 
 

@@ -54,9 +54,9 @@ def _problems_of_window(config: TransformerConfig) -> Iterator[ConfigurationErro
             "window_attn_skip_freq", f"{layers} without a window", "Give the window's size too"
         )
     if isinstance(layers, int):
-        fits, expected = layers > 0, "an interval from 1"
+        fits, expected = layers > 1, "an interval from 2: every so many layers have no window"
     else:
-        fits = len(layers) == config.num_layers and set(layers) <= {0, 1}
-        expected = f"{config.num_layers} of 0 and 1, one for each layer"
+        fits = len(layers) == config.num_layers and set(layers) <= {0, 1} and 1 in layers
+        expected = f"{config.num_layers} of 0 and 1, one for each layer, and 1 for a window"
     if not fits:
         yield ConfigurationError("window_attn_skip_freq", f"{layers}", f"Give {expected}")

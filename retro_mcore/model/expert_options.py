@@ -188,7 +188,8 @@ def _group_problems(options: Any) -> Iterator[ConfigurationError]:
     if groups is None or chosen is None:
         return
     fits = options.num_experts % groups == 0 and chosen <= groups
-    if not fits or options.moe_router_topk % chosen:
+    each, remainder = divmod(options.moe_router_topk, chosen)
+    if not fits or remainder or each > options.num_experts // groups:
         yield ConfigurationError(
             "--moe-router-num-groups",
             f"{groups} for {options.num_experts} experts, of which {options.moe_router_topk} from "

@@ -26,7 +26,7 @@ from retro_mcore.training.loop.sample_reader import check_document_tokens, docum
 from retro_mcore.training.options.pretrain import ParallelOptions
 from retro_mcore.training.setup.fits_project import check_chunk_length, check_tokenizer
 from retro_mcore.training.setup.initialize import initialize_parallel
-from retro_mcore.training.setup.load_model import SavedModel
+from retro_mcore.training.setup.load_model import SavedModel, require_whole_experts
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def load_model(
     with raise_together():
         project = ProjectConfig.load(project_dir)
         _check_gate(retro_attention_gate)
+        require_whole_experts(layout)
     initialize_parallel(
         layout.tensor_model_parallel_size,
         layout.pipeline_model_parallel_size,

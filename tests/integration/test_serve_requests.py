@@ -27,7 +27,7 @@ GREEDY = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0}
 class App:
     """The application of a small trained model; calls it without a socket."""
 
-    def __init__(self, template: Path) -> None:
+    def __init__(self, template: Path | None = None) -> None:
         from retro_mcore.cli.generation_options import load_generation_model
         from retro_mcore.cli.serve import ServeOptions
         from retro_mcore.server.service import GenerationService
@@ -40,7 +40,7 @@ class App:
             max_batch_size=2,
             max_waiting=6,
             device="cpu",
-            chat_template=str(template),
+            chat_template=None if template is None else str(template),
         )
         self.loaded = load_generation_model(options)
         self.tokenizer = self.loaded.tokenizer

@@ -86,6 +86,9 @@ def _others(flags: Flags, allowed: tuple[str, ...]) -> Iterator[str]:
             yield f"{name} {flags[name]}"
 
 
+_SCALED = ("rotary_frequencies", "use_rope_scaling", "rotary_seq_len_interpolation_factor")
+
+
 def problems_of(model_type: str, flags: Flags) -> list[str]:
     """Options that the family does not compute."""
     rules = _RULES[model_type]
@@ -102,6 +105,9 @@ def problems_of(model_type: str, flags: Flags) -> list[str]:
     local = flags.get("rotary_local_layers")
     if local and set(local) != set(_sliding_layers(flags)):
         problems.append(f"rotary_local_layers {local}")
+    if model_type in ("olmo3", "gemma3_text") and not local and _sliding_layers(flags):
+        # transformers scales the rotary embedding of the other layers alone.
+        problems += [f"{name} in layers with a window" for name in _SCALED if flags.get(name)]
     return problems
 
 
@@ -169,15 +175,18 @@ def rope_of(model_type: str, flags: Flags, rope: dict[str, Any]) -> dict[str, An
 
     OLMo 3 has another base in layers with a window under names of newer releases alone.
     """
-    local = flags.get("rotary_local_base")
-    if model_type != "olmo3" or local in (None, flags["rotary_base"]):
+    if model_type != "olmo3":
+        return rope
+    local = float(flags.get("rotary_local_base") or rope["rope_theta"])
+    # transformers gives layers with a window its own default unless they are named.
+    if local == rope["rope_theta"] == FAMILIES["olmo3"].defaults["rope_theta"]:
         return rope
     full = {
         "rope_type": "default",
         **(rope["rope_scaling"] or {}),
         "rope_theta": rope["rope_theta"],
     }
-    sliding = {"rope_type": "default", "rope_theta": float(local)}
+    sliding = {"rope_type": "default", "rope_theta": local}
     return {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
 
 

@@ -264,6 +264,8 @@ def _llama(flags: Flags) -> Family:
     if flags.get("num_experts") is not None:
         kind, own, more = families_with_experts.family_of(kind[0], flags)
         problems += more
+        if kind[0] == "qwen2_moe":  # it has no head_dim
+            problems += _usual_width(flags)
     _refuse(problems)
     config = {
         **_sizes(flags),

@@ -28,7 +28,8 @@ _HARMLESS = re.compile(
     r"gradient_checkpointing|use_gradient_checkpointing|keys_to_ignore_at_inference|"
     r"attn_implementation|experts_implementation|use_flash_attn|use_flash_attention(_2)?|"
     r"pretraining_tp|chunk_size_feed_forward|reorder_and_upcast_attn|embd_pdrop|is_decoder|"
-    r"embedding_dropout|classifier_dropout|is_(llama|qwen2|starcoder2)_config|"
+    r"embedding_dropout|classifier_dropout|hidden_dropout_prob|attention_probs_dropout_prob|"
+    r"sliding_window_size|is_(llama|qwen2|starcoder2)_config|"
     r"(scale_)?attention_softmax_in_fp32|router_aux_loss_coef|"
     r"tie_encoder_decoder|seq_length|max_sequence_length|model_max_length|max_seq_len|loss_type|"
     # of generation

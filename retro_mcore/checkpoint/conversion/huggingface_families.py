@@ -289,7 +289,7 @@ _QWEN3_MOE = {
     "sliding_window": 4096,  # not read without use_sliding_window
     "max_window_layers": None,
     "decoder_sparse_step": 1,
-    "mlp_only_layers": None,
+    "mlp_only_layers": [],
     "moe_intermediate_size": 768,
     "num_experts_per_tok": 8,
     "num_experts": 128,
@@ -297,6 +297,7 @@ _QWEN3_MOE = {
 }
 _QWEN2_MOE = {
     **_QWEN3_MOE,
+    "max_window_layers": 28,
     "intermediate_size": 5632,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,

@@ -13,6 +13,8 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.loop.sample_reader import tokenizer_fingerprint
 
 _LOG = logging.getLogger(__name__)
+#: Megatron pads to multiples of 128 · tensor parallel size.
+_MOST_PADDING = 128 * 64
 
 
 def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
@@ -38,21 +40,25 @@ def check_tokenizer(arguments: ModelArguments, project: ProjectConfig, project_d
 
 
 def lacks_tokenizer(fingerprint: str | None) -> bool:
-    """Whether a checkpoint does not record its tokenizer, and say so on the first rank.
+    """Whether another trainer did not record its tokenizer; logged on the first rank.
 
-    Megatron-LM's own trainer does not; with our providers it does.
+    Megatron-LM's own trainer does not; with our providers it does. A checkpoint of ours that was
+    converted without a project has an empty fingerprint, which no tokenizer has.
     """
-    if not fingerprint and get_rank() == 0:
+    if fingerprint is None and get_rank() == 0:
         _LOG.warning(
             "warning: the checkpoint does not record its tokenizer's fingerprint: only the size of "
             "the vocabulary is compared with the project's"
         )
-    return not fingerprint
+    return fingerprint is None
 
 
 def _check_vocabulary(arguments: ModelArguments, project: ProjectConfig, project_dir: str) -> None:
     here = load_project_tokenizer(project, ProjectPaths(project_dir)).vocab_size
-    if arguments.vocab_size != here:
+    padding = arguments.padded_vocab_size - here
+    # Megatron-LM may record the padded size alone.
+    unstated = arguments.vocab_size == arguments.padded_vocab_size
+    if arguments.vocab_size != here and not (unstated and 0 <= padding < _MOST_PADDING):
         raise TokenizerError(
             f"tokenizer of {project_dir}",
             f"{project.retro_gpt_tokenizer_type} with a vocabulary of {here}, but the checkpoint "

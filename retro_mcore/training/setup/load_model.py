@@ -15,7 +15,7 @@ from retro_mcore.checkpoint.checksums import verify_checkpoint
 from retro_mcore.checkpoint.files import find_checkpoint
 from retro_mcore.checkpoint.loading import load_megatron_lm, load_state, require_entries
 from retro_mcore.checkpoint.state import METADATA
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.training.options.pretrain import ParallelOptions
 from retro_mcore.training.setup.build import arguments_from, build_model
@@ -96,6 +96,18 @@ class SavedModel:
         return model.eval()
 
 
+def require_whole_experts(layout: ParallelOptions) -> None:
+    """Reject a layout that divides experts: a model that is not trained has all of them.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        if (getattr(layout, name) or 1) > 1:
+            found = f"{getattr(layout, name)}, but experts are divided in training alone"
+            raise ConfigurationError(flag_of(name), found, "Leave it out")
+
+
 def load_model_from_checkpoint(
     directory: str | Path, parallel: ParallelOptions | None = None, ckpt_step: int | None = None
 ) -> tuple[GPTModel, ModelArguments]:
@@ -117,6 +129,7 @@ def load_model_from_checkpoint(
         ConfigurationError: the layout does not fit the model.
     """
     parallel = parallel or ParallelOptions()
+    require_whole_experts(parallel)
     initialize_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,

@@ -152,7 +152,8 @@ def window_fields(window: int | None, layers: Sequence[int] | None) -> dict[str,
         raise ConfigurationError(
             "--window-attn-skip-freq", f"{list(layers)} without --sliding-window", "Add the window"
         )
-    frequency = layers[0] if layers and len(layers) == 1 else list(layers or ()) or None
+    single = layers is not None and len(layers) == 1 and layers[0] > 1
+    frequency = layers[0] if layers and single else list(layers or ()) or None
     return {
         "window_size": None if window is None else (window - 1, 0),
         "window_attn_skip_freq": frequency,

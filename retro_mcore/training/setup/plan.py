@@ -229,8 +229,10 @@ class TrainingPlan:
             now = {name: value for name, value in now.items() if name not in SCHEDULE}
         if self._compares_contents(saved):
             now.pop("data_path", None)  # only the files' content matters, not their location
-        if lacks_tokenizer(saved.get("tokenizer_fingerprint")):
-            now = {name: v for name, v in now.items() if name not in _TOKENIZER}
+        if lacks_tokenizer(saved.get("tokenizer_fingerprint", "")):
+            unstated = before.get("vocab_size") == before.get("padded_vocab_size")
+            unknown = (*_TOKENIZER, "vocab_size") if unstated else _TOKENIZER
+            now = {name: v for name, v in now.items() if name not in unknown}
         differing = [name for name, mine in now.items() if before.get(name) != mine]
         if not differing:
             return

@@ -37,7 +37,7 @@ def saved_arguments(checkpoint: Path) -> dict[str, Any]:
             "is a Retro of Megatron-LM's own, whose weights have other names",
             convert + "--project-dir PROJECT, and name OTHER",
         )
-    flags = {"tokenizer_fingerprint": "", **found.flags}
+    flags = {"tokenizer_fingerprint": None, **found.flags}  # None: another trainer's
     return {**flags, **complete_arguments(flags, checkpoint, convert + "--model-config FILE")}
 
 

@@ -155,7 +155,6 @@ def test_absent_keys_compute_as_transformers_does(megatron, family, tmp_path):
         ("granite", {"attention_multiplier": 0}),
         ("starcoder2", {"mlp_type": "gated"}),
         ("gpt_neox", {"hidden_act": "silu"}),
-        ("mixtral", {"model_type": "mixtral"}),
     ],
 )  # fmt: skip
 def test_a_setting_that_changes_numbers_is_refused_by_name(family, setting):

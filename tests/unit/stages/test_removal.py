@@ -227,7 +227,11 @@ def test_compacted_as_rebuilt_without_the_documents(
     check_same(tuple(each[left] for each in found["train"]), wanted["train"])
     check_same(found["valid"], wanted["valid"])
     stored = [
-        sorted(ProjectPaths(each).index_dir(index).rglob("*[sx]"))
+        [
+            path
+            for path in sorted(ProjectPaths(each).index_dir(index).rglob("*[sx]"))
+            if path.is_file()
+        ]
         for each in (result.project, rebuilt)
     ]
     for one, other in zip(*stored, strict=True):  # parts, and the merged index
