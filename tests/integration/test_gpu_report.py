@@ -41,6 +41,7 @@ def test_failures_are_reported_and_the_others_go_on(tmp_path):
     assert exit_code({"passes": results["passes"]}) == 0
 
 
+@pytest.mark.slow
 def test_a_rerun_keeps_what_is_there(tmp_path):
     first = Runner(tmp_path, SMALL, 100).run(stubs("passes"))
     limited = Runner(tmp_path, SMALL, 1).run(stubs("passes", "is_slow"))
@@ -54,6 +55,7 @@ def test_a_rerun_keeps_what_is_there(tmp_path):
     assert third["passes"]["figures"]["process"] != first["passes"]["figures"]["process"]
 
 
+@pytest.mark.slow
 def test_sections_share_a_process_unless_their_variables_differ(tmp_path):
     again = Section("again", "", stub("passes").target)
     other = Section("other", "", stub("passes").target, {"OF_THE_SECTION": "yes"})
@@ -85,6 +87,7 @@ def test_every_section_exists():
         assert callable(getattr(import_module(module), function))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "faiss", "fp8", "step_time"])
 def test_cheap_sections_on_the_cpu(name, megatron):
     result = run_section(SECTIONS[name].target, SMALL)

@@ -167,7 +167,7 @@ def _report(
     findings: Sequence[Finding],
     absent: Sequence[int],
     hangs: bool,
-    report: Callable[[Diagnosis], None] | None,
+    report: Callable[[Diagnosis], None] | None = None,
 ) -> Outcome:
     """Collect the findings on the first rank that is there; all ranks get its exit code."""
     present = [rank for rank in range(peers.world_size) if rank not in absent]
