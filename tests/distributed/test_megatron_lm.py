@@ -99,15 +99,17 @@ def check_losses(text: str, expected: list[float]) -> None:
 
 
 def test_losses_are_our_own_trainers(trained):
-    check_losses(output(trained, "retro"), our_run().train_losses[:2])
+    text = output(trained, "retro")
+    check_losses(text, our_run().train_losses[:2])
+    ((iteration, expected),) = our_run(train_iters=2).valid_losses
+    found = re.search(rf"iteration {iteration} on validation set \| lm loss value: (\S+)", text)
+    # Its softmax counts the rows that pad the vocabulary; our validation leaves them out.
+    assert expected < float(found[1]) < expected + 0.1
 
 
 def test_a_checkpoint_is_resumed_under_tensor_and_sequence_parallelism(trained):
-    text = output(trained, "resumed")
-    check_losses(text, our_run().train_losses[2:])
-    ((iteration, expected),) = our_run().valid_losses
-    found = re.search(rf"iteration {iteration} on validation set \| lm loss value: (\S+)", text)
-    assert float(found[1]) == pytest.approx(expected, rel=1e-6)
+    # Not its validation, which in Megatron-LM goes on where the one before ended.
+    check_losses(output(trained, "resumed"), our_run().train_losses[2:])
 
 
 def test_the_gpt_without_retrieval(trained):
