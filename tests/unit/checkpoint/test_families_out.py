@@ -18,7 +18,12 @@ from tests.unit.checkpoint.test_families import reload
 from tests.unit.huggingface.models import mostly_slow
 
 #: Families that another one computes as well, which is written instead.
-OTHERS = {"Mistral": "llama", "Phi-3": "llama", "Phi-3, longrope": "llama"}
+OTHERS = {
+    "Phi-3, window": "mistral",
+    "Mistral": "llama",
+    "Phi-3": "llama",
+    "Phi-3, longrope": "llama",
+}
 #: No family has biases beside norms on queries and keys.
 NONE = ("Qwen 3, yarn and biases",)
 WITH_EXPERTS = ("mixtral", "moe", "olmoe")

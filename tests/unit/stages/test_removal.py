@@ -185,7 +185,7 @@ CASES: list[tuple[str, dict, dict, dict]] = [
     ("IVF4,Flat", {"split_index": True}, {}, {}),
     ("IVF2,PQ4x4fsr", {}, {}, {}),
     ("IVF4,RaBitQ", {"rescore": True}, {}, {}),
-    ("PQ8np", {}, {}, {}),
+    ("PQ8x4np", {}, {}, {}),
     ("HNSW8,Flat", {}, {}, {}),
 ]
 
