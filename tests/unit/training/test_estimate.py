@@ -49,7 +49,7 @@ MODELS = {
     "mcore-0.15": {"retro_origin": "mcore-0.15"},
 }
 LAYOUTS = {
-    "TP2": {"tensor_model_parallel_size": 2},
+    "TP2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},  # experts need it
     "PP2": {"pipeline_model_parallel_size": 2},
     "PP2 x VPP3": {
         "pipeline_model_parallel_size": 2,
