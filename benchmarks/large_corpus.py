@@ -51,6 +51,8 @@ class Options:
     """Embedder of the chunks."""
     index: str = "auto"
     """Faiss factory string, or auto."""
+    index_memory: str | None = None
+    """Memory that the index may take, such as 2G (default: three quarters of the machine's)."""
     recall: float = 0.95
     """Target of recall@2 for auto."""
     kills: int = 0
@@ -136,6 +138,7 @@ def flags_of(stage: str, options: Options, corpus: Path) -> list[str]:
         ]
     if stage == "build_index":
         index = ["--index", options.index, "--index-recall", str(options.recall)]
+        index += ["--index-memory", options.index_memory] if options.index_memory else []
         return ["--embedder", options.embedder, "--device", "cpu", *index]
     return ["--device", "cpu"] if stage == "query_neighbors" else []
 
