@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.gpu_report.findings import Findings, Skipped
 from benchmarks.gpu_report.options import Setting
 from benchmarks.gpu_report.small_runs import shape_of, train
+from retro_mcore.distributed import leave
 
 #: Layouts in fp32, by the number of processes they need.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -97,9 +98,12 @@ def _rank(request: str) -> None:
     """Train on this rank; the first one writes the losses."""
     asked = json.loads(request)
     setting = Setting(**asked["setting"])
-    losses = train(setting, shape_of(setting), asked["steps"], **asked["flags"]).train_losses
-    if os.environ["RANK"] == "0":
-        Path(asked["result"]).write_text(json.dumps(losses), encoding="utf-8")
+    try:
+        losses = train(setting, shape_of(setting), asked["steps"], **asked["flags"]).train_losses
+        if os.environ["RANK"] == "0":
+            Path(asked["result"]).write_text(json.dumps(losses), encoding="utf-8")
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

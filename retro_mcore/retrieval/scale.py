@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 from retro_mcore.chunking import SampleLayout
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.retrieval.index.choice import automatic_string, num_lists_for
 
 #: Maximum number of vectors, and lists, by Faiss's guidelines; the last as used for Retro.
-_LISTS = ((10_000_000, 65_536), (100_000_000, 262_144), (1_000_000_000, 1_048_576))
+_LISTS = ((100_000_000, 262_144), (1_000_000_000, 1_048_576))
 _MOST_LISTS = 4_194_304
-_LARGEST_FLAT = 50_000
-_LARGEST_PLAIN_LISTS = 1_000_000
+#: Up to this many vectors, the plan is for what `--index auto` builds in enough memory.
 _LARGEST_UNCOMPRESSED = 20_000_000
 #: Bytes of a product quantizer's code, and the dimension to which vectors are reduced before.
 _CODE_BYTES, _REDUCED = 64, 128
-#: Training vectors per list: 600M for 2^22 lists (InstructRetro).
-_TRAINING_PER_LIST = 143
+#: Training vectors per list: 600M for 2^22 lists (InstructRetro), and Faiss's own limit.
+_TRAINING_PER_LIST, _MOST_TRAINING_PER_LIST = 143, 256
 _ID_BYTES = 8
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -66,6 +66,8 @@ class Rates:
         tokenized: Tokens per core.
         chunked: Chunks per core: build_db.
         embedded: Chunks per GPU (or core): build_index and query_neighbors.
+        trained: Vectors per node: training the index. Published for the largest index: under 4
+            hours for 600M vectors.
         added: Vectors per core: adding to the index.
         queried: Chunks per node: searching the index.
     """
@@ -73,6 +75,7 @@ class Rates:
     tokenized: float = 500_000.0
     chunked: float = 16_000.0
     embedded: float = 1_728.0
+    trained: float = 600e6 / (4 * 3600)
     added: float = 27_500.0
     queried: float = 250.0
 
@@ -166,15 +169,11 @@ def count_chunks(work: Workload) -> int:
 
 def index_for(vectors: int, dimension: int) -> tuple[str, int, int]:
     """Choose a Faiss factory string; returns it, its lists, and its bytes per vector."""
-    flat = 4 * dimension
-    if vectors <= _LARGEST_FLAT:
-        return "Flat", 0, flat
-    if vectors <= _LARGEST_PLAIN_LISTS:
-        lists = 2 ** round(math.log2(4 * math.sqrt(vectors)))
-        return f"IVF{lists},Flat", lists, flat + _ID_BYTES
-    lists = next((lists for most, lists in _LISTS if vectors <= most), _MOST_LISTS)
     if vectors <= _LARGEST_UNCOMPRESSED:
-        return f"IVF{lists}_HNSW32,Flat", lists, flat + _ID_BYTES
+        lists = num_lists_for(vectors)
+        flat = 4 * dimension + (_ID_BYTES if lists else 0)
+        return automatic_string("Flat", lists), lists, flat
+    lists = next((lists for most, lists in _LISTS if vectors <= most), _MOST_LISTS)
     reduce = f"OPQ{_CODE_BYTES}_{_REDUCED}"
     return f"{reduce},IVF{lists}_HNSW32,PQ{_CODE_BYTES}", lists, _CODE_BYTES + _ID_BYTES
 
@@ -197,7 +196,8 @@ def plan_scale(
     stored = chunks * work.chunk_length if aligned else work.tokens  # with padding
     documents = work.tokens / work.document_tokens
     index, lists, vector_bytes = index_for(chunks, work.dimension)
-    training = min(chunks, _TRAINING_PER_LIST * lists)
+    largest = chunks > _LARGEST_UNCOMPRESSED
+    training = min(chunks, (_TRAINING_PER_LIST if largest else _MOST_TRAINING_PER_LIST) * lists)
     index_bytes = float(vector_bytes) * chunks
     shares = math.ceil(index_bytes / (0.8 * node.memory))
     # The parts stay beside the index that is merged from them; a split index has its parts alone.
@@ -230,8 +230,7 @@ def plan_scale(
             chunks * (16 + 20) + 20 * training + documents * (16 + 24), 2**30,
         ),
         stage("build_index: embed", worker, chunks, rates.embedded, saved * chunks, 2**31),
-        # Published for the largest index: under 4 hours on one node for 600M vectors.
-        stage("build_index: train", "node", training, 600e6 / (4 * 3600), 0, vector * training),
+        stage("build_index: train", "node", training, rates.trained, 0, vector * training),
         stage("build_index: add, merge", "core", chunks, rates.added, on_disk, 2**31),
         *embedding,
         stage(

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from retro_mcore.chunking import SampleLayout
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.retrieval.index.embeddings import Embeddings
+from retro_mcore.retrieval.index.measured import measure_index_rates
 from retro_mcore.retrieval.measured_rates import measure_rates
-from retro_mcore.retrieval.scale import Node, Rates, ScalePlan, Workload, parse_count, plan_scale
+from retro_mcore.retrieval.project_search import NUM_QUERY
+from retro_mcore.retrieval.scale import (
+    Node,
+    Rates,
+    ScalePlan,
+    Workload,
+    count_chunks,
+    index_for,
+    parse_count,
+    plan_scale,
+)
+from retro_mcore.stages.build_index import STAGE as INDEX
+from retro_mcore.stages.build_index import BuildIndexConfig, stored_embeddings
+from retro_mcore.stages.configuration import recorded_config
+
+logger = logging.getLogger(__name__)
+
+#: Vectors of the project that a small index is filled with, for measuring.
+_MEASURED_VECTORS = 50_000
 
 _POSITIVE = (
     "retro_chunk_length", "document_tokens", "vocab_size", "embedding_dimension", "hours",
@@ -56,8 +79,8 @@ class PlanScaleConfig:
     """Project like the planned one. Sets the chunk length and, once the project has an index, the
     embedder's dimension."""
     measure: bool = False
-    """Measure the rates of tokenizing, chunking and embedding on this machine, with the project's
-    chunks (after build_db)."""
+    """Measure the rates on this machine, with the project's chunks (after build_db). After
+    build_index, those of training, filling and searching the index are measured too."""
     embedder: str | None = None
     """Embedder to measure (default: the project's, or minilm)."""
     device: str = "auto"
@@ -135,6 +158,35 @@ def _rates(config: PlanScaleConfig, work: Workload) -> tuple[Rates, Workload]:
         device = str(setup_device(config.device))  # type: ignore[arg-type]
         rates, dimension = measure_rates(config.project_dir, config.embedder, device)
         work = replace(work, dimension=dimension)
+        rates = _with_index(config, rates, work)
     asked = {"embedded": config.embedder_rate, "queried": config.query_rate}
     given = {name: value for name, value in asked.items() if value is not None}
     return replace(rates, **given), work
+
+
+def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload) -> Rates:
+    """The rates of the planned index, measured with the project's vectors if it has any."""
+    assert config.project_dir is not None
+    paths = ProjectConfig.load(config.project_dir).database_paths(config.project_dir)
+    settings, built = (
+        ProjectSettings.load(paths.root),
+        recorded_config(paths, INDEX, BuildIndexConfig),
+    )
+    if built is None or settings.embedding_dimension != work.dimension:
+        logger.warning(
+            "training, filling and searching the index keep published rates: %s has no vectors of "
+            "the planned embedder. Run build_index on it to measure them",
+            paths.root,
+        )
+        return rates
+    embeddings = Embeddings(stored_embeddings(paths).shards)
+    count = min(len(embeddings), _MEASURED_VECTORS)
+    vectors = embeddings.rows(np.linspace(0, len(embeddings) - 1, count).astype(np.int64))
+    chunks = count_chunks(work)
+    index, _, _ = index_for(chunks, work.dimension)
+    candidates = settings.num_neighbors_query or NUM_QUERY
+    found = measure_index_rates(vectors, chunks, index, built.index_recall, candidates)
+    logger.info("a search of %s visits about %s lists per chunk", index, found.nprobe or "no")
+    cores = config.cores_per_node
+    trained = found.trained * cores if found.trained else rates.trained
+    return replace(rates, trained=trained, added=found.added, queried=found.queried * cores)

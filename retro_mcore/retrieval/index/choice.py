@@ -132,6 +132,13 @@ def _well_trained_lists(num_vectors: int) -> int:
     return lists
 
 
+def automatic_string(code: str, lists: int, rotation: str = "") -> str:
+    """Faiss factory string of the automatic index with such codes."""
+    graph = f"_HNSW{_GRAPH_NEIGHBORS}" if lists >= _FEWEST_LISTS_FOR_GRAPH else ""
+    parts = [rotation, f"IVF{lists}{graph}" if lists else "", code]
+    return ",".join(part for part in parts if part)
+
+
 def index_bytes(num_vectors: int, dimension: int, code_bytes: int) -> int:
     """Bytes of memory that the automatic index takes with these codes."""
     lists = num_lists_for(num_vectors)
@@ -211,9 +218,7 @@ def _choice(
     code: _Code, count: int, dimension: int, why: str, on_disk: bool = False
 ) -> IndexChoice:
     lists = num_lists_for(count)
-    graph = f"_HNSW{_GRAPH_NEIGHBORS}" if lists >= _FEWEST_LISTS_FOR_GRAPH else ""
-    parts = [code.rotation, f"IVF{lists}{graph}" if lists else "", code.string]
-    string = ",".join(part for part in parts if part)
+    string = automatic_string(code.string, lists, code.rotation)
     size = index_bytes(count, dimension, code.num_bytes)
     where = f"{count} vectors" + (f" in {lists} lists" if lists else " searched one by one")
     return IndexChoice(string, f"{where}, {show_bytes(size)}: {why}", size, on_disk)

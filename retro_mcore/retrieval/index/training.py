@@ -112,7 +112,7 @@ def train_index(
     rows = training_rows(index, sample, embeddings.dimension, memory)
     try:
         with faiss_threads((os.cpu_count() or 1) if len(rows) > _FEW_VECTORS else 1):
-            _train(index, embeddings.rows(rows), gpu)
+            train(index, embeddings.rows(rows), gpu)
     except RuntimeError as error:
         raise ConfigurationError(
             "--index",
@@ -135,8 +135,8 @@ def training_rows(
     return sample[np.linspace(0, len(sample) - 1, most).astype(np.int64)]
 
 
-def _train(index: Any, vectors: np.ndarray, gpu: bool) -> None:
-    """Train transforms, then lists, then codes, as Faiss does."""
+def train(index: Any, vectors: np.ndarray, gpu: bool = False) -> None:
+    """Train transforms, then lists, then codes, as Faiss does, on vectors [n, dimension]."""
     faiss = faiss_library()
     inner = innermost(index)
     if kind_of(index) not in WITH_LISTS:
