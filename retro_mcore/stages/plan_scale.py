@@ -14,7 +14,7 @@ from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.platform import setup_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.retrieval.index.embeddings import Embeddings
-from retro_mcore.retrieval.index.measured import measure_index_rates
+from retro_mcore.retrieval.index.measured import FEWEST_LISTS, measure_index_rates
 from retro_mcore.retrieval.measured_rates import measure_rates
 from retro_mcore.retrieval.project_search import NUM_QUERY
 from retro_mcore.retrieval.scale import (
@@ -181,9 +181,18 @@ def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload) -> Rates:
         return rates
     embeddings = Embeddings(stored_embeddings(paths).shards)
     count = min(len(embeddings), _MEASURED_VECTORS)
-    vectors = embeddings.rows(np.linspace(0, len(embeddings) - 1, count).astype(np.int64))
     chunks = count_chunks(work)
-    index, _, _ = index_for(chunks, work.dimension)
+    index, lists, _ = index_for(chunks, work.dimension)
+    if lists and count * lists < FEWEST_LISTS * chunks:
+        logger.warning(
+            "training, filling and searching %s keep published rates: the project's %d vectors are "
+            "fewer than those of %d of its lists",
+            index,
+            count,
+            FEWEST_LISTS,
+        )
+        return rates
+    vectors = embeddings.rows(np.linspace(0, len(embeddings) - 1, count).astype(np.int64))
     candidates = settings.num_neighbors_query or NUM_QUERY
     found = measure_index_rates(vectors, chunks, index, built.index_recall, candidates)
     logger.info("a search of %s visits about %s lists per chunk", index, found.nprobe or "no")

@@ -23,8 +23,8 @@ from retro_mcore.retrieval.index.training import has_graph, innermost, make_inde
 
 _LISTS = re.compile(r"IVF\d+[kM]?(_HNSW\d+)?")
 _RECALL_QUERIES = 400
-#: Fewest lists from which the number of lists to visit is estimated.
-_FEWEST_LISTS = 8
+#: Lists that the vectors must fill for an estimate of how many lists a search visits.
+FEWEST_LISTS = 8
 _ROUNDS = 3
 
 
@@ -103,7 +103,7 @@ def _expected_probes(
     for part in (4, 2, 1):
         some = vectors[::part]
         few = _small_lists(len(some), count, lists)
-        if few < _FEWEST_LISTS and part > 1:
+        if few < FEWEST_LISTS and part > 1:
             continue
         queries = np.linspace(0, len(some) - 1, min(_RECALL_QUERIES, len(some))).astype(np.int64)
         held_out = HeldOut(some[queries], queries)

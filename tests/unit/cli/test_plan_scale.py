@@ -12,8 +12,9 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.embedders.lexical import count_texts, weights_of
+from retro_mcore.retrieval.index.measured import measure_index_rates
 from retro_mcore.retrieval.measured_rates import measure_rates
-from retro_mcore.retrieval.scale import parse_count
+from retro_mcore.retrieval.scale import Rates, parse_count
 from tests.unit.data.projects import built_project
 
 
@@ -77,3 +78,26 @@ def test_aligned_samples_have_no_search_of_their_own():
     assert plan.query_chunks == plan.chunks
     with pytest.raises(ConfigurationError, match="--training-tokens: 1B, but aligned"):
         plan_scale(PlanScaleOptions("1M", samples="aligned", training_tokens="1B"))
+
+
+def test_the_index_is_measured_with_the_projects_vectors(tmp_path):
+    path = tmp_path / "plan.json"
+    given = {"project_dir": str(built_project()), "device": "cpu", "measure": True}
+    assert plan_scale(PlanScaleOptions("100K", json=str(path), **given)).index == "Flat"
+    rates = json.loads(path.read_text())["rates"]
+    assert rates["trained"] == Rates().trained  # nothing to train
+    assert rates["added"] != Rates().added
+    assert rates["queried"] != Rates().queried
+
+
+@pytest.mark.parametrize("string", ["Flat", "SQ8", "IVF256,Flat", "IVF256_HNSW32,SQ8", "HNSW16"])
+def test_rates_of_every_kind_of_index(string):
+    generator = np.random.default_rng(0)
+    centers = generator.normal(size=(50, 32))
+    vectors = centers[generator.integers(0, 50, 2000)] + 0.2 * generator.normal(size=(2000, 32))
+    rates = measure_index_rates(vectors.astype(np.float32), 20_000, string, 0.9, 20)
+    assert (rates.trained is None) == (string in ("Flat", "HNSW16"))
+    assert rates.added > 0
+    assert rates.queried > 0
+    assert (rates.nprobe is not None) == string.startswith("IVF")
+    assert rates.nprobe is None or 1 <= rates.nprobe <= 256
