@@ -15,14 +15,16 @@ from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.training.options.model_sizes import check_divisible
-from retro_mcore.training.options.pretrain import ParallelOptions
+from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
+from retro_mcore.training.provider_flags import changed_fields
 from retro_mcore.training.setup.build import arguments_from, assemble_model
+from retro_mcore.training.setup.model_config import build_config
 
 #: Parallelism that Bridge's schedules or Retro's layers do not support, with a hint.
 _REFUSED = {
     "pipeline_model_parallel_size": "Use tensor parallelism, or tools/pretrain_retro.py",
     "context_parallel_size": "Use tools/pretrain_retro.py, which divides samples",
-    "expert_model_parallel_size": "Leave it at 1: the model has no experts",
+    "expert_model_parallel_size": "Use tools/pretrain_retro.py",
 }
 
 
@@ -57,23 +59,28 @@ class RetroModelConfig(GPTModelConfig):
 
     def _contradictions(self) -> Iterator[RetroError]:
         options = arguments_from(self.arguments)
-        recorded = passed_to("config", ModelArguments, options)
-        recorded |= passed_to("model", ModelArguments, options)
-        recorded |= {
+        made = build_config(options, ParallelOptions(), RecomputeOptions())
+        changed = {
+            name: (getattr(self.transformer, name, None), getattr(made, name))
+            for name in changed_fields(self.transformer, made)
+        }
+        recorded = {
+            **passed_to("model", ModelArguments, options),
             "seq_length": options.seq_length,
             "vocab_size": options.padded_vocab_size,
             "share_embeddings_and_output_weights": not options.untie_embeddings_and_output_weights,
-            "add_bias_linear": not options.disable_bias_linear,
             "fp16_lm_cross_entropy": False,
         }
         for name, value in recorded.items():
             now = getattr(self, name, value)
-            if value is not None and now != value:
-                yield ConfigurationError(
-                    f"model.{name}",
-                    f"{now}, and the model was made with {value}",
-                    "Give it to pretrain_config, so that checkpoints record it",
-                )
+            if now != value:
+                changed[name] = now, value
+        for name, (now, value) in changed.items():
+            yield ConfigurationError(
+                f"model.{name}",
+                f"{now}, and the model was made with {value}",
+                "Give it to pretrain_config, so that checkpoints record it",
+            )
 
     def _unsupported(self) -> Iterator[RetroError]:
         for name, hint in _REFUSED.items():

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from megatron.core.transformer import MLATransformerConfig
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from retro_mcore.checkpoint.conversion.architecture import LACKED
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
@@ -95,11 +96,15 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     },
 }
 
-#: Fields of Megatron's configurations that Retro's layers honor, or that do not change results.
-_HONOURED = {
-    *(set(names_there("config", DecoderOptions).values()) - set(EXPERT_OPTIONS)),
-    *("num_query_groups", "ffn_hidden_size", "add_bias_linear", "perform_initialization"),
-    *("use_cpu_initialization", "init_model_with_meta_device", "fp16", "bf16"),
+#: Fields of Megatron's configurations that do not change what the model computes, but for rounding.
+_FREE = {
+    *(
+        "perform_initialization",
+        "use_cpu_initialization",
+        "init_model_with_meta_device",
+        "fp16",
+        "bf16",
+    ),
     *("deterministic_mode", "tensor_model_parallel_size", "sequence_parallel"),
     *("fp32_residual_connection", "calculate_per_token_loss", "apply_query_key_layer_scaling"),
     *("attention_softmax_in_fp32", "disable_bf16_reduced_precision_matmul"),
@@ -112,12 +117,33 @@ _HONOURED = {
     *("log_max_attention_logit", "batch_invariant_mode", "cp_comm_type", "flash_decode"),
 }
 #: Families of such fields.
-_HONOURED_FAMILIES = (
+_FREE_FAMILIES = (
     *("tp_comm_", "pipeline_model_parallel_", "overlap_p2p_", "microbatch_group_size_"),
     *("account_for_", "cross_entropy_", "recompute_", "fp8", "cpu_offloading", "cuda_graph"),
     *("enable_cuda_graph", "external_cuda_graph", "inference_", "fine_grained_", "offload_"),
-    *("nccl_", "symmetric_ar_", "flash_attention_", "activation_offload_", "retro_"),
+    *("nccl_", "symmetric_ar_", "flash_attention_", "activation_offload_"),
 )
+#: Fields that Retro's layers honor, or that are free.
+_HONOURED = {
+    *(set(names_there("config", DecoderOptions).values()) - set(EXPERT_OPTIONS)),
+    *("num_query_groups", "ffn_hidden_size", "add_bias_linear"),
+    *_FREE,
+}
+
+
+def changed_fields(config: TransformerConfig, made: TransformerConfig) -> Iterator[str]:
+    """Fields of the model in which a configuration differs from the one that its options make.
+
+    Excludes fields that do not change what the model computes, such as precision and recomputation.
+    """
+    parallel = {field.name for field in dataclasses.fields(ModelParallelConfig)}
+    for field in dataclasses.fields(made):
+        free = field.name in _FREE | parallel or field.name.startswith(_FREE_FAMILIES)
+        now, value = getattr(config, field.name, None), getattr(made, field.name)
+        initializes = field.name.endswith("init_method") and callable(value)  # a new one each time
+        if not free and not initializes and now != value:
+            yield field.name
+
 
 #: Flags given on the command line: flag and default, by the argument's name.
 _given: dict[str, tuple[str, Any]] = {}
@@ -317,7 +343,7 @@ def _unknown(args: argparse.Namespace) -> Iterator[RetroError]:
     fields = {field.name for field in dataclasses.fields(MLATransformerConfig)}
     honoured = _HONOURED | {field.name for field in dataclasses.fields(RetroConfig)} - fields
     for name, (flag, default) in _given.items():
-        known = name in honoured or name in _REFUSED or name.startswith(_HONOURED_FAMILIES)
+        known = name in honoured or name in _REFUSED or name.startswith((*_FREE_FAMILIES, "retro_"))
         value = getattr(args, name, default)
         if name in fields and not known and value != default:
             yield ConfigurationError(flag, str(value), _OTHER_MODEL)

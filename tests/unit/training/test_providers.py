@@ -241,3 +241,32 @@ def test_batches_of_aligned_projects_have_their_loss_mask(megatron, aligned):
     data = {"text": torch.arange(8).reshape(2, 4), **({"loss_mask": mask} if aligned else {})}
     batch = get_batch(iter([data]), retrieval=False)
     assert batch.loss_mask.tolist() == (mask if aligned else torch.ones(2, 3)).tolist()
+
+
+def test_changes_of_the_model_are_told_from_those_of_its_layout(megatron):
+    from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
+    from retro_mcore.training.provider_flags import changed_fields
+    from retro_mcore.training.setup.model_config import build_config
+    from tests.unit.checkpoint.test_huggingface import arguments
+
+    def config(layout=None, recompute=None, **options):
+        sizes = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4}
+        parallel = ParallelOptions(device="cpu", **(layout or {}))
+        return build_config(
+            arguments(**sizes, **options), parallel, RecomputeOptions(**(recompute or {}))
+        )
+
+    made = config()
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True}
+    full = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    assert not list(changed_fields(config(layout, {**full, "recompute_num_layers": 1}), made))
+    for change, field in (
+        ({"sliding_window": 32}, "window_size"),
+        ({"swiglu": True}, "gated_linear_unit"),
+        ({"squared_relu": True}, "activation_func"),
+        ({"hidden_dropout": 0.3}, "hidden_dropout"),
+        ({"normalization": "RMSNorm"}, "normalization"),
+        ({"retro_encoder_num_layers": 1}, "retro_encoder_num_layers"),
+        ({"num_experts": 2, "disable_bias_linear": True}, "num_moe_experts"),
+    ):
+        assert field in changed_fields(config(**change), made), change
