@@ -7,6 +7,9 @@ MEGATRON ?= 0.19.2
 # Releases of megatron-core that contain Megatron-LM's own trainer.
 TRAINERS ?= 0.17.1 0.18.2 0.19.2
 BRIDGE ?= 0.6.2
+# A pre-release of megatron-core, or a folder with `megatron` in it. Default: the newest release of all.
+PRERELEASE ?=
+PRERELEASE_FOLDER = $(if $(wildcard $(PRERELEASE:=/megatron)),$(PRERELEASE),$(CURDIR)/.megatron-prerelease)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
@@ -20,10 +23,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=default FAISS_SIMD_LEVEL=NONE FAISS_OPT_LEVEL=generic \
 	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: help env quickstart test test-slow test-kernels test-versions test-bridge test-parity test-gpu docs style format lock clean
+.PHONY: help env quickstart test test-slow test-kernels test-versions test-prerelease test-bridge test-parity test-gpu docs style format lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 env: $(STAMP) ## make the project's environment (.venv) from pinned CPU requirements
 
@@ -69,6 +72,13 @@ test-versions: env $(patsubst %,.megatron-%/.up-to-date,$(sort $(MEGATRON) $(TRA
 .megatron-%/.up-to-date: $(STAMP)
 	$(INSTALL) --ignore-requires-python --no-deps --upgrade --target $(@D) megatron-core==$*
 	@touch $@
+
+test-prerelease: env ## run the tests of the model on the newest pre-release (PRERELEASE=0.20.0rc0, or a folder)
+	$(if $(wildcard $(PRERELEASE:=/megatron)),,$(INSTALL) --pre --ignore-requires-python --no-deps --upgrade \
+		--target $(PRERELEASE_FOLDER) megatron-core$(addprefix ==,$(PRERELEASE)))
+	PYTHONPATH=$(PRERELEASE_FOLDER) $(PYTEST) -m "not slow and not parity and not gpu" \
+		tests/distributed/test_tensor_parallel.py tests/unit/platform tests/unit/model \
+		tests/unit/checkpoint/test_checkpoints.py tests/unit/training/test_providers.py
 
 test-bridge: env .bridge-$(BRIDGE)/.up-to-date ## train in Megatron-Bridge, installed into a folder of its own
 	PYTHONPATH=$(CURDIR)/.bridge-$(BRIDGE) $(BIN)/python -m pytest -m bridge tests/bridge

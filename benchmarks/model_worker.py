@@ -171,10 +171,9 @@ class Side:
 def _build_ours(
     kind: str, fields: dict[str, Any], arguments: dict[str, Any], weights: dict[str, Tensor]
 ) -> torch.nn.Module:
-    from megatron.core.models.gpt import GPTModel
-
     from retro_mcore import RetroConfig, RetroModel, get_retro_decoder_block_spec
     from retro_mcore.checkpoint.conversion import upstream
+    from retro_mcore.model.decoder_model import DecoderModel
     from retro_mcore.model.specs import get_gpt_decoder_block_spec
 
     config = RetroConfig.from_upstream("mcore-0.15", **fields)
@@ -186,7 +185,7 @@ def _build_ours(
         return retro
     spec = get_gpt_decoder_block_spec(config)
     spec.layer_norm = None  # as the retired decoder
-    gpt = GPTModel(config=config, transformer_layer_spec=spec, **arguments)
+    gpt = DecoderModel(config=config, transformer_layer_spec=spec, **arguments)
     missing, _ = gpt.load_state_dict(retro.state_dict(), strict=False)
     assert not [name for name in missing if not name.endswith("_extra_state")], missing
     return gpt

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.training.options.model_sizes import check_divisible
@@ -98,7 +98,7 @@ class RetroModelBuilder(GPTModelBuilder):
         pre_process: bool | None = None,
         post_process: bool | None = None,
         vp_stage: int | None = None,
-    ) -> GPTModel:
+    ) -> DecoderModel:
         """Build this rank's part of the model.
 
         Args:

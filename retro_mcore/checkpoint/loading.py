@@ -15,7 +15,6 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from retro_mcore import distributed
@@ -35,6 +34,7 @@ from retro_mcore.checkpoint.state import (
     state_dict,
 )
 from retro_mcore.errors import CheckpointError
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.platform.optimizer_state import (
     keeping_adam_steps,
     regroup,
@@ -103,7 +103,7 @@ def load_checkpoint(
     return TrainingProgress(common["iteration"], common["consumed_samples"])
 
 
-def load_megatron_lm(models: Sequence[GPTModel], checkpoint: Path) -> None:
+def load_megatron_lm(models: Sequence[DecoderModel], checkpoint: Path) -> None:
     """Load the weights that Megatron-LM's trainer saved into this rank's stages of a model.
 
     Its GPTs are stored with stacked layers, and Transformer Engine's under other names.

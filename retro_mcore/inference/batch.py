@@ -69,8 +69,8 @@ class TextBatch:
     `error` set on every rank. The other texts continue.
 
     Args:
-        model: The model, or this rank's pipeline stage of it, in eval mode. Without neighbors, any
-            of our GPTModels works.
+        model: The model, or this rank's pipeline stage of it, in eval mode; a DecoderModel without
+            neighbors.
         tokenizer: Provides EOD and the number of valid tokens.
         max_batch_size: Maximum number of texts at a time.
         max_length: Maximum tokens of a text; by default, and at most, the model's window.

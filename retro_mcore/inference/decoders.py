@@ -21,7 +21,6 @@ from retro_mcore.model.cached_attention import check_cacheable
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.inference_context import InferenceContext, NewChunk
 from retro_mcore.model.pipeline import carries_neighbors, is_interleaved, stage_layer_numbers
-from retro_mcore.platform.compatibility import scale_logits
 from retro_mcore.retrieval.neighbors import RetrievedNeighbors
 from retro_mcore.samples.batch import retrieved_inputs
 
@@ -51,8 +50,7 @@ class CachedDecoder:
 
     Args:
         model: The model, or this rank's pipeline stage of it, in eval mode and on whole sequences
-            (`platform.parallel.whole_sequences`). Without neighbors any GPTModel from
-            `get_gpt_decoder_block_spec` will do.
+            (`platform.parallel.whole_sequences`). Without neighbors a DecoderModel will do.
         pad_id: Token that pads shorter prompts; it does not affect results.
         max_batch_size: Maximum number of texts at a time.
         max_length: Maximum tokens of a text; the model's window by default.
@@ -146,9 +144,8 @@ class CachedDecoder:
     ) -> torch.Tensor | None:
         """Run this rank's stage once; returns the output [S, B, D] on the last stage.
 
-        GPTModel.forward cannot run it: it rotates all texts of a batch by the same positions, and
-        returns logits of every position or of the last one, while each text here has positions and
-        a last token of its own.
+        The model's `forward` cannot run it: it rotates all texts of a batch by the same positions
+        and returns logits of every position. Here each text has its own positions and last token.
         """
         model, config, current = self._model, self._model.config, self._context.current
         neighbors = self._plan_neighbors(texts, starts)
@@ -207,11 +204,8 @@ class CachedDecoder:
         return angles[:, 0][self._context.current.positions_SB]
 
     def _logits(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
-        model, weight = self._model, None
-        if model.share_embeddings_and_output_weights:
-            weight = model.shared_embedding_or_output_weight()
-        logits, _ = model.output_layer(hidden_SBD, weight=weight)
-        logits = scale_logits(model, logits)
+        model = self._model
+        logits = model.logits(hidden_SBD)
         if model.parallel_output:
             logits = gather_from_tensor_model_parallel_region(logits, group=model.pg_collection.tp)
         return logits

@@ -58,9 +58,8 @@ def generate(
     """Continue a batch of prompts.
 
     Args:
-        model: The model, or this rank's pipeline stage of it. Without neighbors, any of our
-            GPTModels works. It runs in eval mode and without sequence parallelism; both settings
-            are restored.
+        model: The model, or this rank's pipeline stage of it; a DecoderModel without neighbors.
+            It runs in eval mode and without sequence parallelism; both settings are restored.
         tokenizer: Provides EOD and the number of valid tokens; with stop strings also `detokenize`.
         requests: The prompts with their options; see `GenerationRequest.for_prompts`. Their lengths
             may differ.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -138,25 +138,15 @@ def local_rotary(config: TransformerConfig, layer_number: int, group: Any) -> An
     )
 
 
-def finish_decoder(model: GPTModel) -> None:
-    """Give a built model the options that its layers do not read: the rotary embedding's
-    frequencies, and the multipliers of embeddings and logits.
+def set_frequencies(rotary: RotaryEmbedding, config: TransformerConfig) -> None:
+    """Give the decoder's rotary embedding the frequencies of `rotary_frequencies`.
 
     Raises:
-        ConfigurationError: `rotary_frequencies` of another number.
+        ConfigurationError: they are not one for each rotated pair of channels.
     """
-    config = model.config
     frequencies = family_option(config, "rotary_frequencies")
-    if frequencies is not None and model.position_embedding_type == "rope":
-        _set_frequencies(model.rotary_pos_emb, frequencies)
-    multiplier = family_option(config, "embedding_multiplier")
-    if multiplier != 1.0 and hasattr(model, "embedding"):
-        model.embedding.word_embeddings.register_forward_hook(_multiply_by(multiplier))
-    if model.post_process:
-        _scale_logits(model)
-
-
-def _set_frequencies(rotary: RotaryEmbedding, frequencies: list[float]) -> None:
+    if frequencies is None:
+        return
     if len(frequencies) != rotary.inv_freq.numel():
         raise ConfigurationError(
             "rotary_frequencies",
@@ -168,6 +158,13 @@ def _set_frequencies(rotary: RotaryEmbedding, frequencies: list[float]) -> None:
     )
 
 
+def scale_embedding(embedding: LanguageModelEmbedding, config: TransformerConfig) -> None:
+    """Multiply word embeddings by `embedding_multiplier`."""
+    multiplier = family_option(config, "embedding_multiplier")
+    if multiplier != 1.0:
+        embedding.word_embeddings.register_forward_hook(_multiply_by(multiplier))
+
+
 def _multiply_by(multiplier: float) -> Callable[..., Tensor]:
     def multiply(_: Any, args: Any, output: Tensor) -> Tensor:
         # In the output's precision, as transformers rounds it.
@@ -176,9 +173,10 @@ def _multiply_by(multiplier: float) -> Callable[..., Tensor]:
     return multiply
 
 
-def _scale_logits(model: GPTModel) -> None:
-    scaling = family_option(model.config, "logits_scaling")
-    cap = family_option(model.config, "logit_softcap")
+def scale_logits(output_layer: torch.nn.Module, config: TransformerConfig) -> None:
+    """Divide an output layer's logits by `logits_scaling`, then limit them to `logit_softcap`."""
+    scaling = family_option(config, "logits_scaling")
+    cap = family_option(config, "logit_softcap")
 
     def scale(_: Any, args: Any, output: Any) -> Any:
         logits, bias = output
@@ -186,4 +184,4 @@ def _scale_logits(model: GPTModel) -> None:
         return (logits if cap is None else torch.tanh(logits / cap) * cap), bias
 
     if scaling != 1.0 or cap is not None:
-        model.output_layer.register_forward_hook(scale)
+        output_layer.register_forward_hook(scale)

@@ -1,4 +1,4 @@
-"""RetroModel: Megatron-Core's GPTModel with a neighbor encoder and chunked cross-attention."""
+"""RetroModel: a decoder with a neighbor encoder and chunked cross-attention."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError, ShapeError
 from retro_mcore.model.chunks import nearest_first, unread_neighbors
 from retro_mcore.model.config import RetroConfig
-from retro_mcore.model.family_layers import finish_decoder
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.initialization import initialize_hidden_weights, scale_output_layer
 from retro_mcore.model.neighbor_encoder import NeighborEncoder
 from retro_mcore.model.pipeline import (
@@ -26,7 +25,7 @@ from retro_mcore.model.pipeline import (
 from retro_mcore.model.specs import RetroBlockSubmodules
 
 
-class RetroModel(GPTModel):
+class RetroModel(DecoderModel):
     """The Retro language model.
 
     Args:
@@ -34,7 +33,7 @@ class RetroModel(GPTModel):
         transformer_layer_spec: From `get_retro_decoder_block_spec(config, ...)`.
         vocab_size: Padded vocabulary size.
         max_sequence_length: Longest sequence, and longest retrieved text.
-        **gpt_model_kwargs: As GPTModel takes them (pre_process, post_process, vp_stage,
+        **decoder_kwargs: As DecoderModel takes them (pre_process, post_process, vp_stage,
             share_embeddings_and_output_weights, position_embedding_type, rotary_percent, ...).
 
     Raises:
@@ -47,8 +46,7 @@ class RetroModel(GPTModel):
         transformer_layer_spec: RetroBlockSubmodules,
         vocab_size: int,
         max_sequence_length: int,
-        *args: Any,
-        **gpt_model_kwargs: Any,
+        **decoder_kwargs: Any,
     ) -> None:
         if not isinstance(transformer_layer_spec, RetroBlockSubmodules):
             raise ConfigurationError(
@@ -57,12 +55,7 @@ class RetroModel(GPTModel):
                 "Build it with get_retro_decoder_block_spec(config, ...)",
             )
         super().__init__(
-            config,
-            transformer_layer_spec,
-            vocab_size,
-            max_sequence_length,
-            *args,
-            **gpt_model_kwargs,
+            config, transformer_layer_spec, vocab_size, max_sequence_length, **decoder_kwargs
         )
         self.config: RetroConfig = config
         learned_positions = self.position_embedding_type == "learned_absolute"
@@ -90,7 +83,6 @@ class RetroModel(GPTModel):
         initialize_hidden_weights(self)
         if self.post_process:
             scale_output_layer(self)
-        finish_decoder(self)
 
     def _encoder_rotary(self) -> RotaryEmbedding | None:
         if self.position_embedding_type != "rope":
@@ -98,14 +90,7 @@ class RetroModel(GPTModel):
         channels = self.config.encoder_config().kv_channels
         if channels == self.config.kv_channels:
             return self.rotary_pos_emb
-        return RotaryEmbedding(
-            channels,
-            rotary_percent=self.rotary_percent,
-            rotary_interleaved=self.config.rotary_interleaved,
-            rotary_base=self.rotary_base,
-            use_cpu_initialization=self.config.use_cpu_initialization,
-            cp_group=self.pg_collection.cp,
-        )
+        return self._build_rotary(channels)
 
     @property
     def has_embedding_copy(self) -> bool:
@@ -122,13 +107,7 @@ class RetroModel(GPTModel):
 
     def _copy_embedding(self) -> None:
         """The embedding of the retrieved tokens, on a stage that is not the first."""
-        self.embedding = LanguageModelEmbedding(
-            config=self.config,
-            vocab_size=self.vocab_size,
-            max_sequence_length=self.max_sequence_length,
-            position_embedding_type=self.position_embedding_type,
-            tp_group=self.pg_collection.tp,
-        )
+        self.embedding = self._build_embedding()
         self._mark_copied(self.embedding, is_copy=True)
         if self._output_is_embedding():
             self.embedding.word_embeddings.weight = self.output_layer.weight
@@ -156,11 +135,12 @@ class RetroModel(GPTModel):
         context_mask: Tensor | None = None,
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
-        inference_context: Any = None,
         segments: Tensor | None = None,
-        **kwargs: Any,
+        *,
+        padding_mask: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
     ) -> Tensor:
-        """Logits, or the loss of each token.
+        """Logits, or the loss of each token; other arguments are DecoderModel's.
 
         Args:
             input_ids: `[B, S]`; may be None on pipeline stages that are neither first nor last.
@@ -200,16 +180,16 @@ class RetroModel(GPTModel):
             context_mask = nearest_first(context_mask, self.config.retro_num_neighbors)
         if context_input_ids is not None and self.neighbor_encoder is not None:
             context = self.embed_neighbors(context_input_ids, context_position_ids)
-        return super().forward(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            decoder_input=decoder_input,
-            labels=labels,
-            inference_context=inference_context,
-            extra_block_kwargs={"context": context, "context_mask": context_mask},
-            **kwargs,
+        hidden_SBD = self.run_decoder(
+            input_ids,
+            position_ids,
+            attention_mask,
+            decoder_input,
+            context=context,
+            context_mask=context_mask,
+            padding_mask=padding_mask,
         )
+        return self.finish(hidden_SBD, labels, runtime_gather_output)
 
     def _with_unread(
         self, context_input_ids: Tensor, context_mask: Tensor | None, segments_BS: Tensor
@@ -317,7 +297,7 @@ class RetroModel(GPTModel):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """GPTModel's, with each layer under its own name, because the layers differ."""
+        """DecoderModel's, with each layer under its own name, because the layers differ."""
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.has_embedding_copy:

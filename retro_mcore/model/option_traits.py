@@ -31,8 +31,8 @@ class ModelTraits:
 
     Attributes:
         sets: Where building passes it: "config" or "model" (a field of the configuration, an
-            argument of GPTModel), with a dot and its name there if it is another one. None: code
-            works out what to pass.
+            argument of DecoderModel), with a dot and its name there if it is another one. None:
+            code works out what to pass.
         form: How Megatron-LM's arguments state it: under the same name, as its opposite, in
             another form (which conversion translates), or not at all (None).
         also: Other names of Megatron-LM's argument.

@@ -132,7 +132,7 @@ def get_gpt_decoder_block_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The same decoder without retrieval, for a GPTModel: the baseline to compare with."""
+    """The same decoder without retrieval, for a DecoderModel: the baseline to compare with."""
     backend = get_backend(use_transformer_engine)
     sparse = decoder_expert_layers(config)
     return TransformerBlockSubmodules(

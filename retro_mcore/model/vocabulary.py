@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     vocab_parallel_cross_entropy,
 )
 from torch import Tensor
 
+from retro_mcore.model.decoder_model import DecoderModel
 
-def mask_padding_rows(logits: Tensor, vocab_size: int | None, model: GPTModel) -> Tensor:
+
+def mask_padding_rows(logits: Tensor, vocab_size: int | None, model: DecoderModel) -> Tensor:
     """Logits in which no row of the padding has any probability; changed in place.
 
     Args:
@@ -37,7 +38,7 @@ def mask_padding_rows(logits: Tensor, vocab_size: int | None, model: GPTModel) -
 
 
 def losses_of_logits(
-    logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int | None, model: GPTModel
+    logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int | None, model: DecoderModel
 ) -> Tensor:
     """The loss of each label [B, S] in nats, over the tokenizer's vocabulary.
 
@@ -55,7 +56,7 @@ def losses_of_logits(
     ).view_as(labels_BS)
 
 
-def whole_vocabulary(logits: Tensor, vocab_size: int, model: GPTModel) -> Tensor:
+def whole_vocabulary(logits: Tensor, vocab_size: int, model: DecoderModel) -> Tensor:
     """Logits [..., vocab_size] over the tokenizer's vocabulary, on every tensor parallel rank."""
     if model.parallel_output:
         group = model.pg_collection.tp

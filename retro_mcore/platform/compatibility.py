@@ -5,7 +5,6 @@
 | `async_save_arguments`     | 0.17 and later   | async saving needs nvidia-resiliency-ext         |
 | `results_through_a_file`   | 0.16.1 to 0.19.2 | a save runs the user's script again, or hangs    |
 | `allow_norm_recomputation` | 0.16.1 to 0.19.2 | recomputing norms needs Transformer Engine       |
-| `scale_logits`             | 0.18 and later   | logits under Megatron's own muP are not scaled   |
 | `tokens_and_document_ids`  | 0.17 and later   | an item of the GPT dataset has one array more    |
 | `takes_configurations`     | 0.18 and later   | Megatron-LM's `pretrain()` is called wrongly     |
 
@@ -27,7 +26,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 import retro_mcore.platform.groups  # noqa: F401 (ends the threads of groups at exit)
 
@@ -91,8 +89,8 @@ def allow_norm_recomputation() -> None:
         return
     original: Any = random.CheckpointWithoutOutput.__init__
 
-    def __init__(self: Any, fp8: Any = None) -> None:
-        original(self, fp8 or None)
+    def __init__(self: Any, fp8: Any = None, *args: Any, **kwargs: Any) -> None:
+        original(self, fp8 or None, *args, **kwargs)
 
     patched: Any = random.CheckpointWithoutOutput
     patched.__init__, patched.works_without_te = __init__, True
@@ -109,12 +107,6 @@ def _copy_storage(output: Any, recomputed: Any) -> None:
 def config_value(config: TransformerConfig, field: str, absent: Any) -> Any:
     """The value of a field, or `absent` in releases that lack the field."""
     return getattr(config, field, absent)
-
-
-def scale_logits(model: Any, logits: Tensor) -> Tensor:
-    """Scale logits as the model's own forward pass does: by Megatron's muP, from 0.18 on."""
-    scale = getattr(model, "_scale_logits", None)
-    return logits if scale is None else scale(logits)
 
 
 def tokens_and_document_ids(dataset: Any, index: int) -> tuple[np.ndarray, np.ndarray]:

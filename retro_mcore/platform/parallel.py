@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
 import retro_mcore.platform.groups  # noqa: F401 (ends the threads of groups at exit)
 from retro_mcore.platform.context_parallel import ContextPart
 
 
-def unwrap_model(model: torch.nn.Module) -> GPTModel:
+def unwrap_model(model: torch.nn.Module) -> Any:
     """The model inside megatron's wrappers."""
     while isinstance(model, DistributedDataParallel | Float16Module):
         model = model.module
@@ -59,7 +59,7 @@ def whole_sequences(model: torch.nn.Module) -> Iterator[None]:
             setattr(owner, name, True)
 
 
-def model_parallel_group(model: GPTModel) -> dist.ProcessGroup | None:
+def model_parallel_group(model: Any) -> dist.ProcessGroup | None:
     """The ranks that share one copy of the model: tensor and pipeline parallel.
 
     A collection of process groups holds only those that it was made with.

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
-
 from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import get_rank, raise_together
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
@@ -45,7 +44,7 @@ class LoadedModel:
         training: What the checkpoint records about its run, by the names of flags.
     """
 
-    model: GPTModel
+    model: DecoderModel
     arguments: ModelArguments
     tokenizer: Tokenizer
     retriever: Retriever | None

@@ -120,7 +120,7 @@ _FREE = {
 _FREE_FAMILIES = (
     *("tp_comm_", "pipeline_model_parallel_", "overlap_p2p_", "microbatch_group_size_"),
     *("account_for_", "cross_entropy_", "recompute_", "fp8", "cpu_offloading", "cuda_graph"),
-    *("enable_cuda_graph", "external_cuda_graph", "inference_", "fine_grained_", "offload_"),
+    *("enable_cuda_graph", "external_cuda_graph", "inference_", "offload_"),
     *("nccl_", "symmetric_ar_", "flash_attention_", "activation_offload_"),
 )
 #: Fields that Retro's layers honor, or that are free.

@@ -39,13 +39,13 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import import_module
 from torch import Tensor
 
 from retro_mcore.distributed import print_error
 from retro_mcore.errors import EXIT_CODE, ConfigurationError, MissingDependencyError, RetroError
 from retro_mcore.model.config import RetroConfig, values_of_origin
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import DecoderOptions
@@ -88,7 +88,7 @@ def model_provider(
     vp_stage: int | None = None,
     config: Any = None,
     pg_collection: Any = None,
-) -> GPTModel:
+) -> DecoderModel:
     """Build the model from Megatron-LM's arguments.
 
     `--spec retro_mcore.model.specs get_retro_decoder_block_spec` is the default. Another function
@@ -121,13 +121,12 @@ def model_provider(
         "max_sequence_length": args.max_position_embeddings,
         "pre_process": pre_process,
         "post_process": post_process,
-        "fp16_lm_cross_entropy": getattr(args, "fp16_lm_cross_entropy", False),
         "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
         **passed_to("model", DecoderOptions, args),
         "vp_stage": vp_stage,
         "pg_collection": pg_collection,
     }
-    return (RetroModel if retrieves else GPTModel)(config, spec, **sizes)
+    return (RetroModel if retrieves else DecoderModel)(config, spec, **sizes)
 
 
 def _config(args: argparse.Namespace) -> Any:

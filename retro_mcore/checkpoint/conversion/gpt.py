@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
-
 from retro_mcore.checkpoint.conversion.architecture import check_decoder
 from retro_mcore.checkpoint.conversion.formats import Checkpoint, open_checkpoint
 from retro_mcore.checkpoint.conversion.model_weights import put_weights
 from retro_mcore.distributed import raise_together
 from retro_mcore.errors import CheckpointError, check_all
+from retro_mcore.model.decoder_model import DecoderModel
 
 # Retrieval's own parameters, which a GPT does not have.
 _FRESH = (r"^neighbor_encoder\.", r"\.cross_attention\.", r"\.pre_cross_attn_layernorm\.")
@@ -46,7 +45,7 @@ class LoadedDecoder:
 
 
 def load_gpt(
-    models: Sequence[GPTModel], directory: str, wanted: Mapping[str, Any], vocab_size: int
+    models: Sequence[DecoderModel], directory: str, wanted: Mapping[str, Any], vocab_size: int
 ) -> LoadedDecoder:
     """Take every weight of a GPT's decoder; retrieval's own parameters stay as they are.
 

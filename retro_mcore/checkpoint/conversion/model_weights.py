@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from retro_mcore.checkpoint.conversion.names import local_name, shift_expert, split_expert_name
@@ -21,13 +20,14 @@ from retro_mcore.checkpoint.conversion.weights import (
 )
 from retro_mcore.distributed import get_rank, get_world_size, raise_together
 from retro_mcore.errors import CheckpointError
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.pipeline import stage_layer_numbers
 
 _DECODER_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
-def whole_name(model: GPTModel, name: str) -> str:
+def whole_name(model: DecoderModel, name: str) -> str:
     """A parameter's name in the whole model: layers are numbered over all pipeline stages, and a
     tied output weight is the embedding."""
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
@@ -37,7 +37,7 @@ def whole_name(model: GPTModel, name: str) -> str:
     return _DECODER_LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + first}.", name)
 
 
-def whole_shape(model: GPTModel, name: str, tensor: Tensor) -> tuple[int, ...]:
+def whole_shape(model: DecoderModel, name: str, tensor: Tensor) -> tuple[int, ...]:
     """Shape of a parameter over all tensor parallel ranks."""
     shape, dim = list(tensor.shape), partition_dim(name)
     if dim is not None:
@@ -45,7 +45,7 @@ def whole_shape(model: GPTModel, name: str, tensor: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _first_expert(model: GPTModel) -> int:
+def _first_expert(model: DecoderModel) -> int:
     """Number of this rank's first expert, from 0."""
     experts = model.config.num_moe_experts
     if experts is None:
@@ -54,14 +54,14 @@ def _first_expert(model: GPTModel) -> int:
     return get_rank(group) * experts // get_world_size(group)
 
 
-def _group_of(model: GPTModel, name: str) -> dist.ProcessGroup:
+def _group_of(model: DecoderModel, name: str) -> dist.ProcessGroup:
     """The ranks that a parameter is split over."""
     groups = model.pg_collection
     return groups.tp if split_expert_name(name) is None else groups.expt_tp
 
 
 def put_weights(
-    models: Sequence[GPTModel],
+    models: Sequence[DecoderModel],
     weights: Weights,
     vocab_size: int | None = None,
     fresh: Iterable[str] = (),
@@ -87,7 +87,7 @@ def put_weights(
         CheckpointError: a weight is missing, unknown, or of another shape; nothing is changed.
     """
     kept: set[str] = set()
-    own: list[tuple[GPTModel, str, Tensor]] = []
+    own: list[tuple[DecoderModel, str, Tensor]] = []
     with raise_together():
         for model in models:
             own += [(model, name, value) for name, value in parameters(model)]
@@ -113,7 +113,7 @@ def put_weights(
     return sorted(_union(kept, models[0]))
 
 
-def gather_weights(models: Sequence[GPTModel]) -> dict[str, Tensor]:
+def gather_weights(models: Sequence[DecoderModel]) -> dict[str, Tensor]:
     """The whole model's weights under our names (fused norms keep theirs), on every rank, on the
     CPU; all ranks call it together."""
     own: dict[str, Tensor] = {}
@@ -129,7 +129,7 @@ def gather_weights(models: Sequence[GPTModel]) -> dict[str, Tensor]:
     return own
 
 
-def parameters(model: GPTModel) -> list[tuple[str, Tensor]]:
+def parameters(model: DecoderModel) -> list[tuple[str, Tensor]]:
     """A stage's parameters under their names in the whole model."""
     state = model.state_dict(keep_vars=True)
     return [
@@ -140,7 +140,7 @@ def parameters(model: GPTModel) -> list[tuple[str, Tensor]]:
 
 
 def _shape_problem(
-    model: GPTModel, name: str, tensor: Tensor, weights: Weights, vocab_size: int | None
+    model: DecoderModel, name: str, tensor: Tensor, weights: Weights, vocab_size: int | None
 ) -> str | None:
     wanted, found = whole_shape(model, name, tensor), weights[name].shape
     if vocab_size is not None and is_vocabulary(name):
@@ -151,7 +151,7 @@ def _shape_problem(
 
 
 def _part(
-    model: GPTModel, name: str, tensor: Tensor, weights: Weights, vocab_size: int | None
+    model: DecoderModel, name: str, tensor: Tensor, weights: Weights, vocab_size: int | None
 ) -> Tensor:
     group = _group_of(model, name)
     whole = weights[name].load()
@@ -161,7 +161,7 @@ def _part(
     return cut(name, whole, get_rank(group), get_world_size(group), gated)
 
 
-def _gather_tensor_parallel(model: GPTModel, name: str, tensor: Tensor, gated: bool) -> Tensor:
+def _gather_tensor_parallel(model: DecoderModel, name: str, tensor: Tensor, gated: bool) -> Tensor:
     group = _group_of(model, name)
     if get_world_size(group) == 1:
         return tensor.cpu().clone()
@@ -170,7 +170,7 @@ def _gather_tensor_parallel(model: GPTModel, name: str, tensor: Tensor, gated: b
     return join(name, [part.cpu() for part in parts], gated)
 
 
-def _union(names: set[str], model: GPTModel) -> set[str]:
+def _union(names: set[str], model: DecoderModel) -> set[str]:
     """Over the pipeline's stages, and ranks with other experts."""
     for group in _groups_of_parts(model):
         parts: list[set[str]] = [set()] * get_world_size(group)
@@ -179,7 +179,7 @@ def _union(names: set[str], model: GPTModel) -> set[str]:
     return names
 
 
-def _groups_of_parts(model: GPTModel) -> list[dist.ProcessGroup]:
+def _groups_of_parts(model: DecoderModel) -> list[dist.ProcessGroup]:
     """The groups of more than one rank whose ranks hold other parameters."""
     groups = [model.pg_collection.pp]
     groups += [] if model.config.num_moe_experts is None else [model.pg_collection.ep]

@@ -1,6 +1,6 @@
 """Name tables: from the names of other checkpoints to ours, and back.
 
-Ours are those of an unsharded RetroModel (or GPTModel) with local layers. Others' differ in where
+Ours are those of an unsharded RetroModel or DecoderModel with local layers. Others' differ in where
 Transformer Engine keeps norms, in where the retired Retro keeps its encoder, and, before
 Megatron-Core, in everything.
 """

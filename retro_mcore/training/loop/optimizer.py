@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import (
     OptimizerConfig,
     ParamKey,
@@ -21,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.transformer.module import Float16Module
 
 from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.initialization import SCALED_LEARNING_RATE, learning_rate_scale
 from retro_mcore.model.pipeline import (
     EmbeddingGroups,
@@ -38,7 +38,7 @@ from retro_mcore.training.options.megatron import (
 from retro_mcore.training.setup.plan import TrainingPlan
 
 
-def share_embeddings(models: Sequence[GPTModel]) -> EmbeddingGroups:
+def share_embeddings(models: Sequence[DecoderModel]) -> EmbeddingGroups:
     """Synchronize the copies of the embedding in a pipeline.
 
     Returns:
@@ -57,7 +57,7 @@ def share_embeddings(models: Sequence[GPTModel]) -> EmbeddingGroups:
 
 
 def wrap_model(
-    model: GPTModel, plan: TrainingPlan, disable_bucketing: bool = False
+    model: DecoderModel, plan: TrainingPlan, disable_bucketing: bool = False
 ) -> DistributedDataParallel:
     """Convert the model to its precision and wrap it in data parallelism."""
     config = model.config

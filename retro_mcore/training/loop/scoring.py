@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.vocabulary import losses_of_logits
 from retro_mcore.platform.context_parallel import gather_parts
 from retro_mcore.platform.parallel import unwrap_model
@@ -76,7 +76,7 @@ def _forward_step(
 
 
 def _report(
-    batch: RetroBatch, vocab_size: int | None, model: GPTModel, logits_BSV: Tensor
+    batch: RetroBatch, vocab_size: int | None, model: DecoderModel, logits_BSV: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The return value that megatron's schedules expect; only the losses are used here."""
     losses_BS = losses_of_logits(logits_BSV, batch.labels, vocab_size, model)

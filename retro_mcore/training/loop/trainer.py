@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.checkpoint.files import Retention
@@ -19,6 +18,7 @@ from retro_mcore.checkpoint.loading import load_checkpoint
 from retro_mcore.checkpoint.saving import CheckpointSaver
 from retro_mcore.checkpoint.state import TrainingParts, TrainingProgress
 from retro_mcore.distributed import get_rank, on_first_rank, raise_together
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.pipeline import EmbeddingGroups
 from retro_mcore.platform.determinism import use_deterministic_algorithms
 from retro_mcore.platform.optimizer_state import InfiniteNormError
@@ -376,7 +376,7 @@ def _has_other_neighbors(saved: Mapping[str, Any], plan: TrainingPlan) -> bool:
     return resumes and None not in (before, now) and before != now
 
 
-def _training_parts(models: Sequence[GPTModel], plan: TrainingPlan) -> TrainingParts:
+def _training_parts(models: Sequence[DecoderModel], plan: TrainingPlan) -> TrainingParts:
     groups = share_embeddings(models)
     if plan.options.freeze_decoder:
         freeze_decoder(models, plan)

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from retro_mcore.model.config import RetroConfig
-from retro_mcore.model.family_layers import finish_decoder
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import ModelArguments
@@ -44,7 +43,7 @@ def build_model_stages(
     arguments: ModelArguments,
     parallel: ParallelOptions,
     recompute: RecomputeOptions | None = None,
-) -> list[GPTModel]:
+) -> list[DecoderModel]:
     """Build this rank's stages of the model: one, or several with the interleaved schedule.
 
     Raises:
@@ -61,7 +60,7 @@ def build_model(
     parallel: ParallelOptions,
     recompute: RecomputeOptions | None = None,
     vp_stage: int | None = None,
-) -> GPTModel:
+) -> DecoderModel:
     """Build this rank's part of the model, on its device, with initial weights.
 
     Megatron's groups and seeds must be set up first. With `no_retrieval`, it is the same decoder
@@ -85,14 +84,14 @@ def build_model(
 
 def assemble_model(
     config: TransformerConfig, arguments: ModelArguments, engine: bool, **stage: Any
-) -> GPTModel:
+) -> DecoderModel:
     """Build a stage of the model from its configuration.
 
     Args:
         config: A RetroConfig, or the configuration of the GPT without retrieval.
         arguments: The arguments that it was made from.
         engine: Whether layers come from Transformer Engine.
-        **stage: pre_process, post_process, vp_stage and, optionally, pg_collection of GPTModel.
+        **stage: pre_process, post_process, vp_stage and, optionally, pg_collection of DecoderModel.
     """
     sizes: dict[str, Any] = {
         "vocab_size": arguments.padded_vocab_size,
@@ -104,9 +103,8 @@ def assemble_model(
     if isinstance(config, RetroConfig):
         spec = get_retro_decoder_block_spec(config, engine, stage["vp_stage"])
         return RetroModel(config, spec, **sizes)
-    model = GPTModel(config, get_gpt_decoder_block_spec(config, engine, stage["vp_stage"]), **sizes)
-    finish_decoder(model)
-    return model
+    gpt_spec = get_gpt_decoder_block_spec(config, engine, stage["vp_stage"])
+    return DecoderModel(config, gpt_spec, **sizes)
 
 
 def arguments_from(values: dict[str, Any]) -> ModelArguments:

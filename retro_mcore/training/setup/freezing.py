@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.training.setup.plan import TrainingPlan
 
 # Trained with --freeze-decoder: the encoder, cross-attention and the norm before it.
@@ -20,7 +20,7 @@ _RETRIEVAL_PARTS = (
 )
 
 
-def freeze_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> None:
+def freeze_decoder(models: Sequence[DecoderModel], plan: TrainingPlan) -> None:
     """Freeze everything except the neighbor encoder, the cross-attentions and their norms.
 
     Raises:
@@ -42,7 +42,7 @@ def freeze_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> None:
             model.embedding.register_forward_hook(_ask_for_gradients)
 
 
-def freeze_retrieval(models: Sequence[GPTModel]) -> None:
+def freeze_retrieval(models: Sequence[DecoderModel]) -> None:
     """Freeze the neighbor encoder, the cross-attentions and their norms."""
     for model in models:
         for name, parameter in model.named_parameters():
@@ -50,7 +50,7 @@ def freeze_retrieval(models: Sequence[GPTModel]) -> None:
                 parameter.requires_grad_(False)
 
 
-def _keep_something_to_train(model: GPTModel) -> None:
+def _keep_something_to_train(model: DecoderModel) -> None:
     """Keep one norm of every layer in the optimizer, with zero gradients so that it does not
     change.
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
-
 from retro_mcore import distributed
 from retro_mcore.checkpoint.arguments import is_own, read_arguments
 from retro_mcore.checkpoint.checksums import verify_checkpoint
@@ -16,6 +14,7 @@ from retro_mcore.checkpoint.files import find_checkpoint
 from retro_mcore.checkpoint.loading import load_megatron_lm, load_state, require_entries
 from retro_mcore.checkpoint.state import METADATA
 from retro_mcore.errors import ConfigurationError, flag_of
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.training.options.pretrain import ParallelOptions
 from retro_mcore.training.setup.build import arguments_from, build_model
@@ -72,7 +71,7 @@ class SavedModel:
             )
         return replace(self, arguments=replace(self.arguments, retro_attention_gate=gate))
 
-    def load(self, parallel: ParallelOptions) -> GPTModel:
+    def load(self, parallel: ParallelOptions) -> DecoderModel:
         """Build this rank's part of the model, load its weights, and set evaluation mode.
 
         Args:
@@ -110,7 +109,7 @@ def require_whole_experts(layout: ParallelOptions) -> None:
 
 def load_model_from_checkpoint(
     directory: str | Path, parallel: ParallelOptions | None = None, ckpt_step: int | None = None
-) -> tuple[GPTModel, ModelArguments]:
+) -> tuple[DecoderModel, ModelArguments]:
     """Rebuild a model from a checkpoint in `directory`, without other information.
 
     It may have been saved under any layout. Call `retro_mcore.platform.setup_device` first. This

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.core.models.gpt import GPTModel
-
 from retro_mcore.checkpoint.conversion.formats import Checkpoint, open_checkpoint
 from retro_mcore.checkpoint.conversion.gpt import LoadedDecoder, check_gpt, load_gpt
 from retro_mcore.checkpoint.files import existing_checkpoint
@@ -19,6 +17,7 @@ from retro_mcore.data.tokenizers.loading import bos_habit
 from retro_mcore.distributed import raise_together
 from retro_mcore.errors import ConfigurationError, TokenizerError, check_all
 from retro_mcore.gguf_file import is_gguf
+from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.training.loop.sample_reader import check_document_tokens
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from retro_mcore.training.setup.plan import TrainingPlan
 
 
-def load_decoder(models: Sequence[GPTModel], plan: TrainingPlan) -> LoadedDecoder | None:
+def load_decoder(models: Sequence[DecoderModel], plan: TrainingPlan) -> LoadedDecoder | None:
     """Load the GPT of --load-gpt into the model's decoder; None without --load-gpt.
 
     Raises:

@@ -239,9 +239,9 @@ def test_what_the_cache_does_not_know_is_refused_by_name(megatron):
 
 
 def test_a_gpt_without_retrieval_is_cached_too(megatron):
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from retro_mcore.model.decoder_model import DecoderModel
     from retro_mcore.model.specs import get_gpt_decoder_block_spec
 
     config = TransformerConfig(
@@ -252,7 +252,7 @@ def test_a_gpt_without_retrieval_is_cached_too(megatron):
         gradient_accumulation_fusion=False,
         init_method_std=0.2,
     )
-    model = GPTModel(
+    model = DecoderModel(
         config,
         get_gpt_decoder_block_spec(config),
         vocab_size=96,

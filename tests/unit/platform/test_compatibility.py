@@ -6,7 +6,6 @@ import importlib.util
 import multiprocessing
 import queue
 import sys
-from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +14,10 @@ import torch
 from retro_mcore import missing_triton
 from retro_mcore.platform import compatibility
 from retro_mcore.platform.compatibility import (
-    scale_logits,
     takes_configurations,
     tokens_and_document_ids,
 )
 from tests.unit.training.small import NO_DROPOUT, small_trainer, train
-
-RELEASE = tuple(int(part) for part in version("megatron-core").split(".")[:2])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="Triton is installed")
@@ -127,16 +123,6 @@ def test_an_infinite_gradient_norm_stops_the_step_before_the_weights_change(mega
     with pytest.raises(InfiniteNormError, match="norm is nan"):
         optimizer.step()
     assert all(map(torch.equal, before, model.parameters()))
-
-
-def test_logits_are_scaled_as_the_models_own_forward_pass_does(megatron):
-    from megatron.core.models.gpt import GPTModel
-
-    assert scale_logits(SimpleNamespace(), torch.ones(2)).tolist() == [1, 1]
-    if scales := hasattr(GPTModel, "_scale_logits"):
-        model = SimpleNamespace(_scale_logits=lambda logits: 2 * logits)
-        assert scale_logits(model, torch.ones(2)).tolist() == [2, 2]
-    assert scales == (RELEASE >= (0, 18))
 
 
 def test_an_item_of_the_gpt_dataset_begins_with_tokens_and_document_ids(megatron):

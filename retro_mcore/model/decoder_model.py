@@ -1,0 +1,277 @@
+"""The decoder as a language model: a GPT, and the base of `RetroModel`.
+
+It stands on Megatron-Core's LanguageModule and TransformerBlock (docs/decisions/0031). Attributes
+have the names that Megatron's schedules, trainers and checkpoints look up.
+
+Shapes: B batch, S sequence, D hidden, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from retro_mcore.errors import ConfigurationError, raise_problems
+from retro_mcore.model.family_layers import scale_embedding, scale_logits, set_frequencies
+from retro_mcore.platform.compatibility import config_value
+
+PositionEmbedding = Literal["learned_absolute", "rope", "none"]
+
+#: Fields of Megatron's configurations that would change the model, and that it does not have.
+_UNSUPPORTED = (
+    "mtp_num_layers",
+    "multi_latent_attention",
+    "use_mup",
+    "enable_mhc_connections",
+    "quant_recipe",
+    "fp8_output_proj",
+    "fine_grained_activation_offloading",
+    "overlap_moe_expert_parallel_comm",
+    "moe_paged_stash",
+)
+
+
+class DecoderModel(LanguageModule):
+    """A decoder-only language model, or one pipeline stage of it.
+
+    Args:
+        config: A DecoderConfig, or Megatron's TransformerConfig.
+        transformer_layer_spec: The layers of this stage (`get_gpt_decoder_block_spec`).
+        vocab_size: Padded vocabulary size.
+        max_sequence_length: Longest sequence; the number of learned positions.
+        pre_process: Whether this stage embeds tokens.
+        post_process: Whether this stage computes logits.
+        parallel_output: Whether logits stay divided over tensor parallel ranks.
+        share_embeddings_and_output_weights: Whether the output layer uses the embedding's weights.
+        position_embedding_type: "learned_absolute", "rope" or "none".
+        rotary_percent: Share of a head's channels that is rotated.
+        rotary_base: Base period of the rotary embedding.
+        rope_scaling: Whether to stretch the long periods, as Llama 3.1 does.
+        rope_scaling_factor: Factor by which they are stretched.
+        seq_len_interpolation_factor: Factor by which rotary positions are divided.
+        pg_collection: Process groups; default: Megatron's global ones.
+        vp_stage: Virtual pipeline stage.
+
+    Raises:
+        ConfigurationError: the configuration has features that this model does not have. Names
+            all of them.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        transformer_layer_spec: TransformerBlockSubmodules,
+        vocab_size: int,
+        max_sequence_length: int,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        parallel_output: bool = True,
+        share_embeddings_and_output_weights: bool = False,
+        position_embedding_type: PositionEmbedding = "learned_absolute",
+        rotary_percent: float = 1.0,
+        rotary_base: float = 10000,
+        rope_scaling: bool = False,
+        rope_scaling_factor: float = 8.0,
+        seq_len_interpolation_factor: float | None = None,
+        pg_collection: Any = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        raise_problems([*_unsupported(config, position_embedding_type)])
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.model_type = ModelType.encoder_or_decoder  # schedules ask for it
+        self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.parallel_output = parallel_output
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        self.position_embedding_type = position_embedding_type
+        self.rotary_percent, self.rotary_base = rotary_percent, rotary_base
+        # The order of construction decides which random numbers become which weights.
+        if pre_process:
+            self.embedding = self._build_embedding()
+        if position_embedding_type == "rope":
+            self.rotary_pos_emb = self._build_rotary(
+                config.kv_channels,
+                rope_scaling=rope_scaling,
+                rope_scaling_factor=rope_scaling_factor,
+                seq_len_interpolation_factor=seq_len_interpolation_factor,
+            )
+            set_frequencies(self.rotary_pos_emb, config)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=transformer_layer_spec,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = self._build_output_layer()
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def _build_embedding(self) -> LanguageModelEmbedding:
+        embedding = LanguageModelEmbedding(
+            config=self.config,
+            vocab_size=self.vocab_size,
+            max_sequence_length=self.max_sequence_length,
+            position_embedding_type=self.position_embedding_type,
+            tp_group=self.pg_collection.tp,
+        )
+        scale_embedding(embedding, self.config)
+        return embedding
+
+    def _build_rotary(self, channels: int, **scaling: Any) -> RotaryEmbedding:
+        return RotaryEmbedding(
+            channels,
+            rotary_percent=self.rotary_percent,
+            rotary_interleaved=self.config.rotary_interleaved,
+            rotary_base=self.rotary_base,
+            use_cpu_initialization=self.config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+            **scaling,
+        )
+
+    def _build_output_layer(self) -> ColumnParallelLinear:
+        config = self.config
+        # Megatron's schedules find the buffers of `defer_embedding_wgrad_compute` on the model.
+        deferred = config.defer_embedding_wgrad_compute
+        self.embedding_activation_buffer: list[Tensor] | None = [] if deferred else None
+        self.grad_output_buffer: list[Tensor] | None = [] if deferred else None
+        layer = ColumnParallelLinear(
+            config.hidden_size,
+            self.vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            skip_bias_add=False,
+            gather_output=not self.parallel_output,
+            skip_weight_param_allocation=(
+                self.pre_process and self.share_embeddings_and_output_weights
+            ),
+            embedding_activation_buffer=self.embedding_activation_buffer,
+            grad_output_buffer=self.grad_output_buffer,
+            tp_group=self.pg_collection.tp,
+        )
+        scale_logits(layer, config)
+        return layer
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states that the previous stage sent."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        self.decoder.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> Tensor:
+        """Logits, or the loss of each token.
+
+        Args:
+            input_ids: `[B, S]`; read on the first pipeline stage only.
+            position_ids: `[B, S]`, likewise.
+            attention_mask: bool, broadcastable to `[B, 1, S, S]`, True = masked out; None: causal.
+            decoder_input: `[S, B, D]`, embedded tokens to use instead of `input_ids`.
+            labels: `[B, S]`.
+            padding_mask: bool `[B, S]`, True = left out of the experts' balance.
+            runtime_gather_output: Whether to gather logits over tensor parallel ranks; None: as
+                the model was built.
+
+        Returns:
+            On the last stage `[B, S]` losses if labels are given, else `[B, S, V]` logits. On
+            other stages hidden states `[S, B, D]`.
+        """
+        hidden_SBD = self.run_decoder(
+            input_ids, position_ids, attention_mask, decoder_input, padding_mask=padding_mask
+        )
+        return self.finish(hidden_SBD, labels, runtime_gather_output)
+
+    def run_decoder(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        decoder_input: Tensor | None = None,
+        **to_layers: Any,
+    ) -> Tensor:
+        """Hidden states `[S, B, D]` after this stage's layers; they get `to_layers` as well."""
+        if decoder_input is None and self.pre_process:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        rotary = None
+        if self.position_embedding_type == "rope":
+            length = self.rotary_pos_emb.get_rotary_seq_len(
+                None, self.decoder, decoder_input, self.config
+            )
+            rotary = self.rotary_pos_emb(length)
+        return self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary,
+            **to_layers,
+        )
+
+    def finish(
+        self, hidden_SBD: Tensor, labels: Tensor | None, gather_output: bool | None = None
+    ) -> Tensor:
+        """Logits `[B, S, V]`, or losses `[B, S]` of labels; hidden states before the last stage."""
+        if not self.post_process:
+            return hidden_SBD
+        logits_SBV = self.logits(hidden_SBD, gather_output)
+        if labels is None:
+            return logits_SBV.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits_SBV)
+
+    def logits(self, hidden_SBD: Tensor, gather_output: bool | None = None) -> Tensor:
+        """Logits `[S, B, V]` of hidden states after the last layer."""
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        logits_SBV, _ = self.output_layer(
+            hidden_SBD, weight=weight, runtime_gather_output=gather_output
+        )
+        return logits_SBV
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """Megatron's, without the output layer's empty extra state, which no GPT checkpoint has."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state
+
+
+def _unsupported(
+    config: TransformerConfig, position_embedding_type: str
+) -> Iterator[ConfigurationError]:
+    for name in _UNSUPPORTED:
+        value = config_value(config, name, absent=None)
+        if value:
+            yield ConfigurationError(
+                name, f"{value}, which this model does not have", "Leave it out"
+            )
+    if position_embedding_type not in ("learned_absolute", "rope", "none"):
+        yield ConfigurationError(
+            "position_embedding_type",
+            f"{position_embedding_type!r}",
+            "Use learned_absolute, rope or none",
+        )

@@ -1,0 +1,84 @@
+"""The decoder's own model class: its checkpoints, its numbers, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from retro_mcore.errors import ConfigurationError, RetroError
+from tests.unit.model.checkpoint_names import MODELS, checkpoint_names
+
+STORED = Path(__file__).parents[2] / "data" / "checkpoint_names.json"
+DECODER = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "init_method_std": 0.2,
+}
+SIZES = {"vocab_size": 96, "max_sequence_length": 64}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_keep_their_names_and_shapes(megatron, name):
+    """As when the model was a GPTModel: all checkpoints have these."""
+    assert checkpoint_names(name) == json.loads(STORED.read_text())[name]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_losses_and_gradients_are_those_of_megatrons_gpt_model(megatron, tied):
+    from megatron.core.models.gpt import GPTModel
+
+    from retro_mcore.model.decoder_config import DecoderConfig
+    from retro_mcore.model.decoder_model import DecoderModel
+    from retro_mcore.model.specs import get_gpt_decoder_block_spec
+
+    config = DecoderConfig(**DECODER)
+    kinds = {
+        "share_embeddings_and_output_weights": tied,
+        "position_embedding_type": "rope",
+        "rotary_percent": 0.5,
+        "rotary_base": 500,
+        "rope_scaling": True,
+        "seq_len_interpolation_factor": 2.0,
+    }
+    ours, theirs = (
+        model(config, get_gpt_decoder_block_spec(config), **SIZES, **kinds)
+        for model in (DecoderModel, GPTModel)
+    )
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    tokens, labels = torch.randint(96, (2, 2, 24))
+    positions = torch.arange(24).expand_as(tokens)
+    losses = [model(tokens, positions, None, labels=labels) for model in (ours, theirs)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.sum().backward()
+    gradients = zip(ours.named_parameters(), theirs.named_parameters(), strict=True)
+    for (name, own), (other_name, other) in gradients:
+        assert name == other_name
+        assert torch.equal(own.grad, other.grad), name
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["mtp_num_layers", "multi_latent_attention", "use_mup", "fine_grained_activation_offloading"],
+)
+def test_what_the_model_does_not_have_is_refused(megatron, field):
+    from retro_mcore.model.decoder_config import DecoderConfig
+    from retro_mcore.model.decoder_model import DecoderModel
+    from retro_mcore.model.specs import get_gpt_decoder_block_spec
+
+    config = DecoderConfig(**DECODER)
+    spec = get_gpt_decoder_block_spec(config)
+    setattr(config, field, 1)
+    with pytest.raises(ConfigurationError, match=f"{field}: 1"):
+        DecoderModel(config, spec, **SIZES)
+    with pytest.raises(RetroError) as caught:
+        DecoderModel(config, spec, **SIZES, position_embedding_type="yarn")
+    assert [error.subject for error in caught.value.problems] == [field, "position_embedding_type"]
