@@ -20,13 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .chunks_retro import ChunkPlan, RetroCache, Spans, spans_of
 from .configuration_retro import RetroConfig
-from .layers_retro import (
-    Angles,
-    RetroDecoderLayer,
-    RetroNeighborEncoder,
-    RetroNorm,
-    Rotary,
-)
+from .layers_retro import RetroDecoderLayer, RetroNeighborEncoder
+from .linear_retro import RetroNorm
+from .rotary_retro import Angles, Rotary
 
 #: Tokens of chunks `[N, M]` to those of their neighbors `[N, K, R]`; -1 is padding or missing.
 Retriever = Callable[[Tensor], Any]
