@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from .chunks_retro import ChunkPlan, RetroCache
 from .configuration_retro import BlockSizes, RetroConfig
-from .linear_retro import RetroNorm, linear
+from .linear_retro import RetroAllHeadsNorm, RetroNorm, linear
 from .rotary_retro import Angles, Rotary
 
 
 def attend(
     module: RetroSelfAttention | RetroCrossAttention, query: Tensor, key: Tensor, value: Tensor,
     mask: Tensor | None,
-    scale: float, dropout: float, causal: bool = False,
+    scale: float, dropout: float, causal: bool = False, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention with the implementation that the model was loaded with.
+
+    Limited scores have no kernel in PyTorch: they are always computed eagerly.
 
     Args:
         module: Gives `config` and whether it trains.
@@ -31,13 +33,14 @@ def attend(
         scale: Factor of the scores.
         dropout: Rate in training.
         causal: Only keys up to the query's position; without mask.
+        softcap: Limit c of the scores s: c * tanh(s / c).
 
     Returns:
         `[B, S, H * C]`.
     """
     dropout = dropout if module.training else 0.0
-    if module.config._attn_implementation == "eager":
-        attended = _attend_eagerly(query, key, value, mask, scale, dropout, causal)
+    if softcap is not None or module.config._attn_implementation == "eager":
+        attended = _attend_eagerly(query, key, value, mask, scale, dropout, causal, softcap)
     else:
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale,
@@ -48,11 +51,13 @@ def attend(
 
 def _attend_eagerly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float,
-    causal: bool,
+    causal: bool, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     repeats = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None and mask.dtype == torch.bool:
@@ -64,7 +69,13 @@ def _attend_eagerly(
 
 
 class RetroSelfAttention(nn.Module):
-    """Self-attention of the decoder, or of the neighbor encoder."""
+    """Self-attention of the decoder, or of the neighbor encoder.
+
+    Args:
+        config: The model's configuration.
+        sizes: Those of the block that it belongs to.
+        rotary: The rotary embedding of the layer; None: it has none.
+    """
 
     def __init__(self, config: RetroConfig, sizes: BlockSizes, rotary: Rotary | None) -> None:
         super().__init__()
@@ -77,8 +88,14 @@ class RetroSelfAttention(nn.Module):
         self.k_proj = linear(config, keys, width, in_bias, joined=joined)
         self.v_proj = linear(config, keys, width, in_bias, beta=beta, joined=joined)
         self.o_proj = linear(config, width, queries, biases, output=True, beta=beta)
-        self.q_norm = RetroNorm(config, sizes.channels) if config.qk_layernorm else nn.Identity()
-        self.k_norm = RetroNorm(config, sizes.channels) if config.qk_layernorm else nn.Identity()
+        self.q_norm, self.k_norm = (self._norm(heads) for heads in (sizes.heads, sizes.groups))
+
+    def _norm(self, heads: int) -> nn.Module:
+        if not self.config.qk_layernorm:
+            return nn.Identity()
+        if self.sizes.norms_all_heads:
+            return RetroAllHeadsNorm(self.config, heads * self.sizes.channels)
+        return RetroNorm(self.config, self.sizes.channels)
 
     def forward(
         self, states: Tensor, angles: Angles | None, mask: Tensor | None, causal: bool = False,
@@ -91,13 +108,22 @@ class RetroSelfAttention(nn.Module):
         value = self.v_proj(states).unflatten(-1, (sizes.groups, sizes.channels)).transpose(1, 2)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.rotary is not None and angles is not None:
-            query, key = self.rotary.rotate(query, angles), self.rotary.rotate(key, angles)
+            query, key = self._rotate(query, angles), self._rotate(key, angles)
         if cache is not None:
             key, value = cache.update(key, value, layer)
         attended = attend(
-            self, query, key, value, mask, sizes.softmax_scale, sizes.attention_dropout, causal
-        )
+            self, query, key, value, mask, sizes.softmax_scale, sizes.attention_dropout, causal,
+            sizes.attention_softcap,
+        )  # fmt: skip
         return self.o_proj(attended)
+
+    def _rotate(self, states: Tensor, angles: Angles) -> Tensor:
+        """Rotate; YaRN's and LongRoPE's factor multiplies the channels that are rotated."""
+        assert self.rotary is not None
+        factor, rotated = self.sizes.rotary_factor, self.rotary.rotated_channels
+        if factor != 1.0 and self.rotary.has_factor:
+            states = torch.cat((states[..., :rotated] * factor, states[..., rotated:]), -1)
+        return self.rotary.rotate(states, angles)
 
 
 class RetroCrossAttention(nn.Module):
@@ -119,7 +145,7 @@ class RetroCrossAttention(nn.Module):
         self.v_proj = linear(config, keys, key_value_size, biases, beta=beta, joined=2 * keys)
         self.o_proj = linear(config, sizes.hidden_size, queries, biases, output=True, beta=beta)
         rotates = config.retro_cross_attention_positions == "rotary"
-        self.rotary = Rotary(config, sizes.channels, whole=True) if rotates else None
+        self.rotary = Rotary(config, sizes.channels, base=10000) if rotates else None
 
     def query(self, states: Tensor, positions: Tensor) -> Tensor:
         """`[B, S, D]` to `[B, H, S, C]`, rotated to positions `[S]` or `[B, S]`."""

@@ -6,6 +6,7 @@ copies them beside the weights, so that the model loads where retro-mcore is not
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +50,18 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "retro_chunk_alignment": ("left", "right"),
     "retro_encoder_residual": ("raw", "normed"),
     "retro_cross_attention_positions": ("none", "rotary"),
+    "sublayer_norms": ("pre", "post", "both"),
+    "qk_layernorm_over": ("head", "all_heads"),
+    "moe_router_score_function": ("softmax", "sigmoid"),
+    "moe_router_dtype": (None, "fp32", "fp64"),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """Sizes of a stack of layers: the decoder's or the neighbor encoder's.
+    """Sizes and options of a stack of layers: the decoder's or the neighbor encoder's.
+
+    The defaults are those of the neighbor encoder, which has none of a family's options.
 
     Attributes:
         hidden_size: Width of the hidden states.
@@ -66,6 +73,12 @@ class BlockSizes:
         hidden_dropout, attention_dropout, cross_attention_dropout: Rates.
         residual_scale: DeepNorm's factor of the residual; 1 without it.
         deepnorm_beta: DeepNorm's factor of initial weights; 1 without it.
+        sublayer_norms: Place of the norms: "pre", "post" or "both".
+        norms_all_heads: The norms of queries and keys run over all heads together.
+        parallel_residual: The MLP reads the layer's input.
+        residual_multiplier: Factor on the outputs of self-attention and MLP.
+        attention_softcap: Limit of the scores in self-attention.
+        rotary_factor: Factor on the channels of queries and keys that are rotated.
     """
 
     hidden_size: int
@@ -79,6 +92,12 @@ class BlockSizes:
     cross_attention_dropout: float
     residual_scale: float
     deepnorm_beta: float
+    sublayer_norms: str = "pre"
+    norms_all_heads: bool = False
+    parallel_residual: bool = False
+    residual_multiplier: float = 1.0
+    attention_softcap: float | None = None
+    rotary_factor: float = 1.0
 
 
 class RetroConfig(PretrainedConfig):
@@ -128,6 +147,7 @@ class RetroConfig(PretrainedConfig):
         swiglu: bool = False,
         openai_gelu: bool = False,
         squared_relu: bool = False,
+        geglu: bool = False,
         position_embedding_type: str = "learned_absolute",
         rotary_percent: float = 1.0,
         rotary_base: float = 10000,
@@ -141,6 +161,35 @@ class RetroConfig(PretrainedConfig):
         qk_layernorm: bool = False,
         sliding_window: int | None = None,
         window_attn_skip_freq: list[int] | None = None,
+        sublayer_norms: str = "pre",
+        qk_layernorm_over: str = "head",
+        parallel_residual: bool = False,
+        embedding_multiplier: float = 1.0,
+        residual_multiplier: float = 1.0,
+        logits_scaling: float = 1.0,
+        softmax_scale: float | None = None,
+        attention_softcap: float | None = None,
+        logit_softcap: float | None = None,
+        no_rope_layers: list[int] | None = None,
+        rotary_frequencies: list[float] | None = None,
+        rotary_attention_factor: float = 1.0,
+        rotary_local_base: int | None = None,
+        rotary_local_layers: list[int] | None = None,
+        num_experts: int | None = None,
+        moe_layer_freq: list[int] | None = None,
+        moe_ffn_hidden_size: int | None = None,
+        moe_shared_expert_intermediate_size: int | None = None,
+        moe_shared_expert_gate: bool = False,
+        moe_router_topk: int = 2,
+        moe_router_pre_softmax: bool = False,
+        moe_router_score_function: str = "softmax",
+        moe_router_topk_scaling_factor: float | None = None,
+        moe_router_num_groups: int | None = None,
+        moe_router_group_topk: int | None = None,
+        moe_router_dtype: str | None = None,
+        moe_router_load_balancing_type: str = "aux_loss",
+        moe_aux_loss_coeff: float = 0.0,
+        moe_z_loss_coeff: float | None = None,
         hidden_dropout: float = 0.1,
         attention_dropout: float = 0.1,
         init_method_std: float = 0.02,
@@ -165,6 +214,7 @@ class RetroConfig(PretrainedConfig):
         retro_encoder_hidden_size: int | None = None,
         retro_encoder_num_attention_heads: int | None = None,
         retro_encoder_ffn_hidden_size: int | None = None,
+        retro_encoder_rotary_scaling: bool = False,
         retro_cross_attention_positions: str | None = None,
         retro_decoder_layers: list[int] | None = None,
         retro_deepnorm: bool = False,
@@ -188,13 +238,14 @@ class RetroConfig(PretrainedConfig):
         self.num_query_groups = num_query_groups or num_attention_heads
         self.kv_channels = kv_channels or hidden_size // num_attention_heads
         gated = int(4 * hidden_size * 2 / 3 / 64) * 64
-        self.ffn_hidden_size = ffn_hidden_size or (gated if swiglu else 4 * hidden_size)
+        self.ffn_hidden_size = ffn_hidden_size or (gated if swiglu or geglu else 4 * hidden_size)
         self.normalization = normalization
         self.norm_epsilon = norm_epsilon
         self.apply_layernorm_1p = apply_layernorm_1p
         self.swiglu = swiglu
         self.openai_gelu = openai_gelu
         self.squared_relu = squared_relu
+        self.geglu = geglu
         self.position_embedding_type = position_embedding_type
         self.rotary_percent = rotary_percent
         self.rotary_base = rotary_base
@@ -208,6 +259,35 @@ class RetroConfig(PretrainedConfig):
         self.qk_layernorm = qk_layernorm
         self.sliding_window = sliding_window
         self.window_attn_skip_freq = window_attn_skip_freq
+        self.sublayer_norms = sublayer_norms
+        self.qk_layernorm_over = qk_layernorm_over
+        self.parallel_residual = parallel_residual
+        self.embedding_multiplier = embedding_multiplier
+        self.residual_multiplier = residual_multiplier
+        self.logits_scaling = logits_scaling
+        self.softmax_scale = softmax_scale
+        self.attention_softcap = attention_softcap
+        self.logit_softcap = logit_softcap
+        self.no_rope_layers = no_rope_layers
+        self.rotary_frequencies = rotary_frequencies
+        self.rotary_attention_factor = rotary_attention_factor
+        self.rotary_local_base = rotary_local_base
+        self.rotary_local_layers = rotary_local_layers
+        self.num_experts = num_experts
+        self.moe_layer_freq = moe_layer_freq
+        self.moe_ffn_hidden_size = moe_ffn_hidden_size
+        self.moe_shared_expert_intermediate_size = moe_shared_expert_intermediate_size
+        self.moe_shared_expert_gate = moe_shared_expert_gate
+        self.moe_router_topk = moe_router_topk
+        self.moe_router_pre_softmax = moe_router_pre_softmax
+        self.moe_router_score_function = moe_router_score_function
+        self.moe_router_topk_scaling_factor = moe_router_topk_scaling_factor
+        self.moe_router_num_groups = moe_router_num_groups
+        self.moe_router_group_topk = moe_router_group_topk
+        self.moe_router_dtype = moe_router_dtype
+        self.moe_router_load_balancing_type = moe_router_load_balancing_type
+        self.moe_aux_loss_coeff = moe_aux_loss_coeff
+        self.moe_z_loss_coeff = moe_z_loss_coeff
         self.hidden_dropout = hidden_dropout
         self.attention_dropout = attention_dropout
         self.init_method_std = init_method_std
@@ -231,6 +311,7 @@ class RetroConfig(PretrainedConfig):
         self.retro_encoder_hidden_size = retro_encoder_hidden_size
         self.retro_encoder_num_attention_heads = retro_encoder_num_attention_heads
         self.retro_encoder_ffn_hidden_size = retro_encoder_ffn_hidden_size
+        self.retro_encoder_rotary_scaling = retro_encoder_rotary_scaling
         self.retro_cross_attention_positions = retro_cross_attention_positions or "none"
         self.retro_decoder_layers = retro_decoder_layers
         self.retro_deepnorm = retro_deepnorm
@@ -268,15 +349,44 @@ class RetroConfig(PretrainedConfig):
             for name, choices in _CHOICES.items()
             if getattr(self, name) not in choices
         ]
-        if sum((self.swiglu, self.openai_gelu, self.squared_relu)) > 1:
-            problems.append("of swiglu, openai_gelu and squared_relu only one can be set")
-        layers = self.window_attn_skip_freq or [1]
-        if len(layers) not in (1, self.num_layers) or layers == [0]:
-            problems.append("window_attn_skip_freq has neither one number nor one for each layer")
+        activations = ("swiglu", "geglu", "openai_gelu", "squared_relu")
+        if sum(bool(getattr(self, name)) for name in activations) > 1:
+            problems.append(f"of {', '.join(activations)} only one can be set")
+        problems += [
+            f"{name} has neither one number nor one for each layer"
+            for name in ("window_attn_skip_freq", "moe_layer_freq")
+            if not self._is_pattern(getattr(self, name))
+        ]
         if self.num_attention_heads % self.num_query_groups:
             problems.append("num_query_groups does not divide num_attention_heads")
+        problems += self._family_problems()
         if problems:
             raise ValueError("RetroConfig: " + "; ".join(problems))
+
+    def _is_pattern(self, layers: list[int] | None) -> bool:
+        return not layers or (len(layers) in (1, self.num_layers) and layers != [0])
+
+    def _family_problems(self) -> Iterator[str]:
+        if self.parallel_residual and (self.sublayer_norms != "pre" or self.num_experts):
+            yield "parallel_residual goes with neither other sublayer_norms nor experts"
+        own_sums = self.sublayer_norms != "pre" or self.parallel_residual
+        if self.retro_deepnorm and (own_sums or self.residual_multiplier != 1):
+            yield "retro_deepnorm adds its own way, without a family's"
+        if self.retro_mup_base_hidden_size and self.softmax_scale:
+            yield "retro_mup_base_hidden_size sets softmax_scale itself"
+        if self.qk_layernorm_over == "all_heads" and self.normalization != "RMSNorm":
+            yield "qk_layernorm_over is 'all_heads', which needs normalization RMSNorm"
+        if bool(self.rotary_local_base) != bool(self.rotary_local_layers):
+            yield "rotary_local_base and rotary_local_layers are given together"
+        pairs = int(self.kv_channels * self.rotary_percent) // 2
+        if self.rotary_frequencies and len(self.rotary_frequencies) != pairs:
+            yield f"rotary_frequencies are {len(self.rotary_frequencies)}, expected {pairs}"
+        if bool(self.moe_router_num_groups) != bool(self.moe_router_group_topk):
+            yield "moe_router_num_groups and moe_router_group_topk are given together"
+        if self.num_experts and not 1 <= self.moe_router_topk <= self.num_experts:
+            yield f"moe_router_topk is {self.moe_router_topk} of {self.num_experts} experts"
+        if self.num_experts and not self.disable_bias_linear:
+            yield "experts have no biases: set disable_bias_linear"
 
     @property
     def cross_attention_layers(self) -> list[int]:
@@ -311,6 +421,15 @@ class RetroConfig(PretrainedConfig):
             return self.sliding_window is not None
         return bool(layer % layers[0] if len(layers) == 1 else layers[layer - 1])
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a decoder layer, from 1, has experts in place of its MLP."""
+        if self.num_experts is None:
+            return False
+        pattern = self.moe_layer_freq or [1]
+        if len(pattern) == 1 and pattern[0] >= 1:
+            return (layer - 1) % pattern[0] == 0
+        return bool(pattern[layer - 1])
+
     def decoder_sizes(self) -> BlockSizes:
         """The decoder's sizes."""
         alpha, beta = 1.0, 1.0
@@ -323,12 +442,18 @@ class RetroConfig(PretrainedConfig):
             heads=self.num_attention_heads,
             groups=self.num_query_groups,
             channels=self.kv_channels,
-            softmax_scale=self._softmax_scale(self.kv_channels),
+            softmax_scale=self.softmax_scale or self._softmax_scale(self.kv_channels),
             hidden_dropout=self.hidden_dropout,
             attention_dropout=self.attention_dropout,
             cross_attention_dropout=self.attention_dropout,
             residual_scale=alpha,
             deepnorm_beta=beta,
+            sublayer_norms=self.sublayer_norms,
+            norms_all_heads=self.qk_layernorm_over == "all_heads",
+            parallel_residual=self.parallel_residual,
+            residual_multiplier=self.residual_multiplier,
+            attention_softcap=self.attention_softcap,
+            rotary_factor=self.rotary_attention_factor,
         )
 
     def encoder_sizes(self) -> BlockSizes:

@@ -17,22 +17,37 @@ from .attention_retro import RetroChunkedCrossAttention, RetroCrossAttention, Re
 from .chunks_retro import ChunkPlan, RetroCache
 from .configuration_retro import BlockSizes, RetroConfig
 from .linear_retro import RetroNorm, linear
-from .mlp_retro import RetroMLP
+from .mlp_retro import RetroExperts, RetroMLP
 from .rotary_retro import Angles, Rotary
 
 
 class _Sublayers(nn.Module):
-    """How sublayers are added: x + f(Norm(x)), or DeepNorm's Norm(alpha * x + f(x))."""
+    """How sublayers are added: x + f(Norm(x)), or DeepNorm's Norm(alpha * x + f(x)).
+
+    A family may also norm a sublayer's output, or multiply it, before it is added.
+    """
 
     config: RetroConfig
     sizes: BlockSizes
 
-    def _before(self, norm: nn.Module, states: Tensor) -> Tensor:
-        return states if self.config.retro_deepnorm else norm(states)
+    def _norms(self) -> tuple[RetroNorm | None, RetroNorm | None]:
+        """The norms before a sublayer and after it; families differ in which they have."""
+        place, size = self.sizes.sublayer_norms, self.sizes.hidden_size
+        before = RetroNorm(self.config, size) if place in ("pre", "both") else None
+        return before, RetroNorm(self.config, size) if place in ("post", "both") else None
 
-    def _add(self, norm: nn.Module, stream: Tensor, update: Tensor) -> Tensor:
+    def _before(self, norm: nn.Module | None, states: Tensor) -> Tensor:
+        return states if norm is None or self.config.retro_deepnorm else norm(states)
+
+    def _add(
+        self, norm: nn.Module | None, stream: Tensor, update: Tensor,
+        post_norm: nn.Module | None = None, multiplier: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        update = update if post_norm is None else post_norm(update)
+        update = update if multiplier == 1.0 else update * multiplier
         update = F.dropout(update, self.sizes.hidden_dropout, self.training)
         if self.config.retro_deepnorm:
+            assert norm is not None
             return norm(stream * self.sizes.residual_scale + update)
         return stream + update
 
@@ -43,16 +58,16 @@ class RetroDecoderLayer(GradientCheckpointingLayer, _Sublayers):
     def __init__(self, config: RetroConfig, index: int, rotary: Rotary | None) -> None:
         super().__init__()
         self.config, self.sizes, self.index = config, config.decoder_sizes(), index
-        width = config.hidden_size
-        self.self_attn_norm = RetroNorm(config, width)
+        self.self_attn_norm, self.self_attn_post_norm = self._norms()
         self.self_attn = RetroSelfAttention(config, self.sizes, rotary)
         self.cross_attn: RetroChunkedCrossAttention | None = None
         if index + 1 in config.cross_attention_layers:
-            self.cross_attn_norm = RetroNorm(config, width)
+            self.cross_attn_norm = RetroNorm(config, config.hidden_size)
             encoder_width = config.encoder_sizes().hidden_size
             self.cross_attn = RetroChunkedCrossAttention(config, self.sizes, encoder_width)
-        self.mlp_norm = RetroNorm(config, width)
-        self.mlp = RetroMLP(config, self.sizes)
+        self.mlp_norm, self.mlp_post_norm = self._norms()
+        has_experts = config.has_experts(index + 1)
+        self.mlp = (RetroExperts if has_experts else RetroMLP)(config, self.sizes)
 
     def forward(
         self, states: Tensor, neighbors: Tensor | None, *, angles: Angles | None,
@@ -76,12 +91,15 @@ class RetroDecoderLayer(GradientCheckpointingLayer, _Sublayers):
         Returns:
             The states, and the encoded neighbors for later layers.
         """
-        cache = past_key_values
+        cache, layer_input = past_key_values, states
         attended = self.self_attn(
             self._before(self.self_attn_norm, states), angles, attention_mask, causal, cache,
             self.index,
         )  # fmt: skip
-        states = self._add(self.self_attn_norm, states, attended)
+        multiplier = self.sizes.residual_multiplier
+        states = self._add(
+            self.self_attn_norm, states, attended, self.self_attn_post_norm, multiplier
+        )
         if self.cross_attn is not None and (plan is not None or encode is not None):
             normed = self._before(self.cross_attn_norm, states)
             if encode is not None:
@@ -91,8 +109,9 @@ class RetroDecoderLayer(GradientCheckpointingLayer, _Sublayers):
                 update = update * self.config.retro_attention_gate
                 added = self._add(self.cross_attn_norm, states, update)
                 states = torch.where(attends, added, states)
-        mlp = self.mlp(self._before(self.mlp_norm, states))
-        return self._add(self.mlp_norm, states, mlp), neighbors
+        mlp_input = layer_input if self.sizes.parallel_residual else states
+        mlp = self.mlp(self._before(self.mlp_norm, mlp_input))
+        return self._add(self.mlp_norm, states, mlp, self.mlp_post_norm, multiplier), neighbors
 
 
 def _attends_earlier(cache: RetroCache | None) -> bool:
@@ -105,14 +124,13 @@ class RetroEncoderLayer(_Sublayers):
     def __init__(self, config: RetroConfig, index: int, rotary: Rotary | None) -> None:
         super().__init__()
         self.config, self.sizes = config, config.encoder_sizes()
-        width = self.sizes.hidden_size
-        self.self_attn_norm = RetroNorm(config, width)
+        self.self_attn_norm, self.self_attn_post_norm = self._norms()
         self.self_attn = RetroSelfAttention(config, self.sizes, rotary)
         self.cross_attn: RetroCrossAttention | None = None
         if index == 0:
-            self.cross_attn_norm = RetroNorm(config, width)
+            self.cross_attn_norm = RetroNorm(config, self.sizes.hidden_size)
             self.cross_attn = RetroCrossAttention(config, self.sizes, config.hidden_size)
-        self.mlp_norm = RetroNorm(config, width)
+        self.mlp_norm, self.mlp_post_norm = self._norms()
         self.mlp = RetroMLP(config, self.sizes)
 
     def forward(
@@ -146,8 +164,8 @@ class RetroNeighborEncoder(nn.Module):
         self.config = config
         sizes = config.encoder_sizes()
         rotates = config.position_embedding_type == "rope" and config.retro_encoder_positions
-        same = sizes.channels == config.kv_channels
-        self.rotary = Rotary(config, sizes.channels, stretched=same) if rotates else None
+        scaled = sizes.channels == config.kv_channels or config.retro_encoder_rotary_scaling
+        self.rotary = Rotary(config, sizes.channels, stretched=scaled) if rotates else None
         self.input_projection: nn.Linear | None = None
         if sizes.hidden_size != config.hidden_size:
             widths = (sizes.hidden_size, config.hidden_size)

@@ -27,6 +27,18 @@ class RetroNorm(nn.Module):
         return F.layer_norm(states, weight.shape, weight, self.bias, self.epsilon)
 
 
+class RetroAllHeadsNorm(RetroNorm):
+    """RMSNorm over all heads together, in float32 as our model computes it."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[..., heads, channels]`, normed over the last two dimensions."""
+        weight = self.weight.float() + 1.0 if self.centered else self.weight.float()
+        wide = states.flatten(-2).float()
+        mean_square = wide.square().sum(-1, keepdim=True) / wide.size(-1)
+        normed = wide * torch.rsqrt(mean_square + self.epsilon) * weight
+        return normed.to(states.dtype).view_as(states)
+
+
 def linear(
     config: RetroConfig, rows: int, columns: int, bias: bool, *, output: bool = False,
     beta: float = 1.0, joined: int | None = None,

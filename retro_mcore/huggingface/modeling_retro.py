@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .chunks_retro import ChunkPlan, RetroCache, Spans, spans_of
 from .configuration_retro import RetroConfig
 from .layers_retro import RetroDecoderLayer, RetroNeighborEncoder
 from .linear_retro import RetroNorm
+from .mlp_retro import RetroRouter
 from .rotary_retro import Angles, Rotary
+
+logger = logging.get_logger(__name__)
 
 #: Tokens of chunks `[N, M]` to those of their neighbors `[N, K, R]`; -1 is padding or missing.
 Retriever = Callable[[Tensor], Any]
@@ -41,7 +45,7 @@ class RetroPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding, RetroRouter)):
             uniform = config.init_method_xavier_uniform and not config.retro_deepnorm
             std = getattr(module, "initial_deviation", None)
             if isinstance(module, nn.Embedding) and config.embedding_init_method_std is not None:
@@ -68,13 +72,12 @@ class RetroModel(RetroPreTrainedModel):
         super().__init__(config)
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions: nn.Embedding | None = None
-        self.rotary: Rotary | None = None
-        if config.position_embedding_type == "rope":
-            self.rotary = Rotary(config, config.kv_channels)
-        else:
+        if config.position_embedding_type == "learned_absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        #: The rotary embedding of each layer.
+        self.rotaries = _rotaries(config)
         self.layers = nn.ModuleList(
-            RetroDecoderLayer(config, index, self.rotary) for index in range(config.num_layers)
+            RetroDecoderLayer(config, index, rotary) for index, rotary in enumerate(self.rotaries)
         )
         retrieves = bool(config.cross_attention_layers)
         self.encoder = RetroNeighborEncoder(config) if retrieves else None
@@ -154,7 +157,7 @@ class RetroModel(RetroPreTrainedModel):
             states, neighbors = layer(
                 states,
                 neighbors,
-                angles=angles,
+                angles=angles[number - 1],
                 attention_mask=mask_4d,
                 causal=causal,
                 plan=plan,
@@ -172,15 +175,21 @@ class RetroModel(RetroPreTrainedModel):
         return output if _as_object(return_dict, config) else output.to_tuple()
 
     def _embed(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        multiplier = self.config.embedding_multiplier
+        if multiplier != 1.0:  # rounded to the model's precision, as families do
+            embedded = embedded * torch.tensor(multiplier, dtype=embedded.dtype)
         if self.embed_positions is not None:
             embedded = embedded + self.embed_positions(positions)
         return nn.functional.dropout(embedded, self.config.hidden_dropout, self.training)
 
-    def _angles(self, position_ids: Tensor) -> Angles | None:
-        if self.rotary is None:
-            return None
-        cosines, sines = self.rotary.angles(position_ids)
-        return cosines[:, None], sines[:, None]
+    def _angles(self, position_ids: Tensor) -> list[Angles | None]:
+        """The angles of each layer; those of one rotary embedding are computed once."""
+        found: dict[Rotary | None, Angles | None] = {None: None}
+        for rotary in self.rotaries:
+            if rotary is not None and rotary not in found:
+                cosines, sines = rotary.angles(position_ids)
+                found[rotary] = cosines[:, None], sines[:, None]
+        return [found[rotary] for rotary in self.rotaries]
 
     def _check_length(self, spans: Spans) -> None:
         longest = max(stop - first for first, stop in spans)
@@ -410,11 +419,12 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         )
         states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(states[:, kept] / config.mup_width)
+        logits = self._scaled(self.lm_head(states[:, kept] / config.mup_width))
         if config.tokenizer_vocab_size is not None and not self.training:
             real = torch.arange(logits.size(-1), device=logits.device) < config.tokenizer_vocab_size
             logits = logits.where(real, torch.finfo(logits.dtype).min)
         loss = None
+        self._warn_of_left_out_losses()
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.size(-1), **kwargs
@@ -426,6 +436,21 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
         return output if _as_object(return_dict, config) else output.to_tuple()
+
+    def _warn_of_left_out_losses(self) -> None:
+        config = self.config
+        weighed = config.moe_aux_loss_coeff or config.moe_z_loss_coeff
+        if self.training and config.num_experts is not None and weighed:
+            logger.warning_once(
+                f"Retro's load-balancing losses are left out in training here "
+                f"(moe_aux_loss_coeff {config.moe_aux_loss_coeff}, moe_z_loss_coeff "
+                f"{config.moe_z_loss_coeff}): set both to 0 to silence this"
+            )
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        scaling, cap = self.config.logits_scaling, self.config.logit_softcap
+        logits = logits if scaling == 1.0 else logits / scaling
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def prepare_inputs_for_generation(
         self,
@@ -512,6 +537,20 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             offloading = model_kwargs["past_key_values"].offloading
             model_kwargs["past_key_values"] = RetroCache(offloading=offloading)
         return result
+
+
+def _rotaries(config: RetroConfig) -> list[Rotary | None]:
+    """The rotary embedding of each decoder layer."""
+    if config.position_embedding_type != "rope":
+        return [None] * config.num_layers
+    usual, local = Rotary(config, config.kv_channels), None
+    if config.rotary_local_base is not None:
+        local = Rotary(config, config.kv_channels, base=config.rotary_local_base)
+    local_layers, without = config.rotary_local_layers or (), config.no_rope_layers or ()
+    return [
+        None if number in without else local if number in local_layers else usual
+        for number in range(1, config.num_layers + 1)
+    ]
 
 
 def _cache(given: Cache | None, wanted: bool) -> Cache | None:

@@ -20,21 +20,37 @@ class Rotary:
     """Rotary position embedding, in float32 whatever the model's precision.
 
     Args:
-        config: Gives base, scaling and interleaving.
+        config: Gives base, share of the channels, scaling, frequencies and interleaving.
         channels: Width of a head.
-        stretched: Whether scaling and interpolation apply.
-        whole: Rotate all channels by the usual periods, as cross-attention does.
+        base: Base period of an embedding that rotates all channels and is not scaled, as
+            cross-attention and Gemma 3's local layers have. None: the decoder's embedding.
+        stretched: Whether scaling, interpolation and own frequencies apply.
     """
 
     def __init__(
-        self, config: RetroConfig, channels: int, stretched: bool = True, whole: bool = False
+        self,
+        config: RetroConfig,
+        channels: int,
+        base: float | None = None,
+        stretched: bool = True,
     ) -> None:
-        self._size = channels if whole else int(channels * config.rotary_percent)
-        self._base = 10000 if whole else config.rotary_base
-        stretched = stretched and not whole
+        decoders = int(config.kv_channels * config.rotary_percent)
+        self._size = int(channels * config.rotary_percent) if base is None else channels
+        self._base = config.rotary_base if base is None else base
+        stretched = stretched and base is None
+        #: Channels of the embedding whose frequencies are taken.
+        self._given_size = decoders if stretched else self._size
         self._factor = config.rope_scaling_factor if stretched and config.use_rope_scaling else None
         self._interpolation = config.rotary_seq_len_interpolation_factor if stretched else None
+        self._given = config.rotary_frequencies if stretched else None
         self._interleaved = config.rotary_interleaved
+        #: Whether `rotary_attention_factor` applies: to the decoder's embedding alone.
+        self.has_factor = base is None
+
+    @property
+    def rotated_channels(self) -> int:
+        """Number of channels that are rotated, the first ones of a head."""
+        return self._size
 
     def angles(self, positions: Tensor) -> Angles:
         """Angles of positions `[...]`."""
@@ -61,9 +77,25 @@ class Rotary:
         return torch.cat((rotated * cosines + turned * sines, rest), -1)
 
     def _frequencies(self, device: torch.device) -> Tensor:
-        steps = torch.arange(0, self._size, 2, dtype=torch.float32, device=device)
-        frequencies = 1.0 / (self._base ** (steps / self._size))
+        frequencies = self._given_frequencies(device)
+        pairs = len(range(0, self._size, 2))
+        return frequencies if len(frequencies) == pairs else _resample(frequencies, pairs)
+
+    def _given_frequencies(self, device: torch.device) -> Tensor:
+        if self._given is not None:
+            return torch.tensor(self._given, dtype=torch.float32, device=device)
+        steps = torch.arange(0, self._given_size, 2, dtype=torch.float32, device=device)
+        frequencies = 1.0 / (self._base ** (steps / self._given_size))
         return frequencies if self._factor is None else _stretch(frequencies, self._factor)
+
+
+def _resample(frequencies: Tensor, pairs: int) -> Tensor:
+    """Frequencies of another number of pairs of channels, each at its share of the channels."""
+    logs = frequencies.double().log()
+    places = torch.arange(pairs, dtype=torch.float64, device=logs.device) * (len(logs) / pairs)
+    first = places.long().clamp(max=max(len(logs) - 2, 0))
+    second = (first + 1).clamp(max=len(logs) - 1)
+    return torch.lerp(logs[first], logs[second], places - first).exp().float()
 
 
 def _stretch(frequencies: Tensor, factor: float) -> Tensor:

@@ -165,6 +165,22 @@ def scale_embedding(embedding: LanguageModelEmbedding, config: TransformerConfig
         embedding.word_embeddings.register_forward_hook(_multiply_by(multiplier))
 
 
+def resampled_frequencies(frequencies: Tensor, pairs: int) -> Tensor:
+    """Frequencies of another number of pairs of channels, each at its share of the channels.
+
+    Between two given ones their logarithms are interpolated, so plain frequencies stay plain.
+
+    Args:
+        frequencies: Angles per position, the largest first.
+        pairs: Number of pairs wanted.
+    """
+    logs = frequencies.double().log()
+    places = torch.arange(pairs, dtype=torch.float64, device=logs.device) * (len(logs) / pairs)
+    first = places.long().clamp(max=max(len(logs) - 2, 0))
+    second = (first + 1).clamp(max=len(logs) - 1)
+    return torch.lerp(logs[first], logs[second], places - first).exp().to(frequencies.dtype)
+
+
 def _multiply_by(multiplier: float) -> Callable[..., Tensor]:
     def multiply(_: Any, args: Any, output: Tensor) -> Tensor:
         # In the output's precision, as transformers rounds it.

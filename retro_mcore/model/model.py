@@ -14,6 +14,7 @@ from retro_mcore.errors import ConfigurationError, ShapeError
 from retro_mcore.model.chunks import nearest_first, unread_neighbors
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.decoder_model import DecoderModel
+from retro_mcore.model.family_layers import resampled_frequencies
 from retro_mcore.model.initialization import initialize_hidden_weights, scale_output_layer
 from retro_mcore.model.neighbor_encoder import NeighborEncoder
 from retro_mcore.model.pipeline import (
@@ -90,7 +91,12 @@ class RetroModel(DecoderModel):
         channels = self.config.encoder_config().kv_channels
         if channels == self.config.kv_channels:
             return self.rotary_pos_emb
-        return self._build_rotary(channels)
+        rotary = self._build_rotary(channels)
+        if self.config.retro_encoder_rotary_scaling:
+            decoders = self.rotary_pos_emb
+            rotary.seq_len_interpolation_factor = decoders.seq_len_interpolation_factor
+            rotary.inv_freq = resampled_frequencies(decoders.inv_freq, rotary.inv_freq.numel())
+        return rotary
 
     @property
     def has_embedding_copy(self) -> bool:

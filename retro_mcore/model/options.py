@@ -113,8 +113,8 @@ class DecoderOptions(ExpertOptions, FamilyOptions):
         default=False,
         metadata=decoder(sets="model.rope_scaling", absent=False, computed_by=MEGATRON),
     )
-    """Stretch the rotary embedding's long periods, as Llama 3.1 and later do. In the neighbor
-    encoder only if its heads are as wide as the decoder's; else its embedding is not stretched."""
+    """Stretch the rotary embedding's long periods, as Llama 3.1 and later do. In a neighbor encoder
+    with heads of another width only with --retro-encoder-rotary-scaling."""
     rope_scaling_factor: float = field(default=8.0, metadata=decoder(sets="model"))
     """Factor by which --use-rope-scaling stretches them."""
     max_position_embeddings: int | None = field(
@@ -230,6 +230,12 @@ class RetroOptions:
         default=None, metadata=at_least(1) | ours(_is_decoders_mlp, sets="config")
     )
     """Width of the neighbor encoder's MLP. Default: the decoder's, in proportion to the width."""
+    retro_encoder_rotary_scaling: bool = field(
+        default=False, metadata=ours(_is_off, sets="config", absent=False)
+    )
+    """Scale the rotary embedding of a neighbor encoder whose heads are of another width than the
+    decoder's as the decoder's is: each channel gets the frequency at its share of the decoder's.
+    (An encoder with heads of the same width always shares the decoder's embedding.)"""
     retro_cross_attention_positions: Literal["none", "rotary"] | None = field(
         default=None, metadata=ours(_is_none, sets="config")
     )

@@ -21,10 +21,11 @@ from retro_mcore.model.option_traits import stated
 RENAMED = {"vocab_size": "tokenizer_vocab_size", "padded_vocab_size": "vocab_size"}
 #: Our options that it states in another way.
 TRANSLATED = frozenset({"untie_embeddings_and_output_weights", "group_query_attention"})
-#: Our options that it does not have; models with a value of these are not written for it.
-ABSENT = frozenset(option.name for option in fields(FamilyOptions)) | {"geglu", *EXPERT_OPTIONS}
 #: Options that directories of earlier releases do not state: their models have the default.
-LATER = frozenset({"window_attn_skip_freq"})
+LATER = frozenset(
+    {option.name for option in fields(FamilyOptions)}
+    | {"window_attn_skip_freq", "geglu", "retro_encoder_rotary_scaling", *EXPERT_OPTIONS}
+)
 #: Tokens that begin and end documents, as our checkpoints record them.
 DOCUMENT_TOKENS = "document_tokens"
 
@@ -101,7 +102,7 @@ def flags_of_retro_config(directory: Path, values: Mapping[str, Any]) -> Flags:
         ConfigurationError: a value is of another type.
     """
     source = directory / "config.json"
-    names = [name for name in MODEL_FIELDS if name not in TRANSLATED | ABSENT]
+    names = [name for name in MODEL_FIELDS if name not in TRANSLATED]
     there = {name: RENAMED.get(name, name) for name in names}
     optional = LATER | (RETRIEVAL_FIELDS if values.get("no_retrieval") else set())
     missing = [key for name, key in there.items() if key not in values and name not in optional]
@@ -117,8 +118,8 @@ def flags_of_retro_config(directory: Path, values: Mapping[str, Any]) -> Flags:
             "Convert it with the release of retro-mcore that wrote it",
         )
     given = {name: values[key] for name, key in there.items() if values.get(key) is not None}
-    flags = flags_of_file(str(source), given)
-    flags |= {name: MODEL_FIELDS[name].absent for name in EXPERT_OPTIONS}  # it is dense
+    later = {name: MODEL_FIELDS[name].absent for name in LATER}
+    flags = later | flags_of_file(str(source), given)
     flags["untie_embeddings_and_output_weights"] = not values["tie_word_embeddings"]
     if isinstance(values.get(DOCUMENT_TOKENS), dict):
         flags[DOCUMENT_TOKENS] = values[DOCUMENT_TOKENS]

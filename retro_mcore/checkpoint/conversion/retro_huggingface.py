@@ -24,11 +24,13 @@ from retro_mcore.checkpoint.conversion.retro_config import (
     retro_config,
 )
 from retro_mcore.checkpoint.conversion.retro_names import (
+    is_gated,
     parameter_names,
     parts_of,
     to_retro_huggingface,
 )
 from retro_mcore.checkpoint.conversion.weights import Weight, Weights
+from retro_mcore.model.expert_options import expert_layers
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 _AUTO_CLASSES = {"AutoConfig": "configuration_retro.RetroConfig",
@@ -132,13 +134,24 @@ def read_retro_huggingface(directory: Path) -> tuple[Flags, dict[str, Weight], l
     differing = {
         name: value
         for name, value in flags_of_weights(weights).items()
-        if name in flags and value is not None and flags[name] != value
+        if flags.get(name) is not None and value is not None and _differs(name, value, flags)
     }
     if differing:
         said = ", ".join(f"{name} {flags[name]}" for name in differing)
         shown = ", ".join(f"{name} {value}" for name, value in differing.items())
         raise refuse(directory, f"{said} in its config.json", f"{shown}, as its weights have")
     return flags, weights, notes
+
+
+def _differs(name: str, value: Any, flags: Flags) -> bool:
+    """Whether the weights show another value of an option than config.json states."""
+    if name == "swiglu":  # they show a gate alone
+        return bool(is_gated(flags) != value)
+    if name == "moe_layer_freq":
+        layers = (flags["num_experts"], flags["num_layers"])
+        stated, found = (expert_layers(layers[0], p, layers[1]) for p in (flags[name], value))
+        return stated != found
+    return bool(flags[name] != value)
 
 
 def _ends_with_norm(values: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from retro_mcore.checkpoint.conversion.huggingface import merge_qkv
 from retro_mcore.checkpoint.conversion.model_fields import Flags
 from retro_mcore.checkpoint.conversion.weights import Weight, Weights
+from retro_mcore.model.expert_options import expert_layers
 
 _OUTSIDE = {
     "embedding.word_embeddings.": "model.embed_tokens.",
@@ -26,19 +27,25 @@ _OUTSIDE = {
     "neighbor_encoder.input_projection.": "model.encoder.input_projection.",
 }
 _BLOCKS = {"decoder": "model.layers.", "neighbor_encoder": "model.encoder.layers."}
-_LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.(.*)\.(weight|bias)$")
+_LAYER = re.compile(r"^(decoder|neighbor_encoder)\.layers\.(\d+)\.(.*)[._](weight|bias)$")
+_EXPERTS = re.compile(r"mlp\.(?:experts\.local_experts\.(\d+)|shared_experts)\.(linear_fc[12])")
 _PLAIN = {
     "self_attention.linear_proj": "self_attn.o_proj",
     "self_attention.q_layernorm": "self_attn.q_norm",
     "self_attention.k_layernorm": "self_attn.k_norm",
     "cross_attention.linear_q": "cross_attn.q_proj",
     "cross_attention.linear_proj": "cross_attn.o_proj",
-    "mlp.linear_fc2": "mlp.down_proj",
+    "mlp.router": "mlp.router",
+    "mlp.shared_experts.gate": "mlp.shared_expert_gate",
 }
 _NORMS = {
     "input_layernorm": "self_attn_norm",
     "pre_cross_attn_layernorm": "cross_attn_norm",
     "pre_mlp_layernorm": "mlp_norm",
+}
+_POST_NORMS = {
+    "self_attn_bda.norm": "self_attn_post_norm",
+    "mlp_bda.norm": "mlp_post_norm",
 }
 _DEEPNORMS = {
     "self_attn_bda.norm": "self_attn_norm",
@@ -75,7 +82,8 @@ def parts_of(name: str, flags: Flags) -> Parts:
     assert match is not None, name
     block, number, module, kind = match.groups()
     prefix = f"{_BLOCKS[block]}{number}."
-    plain = {**_PLAIN, **_NORMS, **_DEEPNORMS}
+    after = _DEEPNORMS if flags.get("retro_deepnorm") else _POST_NORMS
+    plain = {**_PLAIN, **_NORMS, **after}
     if module in plain:
         return _whole(f"{prefix}{plain[module]}.{kind}")
     groups = query_groups(block, flags)
@@ -87,11 +95,27 @@ def parts_of(name: str, flags: Flags) -> Parts:
     if module == "cross_attention.linear_kv":
         names = tuple(f"{prefix}cross_attn.{part}_proj.{kind}" for part in "kv")
         return Parts(names, partial(_cut_kv, groups=groups), partial(_merge_kv, groups=groups))
-    assert module == "mlp.linear_fc1", name
-    if not flags["swiglu"]:
-        return _whole(f"{prefix}mlp.up_proj.{kind}")
-    names = (f"{prefix}mlp.gate_proj.{kind}", f"{prefix}mlp.up_proj.{kind}")
+    return _mlp_parts(prefix, module, kind, flags)
+
+
+def _mlp_parts(prefix: str, module: str, kind: str, flags: Flags) -> Parts:
+    """The tensors of an MLP's weight, or of an expert's."""
+    inside, linear = "mlp.", module.removeprefix("mlp.")
+    if match := _EXPERTS.fullmatch(module):
+        number, linear = match.groups()
+        inside = "mlp.shared_expert." if number is None else f"mlp.experts.{number}."
+    if linear == "linear_fc2":
+        return _whole(f"{prefix}{inside}down_proj.{kind}")
+    assert linear == "linear_fc1", module
+    if not is_gated(flags):
+        return _whole(f"{prefix}{inside}up_proj.{kind}")
+    names = tuple(f"{prefix}{inside}{part}_proj.{kind}" for part in ("gate", "up"))
     return Parts(names, partial(Tensor.chunk, chunks=2), lambda *parts: torch.cat(parts))
+
+
+def is_gated(flags: Flags) -> bool:
+    """Whether the MLP is gated."""
+    return bool(flags["swiglu"] or flags.get("geglu"))
 
 
 def attention_heads(block: str, flags: Flags) -> int:
@@ -174,8 +198,12 @@ def parameter_names(flags: Flags) -> Iterator[str]:
     if flags["position_embedding_type"] == "learned_absolute":
         yield "embedding.position_embeddings.weight"
     retro = cross_layers(flags)
+    routed = expert_layers(
+        flags.get("num_experts"), flags.get("moe_layer_freq"), flags["num_layers"]
+    )
     for layer in range(flags["num_layers"]):
-        yield from _layer_names(f"decoder.layers.{layer}.", flags, layer + 1 in retro)
+        prefix, experts = f"decoder.layers.{layer}.", layer + 1 in routed
+        yield from _layer_names(prefix, flags, layer + 1 in retro, experts)
     if flags.get("retro_final_layernorm", True):
         yield from _norm_names("decoder.final_layernorm", flags)
     if flags["untie_embeddings_and_output_weights"]:
@@ -185,8 +213,9 @@ def parameter_names(flags: Flags) -> Iterator[str]:
     width = flags.get("retro_encoder_hidden_size")
     if width and width != flags["hidden_size"]:
         yield "neighbor_encoder.input_projection.weight"
+    plain = {**flags, "sublayer_norms": "pre"}
     for layer in range(flags["retro_encoder_num_layers"]):
-        yield from _layer_names(f"neighbor_encoder.layers.{layer}.", flags, layer == 0)
+        yield from _layer_names(f"neighbor_encoder.layers.{layer}.", plain, layer == 0)
 
 
 def cross_layers(flags: Mapping) -> list[int]:
@@ -198,20 +227,46 @@ def cross_layers(flags: Mapping) -> list[int]:
     return list(flags.get("retro_decoder_layers") or usual)
 
 
-def _layer_names(prefix: str, flags: Flags, crosses: bool) -> Iterator[str]:
-    norms = list(_DEEPNORMS if flags.get("retro_deepnorm") else _NORMS)
-    for norm in norms if crosses else (norms[0], norms[2]):
+def _layer_names(prefix: str, flags: Flags, crosses: bool, experts: bool = False) -> Iterator[str]:
+    for norm in _norms(flags, crosses):
         yield from _norm_names(prefix + norm, flags)
     if flags["qk_layernorm"]:
         for part in "qk":
             yield from _norm_names(f"{prefix}self_attention.{part}_layernorm", flags)
     linear = ["self_attention.linear_qkv", "self_attention.linear_proj"]
     linear += [f"cross_attention.linear_{part}" for part in ("q", "kv", "proj")] if crosses else []
-    for name in (*linear, "mlp.linear_fc1", "mlp.linear_fc2"):
+    linear += [] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    for name in linear:
         yield f"{prefix}{name}.weight"
         biased = not flags["disable_bias_linear"]
         if biased or (name.endswith("linear_qkv") and flags["add_qkv_bias"]):
             yield f"{prefix}{name}.bias"
+    if experts:
+        yield from _expert_names(f"{prefix}mlp.", flags)
+
+
+def _norms(flags: Flags, crosses: bool) -> Iterator[str]:
+    if flags.get("retro_deepnorm"):
+        attention, cross, mlp = _DEEPNORMS
+        yield from (attention, cross, mlp) if crosses else (attention, mlp)
+        return
+    place = flags.get("sublayer_norms") or "pre"
+    attention, cross, mlp = _NORMS
+    yield from (attention, mlp) if place != "post" else ()
+    yield from (cross,) if crosses else ()
+    yield from _POST_NORMS if place != "pre" else ()
+
+
+def _expert_names(prefix: str, flags: Flags) -> Iterator[str]:
+    """Weights of a layer with experts, which have no biases."""
+    yield f"{prefix}router.weight"
+    modules = [f"experts.local_experts.{number}" for number in range(flags["num_experts"])]
+    if flags.get("moe_shared_expert_intermediate_size"):
+        modules.append("shared_experts")
+    for module in modules:
+        yield from (f"{prefix}{module}.linear_fc{number}.weight" for number in (1, 2))
+    if len(modules) > flags["num_experts"] and flags.get("moe_shared_expert_gate"):
+        yield f"{prefix}shared_experts.gate_weight"
 
 
 def _norm_names(name: str, flags: Flags) -> Iterator[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.unit.huggingface.models import SMALL, pair
+from tests.unit.huggingface.test_against_megatron import TOGETHER
 from tests.unit.inference.small import ChunkFunction, Vocabulary, prompts, requests_for
 
 ROPE = {"position_embedding_type": "rope"}
@@ -86,6 +87,7 @@ def test_greedy_tokens_are_ours(models, use_cache):
         {"sliding_window": 5, "window_attn_skip_freq": [3], **ROPE},
         {"retro_cross_attention_positions": "rotary", "num_query_groups": 2, **ROPE},
         {"retro_deepnorm": True, "retro_chunk_length": 5},
+        *(TOGETHER[name] for name in ("gemma", "gpt_neox", "granite, yarn", "groups of experts")),
     ],
 )
 def test_greedy_tokens_of_other_models(megatron, options):

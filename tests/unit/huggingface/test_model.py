@@ -132,6 +132,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(megatron, reentrant):
         torch.testing.assert_close(gradients[1][name], wanted, atol=1e-12, rtol=0)
 
 
+def test_load_balancing_losses_are_left_out_with_a_warning(megatron, monkeypatch):
+    from retro_mcore.huggingface import modeling_retro
+
+    said = []
+    monkeypatch.setattr(modeling_retro.logger, "warning_once", said.append)
+    experts = {"num_experts": 4, "disable_bias_linear": True}
+    for coefficient in (0.0, 0.1):
+        model = small_model(moe_aux_loss_coeff=coefficient, **experts)
+        model(**sample())
+        assert said == []
+        model.train()(**sample())
+    assert len(said) == 1
+    assert "moe_aux_loss_coeff 0.1" in said[0]
+
+
 def test_every_dropout_is_applied(megatron):
     names = ["hidden_dropout", "attention_dropout"]
     names += [f"retro_encoder_{kind}_dropout" for kind in ("hidden", "attention")]

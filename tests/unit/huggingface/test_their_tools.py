@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,49 +16,39 @@ from tests.unit.huggingface.test_generation import Source, prompts, retriever, t
 from tests.unit.huggingface.test_model import sample, small_model
 
 ROPE = {"position_embedding_type": "rope"}
-WITHOUT_US = """
-import sys
+#: Without the letters that the `Letters` of our adapter leaves out.
+PAIRS = [("Hello there, sir", " friend of old"), ("ab", "c"), ("Abc " * 8, "again and so")]
 
-class Blocked:
-    def find_spec(self, name, *rest):
-        if name.split(".")[0] in ("retro_mcore", "megatron"):
-            raise ImportError(name + " is not installed here")
 
-sys.meta_path.insert(0, Blocked())
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-directory, inputs, outputs = sys.argv[1:]
-assert AutoConfig.from_pretrained(directory, trust_remote_code=True).model_type == "retro"
-model = AutoModelForCausalLM.from_pretrained(
-    directory, trust_remote_code=True, dtype=torch.float64
-)
-assert not any(name.split(".")[0] in ("retro_mcore", "megatron") for name in sys.modules)
-given = torch.load(inputs)
-table = given.pop("table")
-with torch.no_grad():
-    logits = model(**given).logits
-new = model.generate(
-    given["input_ids"][:1, :11], max_new_tokens=9, do_sample=False, eos_token_id=90,
-    pad_token_id=0, retriever=lambda chunks: table[chunks.sum(1) % len(table)],
-)
-torch.save({"logits": logits, "new": new}, outputs)
-model.save_pretrained(directory + "-again", max_shard_size="20KB")
-"""
+def run_alone(folder, *arguments):
+    """Run alone.py with all installed packages except retro-mcore and megatron-core."""
+    packages = folder / "packages"
+    packages.mkdir()
+    hidden = ("megatron", "retro_mcore", "__editable__")
+    for entry in {path for path in map(Path, sys.path) if any(path.glob("*.dist-info"))}:
+        for item in entry.iterdir():
+            place = packages / item.name
+            if not item.name.startswith(hidden) and not place.exists():
+                place.symlink_to(item)
+    environment = {
+        **os.environ, "PYTHONPATH": str(packages), "HF_MODULES_CACHE": str(folder / "modules"),
+    }  # fmt: skip
+    script = Path(__file__).with_name("alone.py")
+    command = [sys.executable, "-S", str(script), *map(str, arguments)]  # -S: no site-packages
+    subprocess.run(command, check=True, cwd=folder, env=environment)
 
 
 @pytest.mark.slow
-def test_where_neither_retro_mcore_nor_megatron_is_installed(megatron, tmp_path):
+def test_where_neither_retro_mcore_nor_megatron_is_installed(megatron, tmp_path, monkeypatch):
+    """Logits, greedy tokens, saving, `Trainer`, a LoRA step, and our adapter's lm_eval scores."""
     from tests.unit.huggingface.test_conversion import exported, loaded
 
-    exported(tmp_path / "hf", ROPE)
+    ours = exported(tmp_path / "hf", ROPE)
+    letters().save_pretrained(tmp_path / "hf")
     model, inputs = loaded(tmp_path / "hf", dtype=torch.float64), sample()
     table = torch.randint(-1, 90, (7, 2, 16))
-    torch.save({**inputs, "table": table}, tmp_path / "inputs")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    arguments = [str(tmp_path / name) for name in ("hf", "inputs", "outputs")]
-    command = [sys.executable, "-c", WITHOUT_US, *arguments]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    torch.save({**inputs, "table": table, "pairs": PAIRS}, tmp_path / "inputs")
+    run_alone(tmp_path, *(tmp_path / name for name in ("hf", "inputs", "outputs")))
     found = torch.load(tmp_path / "outputs")
     with torch.no_grad():
         wanted = model(**inputs).logits
@@ -72,6 +63,11 @@ def test_where_neither_retro_mcore_nor_megatron_is_installed(megatron, tmp_path)
     reloaded = loaded(again, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(reloaded(**inputs).logits, wanted)
+    for name in ("trainer", "lora"):
+        if name in found:
+            assert found[name][-1] < found[name][0], name
+    if "scores" in found:
+        assert_same_scores(our_scores(ours, monkeypatch), found["scores"])
 
 
 def _read(directory):
@@ -167,22 +163,30 @@ def test_lm_eval_scores_as_our_adapter_does(megatron, monkeypatch, retro_neighbo
     harness = pytest.importorskip(
         "lm_eval.models.huggingface", reason="lm_eval, an optional package, is not installed"
     )
+    ours, theirs = pair(**ROPE)
+    if retro_neighbors == "live":
+        theirs.retriever = retriever
+    model = harness.HFLM(pretrained=theirs, tokenizer=letters(), device="cpu", batch_size=2)
+    asked = [SimpleNamespace(args=each) for each in PAIRS]
+    found = model.loglikelihood(asked, disable_tqdm=True)
+    assert_same_scores(our_scores(ours, monkeypatch, retro_neighbors), found)
+
+
+def our_scores(model, monkeypatch, retro_neighbors="none"):
+    """Scores of our adapter."""
     from retro_mcore import session
     from retro_mcore.evaluation.lm_eval import RetroLM
     from tests.unit.evaluation.loaded import loaded_model
 
-    ours, theirs = pair(**ROPE)
-    loaded = loaded_model(retro_neighbors == "live", ours)
+    loaded = loaded_model(retro_neighbors == "live", model)
     monkeypatch.setattr(session, "load_model", lambda *args, **kwargs: loaded)
     adapter = RetroLM("project", "model", retro_neighbors=retro_neighbors, device="cpu")
     if retro_neighbors == "live":
         monkeypatch.setattr(loaded.retriever, "neighbors_of", Source().neighbors_of)
-        theirs.retriever = retriever
-    model = harness.HFLM(pretrained=theirs, tokenizer=letters(), device="cpu", batch_size=2)
-    # Without the letters that `Letters` leaves out.
-    pairs = [("Hello there, sir", " friend of old"), ("ab", "c"), ("Abc " * 8, "again and so")]
-    asked = [SimpleNamespace(args=each) for each in pairs]
-    wanted, found = adapter.loglikelihood(asked), model.loglikelihood(asked, disable_tqdm=True)
+    return adapter.loglikelihood([SimpleNamespace(args=each) for each in PAIRS])
+
+
+def assert_same_scores(wanted, found):
     for (likelihood, greedy), (likelihood_there, greedy_there) in zip(wanted, found, strict=True):
         assert likelihood == pytest.approx(likelihood_there, abs=1e-4)
         assert greedy == greedy_there
