@@ -24,6 +24,7 @@ from retro_mcore.checkpoint.conversion.huggingface import read_model
 from retro_mcore.checkpoint.conversion.huggingface_config import Config
 from retro_mcore.checkpoint.conversion.huggingface_families import Flags
 from retro_mcore.checkpoint.conversion.huggingface_files import Stored, TensorFiles, refuse
+from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.checkpoint.conversion.weights import Weight
 from retro_mcore.errors import MissingDependencyError
 from retro_mcore.gguf_file import READABLE_TYPES, GgufFile, GgufTensor, read_gguf_header
@@ -45,6 +46,7 @@ _READ = {*_NEEDED.values(), "attention.head_count_kv", "attention.key_length",
          "rope.scaling.original_context_length", "rope.scaling.finetuned"}  # fmt: skip
 # Factors that are 1, or 0 where they are not used.
 _FACTORS = ("logit_scale", "residual_scale", "embedding_scale", "rope.scaling.attn_factor")
+_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _REMARKS = ("tensor_data_layout",)
 
 _NAMES = {
@@ -83,7 +85,26 @@ def read_gguf(path: Path) -> tuple[Flags, dict[str, Weight], list[str]]:
     _check_types(file)
     stored = _stored(file, values)
     flags, weights, notes = read_model(Config(path, values), TensorFiles(path, stored))
+    if found := end_tokens(file, flags["vocab_size"]):
+        flags[END_TOKENS] = found
     return flags, weights, [*notes, *_notes(file)]
+
+
+def end_tokens(file: GgufFile, vocab_size: int) -> list[int]:
+    """Tokens that end a generated text: the file's end of text, of a turn and of a message.
+
+    llama.cpp also looks for well-known names among the tokens; only declared ones are taken here.
+
+    Raises:
+        CheckpointError: one is no token of the vocabulary.
+    """
+    found = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in _ENDS}
+    for key, token in found.items():
+        if token is not None and not (type(token) is int and 0 <= token < vocab_size):
+            raise refuse(
+                file.path, f"tokenizer.ggml.{key} {token!r}", f"a token below {vocab_size}"
+            )
+    return list(dict.fromkeys(token for token in found.values() if token is not None))
 
 
 def _config_values(file: GgufFile) -> dict[str, Any]:

@@ -365,3 +365,29 @@ def test_a_run_is_not_resumed_with_another_file(tmp_path):
     moved.write_bytes(data)
     with pytest.raises(CheckpointError, match="started from another GPT"):
         check_same_gpt(str(moved), saved, tmp_path)
+
+
+def test_ends_of_text_turn_and_message_end_a_generated_text(megatron, tmp_path):
+    """Also in the checkpoint of a run that started from the file, and in its export."""
+    import json
+
+    from retro_mcore.checkpoint.arguments import read_arguments
+    from retro_mcore.checkpoint.tracker import tracked_checkpoint
+    from tests.unit.checkpoint.test_convert_checkpoint import convert
+    from tests.unit.training.small import NO_DROPOUT, small_trainer
+
+    theirs = make_model("llama", tmp_path)
+    ends = {"eos_token_id": 7, "eot_token_id": 5, "eom_token_id": 7}
+    tokenizer = {f"tokenizer.ggml.{key}": token for key, token in ends.items()}
+    file = file_of(theirs, tmp_path, tokenizer=tokenizer)
+    assert open_checkpoint(file).flags["end_tokens"] == [7, 5]
+    run = {**flags_of("llama"), **NO_DROPOUT, "load_gpt": str(file)}
+    small_trainer(save=str(tmp_path / "run"), train_iters=1, **run).train()
+    assert read_arguments(tracked_checkpoint(tmp_path / "run"))["end_tokens"] == [7, 5]
+    convert(file, tmp_path / "back", target="huggingface", decoder_only=True)
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [7, 5]
+    tokenizer["tokenizer.ggml.eot_token_id"] = 10**6
+    with pytest.raises(CheckpointError, match=r"eot_token_id 1000000.*a token below"):
+        open_checkpoint(file_of(theirs, tmp_path, tokenizer=tokenizer))
+    assert "end_tokens" not in open_checkpoint(file_of(theirs, tmp_path)).flags
