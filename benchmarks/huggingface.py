@@ -4,13 +4,15 @@
     python -m benchmarks.huggingface --size 8b --work-dir /large/disk
 
 Both models have the same random weights and generate the same number of tokens in turns, so other
-load on the machine affects both. Each conversion runs in a process of its own: its peak memory is
-what that process held at most, less what it held after its imports.
+load on the machine affects both. Each conversion runs in a process of its own; its peak memory is
+the most that this process held, Python's modules included. The goal is at most 1.2 times the
+largest file of weights plus 2 GB.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -40,6 +42,11 @@ SIZES: dict[str, tuple[dict[str, int], str]] = {
          "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 16384},
         "150MB",
     ),
+    "1b": (
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000},
+        "500MB",
+    ),
     "8b": (
         {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
          "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
@@ -65,8 +72,13 @@ class Options:
     """Tokens to generate."""
     rounds: int = 3
     """How often each model generates; the fastest round counts."""
-    size: Literal["none", "tiny", "small", "8b"] = "small"
-    """Checkpoint to convert: 0.9 GB (small) or 16 GB (8b) of weights. none: only generate."""
+    generate: Literal["yes", "no"] = "yes"
+    """Whether to measure generation."""
+    size: Literal["none", "tiny", "small", "1b", "8b"] = "small"
+    """Checkpoint to convert: 0.9 GB (small), 2.2 GB (1b) or 16 GB (8b) of weights. none: only
+    generate."""
+    conversions: Literal["both", "ours"] = "both"
+    """To our format and back to transformers', or only to ours."""
     work_dir: str | None = None
     """Directory for checkpoints. Default: a temporary one. It needs twice the size."""
     json: str | None = None
@@ -78,9 +90,10 @@ class Conversion:
     """One conversion.
 
     Attributes:
-        target: What is written.
+        target: Format that is written.
         seconds: Wall time.
-        peak_mb: Most memory, less what the process held after its imports, in MB.
+        peak_mb: Most resident memory of the process, in MB.
+        imports_mb: The part of it that the process held after its imports, in MB.
         shard_mb: Largest file of the original's weights, in MB.
         weights_mb: All of the original's weights, in MB.
     """
@@ -88,31 +101,45 @@ class Conversion:
     target: str
     seconds: float
     peak_mb: float
+    imports_mb: float
     shard_mb: float
     weights_mb: float
+
+    @property
+    def goal_mb(self) -> float:
+        """Memory that it should not exceed, in MB."""
+        return 1.2 * self.shard_mb + 2e9 / _BLOCK
 
 
 def run(options: Options) -> dict[str, Any]:
     """Measure and print."""
     console = Console(width=100)
-    ours, theirs = generation(options)
-    console.print(
-        f"tokens per CPU second, one thread: ours {ours:.1f}, RetroForCausalLM {theirs:.1f} "
-        f"({theirs / ours:.2f} of ours)"
-    )
+    figures: dict[str, Any] = {}
+    if options.generate == "yes":
+        ours, theirs = generation(options)
+        figures = {"ours": ours, "theirs": theirs}
+        console.print(
+            f"tokens per CPU second, one thread: ours {ours:.1f}, RetroForCausalLM {theirs:.1f} "
+            f"({theirs / ours:.2f} of ours)"
+        )
     conversions = [] if options.size == "none" else convert_all(options)
     if conversions:
-        table = Table(title="Conversions", title_justify="left")
-        for column in ("target", "s", "peak MB", "largest shard MB", "weights MB"):
-            table.add_column(column, justify="right")
-        for each in conversions:
-            numbers = (each.seconds, each.peak_mb, each.shard_mb, each.weights_mb)
-            table.add_row(each.target, *(f"{number:.0f}" for number in numbers))
-        console.print(table)
-    figures = {"ours": ours, "theirs": theirs, "conversions": list(map(asdict, conversions))}
+        console.print(_table(conversions))
+    figures["conversions"] = [{**asdict(each), "goal_mb": each.goal_mb} for each in conversions]
     if options.json is not None:
         Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return figures
+
+
+def _table(conversions: list[Conversion]) -> Table:
+    table = Table(title="Conversions", title_justify="left")
+    for column in ("target", "s", "peak MB", "goal MB", "imports MB", "shard MB", "weights MB"):
+        table.add_column(column, justify="right")
+    for each in conversions:
+        numbers = (each.seconds, each.peak_mb, each.goal_mb, each.imports_mb, each.shard_mb,
+                   each.weights_mb)  # fmt: skip
+        table.add_row(each.target, *(f"{number:.0f}" for number in numbers))
+    return table
 
 
 def generation(options: Options) -> tuple[float, float]:
@@ -222,6 +249,8 @@ def convert_all(options: Options) -> list[Conversion]:
         files = [file.stat().st_size for file in (here / "original").glob("*.safetensors")]
         sizes = (max(files) / _BLOCK, sum(files) / _BLOCK)
         found = [_conversion(here, "original", "ours", ["--target", "retro-mcore"], *sizes)]
+        if options.conversions == "ours":
+            return found
         # Only two of them lie on the disk at a time.
         for file in (here / "original").iterdir():
             file.unlink()
@@ -265,22 +294,27 @@ def _conversion(
     arguments = ["--load", str(here / source), "--save", str(here / target), *flags]
     command = [sys.executable, "-m", "benchmarks.huggingface", "--converts", *arguments]
     out = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds, peak = json.loads(out.stdout.splitlines()[-1])
-    return Conversion(flags[1], seconds, peak, shard, weights)
+    seconds, peak, imports = json.loads(out.stdout.splitlines()[-1])
+    return Conversion(flags[1], seconds, peak, imports, shard, weights)
 
 
 def convert_here(arguments: list[str]) -> None:
-    """Convert, and print the time in seconds and the memory in MB."""
+    """Convert, and print the time in seconds, and the most memory and that of imports in MB."""
     from retro_mcore.cli.convert_checkpoint import main as convert
     from retro_mcore.training.setup import conversion  # noqa: F401 (its imports count before)
 
     before, start = _peak(), time.perf_counter()
     if convert(arguments):
         raise SystemExit(2)
-    print(json.dumps([time.perf_counter() - start, _peak() - before]))
+    print(json.dumps([time.perf_counter() - start, _peak(), before]))
 
 
 def _peak() -> float:
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts what the parent held before it started this process
+        kilobytes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        if kilobytes is not None:
+            return int(kilobytes[1]) * 1024 / _BLOCK
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _BLOCK
 
