@@ -44,9 +44,16 @@ quickstart: env ## real text to a trained Retro on CPU (NPROC=2: tensor parallel
 test: env ## run the tests (JOBS=2 at a time)
 	$(PYTEST) -m "not slow and not parity and not gpu"
 
-test-slow: env ## run the tests that take longer: every parallel layout, the quickstart's chain
+test-slow: env .clients/.up-to-date ## run the tests that take longer: every parallel layout, the quickstart's chain
 	$(INSTALL) -r requirements/lm_eval.txt -r requirements/huggingface_tools.txt
 	$(PYTEST) -m "slow and not parity and not gpu"
+	PYTHONPATH=$(CURDIR)/.clients $(BIN)/python -m pytest -m slow -k "langchain or llama" \
+		tests/integration/test_serve_clients.py
+
+.clients/.up-to-date: $(STAMP) requirements/clients.txt
+	rm -rf $(@D)
+	$(INSTALL) --no-deps --target $(@D) -r requirements/clients.txt
+	@touch $@
 
 test-kernels: env ## run what computes once more, with other kernels than this processor's own
 	$(OTHER_KERNELS) $(PYTEST) -m "not slow and not parity and not gpu" -k "not (refused or named or told)" \
@@ -113,4 +120,4 @@ lock: ## pin requirements/cpu.txt from requirements/cpu.in
 	mv requirements/cpu.new requirements/cpu.txt
 
 clean: ## remove the environment and the quickstart's output
-	rm -rf $(VENV) .megatron-* .bridge-* quickstart
+	rm -rf $(VENV) .megatron-* .bridge-* .clients quickstart

@@ -305,3 +305,20 @@ def test_what_others_do_not_compute_is_not_written_for_them(tmp_path, name):
     ):
         with pytest.raises(ConfigurationError):
             write(flags)
+
+
+@pytest.mark.slow
+def test_the_table_of_differences(megatron, tmp_path):
+    """As docs/benchmarks.md has it: every family, read and written, within fp32's rounding."""
+    from benchmarks import families
+
+    families.compare(families.Options(output=str(tmp_path / "table.md")))
+    header, _, *rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == len(CASES)
+    names = [name.strip() for name in header.split("|")[1:-1]]
+    for row in rows:
+        cells = dict(zip(names, (cell.strip() for cell in row.split("|")[1:-1]), strict=True))
+        for name in names[3:]:
+            # A decoder alone may be of no family; RetroForCausalLM computes every option.
+            if not (name == "written back" and cells[name] == "refused"):
+                assert float(cells[name]) <= 5e-5, (cells["model"], name)
