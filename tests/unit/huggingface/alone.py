@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def main(directory: str, inputs: str, outputs: str) -> None:
@@ -60,7 +60,7 @@ def tune(directory: str, inputs: dict[str, torch.Tensor]) -> list[float]:
     settings = peft.LoraConfig(
         r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0
     )
-    model = peft.get_peft_model(load(directory), settings)
+    model = peft.get_peft_model(load(directory), settings).train()
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
     losses = []
     for _ in range(3):
@@ -84,10 +84,7 @@ def train(directory: str, inputs: dict[str, torch.Tensor], folder: str) -> list[
         folder, max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1,
         report_to=[], use_cpu=True, save_strategy="no",
     )  # fmt: skip
-    trainer = Trainer(
-        load(directory), arguments, train_dataset=rows,
-        processing_class=AutoTokenizer.from_pretrained(directory),
-    )  # fmt: skip
+    trainer = Trainer(load(directory), arguments, train_dataset=rows)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
