@@ -40,12 +40,10 @@ from retro_mcore.platform.optimizer_state import (
     regroup,
     supply_adam_step,
     unshare_adam_steps,
+    use_own_rates,
 )
 from retro_mcore.platform.parallel import parallel_sizes, unwrap_model
 from retro_mcore.platform.torch_checkpoints import load_sharded_state
-
-#: What a group of parameters has of the schedule.
-_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 @dataclass(frozen=True)
@@ -153,16 +151,11 @@ def _load_optimizer(
 ) -> None:
     state = regroup(parts.optimizer, state)
     supply_adam_step(parts.optimizer, state)
-    rates = [
-        {name: group[name] for name in _RATES if name in group}
-        for group in parts.optimizer.param_groups
-    ]
+    if parts.scheduler.override_opt_param_scheduler:
+        use_own_rates(parts.optimizer, state)
     with keeping_adam_steps(parts.optimizer):
         parts.optimizer.load_state_dict(state)
     unshare_adam_steps(parts.optimizer)
-    if parts.scheduler.override_opt_param_scheduler:  # which Megatron reads from these first
-        for group, own in zip(parts.optimizer.param_groups, rates, strict=True):
-            group.update(own)
     try:
         parts.scheduler.load_state_dict(schedule)
     except AssertionError as error:

@@ -79,6 +79,30 @@ def regroup(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> dict[Any, An
     return {index: _completed(part, numbered[index], [rest]) for index, part in enumerate(parts)}
 
 
+#: Learning rates and weight decays of a group of parameters, which the scheduler reads.
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
+
+
+def use_own_rates(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
+    """Put the optimizer's own rates into a loaded state, in place of the saved ones.
+
+    The scheduler reads them from the groups first. From 0.19 on, Megatron also finds each group's
+    saved state by them, and refuses a state with other rates.
+    """
+    rates = {
+        _identity(group): {name: group[name] for name in _RATES if name in group}
+        for group in optimizer.param_groups
+    }
+    numbered = [part for key, part in state.items() if isinstance(key, int)]
+    for part in numbered or [state]:
+        for group in part.get("optimizer", part)["param_groups"]:
+            group.update(rates.get(_identity(group), {}))
+
+
+def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(key) for key in (*_GROUP_KEYS, "is_expert_parallel"))
+
+
 #: What tells an optimizer's groups of parameters apart, beside belonging to experts.
 _GROUP_KEYS = ("wd_mult", "lr_mult", "is_decoupled_lr")
 
@@ -180,9 +204,11 @@ def _has_padded_offsets() -> bool:
     parameters = [torch.nn.Parameter(torch.zeros(1, device="cpu")) for _ in range(2)]
     places = {parameters[0]: (0, 1, 0), parameters[1]: (2, 3, 1)}  # one element of padding
     moments = {"exp_avg": torch.tensor([1.0, 2.0, 0.0], device="cpu")}  # as gathered: without it
+    sizes = torch.zeros(2, device="cpu"), torch.zeros(1, device="cpu")
+    buckets = [SimpleNamespace(grad_data=size, numel_unpadded=1) for size in sizes]
     optimizer: Any = SimpleNamespace(
         gbuf_ranges=[{torch.float32: []}],
-        buffers=[SimpleNamespace(param_index_map=places, numel_unpadded=3)],
+        buffers=[SimpleNamespace(param_index_map=places, numel_unpadded=3, buckets=buckets)],
         get_parameter_state_dp_zero=lambda **kwargs: {0: {torch.float32: moments}},
     )
     model = {
