@@ -1,12 +1,14 @@
 """Held-out perplexity by size of the database, from one search; two sizes are really rebuilt.
 
-    python -m benchmarks.database_size                       # half an hour on two cores
-    python -m benchmarks.database_size --train-iters 10      # tries the path, in minutes
+    make quickstart                            # trains the model, once
+    python -m benchmarks.database_size         # ten minutes on two cores
 
-A small Retro is trained once with the whole database. Smaller databases hold some of its documents:
+The model is the quickstart's, trained with the whole database. The database is built once more with
+an exact enough index and 200 saved neighbors. Smaller databases hold some of its documents:
 `evaluate_perplexity --database-fraction` leaves the others out of the 200 saved neighbors. For
 `--rebuilt`, the same documents are preprocessed, embedded, indexed and searched on their own
-(`update_db --exchange`), with weights of words of their own.
+(`update_db --exchange`), with weights of words of their own. Perplexity is that of the test
+documents.
 """
 
 from __future__ import annotations
@@ -15,35 +17,57 @@ import argparse
 import json
 import math
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.retro_against_gpt import train
-from benchmarks.training_data import BATCH, MODEL_FLAGS, make_project
 from retro_mcore.cli import commands as retro
 from retro_mcore.data.tokens.splits import num_retrieved_documents
 from retro_mcore.evaluation.database_fraction import documents_kept
 from retro_mcore.project.config import ProjectConfig
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
+
+from run import LAPTOP, SMOKE, Layout, Size, all_stages  # noqa: E402
+from stages import run_stage  # noqa: E402
+
 SEED = 1234
 FRACTIONS = [1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
-SAVED = 200
+SAVED, SMOKE_SAVED = 200, 20
+
+
+def search_once_more(size: Size, corpus: Path, folder: Path, saved: int) -> Path:
+    """A project of the quickstart's text, with more neighbors and the index that is chosen for it.
+
+    Raises:
+        SystemExit: a stage failed; with its exit code.
+    """
+    layout = Layout(folder)
+    stages = all_stages(replace(size, index=""), corpus, layout, 1, together=False)[:4]
+    stages[3].flags.extend(["--num-neighbors-save", str(saved)])
+    for stage in stages:
+        if code := run_stage(stage, 1):
+            raise SystemExit(code)
+    return layout.project
 
 
 def perplexity(project: Path, model: Path, kind: str, fraction: float = 1.0) -> float:
-    """Perplexity of the valid samples with neighbors from a share of the database."""
+    """Perplexity of the test samples with neighbors from a share of the database."""
     result = retro.evaluate_perplexity(
         project_dir=str(project),
         load=str(model),
+        split="test",
         retro_eval_neighbors=[kind],
         database_fraction=fraction,
         seed=SEED,
         output=str(project.parent / "perplexity.json"),
         device="cpu",
     )
-    return result.perplexity(kind)
+    return result.perplexity(kind, "test")
 
 
 def rebuilt(place: Path, project: Path, corpus: Path, fraction: float) -> Path:
@@ -66,8 +90,8 @@ def rebuilt(place: Path, project: Path, corpus: Path, fraction: float) -> Path:
         seq_length=config.retro_gpt_seq_length,
         retro_chunk_length=config.retro_gpt_chunk_length,
         split="100,0,0",
-        train_samples=BATCH,
-        global_batch_size=BATCH,
+        train_samples=config.retro_gpt_global_batch_size,
+        global_batch_size=config.retro_gpt_global_batch_size,
     )
     retro.build_db(**where)
     retro.build_index(**where, embedder="lexical", device="cpu")
@@ -111,23 +135,30 @@ def show(rows: list[dict[str, Any]], none: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quickstart",
+        type=Path,
+        default=Path("quickstart"),
+        help="folder of a finished quickstart (make quickstart), which is not changed",
+    )
     parser.add_argument("--folder", type=Path, default=Path("database_size"))
-    parser.add_argument("--train-iters", type=int, default=800, help="training steps")
     parser.add_argument("--rebuilt", type=float, nargs="*", default=[1 / 2, 1 / 8])
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--smoke", action="store_true", help="for a quickstart of --smoke")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
-    folder = options.folder
-    project = make_project(folder, options.train_iters, "aligned", SEED, num_neighbors_save=SAVED)
-    train(project, folder / "model", MODEL_FLAGS)
-    none = perplexity(project, folder / "model", "none")
+    folder, model = options.folder, options.quickstart / "checkpoints"
+    size, saved = (SMOKE, SMOKE_SAVED) if options.smoke else (LAPTOP, SAVED)
+    corpus = options.quickstart / "corpus.jsonl"
+    project = search_once_more(size, corpus, folder, saved)
+    none = perplexity(project, model, "none")
     rows: list[dict[str, Any]] = []
     for fraction in FRACTIONS:
-        found = perplexity(project, folder / "model", "real", fraction)
+        found = perplexity(project, model, "real", fraction)
         rows.append({"fraction": fraction, "perplexity": found})
         if fraction in options.rebuilt:
             place = folder / f"rebuilt_{fraction:g}"
-            copy = rebuilt(place, project, folder / "documentation.jsonl", fraction)
-            rows[-1]["rebuilt"] = perplexity(copy, folder / "model", "real")
+            copy = rebuilt(place, project, corpus, fraction)
+            rows[-1]["rebuilt"] = perplexity(copy, model, "real")
     show(rows, none)
     draw(rows, none, folder / "database_size.png")
     if options.json:

@@ -37,7 +37,6 @@ def make_project(
     train_iters: int,
     samples: SampleLayout = "packed",
     seed: int = 1234,
-    num_neighbors_save: int = 20,
 ) -> Path:
     """The project below `folder`, as far as it is not there; returns its directory.
 
@@ -46,7 +45,6 @@ def make_project(
         train_iters: Training steps that it has samples for.
         samples: Layout of the samples.
         seed: Seed for their order.
-        num_neighbors_save: Neighbors saved per chunk.
 
     Raises:
         MissingDependencyError: Transformers is not installed.
@@ -84,7 +82,7 @@ def make_project(
     )
     build_db(BuildDbOptions(str(project)))
     build_index(BuildIndexOptions(str(project), embedder="lexical"))
-    query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=num_neighbors_save))
+    query_neighbors(QueryNeighborsOptions(str(project)))
     return project
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retro_mcore.platform.cpu import is_cpu_in_use, use_cpu
-    from retro_mcore.platform.device import distributed_backend, setup_device
+    from retro_mcore.platform.device import choose_device, distributed_backend, setup_device
     from retro_mcore.platform.groups import leave_model_parallel
 
 __all__ = [
+    "choose_device",
     "distributed_backend",
     "is_cpu_in_use",
     "leave_model_parallel",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "choose_device": "device",
     "distributed_backend": "device",
     "is_cpu_in_use": "cpu",
     "leave_model_parallel": "groups",

@@ -101,7 +101,7 @@ def use_cpu() -> None:
             "this process has already initialised CUDA",
             "Call it before any CUDA work, or use the GPU",
         )
-    _disable_compilation()
+    disable_compilation()
     _silence_gpu_advice()
     # In this function: the data pipeline uses this package without megatron.
     from megatron.core.tensor_parallel import random as megatron_random
@@ -112,8 +112,11 @@ def use_cpu() -> None:
     _in_use = True
 
 
-def _disable_compilation() -> None:
-    # Megatron decorates small functions with torch.compile, which needs a C++ compiler on CPU.
+def disable_compilation() -> None:
+    """Let torch.compile return functions as they are, unless TORCHDYNAMO_DISABLE is 0.
+
+    Megatron decorates small functions with it, and it needs a C++ compiler on CPU.
+    """
     disabled = os.environ.setdefault("TORCHDYNAMO_DISABLE", "1") == "1"
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]

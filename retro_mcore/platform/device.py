@@ -8,23 +8,36 @@ from typing import Literal
 import torch
 
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.platform.cpu import is_cpu_in_use, use_cpu
+from retro_mcore.platform.cpu import disable_compilation, is_cpu_in_use, use_cpu
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 def setup_device(device: Device = "auto") -> torch.device:
-    """Choose the device of this process: CUDA where there is one, else the CPU.
-
-    On CUDA nothing is patched; the process takes the device of its LOCAL_RANK.
+    """Choose the device of this process for a model of megatron-core; on the CPU, patch it.
 
     Raises:
-        ConfigurationError: "cuda" was asked for and there is none.
+        ConfigurationError: "cuda" was requested and there is none.
+    """
+    chosen = choose_device(device)
+    if chosen.type == "cpu":
+        use_cpu()
+    return chosen
+
+
+def choose_device(device: Device = "auto") -> torch.device:
+    """Choose the device of this process: CUDA where there is one, else the CPU.
+
+    Megatron-core is neither imported nor patched. Under torchrun on CUDA, the process takes the
+    device of its LOCAL_RANK.
+
+    Raises:
+        ConfigurationError: "cuda" was requested and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("--device", "cuda, but torch finds no CUDA device", "Use cpu")
     if device == "cpu" or is_cpu_in_use() or not torch.cuda.is_available():
-        use_cpu()
+        disable_compilation()
         return torch.device("cpu")
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(local)

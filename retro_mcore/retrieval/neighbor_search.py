@@ -42,6 +42,9 @@ from retro_mcore.retrieval.rerank import BM25
 BATCH = 4096
 #: Default number of candidates per chunk, before those of its own documents are dropped.
 NUM_QUERY = 200
+#: Candidates of a narrow search: this times the saved neighbors, and at least so many more than
+#: these. Nearly all chunks find enough among them.
+_NARROW, _FEWEST_SPARE = 2, 32
 #: Factor by which a search that finds too few neighbors is widened.
 _MORE = 4
 
@@ -65,6 +68,8 @@ class NeighborSearch:
         num_searched: Chunks that the index holds; None: all of the database.
         together: Chunks, also of several files, that are searched in one call of an index whose
             result for a chunk does not depend on the others. 0: those of a file, up to `BATCH`.
+        prefixes: Whether a search for fewer candidates finds the first of those that one for more
+            finds. Then few are searched first, and `num_query` for the chunks that need them.
     """
 
     database: ChunkDatabase
@@ -73,6 +78,7 @@ class NeighborSearch:
     rerank: BM25 | None = None
     num_searched: int | None = None
     together: int = 0
+    prefixes: bool = False
 
     def __post_init__(self) -> None:
         self.filter = DocumentFilter(self.database)
@@ -87,8 +93,8 @@ class NeighborSearch:
         return join_searches(map(write, shards), self.most_queries)
 
     def most_queries(self, k: int) -> int:
-        """Chunks per search of k candidates, which take as much memory as usual ones."""
-        return max(BATCH, self.together * self.num_query // max(k, 1))
+        """Chunks per search of k candidates, which take no more memory than usual ones."""
+        return max(BATCH, self.together * self.num_query // max(k, self.num_query, 1))
 
     def shard(self, chunks: QueryChunks, shard: Shard, path: Path, fingerprint: str) -> Steps:
         """Write one shard's neighbors to `path`, and their distances, one batch at a time.
@@ -137,10 +143,10 @@ class NeighborSearch:
         self, query: QueryBatch, counts: QueryCounts
     ) -> Generator[Request, Found, tuple[np.ndarray, np.ndarray]]:
         """Search chunks that have been read; see `batch`."""
-        distances, candidates = yield query.vectors, self.num_query
+        k = self._first_candidates(query)
+        distances, candidates = yield query.vectors, k
         require_found(distances, candidates, self.database, query.known is not None)
         neighbors, kept = self._choose(query, np.arange(len(candidates)), candidates, distances)
-        k = self.num_query
         total = len(self.database) if self.num_searched is None else self.num_searched
         while k < total:
             # Too few because many candidates are from the sample's own documents.
@@ -149,7 +155,7 @@ class NeighborSearch:
             )
             if not len(short):
                 break
-            k = min(_MORE * k, total)
+            k = min(_MORE * k if k >= self.num_query else self.num_query, total)
             most = self.most_queries(k)
             for start in range(0, len(short), most):
                 some = short[start : start + most]
@@ -159,6 +165,13 @@ class NeighborSearch:
                 candidates[some, -1] = wider[:, -1]
         count_neighbors(self.database, query.tokens, neighbors, counts)
         return neighbors, kept
+
+    def _first_candidates(self, query: QueryBatch) -> int:
+        """Candidates per chunk in the first search; all if BM25 or known neighbors use all."""
+        if not self.prefixes or self.rerank is not None or query.known is not None:
+            return self.num_query
+        narrow = max(_NARROW * self.num_save, self.num_save + _FEWEST_SPARE)
+        return min(self.num_query, narrow)
 
     def _choose(
         self, query: QueryBatch, rows: np.ndarray, candidates: np.ndarray, distances: np.ndarray

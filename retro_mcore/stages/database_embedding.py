@@ -8,7 +8,7 @@ from typing import Any
 
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.distributed import get_rank, raise_together
-from retro_mcore.platform import setup_device
+from retro_mcore.platform import choose_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import recorded_options
@@ -99,7 +99,7 @@ class DatabaseEmbedding:
         """
         fingerprint = self.embedded.fingerprint
         with raise_together():
-            device = str(setup_device(options.device))  # type: ignore[arg-type]
+            device = str(choose_device(options.device))  # type: ignore[arg-type]
             tokenizer = load_project_tokenizer(self._config, self._paths)
         if options.name == LEXICAL_EMBEDDER:
             weights = self._paths.lexical_weights

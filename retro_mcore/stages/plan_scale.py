@@ -11,7 +11,7 @@ import numpy as np
 from retro_mcore.chunking import SampleLayout
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
-from retro_mcore.platform import setup_device
+from retro_mcore.platform import choose_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.measured import FEWEST_LISTS, measure_index_rates
@@ -155,7 +155,7 @@ def _rates(config: PlanScaleConfig, work: Workload) -> tuple[Rates, Workload]:
         if config.project_dir is None:
             raise ConfigurationError("--measure", "no --project-dir given", "Name a project")
         initialize()
-        device = str(setup_device(config.device))  # type: ignore[arg-type]
+        device = str(choose_device(config.device))  # type: ignore[arg-type]
         rates, dimension = measure_rates(config.project_dir, config.embedder, device)
         work = replace(work, dimension=dimension)
         rates = _with_index(config, rates, work)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import any_rank, barrier, get_rank, initialize, raise_together
 from retro_mcore.errors import ConfigurationError, ProjectError, raise_problems, too_small
-from retro_mcore.platform import setup_device
+from retro_mcore.platform import choose_device
 from retro_mcore.project.config import SPLITS, OtherDatabase, ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.integrity import verifying
 from retro_mcore.project.lock import stage_lock
@@ -299,7 +299,7 @@ class _Run:
     def _open(self) -> None:
         """Load the embedder and the index."""
         config, search = self._config, self._search
-        device = str(setup_device(config.device))  # type: ignore[arg-type]
+        device = str(choose_device(config.device))  # type: ignore[arg-type]
         embedder = search.load_embedder(
             config.embed_batch_size, device, self._precision, config.embed_batch_tokens
         )
@@ -343,6 +343,7 @@ class _Run:
             rerank=reranker,
             num_searched=None if self._old is None else self._old.num_new,
             together=together,
+            prefixes=bool(together) and not config.rescore,
         )
 
     @property

@@ -18,6 +18,7 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
+import torch
 
 from retro_mcore.errors import ProjectError
 from retro_mcore.project.arrays import load_array
@@ -29,14 +30,16 @@ _DIMENSION = 256
 _SEED = b"retro-mcore lexical embedder, version 1"
 #: Steps per unit of a bucket's weight.
 _SCALE = 16
+#: Texts counted or embedded together; bounds the memory.
+_TEXTS = 1024
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def buckets_of(text: str) -> np.ndarray:
-    """Buckets of all words and pairs of neighboring words, with repetitions, i64 [n]."""
+def buckets_of(text: str) -> list[int]:
+    """Buckets of all words and pairs of neighboring words, with repetitions."""
     words = [word.encode() for word in _WORD.findall(text.lower())]
-    pairs = [b"%b %b" % pair for pair in itertools.pairwise(words)]
-    return np.array([crc32(feature) % _BUCKETS for feature in words + pairs], np.int64)
+    features = words + [b"%b %b" % pair for pair in itertools.pairwise(words)]
+    return [crc32(feature) % _BUCKETS for feature in features]
 
 
 def count_texts(texts: Iterable[str]) -> np.ndarray:
@@ -44,10 +47,11 @@ def count_texts(texts: Iterable[str]) -> np.ndarray:
 
     Counts of subsets of the texts can be added.
     """
-    counts = np.zeros(_BUCKETS + 1, np.int64)
-    for text in texts:
-        counts[np.unique(buckets_of(text))] += 1
-        counts[-1] += 1
+    counts, remaining = np.zeros(_BUCKETS + 1, np.int64), iter(texts)
+    while batch := list(itertools.islice(remaining, _TEXTS)):
+        found = [bucket for text in batch for bucket in set(buckets_of(text))]
+        counts[:-1] += np.bincount(np.array(found, np.int64), minlength=_BUCKETS)
+        counts[-1] += len(batch)
     return counts
 
 
@@ -73,10 +77,10 @@ class LexicalEmbedder(Embedder):
     dimension = _DIMENSION
 
     def __init__(self, weights: np.ndarray) -> None:
-        self._weights = weights.astype(np.int64)
+        self._weights = torch.from_numpy(weights.astype(np.int64))
         bits = hashlib.shake_256(_SEED).digest(_BUCKETS * _DIMENSION // 8)
         signs = np.unpackbits(np.frombuffer(bits, np.uint8)).astype(np.int8) * np.int8(2) - 1
-        self._signs = signs.reshape(_BUCKETS, _DIMENSION).astype(np.int8)
+        self._signs = torch.from_numpy(signs.astype(np.int8).reshape(_BUCKETS, _DIMENSION))
 
     @classmethod
     def load(cls, path: Path) -> LexicalEmbedder:
@@ -94,9 +98,21 @@ class LexicalEmbedder(Embedder):
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         vectors = np.zeros((len(texts), _DIMENSION), np.float32)
-        for row, text in enumerate(texts):
-            buckets, counts = np.unique(buckets_of(text), return_counts=True)
-            vector = ((self._weights[buckets] * counts)[:, None] * self._signs[buckets]).sum(0)
-            if vector.any():
-                vectors[row] = vector / math.sqrt(int((vector**2).sum()))
+        for start in range(0, len(texts), _TEXTS):
+            vectors[start : start + _TEXTS] = self._embed_few(texts[start : start + _TEXTS])
         return vectors
+
+    def _embed_few(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed texts together, f64 [n, dimension]."""
+        found = [buckets_of(text) for text in texts]
+        starts = np.cumsum([0, *map(len, found)])[:-1]
+        buckets = torch.tensor([bucket for each in found for bucket in each], dtype=torch.int64)
+        used, places = torch.unique(buckets, return_inverse=True)
+        # Doubles hold these sums of integers exactly, in any order.
+        table = self._signs[used].double() * self._weights[used, None]
+        summed = torch.nn.functional.embedding_bag(
+            places, table, torch.from_numpy(starts), mode="sum"
+        )
+        sums = summed.numpy().astype(np.int64)
+        lengths = np.sqrt((sums**2).sum(axis=1, keepdims=True).astype(np.float64))
+        return sums / np.where(lengths, lengths, 1)

@@ -209,6 +209,22 @@ def test_how_many_chunks_are_searched_together_changes_nothing(database, monkeyp
     assert joined == alone
 
 
+def test_a_narrow_search_first_finds_the_same_neighbors(database, monkeypatch):
+    monkeypatch.setattr(neighbor_search, "_FEWEST_SPARE", 1)
+    chunks, rows = DatabaseChunks(database, [0], EmbeddedVectors(database, Lengths())), 40
+    found, asked = [], []
+    for prefixes in (False, True):
+        index = Rising(len(database))
+        search = NeighborSearch(database, num_query=30, num_save=3, prefixes=prefixes)
+        found.append(answer(search.batch(chunks, 0, rows, QueryCounts()), index))
+        asked.append(index.asked)
+    for whole, narrow in zip(*found, strict=True):
+        np.testing.assert_array_equal(narrow, whole)
+    assert asked[0][0] == (rows, 30)
+    assert [k for _, k in asked[1][:2]] == [6, 30]
+    assert 0 < asked[1][1][0] < rows  # only the chunks with too few
+
+
 def counting(asks, results):
     """Yields requests, one row per number, and collects the rows of what is found."""
     for numbers, k in asks:
