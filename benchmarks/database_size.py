@@ -47,7 +47,7 @@ def search_once_more(size: Size, corpus: Path, folder: Path, saved: int) -> Path
         SystemExit: a stage failed; with its exit code.
     """
     layout = Layout(folder)
-    stages = all_stages(replace(size, index=""), corpus, layout, 1, together=False)[:4]
+    stages = all_stages(replace(size, index=""), corpus, layout, 1)[:4]
     stages[3].flags.extend(["--num-neighbors-save", str(saved)])
     for stage in stages:
         if code := run_stage(stage, 1):

@@ -113,6 +113,11 @@ class Trial:
     def project(self) -> ProjectConfig:
         return ProjectConfig.load(self.project_dir)
 
+    @property
+    def iterations(self) -> int:
+        """Steps of a training."""
+        return self.project.retro_gpt_train_samples // self.project.retro_gpt_global_batch_size
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return load_project_tokenizer(self.project, ProjectPaths(self.project_dir))
@@ -160,7 +165,7 @@ class Trial:
             )
         options = self.options(own)
         if folder is not None:
-            options = replace(options, save=str(folder))
+            options = replace(options, save=str(folder), load=str(folder), save_interval=100)
         vocabulary = self.tokenizer.vocab_size, self.tokenizer.used_vocab_size
         plan = make_plan(options, project, *vocabulary)
         trainer = Trainer(plan, samples, None, torch.device("cpu"))
@@ -168,9 +173,8 @@ class Trial:
 
     def training_cost(self, own: list[str], samples: Any) -> float:
         """Seconds of a whole training, from a few iterations."""
-        iterations = self.project.retro_gpt_train_samples // BATCH
-        timed = min(self.timed, iterations)
-        return self.trained(own, samples, None, timed) * iterations / timed
+        timed = min(self.timed, self.iterations)
+        return self.trained(own, samples, None, timed) * self.iterations / timed
 
     def scored(self, model: Any, samples: Any, kind: Any) -> tuple[float, float]:
         """Processor seconds and perplexity of the test documents."""
@@ -202,12 +206,15 @@ class Trial:
 
     def row(self, name: str, folder: Path, own: list[str], samples: Any, kind: str) -> Row:
         """A trained model's figures."""
-        if not (folder / "latest_checkpointed_iteration.txt").is_file():
+        latest = folder / "latest_checkpointed_iteration.txt"
+        if not latest.is_file() or int(latest.read_text()) < self.iterations:
             self.trained(own, samples("train"), folder)
         model, _ = load_model_from_checkpoint(folder)
         scoring, perplexity = self.scored(model, samples("test"), kind)
         training = self.training_cost(own, samples("train"))
-        return Row(name, count(model), perplexity, training, scoring)
+        row = Row(name, count(model), perplexity, training, scoring)
+        print(row, flush=True)
+        return row
 
     def measure(self) -> list[Row]:
         """All five."""
@@ -221,6 +228,7 @@ class Trial:
             return InContext(self.split(name), encoded=True)
 
         plain = self.row("GPT", self.folder / "gpt", gpt, self.split, "none")
+        nearest = self.knn(plain)
         reading = [
             self.row("Retro", self.folder / "checkpoints", retro, self.split, "real"),
             self.row("text in context", self.folder / "context", gpt, in_context, "none"),
@@ -231,7 +239,7 @@ class Trial:
             replace(row, scoring=row.scoring + searched, store_seconds=None, store_bytes=size)
             for row in reading
         ]
-        return [plain, reading[0], self.knn(plain), *reading[1:]]
+        return [plain, reading[0], nearest, *reading[1:]]
 
     def knn(self, gpt: Row) -> Row:
         """Figures of kNN-LM on the trained GPT."""
@@ -263,15 +271,10 @@ class Trial:
             return math.exp(mixture.losses(test, *store.search(test.keys)).mean())
 
         scoring, perplexity = seconds(score)
-        return Row(
-            "kNN-LM",
-            gpt.parameters,
-            perplexity,
-            gpt.training,
-            scoring,
-            building,
-            store.num_bytes,
-        )
+        stored = building, store.num_bytes
+        row = Row("kNN-LM", gpt.parameters, perplexity, gpt.training, scoring, *stored)
+        print(row, flush=True)
+        return row
 
     def windows(self) -> Iterator[RetroBatch]:
         """The documents of the database as batches of samples, one after the other."""
@@ -315,7 +318,7 @@ def prepare_seed(size: Size, layout: Layout, seed: int) -> Path:
     """Give the project a seed's samples, and train Retro and GPT; returns their folder."""
     place = Layout(layout.root / f"seed_{seed}")
     call("set_samples", ["--project-dir", str(layout.project), "--seed", str(seed)])
-    for stage in all_stages(size, layout.corpus, place, 1, together=False)[4:6]:
+    for stage in all_stages(size, layout.corpus, place, 1)[4:6]:
         flags = replaced(stage.flags, "--project-dir", str(layout.project))
         call(stage.command, [*flags, "--seed", str(seed)])
     return place.root

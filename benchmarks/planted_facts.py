@@ -222,7 +222,8 @@ class Questions:
 
         Neighbors are read in shuffled order, so that their rank does not tell.
         """
-        generator, right = np.random.default_rng(seed), {}
+        generator = np.random.default_rng(seed)
+        right: dict[tuple[int, ...], bool] = {}
         for batch in self.batches():
             batch = _reordered(batch, generator)
             credit_BSK = batch_credit(self.loaded, batch)

@@ -45,7 +45,7 @@ def prepare(size: Size, layout: Layout) -> None:
     """From text to neighbors."""
     if code := make_corpus(layout, size.make_corpus):
         raise SystemExit(code)
-    for stage in all_stages(size, layout.corpus, layout, 1, together=False)[:4]:
+    for stage in all_stages(size, layout.corpus, layout, 1)[:4]:
         call(stage.command, stage.flags)
 
 
@@ -54,7 +54,7 @@ def measure(size: Size, layout: Layout, seed: int) -> dict[str, Any]:
     place = Layout(layout.root / f"seed_{seed}")
     call("set_samples", ["--project-dir", str(layout.project), "--seed", str(seed)])
     row: dict[str, Any] = {"seed": seed}
-    for stage in all_stages(size, layout.corpus, place, 1, together=False)[4:8]:
+    for stage in all_stages(size, layout.corpus, place, 1)[4:8]:
         seeded = ["--seed", str(seed)] if stage.command == "pretrain_retro" else []
         flags = replaced(stage.flags, "--project-dir", str(layout.project))
         call(stage.command, [*flags, *seeded])

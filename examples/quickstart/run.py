@@ -4,9 +4,9 @@
     python examples/quickstart/run.py --input my.jsonl     # or a folder of .txt files
     python examples/quickstart/run.py --nproc 2            # two processes, tensor parallel
 
-Each command is printed as you would type it, and run; the GPT is trained beside Retro where there
-are two cores. Everything is written below --output; run
-again, the commands find what is finished there and reuse it.
+Each command is printed as you would type it, and run. Where there are two cores, the GPT is trained
+and evaluated beside Retro's training, and its output is printed afterwards. Everything is written
+below --output. Run again, the commands find what is finished there and reuse it.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class Layout:
         return self.root / "gpt"
 
     @property
-    def gpt_log(self) -> Path:
-        return self.root / "gpt.log"
+    def logs(self) -> Path:
+        return self.root / "logs"
 
     @property
     def prompt(self) -> Path:
@@ -120,8 +120,8 @@ class Layout:
         return self.root / "generated.html"
 
 
-def all_stages(size: Size, source: Path, layout: Layout, nproc: int, together: bool) -> list[Stage]:
-    """The commands in order; the GPT is trained beside Retro if `together`."""
+def all_stages(size: Size, source: Path, layout: Layout, nproc: int) -> list[Stage]:
+    """The commands in order: four up to neighbors, two trainings, two evaluations, a text."""
     project = ["--project-dir", str(layout.project)]
     tensor_parallel = ["--tensor-model-parallel-size", str(nproc)] if nproc > 1 else []
     chunks = ["--retro-chunk-length", str(size.chunk_length)]
@@ -134,12 +134,6 @@ def all_stages(size: Size, source: Path, layout: Layout, nproc: int, together: b
 
     retro = [*trained(layout.checkpoints), "--save", str(layout.checkpoints), *model]
     gpt = [*trained(layout.gpt), "--save", str(layout.gpt), *model]
-    train_gpt = Stage(
-        "pretrain_retro, GPT",
-        "pretrain_retro",
-        [*gpt, *size.gpt.split()],
-        log=layout.gpt_log if together else None,
-    )
     test = ["--split", "test"]
     return [
         Stage(
@@ -150,8 +144,13 @@ def all_stages(size: Size, source: Path, layout: Layout, nproc: int, together: b
         Stage("build_db", "build_db", project),
         Stage("build_index", "build_index", [*project, "--embedder", "lexical", *index]),
         Stage("query_neighbors", "query_neighbors", project),
-        train_gpt,
         Stage("pretrain_retro", "pretrain_retro", [*retro, *size.retro.split()]),
+        Stage(
+            "pretrain_retro, GPT",
+            "pretrain_retro",
+            [*gpt, *size.gpt.split()],
+            log=layout.logs / "pretrain_gpt.log",
+        ),
         Stage(
             "evaluate_perplexity",
             "evaluate_perplexity",
@@ -161,7 +160,7 @@ def all_stages(size: Size, source: Path, layout: Layout, nproc: int, together: b
             "evaluate_perplexity, GPT",
             "evaluate_perplexity",
             [*trained(layout.gpt), *test],
-            needs=train_gpt.title,
+            log=layout.logs / "evaluate_gpt.log",
         ),
         Stage(
             "generate",
@@ -202,31 +201,29 @@ def run(size: Size, layout: Layout, source: Path | None, nproc: int) -> int:
         if code := make_corpus(layout, size.make_corpus):
             return code
         source = layout.corpus
-    together = nproc == 1 and cores() > 1
-    half = max(1, cores() // 2)
+    together, half = nproc == 1 and cores() > 1, max(1, cores() // 2)
     seconds: dict[str, float] = {}
-    beside: dict[str, Beside] = {}
+    beside: Beside | None = None
     start = time.monotonic()
+    stages = all_stages(size, source, layout, nproc)
     try:
-        for stage in all_stages(size, source, layout, nproc, together):
+        for stage in stages:
             if stage.command == "generate":
                 write_prompt(source, layout, int(PROMPT_CHUNKS * size.chunk_length))
-            if stage.needs in beside:
-                other = beside.pop(stage.needs)
-                code = other.wait()
-                seconds[stage.needs] = other.seconds
-                if code:
-                    return _stopped(other.stage, code)
-            if stage.log is not None:
-                beside[stage.title] = Beside(stage, stage.log, half)
-                continue
-            began = time.monotonic()
-            if code := run_stage(stage, nproc, half if beside else None):
+            if together and beside is None and stage.command == "pretrain_retro":
+                beside = Beside([each for each in stages if each.log is not None], half)
+            if beside is not None and stage.log is not None:
+                code, seconds[stage.title] = beside.finish(stage)
+            else:
+                began = time.monotonic()
+                shared = beside is not None and beside.is_running
+                code = run_stage(stage, nproc, half if shared else None)
+                seconds[stage.title] = time.monotonic() - began
+            if code:
                 return _stopped(stage, code)
-            seconds[stage.title] = time.monotonic() - began
     finally:
-        for other in beside.values():
-            other.stop()
+        if beside is not None:
+            beside.stop()
     _summarize(seconds, time.monotonic() - start, layout)
     return 0
 

@@ -7,9 +7,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -19,16 +20,13 @@ class Stage:
     """One command.
 
     Attributes:
-        log: Where its output goes if it runs beside the stages that follow, up to the one that
-            needs it.
-        needs: Title of a stage that has to be over first.
+        log: Where its output goes if it runs beside others; None: it never does.
     """
 
     title: str
     command: str
     flags: list[str]
     log: Path | None = None
-    needs: str = ""
 
 
 def cores() -> int:
@@ -55,41 +53,68 @@ def run_stage(stage: Stage, nproc: int, threads: int | None = None) -> int:
 
 
 class Beside:
-    """A command that runs beside others, its output in a file.
+    """Commands that run one after the other, beside those of the caller.
 
-    Attributes:
-        seconds: How long it took, once `wait` has returned.
+    Args:
+        stages: The commands; each has a log.
+        threads: Threads that each computes with.
     """
 
-    def __init__(self, stage: Stage, log: Path, threads: int) -> None:
-        command = command_line(stage, nproc=1)
-        show([*command, "&>", str(log), "&"])
-        self.stage, self.log = stage, log
-        self.seconds = 0.0
-        self._start = time.monotonic()
-        with log.open("w", encoding="utf-8") as output:
-            self._process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=_environment(threads)
-            )
-        self._waiter = Thread(target=self._watch, daemon=True)
-        self._waiter.start()
+    def __init__(self, stages: Sequence[Stage], threads: int) -> None:
+        self.stages, self._threads = stages, threads
+        self._running: subprocess.Popen[bytes] | None = None
+        self._results: dict[str, tuple[int, float]] = {}
+        self._lock, self._stopped = Lock(), False
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
 
-    def _watch(self) -> None:
-        self._process.wait()
-        self.seconds = time.monotonic() - self._start
+    def _run(self) -> None:
+        for stage in self.stages:
+            assert stage.log is not None
+            began = time.monotonic()
+            stage.log.parent.mkdir(parents=True, exist_ok=True)
+            with stage.log.open("wb") as output:
+                with self._lock:
+                    if self._stopped:
+                        return
+                    self._running = subprocess.Popen(
+                        command_line(stage, nproc=1),
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        env=_environment(self._threads),
+                    )
+                code = self._running.wait()
+            self._results[stage.title] = code, time.monotonic() - began
+            if code:
+                return
 
-    def wait(self) -> int:
-        """Its exit code; the output of a failed one is printed."""
-        self._waiter.join()
-        if self._process.returncode:
-            print(self.log.read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
-        return self._process.returncode
+    @property
+    def is_running(self) -> bool:
+        """Whether a command has not ended yet."""
+        return self._thread.is_alive()
+
+    def finish(self, stage: Stage) -> tuple[int, float]:
+        """Wait for one of the commands, and print it with its output.
+
+        Returns:
+            Its exit code and the seconds that it took.
+        """
+        while stage.title not in self._results and self._thread.is_alive():
+            self._thread.join(0.1)
+        show(command_line(stage, nproc=1))
+        assert stage.log is not None
+        code, seconds = self._results[stage.title]
+        told = stage.log.read_text(encoding="utf-8", errors="replace")
+        print(told, end="", file=sys.stderr if code else sys.stdout, flush=True)
+        return code, seconds
 
     def stop(self) -> None:
-        """End it, if it still runs; it saves what it has first."""
-        if self._process.poll() is None:
-            self._process.terminate()
-        self._waiter.join()
+        """End the running command, which saves what it has, and start no more."""
+        with self._lock:
+            self._stopped = True
+            if self._running is not None and self._running.poll() is None:
+                self._running.terminate()
+        self._thread.join()
 
 
 def _environment(threads: int | None) -> dict[str, str]:
@@ -100,8 +125,7 @@ def _environment(threads: int | None) -> dict[str, str]:
 
 
 def show(command: list[str]) -> None:
-    quoted = (word if word in ("&", "&>") else shlex.quote(word) for word in command)
-    print(f"\n$ {' '.join(quoted)}", flush=True)
+    print(f"\n$ {shlex.join(command)}", flush=True)
 
 
 def _torchrun(arguments: list[str]) -> int:
