@@ -26,6 +26,7 @@ from stages import Stage, run_stage  # noqa: E402
 
 from benchmarks.retro_against_gpt import parameters  # noqa: E402
 from retro_mcore.platform import setup_device  # noqa: E402
+from retro_mcore.project.paths import ProjectPaths  # noqa: E402
 
 FIRST_SEED = 1234
 COLUMNS = ("real", "shuffled", "none", "gpt")
@@ -42,7 +43,9 @@ def call(command: str, flags: list[str]) -> None:
 
 
 def prepare(size: Size, layout: Layout) -> None:
-    """From text to neighbors."""
+    """From text to neighbors, unless that is done: its samples may be another seed's by now."""
+    if ProjectPaths(layout.project).stage_record("query_neighbors").is_file():
+        return
     if code := make_corpus(layout, size.make_corpus):
         raise SystemExit(code)
     for stage in all_stages(size, layout.corpus, layout, 1)[:4]:
