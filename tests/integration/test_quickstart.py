@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,17 @@ def run_script(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=600, check=False
     )
+
+
+def load_script(name: str) -> Any:
+    """A script of the quickstart as a module."""
+    spec = importlib.util.spec_from_file_location(name, QUICKSTART / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def commands_shown(output: str) -> list[str]:
@@ -108,6 +120,28 @@ def test_a_commands_failure_is_forwarded_with_its_code_and_message(tmp_path, npr
     assert commands_shown(result.stdout) == ["preprocess_corpus"]
 
 
+def test_commands_beside_others_are_printed_when_it_is_their_turn(tmp_path, monkeypatch, capsys):
+    stages = load_script("stages")
+    monkeypatch.setattr(
+        stages, "command_line", lambda stage, nproc: [sys.executable, "-c", *stage.flags]
+    )
+
+    def stage(title, code):
+        return stages.Stage(title, title, [code], log=tmp_path / "logs" / title)
+
+    first, failing = stage("first", "print('one')"), stage("failing", "raise SystemExit(3)")
+    beside = stages.Beside([first, failing, stage("never", "")], 1)
+    assert beside.finish(first)[0] == 0
+    assert re.search(r"^\$ .*print.*\none$", capsys.readouterr().out, re.MULTILINE)
+    assert beside.finish(failing)[0] == 3
+    beside.stop()
+    assert not beside.is_running
+    assert not (tmp_path / "logs" / "never").exists()
+    endless = stages.Beside([stage("endless", "import time; time.sleep(600)")], 1)
+    endless.stop()
+    assert not endless.is_running
+
+
 def test_the_corpus_is_pythons_documentation_always_the_same(tmp_path):
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     for path in (first, second):
@@ -142,9 +176,7 @@ def test_a_models_files_are_one_document_with_each_section_once(tmp_path):
 
 def test_fewer_documents_are_the_first_ones(tmp_path, monkeypatch, capsys):
     # In this process, to parse the standard library once.
-    spec = importlib.util.spec_from_file_location("make_corpus", QUICKSTART / "make_corpus.py")
-    corpus = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(corpus)
+    corpus = load_script("make_corpus")
     read = corpus.source_documents
     monkeypatch.setattr(corpus, "source_documents", cache(lambda library: [*read(library)]))
     for count in (3, 5):
