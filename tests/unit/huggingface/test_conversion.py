@@ -93,6 +93,8 @@ def _flat(tree, prefix=""):
          "num_query_groups": 2, "qk_layernorm": True, "untie_embeddings_and_output_weights": True},
         {"retro_deepnorm": True, "retro_encoder_hidden_size": 16},
         {"no_retrieval": True, "retro_decoder_layers": None},
+        {**TOGETHER["qwen2_moe"], "moe_aux_loss_coeff": 0.01, "moe_layer_freq": [1, 0]},
+        {**TOGETHER["gemma"], "bf16": True, "num_layers": 4},
     ],
 )  # fmt: skip
 def test_a_run_of_ours(megatron, tmp_path, flags):
