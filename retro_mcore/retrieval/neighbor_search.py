@@ -56,6 +56,11 @@ Request = tuple[np.ndarray, int]
 Found = tuple[np.ndarray, np.ndarray]
 
 
+def narrow_candidates(num_save: int) -> int:
+    """Candidates of the first search in list order, for so many saved neighbors."""
+    return max(_NARROW * num_save, num_save + _FEWEST_SPARE)
+
+
 @dataclass
 class NeighborSearch:
     """Searches, filters and saves the neighbors of query chunks.
@@ -170,8 +175,7 @@ class NeighborSearch:
         """Candidates per chunk in the first search; all if BM25 or known neighbors use all."""
         if not self.prefixes or self.rerank is not None or query.known is not None:
             return self.num_query
-        narrow = max(_NARROW * self.num_save, self.num_save + _FEWEST_SPARE)
-        return min(self.num_query, narrow)
+        return min(self.num_query, narrow_candidates(self.num_save))
 
     def _choose(
         self, query: QueryBatch, rows: np.ndarray, candidates: np.ndarray, distances: np.ndarray

@@ -16,7 +16,7 @@ from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.measured import FEWEST_LISTS, measure_index_rates
 from retro_mcore.retrieval.measured_rates import measure_rates
-from retro_mcore.retrieval.project_search import NUM_QUERY
+from retro_mcore.retrieval.neighbor_search import NUM_QUERY, narrow_candidates
 from retro_mcore.retrieval.scale import (
     Node,
     Rates,
@@ -168,10 +168,8 @@ def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload) -> Rates:
     """The rates of the planned index, measured with the project's vectors if it has any."""
     assert config.project_dir is not None
     paths = ProjectConfig.load(config.project_dir).database_paths(config.project_dir)
-    settings, built = (
-        ProjectSettings.load(paths.root),
-        recorded_config(paths, INDEX, BuildIndexConfig),
-    )
+    settings = ProjectSettings.load(paths.root)
+    built = recorded_config(paths, INDEX, BuildIndexConfig)
     if built is None or settings.embedding_dimension != work.dimension:
         logger.warning(
             "training, filling and searching the index keep published rates: %s has no vectors of "
@@ -193,8 +191,9 @@ def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload) -> Rates:
         )
         return rates
     vectors = embeddings.rows(np.linspace(0, len(embeddings) - 1, count).astype(np.int64))
-    candidates = settings.num_neighbors_query or NUM_QUERY
-    found = measure_index_rates(vectors, chunks, index, built.index_recall, candidates)
+    candidates = min(settings.num_neighbors_query or NUM_QUERY, len(embeddings))
+    narrow = candidates if built.rescore else narrow_candidates(work.neighbors_saved)
+    found = measure_index_rates(vectors, chunks, index, built.index_recall, candidates, narrow)
     logger.info("a search of %s visits about %s lists per chunk", index, found.nprobe or "no")
     cores = config.cores_per_node
     trained = found.trained * cores if found.trained else rates.trained

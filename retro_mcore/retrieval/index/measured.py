@@ -46,7 +46,7 @@ class IndexRates:
 
 
 def measure_index_rates(
-    vectors: np.ndarray, count: int, index_string: str, recall: float, k: int
+    vectors: np.ndarray, count: int, index_string: str, recall: float, k: int, narrow: int
 ) -> IndexRates:
     """Measure the index of a large database with some of its vectors.
 
@@ -56,6 +56,7 @@ def measure_index_rates(
         index_string: Faiss factory string of its index.
         recall: Target recall@2.
         k: Candidates per chunk.
+        narrow: Candidates per chunk where the search is in list order.
     """
     planned = make_index(index_string, vectors.shape[1])
     lists = num_lists(planned)
@@ -66,6 +67,7 @@ def measure_index_rates(
     trained, added, placed = _placing(planned, vectors, lists, probes)
     small = _index_of(index_string, few, vectors)
     in_order = list_order_pays(index_string, probes)
+    k = min(k, narrow) if in_order else k
     scanned = _scanning(small, vectors, few / lists, probes, k, in_order)
     return IndexRates(trained, added, 1 / (placed + scanned), probes)
 

@@ -95,7 +95,7 @@ def test_rates_of_every_kind_of_index(string):
     generator = np.random.default_rng(0)
     centers = generator.normal(size=(50, 32))
     vectors = centers[generator.integers(0, 50, 2000)] + 0.2 * generator.normal(size=(2000, 32))
-    rates = measure_index_rates(vectors.astype(np.float32), 20_000, string, 0.9, 20)
+    rates = measure_index_rates(vectors.astype(np.float32), 20_000, string, 0.9, 20, 10)
     assert (rates.trained is None) == (string in ("Flat", "HNSW16"))
     assert rates.added > 0
     assert rates.queried > 0
