@@ -95,7 +95,7 @@ def use_own_rates(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     }
     numbered = [part for key, part in state.items() if isinstance(key, int)]
     for part in numbered or [state]:
-        for group in part.get("optimizer", part)["param_groups"]:
+        for group in part.get("optimizer", part).get("param_groups", ()):
             group.update(rates.get(_identity(group), {}))
 
 
