@@ -17,7 +17,7 @@ from retro_mcore.retrieval.index.choice import automatic_string, num_lists_for
 _LISTS = ((100_000_000, 262_144), (1_000_000_000, 1_048_576))
 _MOST_LISTS = 4_194_304
 #: Up to this many vectors, the plan is for what `--index auto` builds in enough memory.
-_LARGEST_UNCOMPRESSED = 20_000_000
+LARGEST_UNCOMPRESSED = 20_000_000
 #: Bytes of a product quantizer's code, and the dimension to which vectors are reduced before.
 _CODE_BYTES, _REDUCED = 64, 128
 #: Training vectors per list: 600M for 2^22 lists (InstructRetro), and Faiss's own limit.
@@ -169,7 +169,7 @@ def count_chunks(work: Workload) -> int:
 
 def index_for(vectors: int, dimension: int) -> tuple[str, int, int]:
     """Choose a Faiss factory string; returns it, its lists, and its bytes per vector."""
-    if vectors <= _LARGEST_UNCOMPRESSED:
+    if vectors <= LARGEST_UNCOMPRESSED:
         lists = num_lists_for(vectors)
         flat = 4 * dimension + (_ID_BYTES if lists else 0)
         return automatic_string("Flat", lists), lists, flat
@@ -196,7 +196,7 @@ def plan_scale(
     stored = chunks * work.chunk_length if aligned else work.tokens  # with padding
     documents = work.tokens / work.document_tokens
     index, lists, vector_bytes = index_for(chunks, work.dimension)
-    largest = chunks > _LARGEST_UNCOMPRESSED
+    largest = chunks > LARGEST_UNCOMPRESSED
     training = min(chunks, (_TRAINING_PER_LIST if largest else _MOST_TRAINING_PER_LIST) * lists)
     index_bytes = float(vector_bytes) * chunks
     shares = math.ceil(index_bytes / (0.8 * node.memory))

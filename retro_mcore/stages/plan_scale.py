@@ -18,6 +18,7 @@ from retro_mcore.retrieval.index.measured import FEWEST_LISTS, measure_index_rat
 from retro_mcore.retrieval.measured_rates import measure_rates
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY, narrow_candidates
 from retro_mcore.retrieval.scale import (
+    LARGEST_UNCOMPRESSED,
     Node,
     Rates,
     ScalePlan,
@@ -80,7 +81,8 @@ class PlanScaleConfig:
     embedder's dimension."""
     measure: bool = False
     """Measure the rates on this machine, with the project's chunks (after build_db). After
-    build_index, those of training, filling and searching the index are measured too."""
+    build_index, those of training, filling and searching an index of up to 20M chunks are measured
+    too, on the CPU."""
     embedder: str | None = None
     """Embedder to measure (default: the project's, or minilm)."""
     device: str = "auto"
@@ -165,36 +167,34 @@ def _rates(config: PlanScaleConfig, work: Workload) -> tuple[Rates, Workload]:
 
 
 def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload) -> Rates:
-    """The rates of the planned index, measured with the project's vectors if it has any."""
+    """The rates of the planned index, measured on the CPU with the project's vectors."""
     assert config.project_dir is not None
     paths = ProjectConfig.load(config.project_dir).database_paths(config.project_dir)
     settings = ProjectSettings.load(paths.root)
     built = recorded_config(paths, INDEX, BuildIndexConfig)
-    if built is None or settings.embedding_dimension != work.dimension:
-        logger.warning(
-            "training, filling and searching the index keep published rates: %s has no vectors of "
-            "the planned embedder. Run build_index on it to measure them",
-            paths.root,
-        )
-        return rates
-    embeddings = Embeddings(stored_embeddings(paths).shards)
-    count = min(len(embeddings), _MEASURED_VECTORS)
     chunks = count_chunks(work)
     index, lists, _ = index_for(chunks, work.dimension)
+    shares = config.embedder in (None, settings.embedder)
+    if built is None or not shares or settings.embedding_dimension != work.dimension:
+        return _unmeasured(rates, index, f"{paths.root} has no vectors of the planned embedder")
+    if chunks > LARGEST_UNCOMPRESSED:
+        return _unmeasured(rates, index, "compressed codes are not measured")
+    embeddings = Embeddings(stored_embeddings(paths).shards)
+    count = min(len(embeddings), _MEASURED_VECTORS)
     if lists and count * lists < FEWEST_LISTS * chunks:
-        logger.warning(
-            "training, filling and searching %s keep published rates: the project's %d vectors are "
-            "fewer than those of %d of its lists",
-            index,
-            count,
-            FEWEST_LISTS,
-        )
-        return rates
+        needed = math.ceil(FEWEST_LISTS * chunks / lists)
+        return _unmeasured(rates, index, f"the project has {count} vectors of {needed}")
     vectors = embeddings.rows(np.linspace(0, len(embeddings) - 1, count).astype(np.int64))
     candidates = min(settings.num_neighbors_query or NUM_QUERY, len(embeddings))
     narrow = candidates if built.rescore else narrow_candidates(work.neighbors_saved)
-    found = measure_index_rates(vectors, chunks, index, built.index_recall, candidates, narrow)
-    logger.info("a search of %s visits about %s lists per chunk", index, found.nprobe or "no")
+    found = measure_index_rates(vectors, chunks, lists, built.index_recall, candidates, narrow)
+    visited = f"about {found.nprobe} lists" if found.nprobe else "all vectors"
+    logger.info("%s is measured on the CPU; a search visits %s per chunk", index, visited)
     cores = config.cores_per_node
     trained = found.trained * cores if found.trained else rates.trained
     return replace(rates, trained=trained, added=found.added, queried=found.queried * cores)
+
+
+def _unmeasured(rates: Rates, index: str, reason: str) -> Rates:
+    logger.warning("training, filling and searching %s keep published rates: %s", index, reason)
+    return rates
