@@ -256,7 +256,8 @@ class DecoderModel(LanguageModule):
     ) -> dict:
         """Megatron's, without the output layer's empty extra state, which no GPT checkpoint has."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state.pop(f"{prefix}output_layer._extra_state", None)
+        extra = state.pop(f"{prefix}output_layer._extra_state", None)
+        assert not (extra and extra.data), "the output layer has an extra state"
         return state
 
 

@@ -141,8 +141,8 @@ class RetroModel(DecoderModel):
         context_mask: Tensor | None = None,
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
-        segments: Tensor | None = None,
         *,
+        segments: Tensor | None = None,
         padding_mask: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> Tensor:
