@@ -47,9 +47,9 @@ def search_once_more(size: Size, corpus: Path, folder: Path, saved: int) -> Path
         SystemExit: a stage failed; with its exit code.
     """
     layout = Layout(folder)
-    stages = all_stages(replace(size, index=""), corpus, layout, 1)[:4]
-    stages[3].flags.extend(["--num-neighbors-save", str(saved)])
-    for stage in stages:
+    *stages, query = all_stages(replace(size, index=""), corpus, layout, 1)[:4]
+    query = replace(query, flags=[*query.flags, "--num-neighbors-save", str(saved)])
+    for stage in (*stages, query):
         if code := run_stage(stage, 1):
             raise SystemExit(code)
     return layout.project
