@@ -53,6 +53,8 @@ test-slow: env .clients/.up-to-date ## run the tests that take longer: every par
 .clients/.up-to-date: $(STAMP) requirements/clients.txt
 	rm -rf $(@D)
 	$(INSTALL) --no-deps --target $(@D) -r requirements/clients.txt
+	@# Where these do not import, the tests would skip.
+	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -c "import langchain_openai, llama_index.llms.openai_like"
 	@touch $@
 
 test-kernels: env ## run what computes once more, with other kernels than this processor's own

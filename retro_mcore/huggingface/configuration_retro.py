@@ -6,11 +6,12 @@ copies them beside the weights, so that the model loads where retro-mcore is not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
+
+from .problems_retro import problems_of_layers
 
 #: How the implementations that Megatron shipped differ from the paper's model.
 ORIGINS: dict[str | None, dict[str, Any]] = {
@@ -109,6 +110,7 @@ class RetroConfig(PretrainedConfig):
         vocab_size: Rows of the embedding, padding included.
         tokenizer_vocab_size: Tokens of the tokenizer. In evaluation mode the logits of rows from
             there on are the lowest number. None: every row is a token.
+        moe_layer_freq: Also Megatron's number N: experts in the first of every N layers.
         retro_origin: Implementation whose numerics the next five follow unless given: None (the
             paper's), "mcore-0.15", "mcore-0.5" or "legacy".
         retro_chunk_alignment: Chunks start at the first token ("left") or end at the last one.
@@ -119,7 +121,7 @@ class RetroConfig(PretrainedConfig):
             `pad_token_id`, as the retired Megatron implementations did.
 
     Raises:
-        ValueError: an option has an unknown value.
+        ValueError: options have unknown values or cannot work together; names all of them.
     """
 
     model_type = "retro"
@@ -176,7 +178,7 @@ class RetroConfig(PretrainedConfig):
         rotary_local_base: int | None = None,
         rotary_local_layers: list[int] | None = None,
         num_experts: int | None = None,
-        moe_layer_freq: list[int] | None = None,
+        moe_layer_freq: int | list[int] | None = None,
         moe_ffn_hidden_size: int | None = None,
         moe_shared_expert_intermediate_size: int | None = None,
         moe_shared_expert_gate: bool = False,
@@ -274,6 +276,8 @@ class RetroConfig(PretrainedConfig):
         self.rotary_local_base = rotary_local_base
         self.rotary_local_layers = rotary_local_layers
         self.num_experts = num_experts
+        if isinstance(moe_layer_freq, int):
+            moe_layer_freq = [moe_layer_freq]
         self.moe_layer_freq = moe_layer_freq
         self.moe_ffn_hidden_size = moe_ffn_hidden_size
         self.moe_shared_expert_intermediate_size = moe_shared_expert_intermediate_size
@@ -352,41 +356,11 @@ class RetroConfig(PretrainedConfig):
         activations = ("swiglu", "geglu", "openai_gelu", "squared_relu")
         if sum(bool(getattr(self, name)) for name in activations) > 1:
             problems.append(f"of {', '.join(activations)} only one can be set")
-        problems += [
-            f"{name} has neither one number nor one for each layer"
-            for name in ("window_attn_skip_freq", "moe_layer_freq")
-            if not self._is_pattern(getattr(self, name))
-        ]
         if self.num_attention_heads % self.num_query_groups:
             problems.append("num_query_groups does not divide num_attention_heads")
-        problems += self._family_problems()
+        problems += problems_of_layers(self)
         if problems:
             raise ValueError("RetroConfig: " + "; ".join(problems))
-
-    def _is_pattern(self, layers: list[int] | None) -> bool:
-        return not layers or (len(layers) in (1, self.num_layers) and layers != [0])
-
-    def _family_problems(self) -> Iterator[str]:
-        if self.parallel_residual and (self.sublayer_norms != "pre" or self.num_experts):
-            yield "parallel_residual goes with neither other sublayer_norms nor experts"
-        own_sums = self.sublayer_norms != "pre" or self.parallel_residual
-        if self.retro_deepnorm and (own_sums or self.residual_multiplier != 1):
-            yield "retro_deepnorm adds its own way, without a family's"
-        if self.retro_mup_base_hidden_size and self.softmax_scale:
-            yield "retro_mup_base_hidden_size sets softmax_scale itself"
-        if self.qk_layernorm_over == "all_heads" and self.normalization != "RMSNorm":
-            yield "qk_layernorm_over is 'all_heads', which needs normalization RMSNorm"
-        if bool(self.rotary_local_base) != bool(self.rotary_local_layers):
-            yield "rotary_local_base and rotary_local_layers are given together"
-        pairs = int(self.kv_channels * self.rotary_percent) // 2
-        if self.rotary_frequencies and len(self.rotary_frequencies) != pairs:
-            yield f"rotary_frequencies are {len(self.rotary_frequencies)}, expected {pairs}"
-        if bool(self.moe_router_num_groups) != bool(self.moe_router_group_topk):
-            yield "moe_router_num_groups and moe_router_group_topk are given together"
-        if self.num_experts and not 1 <= self.moe_router_topk <= self.num_experts:
-            yield f"moe_router_topk is {self.moe_router_topk} of {self.num_experts} experts"
-        if self.num_experts and not self.disable_bias_linear:
-            yield "experts have no biases: set disable_bias_linear"
 
     @property
     def cross_attention_layers(self) -> list[int]:

@@ -83,7 +83,8 @@ class RetroRouter(nn.Module):
         """`[T, D]` to the chosen experts' weights and their numbers, `[T, k]` each."""
         config, weight = self.config, self.weight
         dtype = self.dtype or states.dtype
-        logits = F.linear(states.to(dtype), weight.to(dtype))
+        with torch.autocast(states.device.type, enabled=False):  # it would set its own precision
+            logits = F.linear(states.to(dtype), weight.to(dtype))
         if config.moe_router_score_function == "sigmoid":
             scores, chosen = self._choose(logits.float().sigmoid())
             # One expert keeps its score; those of several are divided by their sum.
@@ -133,10 +134,12 @@ class RetroExperts(nn.Module):
         tokens = states.flatten(0, -2)
         weights, chosen = self.router(tokens)
         output = torch.zeros_like(tokens)
-        for number in chosen.unique().tolist():
+        # In training all run, also on no token: data parallelism waits for every gradient.
+        numbers = range(len(self.experts)) if self.training else chosen.unique().tolist()
+        for number in numbers:
             rows, places = (chosen == number).nonzero(as_tuple=True)
             part = self.experts[number](tokens[rows], weights[rows, places, None])
-            output = output.index_add(0, rows, part.to(output.device))
+            output.index_add_(0, rows, part.to(output))
         if self.shared_expert is not None:
             output = output + self._shared(tokens)
         return output.view_as(states)

@@ -439,7 +439,8 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
 
     def _warn_of_left_out_losses(self) -> None:
         config = self.config
-        weighed = config.moe_aux_loss_coeff or config.moe_z_loss_coeff
+        balances = config.moe_router_load_balancing_type != "none"
+        weighed = (balances and config.moe_aux_loss_coeff) or config.moe_z_loss_coeff
         if self.training and config.num_experts is not None and weighed:
             logger.warning_once(
                 f"Retro's load-balancing losses are left out in training here "

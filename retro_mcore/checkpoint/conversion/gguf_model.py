@@ -85,26 +85,37 @@ def read_gguf(path: Path) -> tuple[Flags, dict[str, Weight], list[str]]:
     _check_types(file)
     stored = _stored(file, values)
     flags, weights, notes = read_model(Config(path, values), TensorFiles(path, stored))
-    if found := end_tokens(file, flags["vocab_size"]):
-        flags[END_TOKENS] = found
-    return flags, weights, [*notes, *_notes(file)]
+    ends, left_out = end_tokens(file, flags["vocab_size"])
+    if ends:
+        flags[END_TOKENS] = ends
+    return flags, weights, [*notes, *left_out, *_notes(file)]
 
 
-def end_tokens(file: GgufFile, vocab_size: int) -> list[int]:
+def end_tokens(file: GgufFile, vocab_size: int) -> tuple[list[int], list[str]]:
     """Tokens that end a generated text: the file's end of text, of a turn and of a message.
 
     llama.cpp also looks for well-known names among the tokens; only declared ones are taken here.
+    Ends of turns and messages beyond the vocabulary cannot be generated, and are left out.
+
+    Returns:
+        The tokens, and notes on those left out.
 
     Raises:
-        CheckpointError: one is no token of the vocabulary.
+        CheckpointError: one is no token, or the end of text is beyond the vocabulary.
     """
-    found = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in _ENDS}
-    for key, token in found.items():
-        if token is not None and not (type(token) is int and 0 <= token < vocab_size):
-            raise refuse(
-                file.path, f"tokenizer.ggml.{key} {token!r}", f"a token below {vocab_size}"
-            )
-    return list(dict.fromkeys(token for token in found.values() if token is not None))
+    found, notes = [], []
+    for name in _ENDS:
+        key = f"tokenizer.ggml.{name}"
+        token = file.metadata.get(key)
+        if token is None:
+            continue
+        if type(token) is int and 0 <= token < vocab_size:
+            found.append(token)
+        elif type(token) is int and name != "eos_token_id":
+            notes.append(f"{key} {token} left out: the embedding has {vocab_size} rows")
+        else:
+            raise refuse(file.path, f"{key} {token!r}", f"a token below {vocab_size}")
+    return list(dict.fromkeys(found)), notes
 
 
 def _config_values(file: GgufFile) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from retro_mcore.model.option_traits import stated
 RENAMED = {"vocab_size": "tokenizer_vocab_size", "padded_vocab_size": "vocab_size"}
 #: Our options that it states in another way.
 TRANSLATED = frozenset({"untie_embeddings_and_output_weights", "group_query_attention"})
-#: Options that directories of earlier releases do not state: their models have the default.
+#: Options that directories of earlier releases do not state: their models have the default. Later
+#: directories state all of them.
 LATER = frozenset(
     {option.name for option in fields(FamilyOptions)}
     | {"window_attn_skip_freq", "geglu", "retro_encoder_rotary_scaling", *EXPERT_OPTIONS}
@@ -104,7 +105,8 @@ def flags_of_retro_config(directory: Path, values: Mapping[str, Any]) -> Flags:
     source = directory / "config.json"
     names = [name for name in MODEL_FIELDS if name not in TRANSLATED]
     there = {name: RENAMED.get(name, name) for name in names}
-    optional = LATER | (RETRIEVAL_FIELDS if values.get("no_retrieval") else set())
+    optional = LATER if LATER.isdisjoint(values) else frozenset[str]()
+    optional |= RETRIEVAL_FIELDS if values.get("no_retrieval") else set()
     missing = [key for name, key in there.items() if key not in values and name not in optional]
     missing += [] if "tie_word_embeddings" in values else ["tie_word_embeddings"]
     if missing:

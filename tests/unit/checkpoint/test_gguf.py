@@ -388,6 +388,10 @@ def test_ends_of_text_turn_and_message_end_a_generated_text(megatron, tmp_path):
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [7, 5]
     tokenizer["tokenizer.ggml.eot_token_id"] = 10**6
-    with pytest.raises(CheckpointError, match=r"eot_token_id 1000000.*a token below"):
+    checkpoint = open_checkpoint(file_of(theirs, tmp_path, tokenizer=tokenizer))
+    assert checkpoint.flags["end_tokens"] == [7]
+    assert "eot_token_id 1000000 left out: the embedding has" in " ".join(checkpoint.notes)
+    tokenizer["tokenizer.ggml.eos_token_id"] = 10**6
+    with pytest.raises(CheckpointError, match=r"eos_token_id 1000000.*a token below"):
         open_checkpoint(file_of(theirs, tmp_path, tokenizer=tokenizer))
     assert "end_tokens" not in open_checkpoint(file_of(theirs, tmp_path)).flags

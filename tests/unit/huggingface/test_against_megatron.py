@@ -110,7 +110,8 @@ FAMILY_CASES = {
     "moe_router_num_groups": {"moe_router_num_groups": 2, "moe_router_group_topk": 1, **EXPERTS},
     "moe_router_group_topk": {**EXPERTS, "num_experts": 8, "moe_router_num_groups": 4,
                               "moe_router_group_topk": 2, "moe_router_topk": 4},
-    "moe_router_dtype": {"moe_router_dtype": "fp64", **EXPERTS},
+    # Nothing shows in float64: `test_moe_router_dtype`.
+    "moe_router_dtype": {"moe_router_dtype": "fp32", **EXPERTS},
 }  # fmt: skip
 CASES |= FAMILY_CASES
 TOGETHER = {
@@ -190,6 +191,64 @@ def test_an_option_that_it_does_not_have_is_refused_by_name(monkeypatch):
 def test_logits(megatron, option):
     ours, theirs = pair(**CASES[option])
     assert_same(ours, theirs, 27, without=False)
+
+
+def test_moe_router_dtype(megatron):
+    """A router in float32 within models in bfloat16."""
+    ours, theirs = (model.bfloat16() for model in pair(**FAMILY_CASES["moe_router_dtype"]))
+    states, router = torch.randn(64, 1, 32).bfloat16(), theirs.model.layers[0].mlp.router
+    with torch.no_grad():
+        wanted = ours.decoder.layers[0].mlp.router(states)[0]
+        found = dense(*router(states[:, 0]), experts=4)
+        router.dtype = None
+        rounded = dense(*router(states[:, 0]), experts=4)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert (found - rounded).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moe_router_score_function": "sigmoid", "moe_router_num_groups": 4,
+         "moe_router_group_topk": 2, "moe_router_topk": 4},
+        {"moe_router_pre_softmax": True},
+        {},
+    ],
+)  # fmt: skip
+def test_routing_in_bfloat16(megatron, options):
+    """Megatron's routing from 0.18 on: it computes in float32, also from bfloat16 logits.
+
+    0.16 and 0.17 round the scores before the choice, so here they are given float32.
+    """
+    from megatron.core import __version__ as release
+    from megatron.core.transformer.moe import moe_utils
+
+    from retro_mcore.huggingface import RetroConfig
+    from retro_mcore.huggingface.mlp_retro import RetroRouter
+
+    rounds = tuple(map(int, release.split(".")[:2])) < (0, 18)
+    given = {"num_experts": 8, "moe_router_topk_scaling_factor": 2.5, **options}
+    config = RetroConfig(hidden_size=8, num_attention_heads=1, disable_bias_linear=True, **given)
+    router = RetroRouter(config, 8).bfloat16()
+    torch.nn.init.eye_(router.weight)
+    # Distinct, and so close that rounded scores would tie.
+    logits = 2 + torch.stack([torch.randperm(64)[:8] for _ in range(64)]).bfloat16() / 32
+    wanted, chosen = moe_utils.topk_routing_with_score_function(
+        logits.float() if rounds else logits, config.moe_router_topk,
+        use_pre_softmax=config.moe_router_pre_softmax, num_groups=config.moe_router_num_groups,
+        group_topk=config.moe_router_group_topk, score_function=config.moe_router_score_function,
+        scaling_factor=2.5,
+    )  # fmt: skip
+    with torch.no_grad():
+        found = dense(*router(logits), experts=8)
+    assert torch.equal(found > 0, chosen)
+    assert torch.equal(found, wanted.bfloat16())
+
+
+def dense(weights, chosen, experts):
+    """`[T, k]` as `[T, experts]`, with zeros for the others."""
+    return weights.new_zeros(len(weights), experts).scatter(1, chosen, weights)
 
 
 @pytest.mark.parametrize("family", TOGETHER)

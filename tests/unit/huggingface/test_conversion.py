@@ -280,6 +280,7 @@ def edited(directory: Path, **changes):
         ({"retro_encoder_num_layers": 3}, "no tensor .*encoder.layers.2"),
         ({"num_layers": 3}, "unknown tensors .*layers.3"),
         ({"norm_epsilon": "absent"}, "does not say norm_epsilon"),
+        ({"moe_router_topk": "absent"}, "does not say moe_router_topk"),
         ({"sublayer_norms": "both"}, "no tensor .*self_attn_post_norm"),
         ({"num_experts": 4}, "no tensor .*mlp.router"),
         ({"router_scaling": 2.0}, "settings that our model does not have: router_scaling"),
@@ -294,6 +295,16 @@ def test_a_directory_that_was_changed_is_refused(megatron, tmp_path, change, mes
     edited(tmp_path, **change)
     with pytest.raises((CheckpointError, ConfigurationError), match=message):
         open_checkpoint(tmp_path)
+
+
+def test_a_directory_of_an_earlier_release_has_the_defaults(tmp_path):
+    """It states none of the later options."""
+    from retro_mcore.checkpoint.conversion.retro_config import LATER, flags_of_retro_config
+    from tests.unit.huggingface.test_model import small_config
+
+    values = small_config(tokenizer_vocab_size=90).to_dict()
+    earlier = {name: value for name, value in values.items() if name not in LATER}
+    assert flags_of_retro_config(tmp_path, earlier) == flags_of_retro_config(tmp_path, values)
 
 
 def test_options_of_another_target_are_refused(megatron, tmp_path):

@@ -138,8 +138,9 @@ def test_load_balancing_losses_are_left_out_with_a_warning(megatron, monkeypatch
     said = []
     monkeypatch.setattr(modeling_retro.logger, "warning_once", said.append)
     experts = {"num_experts": 4, "disable_bias_linear": True}
-    for coefficient in (0.0, 0.1):
-        model = small_model(moe_aux_loss_coeff=coefficient, **experts)
+    for kind, coefficient in (("aux_loss", 0.0), ("none", 0.1), ("aux_loss", 0.1)):
+        balance = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": coefficient}
+        model = small_model(**balance, **experts)
         model(**sample())
         assert said == []
         model.train()(**sample())
