@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def _scanning(
     taken = []
     for start in range(_ROUNDS):
         queries = vectors[np.arange(start, start + together * _ROUNDS, _ROUNDS) % len(vectors)]
-        taken.append(_seconds(lambda queries=queries: search(searched, queries, k)) / together)
+        taken.append(_seconds(partial(search, searched, queries, k)) / together)
     return sorted(taken)[_ROUNDS // 2] * probes / visited
 
 
