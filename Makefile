@@ -46,6 +46,8 @@ test: env ## run the tests (JOBS=2 at a time)
 
 test-slow: env .clients/.up-to-date ## run the tests that take longer: every parallel layout, the quickstart's chain
 	$(INSTALL) -r requirements/lm_eval.txt -r requirements/huggingface_tools.txt
+	@# Where these do not import, the tests would skip.
+	PYTHONPATH=$(CURDIR)/.clients $(BIN)/python -c "import langchain_openai, llama_index.llms.openai_like"
 	$(PYTEST) -m "slow and not parity and not gpu"
 	PYTHONPATH=$(CURDIR)/.clients $(BIN)/python -m pytest -m slow -k "langchain or llama" \
 		tests/integration/test_serve_clients.py
@@ -53,8 +55,6 @@ test-slow: env .clients/.up-to-date ## run the tests that take longer: every par
 .clients/.up-to-date: $(STAMP) requirements/clients.txt
 	rm -rf $(@D)
 	$(INSTALL) --no-deps --target $(@D) -r requirements/clients.txt
-	@# Where these do not import, the tests would skip.
-	PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -c "import langchain_openai, llama_index.llms.openai_like"
 	@touch $@
 
 test-kernels: env ## run what computes once more, with other kernels than this processor's own
