@@ -162,7 +162,7 @@ class RetroConfig(PretrainedConfig):
         add_qkv_bias: bool = False,
         qk_layernorm: bool = False,
         sliding_window: int | None = None,
-        window_attn_skip_freq: list[int] | None = None,
+        window_attn_skip_freq: int | list[int] | None = None,
         sublayer_norms: str = "pre",
         qk_layernorm_over: str = "head",
         parallel_residual: bool = False,
@@ -260,6 +260,8 @@ class RetroConfig(PretrainedConfig):
         self.add_qkv_bias = add_qkv_bias
         self.qk_layernorm = qk_layernorm
         self.sliding_window = sliding_window
+        if isinstance(window_attn_skip_freq, int):
+            window_attn_skip_freq = [window_attn_skip_freq]
         self.window_attn_skip_freq = window_attn_skip_freq
         self.sublayer_norms = sublayer_norms
         self.qk_layernorm_over = qk_layernorm_over

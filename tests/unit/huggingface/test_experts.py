@@ -79,3 +79,8 @@ GROUPS = {**EXPERTS, "moe_router_num_groups": 2, "moe_router_group_topk": 1}
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small_config(**options)
+
+
+def test_megatrons_number_for_windows():
+    config = small_config(sliding_window=8, window_attn_skip_freq=3)
+    assert config.window_attn_skip_freq == [3]
