@@ -61,6 +61,8 @@ def model_type_of(flags: Flags) -> str | None:
         return "olmo3" if flags["rotary_local_layers"] or _has_window(flags) else "olmo2"
     if flags["no_rope_layers"]:
         return "smollm3"
+    if flags.get("num_experts") is not None and flags["qk_layernorm_over"] == "all_heads":
+        return None  # OLMoE
     if list(_others(flags, (*_ROPE, *_LOCAL))):
         return "granite"
     return "phi3" if flags["rotary_percent"] != 1 else None

@@ -1,7 +1,8 @@
 """The decoder alone as an ordinary transformers model of the family that computes its options.
 
 Plain decoders are GPT-2, Llama, Mistral, Qwen 2 and 3, StableLM or GPT-NeoX, and with experts
-Mixtral, Qwen 2 MoE or Qwen 3 MoE (`families_with_experts`); `families_by_options` has the others.
+Mixtral, Qwen 2 MoE, Qwen 3 MoE or OLMoE (`families_with_experts`); `families_by_options` has the
+others.
 
 Biases that a family has and the model has not are written as zeros, and zero-centered norms
 (LayerNorm-1p) with one added: neither changes a number. Everything else that no family computes is
@@ -159,6 +160,8 @@ def _never(flags: Flags) -> list[str]:
     if flags["position_embedding_type"] == "rope":
         for name in ("rotary_frequencies", "rotary_attention_factor"):
             del plain[name]
+        if flags.get("num_experts") is not None:
+            del plain["qk_layernorm_over"]  # OLMoE's
         if flags["normalization"] == "LayerNorm" and not flags["swiglu"]:
             del plain["parallel_residual"]  # GPT-NeoX's
     return _not_at_all(flags) + [
@@ -264,7 +267,7 @@ def _llama(flags: Flags) -> Family:
     if flags.get("num_experts") is not None:
         kind, own, more = families_with_experts.family_of(kind[0], flags)
         problems += more
-        if kind[0] == "qwen2_moe":  # it has no head_dim
+        if kind[0] in ("qwen2_moe", "olmoe"):  # they have no head_dim
             problems += _usual_width(flags)
     _refuse(problems)
     config = {
@@ -273,7 +276,7 @@ def _llama(flags: Flags) -> Family:
         "hidden_act": "silu",
         "rms_norm_eps": flags["norm_epsilon"],
         "attention_dropout": flags.get("attention_dropout", 0.0),
-        **({} if kind[0].startswith("qwen2") else {"head_dim": sizes["channels"]}),
+        **({} if kind[0].startswith(("qwen2", "olmoe")) else {"head_dim": sizes["channels"]}),
         **_rope(flags),
         **own,
     }

@@ -38,6 +38,8 @@ def family_of(dense: str, flags: Flags) -> tuple[tuple[str, str], dict[str, Any]
     ]
     problems += [] if flags["disable_bias_linear"] else ["biases of experts"]
     shared = flags.get("moe_shared_expert_intermediate_size")
+    if flags.get("qk_layernorm_over") == "all_heads":
+        return _olmoe(flags, problems)
     if dense == "qwen3":
         kind = ("qwen3_moe", "Qwen3MoeForCausalLM")
         problems += [f"a shared expert with qk_layernorm (of {shared})"] if shared else []
@@ -52,11 +54,33 @@ def family_of(dense: str, flags: Flags) -> tuple[tuple[str, str], dict[str, Any]
     return kind, _qwen(kind[0], flags), problems
 
 
+def _olmoe(flags: Flags, problems: list[str]) -> tuple[tuple[str, str], dict[str, Any], list[str]]:
+    problems = [*problems, *_dense_layers(flags)]
+    for name in ("moe_shared_expert_intermediate_size", "sliding_window"):
+        if flags.get(name):
+            problems.append(f"{name} {flags[name]} with qk_layernorm_over all_heads")
+    if not flags["qk_layernorm"]:
+        problems.append("qk_layernorm_over all_heads without qk_layernorm")
+    own = {
+        "intermediate_size": flags["moe_ffn_hidden_size"],
+        "num_experts": flags["num_experts"],
+        "num_experts_per_tok": flags["moe_router_topk"],
+        "norm_topk_prob": not flags.get("moe_router_pre_softmax"),
+        "attention_bias": False,
+        "clip_qkv": None,
+    }
+    return ("olmoe", "OlmoeForCausalLM"), own, problems
+
+
+def _dense_layers(flags: Flags) -> list[str]:
+    dense = len(_layers(flags)) < flags["num_layers"]
+    return ["dense layers beside those with experts"] if dense else []
+
+
 def _mixtral(
     flags: Flags, problems: list[str]
 ) -> tuple[tuple[str, str], dict[str, Any], list[str]]:
-    if len(_layers(flags)) < flags["num_layers"]:
-        problems = [*problems, "dense layers beside those with experts"]
+    problems = [*problems, *_dense_layers(flags)]
     if flags.get("moe_router_pre_softmax"):
         problems = [*problems, "moe_router_pre_softmax without qk_layernorm"]
     own = {

@@ -184,6 +184,7 @@ def _arguments(options):
 ROPE = {"position_embedding_type": "rope"}
 LLAMA = {"swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm", **ROPE}
 EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 24}
+ALL_HEADS = {"qk_layernorm": True, "qk_layernorm_over": "all_heads"}
 FAMILIES = {
     "gpt2": {"openai_gelu": True},
     "gpt2 without biases": {"disable_bias_linear": True, "squared_relu": True,
@@ -202,6 +203,8 @@ FAMILIES = {
     "qwen2_moe": {**EXPERTS, "add_qkv_bias": True, "moe_router_pre_softmax": True,
                   "moe_shared_expert_intermediate_size": 40, "moe_shared_expert_gate": True,
                   **LLAMA},
+    "olmoe": {**EXPERTS, **ALL_HEADS, "moe_router_pre_softmax": True, **LLAMA},
+    "olmoe normed": {**EXPERTS, **ALL_HEADS, "num_query_groups": 2, "moe_router_topk": 3, **LLAMA},
     # InstructRetro's own.
     "stablelm": {**LLAMA, "normalization": "LayerNorm", "apply_layernorm_1p": True,
                  "rotary_percent": 0.5, "untie_embeddings_and_output_weights": True,
@@ -243,6 +246,10 @@ def test_the_decoder_alone(megatron, tmp_path, name):
         ({**LLAMA, **EXPERTS, "moe_router_score_function": "sigmoid"}, "sigmoid"),
         ({**LLAMA, **EXPERTS, "add_qkv_bias": True}, "without a gated shared expert"),
         ({**LLAMA, **EXPERTS, "qk_layernorm": True, "sliding_window": 40}, "sliding_window 40"),
+        ({**LLAMA, **ALL_HEADS}, "qk_layernorm_over all_heads"),
+        ({**LLAMA, **EXPERTS, **ALL_HEADS, "moe_layer_freq": [2]}, "dense layers beside"),
+        ({**LLAMA, **EXPERTS, **ALL_HEADS, "sliding_window": 40}, "sliding_window 40"),
+        ({**LLAMA, **EXPERTS, **ALL_HEADS, "kv_channels": 16}, "kv_channels 16"),
     ],
 )
 def test_a_decoder_of_no_family_is_refused(options, message):
