@@ -67,7 +67,9 @@ def measure_index_rates(
     added, placed = _placing(vectors, lists, probes)
     in_order = list_order_pays(automatic_string("Flat", lists), probes)
     share = _small_lists(len(vectors), count, lists) / lists
-    scanned = _scanning(vectors, share, lists, probes, narrow if in_order else k, in_order)
+    together = round(min(TOGETHER, count) * share) if in_order else _RECALL_QUERIES
+    index: Any = _filled(vectors, max(1, round(lists * share)))
+    scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
     return IndexRates(_training(vectors, lists), added, 1 / (placed + scanned), probes)
 
 
@@ -141,14 +143,11 @@ def _placing(vectors: np.ndarray, lists: int, probes: int) -> tuple[float, float
 
 
 def _scanning(
-    vectors: np.ndarray, share: float, lists: int, probes: int, k: int, in_order: bool
+    index: Any, vectors: np.ndarray, probes: int, k: int, together: int, in_order: bool
 ) -> float:
-    """Processor seconds per chunk in which lists are scanned, with a share of the lists."""
-    index = _filled(vectors, max(1, round(lists * share)))
-    visited = min(probes, innermost(index).nlist)
+    """Processor seconds per chunk in which lists are scanned, for so many chunks together."""
+    visited, together = min(probes, innermost(index).nlist), max(together, 1)
     set_search_breadth(index, visited, None)
-    # With as many queries of each list as in the large index.
-    together = max(_ROUNDS, round(TOGETHER * share)) if in_order else _RECALL_QUERIES
     searched: Any = ListOrderSearch(index) if in_order else index
     taken = []
     for start in range(_ROUNDS):
