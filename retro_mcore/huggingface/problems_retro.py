@@ -11,7 +11,8 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NEED_EXPERTS = (
     "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-    "moe_router_topk_scaling_factor", "moe_z_loss_coeff", "moe_aux_loss_coeff",
+    "moe_shared_expert_gate", "moe_router_topk_scaling_factor", "moe_z_loss_coeff",
+    "moe_aux_loss_coeff",
 )  # fmt: skip
 
 

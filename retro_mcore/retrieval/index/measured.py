@@ -63,12 +63,11 @@ def measure_index_rates(
     """
     if not lists:
         return _without_lists(vectors, count, k)
-    probes = _expected_probes(vectors, count, lists, recall)
+    probes, index = _expected_probes(vectors, count, lists, recall)
     added, placed = _placing(vectors, lists, probes)
     in_order = list_order_pays(automatic_string("Flat", lists), probes)
     share = _small_lists(len(vectors), count, lists) / lists
     together = round(min(TOGETHER, count) * share) if in_order else _RECALL_QUERIES
-    index: Any = _filled(vectors, max(1, round(lists * share)))
     scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
     return IndexRates(_training(vectors, lists), added, 1 / (placed + scanned), probes)
 
@@ -95,23 +94,27 @@ def _filled(vectors: np.ndarray, lists: int) -> Any:
     return index
 
 
-def _expected_probes(vectors: np.ndarray, count: int, lists: int, recall: float) -> int:
-    """Lists to visit for the recall: a power of the number of lists, which are equally long."""
-    sizes, needed = [], []
+def _expected_probes(vectors: np.ndarray, count: int, lists: int, recall: float) -> tuple[int, Any]:
+    """Lists to visit for the recall, a power of the number of lists, which are equally long.
+
+    Also returns an index of all `vectors`, with lists of that length.
+    """
+    sizes, needed, index = [], [], None
     for part in (4, 2, 1):
         some = vectors[::part]
         few = _small_lists(len(some), count, lists)
-        if few < FEWEST_LISTS // 2:
+        if few < FEWEST_LISTS // 2 and part > 1:
             continue
         queries = np.linspace(0, len(some) - 1, min(_RECALL_QUERIES, len(some))).astype(np.int64)
         held_out = HeldOut(some[queries], queries)
-        measured = measure_recall(_filled(some, few), _InMemory(some), held_out, target=recall)
+        index = _filled(some, few)
+        measured = measure_recall(index, _InMemory(some), held_out, target=recall)
         sizes.append(few)
         needed.append(measured.nprobe or 1)
     slope = 0.0
     if sizes[-1] > sizes[0]:
         slope = min(max(float(np.polyfit(np.log(sizes), np.log(needed), 1)[0]), 0.0), 1.0)
-    return max(1, min(lists, round(needed[-1] * (lists / sizes[-1]) ** slope)))
+    return max(1, min(lists, round(needed[-1] * (lists / sizes[-1]) ** slope))), index
 
 
 def _training(vectors: np.ndarray, lists: int) -> float:
