@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -61,26 +60,28 @@ def run_all(file: str, call: Callable[[dict], Any]) -> None:
     waves += [[run] for run in runs if run["ranks"] > 1]
     codes = {}
     for wave in waves:
-        children = {run["name"]: _fork_ranks(run, call) for run in wave}
-        for name, ids in children.items():
-            codes[name] = [os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in ids]
+        started = {run["name"]: _fork_ranks(run, call) for run in wave}
+        for name, (_store, children) in started.items():
+            codes[name] = [os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in children]
     Path("codes.json").write_text(json.dumps(codes), encoding="utf-8")
 
 
-def _fork_ranks(run: dict, call: Callable[[dict], Any]) -> list[int]:
-    """Start the ranks of a run; returns their process ids."""
-    port, children = _free_port(), []
+def _fork_ranks(run: dict, call: Callable[[dict], Any]) -> tuple[Any, list[int]]:
+    """Start the ranks of a run; returns the store where they meet, and their process ids."""
+    from tests.rendezvous import host_store
+
+    (store, address), children = host_store(), []
     for rank in range(run["ranks"]):
         if not (child := os.fork()):
-            _rank_main(run, rank, port, call)
+            _rank_main(run, rank, address, call)
         children.append(child)
-    return children
+    return store, children
 
 
-def _rank_main(run: dict, rank: int, port: int, call: Callable[[dict], Any]) -> None:
+def _rank_main(run: dict, rank: int, address: dict, call: Callable[[dict], Any]) -> None:
     """Run one rank in this process, and end the process."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run["ranks"], "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(n) for name, n in place.items()}}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run["ranks"]}
+    os.environ |= {**address, **{name: str(n) for name, n in place.items()}}
     output = os.open(f"{run['name']}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -104,12 +105,6 @@ def _exit_code(call: Callable[[dict], Any], run: dict) -> int:
             traceback.print_exc()
         return 1
     return 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(script: Path, runs: list[dict], folder: Path) -> None:

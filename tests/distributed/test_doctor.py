@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.rendezvous import host_store
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
@@ -17,9 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def run_doctor(folder: Path, world_size: int, started: int, seconds: float) -> dict:
     """Start some ranks of a job; what the first one wrote, after all ended with its exit code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    _store, address = host_store()
     found = folder / "found.json"
     command = [sys.executable, "tools/doctor.py", "--device", "cpu", "--save", str(folder / "run")]
     command += ["--time-limit", str(seconds), "--json", str(found)]
@@ -29,7 +28,7 @@ def run_doctor(folder: Path, world_size: int, started: int, seconds: float) -> d
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
                  "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                 **address},
         )
         for rank in range(started)
     ]  # fmt: skip

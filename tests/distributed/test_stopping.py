@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,26 +14,25 @@ import pytest
 
 from tests.distributed.stoppable_run import StoppableRunOptions, run
 from tests.processes import run_ranks
+from tests.rendezvous import host_store
 from tests.unit.training.small import BATCH, TRAIN_SAMPLES, train
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = TRAIN_SAMPLES // BATCH
 
 
-def start(directory: Path, world_size: int, *flags: str) -> list[subprocess.Popen]:
+def start(
+    directory: Path, *flags: str, world_size: int = 1, address: dict[str, str] | None = None
+) -> list[subprocess.Popen]:
     """One process per rank, each with a process group of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     directory.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.distributed.stoppable_run"]
     command += ["--directory", str(directory), *flags]
     processes = []
     for rank in range(world_size):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if world_size > 1:
-            environment |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if address:
+            environment |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), **address}
         processes.append(
             subprocess.Popen(
                 command,
@@ -68,7 +66,7 @@ def finish(directory: Path, processes: list[subprocess.Popen]) -> dict:
 
 
 def test_sigterm_saves_exits_with_0_and_resumes_exactly(tmp_path, megatron):
-    processes = start(tmp_path, 1)
+    processes = start(tmp_path)
     interrupt(tmp_path, processes, rank=0)
     first = finish(tmp_path, processes)
     check_stopped(tmp_path, first)
@@ -94,7 +92,8 @@ def test_a_signal_to_one_rank_stops_all_together(tmp_path, layout):
 
     parts = tmp_path / "parts"
     options = StoppableRunOptions(directory=str(parts), **layout)
-    processes = start(parts, 2, *flags(options))
+    _store, address = host_store()
+    processes = start(parts, *flags(options), world_size=2, address=address)
     interrupt(parts, processes, rank=1)
     first = finish(parts, processes)
     check_stopped(parts, first)
