@@ -123,7 +123,7 @@ class RetroSelfAttention(SelfAttention):
                 query_BHSC,
                 key_BGTC,
                 value_BGTC,
-                attn_mask=window_mask(length, window, query.device) if narrow else None,
+                attn_mask=window_mask(length, length, window, query.device) if narrow else None,
                 is_causal=length > 1 and not narrow,
                 scale=self._scale(),
                 enable_gqa=key.size(2) != query.size(2),

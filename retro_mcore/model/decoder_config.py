@@ -41,12 +41,6 @@ def _problems_of_window(config: TransformerConfig) -> Iterator[ConfigurationErro
         yield ConfigurationError(
             "window_size", f"{size}", "Give (tokens before a position, 0): the decoder is causal"
         )
-    if size is not None and config.context_parallel_size > 1:
-        yield ConfigurationError(
-            "window_size",
-            f"{size} with context_parallel_size {config.context_parallel_size}",
-            "Divide samples over tensor or pipeline parallel processes instead",
-        )
     if layers is None:
         return
     if size is None:

@@ -249,10 +249,24 @@ def _layer_spec(
 
 
 def _core_attention(config: TransformerConfig, backend: Any, own_attention: bool) -> type:
-    """The core attention of self-attention; our own needs keys gathered if sequences are cut."""
+    """The core attention of self-attention; our own needs keys gathered if sequences are cut.
+
+    Raises:
+        ConfigurationError: Transformer Engine's attention would have a window and cut sequences.
+    """
     attention = SDPAttention if own_attention else backend.core_attention()
-    gathers = attention is SDPAttention and config.context_parallel_size > 1
-    return GatheredAttention if gathers else attention
+    if config.context_parallel_size == 1:
+        return attention
+    if attention is SDPAttention:
+        return GatheredAttention
+    if config.window_size is not None:
+        raise ConfigurationError(
+            "context_parallel_size",
+            f"{config.context_parallel_size} with window_size {config.window_size} in Transformer "
+            "Engine's attention, which was not tested",
+            "Use local layers (--transformer-impl local)",
+        )
+    return attention
 
 
 def _qk_norms(config: TransformerConfig, backend: Any) -> dict[str, type]:

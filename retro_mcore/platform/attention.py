@@ -105,8 +105,8 @@ class SDPAttention(MegatronModule):
             AttnMaskType.padding_causal,
         )
         mask = None if attention_mask is None else ~attention_mask
-        if self.window is not None and query.size(0) > self.window:
-            band = window_mask(query.size(0), self.window, query.device)
+        band = self._band(query, key)
+        if band is not None:
             mask, causal = band if mask is None else mask & band, False
         if attention_bias is not None:
             mask, causal = _merge_bias(attention_bias, mask, causal, query, key), False
@@ -128,6 +128,12 @@ class SDPAttention(MegatronModule):
                 causal = causal and query.size(0) > 1
                 output = attend_here(query, key, value, attn_mask=mask, is_causal=causal)
         return output.flatten(2)
+
+    def _band(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """The window's mask, if there are more keys than it holds."""
+        if self.window is None or key.size(0) <= self.window:
+            return None
+        return window_mask(query.size(0), key.size(0), self.window, query.device)
 
     def _dropout_random_state(self, dropout: float) -> Any:
         # Ranks hold different heads, so they must not drop the same entries. Under sequence

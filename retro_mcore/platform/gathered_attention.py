@@ -85,17 +85,18 @@ class GatheredAttention(SDPAttention):
         length = query.size(0) // 2
         attended = []
         for place, number in enumerate(self._part.pieces):
-            seen = (number + 1) * length
             rows = slice(place * length, (place + 1) * length)
-            mask = None if attention_mask is None else attention_mask[..., rows, :seen]
+            columns = self._keys_in_reach(number * length, length)
+            here, seen = query[rows], key[columns]
+            mask = None if attention_mask is None else attention_mask[..., rows, columns]
             bias = None
-            if mask is None and number > 0:
-                bias = _lower_right(length, seen, query.dtype, query.device)
+            if mask is None and number > 0 and self._band(here, seen) is None:
+                bias = _lower_right(length, seen.size(0), query.dtype, query.device)
             attended.append(
                 super().forward(
-                    query[rows],
-                    key[:seen],
-                    value[:seen],
+                    here,
+                    seen,
+                    value[columns],
                     mask,
                     AttnMaskType.causal if number == 0 else AttnMaskType.no_mask,
                     bias,
@@ -103,6 +104,11 @@ class GatheredAttention(SDPAttention):
                 )
             )
         return torch.cat(attended)
+
+    def _keys_in_reach(self, start: int, length: int) -> slice:
+        """The keys that the piece of `length` positions from `start` attends to."""
+        first = 0 if self.window is None else max(0, start + 1 - self.window)
+        return slice(first, start + length)
 
     def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all positions; the backward pass sums their gradients over ranks."""

@@ -25,11 +25,12 @@ def layer_window(config: Any, layer_number: int) -> int | None:
 
 
 @lru_cache(maxsize=8)
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """Causal mask of a window: bool `[length, length]`, True = attended to.
+def window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Causal mask of a window: bool `[queries, keys]`, True = attended to.
 
-    One for all layers, which keep it for the backward pass.
+    The last query stands at the last key. All layers share the mask, and keep it for the backward
+    pass.
     """
     with torch.inference_mode(mode=False):
-        every = torch.ones(length, length, dtype=torch.bool, device=device)
-        return every.tril().triu(1 - window)
+        every = torch.ones(queries, keys, dtype=torch.bool, device=device)
+        return every.tril(keys - queries).triu(keys - queries + 1 - window)

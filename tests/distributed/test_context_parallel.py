@@ -34,8 +34,12 @@ RETIRED = {
 }
 RELATIVE = {**NARROW, "retro_cross_attention_positions": "rotary"}
 
-DEFAULT = {"CP2, rotary, grouped queries": Layout(context=2, fields=ROPE)}
+# Every other layer has a window, which reaches beyond a piece of four tokens.
+WINDOWS = {"window_size": (5, 0), "window_attn_skip_freq": 2}
+
+DEFAULT = {"CP2, rotary, grouped queries, windows": Layout(context=2, fields={**ROPE, **WINDOWS})}
 TWO_RANKS = {
+    "CP2, rotary, grouped queries": Layout(context=2, fields=ROPE),
     "CP2, narrow encoder, relative positions": Layout(context=2, fields=RELATIVE),
     "CP2, learned positions": Layout(context=2, fields=LEARNED),
     "CP2, the retired model": Layout(context=2, fields=RETIRED),
@@ -44,6 +48,9 @@ TWO_RANKS = {
         context=2, fields={**ROPE, "rotary_local_base": 100, "rotary_local_layers": [1, 4]}
     ),
     "CP2, documents apart": Layout(context=2, documents=True, fields=ROPE),
+    "CP2, windows, documents apart": Layout(
+        context=2, documents=True, fields={**LEARNED, **WINDOWS}
+    ),
     "CP2, DeepNorm": Layout(context=2, fields={"retro_deepnorm": True, **TIED}),
     "CP2, distributed optimizer": Layout(context=2, distributed_optimizer=True, fields=TIED),
     "CP2, full recomputation": Layout(context=2, fields={**FULL, "recompute_method": "uniform"}),

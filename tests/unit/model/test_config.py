@@ -58,7 +58,6 @@ def test_default_rule_for_retro_layers(megatron, num_layers, expected):
         ({"window_attn_skip_freq": 2}, "window_attn_skip_freq"),
         ({"window_size": (3, 0), "window_attn_skip_freq": 0}, "window_attn_skip_freq"),
         ({"window_size": (3, 0), "window_attn_skip_freq": [1, 0]}, "window_attn_skip_freq"),
-        ({"window_size": (3, 0), "context_parallel_size": 2}, "window_size"),
         (
             {
                 "tensor_model_parallel_size": 3,

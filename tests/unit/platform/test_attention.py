@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from retro_mcore.errors import ConfigurationError
 from tests.unit.model.builders import SMALL
 
 CHANNELS = 16
@@ -79,3 +83,42 @@ def test_more_keys_than_queries_are_not_halved(megatron):
     expected = written_out(*inputs, everything, CHANNELS**-0.5)
     found = build()(*inputs, None, attn_mask_type=AttnMaskType.no_mask)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 8, 11, 31, 32, 40])
+def test_windows_over_the_pieces_of_context_parallel_ranks(megatron, window, documents):
+    """Pieces of 8 tokens: windows within one, over several, and over the whole sequence."""
+    from retro_mcore.platform.context_parallel import ContextPart
+    from retro_mcore.platform.gathered_attention import GatheredAttention
+
+    length = 32
+    query, key, value = inputs = tensors(length, groups=2)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = (distance < 0) | (distance >= window)
+    apart = None
+    if documents:
+        document = torch.arange(length).ge(13)
+        apart = (distance < 0) | (document[:, None] != document)
+        mask = mask | apart
+    expected = written_out(*inputs, mask, CHANNELS**-0.5)
+    whole = build(window_size=(window - 1, 0))
+    torch.testing.assert_close(whole(*inputs, apart), expected, rtol=1e-9, atol=1e-11)
+    for rank in range(2):
+        attention = copy.copy(whole)
+        attention.__class__ = GatheredAttention
+        attention._part = part = ContextPart(rank, 2)
+        attention._gather = lambda *_: (key, value)  # what the ranks' keys are gathered to
+        own = part.take(query, 0)
+        found = attention(own, None, None, None if apart is None else part.take(apart, 0))
+        torch.testing.assert_close(found, part.take(expected, 0), rtol=1e-9, atol=1e-11)
+
+
+def test_windows_in_transformer_engine_are_refused_under_context_parallelism(megatron):
+    from retro_mcore import RetroConfig
+    from retro_mcore.model.specs import _core_attention
+
+    engine = SimpleNamespace(core_attention=lambda: torch.nn.Identity)
+    config = RetroConfig(**SMALL, window_size=(3, 0), context_parallel_size=2)
+    with pytest.raises(ConfigurationError, match=r"window_size .*--transformer-impl local"):
+        _core_attention(config, engine, own_attention=False)
