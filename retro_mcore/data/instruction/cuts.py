@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retro_mcore.data.instruction.dataset import InstructionDataset
 from retro_mcore.data.instruction.examples import InstructionExample
 from retro_mcore.data.instruction.samples import (
     FittedExample,
-    InstructionDataset,
     InstructionFormat,
     encoder_passages,
     fit_example,

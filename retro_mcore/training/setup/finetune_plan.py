@@ -14,12 +14,13 @@ from retro_mcore import distributed
 from retro_mcore.checkpoint.files import find_checkpoint, latest_iteration
 from retro_mcore.data.instruction.blend import BlendPart, labels_of, parse_blend
 from retro_mcore.data.instruction.cuts import InstructionCuts, count_cuts
+from retro_mcore.data.instruction.dataset import InstructionDataset
 from retro_mcore.data.instruction.examples import (
     InstructionExample,
     num_without_longform,
     read_examples,
 )
-from retro_mcore.data.instruction.samples import InstructionDataset, InstructionFormat
+from retro_mcore.data.instruction.samples import InstructionFormat
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.errors import ConfigurationError, CorpusError
 from retro_mcore.model.option_traits import stated

@@ -14,12 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_mcore.data.instruction.cuts import CUTS, InstructionCuts, count_cuts, cuts_of
+from retro_mcore.data.instruction.dataset import InstructionDataset
 from retro_mcore.data.instruction.examples import InstructionExample, Turn
-from retro_mcore.data.instruction.samples import (
-    InstructionDataset,
-    InstructionFormat,
-    encode_example,
-)
+from retro_mcore.data.instruction.samples import InstructionFormat, encode_example
 
 PASSAGE, TURN, ANSWER = 0x4E00, 0x5000, "\u3042"
 LENGTHS = st.integers(1, 60)

@@ -8,13 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from retro_mcore.data.instruction.dataset import InstructionDataset, blended_order
 from retro_mcore.data.instruction.examples import InstructionExample, Turn
-from retro_mcore.data.instruction.samples import (
-    InstructionDataset,
-    InstructionFormat,
-    blended_order,
-    encode_example,
-)
+from retro_mcore.data.instruction.samples import InstructionFormat, encode_example
 from retro_mcore.data.tokenizers.loading import GPTSentencePieceTokenizer, train_sentencepiece
 from retro_mcore.errors import ConfigurationError, CorpusError
 from tests.unit.data.projects import documents

@@ -101,11 +101,8 @@ def test_gradients_under_recomputation_are_those_of_the_documents_alone(megatron
 
 def test_packed_instructions_learn_what_they_learn_alone(megatron):
     """Loss and gradients of a packed row, with passages for the encoder."""
-    from retro_mcore.data.instruction.samples import (
-        EncodedExample,
-        InstructionFormat,
-        _lay_out,
-    )
+    from retro_mcore.data.instruction.dataset import _lay_out
+    from retro_mcore.data.instruction.samples import EncodedExample, InstructionFormat
 
     generator = np.random.default_rng(5)
     format = InstructionFormat(6 * M, num_encoder_passages=K, chunk_length=M, retrieved_length=R)
