@@ -16,7 +16,7 @@ GROUPS: dict[str, str] = {
     "tokenizer": "tokenizer_* vocab_file merge_file eod_token bos_token add_bos* vocab_size "
     "bert_vocab_file",
     "prompt": "prompt prompt_* task template_id passages longform_answer ft_neighbours reuse_top "
-    "loss_on pack_samples two_chunks num_gen",
+    "loss_on pack_* two_chunks num_gen",
     "model": "num_layers hidden_size num_attention_heads group_query_attention num_query_groups "
     "ffn_hidden_size kv_channels norm* apply_layernorm_1p swiglu geglu openai_gelu "
     "squared_relu num_experts moe_layer_freq moe_ffn_* moe_shared_* moe_router_* moe_*_coeff "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,18 +265,65 @@ def test_a_blend_of_questions_and_packed_chats_learns(options):
     assert result.train_losses[-1] < result.train_losses[0]
 
 
-def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(options, tmp_path):
-    whole = finetune_retro(options(save=str(tmp_path / "whole"), hidden_dropout=0.1))
+def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(options, tmp_path, capsys):
+    changes = {"hidden_dropout": 0.1, "pack_samples": True, "seq_length": 128}
+    whole = finetune_retro(options(save=str(tmp_path / "whole"), **changes))
+    output = "".join(capsys.readouterr())
     # The same command again: the checkpoint in --save wins over the pretrained one in --load.
     parts = [
-        finetune_retro(options(save=str(tmp_path / "parts"), hidden_dropout=0.1, exit_interval=2))
+        finetune_retro(options(save=str(tmp_path / "parts"), **changes, exit_interval=2))
         for _ in range(2)
     ]
     assert [part.iteration for part in parts] == [2, 4]
     losses = parts[0].train_losses + parts[1].train_losses
     assert losses == whole.train_losses
-    again = finetune_retro(options(save=str(tmp_path / "whole"), hidden_dropout=0.1))
+    again = finetune_retro(options(save=str(tmp_path / "whole"), **changes))
     assert again.reused
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    data = [record for record in map(json.loads, lines) if record["kind"] == "data"]
+    assert [record["split"] for record in data] == ["train", "valid"]
+    for record, samples in zip(data, (32, 16), strict=True):
+        assert record["packed_samples"] == samples
+        assert record["packed_tokens"] + record["padding_tokens"] == samples * 129
+        assert f"{record['packed_examples']} examples packed into {samples}, " in output
+
+
+def test_a_resumed_run_packs_as_before(options, tmp_path):
+    finetune_retro(options(save=str(tmp_path), pack_samples=True, exit_interval=1))
+    with pytest.raises(CheckpointError, match="pack_open_samples 32, and now it is 2"):
+        finetune_retro(options(save=str(tmp_path), pack_samples=True, pack_open_samples=2))
+
+
+@pytest.mark.parametrize(("packed", "num_open"), [(True, 1), (False, None)])
+def test_checkpoints_without_pack_open_samples_filled_one_sample_after_another(
+    monkeypatch, packed, num_open
+):
+    from retro_mcore.training.setup import finetune_plan
+
+    found = []
+    monkeypatch.setattr(
+        finetune_plan.TrainingPlan, "check_resumes", lambda self, saved, _: found.append(saved)
+    )
+    plan = object.__new__(finetune_plan.FinetunePlan)
+    for saved in ({"pack_samples": packed}, {"pack_samples": packed, "pack_open_samples": 7}):
+        plan.check_resumes(saved, None)
+    assert [saved["pack_open_samples"] for saved in found] == [num_open, 7]
+
+
+@pytest.mark.parametrize("command", ["pack_samples", "reset_attention_mask"])
+def test_samples_are_not_kept_apart_by_transformer_engine(monkeypatch, command):
+    from retro_mcore.training.setup import finetune_plan, plan
+
+    (module, kind) = (
+        (finetune_plan, finetune_plan.FinetunePlan)
+        if command == "pack_samples"
+        else (plan, plan.TrainingPlan)
+    )
+    monkeypatch.setattr(module, "uses_transformer_engine", lambda _: True)
+    given = SimpleNamespace(**{command: True})
+    flag = "--" + command.replace("_", "-")
+    with pytest.raises(ConfigurationError, match=f"{flag}: .* Add --transformer-impl local"):
+        kind.check_layers(SimpleNamespace(command=given, options=given))
 
 
 def test_a_resumed_run_must_be_asked_the_same(options, tmp_path):
@@ -359,6 +407,8 @@ def test_the_pretrained_checkpoint_needs_finetune(options):
         ({"load_gpt": "x"}, ConfigurationError, "--load-gpt"),
         ({"reuse_top": True}, ConfigurationError, "--reuse-top"),
         ({"train_iters": 0}, ConfigurationError, "--train-iters"),
+        ({"pack_open_samples": 2}, ConfigurationError, "--pack-open-samples: 2, without packing"),
+        ({"pack_samples": True, "pack_open_samples": 0}, ConfigurationError, "--pack-open-samples"),
         ({"data_path": ["nothing"]}, CorpusError, "--data-path nothing"),
         ({"seq_length": 60, "retro_attention_gate": 1.0}, ConfigurationError, "--seq-length"),
     ],
@@ -402,7 +452,8 @@ def test_the_micro_batch_changes_neither_loss_nor_gradient(options, data, tmp_pa
                 **changes,
             )
         )
-        records = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+        lines = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+        records = [record for record in lines if record["kind"] != "data"]
         found.append([value for r in records for value in (r["loss"], r.get("grad_norm", 1.0))])
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=2e-5)  # float32 sums in another order

@@ -1,13 +1,13 @@
-"""Count what instruction tuning cuts from examples to fit the sequence length."""
+"""Count what instruction tuning cuts from examples to fit the sequence length, and its padding."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from retro_mcore.data.instruction.dataset import InstructionDataset
+from retro_mcore.data.instruction.dataset import PACKED, InstructionDataset
 from retro_mcore.data.instruction.examples import InstructionExample
 from retro_mcore.data.instruction.samples import (
     FittedExample,
@@ -38,43 +38,55 @@ _COUNTED = ("examples", *CUTS)
 
 @dataclass(frozen=True)
 class InstructionCuts:
-    """Counts of what is cut in the examples of one split.
+    """Counts of what is cut in the examples of one split, and of the padding of packed samples.
 
     Attributes:
         name: The split.
         by_dataset: For each dataset name, the number of distinct `examples` read, and `CUTS`.
+        packing: Counts of `dataset.PACKED`; empty if samples are not packed.
     """
 
     name: str
     by_dataset: Mapping[str, Mapping[str, int]]
+    packing: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_ranks(
-        cls, name: str, datasets: Sequence[str], counts: Sequence[Sequence[Mapping[str, int]]]
+        cls,
+        name: str,
+        datasets: Sequence[str],
+        counts: Sequence[Sequence[Mapping[str, int]]],
+        packing: Mapping[str, int] | None = None,
     ) -> InstructionCuts:
         """Sum the counts of all ranks; `counts` has one entry per rank and dataset."""
         by_dataset = {
             dataset: {key: sum(mine[place].get(key, 0) for mine in counts) for key in _COUNTED}
             for place, dataset in enumerate(datasets)
         }
-        return cls(name, by_dataset)
+        return cls(name, by_dataset, packing or {})
 
     @property
     def report(self) -> dict[str, Any]:
         """Counts of all datasets together and of each, for `metrics.jsonl`."""
         counts = self.by_dataset.values()
         total = {name: sum(count[name] for count in counts) for name in _COUNTED}
-        return {**total, "by_dataset": {name: dict(c) for name, c in self.by_dataset.items()}}
+        by_dataset = {name: dict(count) for name, count in self.by_dataset.items()}
+        return {**total, **self.packing, "by_dataset": by_dataset}
 
     @property
     def warning(self) -> str:
-        """Warning that lists the cuts by dataset; empty if nothing is cut."""
-        parts = []
+        """Line on the packing and the cuts by dataset; empty if nothing is packed or cut."""
+        parts = [self._packing_text()] if self.packing else []
         for name, counts in self.by_dataset.items():
             found = [f"{counts[key]} {words}" for key, words in CUTS.items() if counts[key]]
             if found:
                 parts.append(f"of {counts['examples']} examples of {name}: {', '.join(found)}")
         return "; ".join(parts)
+
+    def _packing_text(self) -> str:
+        samples, examples, tokens, padding = (self.packing[name] for name in PACKED)
+        share = padding / max(1, tokens + padding)
+        return f"{examples} examples packed into {samples}, {share:.1%} padding"
 
 
 def count_cuts(

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from retro_mcore.data.instruction.examples import InstructionExample
+from retro_mcore.data.instruction.packing import in_steps, pack
 from retro_mcore.data.instruction.samples import (
     EncodedExample,
     InstructionFormat,
@@ -22,6 +24,10 @@ from retro_mcore.data.instruction.samples import (
 from retro_mcore.data.retrieved import missing_neighbors
 from retro_mcore.data.tokenizers.base import Tokenizer
 from retro_mcore.errors import ConfigurationError, CorpusError
+
+#: Counts of packed rows: of rows, of their examples, and of the tokens with and without text. A row
+#: has S + 1 tokens, of which the last one is only a label.
+PACKED = ("packed_samples", "packed_examples", "packed_tokens", "padding_tokens")
 
 
 class InstructionDataset(Dataset):
@@ -39,6 +45,7 @@ class InstructionDataset(Dataset):
         tokenizer: The model's tokenizer.
         seed: Seed of the shuffling.
         pack: Pack as many examples into a row as fit; they do not attend to each other.
+        num_open: Number of rows that packing fills at the same time (`packing.pack`).
 
     Raises:
         CorpusError: a dataset is empty, or an example has no answer.
@@ -53,6 +60,7 @@ class InstructionDataset(Dataset):
         tokenizer: Tokenizer,
         seed: int = 1234,
         pack: bool = False,
+        num_open: int = 1,
     ) -> None:
         for place, examples in enumerate(datasets):
             if not examples:
@@ -60,12 +68,16 @@ class InstructionDataset(Dataset):
             for example in examples:
                 answer_of(example)
         self._datasets, self._format, self._tokenizer = datasets, format, tokenizer
-        self._seed, self._num_samples, self._packed = seed, num_samples, pack
+        self._seed, self._num_samples = seed, num_samples
         # With an encoder, each example of a packed row must begin at a chunk boundary.
         self._step = format.chunk_length if format.num_encoder_passages else 1
         self._weights = weights
         self._blend = blended_order(weights, num_samples)
-        self._rows = self._pack() if pack else np.arange(num_samples + 1)
+        self._packed: list[list[int]] | None = None
+        #: Counts of `PACKED`, if rows are packed.
+        self.packing: dict[str, int] | None = None
+        if pack:
+            self._pack(num_open)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -85,13 +97,19 @@ class InstructionDataset(Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        places = [index] if self._packed is None else self._packed[index]
         return _lay_out(
-            self._encoded(index), self._format, self._tokenizer.eod, self._step, self._packed
+            [self._encode(place) for place in places],
+            self._format,
+            self._tokenizer.eod,
+            self._step,
+            self._packed is not None,
         )
 
     def examples_read(self, dataset: int) -> Iterator[InstructionExample]:
         """Examples of a dataset that occur in any row, each once."""
-        num_read = np.count_nonzero(self._blend[0][: self._rows[-1]] == dataset)
+        places = self._num_samples if self.packing is None else self.packing["packed_examples"]
+        num_read = np.count_nonzero(self._blend[0][:places] == dataset)
         for number in range(min(int(num_read), len(self._datasets[dataset]))):
             yield self._example(dataset, number)
 
@@ -100,35 +118,40 @@ class InstructionDataset(Dataset):
         """The format of the examples."""
         return self._format
 
-    def _encoded(self, row: int) -> list[EncodedExample]:
-        return [self._encode(place) for place in range(self._rows[row], self._rows[row + 1])]
-
     def _encode(self, place: int) -> EncodedExample:
         dataset, number = (int(order[place]) for order in self._blend)
         return encode_example(self._example(dataset, number), self._format, self._tokenizer)
 
     def _example(self, dataset: int, number: int) -> InstructionExample:
-        examples = self._datasets[dataset]
-        epoch, place = divmod(number, len(examples))
-        return examples[int(_permutation(self._seed, dataset, epoch, len(examples))[place])]
+        return self._datasets[dataset][self._index(dataset, number)]
 
-    def _pack(self) -> np.ndarray:
-        """Start of each row in the blend, i64 [rows + 1], by next-fit packing in blend order."""
-        starts, used, place = [0], 0, 0
-        while len(starts) <= self._num_samples:
+    def _index(self, dataset: int, number: int) -> int:
+        """Index of the example that is read as a dataset's `number`-th one."""
+        size = len(self._datasets[dataset])
+        epoch, place = divmod(number, size)
+        return int(_permutation(self._seed, dataset, epoch, size)[place])
+
+    def _pack(self, num_open: int) -> None:
+        sizes: list[int] = []
+        room = self._format.sequence_length + 1
+        rows = pack(self._sizes(sizes), self._num_samples, room, self._step, num_open)
+        num_examples = sum(map(len, rows))
+        tokens = sum(sizes[:num_examples])
+        counts = (len(rows), num_examples, tokens, len(rows) * room - tokens)
+        self._packed, self.packing = rows, dict(zip(PACKED, counts, strict=True))
+
+    def _sizes(self, read: list[int]) -> Iterator[int]:
+        """Number of tokens of each example in blend order, without end; also kept in `read`."""
+        known: dict[tuple[int, int], int] = {}
+        for place in count():
             if place == len(self._blend[0]):
-                self._blend = blended_order(self._weights, 2 * place)
-            size = len(self._encode(place).tokens)
-            if used + size > self._format.sequence_length + 1:
-                starts.append(place)
-                used = 0
-            used += _in_steps(size, self._step)
-            place += 1
-        return np.array(starts)
-
-
-def _in_steps(size: int, step: int) -> int:
-    return -(-size // step) * step
+                self._blend = blended_order(self._weights, max(1, 2 * place))
+            dataset, number = (int(order[place]) for order in self._blend)
+            example = dataset, self._index(dataset, number)
+            if example not in known:
+                known[example] = len(self._encode(place).tokens)
+            read.append(known[example])
+            yield known[example]
 
 
 @lru_cache(maxsize=64)
@@ -171,7 +194,7 @@ def _lay_out(
         text[start:end], trained[start:end] = example.tokens, example.trained
         trained[start] = False  # the previous example must not predict it
         segments[start:end] = number
-        start += _in_steps(len(example.tokens), step)
+        start += in_steps(len(example.tokens), step)
     row: dict[str, Any] = {"text": text, "loss_mask": trained[1:].astype(np.float32)}
     if packed:
         row["segments"] = segments

@@ -37,7 +37,7 @@ class InstructionDataOptions:
     eval_interval: int = field(default=200, metadata=at_least(1))
     """Iterations between validations."""
     eval_iters: int = field(default=100, metadata=at_least(1))
-    """Batches per validation, at most one pass over the data."""
+    """Batches per validation. Datasets with fewer examples are repeated."""
     num_workers: int = field(default=2, metadata=at_least(0))
     """Number of processes that prefetch samples."""
     seed: int = 1234
@@ -66,6 +66,14 @@ class SampleFormatOptions:
     """Tokens that count in the loss: the last answer, every answer of a chat, or all."""
     pack_samples: bool = False
     """Put as many examples into each sample as fit; examples do not attend to each other."""
+    pack_open_samples: int | None = field(default=None, metadata=at_least(1))
+    """Number of samples that --pack-samples fills at the same time. An example goes where it leaves
+    the least room, or into a new sample. 1 fills one sample after the other. Default: 32."""
+
+    @property
+    def num_open_samples(self) -> int | None:
+        """Number of samples that packing fills at the same time; None: samples are not packed."""
+        return self.pack_open_samples or 32 if self.pack_samples else None
 
 
 @dataclass(kw_only=True)
@@ -122,6 +130,12 @@ class FinetuneOptions(
                 raise ConfigurationError(flag, "given to finetune_retro", hint)
         if self.ft_neighbours < 0:
             raise ConfigurationError("--ft-neighbours", str(self.ft_neighbours), "Give 0 or more")
+        if self.pack_open_samples is not None and not self.pack_samples:
+            raise ConfigurationError(
+                "--pack-open-samples",
+                f"{self.pack_open_samples}, without packing",
+                "Add --pack-samples",
+            )
         if self.retro_attention_gate == 0.0:
             for flag, given in (
                 ("--retro-num-neighbors", self.retro_num_neighbors is not None),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from retro_mcore import distributed
@@ -76,14 +77,24 @@ class FinetunePlan(TrainingPlan):
     def configuration(self) -> dict[str, Any]:
         """All values that a run must share with the run that it resumes, by flag name."""
         names = [field.name for field in fields(SampleFormatOptions)]
-        return super().configuration() | {name: getattr(self.command, name) for name in names}
+        format = {name: getattr(self.command, name) for name in names}
+        return super().configuration() | format | self._packing()
+
+    def check_resumes(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        """As in pretraining. Before --pack-open-samples existed, one sample was open."""
+        before = {"pack_open_samples": 1 if saved.get("pack_samples") else None}
+        super().check_resumes(before | dict(saved), checkpoint)
+
+    def _packing(self) -> dict[str, Any]:
+        return {"pack_open_samples": self.command.num_open_samples}
 
     def resolved_options(self) -> dict[str, Any]:
         """The command's flags, with the resolved sequence length."""
         model = {name: getattr(self.arguments, name) for name in _model_flags()}
         if not self.with_retrieval:
             model.pop("retro_num_neighbors")
-        return asdict(self.command) | model | {"seq_length": self.sequence_length}
+        length = {"seq_length": self.sequence_length}
+        return asdict(self.command) | model | length | self._packing()
 
     def _must_agree(self) -> dict[str, Any]:
         agreeing = super()._must_agree()
@@ -177,7 +188,8 @@ def count_all_cuts(
             if plan.command.longform_answer and rank == 0:
                 for counts, part in zip(mine, parts, strict=True):
                     counts["records_left_out"] = num_without_longform(part.train_files)
-        found.append(InstructionCuts.of_ranks(split, labels_of(parts), distributed.gather(mine)))
+        counts = distributed.gather(mine)
+        found.append(InstructionCuts.of_ranks(split, labels_of(parts), counts, dataset.packing))
     return tuple(found)
 
 
@@ -192,6 +204,7 @@ def _blend(
         tokenizer=tokenizer,
         seed=plan.command.seed,
         pack=plan.command.pack_samples,
+        num_open=plan.command.num_open_samples or 1,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from retro_mcore.data.instruction.dataset import InstructionDataset, blended_order
 from retro_mcore.data.instruction.examples import InstructionExample, Turn
+from retro_mcore.data.instruction.packing import in_steps, pack
 from retro_mcore.data.instruction.samples import InstructionFormat, encode_example
 from retro_mcore.data.tokenizers.loading import GPTSentencePieceTokenizer, train_sentencepiece
 from retro_mcore.errors import ConfigurationError, CorpusError
@@ -167,6 +169,59 @@ def test_packing_learns_what_padding_learns(tokenizer):
     apart = [row["text"][1:][row["loss_mask"] == 1] for row in (plain[i] for i in range(20))]
     joined = np.concatenate(targets)
     assert np.array_equal(joined, np.concatenate(apart)[: len(joined)])
+
+
+@pytest.mark.parametrize(("step", "num_open"), [(1, 1), (1, 4), (16, 3)])
+def test_examples_are_packed_by_best_fit_into_the_open_samples(step, num_open):
+    room, num_samples = 101, 40
+    sizes = np.random.default_rng(1).integers(1, room + 1, 400).tolist()
+    packed = pack(sizes, num_samples, room, step, num_open)
+    assert len(packed) == num_samples
+    of_example = {place: number for number, places in enumerate(packed) for place in places}
+    assert sorted(of_example) == list(range(sum(map(len, packed))))  # each once, none left out
+    used, last = [0] * num_samples, 0
+    for place, number in sorted(of_example.items()):
+        last = max(last, number)
+        opened = range(max(0, last - num_open + 1), last + 1)
+        assert number in opened
+        assert used[number] + sizes[place] <= room
+        assert not any(used[number] < used[n] <= room - sizes[place] for n in opened)
+        used[number] += in_steps(sizes[place], step)
+    if num_open == 1:  # next fit
+        assert [place for places in packed for place in places] == sorted(of_example)
+
+
+def test_packing_in_several_open_samples_learns_the_same_examples_with_less_padding(tokenizer):
+    examples = [[qa(n, words=1 + n * n) for n in range(9)], [CHAT]]
+    format = InstructionFormat(LONG)
+
+    def rows(num_open):
+        made = InstructionDataset(
+            examples, [2.0, 1.0], 12, format, tokenizer, pack=True, num_open=num_open
+        )
+        counts = dict(made.packing)
+        read = [made[index] for index in range(len(made))]
+        assert counts["packed_samples"] == len(read) == 12
+        assert counts["packed_tokens"] + counts["padding_tokens"] == 12 * (LONG + 1)
+        assert counts["packed_examples"] == sum(row["segments"].max() + 1 for row in read)
+        # A row's last token may be a label alone, without a segment.
+        with_segment = sum((row["segments"] >= 0).sum() for row in read)
+        assert 0 <= counts["packed_tokens"] - with_segment <= 12
+        return counts, read
+
+    (next_fit, _), (best_fit, read) = rows(1), rows(8)
+    assert best_fit["padding_tokens"] < next_fit["padding_tokens"]
+    seen = Counter()
+    for row in read:
+        for number in range(row["segments"].max() + 1):
+            text = tokenizer.detokenize(row["text"][:LONG][row["segments"] == number])
+            seen.update(re.findall(r"What is (\d)|(First) question", text))
+    # Every third example is the chat, the others are read once in each epoch.
+    num_read = best_fit["packed_examples"]
+    assert seen.total() == num_read
+    assert seen.pop(("", "First")) == pytest.approx(num_read / 3, abs=1)
+    assert len(seen) == 9
+    assert max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_every_chunk_has_its_own_example_s_passages(tokenizer):

@@ -99,29 +99,38 @@ def test_gradients_under_recomputation_are_those_of_the_documents_alone(megatron
         torch.testing.assert_close(gradient, sum(each[name] for _, each in alone), **ROUNDING)
 
 
-def test_packed_instructions_learn_what_they_learn_alone(megatron):
-    """Loss and gradients of a packed row, with passages for the encoder."""
+@pytest.mark.parametrize("passages", [True, False])
+def test_packed_instructions_learn_what_they_learn_alone(megatron, passages):
+    """Losses and gradients of a packed row, with passages for the encoder and without.
+
+    Without them, examples need not begin on chunk boundaries.
+    """
     from retro_mcore.data.instruction.dataset import _lay_out
     from retro_mcore.data.instruction.samples import EncodedExample, InstructionFormat
 
     generator = np.random.default_rng(5)
-    format = InstructionFormat(6 * M, num_encoder_passages=K, chunk_length=M, retrieved_length=R)
+    encoder = {"num_encoder_passages": K, "chunk_length": M, "retrieved_length": R}
+    format = InstructionFormat(6 * M, **(encoder if passages else {}))
     examples = []
     for length in (M + 5, M, 2 * M + 2):
         tokens = np.append(generator.integers(1, 90, length - 1), EOD)
-        passages, mask = generator.integers(1, 90, (K, R)), generator.random((K, R)) < 0.1
-        examples.append(EncodedExample(tokens, np.arange(length) > 3, passages, mask))
+        given = [generator.integers(1, 90, (K, R)), generator.random((K, R)) < 0.1]
+        trained = np.arange(length) > 3
+        examples.append(EncodedExample(tokens, trained, *(given if passages else [])))
     model = build_model().double().train()
 
     def learn(*chosen, packed):
-        row = _lay_out(chosen, format, EOD, M, packed)
-        return gradients(model, collate([{**row, "sample_id": 0}]))
+        row = _lay_out(chosen, format, EOD, M if passages else 1, packed)
+        batch = collate([{**row, "sample_id": 0}])
+        losses = model(**batch.model_inputs(), labels=batch.labels)
+        return losses.detach()[batch.loss_mask == 1], *gradients(model, batch)
 
-    loss, found = learn(*examples, packed=True)
+    losses, loss, found = learn(*examples, packed=True)
     alone = [learn(each, packed=False) for each in examples]
-    torch.testing.assert_close(loss, sum(each for each, _ in alone), **ROUNDING)
+    torch.testing.assert_close(losses, torch.cat([each for each, _, _ in alone]), **ROUNDING)
+    torch.testing.assert_close(loss, sum(each for _, each, _ in alone), **ROUNDING)
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, sum(each[name] for _, each in alone), **ROUNDING)
+        torch.testing.assert_close(gradient, sum(each[name] for *_, each in alone), **ROUNDING)
 
 
 @pytest.mark.parametrize("changed", ["a token", "neighbors of its chunk", "of the mixed chunk"])
