@@ -162,15 +162,22 @@ class RetroModel(DecoderModel):
                 (`RetroBatch.part` gives all arguments).
             labels: `[B, S]`.
             segments: `[B, S]`, the document of each token; positions read only neighbors of chunks
-                of their own document. (`attention_mask` keeps them apart in self-attention.) None:
-                the text is one document.
+                of their own document. `attention_mask` must keep them apart in self-attention
+                (`RetroBatch.model_inputs` gives both). None: the text is one document.
 
         Returns:
             `[B, S]` losses if labels are given, else `[B, S, V]` logits (this rank's part of V).
 
         Raises:
             ShapeError: the context does not have the shape that input and configuration imply.
+            ConfigurationError: there are `segments` without an `attention_mask`.
         """
+        if segments is not None and attention_mask is None:
+            raise ConfigurationError(
+                "segments",
+                "given without attention_mask, so documents would attend to one another",
+                "Give segment_mask(segments) as attention_mask, as RetroBatch.model_inputs does",
+            )
         context = None
         if context_input_ids is not None:
             self._check_context(input_ids, context_input_ids, context_mask)

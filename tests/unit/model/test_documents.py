@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.samples.batch import RetroBatch, collate
 from retro_mcore.samples.separation import Separation
 from tests.unit.model.builders import SMALL, build_model
@@ -160,3 +161,23 @@ def test_nothing_crosses_documents_that_begin_within_chunks(megatron, changed):
     expected = {"a token": range(2, begin), "neighbors of its chunk": range(M - 1, begin),
                 "of the mixed chunk": ()}  # fmt: skip
     assert moved == list(expected[changed])
+
+
+def test_documents_of_cu_seqlens_are_computed_as_those_of_samples(megatron):
+    """The way of docs/training.md for a caller's own batch."""
+    model = build_model().double()
+    generator = np.random.default_rng(7)
+    documents = [document(length, generator) for length in LENGTHS]
+    expected = batch_of(documents, **APART)
+    cu_seqlens = torch.tensor([0, *np.cumsum([len(each["tokens"]) for each in documents])])
+    neighbors = (expected.retrieved_tokens[None], expected.retrieved_mask[None])
+    text = torch.cat((expected.tokens, torch.tensor([[EOD]])), dim=1)
+
+    segments = torch.searchsorted(cu_seqlens, torch.arange(text.size(1) - 1), right=True) - 1
+    batch = RetroBatch.from_text(text, neighbors, segments=segments[None])
+    with torch.no_grad():
+        found, wanted = (model(**each.model_inputs()) for each in (batch, expected))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        inputs = {**batch.model_inputs(), "attention_mask": None}
+        with pytest.raises(ConfigurationError, match="segments: given without attention_mask"):
+            model(**inputs)

@@ -122,3 +122,8 @@ def test_windows_in_transformer_engine_are_refused_under_context_parallelism(meg
     config = RetroConfig(**SMALL, window_size=(3, 0), context_parallel_size=2)
     with pytest.raises(ConfigurationError, match=r"window_size .*--transformer-impl local"):
         _core_attention(config, engine, own_attention=False)
+
+
+def test_packed_sequences_are_refused_and_segments_named(megatron):
+    with pytest.raises(ConfigurationError, match=r"packed_seq_params: .* as `segments`"):
+        build()(*tensors(4, groups=4), None, packed_seq_params=object())
