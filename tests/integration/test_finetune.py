@@ -395,6 +395,48 @@ def test_what_is_cut_to_fit_is_told_for_each_dataset_and_split(options, data, tm
     assert output.count("of 1 examples of chats: 1 prompts cut to fit the window") == 2
 
 
+def test_experts_are_balanced_with_the_weights_given(options, tmp_path):
+    from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, pretrain_retro
+
+    experts = str(tmp_path / "experts")
+    pretrain_retro(
+        PretrainRetroOptions(
+            project_dir=str(built_project()),
+            save=experts,
+            no_retrieval=True,
+            num_layers=1,
+            hidden_size=16,
+            num_attention_heads=2,
+            num_experts=4,
+            disable_bias_linear=True,
+            moe_z_loss_coeff=0.25,
+            position_embedding_type="rope",
+            micro_batch_size=2,
+            exit_interval=1,
+            lr=1e-3,
+            num_workers=0,
+            device="cpu",
+        )
+    )
+    given = {"load": experts, "train_iters": 1, "pack_samples": True, "log_interval": 1}
+    found = []
+    for name, changes in {"as before": {}, "given": {"moe_aux_loss_coeff": 0.5}}.items():
+        save = tmp_path / name
+        finetune_retro(options(save=str(save), **given, **changes))
+        lines = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+        found.append(next(record for record in lines if record["kind"] == "train"))
+    z_loss, both = found
+    assert z_loss["loss"] == both["loss"]
+    assert z_loss["grad_norm"] != both["grad_norm"]
+    assert set(both) - set(z_loss) == {"load_balancing_loss"}
+    assert both["z_loss"] == z_loss["z_loss"] > 0
+    none = {"moe_aux_loss_coeff": 0.5, "moe_router_load_balancing_type": "none"}
+    with pytest.raises(ConfigurationError, match=r"--moe-aux-loss-coeff: 0.5, with .* none"):
+        finetune_retro(options(**given, **none))
+    with pytest.raises(ConfigurationError, match=r"--moe-z-loss-coeff: 0.5, but .* no experts"):
+        finetune_retro(options(moe_z_loss_coeff=0.5))
+
+
 def test_the_pretrained_checkpoint_needs_finetune(options):
     with pytest.raises(CheckpointError, match="was trained with"):
         finetune_retro(options(finetune=False))
@@ -407,6 +449,7 @@ def test_the_pretrained_checkpoint_needs_finetune(options):
         ({"load_gpt": "x"}, ConfigurationError, "--load-gpt"),
         ({"reuse_top": True}, ConfigurationError, "--reuse-top"),
         ({"train_iters": 0}, ConfigurationError, "--train-iters"),
+        ({"moe_z_loss_coeff": -1.0}, ConfigurationError, "--moe-z-loss-coeff"),
         ({"pack_open_samples": 2}, ConfigurationError, "--pack-open-samples: 2, without packing"),
         ({"pack_samples": True, "pack_open_samples": 0}, ConfigurationError, "--pack-open-samples"),
         ({"data_path": ["nothing"]}, CorpusError, "--data-path nothing"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from retro_mcore.errors import ConfigurationError, raise_problems
-from retro_mcore.model.option_traits import at_least, below_minimum
+from retro_mcore.model.option_traits import at_least, below_minimum, between
 from retro_mcore.training.options.checkpoints import CheckpointOptions, ReproducibilityOptions
 from retro_mcore.training.options.logging import LoggingOptions
 from retro_mcore.training.options.optimizer import OptimizerOptions
@@ -94,6 +95,13 @@ class FinetuneModelOptions:
     """Dropout of hidden states in the neighbor encoder."""
     retro_encoder_attention_dropout: float = 0.0
     """Dropout of attention probabilities in the neighbor encoder."""
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] | None = None
+    """Load-balancing loss: over a micro batch (aux_loss), over each sample (seq_aux_loss), or none.
+    Default: as in the model's training."""
+    moe_aux_loss_coeff: float | None = field(default=None, metadata=between(0, math.inf))
+    """Weight of the load-balancing loss. Default: as in the model's training."""
+    moe_z_loss_coeff: float | None = field(default=None, metadata=between(0, math.inf))
+    """Weight of the z-loss of the router. Default: as in the model's training."""
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ pretraining.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from retro_mcore.data.instruction.examples import (
 )
 from retro_mcore.data.instruction.samples import InstructionFormat
 from retro_mcore.data.tokenizers.loading import Tokenizer
-from retro_mcore.errors import ConfigurationError, CorpusError
+from retro_mcore.errors import ConfigurationError, CorpusError, flag_of, raise_problems
 from retro_mcore.model.option_traits import stated
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.options.documents import DocumentOptions
@@ -93,6 +93,8 @@ class FinetunePlan(TrainingPlan):
         model = {name: getattr(self.arguments, name) for name in _model_flags()}
         if not self.with_retrieval:
             model.pop("retro_num_neighbors")
+        if self.arguments.num_experts is None:
+            model = {name: value for name, value in model.items() if not name.startswith("moe_")}
         length = {"seq_length": self.sequence_length}
         return asdict(self.command) | model | length | self._packing()
 
@@ -131,6 +133,7 @@ def make_finetune_plan(
     saved = saved_arguments(find_checkpoint(command.load, command.ckpt_step))
     length = command.seq_length or int(saved["seq_length"])
     model = model_options_of_checkpoint(command.load, command.ckpt_step)
+    raise_problems([*_problems_of_balance(command, model)])
     options = _training_options(command, model, saved, length)
     plan = make_plan(options, _as_project(command, project, length), vocab_size)
     format = _format(command, plan)
@@ -239,6 +242,28 @@ def _training_options(
             "use_checkpoint_args": False,
         }
     )
+
+
+def _problems_of_balance(
+    command: FinetuneOptions, model: Mapping[str, Any]
+) -> Iterator[ConfigurationError]:
+    """Settings of load-balancing losses that the checkpoint's model does not have."""
+    if model.get("num_experts") is None:
+        for name in (name for name in _model_flags() if name.startswith("moe_")):
+            if getattr(command, name):
+                yield ConfigurationError(
+                    flag_of(name),
+                    f"{getattr(command, name)}, but the model of {command.load} has no experts",
+                    "Leave it out",
+                )
+        return
+    kind = command.moe_router_load_balancing_type or model["moe_router_load_balancing_type"]
+    if kind == "none" and command.moe_aux_loss_coeff:
+        yield ConfigurationError(
+            "--moe-aux-loss-coeff",
+            f"{command.moe_aux_loss_coeff}, with --moe-router-load-balancing-type none",
+            "Add --moe-router-load-balancing-type aux_loss",
+        )
 
 
 def _model_flags() -> list[str]:
