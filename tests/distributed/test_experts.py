@@ -75,7 +75,20 @@ def on_one_rank(begun, folder, layouts):
         load = f"{begun}/distributed" if "use_distributed_optimizer" in layout else begun
         places = {"load": load, "save": f"{folder}/{name}", "exit_interval": SECOND}
         results[name] = run(COUNTS, **MODEL, **layout, **places)
+        results[name, "parameters"] = parameters_on_one_rank(layout)
     return results
+
+
+def parameters_on_one_rank(layout):
+    """The whole model's number of parameters, and the one that is planned with."""
+    from retro_mcore.training.loop.resume import num_parameters
+    from retro_mcore.training.setup.build import build_model_stages
+    from retro_mcore.training.setup.estimate import count_parameters
+    from tests.unit.training.small import small_plan
+
+    plan = small_plan(**{**MODEL, **layout, "retro_decoder_layers": [2]})
+    models = build_model_stages(plan.arguments, plan.options)  # in the groups of the run before
+    return num_parameters(models), count_parameters(models[0].config, plan.arguments).total
 
 
 def compare(one_process, folder, processes, layouts):
@@ -87,6 +100,8 @@ def compare(one_process, folder, processes, layouts):
         assert found[name][0] + last[0] == pytest.approx(losses, **LOSS), name
         assert found[name][1] + last[1] == pytest.approx(norms, **NORM), name
         assert last[2] == pytest.approx(valid, **LOSS), name
+        counted, planned = found[name, "parameters"]
+        assert counted == planned, name
 
 
 def test_two_processes_continue_one_and_one_continues_them(one_process, tmp_path):

@@ -169,18 +169,23 @@ def order_of(samples: Samples, consumed: int) -> dict[str, Any]:
 
 
 def num_parameters(stages: Sequence[torch.nn.Module]) -> int:
-    """Number of parameters of the whole model, over tensor and pipeline parallel ranks."""
-    sharded = replicated = 0
-    for stage in stages:
-        for parameter in stage.parameters():
-            # Both attributes are set only on parameters that they hold for.
-            if getattr(parameter, "shared", False):  # a copy of another stage's parameter
-                continue
-            if getattr(parameter, "tensor_model_parallel", False):
-                sharded += parameter.numel()
-            else:
-                replicated += parameter.numel()
-    own = sharded * parallel_state.get_tensor_model_parallel_world_size() + replicated
+    """Number of parameters of the whole model, over all model and expert parallel ranks."""
+    own = sum(
+        parameter.numel() * _ranks_with_others(name, parameter)
+        for stage in stages
+        for name, parameter in stage.named_parameters()
+        if not getattr(parameter, "shared", False)  # a copy of another stage's parameter
+    )
     total = torch.tensor(own, device=torch.cuda.current_device())
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return int(total)
+
+
+def _ranks_with_others(name: str, parameter: torch.nn.Parameter) -> int:
+    """Number of ranks that hold parts of a parameter, or other experts of its layer."""
+    # Set only on parameters that are divided.
+    divided = getattr(parameter, "tensor_model_parallel", False)
+    if ".experts." not in name:
+        return parallel_state.get_tensor_model_parallel_world_size() if divided else 1
+    parts = parallel_state.get_expert_tensor_parallel_world_size() if divided else 1
+    return parts * parallel_state.get_expert_model_parallel_world_size()
