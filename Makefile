@@ -7,6 +7,8 @@ MEGATRON ?= 0.19.2
 # Releases of megatron-core that contain Megatron-LM's own trainer.
 TRAINERS ?= 0.17.1 0.18.2 0.19.2
 BRIDGE ?= 0.6.2
+# Where Emerging-Optimizers is installed from.
+EMERGING ?= git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers
 # A pre-release of megatron-core, or a folder with `megatron` in it. Default: the newest release of all.
 PRERELEASE ?=
 PRERELEASE_FOLDER = $(if $(wildcard $(PRERELEASE:=/megatron)),$(PRERELEASE),$(CURDIR)/.megatron-prerelease)
@@ -23,7 +25,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=default FAISS_SIMD_LEVEL=NONE FAISS_OPT_LEVEL=generic \
 	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: help env quickstart test test-slow test-kernels test-versions test-prerelease test-bridge test-parity test-gpu docs style format lock clean
+.PHONY: help env quickstart test test-slow test-kernels test-versions test-prerelease test-muon test-bridge test-parity test-gpu docs style format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -89,6 +91,20 @@ test-prerelease: env ## run the tests of the model on the newest pre-release (PR
 		tests/distributed/test_tensor_parallel.py tests/unit/platform tests/unit/model \
 		tests/unit/checkpoint/test_checkpoints.py tests/unit/training/test_providers.py
 
+test-muon: env .emerging-v0.1.0/.up-to-date .emerging-v0.4.0/.up-to-date .megatron-$(MEGATRON)/.up-to-date ## run the tests of Muon, on the pinned megatron-core and on MEGATRON=0.19.2
+	@# Where it cannot be built, the tests would skip.
+	for folders in .emerging-v0.1.0 .emerging-v0.4.0:$(CURDIR)/.megatron-$(MEGATRON); do \
+		export PYTHONPATH=$(CURDIR)/tests/muon:$(CURDIR)/$$folders; \
+		$(BIN)/python -W ignore -c "import retro_mcore; from retro_mcore.platform.other_optimizers import \
+			check_available; check_available('muon')" \
+		&& $(BIN)/python -m pytest tests/unit/training/test_optimizers.py tests/distributed/test_optimizers.py \
+		|| exit 1; \
+	done
+
+.emerging-%/.up-to-date: $(STAMP)
+	$(INSTALL) --ignore-requires-python --no-deps --upgrade --target $(@D) "emerging-optimizers @ $(EMERGING)@$*" absl-py
+	@touch $@
+
 test-bridge: env .bridge-$(BRIDGE)/.up-to-date ## train in Megatron-Bridge, installed into a folder of its own
 	PYTHONPATH=$(CURDIR)/.bridge-$(BRIDGE) $(BIN)/python -m pytest -m bridge tests/bridge
 
@@ -122,4 +138,4 @@ lock: ## pin requirements/cpu.txt from requirements/cpu.in
 	mv requirements/cpu.new requirements/cpu.txt
 
 clean: ## remove the environment and the quickstart's output
-	rm -rf $(VENV) .megatron-* .bridge-* .clients quickstart
+	rm -rf $(VENV) .megatron-* .bridge-* .emerging-* .clients quickstart

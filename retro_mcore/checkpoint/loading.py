@@ -36,7 +36,9 @@ from retro_mcore.checkpoint.state import (
 from retro_mcore.errors import CheckpointError
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.platform.optimizer_state import (
+    fits_muon,
     keeping_adam_steps,
+    mark_saved_rates,
     regroup,
     supply_adam_step,
     unshare_adam_steps,
@@ -83,6 +85,12 @@ def load_checkpoint(
         verify_checkpoint(checkpoint)
         _check_holds_run(common, scope, checkpoint)
     takes_random_state = scope.random_state and _same_layout(common["args"])
+    if scope.optimizer and not fits_muon(parts.optimizer, common.get("optimizer", {})):
+        raise CheckpointError(
+            checkpoint,
+            "was saved by Muon with experts divided otherwise, and its state is not regrouped",
+            "Give --expert-model-parallel-size as before, or add --no-load-optim",
+        )
     if is_own(vars(common["args"])):
         request = state_dict(parts, True, scope.optimizer, takes_random_state)
         state = load_state(request, checkpoint)
@@ -149,6 +157,7 @@ def _same_layout(args: Namespace) -> bool:
 def _load_optimizer(
     parts: TrainingParts, state: dict[str, Any], schedule: dict[str, Any], checkpoint: Path
 ) -> None:
+    mark_saved_rates(state)
     state = regroup(parts.optimizer, state)
     supply_adam_step(parts.optimizer, state)
     if parts.scheduler.override_opt_param_scheduler:

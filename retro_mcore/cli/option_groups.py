@@ -35,15 +35,16 @@ GROUPS: dict[str, str] = {
     "evaluation": "protocol retro_eval_neighbors overlapping_eval leakage* predictions bootstrap "
     "attribute database_fraction ablate_retrieval legacy_scoring confidence_level num_resamples "
     "histogram_chunks shortest_shared_run",
-    "optimizer": "optimizer lr lr_* min_lr *weight_decay* adam_* clip_grad decoupled_* "
-    "use_precision_aware_optimizer freeze_decoder",
-    "precision": "fp8_* bf16 fp16 *_bf16 tp_only_amax_red fp32_residual_connection *loss_scale* "
-    "hysteresis accumulate_allreduce_grads_in_fp32",
+    "optimizer": "optimizer lr lr_* min_lr *weight_decay* adam_* sgd_* muon_* adaptive_muon_* "
+    "optimizer_* clip_grad decoupled_* use_precision_aware_optimizer freeze_decoder",
+    "precision": "fp8_* fp4_* bf16 fp16 *_bf16 tp_only_amax_red fp32_residual_connection "
+    "*loss_scale* hysteresis accumulate_allreduce_grads_in_fp32",
     "parallelism": "device tensor_model_* sequence_parallel *pipeline* context_parallel_size "
     "expert_*parallel_size moe_* "
     "cp_comm_type *overlap* world_size use_distributed_optimizer ddp_*",
     "computation": "transformer_impl attention_backend no_*_fusion no_persist_layer_norm "
-    "cross_entropy_* *offloading recompute_* use_cpu_initialization deterministic_mode",
+    "cross_entropy_* *offloading* offload_modules recompute_* "
+    "use_cpu_initialization deterministic_mode",
     "checkpoint": "save save_* async_save keep_last_n load load_* ckpt_step use_checkpoint_args "
     "finetune *_opt_param_scheduler no_load_* exit_* target target_* decoder_only max_shard_size "
     "model_config",

@@ -115,6 +115,8 @@ class RetroModel(DecoderModel):
         """The embedding of the retrieved tokens, on a stage that is not the first."""
         self.embedding = self._build_embedding()
         self._mark_copied(self.embedding, is_copy=True)
+        words: Any = self.embedding.word_embeddings.weight
+        words.is_embedding_or_output_parameter = True  # as Megatron marks the first stage's
         if self._output_is_embedding():
             self.embedding.word_embeddings.weight = self.output_layer.weight
 

@@ -8,6 +8,7 @@
 | `unshare_adam_steps`      | 0.16.1 to 0.19.2 | Adam steps wrongly after loading, silently        |
 | `unpadded_bucket_offsets` | 0.16.1 to 0.19.2 | small models' moments are mixed up, silently      |
 | `regroup`                 | 0.16.1 to 0.19.2 | no change between one and several expert ranks    |
+| `mark_decoupled_rates`    | 0.16.1 to 0.18.2 | --decoupled-lr resumes with one rate, silently    |
 | `refuse_infinite_norms`   | 0.16.1 to 0.19.2 | infinite gradients reach the weights              |
 
 The four for Adam concern PyTorch's own, which counts steps per parameter. Megatron is written for
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from types import SimpleNamespace
@@ -55,10 +56,10 @@ def supply_adam_step(optimizer: MegatronOptimizer, state: dict[str, Any]) -> Non
 
     Megatron does not save it before the first step, and asks for it all the same.
     """
-    parts = [part for key, part in state.items() if isinstance(key, int)] or [state]
-    for part in parts:
+    saved = [state[key] for key in sorted(key for key in state if isinstance(key, int))] or [state]
+    for part, own in zip(saved, _parts(optimizer), strict=True):
         parameters = part.get("optimizer", part).get("state")
-        if parameters is not None and _torch_adams(optimizer):
+        if parameters is not None and _is_torch_adam(own.optimizer):
             parameters.setdefault("common_step", torch.tensor(0.0))
 
 
@@ -79,6 +80,51 @@ def regroup(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> dict[Any, An
     return {index: _completed(part, numbered[index], [rest]) for index, part in enumerate(parts)}
 
 
+def mark_decoupled_rates(groups: Iterable[dict[str, Any]]) -> None:
+    """Mark the groups of parameters with a learning rate of their own (0.16.1 to 0.18.2).
+
+    Megatron finds a group's saved state by a mark that it never sets. All groups with the same
+    multipliers would get the state and rates of one of them.
+    """
+    for group in groups:
+        group["is_decoupled_lr"] = not group["default_config"] and group["lr_mult"] == 1.0
+
+
+def mark_saved_rates(state: dict[Any, Any]) -> None:
+    """Mark the groups of a loaded state, as `mark_decoupled_rates` does with the optimizer's."""
+    mark_decoupled_rates(_saved_groups(state))
+
+
+def fits_muon(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> bool:
+    """Whether a saved state has the parts of this optimizer, if that is Muon (0.16.1 to 0.19.2).
+
+    Under expert parallelism experts have a Muon of their own. `regroup` knows AdamW's parts only.
+
+    Args:
+        optimizer: The run's.
+        saved: What the checkpoint holds of it once: hyperparameters and steps.
+    """
+    parts = _parts(optimizer)
+    if not any(hasattr(part.optimizer, "orthogonalize") for part in parts):
+        return True
+    groups = [
+        saved.get(index, {}).get("optimizer", saved.get(index, {})).get("param_groups", ())
+        for index in range(len([key for key in saved if isinstance(key, int)]))
+    ]
+    return [len(each) for each in groups] == [len(part.param_groups) for part in parts] and all(
+        ("betas" in theirs) == ("betas" in own)
+        for saved_groups, part in zip(groups, parts, strict=True)
+        for theirs, own in zip(saved_groups, part.param_groups, strict=True)
+    )
+
+
+def _saved_groups(state: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+    numbered = [part for key, part in state.items() if isinstance(key, int)]
+    rest = {key: value for key, value in state.items() if not isinstance(key, int)}
+    for part in [*numbered, rest]:
+        yield from part.get("optimizer", part).get("param_groups", ())
+
+
 #: Learning rates and weight decays of a group of parameters, which the scheduler reads.
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 
@@ -93,10 +139,8 @@ def use_own_rates(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
         _identity(group): {name: group[name] for name in _RATES if name in group}
         for group in optimizer.param_groups
     }
-    numbered = [part for key, part in state.items() if isinstance(key, int)]
-    for part in numbered or [state]:
-        for group in part.get("optimizer", part).get("param_groups", ()):
-            group.update(rates.get(_identity(group), {}))
+    for group in _saved_groups(state):
+        group.update(rates.get(_identity(group), {}))
 
 
 def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -249,7 +293,11 @@ def _distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     inner = [part.optimizer for part in _parts(optimizer)]
-    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
+    return [each for each in inner if _is_torch_adam(each)]
+
+
+def _is_torch_adam(optimizer: object) -> bool:
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
 class InfiniteNormError(Exception):

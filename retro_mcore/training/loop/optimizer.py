@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.initialization import SCALED_LEARNING_RATE, learning_rate_scale
@@ -28,13 +30,20 @@ from retro_mcore.model.pipeline import (
     finalize_model_grads_with,
     synchronize_embedding_copies,
 )
-from retro_mcore.platform.optimizer_state import refuse_infinite_norms
+from retro_mcore.platform.optimizer_state import mark_decoupled_rates, refuse_infinite_norms
+from retro_mcore.platform.other_optimizers import (
+    build_muon,
+    check_available,
+    initialize_sgd_state,
+)
 from retro_mcore.training.options.megatron import (
     DATA_PARALLEL_FLAGS,
     OPTIMIZER_FLAGS,
     naming_refusals,
     values_of,
 )
+from retro_mcore.training.options.optimizer import OptimizerOptions
+from retro_mcore.training.options.other_optimizers import MUON, OtherOptimizerOptions
 from retro_mcore.training.setup.plan import TrainingPlan
 
 
@@ -75,14 +84,20 @@ def wrap_model(
 def build_optimizer(
     stages: Sequence[DistributedDataParallel], groups: EmbeddingGroups, plan: TrainingPlan
 ) -> MegatronOptimizer:
-    """Build AdamW with megatron's wrappers for precision and the distributed optimizer.
+    """Build the optimizer with megatron's wrappers for precision and the distributed optimizer.
 
     Also sets the stages' functions that scale and finalize gradients.
     """
     with naming_refusals():
         config = _optimizer_config(plan, stages[0].config.params_dtype)
-    overrides = _learning_rate_overrides(config, learning_rate_scale(stages[0].config))
-    optimizer = get_megatron_optimizer(config, list(stages), config_overrides=overrides)
+    if config.optimizer in MUON:
+        optimizer = build_muon(config, stages)
+    else:
+        overrides = _learning_rate_overrides(config, learning_rate_scale(stages[0].config))
+        optimizer = get_megatron_optimizer(config, list(stages), config_overrides=overrides)
+    mark_decoupled_rates(optimizer.param_groups)
+    if config.optimizer == "sgd":
+        initialize_sgd_state(optimizer)
     if plan.options.check_for_nan_in_loss_and_grad:
         refuse_infinite_norms(optimizer)
     for stage in stages:
@@ -106,7 +121,7 @@ def release_functions(stages: Sequence[DistributedDataParallel]) -> None:
 def _optimizer_config(plan: TrainingPlan, params_dtype: torch.dtype) -> OptimizerConfig:
     options = plan.options
     return OptimizerConfig(
-        optimizer="adam",
+        optimizer=options.optimizer,
         lr=options.lr,
         min_lr=options.min_lr,
         weight_decay=options.weight_decay,
@@ -116,12 +131,40 @@ def _optimizer_config(plan: TrainingPlan, params_dtype: torch.dtype) -> Optimize
         clip_grad=options.clip_grad,
         bf16=options.bf16,
         fp16=options.fp16,
+        fp8_recipe=None if options.fp8_format is None else options.fp8_recipe,
         params_dtype=params_dtype,
         use_distributed_optimizer=options.use_distributed_optimizer,
         overlap_param_gather=options.overlap_param_gather,
         log_num_zeros_in_grad=options.log_num_zeros_in_grad,
         **values_of(options, OPTIMIZER_FLAGS),
+        **_other_optimizers(options),
     )
+
+
+def _other_optimizers(options: OptimizerOptions) -> dict[str, Any]:
+    """Values of the optimizers other than Adam, by the installed megatron's names."""
+    values = {each.name: getattr(options, each.name) for each in fields(OtherOptimizerOptions)}
+    values["muon_split_qkv"] = not values["muon_no_split_qkv"]
+    values["muon_use_nesterov"] = values["muon_nesterov"]  # its name up to 0.17
+    known = {each.name for each in fields(OptimizerConfig)}
+    return {name: value for name, value in values.items() if name in known}
+
+
+def check_optimizer(plan: TrainingPlan) -> None:
+    """Reject an optimizer that the installed packages or the model do not have.
+
+    Raises:
+        ConfigurationError: names the flag.
+    """
+    optimizer, arguments = plan.options.optimizer, plan.arguments
+    check_available(optimizer)
+    if optimizer != "adam" and arguments.retro_mup_base_hidden_size is not None:
+        raise ConfigurationError(
+            "--retro-mup-base-hidden-size",
+            f"{arguments.retro_mup_base_hidden_size} with --optimizer {optimizer}, but muP's "
+            "learning rates are those of Adam",
+            "Leave one of them out",
+        )
 
 
 def _overlap(stages: Sequence[DistributedDataParallel], plan: TrainingPlan) -> None:

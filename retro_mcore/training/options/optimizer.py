@@ -8,6 +8,7 @@ from typing import Literal
 from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.model.option_traits import at_least
 from retro_mcore.training.options.megatron import OptimizerFlags
+from retro_mcore.training.options.other_optimizers import OtherOptimizerOptions
 
 #: Flags of the schedules of learning rate and weight decay.
 SCHEDULE = (
@@ -20,11 +21,12 @@ SCHEDULE = (
 
 
 @dataclass(kw_only=True)
-class OptimizerOptions(OptimizerFlags):
-    """AdamW, schedules of learning rate and weight decay, and gradient clipping."""
+class OptimizerOptions(OtherOptimizerOptions, OptimizerFlags):
+    """The optimizer, schedules of learning rate and weight decay, and gradient clipping."""
 
     optimizer: str = "adam"
-    """Must be adam: AdamW. Saved states and muP are those of AdamW."""
+    """Optimizer: adam (AdamW), sgd, muon or adaptive_muon. Muon trains the layers' matrices, and
+    AdamW all other weights."""
     lr: float
     """Maximum learning rate."""
     min_lr: float = 0.0
@@ -50,7 +52,8 @@ class OptimizerOptions(OptimizerFlags):
     lr_warmup_init: float = 0.0
     """Learning rate at the start of the warmup."""
     weight_decay: float = 0.01
-    """AdamW's weight decay (not applied to biases and norms)."""
+    """Weight decay (not applied to biases and norms). SGD adds it to the gradient; the other
+    optimizers decay the weights themselves."""
     start_weight_decay: float | None = None
     """Weight decay at the start, with --weight-decay-incr-style linear or cosine."""
     end_weight_decay: float | None = None
@@ -78,12 +81,6 @@ class OptimizerOptions(OptimizerFlags):
         Raises:
             ConfigurationError: an option is invalid. Names the flag.
         """
-        if self.optimizer != "adam":
-            raise ConfigurationError(
-                "--optimizer",
-                f"{self.optimizer}, whose state is neither saved nor laid out anew here",
-                "Use adam",
-            )
         if not self.lr >= self.min_lr >= 0 or self.lr == 0:
             raise ConfigurationError(
                 "--lr", f"{self.lr} with --min-lr {self.min_lr}", "Choose lr >= min_lr >= 0, lr > 0"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.model.option_traits import at_least
-from retro_mcore.training.options.megatron import LayerFlags
+from retro_mcore.training.options.megatron import PRECISION_FLAGS, LayerFlags
+from retro_mcore.training.options.unsupported import UnsupportedOptions
 
 
 @dataclass(kw_only=True)
-class ParallelOptions(LayerFlags):
+class ParallelOptions(UnsupportedOptions, LayerFlags):
     """Parallel layout and precision of the model."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -42,17 +44,6 @@ class ParallelOptions(LayerFlags):
     """Number of processes over which each expert is split. Default: as many as other layers."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"
     """How tokens travel to their experts' processes."""
-    moe_grouped_gemm: bool = False
-    """Not supported: experts are computed one after another."""
-    moe_expert_capacity_factor: float | None = None
-    """Not supported: a token's result would depend on the other tokens of its batch."""
-    tp_comm_overlap: bool = False
-    """Not supported: Transformer Engine's buffers have one length; text and neighbors differ."""
-    cpu_offloading: bool = False
-    """Not supported: Transformer Engine's offloading knows one stack of layers, and the neighbor
-    encoder is a second one."""
-    fine_grained_activation_offloading: bool = False
-    """Not supported, for the same reason."""
     no_overlap_p2p_communication: bool = False
     """Do not overlap transfers between stages with computation in the interleaved schedule."""
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
@@ -81,12 +72,35 @@ class ParallelOptions(LayerFlags):
     """Initialize weights on the CPU, equal for every layout. Always on without a GPU."""
 
     def check_precision(self) -> None:
-        """Reject --bf16 with --fp16, and fp8 without bf16."""
+        """Reject --bf16 with --fp16, fp8 without bf16, and options of fp8 without fp8."""
         if self.bf16 and self.fp16:
             raise ConfigurationError("--bf16", "given together with --fp16", "Choose one of them")
         if self.fp8_format is not None and not self.bf16:
             raise ConfigurationError(
                 "--fp8-format", f"{self.fp8_format} without --bf16", "Add --bf16"
+            )
+        raise_problems([*self._without_effect()])
+
+    def _without_effect(self) -> Iterator[ConfigurationError]:
+        """Options of fp8 that are not read."""
+        given = {
+            each.name: getattr(self, each.name)
+            for each in fields(LayerFlags)
+            if each.name in PRECISION_FLAGS and getattr(self, each.name) != each.default
+        }
+        if given.get("fp8_recipe") == "custom":
+            yield ConfigurationError(
+                "--fp8-recipe", "custom, whose quantizers no option names", "Use another recipe"
+            )
+        given.pop("fp32_residual_connection", None)  # for any precision
+        if "fp8_format" in given:
+            needed = "first_last_layers_bf16"
+            given = {} if needed in given else {n: v for n, v in given.items() if "_in_bf16" in n}
+        else:
+            needed = "fp8_format"
+        for name, value in given.items():
+            yield ConfigurationError(
+                flag_of(name), f"{value}, which has no effect", f"Add {flag_of(needed)}"
             )
 
     def check_unsupported(self) -> None:
@@ -97,35 +111,7 @@ class ParallelOptions(LayerFlags):
                 f"{self.cp_comm_type}, which has no effect",
                 "Add --context-parallel-size",
             )
-        for flag, given in (
-            ("--cpu-offloading", self.cpu_offloading),
-            ("--fine-grained-activation-offloading", self.fine_grained_activation_offloading),
-        ):
-            if given:
-                raise ConfigurationError(
-                    flag,
-                    "given, but activations of a neighbor encoder are not offloaded",
-                    "Leave it out; --recompute-granularity saves memory too",
-                )
-        if self.moe_grouped_gemm:
-            raise ConfigurationError(
-                "--moe-grouped-gemm",
-                "given, but experts are computed one after another",
-                "Leave it out",
-            )
-        if self.moe_expert_capacity_factor is not None:
-            raise ConfigurationError(
-                "--moe-expert-capacity-factor",
-                f"{self.moe_expert_capacity_factor}: experts with a capacity drop tokens, and "
-                "what is dropped depends on the batch",
-                "Leave it out; --moe-aux-loss-coeff balances experts",
-            )
-        if self.tp_comm_overlap:
-            raise ConfigurationError(
-                "--tp-comm-overlap",
-                "given, but its buffers fit only one length, and neighbors have another",
-                "Leave it out",
-            )
+        raise_problems([*self.refused_options()])
 
 
 @dataclass(kw_only=True)

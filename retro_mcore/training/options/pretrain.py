@@ -115,6 +115,7 @@ class TrainingOptions(
             self.check_unsupported,
             self.check_model,
             self.check_recompute,
+            self.check_optimizer,
             self.check_schedule,
             self.check_logging,
             partial(self.check_neighbor_noise, self.no_retrieval),

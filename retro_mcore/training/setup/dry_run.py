@@ -98,6 +98,7 @@ def dry_run(options: PretrainOptions) -> DryRun:
             microbatches,
             copies,
             options.use_distributed_optimizer,
+            options.optimizer,
         ),
         context_parallel_bytes(config, plan.arguments, options.micro_batch_size),
         flops / plan.sequence_length,

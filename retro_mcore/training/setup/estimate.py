@@ -1,6 +1,7 @@
 """Parameters and memory per process, computed without building the model.
 
-Parameters, weights, gradients and optimizer state are exact. Activations are an estimate following
+Parameters, weights, gradients and optimizer state are exact, except that the state of Muon counts
+norms and biases as matrices. Activations are an estimate following
 Korthikanti et al. 2022 (section 4): the tensors that each layer keeps for its backward pass, with
 an attention that keeps no probabilities (flash attention, or PyTorch's).
 """
@@ -18,6 +19,7 @@ from retro_mcore.model.family_options import family_option
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.model.pipeline import stage_layer_numbers
 from retro_mcore.model.specs import decoder_expert_layers
+from retro_mcore.training.options.other_optimizers import MUON
 from retro_mcore.training.setup.build import number_of_positions
 
 
@@ -188,6 +190,7 @@ def estimate_memory(
     num_microbatches: int,
     data_parallel_size: int,
     distributed_optimizer: bool,
+    optimizer: str = "adam",
 ) -> Memory:
     """Bytes on the process that needs most.
 
@@ -199,14 +202,19 @@ def estimate_memory(
         data_parallel_size: Number of model copies.
         distributed_optimizer: Whether the copies, and the context parallel processes of each, share
             the optimizer state.
+        optimizer: As --optimizer names it. SGD is counted with its momentum.
     """
     sharing = data_parallel_size * config.context_parallel_size
     stages = [
         _stage_memory(config, arguments, rank, micro_batch_size, num_microbatches,
-                      sharing if distributed_optimizer else 1)
+                      sharing if distributed_optimizer else 1, optimizer)
         for rank in range(config.pipeline_model_parallel_size)
     ]  # fmt: skip
     return max(stages, key=lambda memory: memory.total)
+
+
+#: Moments of each weight that an optimizer keeps. With Muon, embeddings have AdamW's.
+_MOMENTS = {"adam": 2, "sgd": 1, "muon": 1, "adaptive_muon": 2}
 
 
 def _stage_memory(
@@ -216,11 +224,12 @@ def _stage_memory(
     micro_batch_size: int,
     num_microbatches: int,
     optimizer_shards: int,
+    optimizer: str,
 ) -> Memory:
     pipeline = config.pipeline_model_parallel_size
     virtual = config.virtual_pipeline_model_parallel_size
     chunks: list[int | None] = [None] if virtual is None else list(range(virtual))
-    parameters = experts = activations = 0
+    parameters = experts = embeddings = activations = 0
     for chunk in chunks:
         layers = stage_layer_numbers(config, chunk, rank)
         first = rank == 0 and not chunk
@@ -233,11 +242,12 @@ def _stage_memory(
         stage = _stage(config, arguments, layers, first, last, parts, expert_parts)
         parameters += stage.total + stage.copies
         experts += stage.experts
+        embeddings += stage.embedding + stage.copies
         kept = min(num_microbatches, pipeline - rank)
         activations += kept * micro_batch_size * _activations(config, arguments, layers, last)
     low = config.bf16 or config.fp16
-    # Low precision: 2 bytes for weights; 4 each for gradients, main weights and Adam's moments.
-    state = 12 if low else 8
+    # Low precision: 2 bytes for weights; 4 each for gradients, main weights and moments.
+    state = 4 * (_MOMENTS[optimizer] + low)
     gradient = 2 if config.fp16 else 4
     # Of experts there are fewer copies to share the state.
     of_experts = max(1, optimizer_shards * parts // math.prod(expert_parts))
@@ -246,7 +256,8 @@ def _stage_memory(
         weights=parameters * (2 if low else 4),
         gradients=parameters * gradient,
         optimizer=(parameters - experts) * state // optimizer_shards
-        + experts * state // of_experts,
+        + experts * state // of_experts
+        + embeddings * 4 * (_MOMENTS["adam"] - _MOMENTS[optimizer]) * (optimizer in MUON),
         activations=activations * (2 if low else 4),
     )
 

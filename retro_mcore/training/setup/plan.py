@@ -40,6 +40,7 @@ from retro_mcore.training.options.megatron import PRECISION_FLAGS, has_option
 from retro_mcore.training.options.model_sizes import check_context_parallel
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.optimizer import SCHEDULE
+from retro_mcore.training.options.other_optimizers import MUON
 from retro_mcore.training.options.pretrain import OptimizerOptions, TrainingOptions
 from retro_mcore.training.setup.build import (
     number_of_positions,
@@ -167,6 +168,7 @@ class TrainingPlan:
             **trained,
             **self.schedule.flags(),
             **self._weight_decay_length(),
+            **self._muon_blocks(),
             **{name: getattr(self.options, name) for name in self._precision()},
             **self._data(),
         }
@@ -191,13 +193,19 @@ class TrainingPlan:
         changes = self.options.weight_decay_incr_style != "constant"
         return {"train_samples": self.train_samples} if changes else {}
 
+    def _muon_blocks(self) -> dict[str, Any]:
+        # In this mode Muon treats each process's part of a matrix as a matrix.
+        blockwise = self.options.optimizer in MUON and self.options.muon_tp_mode == "blockwise"
+        size = self.options.tensor_model_parallel_size
+        return {"tensor_model_parallel_size": size} if blockwise else {}
+
     def checkpoint_args(self) -> Namespace:
         """Arguments that a checkpoint stores, under Megatron's names."""
+        tensor_parallel = {"tensor_model_parallel_size": self.options.tensor_model_parallel_size}
         return Namespace(
-            **self.configuration(),
+            **{**self.configuration(), **tensor_parallel},
             train_iters=self.train_iters,
             micro_batch_size=self.options.micro_batch_size,
-            tensor_model_parallel_size=self.options.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.options.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=self.options.num_virtual_stages_per_pipeline_rank,
             sequence_parallel=self.options.sequence_parallel,

@@ -75,6 +75,24 @@ def test_parameters_of_a_built_model(megatron, model):
     assert counted.retrieval == sum(of_retrieval)
 
 
+@pytest.mark.parametrize(("bf16", "adam", "sgd"), [(False, 8, 4), (True, 12, 8)])
+def test_each_optimizer_has_its_own_state(megatron, bf16, adam, sgd):
+    from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
+    from retro_mcore.training.setup.build import build_config
+    from retro_mcore.training.setup.estimate import count_parameters, estimate_memory
+
+    model = arguments(**BASE)
+    config = build_config(model, ParallelOptions(device="cpu", bf16=bf16), RecomputeOptions())
+    counted = count_parameters(config, model)
+    states = {
+        name: estimate_memory(config, model, 1, 1, 1, False, name).optimizer
+        for name in ("adam", "sgd", "muon")
+    }
+    assert states["adam"] == counted.total * adam
+    assert states["sgd"] == counted.total * sgd
+    assert states["muon"] == counted.total * sgd + counted.embedding * (adam - sgd)
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_weights_of_every_rank(megatron):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
+import torch
 import yaml
 
 from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, flag_of
+from retro_mcore.platform.config_fields import config_fields
 from retro_mcore.training.options import megatron as megatron_flags
 from retro_mcore.training.options.pretrain import TrainingOptions
+from retro_mcore.training.options.unsupported import UnsupportedOptions
 from tests.unit.training.small import small_plan, small_trainer
 
 REQUIRED = (
@@ -78,7 +82,7 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
         ({"tp_comm_overlap": True}, "--tp-comm-overlap: given"),
         ({"cpu_offloading": True}, "--cpu-offloading: given"),
         ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading"),
-        ({"optimizer": "muon"}, "--optimizer: muon"),
+        ({"optimizer": "soap"}, "--optimizer: soap"),
         ({"reset_position_ids": True}, "--reset-position-ids: given with rotary positions"),
         (
             {"load": "run", "override_opt_param_scheduler": True, "finetune": True},
@@ -111,6 +115,57 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
 def test_what_cannot_work_is_refused_by_name(flags, message):
     with pytest.raises(ConfigurationError, match=message):
         small_plan(**flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--fp8-recipe mxfp8", "--fp8-recipe: mxfp8, which has no effect"),
+        ("--no-fp8-wgrad", "--fp8-wgrad: False, which has no effect"),
+        ("--bf16 --fp8-format hybrid --fp8-recipe custom", "--fp8-recipe: custom"),
+        (
+            "--bf16 --fp8-format hybrid --num-layers-at-end-in-bf16 2",
+            "--num-layers-at-end-in-bf16: 2, which has no effect",
+        ),
+        ("--cpu-offloading-num-layers 2", "--cpu-offloading-num-layers: 2, but activations"),
+        ("--offload-modules mlp_norm", "--offload-modules: "),
+        ("--optimizer-cpu-offload", "--optimizer-cpu-offload: given"),
+        ("--optimizer-offload-fraction 0.5", "--optimizer-offload-fraction: 0.5, but"),
+        ("--bf16 --fp8-format hybrid --fp8-param-gather", "--fp8-param-gather: given"),
+        ("--fp4-format e2m1", "--fp4-format: e2m1, but"),
+    ],
+)
+def test_low_precision_and_offloading_without_effect_are_refused_by_name(flags, message):
+    with pytest.raises(ConfigurationError, match=message):
+        parse(flags).check()
+
+
+def test_each_such_field_of_megatrons_is_honoured_or_refused(capsys):
+    honoured = {
+        *megatron_flags.LAYER_FLAGS.values(),
+        *megatron_flags.DATA_PARALLEL_FLAGS.values(),
+        *megatron_flags.OPTIMIZER_FLAGS.values(),
+    }
+    refused = {field.name for field in dataclasses.fields(UnsupportedOptions)}
+    for config in ("TransformerConfig", "ModelParallelConfig", "OptimizerConfig"):
+        for field in config_fields(config):
+            if not re.search("fp8|fp4|offload", field.name) or field.name in honoured | refused:
+                continue
+            with pytest.raises(SystemExit):
+                parse(f"{flag_of(field.name)} 1")
+            assert field.name.replace("_", "-") in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("megatron")
+def test_the_recipe_of_fp8_reaches_layers_and_optimizer():
+    from retro_mcore.training.loop.optimizer import _optimizer_config
+
+    fp8 = {"fp8_format": "hybrid", "fp8_recipe": "blockwise", "fp8_margin": 1, "bf16": True}
+    plan = small_plan(**fp8)
+    layers = megatron_flags.values_of(plan.options, megatron_flags.LAYER_FLAGS)
+    assert (layers["fp8"], layers["fp8_recipe"], layers["fp8_margin"]) == ("hybrid", "blockwise", 1)
+    assert _optimizer_config(plan, torch.bfloat16).fp8_recipe == "blockwise"
+    assert _optimizer_config(small_plan(), torch.float32).fp8_recipe is None
 
 
 @pytest.mark.usefixtures("megatron")

@@ -1,0 +1,95 @@
+"""Flags of the optimizers other than Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
+
+import tyro
+
+from retro_mcore.errors import ConfigurationError, flag_of
+from retro_mcore.model.option_traits import at_least
+
+#: Optimizers that orthogonalize matrices; AdamW trains all other weights.
+MUON = ("muon", "adaptive_muon")
+
+#: Megatron's optimizers that are refused, with the reason.
+REFUSED: dict[str, str] = {
+    "dist_muon": "which divides whole matrices among processes; its checkpoints load only into as "
+    "many processes",
+    "soap": "whose state has other shapes than the weights, so that Megatron's checkpoints cannot "
+    "hold it",
+    "lion": "which Megatron gives only to matrices, with Adam's betas",
+}
+
+#: The optimizers that read each flag, by the beginning of its name.
+_READERS = {"sgd_": ("sgd",), "muon_": MUON, "adaptive_muon_": ("adaptive_muon",)}
+
+
+@dataclass(kw_only=True)
+class OtherOptimizerOptions:
+    """SGD and Muon, with the defaults of Megatron-LM's trainer except where stated."""
+
+    sgd_momentum: float = 0.9
+    """SGD's momentum."""
+    muon_momentum: float = 0.9
+    """Decay of Muon's momentum."""
+    muon_no_split_qkv: bool = False
+    """Orthogonalize the projection of queries, keys and values as one matrix."""
+    muon_nesterov: Annotated[bool, tyro.conf.arg(aliases=("--muon-use-nesterov",))] = False
+    """Use Nesterov momentum in Muon."""
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """Scale of Muon's update, as a function of the matrix's shape."""
+    muon_fp32_matmul_prec: Literal["medium", "high", "highest"] = "medium"
+    """Precision of Muon's matrix products; medium: bfloat16."""
+    muon_num_ns_steps: int = field(default=5, metadata=at_least(1))
+    """Newton-Schulz steps."""
+    muon_tp_mode: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
+    """How a divided matrix is orthogonalized: whole on each process (duplicated), whole in parts
+    (distributed), or each process's part by itself (blockwise). Blockwise is another optimizer for
+    each tensor parallel size, so a run must keep that size."""
+    muon_extra_scale_factor: float = 1.0
+    """Additional scale of Muon's update."""
+    adaptive_muon_beta2: float = 0.95
+    """Decay of the second moment of adaptive Muon (AdaMuon)."""
+    adaptive_muon_eps: float = 1e-8
+    """Epsilon of adaptive Muon."""
+
+    def check_optimizer(self) -> None:
+        """Reject optimizers without support, and flags that the chosen one does not read.
+
+        Raises:
+            ConfigurationError: names the flag.
+        """
+        optimizer = self.optimizer  # type: ignore[attr-defined]
+        if optimizer not in ("adam", "sgd", *MUON):
+            reason = REFUSED.get(optimizer, "which Megatron-Core does not have")
+            raise ConfigurationError(
+                "--optimizer", f"{optimizer}, {reason}", "Use adam, sgd, muon or adaptive_muon"
+            )
+        for problem in self._incompatible(optimizer):
+            raise problem
+
+    def _incompatible(self, optimizer: str) -> Iterator[ConfigurationError]:
+        for each in fields(OtherOptimizerOptions):
+            readers = next(who for prefix, who in _READERS.items() if each.name.startswith(prefix))
+            if getattr(self, each.name) != each.default and optimizer not in readers:
+                yield ConfigurationError(
+                    flag_of(each.name),
+                    f"given with --optimizer {optimizer}, which does not read it",
+                    f"Add --optimizer {readers[0]}, or leave it out",
+                )
+        if optimizer == "adam":
+            return
+        for name in ("use_distributed_optimizer", "use_precision_aware_optimizer"):
+            if getattr(self, name):
+                yield ConfigurationError(
+                    "--optimizer",
+                    f"{optimizer} with {flag_of(name)}, which is made for Adam's state",
+                    "Leave one of them out",
+                )
+        if getattr(self, "fp16", False) and optimizer in MUON:
+            yield ConfigurationError(
+                "--optimizer", f"{optimizer} with --fp16, which Megatron refuses", "Use --bf16"
+            )

@@ -1,0 +1,116 @@
+"""SGD and Muon on two processes give the losses of one, and their checkpoints change layout.
+
+Muon needs the package emerging_optimizers: `make test-muon`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from retro_mcore.errors import ConfigurationError, RetroError
+from tests.processes import run_ranks
+from tests.unit.training.small import NO_DROPOUT, train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("megatron")]
+
+MODEL = {**NO_DROPOUT, "num_layers": 4, "retro_decoder_layers": [2, 3]}
+# In a pipeline the encoder is on the second stage, with an embedding of its own.
+SGD = {**MODEL, "retro_decoder_layers": [3], "optimizer": "sgd", "lr": 0.1, "decoupled_lr": 1.0}
+# The encoder's heads have other sizes than the decoder's.
+MUON = {
+    **MODEL,
+    "optimizer": "muon",
+    "muon_fp32_matmul_prec": "highest",
+    "retro_encoder_num_attention_heads": 2,
+    "decoupled_lr": 1e-3,
+    "position_embedding_type": "learned_absolute",
+}
+EXPERTS = {
+    **MUON,
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 48,
+    "disable_bias_linear": True,
+    "moe_aux_loss_coeff": 0.1,
+}
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LAYOUTS = {"DP2": {}, "TP2 with SP": TENSOR, "PP2": {"pipeline_model_parallel_size": 2}}
+EXPERT_PARALLEL = {"expert_model_parallel_size": 2}
+# Sums of float32 in another order. Newton-Schulz steps multiply what is left of small singular
+# values by up to 4 each.
+RELATIVE = {"sgd": 2e-6, "muon": 1e-4, "adaptive_muon": 1e-4}
+BEGIN, END = 2, 4
+
+
+def continued(model, begun, folder):
+    """Losses of runs that continue a checkpoint of one process, by layout."""
+    found = {}
+    for name, layout in LAYOUTS.items():
+        places = {"load": begun, "save": f"{folder}/{name}", "exit_interval": END}
+        found[name] = train(**model, **layout, **places).train_losses
+    return found
+
+
+def check(model, tmp_path):
+    """One process begins, two continue and one ends; or one does all of it."""
+    begun = str(tmp_path / "one")
+    whole = train(**model).train_losses
+    first = train(**model, save=begun, exit_interval=BEGIN).train_losses
+    assert first + train(**model, load=begun).train_losses == whole
+    for name, losses in run_ranks(2, continued, model, begun, str(tmp_path))[0].items():
+        last = train(**model, load=str(tmp_path / name)).train_losses
+        tolerance = RELATIVE[model["optimizer"]]
+        assert first + losses + last == pytest.approx(whole, rel=tolerance), name
+
+
+def test_sgd_in_every_layout(tmp_path):
+    check(SGD, tmp_path)
+
+
+@pytest.fixture
+def muon(megatron):
+    """Skips where Muon cannot be built."""
+    from retro_mcore.platform.other_optimizers import check_available
+
+    try:
+        check_available("muon")
+    except ConfigurationError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adaptive_muon"])
+def test_muon_in_every_layout(optimizer, muon, tmp_path):
+    from retro_mcore.platform.other_optimizers import has_registry
+
+    if optimizer == "adaptive_muon" and not has_registry():
+        pytest.skip("megatron-core has it from 0.18 on")
+    check({**MUON, "optimizer": optimizer}, tmp_path)
+
+
+def alone(models, begun):
+    """Losses of whole runs, and why Muon does not resume with experts divided otherwise."""
+    losses = {name: train(**model).train_losses for name, model in models.items()}
+    try:
+        train(**EXPERTS, **EXPERT_PARALLEL, load=begun)
+    except RetroError as error:
+        return losses, str(error)
+    return losses, ""
+
+
+def test_muon_divides_matrices_and_experts_as_asked(muon, tmp_path):
+    begun = str(tmp_path)
+    one, experts = train(**MUON).train_losses, train(**EXPERTS, save=begun).train_losses
+    models = {
+        "distributed": {**MUON, **TENSOR, "muon_tp_mode": "distributed"},
+        "blockwise": {**MUON, **TENSOR, "muon_tp_mode": "blockwise"},
+        "CP2": {**MUON, "context_parallel_size": 2},
+        "EP2": {**EXPERTS, **EXPERT_PARALLEL},
+        "TP2 with experts": {**EXPERTS, **TENSOR},
+    }
+    losses, refusal = run_ranks(2, alone, models, begun)[0]
+    same = {"rel": RELATIVE["muon"]}
+    assert losses["distributed"] == pytest.approx(one, **same)
+    assert losses["blockwise"] != pytest.approx(one, **same)  # another optimizer
+    assert losses["CP2"] == pytest.approx(one, **same)
+    assert losses["EP2"] == pytest.approx(experts, **same)
+    assert losses["TP2 with experts"] == pytest.approx(experts, **same)
+    assert "saved by Muon with experts divided otherwise" in refusal
