@@ -55,7 +55,7 @@ def check_available(optimizer: str) -> None:
             "Install 0.18 or later, or use muon",
         )
     if not _has_package():
-        release = "v0.4.0" if has_registry() else "v0.1.0"
+        release = "v0.2.0" if has_registry() else "v0.1.0"
         raise ConfigurationError(
             "--optimizer",
             f"{optimizer}, but the package emerging_optimizers is missing, or in a release that "

@@ -68,20 +68,24 @@ def test_sizes_that_do_not_divide_are_refused_by_name(flags, message):
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("fp32_residual_connection", True), ("fp8_margin", 3)],
+    ("name", "value", "others"),
+    [
+        ("fp32_residual_connection", True, {}),
+        ("fp8_margin", 3, {"fp8_format": "hybrid", "bf16": True}),
+    ],
 )
 @pytest.mark.usefixtures("megatron")
-def test_a_run_is_resumed_in_the_precision_that_it_began_in(name, value):
-    saved = vars(small_plan().checkpoint_args())
-    checkpoint, plan = Path("checkpoint"), small_plan(**{name: value})
+def test_a_run_is_resumed_in_the_precision_that_it_began_in(name, value, others):
+    saved = vars(small_plan(**others).checkpoint_args())
+    checkpoint, plan = Path("checkpoint"), small_plan(**{name: value}, **others)
     with pytest.raises(CheckpointError, match=f"trained with {name} .*, and now it is {value}"):
         plan.check_resumes(saved, checkpoint)
     del saved[name]  # written before it was kept: the default
     with pytest.raises(CheckpointError, match=name):
         plan.check_resumes(saved, checkpoint)
-    small_plan().check_resumes(saved, checkpoint)
-    small_plan(**{name: value}, finetune=True, load="x").check_resumes(saved, checkpoint)
+    small_plan(**others).check_resumes(saved, checkpoint)
+    plan = small_plan(**{name: value}, **others, finetune=True, load="x")
+    plan.check_resumes(saved, checkpoint)
 
 
 @pytest.mark.parametrize("no_retrieval", [False, True])
