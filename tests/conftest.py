@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -18,13 +19,23 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+import torch
 
 from retro_mcore.logs import _Terminal
+from retro_mcore.platform.cpu import disable_compilation
+
+if not torch.cuda.is_available():
+    disable_compilation()  # before a test module imports megatron: it would load the compiler
 
 
 def pytest_report_header() -> str:
     """Which megatron-core the tests run on (`make test-versions` puts another one first)."""
     return f"megatron-core {version('megatron-core')}, torch {version('torch')}"
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage need not visit the imported modules and the tests."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import retro_mcore  # noqa: F401 (first: it lets megatron be imported without Tr
 
 #: Processes are forked from a server that imports torch and megatron once.
 START_METHOD = "forkserver"
-multiprocessing.set_forkserver_preload(["retro_mcore.training.loop.trainer"])
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 
 def join_megatron(seed: int = 1234, **parallel_sizes: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from tests.processes import join_megatron
 from tests.unit.model.builders import MODEL_KEYS, SMALL, VOCABULARY, make_inputs, randomize_vectors
 
-STEPS, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 5, 2, 8, 16
+STEPS, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH = 3, 2, 8, 16
 
 
 @dataclass
@@ -29,6 +29,10 @@ class Layout:
     fields: dict[str, Any] = field(default_factory=dict)
     #: Samples of two documents that are kept apart.
     documents: bool = False
+
+    def sizes(self) -> tuple[int, int, int | None, int]:
+        """Tensor, pipeline, virtual pipeline and context parallel sizes."""
+        return self.tensor, self.pipeline, self.virtual, self.context
 
     def model_fields(self) -> dict[str, Any]:
         """Of the model alone: what a one-process run shares with this layout."""
@@ -61,10 +65,18 @@ def train(layout: Layout, weights: dict[str, torch.Tensor]) -> Run:
     """Join the layout's groups, load this rank's part of `weights`, and take the steps."""
     trainer = Trainer(layout, weights)
     with counting_sent_bytes() as sent_bytes:
-        runs = [trainer.step(0)]
-    runs += [trainer.step(step) for step in range(1, STEPS)]
+        runs = [trainer.step()]
+    runs += [trainer.step() for _ in range(1, STEPS)]
     losses, norms = ([run[i] for run in runs] for i in range(2))
     return Run(losses, norms, trainer.embedding_copies(), sent_bytes)
+
+
+def train_all(
+    layouts: dict[str, Layout], weights: dict[str, dict[str, torch.Tensor]]
+) -> dict[str, Run]:
+    """`train` under every layout; those of one size follow each other, in the same groups."""
+    names = sorted(layouts, key=lambda name: str(layouts[name].sizes()))
+    return {name: train(layouts[name], weights[name]) for name in names}
 
 
 @contextmanager
@@ -139,7 +151,7 @@ class Trainer:
             group["lr"] = 3e-3
         self.config.finalize_model_grads_func = finalize_model_grads_with(groups)
 
-    def step(self, step: int) -> tuple[float, float]:
+    def step(self) -> tuple[float, float]:
         """One optimizer step: the global batch's mean loss, and the gradient norm."""
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -150,9 +162,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = list(microbatches(self.config, step))[
-            parallel_state.get_data_parallel_rank() :: ranks
-        ]
+        batches = list(microbatches(self.config))[parallel_state.get_data_parallel_rank() :: ranks]
         if self.layout.documents:
             batches = [{**batch, **two_documents(self.config)} for batch in batches]
         outputs = get_forward_backward_func()(
@@ -192,19 +202,14 @@ class Trainer:
 
 
 def join_layout(layout: Layout) -> None:
-    """Megatron's process groups for this layout, in place of those of the last one."""
+    """Megatron's process groups for this layout: those of the last one, if they fit."""
     from retro_mcore.platform import use_cpu
 
     use_cpu()
-    from retro_mcore.platform import leave_model_parallel
+    from retro_mcore.training.setup.initialize import initialize_parallel
 
-    leave_model_parallel()
-    join_megatron(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual,
-        context_parallel_size=layout.context,
-    )
+    initialize_parallel(*layout.sizes())
+    join_megatron()
 
 
 def build_chunks(layout: Layout) -> list[Any]:
@@ -283,10 +288,10 @@ def global_name(name: str, offset: int, model: Any) -> str:
     return f"decoder.{prefix}.{int(index) + offset}.{rest}"
 
 
-def microbatches(config: Any, step: int):
-    """The microbatches of a global batch; each a dictionary of `make_inputs`."""
+def microbatches(config: Any):
+    """The microbatches of every step's batch; each a dictionary of `make_inputs`."""
     for index in range(GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE):
-        yield make_inputs(config, SEQUENCE_LENGTH, MICRO_BATCH_SIZE, seed=100 * step + index)
+        yield make_inputs(config, SEQUENCE_LENGTH, MICRO_BATCH_SIZE, seed=index)
 
 
 def two_documents(config: Any) -> dict[str, torch.Tensor]:

@@ -37,7 +37,9 @@ def on_one_rank(folder):
         options = {**layout, "deterministic_mode": True}
         saving = {"save": str(folder / name), "async_save": True}
         losses, state = run(**options)
-        stopped, _ = run(**options, **saving, save_interval=2, exit_interval=STOP)
+        if name == "pipeline":
+            saving["save_interval"] = 2  # one to damage
+        stopped, _ = run(**options, **saving, exit_interval=STOP)
         resumed, state_again = run(**options, load=str(folder / name))
         results[name] = (losses, stopped + resumed, state, state_again)
     results["damaged"] = load_damaged(folder)

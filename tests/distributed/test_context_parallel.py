@@ -17,7 +17,7 @@ from tests.distributed.layouts import (
     SEQUENCE_LENGTH,
     Layout,
     Trainer,
-    train,
+    train_all,
 )
 from tests.distributed.test_parallel_layouts import FULL, NARROW, ROPE, TIED
 from tests.processes import run_ranks
@@ -75,17 +75,13 @@ FOUR_RANKS = {
 }
 
 
-def train_all(layouts, weights):
-    return {name: train(layout, weights[name]) for name, layout in layouts.items()}
-
-
 def count_bytes(layout, weights):
     """Bytes that this rank sends to context parallel ranks in a step, and the dry run's figure."""
     from retro_mcore.training.setup.estimate import context_parallel_bytes
 
     trainer = Trainer(layout, weights)
     with counting_context_bytes() as counted:
-        trainer.step(0)
+        trainer.step()
     arguments = SimpleNamespace(seq_length=SEQUENCE_LENGTH)
     expected = context_parallel_bytes(trainer.config, arguments, MICRO_BATCH_SIZE)
     return sum(counted), expected * GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE

@@ -63,10 +63,10 @@ def test_all_ranks_are_refused_a_project_that_another_run_holds(tmp_path):
 def test_two_ranks_write_the_bytes_of_one_and_mend_what_was_damaged(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl", documents(10, 200))
     project = tmp_path / "project"
-    build_all(project, corpus)
+    build_all(project, corpus, "minilm")
     serial = contents(project)
     shutil.rmtree(project)
-    run_ranks(2, build_all, project, corpus)
+    run_ranks(2, build_all, project, corpus, "minilm")
     assert contents(project) == serial
 
     # Unfinished and damaged files of each stage, then another world size.
@@ -78,7 +78,7 @@ def test_two_ranks_write_the_bytes_of_one_and_mend_what_was_damaged(tmp_path):
         (project / found).write_bytes(b"\0" * len(serial[found]))
     (project / "index/faiss-par-add/Flat/added_1.000_1.000.faissindex").write_bytes(b"IxF2")
     (project / "data/corpus_text_document.bin").unlink()
-    build_all(project, corpus)
+    build_all(project, corpus, "minilm")
     assert contents(project) == serial
 
 

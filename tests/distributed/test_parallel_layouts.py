@@ -1,4 +1,4 @@
-"""Five optimizer steps under each parallel layout equal those of one process."""
+"""Three optimizer steps under each parallel layout equal those of one process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.distributed.layouts import (
     join_layout,
     serial_weights,
     train,
+    train_all,
 )
 from tests.processes import run_ranks
 
@@ -124,10 +125,6 @@ def parallel_runs(world_size: int) -> list[dict[str, Run]]:
     layouts = {2: TWO_RANKS, 3: THREE_RANKS, 4: FOUR_RANKS}[world_size]
     weights = {name: serial(layout)[0] for name, layout in layouts.items()}
     return run_ranks(world_size, train_all, layouts, weights)
-
-
-def train_all(layouts, weights):
-    return {name: train(layout, weights[name]) for name, layout in layouts.items()}
 
 
 _serial: dict[str, tuple[dict[str, torch.Tensor], Run]] = {}

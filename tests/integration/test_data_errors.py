@@ -146,7 +146,7 @@ def test_other_options_of_later_stages(capsys, project):
     line = fails(capsys, build_db, [*where, "--retro-doc-block-size", "5"])
     assert "--retro-doc-block-size" in line
     assert "with 6, asked for 5" in line
-    line = fails(capsys, build_index, [*where, "--nprobe", "3"])
+    line = fails(capsys, build_index, [*where, "--embedder", "static", "--nprobe", "3"])
     assert "--nprobe" in line
     line = fails(capsys, query_neighbors, [*where, "--num-neighbors-save", "6"])
     assert "--num-neighbors-save" in line
@@ -157,7 +157,7 @@ def test_finished_stages_say_that_they_are_reused(capsys, project):
     where = ["--project-dir", str(project)]
     config = json.loads((project / "config.json").read_text())
     assert build_db.main([*where, "--retro-doc-block-size", "6"]) == 0
-    assert build_index.main(where) == 0
+    assert build_index.main([*where, "--embedder", "static"]) == 0
     assert query_neighbors.main([*where, "--num-neighbors-save", "5"]) == 0
     output = capsys.readouterr().out
     assert output.count("(reused)") >= 6

@@ -149,8 +149,10 @@ def _scales(config: Config) -> Flags:
 def _experts(config: Config) -> Flags:
     """Experts and how tokens choose them."""
     key = config.facts.experts
+    if key is None or config.integer(key, 0) == 0:
+        return {}
     layers = _expert_pattern(config)
-    if key is None or not any(layers):
+    if not any(layers):
         return {}
     own_width = "moe_intermediate_size" in config.facts.defaults
     normed = "norm_topk_prob" not in config.facts.defaults or config.boolean("norm_topk_prob")
@@ -175,9 +177,7 @@ def _experts(config: Config) -> Flags:
 
 def _expert_pattern(config: Config) -> list[int]:
     """1 for each layer with experts, 0 for each without."""
-    layers, key = config.integer("num_hidden_layers"), config.facts.experts
-    if key is None or config.integer(key, 0) == 0:
-        return [0] * layers
+    layers = config.integer("num_hidden_layers")
     if "decoder_sparse_step" not in config.facts.defaults:
         return [1] * layers
     step, dense = config.integer("decoder_sparse_step"), config.get("mlp_only_layers") or []

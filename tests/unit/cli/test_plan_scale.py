@@ -44,7 +44,7 @@ def test_rates_are_measured_on_a_projects_chunks(tmp_path):
     written = json.loads(path.read_text())
     with pytest.raises(ConfigurationError, match="--measure: no --project-dir"):
         plan_scale(PlanScaleOptions("1B", measure=True))
-    assert written["workload"]["dimension"] == 384  # MiniLM's
+    assert written["workload"]["dimension"] == 256  # WordLlama's
     assert 0 < written["rates"]["embedded"] < written["rates"]["chunked"] < 1e6
     assert written["rates"]["queried"] == 250
 
@@ -108,15 +108,19 @@ def clustered(count: int) -> np.ndarray:
 
 def test_the_lists_that_a_larger_index_visits_are_expected():
     """Within a factor of two of what building it finds; the tuner's own steps are quarters."""
-    vectors = np.random.default_rng(0).normal(size=(8_000, 12)).astype(np.float32)
-    expected = measure_index_rates(vectors[::2], 8_000, 32, 0.95, 20, 10).nprobe
-    found = measure_index_rates(vectors, 8_000, 32, 0.95, 20, 10).nprobe
+    vectors = np.random.default_rng(0).normal(size=(4_000, 12)).astype(np.float32)
+    expected = measure_index_rates(vectors[::2], 4_000, 32, 0.95, 20, 10).nprobe
+    found = measure_index_rates(vectors, 4_000, 32, 0.95, 20, 10).nprobe
     assert found / 2 <= expected <= found * 2
 
 
 def test_a_project_of_another_embedder_keeps_published_rates(tmp_path, caplog):
     path = tmp_path / "plan.json"
-    given = {"project_dir": str(built_project()), "device": "cpu", "measure": True}
+    project = shutil.copytree(built_project(), tmp_path / "project")
+    settings = ProjectSettings.load(project)
+    settings.embedder = "another"
+    settings.save(project)
+    given = {"project_dir": str(project), "device": "cpu", "measure": True}
     plan_scale(PlanScaleOptions("100K", json=str(path), embedder="static", **given))
     assert "has no vectors of the planned embedder" in caplog.text
     assert json.loads(path.read_text())["rates"]["queried"] == Rates().queried

@@ -52,11 +52,11 @@ def preprocess_options(project: Path, corpus: Path, **changes: object) -> Prepro
     return PreprocessCorpusOptions(**{**values, **changes})
 
 
-def build_all(project: Path, corpus: Path) -> None:
-    """All four stages."""
+def build_all(project: Path, corpus: Path, embedder: str = "static") -> None:
+    """All four stages. The default embedder would take ten times as long as static vectors."""
     preprocess_corpus(preprocess_options(project, corpus))
     build_db(BuildDbOptions(str(project), retro_doc_block_size=6))
-    build_index(BuildIndexOptions(str(project)))
+    build_index(BuildIndexOptions(str(project), embedder=embedder))
     query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
 
 
@@ -72,12 +72,17 @@ def write_rows(rows: np.ndarray, directory: Path, length: int) -> list[Shard]:
     return shards
 
 
-@cache
 def built_project() -> Path:
-    """A finished project; do not change it."""
+    """A finished project, searched by static vectors; do not change it."""
+    return project_of("static")
+
+
+@cache
+def project_of(embedder: str) -> Path:
+    """A finished project of an embedder; do not change it."""
     folder = Path(tempfile.mkdtemp(prefix="retro_project_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    build_all(folder / "project", write_corpus(folder / "corpus.jsonl", documents()))
+    build_all(folder / "project", write_corpus(folder / "corpus.jsonl", documents()), embedder)
     return folder / "project"
 
 

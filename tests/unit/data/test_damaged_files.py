@@ -41,7 +41,11 @@ def project(tmp_path):
 
 
 #: How the project's stages were run.
-SAME = {build_db: ("--retro-doc-block-size", "6"), query_neighbors: ("--num-neighbors-save", "5")}
+SAME = {
+    build_db: ("--retro-doc-block-size", "6"),
+    build_index: ("--embedder", "static"),
+    query_neighbors: ("--num-neighbors-save", "5"),
+}
 
 
 def error_of(capsys, command, project: Path, *more: str) -> str:
@@ -226,7 +230,7 @@ def test_stray_files_are_nobodys(capsys, monkeypatch, tmp_path, project):
         (folder / "readme.txt").write_text("stray")
     where = ["--project-dir", str(project)]
     assert build_db.main([*where, "--retro-doc-block-size", "6"]) == 0
-    assert build_index.main(where) == 0
+    assert build_index.main([*where, *SAME[build_index]]) == 0
     assert query_neighbors.main([*where, "--num-neighbors-save", "5"]) == 0
     assert inspect_neighbors.main(where) == 0
     build_retro_datasets(project)
@@ -330,7 +334,7 @@ def test_infos_that_cannot_be(capsys, project, change):
     assert "indexed_dataset_infos.json: " in line
     assert "build_db" in line
     assert build_db.main(["--project-dir", str(project), "--retro-doc-block-size", "6"]) == 0
-    assert build_index.main(["--project-dir", str(project)]) == 0
+    assert build_index.main(["--project-dir", str(project), *SAME[build_index]]) == 0
 
 
 def other_index(project: Path, index) -> Path:
@@ -376,7 +380,7 @@ def test_a_truncated_index_is_built_again(capsys, project):
     line = error_of(capsys, query_neighbors, project, "--num-neighbors-save", "5")
     assert "added_1.000_1.000.faissindex: is damaged" in line
     assert f"Run build_index --project-dir {project} again" in line
-    assert build_index.main(["--project-dir", str(project)]) == 0
+    assert build_index.main(["--project-dir", str(project), *SAME[build_index]]) == 0
     again = ["--project-dir", str(project), "--num-neighbors-save", "5"]
     assert query_neighbors.main(again) == 0
 

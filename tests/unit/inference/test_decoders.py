@@ -113,7 +113,7 @@ def test_every_step_equals_full_recomputation(megatron, variant):
     source = ChunkFunction(num_neighbors=model.config.retro_num_neighbors)
     # Prompts without a chunk, that end with one, and in the middle; they stop at different times.
     texts = [text_of(tokens) for tokens in prompts(1, M - 1, M, 2 * M, 3 * M + 5)]
-    continuations = prompts(20, 2 * M, 1, 3 * M, 12)
+    continuations = prompts(3 * M + 1, 2 * M, 1, 3 * M, 10)
     follow(model, texts, continuations, [source] * len(texts))
 
 

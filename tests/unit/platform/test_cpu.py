@@ -2,45 +2,102 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
+# Runs each program of its argument, a JSON dictionary, in a child of one interpreter with torch.
+APART = """
+import json, os, sys, traceback
+import torch
+for name, code in json.loads(sys.argv[1]).items():
+    print(f"\\n== {name}", flush=True)
+    if not os.fork():
+        failed = 0
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            failed = 1
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(failed)
+    if os.wait()[1]:
+        sys.exit(f"{name} failed")
+"""
 
-def run_python(code: str) -> str:
-    """Run `code` in a fresh interpreter; its standard output."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+PROGRAMS = {
+    "importing": """
+before = torch.empty, torch.cuda.current_device, torch.Tensor.cuda
+import retro_mcore, retro_mcore.platform
+assert before == (torch.empty, torch.cuda.current_device, torch.Tensor.cuda)
+print('megatron' in sys.modules)
+""",
+    "twice": """
+from retro_mcore.platform import use_cpu
+use_cpu()
+once = torch.empty
+use_cpu()
+print(torch.empty is once, 'torch._dynamo' in sys.modules)
+""",
+    "after megatron": """
+import retro_mcore.training.loop.trainer, retro_mcore.inference.decoders
+from tests.unit.platform.test_cpu import one_step
+print(one_step())
+""",
+    "initialized": """
+torch.cuda.is_initialized = lambda: True
+from retro_mcore.platform import use_cpu
+from retro_mcore.errors import ConfigurationError
+empty = torch.empty
+try: use_cpu()
+except ConfigurationError as error: print(torch.empty is empty, error)
+""",
+    "cuda": """
+torch.cuda.is_available = lambda: True
+chosen = []
+torch.cuda.set_device = chosen.append
+before = torch.empty, torch.Tensor.cuda
+from retro_mcore.platform import distributed_backend, is_cpu_in_use, setup_device
+print(setup_device(), distributed_backend(), is_cpu_in_use(), chosen,
+      before == (torch.empty, torch.Tensor.cuda))
+""",
+    "no device": """
+from retro_mcore.platform import setup_device
+from retro_mcore.errors import ConfigurationError
+try: setup_device('cuda')
+except ConfigurationError as error: print(error)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """The last line of each program's output, each run where only torch was imported."""
+    programs = {name: f"import sys, torch\n{code}" for name, code in PROGRAMS.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", APART, json.dumps(programs)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    blocks = (block.split("\n", 1) for block in done.stdout.split("\n== ")[1:])
+    return {name: output.strip().splitlines()[-1] for name, output in blocks}
 
 
-def test_importing_the_package_patches_nothing():
-    code = (
-        "import torch; before = torch.empty, torch.cuda.current_device, torch.Tensor.cuda;"
-        "import retro_mcore, retro_mcore.platform;"
-        "assert before == (torch.empty, torch.cuda.current_device, torch.Tensor.cuda);"
-        "import sys; print('megatron' in sys.modules)"
-    )
-    assert run_python(code) == "False"
+def test_importing_the_package_patches_nothing(printed):
+    assert printed["importing"] == "False"
 
 
-def test_use_cpu_twice_patches_once_and_loads_no_compiler():
-    code = (
-        "from retro_mcore.platform import use_cpu; use_cpu(); import torch; once = torch.empty;"
-        "use_cpu(); import sys; print(torch.empty is once, 'torch._dynamo' in sys.modules)"
-    )
-    assert run_python(code) == "True False"
+def test_use_cpu_twice_patches_once_and_loads_no_compiler(printed):
+    assert printed["twice"] == "True False"
 
 
-def test_megatron_may_be_imported_before_use_cpu(megatron):
-    code = (
-        "import retro_mcore.training.loop.trainer, retro_mcore.inference.decoders\n"
-        "from tests.unit.platform.test_cpu import one_step\n"
-        "print(one_step())"
-    )
-    assert float(run_python(code).splitlines()[-1]) == one_step()
+def test_megatron_may_be_imported_before_use_cpu(megatron, printed):
+    assert float(printed["after megatron"]) == one_step()
 
 
 def one_step() -> float:
@@ -58,39 +115,19 @@ def one_step() -> float:
     return float(loss.detach()) + sum(float(p.grad.double().sum()) for p in model.parameters())
 
 
-def test_use_cpu_refuses_a_process_that_uses_cuda():
-    code = (
-        "import torch; torch.cuda.is_initialized = lambda: True\n"
-        "from retro_mcore.platform import use_cpu\n"
-        "from retro_mcore.errors import ConfigurationError\n"
-        "empty = torch.empty\n"
-        "try: use_cpu()\n"
-        "except ConfigurationError as error: print(torch.empty is empty, error)"
-    )
-    assert run_python(code).startswith("True use_cpu(): this process has already initialised CUDA")
+def test_use_cpu_refuses_a_process_that_uses_cuda(printed):
+    expected = "True use_cpu(): this process has already initialised CUDA"
+    assert printed["initialized"].startswith(expected)
 
 
-def test_nothing_is_patched_on_a_cuda_machine():
-    code = (
-        "import torch; torch.cuda.is_available = lambda: True; chosen = []\n"
-        "torch.cuda.set_device = chosen.append; before = torch.empty, torch.Tensor.cuda\n"
-        "from retro_mcore.platform import distributed_backend, is_cpu_in_use, setup_device\n"
-        "print(setup_device(), distributed_backend(), is_cpu_in_use(), chosen,"
-        " before == (torch.empty, torch.Tensor.cuda))"
-    )
+def test_nothing_is_patched_on_a_cuda_machine(printed):
     expected = "cuda:0 nccl False [device(type='cuda', index=0)] True"
-    assert run_python(code) == expected
+    assert printed["cuda"] == expected
 
 
-def test_cuda_without_a_device_is_refused():
-    code = (
-        "from retro_mcore.platform import setup_device\n"
-        "from retro_mcore.errors import ConfigurationError\n"
-        "try: setup_device('cuda')\n"
-        "except ConfigurationError as error: print(error)"
-    )
+def test_cuda_without_a_device_is_refused(printed):
     if not torch.cuda.is_available():
-        assert "finds no CUDA device" in run_python(code)
+        assert "finds no CUDA device" in printed["no device"]
 
 
 @pytest.mark.parametrize("device", ["cuda", torch.device("cuda", 0), torch.device("cuda")])

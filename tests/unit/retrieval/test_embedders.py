@@ -24,28 +24,27 @@ from retro_mcore.retrieval.embedders.base import Embedder
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.retro_dataset import build_retro_datasets
+from tests.processes import run_ranks
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
 
-# Embeddings before and after the CPU platform replaces torch's CUDA queries and factories.
-AROUND_USE_CPU = """
-import numpy as np
-from retro_mcore.retrieval import embedders
-from retro_mcore.retrieval.embedders import build_embedder
-texts = ["A dog chases a cat.", "Interest rates rose.", "", "x" * 400]
-before = build_embedder("minilm", device="cpu").embed(texts)
-from retro_mcore.platform import use_cpu
-use_cpu()
-after = build_embedder("minilm", device="cpu").embed(texts)
-assert before.shape == (4, 384) and np.isfinite(before).all()
-# Another place in memory may round the last bits of unit vectors otherwise.
-assert np.allclose(before, after, rtol=0, atol=1e-5), abs(before - after).max()
-"""
+
+def around_use_cpu():
+    """Embeddings before and after the CPU platform replaces torch's CUDA queries and factories."""
+    from retro_mcore.platform import is_cpu_in_use, use_cpu
+
+    texts = ["A dog chases a cat.", "Interest rates rose.", "", "x" * 400]
+    assert not is_cpu_in_use()
+    before = build_embedder("minilm", device="cpu").embed(texts)
+    use_cpu()
+    return before, build_embedder("minilm", device="cpu").embed(texts)
 
 
 def test_an_encoder_loaded_after_use_cpu_gives_the_same_embeddings():
-    command = [sys.executable, "-W", "ignore", "-c", AROUND_USE_CPU]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    ((before, after),) = run_ranks(1, around_use_cpu)
+    assert before.shape == (4, 384)
+    assert np.isfinite(before).all()
+    # Another place in memory may round the last bits of unit vectors otherwise.
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +117,13 @@ def test_pooling_of_a_hugging_face_encoder():
     mean = build_embedder("minilm", 3, "cpu", "mean")
     cls = build_embedder(folder, 2, "cpu", "cls")
     assert (mean.dimension, cls.name) == (384, folder)
+    of_mean, of_cls = mean.embed(texts), cls.embed(texts)
     with torch.inference_mode():
         for row, text in enumerate(texts):
             encoded = tokenizer(text, truncation=True, max_length=512, return_tensors="pt")
             hidden = model(**encoded).last_hidden_state[0].numpy()
-            np.testing.assert_allclose(mean.embed(texts)[row], hidden.mean(0), atol=1e-5)
-            np.testing.assert_allclose(cls.embed(texts)[row], hidden[0], atol=1e-5)
+            np.testing.assert_allclose(of_mean[row], hidden.mean(0), atol=1e-5)
+            np.testing.assert_allclose(of_cls[row], hidden[0], atol=1e-5)
     ours = mean.embed(texts[:1])[0]
     theirs = build_embedder("minilm", device="cpu").embed(texts[:1])[0]
     np.testing.assert_allclose(ours / np.linalg.norm(ours), theirs, atol=1e-5)

@@ -39,7 +39,7 @@ def test_an_embedder_of_another_dimension_is_refused(tmp_path: Path, search) -> 
     settings = ProjectSettings.load(project)
     settings.embedding_dimension = 7
     settings.save(project)
-    found = "the index holds vectors of 7, the embedder minilm gives 384"
+    found = "the index holds vectors of 7, the embedder static gives 256"
     with pytest.raises(ProjectError, match=found):
         search(project)
 

@@ -18,7 +18,7 @@ from retro_mcore.retrieval.embedders.base import embed_unique
 from retro_mcore.retrieval.filtering import keep_first
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors
-from tests.unit.data.projects import built_project, write_rows
+from tests.unit.data.projects import project_of, write_rows
 
 
 def test_shards_are_named_as_upstream_names_them(tmp_path):
@@ -84,7 +84,7 @@ def test_neighbors_are_the_nearest_chunks_of_other_documents():
     from retro_mcore.retrieval.chunk_text import chunk_texts
     from retro_mcore.samples.project_samples import build_gpt_samples
 
-    paths = ProjectPaths(built_project())
+    paths = ProjectPaths(project_of("minilm"))
     config = ProjectConfig.load(paths.root)
     tokenizer = load_project_tokenizer(config, paths)
     database = ChunkDatabase.open(paths.root)
@@ -113,7 +113,7 @@ def test_neighbors_are_the_nearest_chunks_of_other_documents():
 
 
 def test_the_recall_is_stored_beside_the_index():
-    paths = ProjectPaths(built_project())
+    paths = ProjectPaths(project_of("minilm"))
     settings = ProjectSettings.load(paths.root)
     assert (settings.embedder, settings.embedding_dimension) == ("minilm", 384)
     assert settings.index_string == "Flat"
@@ -127,7 +127,7 @@ def test_the_recall_is_stored_beside_the_index():
 
 def test_neighbors_without_their_distances_are_searched_again(tmp_path):
     project = tmp_path / "project"
-    shutil.copytree(built_project(), project)
+    shutil.copytree(project_of("minilm"), project)
     (directory,) = (project / "query").glob("train_*")
     before = {path: path.read_bytes() for path in directory.rglob("*.hdf5")}
     files = sorted((directory / "distances").glob("*.hdf5"))

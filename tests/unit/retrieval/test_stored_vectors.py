@@ -58,8 +58,13 @@ def dtypes(project):
     return found
 
 
-def run(project, *flags):
-    return build_index.main(["--project-dir", str(project), *flags])
+@pytest.fixture
+def run(tiny_bert):
+    """Runs build_index on a project."""
+    embedder = ("--embedder", str(tiny_bert))
+    return lambda project, *flags: build_index.main(
+        ["--project-dir", str(project), *embedder, *flags]
+    )
 
 
 def without_index(project):
@@ -71,7 +76,9 @@ def without_index(project):
 
 
 @pytest.mark.parametrize(("samples", "dtype"), [("aligned", "fp16"), ("packed", "fp32")])
-def test_new_projects_are_stored_as_their_samples_need(project, capsys, samples, dtype):
+def test_new_projects_are_stored_as_their_samples_need(
+    run, project, tiny_bert, capsys, samples, dtype
+):
     """Packed projects are exchanged with programs that read fp32."""
     without_index(project)
     ProjectSettings(samples=samples).save(project)
@@ -79,7 +86,7 @@ def test_new_projects_are_stored_as_their_samples_need(project, capsys, samples,
     assert set(dtypes(project)) == {dtype.replace("fp", "float")}
     assert run(project) == 0
     settings = ProjectSettings.load(project)
-    automatic = default_precision("minilm", "auto")  # of this processor
+    automatic = default_precision(str(tiny_bert), "auto")  # of this processor
     expected = automatic if samples == "aligned" else "fp32"
     assert (settings.embed_precision, settings.embeddings_dtype) == (expected, dtype)
     other = "fp32" if dtype == "fp16" else "fp16"
@@ -87,7 +94,7 @@ def test_new_projects_are_stored_as_their_samples_need(project, capsys, samples,
     assert "--embeddings-dtype: " in capsys.readouterr().err
 
 
-def test_a_project_of_an_older_version_stays_in_fp32(project):
+def test_a_project_of_an_older_version_stays_in_fp32(run, project):
     """It is repeated, and grows, with the default flags."""
     before = ("--embeddings-dtype", "fp32", "--embed-precision", "fp32")
     assert run(without_index(project), *before) == 0
@@ -100,7 +107,7 @@ def test_a_project_of_an_older_version_stays_in_fp32(project):
     assert "--embeddings-dtype" not in (project / "stages" / "build_index.json").read_text()
 
 
-def test_embeddings_that_were_begun_in_fp32_are_continued(project):
+def test_embeddings_that_were_begun_in_fp32_are_continued(run, project):
     step = ("--stage", "embed")
     assert run(without_index(project), *step, "--embeddings-dtype", "fp32") == 0
     (first, *others) = sorted(ProjectPaths(project).embeddings.glob("*.hdf5"))
@@ -113,7 +120,7 @@ def test_embeddings_that_were_begun_in_fp32_are_continued(project):
     assert ProjectSettings.load(project).embeddings_dtype == "fp32"
 
 
-def test_a_grown_project_keeps_the_type(project, tmp_path):
+def test_a_grown_project_keeps_the_type(run, project, tmp_path):
     assert run(without_index(project), "--embeddings-dtype", "fp32") == 0
     assert query_neighbors.main(["--project-dir", str(project)]) == 0
     (tmp_path / "new.txt").write_text("A new document about storing vectors. " * 40)

@@ -19,6 +19,7 @@ from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders import build_embedder, sentence
 from retro_mcore.retrieval.embedders.base import Embedder, embed_unique
 from retro_mcore.retrieval.embedders.half_precision import HalfPrecision
+from retro_mcore.retrieval.embedders.static import StaticEmbedder
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.neighbor_search import require_found
 from retro_mcore.retrieval.retriever import Retriever
@@ -192,14 +193,17 @@ def without_index(project):
 
 def spoil(monkeypatch, text: str) -> None:
     """NaN for every text that holds `text`."""
-    embed = sentence.SentenceEncoder.embed
+    for kind in (sentence.SentenceEncoder, StaticEmbedder):
+        monkeypatch.setattr(kind, "embed", spoiled(kind.embed, text))
 
-    def spoiled(self, texts):
+
+def spoiled(embed, text: str):
+    def embed_spoiled(self, texts):
         vectors = embed(self, texts)
         vectors[[text in each for each in texts]] = np.nan
         return vectors
 
-    monkeypatch.setattr(sentence.SentenceEncoder, "embed", spoiled)
+    return embed_spoiled
 
 
 def error_of(capsys, command, *arguments: object) -> str:
@@ -310,7 +314,8 @@ def test_ends_of_documents_are_embedded_as_megatron_does(project):
     values = json.loads(record.read_text())
     del values["options"]["document_ends of build_index"]
     record.write_text(json.dumps(values))
-    for command, more in ((build_index, []), (query_neighbors, ["--num-neighbors-save", "5"])):
+    static, saved = ["--embedder", "static"], ["--num-neighbors-save", "5"]
+    for command, more in ((build_index, static), (query_neighbors, saved)):
         assert command.main(["--project-dir", str(project), *more]) == 0
     assert Retriever(project)._project.source_settings.document_ends == "line break"
 
@@ -319,14 +324,15 @@ def test_embeddings_that_an_older_version_began_are_gone_on_with(project):
     """build_index was interrupted, and retro-mcore updated meanwhile: days of embedding stay, and
     one index does not mix two ways."""
     paths = ProjectPaths(without_index(project))
-    paths.settings.write_text('{"embedder": "minilm"}')  # whose ends of documents are line breaks
-    assert build_index.main(["--project-dir", str(project), "--stage", "embed"]) == 0
+    paths.settings.write_text('{"embedder": "static"}')  # whose ends of documents are line breaks
+    flags = ["--project-dir", str(project), "--embedder", "static"]
+    assert build_index.main([*flags, "--stage", "embed"]) == 0
     (first, *others) = sorted(paths.embeddings.glob("*.hdf5"))
     before = first.read_bytes()
     for path in others:
         path.unlink()
     paths.settings.write_text("{}")  # it is written when the index is there
-    result = build_index.build_index(build_index.BuildIndexOptions(str(project)))
+    result = build_index.build_index(build_index.BuildIndexOptions(str(project), embedder="static"))
     assert result.embeddings.reused == 1
     assert first.read_bytes() == before
     assert json.loads(paths.settings.read_text())["document_ends"] == "line break"

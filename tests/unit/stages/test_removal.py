@@ -179,7 +179,6 @@ def check_same(found: Table, wanted: Table) -> None:
 #: Index, and options of build_index, query_neighbors and preprocess_corpus.
 CASES: list[tuple[str, dict, dict, dict]] = [
     ("IVF4_HNSW8,SQ8", {}, {}, {"near_duplicates": "exclude-neighbors"}),
-    ("Flat", {}, {}, {}),
     ("Flat", {}, {"rerank": "bm25"}, {}),
     ("IVF4,Flat", {"on_disk": True}, {}, {}),
     ("IVF4,Flat", {"split_index": True}, {}, {}),

@@ -107,8 +107,8 @@ def weights_of_layouts():
     from tests.distributed.test_load_gpt import build
 
     found = {}
-    for model, changes in MODELS.items():
-        for layout, sizes in LAYOUTS.items():
+    for layout, sizes in LAYOUTS.items():  # outside: models of one layout share its groups
+        for model, changes in MODELS.items():
             flags = {**BASE, **changes}
             from retro_mcore.platform import setup_device
 
