@@ -73,7 +73,7 @@ test-kernels: env ## run what computes once more, with other kernels than this p
 test-versions: env $(patsubst %,.megatron-%/.up-to-date,$(sort $(MEGATRON) $(TRAINERS))) ## run what stands on megatron-core on MEGATRON=0.19.2 as well, and Megatron-LM's trainers
 	PYTHONPATH=$(CURDIR)/.megatron-$(MEGATRON) $(PYTEST) -m "not slow and not parity and not gpu" \
 		tests/distributed tests/unit/platform tests/unit/model tests/unit/checkpoint/test_checkpoints.py \
-		--ignore tests/distributed/test_data_pipeline.py --ignore tests/distributed/test_index_steps.py \
+		$(addprefix --ignore tests/distributed/test_,data_pipeline.py index_steps.py near_duplicates.py) \
 		$(addprefix tests/unit/training/test_,trainer.py training_options.py model_flags.py providers.py \
 		token_mean.py parametrization.py flags.py)
 	@# One process for each release: the tests of one share its runs.

@@ -125,7 +125,8 @@ def test_a_project_of_another_corpus_or_tokenizer(capsys, project):
     assert "--tokenizer" in fails(capsys, preprocess_corpus, flags(options))
     shutil.copy(model, project / "tokenizer" / "sentencepiece.model")
     for command in (build_db, build_index, query_neighbors):
-        line = fails(capsys, command, ["--project-dir", str(project)])
+        same = ["--embedder", "static"] if command is build_index else []
+        line = fails(capsys, command, ["--project-dir", str(project), *same])
         assert "sentencepiece.model: not the tokenizer that the project was built with" in line
 
 

@@ -140,26 +140,11 @@ def test_commands_beside_others_are_printed_when_it_is_their_turn(tmp_path, monk
     assert not endless.is_running
 
 
-@pytest.fixture(scope="module")
-def make_corpus():
-    """Calls make_corpus.py in this process, where it parses the standard library once."""
-    corpus = load_script("make_corpus")
-    read = corpus.source_documents
-    corpus.source_documents = cache(lambda library: [*read(library)])
-
-    def call(*flags: object) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["make_corpus.py", *map(str, flags)])
-            return corpus.main()
-
-    return call
-
-
-def test_the_corpus_is_pythons_documentation_always_the_same(tmp_path, make_corpus):
+def test_the_corpus_is_pythons_documentation_always_the_same(tmp_path):
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
-    result = run_script("make_corpus.py", "--text", "python", "--output", first)
-    assert result.returncode == 0, result.stderr
-    assert make_corpus("--text", "python", "--output", second) == 0
+    for path in (first, second):
+        result = run_script("make_corpus.py", "--text", "python", "--output", path)
+        assert result.returncode == 0, result.stderr
     assert first.read_bytes() == second.read_bytes()
     documents = {
         record["id"]: record["text"] for record in map(json.loads, first.open(encoding="utf-8"))
@@ -187,10 +172,16 @@ def test_a_models_files_are_one_document_with_each_section_once(tmp_path):
     assert "only --text python has modules" in refused.stderr
 
 
-def test_fewer_documents_are_the_first_ones(tmp_path, make_corpus, capsys):
+def test_fewer_documents_are_the_first_ones(tmp_path, monkeypatch, capsys):
+    # In this process, to parse the standard library once.
+    corpus = load_script("make_corpus")
+    read = corpus.source_documents
+    monkeypatch.setattr(corpus, "source_documents", cache(lambda library: [*read(library)]))
     for count in (3, 5):
-        flags = ["--text", "python", "--output", tmp_path / f"{count}.jsonl"]
-        assert make_corpus(*flags, "--max-documents", count) == 0
+        flags = ["--text", "python", "--output", str(tmp_path / f"{count}.jsonl")]
+        flags += ["--max-documents", str(count)]
+        monkeypatch.setattr(sys, "argv", ["make_corpus.py", *flags])
+        assert corpus.main() == 0
         assert f"{count} documents" in capsys.readouterr().out
     three, five = (
         (tmp_path / name).read_text("utf-8").splitlines() for name in ("3.jsonl", "5.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -40,6 +41,14 @@ MEGATRON_ARGUMENTS = {
     "retro_encoder_attention_dropout": 0.0,
     "tokenizer_type": "GPTSentencePieceTokenizer",
 }
+
+
+@pytest.fixture(scope="module")
+def one_step(megatron, tmp_path_factory):
+    """A checkpoint after one step; copy it before it is changed."""
+    path = tmp_path_factory.mktemp("one_step") / "ours"
+    small_trainer(save=str(path), train_iters=1).train()
+    return path
 
 
 def convert(load, save, **options):
@@ -170,12 +179,11 @@ def test_ours_goes_through_every_format(megatron, tmp_path):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_names_of_instructretro(megatron, tmp_path):
+def test_names_of_instructretro(one_step, tmp_path):
     """Written out by hand from the branch's modules: one layer of each kind."""
     from retro_mcore.checkpoint.torch_format import read_torch_format
 
-    small_trainer(save=str(tmp_path / "ours"), train_iters=1).train()
-    convert(tmp_path / "ours", tmp_path / "theirs", target="instructretro", retro_origin="legacy")
+    convert(one_step, tmp_path / "theirs", target="instructretro", retro_origin="legacy")
     file = tmp_path / "theirs" / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
     model = torch.load(file, weights_only=False)["model"]["language_model"]
     assert model.keys() == {"embedding", "encoder"}
@@ -237,9 +245,9 @@ def test_a_pickle_that_runs_code_is_refused(megatron, tmp_path, where):
 
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt"])
-def test_a_torch_dist_checkpoint_that_runs_code_is_refused(megatron, tmp_path, file):
+def test_a_torch_dist_checkpoint_that_runs_code_is_refused(one_step, tmp_path, file):
     trap = tmp_path / "trap"
-    small_trainer(save=str(tmp_path / "ours"), train_iters=1).train()
+    shutil.copytree(one_step, tmp_path / "ours")
     (path,) = (tmp_path / "ours").glob("iter_*")
     if file == ".metadata":
         (path / file).write_bytes(pickle.dumps({"state_dict_metadata": Executes(trap)}))
@@ -382,8 +390,8 @@ def megatron_lm_arguments(path: Path, **changes) -> None:
     (path / CHECKSUMS_FILE).unlink()  # Megatron-LM writes none
 
 
-def test_a_checkpoint_of_megatron_lm_is_read(megatron, tmp_path, caplog):
-    small_trainer(save=str(tmp_path), train_iters=1).train()
+def test_a_checkpoint_of_megatron_lm_is_read(one_step, tmp_path, caplog):
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     wanted, arguments = built(tmp_path)
     (path,) = tmp_path.glob("iter_*")
     megatron_lm_arguments(path)
@@ -397,16 +405,16 @@ def test_a_checkpoint_of_megatron_lm_is_read(megatron, tmp_path, caplog):
     assert trainer.train().iteration == 1
 
 
-def test_the_tokenizer_of_a_checkpoint_of_megatron_lm_is_compared(megatron, tmp_path):
-    small_trainer(save=str(tmp_path), train_iters=1).train()
+def test_the_tokenizer_of_a_checkpoint_of_megatron_lm_is_compared(one_step, tmp_path):
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     (path,) = tmp_path.glob("iter_*")
     megatron_lm_arguments(path, tokenizer_fingerprint="0" * 64)
     with pytest.raises(CheckpointError, match="was trained with tokenizer_fingerprint 000"):
         small_trainer(load=str(tmp_path), finetune=True, train_iters=1)
 
 
-def test_a_model_of_megatron_bridge_is_read(megatron, tmp_path):
-    small_trainer(save=str(tmp_path), train_iters=1).train()
+def test_a_model_of_megatron_bridge_is_read(one_step, tmp_path):
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     wanted, arguments = built(tmp_path)
     (path,) = tmp_path.glob("iter_*")
     give_bridges_configuration(path)
