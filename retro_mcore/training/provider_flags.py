@@ -68,6 +68,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (_OFF, _OTHER_MODEL),
     ),
     "position_embedding_type": ((None, "learned_absolute", "rope"), "Use one of these"),
+    # Muon would split the encoder's projections at the decoder's heads.
+    "optimizer": ((None, "adam", "sgd"), _ELSEWHERE),
     "transformer_impl": ((None, "local", "transformer_engine"), "Use one of these"),
     "context_parallel_size": ((None, 1), "Use tools/pretrain_retro.py, which divides samples"),
     **dict.fromkeys(("num_experts", "num_moe_experts"), (_OFF, _ELSEWHERE)),

@@ -27,7 +27,7 @@ def names_by_group(trainer):
     }
 
 
-@pytest.mark.parametrize("changes", [{}, {"sgd_momentum": 0.0}, {"bf16": True}])
+@pytest.mark.parametrize("changes", [{"sgd_momentum": 0.0}, {"bf16": True}])
 def test_sgd_resumes_bit_for_bit(changes, tmp_path):
     changes = {"optimizer": "sgd", "decoupled_lr": 1e-3, **changes}
     whole = train(**changes).train_losses

@@ -65,6 +65,7 @@ def test_the_projects_values_are_the_defaults(megatron):
         ([], {"window_size": (100, 0)}, "--window-size"),
         ([], {"softmax_type": "off-by-one"}, "--softmax-type: off-by-one"),
         ([], {"position_embedding_type": "yarn"}, "--position-embedding-type: yarn"),
+        ([], {"optimizer": "muon"}, "--optimizer: muon"),
         ([], {"data_path": ["x"]}, "--data-path"),
         ([], {"yaml_cfg": "x.yaml"}, "--yaml-cfg"),
         (["--split", "90,10,0"], {}, "--split: 90,10,0, and the project was built with 60,20,20"),
