@@ -191,8 +191,8 @@ def count_all_cuts(
             if plan.command.longform_answer and rank == 0:
                 for counts, part in zip(mine, parts, strict=True):
                     counts["records_left_out"] = num_without_longform(part.train_files)
-        counts = distributed.gather(mine)
-        found.append(InstructionCuts.of_ranks(split, labels_of(parts), counts, dataset.packing))
+        gathered = distributed.gather(mine)
+        found.append(InstructionCuts.of_ranks(split, labels_of(parts), gathered, dataset.packing))
     return tuple(found)
 
 
