@@ -7,7 +7,6 @@ optimizer, which is the same for all.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
@@ -18,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.peak_memory import peak_bytes
 
 
 class Side:
@@ -68,15 +68,7 @@ class Side:
             before = torch.cuda.memory_allocated()
             self.step()
             return torch.cuda.max_memory_allocated() - before
-        # Not the process's memory: that shows the heap's fragmentation more than the model's need.
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self.step()
-        assert profiler.profiler is not None
-        events = profiler.profiler.kineto_results.events()
-        changes = [
-            (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-        ]
-        return max(itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0])))
+        return peak_bytes(self.step)
 
     def saved_bytes(self) -> int:
         """What the forward pass keeps for the backward pass: distinct storages, not parameters."""
