@@ -22,3 +22,15 @@ def test_indexes_are_compared_on_vectors_of_a_project(tmp_path, capsys):
     rows = measure(options)
     assert [row.index for row in rows] == ["IVF2,Flat", "IVF2,SQ8"]
     assert rows[0].recall == 1.0  # both lists are scanned
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_layout_is_compared_with_one_process(capsys):
+    from benchmarks.parallel_cost import SMOKE, compare, show_layout
+
+    whole, spread = compare("CP2", {**SMOKE, "length": 256}, steps=1)
+    show_layout("CP2", [(whole, spread)])
+    assert "CPU" in capsys.readouterr().out
+    assert 0 == whole["bytes"] < spread["bytes"]
+    assert spread["peak"] < whole["peak"]
