@@ -6,16 +6,24 @@ Muon needs the package emerging_optimizers: `make test-muon`.
 from __future__ import annotations
 
 import pytest
+import torch
 
 from retro_mcore.errors import ConfigurationError, RetroError
 from tests.processes import run_ranks
-from tests.unit.training.small import NO_DROPOUT, train
+from tests.unit.training.small import NO_DROPOUT, small_trainer, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("megatron")]
 
 MODEL = {**NO_DROPOUT, "num_layers": 4, "retro_decoder_layers": [2, 3]}
 # In a pipeline the encoder is on the second stage, with an embedding of its own.
-SGD = {**MODEL, "retro_decoder_layers": [3], "optimizer": "sgd", "lr": 0.1, "decoupled_lr": 1.0}
+SGD = {
+    **MODEL,
+    "retro_decoder_layers": [3],
+    "untie_embeddings_and_output_weights": True,
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "decoupled_lr": 2.0,
+}
 # The encoder's heads have other sizes than the decoder's.
 MUON = {
     **MODEL,
@@ -42,12 +50,17 @@ BEGIN, END = 2, 4
 
 
 def continued(model, begun, folder):
-    """Losses of runs that continue a checkpoint of one process, by layout."""
-    found = {}
+    """Losses of runs that continue a checkpoint of one process, and word embeddings, by layout."""
+    losses, words = {}, {}
     for name, layout in LAYOUTS.items():
         places = {"load": begun, "save": f"{folder}/{name}", "exit_interval": END}
-        found[name] = train(**model, **layout, **places).train_losses
-    return found
+        trainer = small_trainer(**model, **layout, **places)
+        losses[name] = trainer.train().train_losses
+        (stage,) = trainer._parts.stages
+        words[name] = [
+            p for n, p in stage.named_parameters() if n.endswith("word_embeddings.weight")
+        ]
+    return losses, words
 
 
 def check(model, tmp_path):
@@ -56,14 +69,18 @@ def check(model, tmp_path):
     whole = train(**model).train_losses
     first = train(**model, save=begun, exit_interval=BEGIN).train_losses
     assert first + train(**model, load=begun).train_losses == whole
-    for name, losses in run_ranks(2, continued, model, begun, str(tmp_path))[0].items():
+    ranks = run_ranks(2, continued, model, begun, str(tmp_path))
+    for name, losses in ranks[0][0].items():
         last = train(**model, load=str(tmp_path / name)).train_losses
         tolerance = RELATIVE[model["optimizer"]]
         assert first + losses + last == pytest.approx(whole, rel=tolerance), name
+    copies = [table for _, words in ranks for table in words["PP2"]]
+    assert all(torch.equal(copies[0], table) for table in copies)
+    return len(copies)
 
 
 def test_sgd_in_every_layout(tmp_path):
-    check(SGD, tmp_path)
+    assert check(SGD, tmp_path) == 2  # the encoder's stage has a copy
 
 
 @pytest.fixture
