@@ -172,6 +172,7 @@ class RetroConfig(RetroOptions, DecoderConfig):
             if name != "softmax_scale" or self.retro_mup_base_hidden_size is None:
                 setattr(config, name, value)
         config.context_parallel_size, config.cp_comm_type = 1, None  # chunks are whole
+        config.cpu_offloading_num_layers = 0  # the layer that calls the encoder has the context
         config.window_size = config.window_attn_skip_freq = None
         config.num_moe_experts = config.moe_ffn_hidden_size = None  # dense
         config.moe_layer_freq, config.moe_shared_expert_intermediate_size = 1, None

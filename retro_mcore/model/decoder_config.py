@@ -22,7 +22,13 @@ class DecoderConfig(FamilyOptions, TransformerConfig):
     def __post_init__(self) -> None:
         """Validate, after Megatron's own checks."""
         super().__post_init__()
-        raise_problems([*problems_of_family(self, self.num_layers), *_problems_of_window(self)])
+        raise_problems(
+            [
+                *problems_of_family(self, self.num_layers),
+                *_problems_of_window(self),
+                *_problems_of_offloading(self),
+            ]
+        )
         if self.num_moe_experts is not None and self.add_bias_linear:
             raise ConfigurationError(
                 "add_bias_linear",
@@ -54,3 +60,25 @@ def _problems_of_window(config: TransformerConfig) -> Iterator[ConfigurationErro
         expected = f"{config.num_layers} of 0 and 1, one for each layer, and 1 for a window"
     if not fits:
         yield ConfigurationError("window_attn_skip_freq", f"{layers}", f"Give {expected}")
+
+
+def _problems_of_offloading(config: TransformerConfig) -> Iterator[ConfigurationError]:
+    layers = config.cpu_offloading_num_layers
+    if not 0 <= layers < config.num_layers:
+        yield ConfigurationError(
+            "cpu_offloading_num_layers",
+            f"{layers} of {config.num_layers} layers",
+            "The last layer's activations are needed at once: choose fewer layers",
+        )
+    if layers and config.pipeline_model_parallel_size > 1:
+        yield ConfigurationError(
+            "cpu_offloading_num_layers",
+            f"{layers} with pipeline_model_parallel_size {config.pipeline_model_parallel_size}",
+            "Choose one of them",
+        )
+    if layers and config.recompute_granularity:
+        yield ConfigurationError(
+            "cpu_offloading_num_layers",
+            f"{layers} with recompute_granularity {config.recompute_granularity}",
+            "Choose one of them",
+        )

@@ -26,6 +26,7 @@ from torch import Tensor
 from retro_mcore.errors import ConfigurationError, raise_problems
 from retro_mcore.model.family_layers import scale_embedding, scale_logits, set_frequencies
 from retro_mcore.platform.compatibility import config_value
+from retro_mcore.platform.offloading import ActivationOffloading
 
 PositionEmbedding = Literal["learned_absolute", "rope", "none"]
 
@@ -117,6 +118,9 @@ class DecoderModel(LanguageModule):
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
+        self.offloading = ActivationOffloading(_layers_to_offload(config))
+        if self.offloading.num_layers:
+            self.decoder.offload_context = self.offloading
         if post_process:
             self.output_layer = self._build_output_layer()
         if pre_process or post_process:
@@ -223,12 +227,13 @@ class DecoderModel(LanguageModule):
                 None, self.decoder, decoder_input, self.config
             )
             rotary = self.rotary_pos_emb(length)
-        return self.decoder(
-            hidden_states=decoder_input,
-            attention_mask=attention_mask,
-            rotary_pos_emb=rotary,
-            **to_layers,
-        )
+        with self.offloading.forward_pass():
+            return self.decoder(
+                hidden_states=decoder_input,
+                attention_mask=attention_mask,
+                rotary_pos_emb=rotary,
+                **to_layers,
+            )
 
     def finish(
         self, hidden_SBD: Tensor, labels: Tensor | None, gather_output: bool | None = None
@@ -259,6 +264,11 @@ class DecoderModel(LanguageModule):
         extra = state.pop(f"{prefix}output_layer._extra_state", None)
         assert not (extra and extra.data), "the output layer has an extra state"
         return state
+
+
+def _layers_to_offload(config: TransformerConfig) -> int:
+    """Number of layers; none if Transformer Engine's own offloading was asked for."""
+    return 0 if config.cpu_offloading else config.cpu_offloading_num_layers
 
 
 def _unsupported(

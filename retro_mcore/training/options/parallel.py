@@ -126,6 +126,8 @@ class RecomputeOptions:
     """With full: layers per group (uniform), or layers to recompute (block)."""
     recompute_modules: list[str] | None = None
     """With selective: modules to recompute. Default: core_attn."""
+    cpu_offloading_num_layers: int = field(default=0, metadata=at_least(0))
+    """Number of layers, from the first, whose activations wait in the CPU's memory."""
 
     def check_recompute(self) -> None:
         """Reject full recomputation without method and number of layers, and these without it."""

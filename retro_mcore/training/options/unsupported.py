@@ -8,8 +8,8 @@ from typing import Any
 
 from retro_mcore.errors import ConfigurationError, flag_of
 
-_ENCODER = "but activations of a neighbor encoder are not offloaded"
-_RECOMPUTE = "Leave it out; --recompute-granularity saves memory too"
+_ENCODER = "but activations of a neighbor encoder are not offloaded by it"
+_RECOMPUTE = "Use --cpu-offloading-num-layers"
 _STATE = "but checkpoints of an offloaded optimizer were never tried, since they need a GPU"
 _DISTRIBUTE = "Leave it out; --use-distributed-optimizer saves memory too"
 _LOW_WEIGHTS = "but the weights of checkpoints are not kept in fp8 or fp4"
@@ -44,10 +44,6 @@ class UnsupportedOptions:
     cpu_offloading: bool = field(default=False, metadata=_refused(_ENCODER, _RECOMPUTE))
     """Not supported: Transformer Engine's offloading knows one stack of layers, and the neighbor
     encoder is a second one."""
-    cpu_offloading_num_layers: int | None = field(
-        default=None, metadata=_refused(_ENCODER, _RECOMPUTE)
-    )
-    """Not supported, for the same reason."""
     fine_grained_activation_offloading: bool = field(
         default=False, metadata=_refused(_ENCODER, _RECOMPUTE)
     )

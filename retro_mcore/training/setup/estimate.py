@@ -269,6 +269,7 @@ def _activations(
     tokens = arguments.seq_length // config.context_parallel_size
     parts = config.tensor_model_parallel_size
     full = config.recompute_granularity == "full"
+    layers = layers[config.cpu_offloading_num_layers :]  # those before wait in the CPU's memory
     routed = set(decoder_expert_layers(config)) & set(layers)
     if full:
         kept = len(layers) * _boundary(config, tokens)

@@ -226,6 +226,7 @@ def _layout_fields(parallel: ParallelOptions, recompute: RecomputeOptions) -> di
         "recompute_method": recompute.recompute_method,
         "recompute_num_layers": recompute.recompute_num_layers,
         "recompute_modules": recompute.recompute_modules,
+        "cpu_offloading_num_layers": recompute.cpu_offloading_num_layers,
         "attention_backend": AttnBackend[parallel.attention_backend],
         **values_of(parallel, LAYER_FLAGS),
     }
