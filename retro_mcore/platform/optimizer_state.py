@@ -84,10 +84,12 @@ def mark_decoupled_rates(groups: Iterable[dict[str, Any]]) -> None:
     """Mark the groups of parameters with a learning rate of their own (0.16.1 to 0.18.2).
 
     Megatron finds a group's saved state by a mark that it never sets. All groups with the same
-    multipliers would get the state and rates of one of them.
+    multipliers would get the state and rates of one of them. Groups that say nothing stay as they
+    are: those of checkpoints of 0.15, and those that `regroup` completes.
     """
     for group in groups:
-        group["is_decoupled_lr"] = not group["default_config"] and group["lr_mult"] == 1.0
+        if "default_config" in group:
+            group["is_decoupled_lr"] = not group["default_config"] and group["lr_mult"] == 1.0
 
 
 def mark_saved_rates(state: dict[Any, Any]) -> None:

@@ -90,4 +90,9 @@ def test_the_flag_reaches_training_of_retro_and_gpt():
 
 def test_not_with_pipeline_parallelism():
     with pytest.raises(ConfigurationError, match="1 with pipeline_model_parallel_size 2"):
-        build_model(**LAYERS, cpu_offloading_num_layers=1, pipeline_model_parallel_size=2)
+        build_model(
+            **LAYERS,
+            cpu_offloading_num_layers=1,
+            pipeline_model_parallel_size=2,
+            pipeline_dtype=torch.float32,
+        )
