@@ -88,6 +88,21 @@ def test_the_flag_reaches_training_of_retro_and_gpt():
         assert unwrap_model(trainer._parts.stages[0]).offloading.num_layers == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"cpu_offloading_num_layers": 2}, "--cpu-offloading-num-layers: 2 of 2 layers"),
+        (
+            {"cpu_offloading_num_layers": 1, "recompute_granularity": "selective"},
+            "--cpu-offloading-num-layers: 1 with --recompute-granularity selective",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(flags, message):
+    with pytest.raises(ConfigurationError, match=message):
+        small_trainer(**flags)
+
+
 def test_not_with_pipeline_parallelism():
     with pytest.raises(ConfigurationError, match="1 with pipeline_model_parallel_size 2"):
         build_model(

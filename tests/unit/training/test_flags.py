@@ -82,11 +82,6 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
         ({"tp_comm_overlap": True}, "--tp-comm-overlap: given"),
         ({"cpu_offloading": True}, "--cpu-offloading: given"),
         ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading"),
-        ({"cpu_offloading_num_layers": 2}, "--cpu-offloading-num-layers: 2 of 2 layers"),
-        (
-            {"cpu_offloading_num_layers": 1, "recompute_granularity": "selective"},
-            "--cpu-offloading-num-layers: 1 with --recompute-granularity selective",
-        ),
         ({"optimizer": "soap"}, "--optimizer: soap"),
         ({"reset_position_ids": True}, "--reset-position-ids: given with rotary positions"),
         (
