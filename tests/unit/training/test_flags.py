@@ -144,6 +144,7 @@ def test_each_such_field_of_megatrons_is_honoured_or_refused(capsys):
         *megatron_flags.LAYER_FLAGS.values(),
         *megatron_flags.DATA_PARALLEL_FLAGS.values(),
         *megatron_flags.OPTIMIZER_FLAGS.values(),
+        "cpu_offloading_num_layers",
     }
     refused = {field.name for field in dataclasses.fields(UnsupportedOptions)}
     options = {field.name for field in dataclasses.fields(TrainingOptions)}
