@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from retro_mcore.checkpoint.random_state import sharded_random_state
 from retro_mcore.platform.optimizer_state import allocate_adam_state, unpadded_bucket_offsets
+from retro_mcore.platform.other_optimizers import allocate_sgd_state
 from retro_mcore.platform.parallel import unwrap_model
 
 # How megatron lays out the state: in the shapes of the parameters, so that a checkpoint loads into
@@ -56,6 +57,7 @@ def state_dict(
     }
     if optimizer:
         allocate_adam_state(parts.optimizer)
+        allocate_sgd_state(parts.optimizer)
         with unpadded_bucket_offsets(parts.optimizer):
             state["optimizer"] = parts.optimizer.sharded_state_dict(
                 dict(state), is_loading=is_loading, metadata=METADATA

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-#: A tensor's device, and its copy.
-Moved = tuple[torch.device, Tensor]
+#: A tensor's device and shape, and its copy.
+Moved = tuple[torch.device, torch.Size, Tensor]
 
 
 class ActivationOffloading:
@@ -52,16 +52,25 @@ class ActivationOffloading:
     def _move(self, tensor: Tensor) -> Tensor | Moved:
         if _is_weight(tensor):
             return tensor
-        self.moved_bytes += tensor.nbytes
-        copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return tensor.device, copy.copy_(tensor)
+        once = _without_repetition(tensor)
+        self.moved_bytes += once.nbytes
+        copy = torch.empty_like(once, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, tensor.shape, copy.copy_(once)
 
 
 def _move_back(kept: Tensor | Moved) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
-    device, copy = kept
-    return copy.to(device, non_blocking=True)
+    device, shape, copy = kept
+    return copy.to(device, non_blocking=True).expand(shape)
+
+
+def _without_repetition(tensor: Tensor) -> Tensor:
+    """The tensor with one entry along expanded dimensions, as masks of attention have them."""
+    for dimension, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dimension] > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
 
 
 def _is_weight(tensor: Tensor) -> bool:

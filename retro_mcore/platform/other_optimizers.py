@@ -176,6 +176,13 @@ def initialize_sgd_state(optimizer: MegatronOptimizer) -> None:
         part.init_state_fn = _allocate_momentum
 
 
+def allocate_sgd_state(optimizer: MegatronOptimizer) -> None:
+    """Give SGD the state that loading expects, also before its first step (0.16.1 to 0.19.2)."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "init_state_fn", None) is _allocate_momentum:
+            _allocate_momentum(part.optimizer)
+
+
 def _allocate_momentum(sgd: torch.optim.Optimizer, config: object = None) -> None:
     for group in sgd.param_groups:
         for parameter in group["params"] if group["momentum"] else ():

@@ -45,7 +45,7 @@ USES: dict[str, dict[str, Any]] = {
 }
 #: One layout of each kind of parallelism: samples, and serves. The others differ in what crosses
 #: the stages' boundary for each token.
-ONE_OF_A_KIND = ("TP2", "PP2, encoder on the first stage")
+ONE_OF_A_KIND = ("TP2 with sequence parallelism", "PP2, encoder on the first stage")
 
 
 def uses_of(name):

@@ -289,14 +289,17 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(options, tmp_path, 
 
 
 def test_a_resumed_run_packs_as_before(options, tmp_path):
-    finetune_retro(options(save=str(tmp_path), pack_samples=True, exit_interval=1))
-    with pytest.raises(CheckpointError, match="pack_open_samples 32, and now it is 2"):
-        finetune_retro(options(save=str(tmp_path), pack_samples=True, pack_open_samples=2))
+    run = {"save": str(tmp_path), "pack_samples": True}
+    finetune_retro(options(**run, pack_open_samples=2, exit_interval=1))
+    assert finetune_retro(options(**run, exit_interval=2)).iteration == 2
+    for changes in ({"pack_open_samples": 3}, {"pack_open_samples": 3, "no_load_optim": True}):
+        with pytest.raises(CheckpointError, match="pack_open_samples 2, and now it is 3"):
+            finetune_retro(options(**run, **changes))
 
 
 @pytest.mark.parametrize(("packed", "num_open"), [(True, 1), (False, None)])
 def test_checkpoints_without_pack_open_samples_filled_one_sample_after_another(
-    monkeypatch, packed, num_open
+    monkeypatch, options, packed, num_open
 ):
     from retro_mcore.training.setup import finetune_plan
 
@@ -304,6 +307,9 @@ def test_checkpoints_without_pack_open_samples_filled_one_sample_after_another(
     monkeypatch.setattr(
         finetune_plan.TrainingPlan, "check_resumes", lambda self, saved, _: found.append(saved)
     )
+    for resumed in ({"pack_samples": packed}, {"pack_samples": packed, "pack_open_samples": None}):
+        command = finetune_plan._packing_as_before(options(pack_samples=packed), resumed)
+        assert command.num_open_samples == num_open
     plan = object.__new__(finetune_plan.FinetunePlan)
     for saved in ({"pack_samples": packed}, {"pack_samples": packed, "pack_open_samples": 7}):
         plan.check_resumes(saved, None)

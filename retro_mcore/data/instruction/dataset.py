@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -108,10 +108,12 @@ class InstructionDataset(Dataset):
 
     def examples_read(self, dataset: int) -> Iterator[InstructionExample]:
         """Examples of a dataset that occur in any row, each once."""
-        places = self._num_samples if self.packing is None else self.packing["packed_examples"]
-        num_read = np.count_nonzero(self._blend[0][:places] == dataset)
-        for number in range(min(int(num_read), len(self._datasets[dataset]))):
-            yield self._example(dataset, number)
+        packed = self._packed
+        places = range(self._num_samples) if packed is None else [*chain.from_iterable(packed)]
+        datasets, numbers = (order[places] for order in self._blend)
+        read = {self._index(dataset, int(number)) for number in numbers[datasets == dataset]}
+        for index in sorted(read):
+            yield self._datasets[dataset][index]
 
     @property
     def format(self) -> InstructionFormat:
@@ -135,9 +137,9 @@ class InstructionDataset(Dataset):
         sizes: list[int] = []
         room = self._format.sequence_length + 1
         rows = pack(self._sizes(sizes), self._num_samples, room, self._step, num_open)
-        num_examples = sum(map(len, rows))
-        tokens = sum(sizes[:num_examples])
-        counts = (len(rows), num_examples, tokens, len(rows) * room - tokens)
+        places = [*chain.from_iterable(rows)]
+        tokens = sum(sizes[place] for place in places)
+        counts = (len(rows), len(places), tokens, len(rows) * room - tokens)
         self._packed, self.packing = rows, dict(zip(PACKED, counts, strict=True))
 
     def _sizes(self, read: list[int]) -> Iterator[int]:

@@ -11,12 +11,12 @@ def pack(
     """Pack examples by best fit into the samples that are open.
 
     An example goes into the open sample in which it leaves the least room. If it fits into none, a
-    new sample is opened, and the oldest of `num_open` is closed. The packed examples are the first
-    ones of `sizes`.
+    new sample is opened, and the oldest of `num_open` is closed. Packing goes on until the last
+    sample is closed, so samples do not depend on how many are wanted.
 
     Args:
-        sizes: Number of tokens of each example, at most `room`, in the order of the data. It ends
-            with the example that would open one sample too many.
+        sizes: Number of tokens of each example, at most `room`, in the order of the data. As many
+            are read as are needed to close the samples.
         num_samples: Number of samples.
         room: Number of tokens of a sample.
         step: Each example begins at a multiple of it.
@@ -31,7 +31,7 @@ def pack(
         opened = range(max(0, len(samples) - num_open), len(samples))
         fitting = [number for number in opened if used[number] + size <= room]
         if not fitting:
-            if len(samples) == num_samples:
+            if len(samples) == num_samples + num_open - 1:
                 break
             fitting = [len(samples)]
             samples.append([])
@@ -39,7 +39,7 @@ def pack(
         best = max(fitting, key=used.__getitem__)
         samples[best].append(place)
         used[best] += in_steps(size, step)
-    return samples
+    return samples[:num_samples]
 
 
 def in_steps(size: int, step: int) -> int:

@@ -82,6 +82,19 @@ class OtherOptimizerOptions:
                 )
         if optimizer == "adam":
             return
+        for name in ("adam_beta1", "adam_beta2", "adam_eps") if optimizer == "sgd" else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                yield ConfigurationError(
+                    flag_of(name),
+                    f"given with --optimizer {optimizer}, which does not read it",
+                    "Add --optimizer adam, or leave it out",
+                )
+        if optimizer in MUON and getattr(self, "loss_scale", None) is not None:
+            yield ConfigurationError(
+                "--loss-scale",
+                f"given with --optimizer {optimizer}, which Megatron would scale in part only",
+                "Leave it out",
+            )
         for name in ("use_distributed_optimizer", "use_precision_aware_optimizer"):
             if getattr(self, name):
                 yield ConfigurationError(

@@ -85,6 +85,9 @@ class FinetunePlan(TrainingPlan):
         before = {"pack_open_samples": 1 if saved.get("pack_samples") else None}
         super().check_resumes(before | dict(saved), checkpoint)
 
+    def _data(self) -> dict[str, Any]:
+        return super()._data() | {"pack_samples": self.command.pack_samples} | self._packing()
+
     def _packing(self) -> dict[str, Any]:
         return {"pack_open_samples": self.command.num_open_samples}
 
@@ -131,6 +134,8 @@ def make_finetune_plan(
         command = replace(command, load=command.save, finetune=False, ckpt_step=None)
     assert command.load is not None
     saved = saved_arguments(find_checkpoint(command.load, command.ckpt_step))
+    if not command.finetune:
+        command = _packing_as_before(command, saved)
     length = command.seq_length or int(saved["seq_length"])
     model = model_options_of_checkpoint(command.load, command.ckpt_step)
     raise_problems([*_problems_of_balance(command, model)])
@@ -142,6 +147,13 @@ def make_finetune_plan(
         command=command,
         format=format,
     )
+
+
+def _packing_as_before(command: FinetuneOptions, saved: Mapping[str, Any]) -> FinetuneOptions:
+    """A resumed run packs as its checkpoint says; before the flag existed, one sample was open."""
+    if not (command.pack_samples and saved.get("pack_samples")) or command.pack_open_samples:
+        return command
+    return replace(command, pack_open_samples=saved.get("pack_open_samples") or 1)
 
 
 def build_instruction_datasets(
@@ -232,7 +244,11 @@ def _training_options(
     own = dict.fromkeys(stated("project", TrainingOptions))
     return TrainingOptions(
         **{
-            **{name: value for name, value in given.items() if name in shared},
+            **{
+                name: value
+                for name, value in given.items()
+                if name in shared.difference(_model_flags())
+            },
             **model,
             **changed,
             **own,
@@ -263,6 +279,14 @@ def _problems_of_balance(
             "--moe-aux-loss-coeff",
             f"{command.moe_aux_loss_coeff}, with --moe-router-load-balancing-type none",
             "Add --moe-router-load-balancing-type aux_loss",
+        )
+    weight = command.moe_aux_loss_coeff
+    weight = model.get("moe_aux_loss_coeff") if weight is None else weight
+    if command.moe_router_load_balancing_type not in (None, "none") and not weight:
+        yield ConfigurationError(
+            "--moe-router-load-balancing-type",
+            f"{command.moe_router_load_balancing_type}, whose loss has no weight",
+            "Add --moe-aux-loss-coeff",
         )
 
 

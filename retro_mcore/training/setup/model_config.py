@@ -68,7 +68,7 @@ def build_config(
     shared = {
         **_decoder_fields(arguments),
         **_layout_fields(parallel, recompute),
-        **_fusion_fields(arguments, parallel),
+        **_fusion_fields(arguments, parallel, recompute),
     }
     with naming_flags(), naming_refusals():
         return _build(arguments, shared)
@@ -188,7 +188,9 @@ def _initialization_fields(arguments: ModelArguments) -> dict[str, Any]:
     return {"init_method": uniform, "output_layer_init_method": uniform}
 
 
-def _fusion_fields(arguments: ModelArguments, parallel: ParallelOptions) -> dict[str, bool]:
+def _fusion_fields(
+    arguments: ModelArguments, parallel: ParallelOptions, recompute: RecomputeOptions
+) -> dict[str, bool]:
     """Megatron's fusions: with Transformer Engine on as in Megatron, otherwise off."""
     if not uses_transformer_engine(parallel):
         return {}
@@ -202,7 +204,12 @@ def _fusion_fields(arguments: ModelArguments, parallel: ParallelOptions) -> dict
         "bias_activation_fusion": not (off or other) and has_bias,
         "bias_dropout_fusion": not parallel.no_bias_dropout_fusion,
         "apply_rope_fusion": not (parallel.no_rope_fusion or arguments.rotary_interleaved),
-        "gradient_accumulation_fusion": extension and not parallel.no_gradient_accumulation_fusion,
+        "gradient_accumulation_fusion": (
+            extension
+            and not parallel.no_gradient_accumulation_fusion
+            # Offloading hands the backward pass another tensor than the parameter.
+            and not recompute.cpu_offloading_num_layers
+        ),
     }
 
 

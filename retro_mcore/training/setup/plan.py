@@ -197,7 +197,11 @@ class TrainingPlan:
         # In this mode Muon treats each process's part of a matrix as a matrix.
         blockwise = self.options.optimizer in MUON and self.options.muon_tp_mode == "blockwise"
         size = self.options.tensor_model_parallel_size
-        return {"tensor_model_parallel_size": size} if blockwise else {}
+        sizes = {"tensor_model_parallel_size": size}
+        if self.arguments.num_experts is not None:
+            of_experts = self.options.expert_tensor_parallel_size or size
+            sizes["expert_tensor_parallel_size"] = of_experts
+        return sizes if blockwise else {}
 
     def checkpoint_args(self) -> Namespace:
         """Arguments that a checkpoint stores, under Megatron's names."""
@@ -234,7 +238,10 @@ class TrainingPlan:
         before = {field.name: field.default for field in fields(TrainingOptions)} | dict(saved)
         now = self._must_agree()
         if self.options.override_opt_param_scheduler:
-            now = {name: value for name, value in now.items() if name not in SCHEDULE}
+            # The groups of parameters stay: with a decoupled rate there are more.
+            groups = {"decoupled_lr": self.options.decoupled_lr is not None}
+            before["decoupled_lr"] = before.get("decoupled_lr") is not None
+            now = {name: value for name, value in now.items() if name not in SCHEDULE} | groups
         if self._compares_contents(saved):
             now.pop("data_path", None)  # only the files' content matters, not their location
         if lacks_tokenizer(saved.get("tokenizer_fingerprint", "")):

@@ -162,7 +162,7 @@ def wait_until(condition, process):
     ("options", "kept"),
     [
         ({"keep_last_n": 2}, [2, 3]),
-        ({"save_retain_interval": 2}, [2, 4]),
+        ({"save_retain_interval": 2}, [2, 3]),
         ({"keep_last_n": 2, "save_retain_interval": 3}, [3, 4, 5]),
     ],
 )

@@ -173,13 +173,12 @@ def test_packing_learns_what_padding_learns(tokenizer):
 
 @pytest.mark.parametrize(("step", "num_open"), [(1, 1), (1, 4), (16, 3)])
 def test_examples_are_packed_by_best_fit_into_the_open_samples(step, num_open):
-    room, num_samples = 101, 40
-    sizes = np.random.default_rng(1).integers(1, room + 1, 400).tolist()
-    packed = pack(sizes, num_samples, room, step, num_open)
-    assert len(packed) == num_samples
+    room = 101
+    sizes = np.random.default_rng(1).integers(1, room + 1, 200).tolist()
+    packed = pack(sizes, len(sizes), room, step, num_open)
     of_example = {place: number for number, places in enumerate(packed) for place in places}
-    assert sorted(of_example) == list(range(sum(map(len, packed))))  # each once, none left out
-    used, last = [0] * num_samples, 0
+    assert sorted(of_example) == list(range(len(sizes)))  # each once, none left out
+    used, last = [0] * len(packed), 0
     for place, number in sorted(of_example.items()):
         last = max(last, number)
         opened = range(max(0, last - num_open + 1), last + 1)
@@ -189,6 +188,8 @@ def test_examples_are_packed_by_best_fit_into_the_open_samples(step, num_open):
         used[number] += in_steps(sizes[place], step)
     if num_open == 1:  # next fit
         assert [place for places in packed for place in places] == sorted(of_example)
+    # A longer run begins with the samples of a shorter one.
+    assert pack(sizes, 40, room, step, num_open) == packed[:40]
 
 
 def test_packing_in_several_open_samples_learns_the_same_examples_with_less_padding(tokenizer):
@@ -216,12 +217,11 @@ def test_packing_in_several_open_samples_learns_the_same_examples_with_less_padd
         for number in range(row["segments"].max() + 1):
             text = tokenizer.detokenize(row["text"][:LONG][row["segments"] == number])
             seen.update(re.findall(r"What is (\d)|(First) question", text))
-    # Every third example is the chat, the others are read once in each epoch.
     num_read = best_fit["packed_examples"]
     assert seen.total() == num_read
-    assert seen.pop(("", "First")) == pytest.approx(num_read / 3, abs=1)
+    # Every third example is the chat; the last ones are in rows that a longer run has.
+    assert seen.pop(("", "First")) == pytest.approx(num_read / 3, abs=3)
     assert len(seen) == 9
-    assert max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_every_chunk_has_its_own_example_s_passages(tokenizer):

@@ -44,7 +44,7 @@ def test_what_is_saved_is_moved_and_weights_stay():
 
         @staticmethod
         def forward(ctx, weight, activation):
-            ctx.save_for_backward(weight, weight.t(), activation)
+            ctx.save_for_backward(weight, weight.t(), activation, mask)
             return activation.clone()
 
         @staticmethod
@@ -57,19 +57,21 @@ def test_what_is_saved_is_moved_and_weights_stay():
     kept: list[torch.Tensor] = []
     weight = torch.nn.Parameter(torch.randn(2, 3))
     activation = torch.randn(5, requires_grad=True) * 1
+    mask = torch.randn(3, 1, 4)[:, :, :3].expand(3, 7, 3)
     offloading = ActivationOffloading(1)
     with offloading.forward_pass():
         with offloading:
             result = Saved.apply(weight, activation)
         with offloading:  # the second layer
             Saved.apply(weight, activation)
-    assert offloading.moved_bytes == activation.nbytes
+    assert offloading.moved_bytes == activation.nbytes + mask.nbytes // 7
     result.sum().backward()
     places = [tensor.untyped_storage().data_ptr() for tensor in kept]
     of_weight = weight.untyped_storage().data_ptr()
     assert places[:2] == [of_weight, of_weight]
     assert places[2] != activation.untyped_storage().data_ptr()
     assert torch.equal(kept[2], activation)
+    assert torch.equal(kept[3], mask)
 
 
 def test_nothing_moves_where_nothing_is_saved():

@@ -85,7 +85,7 @@ def printed():
     )
     assert done.returncode == 0, done.stderr
     blocks = (block.split("\n", 1) for block in done.stdout.split("\n== ")[1:])
-    return {name: output.strip().splitlines()[-1] for name, output in blocks}
+    return {name: (output.strip().splitlines() or [""])[-1] for name, output in blocks}
 
 
 def test_importing_the_package_patches_nothing(printed):

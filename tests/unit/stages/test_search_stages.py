@@ -30,7 +30,6 @@ def test_stages_report_and_print_nothing(capsys: pytest.CaptureFixture[str]) -> 
     assert index.embedded.files.built == 0
     assert neighbors.num_chunks["train"] == neighbors.counts["train"].chunks == 32
     assert neighbors.num_candidates == num_chunks
-    assert neighbors.max_tokens == index.embedded.max_tokens
 
 
 @pytest.mark.parametrize(

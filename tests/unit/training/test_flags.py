@@ -127,6 +127,8 @@ def test_what_cannot_work_is_refused_by_name(flags, message):
             "--bf16 --fp8-format hybrid --num-layers-at-end-in-bf16 2",
             "--num-layers-at-end-in-bf16: 2, which has no effect",
         ),
+        ("--optimizer sgd --adam-beta1 0.5", "--adam-beta1: given with --optimizer sgd"),
+        ("--optimizer muon --bf16 --loss-scale 8", "--loss-scale: given with --optimizer muon"),
         ("--offload-modules mlp_norm", "--offload-modules: "),
         ("--optimizer-cpu-offload", "--optimizer-cpu-offload: given"),
         ("--optimizer-offload-fraction 0.5", "--optimizer-offload-fraction: 0.5, but"),
