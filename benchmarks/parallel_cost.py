@@ -62,7 +62,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.lengths:
         sizes = SMOKE if options.smoke else LONG
-        show_lengths([memory_of(sizes, length) for length in options.lengths])
+        for length in options.lengths:
+            show_length(length, memory_of(sizes, length))
         return
     sizes = SMOKE if options.smoke else SIZES
     rounds, steps = (1, 1) if options.smoke else (options.rounds, options.steps)
@@ -77,14 +78,14 @@ def compare(name: str, sizes: dict[str, int], steps: int) -> tuple[dict, dict]:
     return launch(1, whole, sizes, steps), launch(2, layout, sizes, steps)
 
 
-def memory_of(sizes: dict[str, int], length: int) -> tuple[int, list[float]]:
+def memory_of(sizes: dict[str, int], length: int) -> list[float]:
     """Bytes of the rank with most, under context parallelism of 1, 2 and 4."""
     sizes = {**sizes, "batch": 1, "length": length}
     peaks = []
     for size in (1, 2, 4):
         layout = {"context_parallel_size": size} if size > 1 else {}
         peaks.append(launch(size, layout, sizes, steps=0)["peak"])
-    return length, peaks
+    return peaks
 
 
 def launch(ranks: int, layout: dict, sizes: dict[str, int], steps: int) -> dict[str, float]:
@@ -255,11 +256,10 @@ def show_layout(name: str, runs: list[tuple[dict, dict]]) -> None:
     )
 
 
-def show_lengths(rows: list[tuple[int, list[float]]]) -> None:
-    """Memory by sequence length, and relative to no context parallelism."""
-    for length, peaks in rows:
-        cells = [f"{peak / 2**20:8.0f} MiB ({peak / peaks[0]:.2f})" for peak in peaks]
-        print(f"S {length:6}: CP1, 2, 4: {', '.join(cells)}", flush=True)
+def show_length(length: int, peaks: list[float]) -> None:
+    """Memory at a sequence length, and relative to no context parallelism."""
+    cells = [f"{peak / 2**20:8.0f} MiB ({peak / peaks[0]:.2f})" for peak in peaks]
+    print(f"S {length:6}: CP1, 2, 4: {', '.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":
