@@ -88,15 +88,15 @@ def trained(megatron, tmp_path_factory):
     return folder
 
 
-def check_losses(text: str, expected: list[float]) -> None:
+def check_losses(text: str, expected: list[float], rel: float = 1e-6) -> None:
     found = [float(loss) for loss in re.findall(r"lm loss: (\S+) \| loss scale", text)]
     assert len(found) == len(expected)
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[0] == pytest.approx(expected[0], rel=rel)
     if len(found) == 1:
         return
     # Some releases begin to count anew only after the second line, which then has the mean.
     either = [expected[1], (expected[0] + expected[1]) / 2]
-    assert min(abs(found[1] - each) for each in either) <= 1e-6 * expected[1]
+    assert min(abs(found[1] - each) for each in either) <= rel * expected[1]
 
 
 def test_losses_are_our_own_trainers(trained):
@@ -110,7 +110,8 @@ def test_losses_are_our_own_trainers(trained):
 
 def test_a_checkpoint_is_resumed_under_tensor_and_sequence_parallelism(trained):
     # Not its validation, which in Megatron-LM goes on where the one before ended.
-    check_losses(output(trained, "resumed"), our_run().train_losses[2:])
+    # Two ranks sum in another order, and Adam's division enlarges that where gradients are small.
+    check_losses(output(trained, "resumed"), our_run().train_losses[2:], rel=5e-6)
 
 
 def test_the_gpt_without_retrieval(trained):
