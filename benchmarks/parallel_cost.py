@@ -139,26 +139,13 @@ def make_step(layout: dict, sizes: dict[str, int], folder: str) -> Callable[[], 
     from retro_mcore.platform import setup_device
 
     device = setup_device("cpu")
-    from benchmarks.trainer_overhead import SAMPLES, RandomSamples
-    from retro_mcore.project.config import ProjectConfig
+    from benchmarks.trainer_overhead import RandomSamples, random_project
     from retro_mcore.training.loop.loss import forward_backward, reduce_losses
     from retro_mcore.training.loop.trainer import Trainer
     from retro_mcore.training.options.pretrain import TrainingOptions
     from retro_mcore.training.setup.plan import make_plan
 
-    project = ProjectConfig(
-        retro_block_size=100,
-        retro_gpt_chunk_length=CHUNK,
-        retro_gpt_seq_length=sizes["length"],
-        retro_gpt_global_batch_size=sizes["batch"],
-        retro_gpt_train_samples=SAMPLES,
-        retro_gpt_eval_interval=SAMPLES,
-        retro_gpt_eval_iters=1,
-        retro_gpt_split="98,2,0",
-        retro_gpt_seed=1234,
-        retro_gpt_data_path=["text"],
-        retro_gpt_tokenizer_type="GPTSentencePieceTokenizer",
-    )
+    project = random_project(sizes["length"], CHUNK, sizes["batch"])
     options = TrainingOptions(
         project_dir="random",
         num_layers=sizes["layers"],

@@ -70,7 +70,7 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Any:
         vocabulary = load_project_tokenizer(project, ProjectPaths(options.project_dir)).vocab_size
     else:
         vocabulary = 2048
-        project = random_project(options)
+        project = random_project(options.seq_length, options.chunk_length)
         samples = RandomSamples(options.seq_length, options.chunk_length, vocabulary)
     flags = TrainingOptions(
         project_dir=options.project_dir or "random",
@@ -89,15 +89,15 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Any:
     return Trainer(make_plan(flags, project, vocabulary), samples, None, device)
 
 
-def random_project(options: argparse.Namespace) -> Any:
+def random_project(seq_length: int, chunk_length: int, global_batch_size: int = 4) -> Any:
     """The configuration of random samples."""
     from retro_mcore.project.config import ProjectConfig
 
     return ProjectConfig(
         retro_block_size=100,
-        retro_gpt_chunk_length=options.chunk_length,
-        retro_gpt_seq_length=options.seq_length,
-        retro_gpt_global_batch_size=4,
+        retro_gpt_chunk_length=chunk_length,
+        retro_gpt_seq_length=seq_length,
+        retro_gpt_global_batch_size=global_batch_size,
         retro_gpt_train_samples=SAMPLES,
         retro_gpt_eval_interval=SAMPLES,
         retro_gpt_eval_iters=1,

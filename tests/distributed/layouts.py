@@ -142,6 +142,7 @@ class Trainer:
         optimizer_config = OptimizerConfig(
             optimizer="adam",
             lr=3e-3,
+            adam_eps=1e-5,  # far above rounding, which Adam would enlarge to whole steps
             weight_decay=0.01,
             clip_grad=1.0,
             use_distributed_optimizer=layout.distributed_optimizer,

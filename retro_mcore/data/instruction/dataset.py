@@ -111,7 +111,14 @@ class InstructionDataset(Dataset):
         packed = self._packed
         places = range(self._num_samples) if packed is None else [*chain.from_iterable(packed)]
         datasets, numbers = (order[places] for order in self._blend)
-        read = {self._index(dataset, int(number)) for number in numbers[datasets == dataset]}
+        size = len(self._datasets[dataset])
+        epochs, offsets = np.divmod(numbers[datasets == dataset], size)
+        read: set[int] = set()
+        for epoch in np.unique(epochs):
+            if len(read) == size:
+                break
+            order = _permutation(self._seed, dataset, int(epoch), size)
+            read.update(order[offsets[epochs == epoch]].tolist())
         for index in sorted(read):
             yield self._datasets[dataset][index]
 
