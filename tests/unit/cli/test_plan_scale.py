@@ -45,8 +45,10 @@ def test_rates_are_measured_on_a_projects_chunks(tmp_path):
     with pytest.raises(ConfigurationError, match="--measure: no --project-dir"):
         plan_scale(PlanScaleOptions("1B", measure=True))
     assert written["workload"]["dimension"] == 256  # WordLlama's
-    assert 0 < written["rates"]["embedded"] < written["rates"]["chunked"] < 1e6
-    assert written["rates"]["queried"] == 250
+    rates, published = written["rates"], Rates()
+    for measured in ("embedded", "chunked"):  # how fast this machine is asserts nothing
+        assert 0 < rates[measured] != getattr(published, measured)
+    assert rates["queried"] == published.queried == 250
 
 
 def test_a_precision_that_does_not_run_here_is_measured_in_fp32(tmp_path, caplog):
