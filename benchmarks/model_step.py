@@ -31,6 +31,7 @@ from tests.parity import environment
 
 WORKER = "benchmarks.model_worker"
 SIDES = ("retired", "ours", "gpt")
+EARLIER = "earlier"
 
 
 @dataclass
@@ -79,6 +80,9 @@ class Options:
     retired: Path | None = None
     """Folder with megatron-core 0.15.3. Default: installed from the package index, once."""
 
+    earlier: Path | None = None
+    """A checkout of an earlier commit: its model is measured too, on the same processor."""
+
     json: Path | None = None
     """Write the measurements here too."""
 
@@ -104,11 +108,17 @@ class Worker:
     def __init__(self, side: str, hidden: int, options: Options, weights: Path, log: IO) -> None:
         old = side == "retired"
         variables = environment.variables(options.retired) if old else {**os.environ}
-        fields = {**dataclasses.asdict(options), "hidden": hidden, "json": None, "retired": None}
+        folder, code = environment.ROOT, side
+        if side == EARLIER:
+            assert options.earlier is not None
+            folder, code = options.earlier.resolve(), "ours"
+            variables["PYTHONPATH"] = str(folder)
+        paths = {"json": None, "retired": None, "earlier": None}
+        fields = {**dataclasses.asdict(options), "hidden": hidden, **paths}
         self._log = log
         self._process = subprocess.Popen(
-            [sys.executable, "-m", WORKER, side, json.dumps(fields), str(weights)],
-            cwd=environment.ROOT,
+            [sys.executable, "-m", WORKER, code, json.dumps(fields), str(weights)],
+            cwd=folder,
             env={**variables, "OMP_NUM_THREADS": str(options.threads)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -148,7 +158,10 @@ def measure(options: Options) -> list[Measurement]:
         MissingDependencyError: the retired release cannot be installed.
     """
     _validate(options)
-    measurements = [one for hidden in options.hidden_size for one in measure_size(hidden, options)]
+    sides = SIDES if options.earlier is None else (*SIDES, EARLIER)
+    measurements = [
+        one for hidden in options.hidden_size for one in measure_size(hidden, options, sides)
+    ]
     _print(measurements, options)
     if options.json is not None:
         content = {
@@ -182,7 +195,7 @@ def measure_size(
     Args:
         hidden: Hidden size.
         options: All other sizes.
-        sides: Sides of `SIDES`; "retired" among them, for its weights.
+        sides: Sides of `SIDES`, "retired" among them, for its weights; and `EARLIER`.
         counted: Count saved bytes and operations too (else 0); plain attention then holds all
             scores of a layer.
 
@@ -240,13 +253,11 @@ def _print(measurements: list[Measurement], options: Options) -> None:
                 f"{side.flops / 1e9:.1f}",
                 f"{side.flops / side.seconds / 1e9:.0f}",
             )
-        for name, (top, bottom) in {
-            "ours ÷ retired": (sides["ours"], sides["retired"]),
-            "ours ÷ gpt": (sides["ours"], sides["gpt"]),
-        }.items():
+        for other in [side for side in sides if side != "ours"]:
+            top, bottom = sides["ours"], sides[other]
             table.add_row(
                 "",
-                name,
+                f"ours ÷ {other}",
                 "",
                 f"{time_ratio(top, bottom):.3f}",
                 f"{top.peak_bytes / bottom.peak_bytes:.3f}",
