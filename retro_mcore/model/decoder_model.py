@@ -14,6 +14,7 @@ from typing import Any, Literal
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import (
@@ -23,8 +24,10 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from retro_mcore.errors import ConfigurationError, raise_problems
+from retro_mcore.errors import ConfigurationError, ShapeError, raise_problems
+from retro_mcore.model.documents import mask_apart, packed_segments
 from retro_mcore.model.family_layers import scale_embedding, scale_logits, set_frequencies
+from retro_mcore.platform.attention import SDPAttention
 from retro_mcore.platform.compatibility import config_value
 from retro_mcore.platform.offloading import ActivationOffloading
 
@@ -186,6 +189,7 @@ class DecoderModel(LanguageModule):
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        packed_seq_params: PackedSeqParams | None = None,
         padding_mask: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> Tensor:
@@ -197,6 +201,8 @@ class DecoderModel(LanguageModule):
             attention_mask: bool, broadcastable to `[B, 1, S, S]`, True = masked out; None: causal.
             decoder_input: `[S, B, D]`, embedded tokens to use instead of `input_ids`.
             labels: `[B, S]`.
+            packed_seq_params: The documents of the row (B is 1), in Megatron's form; they do not
+                attend to one another. Every pipeline stage must get it.
             padding_mask: bool `[B, S]`, True = left out of the experts' balance.
             runtime_gather_output: Whether to gather logits over tensor parallel ranks; None: as
                 the model was built.
@@ -204,11 +210,60 @@ class DecoderModel(LanguageModule):
         Returns:
             On the last stage `[B, S]` losses if labels are given, else `[B, S, V]` logits. On
             other stages hidden states `[S, B, D]`.
+
+        Raises:
+            ConfigurationError: `packed_seq_params` contradicts itself or the row, or these layers
+                cannot keep documents apart.
+            ShapeError: there are several rows with `packed_seq_params`.
         """
+        if packed_seq_params is not None:
+            segments = self.segments_of(packed_seq_params, input_ids)
+            attention_mask = mask_apart(segments, attention_mask)
         hidden_SBD = self.run_decoder(
             input_ids, position_ids, attention_mask, decoder_input, padding_mask=padding_mask
         )
         return self.finish(hidden_SBD, labels, runtime_gather_output)
+
+    def segments_of(self, packed: PackedSeqParams, input_ids: Tensor | None) -> Tensor:
+        """int64 `[1, S]`, the documents of a packed row; see `documents.packed_segments`.
+
+        Raises:
+            ConfigurationError, ShapeError: as `forward` says.
+        """
+        self.check_keeps_apart("packed_seq_params")
+        if input_ids is not None and input_ids.size(0) != 1:
+            raise ShapeError(
+                "input_ids",
+                f"{input_ids.size(0)} rows with packed_seq_params",
+                "Put all documents into one row, or give segments",
+            )
+        return packed_segments(packed, None if input_ids is None else input_ids.size(1))
+
+    def check_keeps_apart(self, name: str) -> None:
+        """Reject documents where attention cannot keep them apart.
+
+        Args:
+            name: The argument that describes them.
+
+        Raises:
+            ConfigurationError: the attention takes no mask, or each rank has a part of the row.
+        """
+        if self.config.context_parallel_size > 1:
+            raise ConfigurationError(
+                name,
+                "given under context parallelism, where a rank does not see whole documents",
+                "Give RetroBatch.from_text(..., segments=...).part(...).model_inputs() "
+                "(docs/training.md)",
+            )
+        for layer in self.decoder.layers:
+            attention = getattr(layer.self_attention, "core_attention", None)
+            if not isinstance(attention, SDPAttention):
+                raise ConfigurationError(
+                    name,
+                    f"given to layers with {type(attention).__name__}, which was never run with "
+                    "documents kept apart",
+                    "Build local layers (use_transformer_engine=False, --transformer-impl local)",
+                )
 
     def run_decoder(
         self,

@@ -8,12 +8,14 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError, ShapeError
 from retro_mcore.model.chunks import nearest_first, unread_neighbors
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.decoder_model import DecoderModel
+from retro_mcore.model.documents import mask_apart
 from retro_mcore.model.family_layers import resampled_frequencies
 from retro_mcore.model.initialization import initialize_hidden_weights, scale_output_layer
 from retro_mcore.model.neighbor_encoder import NeighborEncoder
@@ -145,6 +147,7 @@ class RetroModel(DecoderModel):
         labels: Tensor | None = None,
         *,
         segments: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         padding_mask: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> Tensor:
@@ -166,20 +169,25 @@ class RetroModel(DecoderModel):
             segments: `[B, S]`, the document of each token; positions read only neighbors of chunks
                 of their own document. `attention_mask` must keep them apart in self-attention
                 (`RetroBatch.model_inputs` gives both). None: the text is one document.
+            packed_seq_params: Instead of `segments`, the documents of the row (B is 1) in
+                Megatron's form. No mask is needed; positions are the caller's.
 
         Returns:
             `[B, S]` losses if labels are given, else `[B, S, V]` logits (this rank's part of V).
 
         Raises:
-            ShapeError: the context does not have the shape that input and configuration imply.
-            ConfigurationError: there are `segments` without an `attention_mask`.
+            ShapeError: the context does not have the shape that input and configuration imply, or
+                there are several rows with `packed_seq_params`.
+            ConfigurationError: there are `segments` without an `attention_mask`, or with
+                `packed_seq_params`; these contradict themselves or the row; or the layers cannot
+                keep documents apart (Transformer Engine's; under context parallelism use
+                `RetroBatch.part`).
         """
-        if segments is not None and attention_mask is None:
-            raise ConfigurationError(
-                "segments",
-                "given without attention_mask, so documents would attend to one another",
-                "Give segment_mask(segments) as attention_mask, as RetroBatch.model_inputs does",
-            )
+        if segments is not None:
+            self._check_segments(attention_mask, packed_seq_params)
+        if packed_seq_params is not None:
+            segments = self.segments_of(packed_seq_params, input_ids)
+            attention_mask = mask_apart(segments, attention_mask)
         context = None
         if context_input_ids is not None:
             self._check_context(input_ids, context_input_ids, context_mask)
@@ -206,6 +214,21 @@ class RetroModel(DecoderModel):
         )
         return self.finish(hidden_SBD, labels, runtime_gather_output)
 
+    def _check_segments(
+        self, attention_mask: Tensor | None, packed: PackedSeqParams | None
+    ) -> None:
+        if packed is not None:
+            raise ConfigurationError(
+                "packed_seq_params", "given together with segments", "Give one of them"
+            )
+        if attention_mask is None:
+            raise ConfigurationError(
+                "segments",
+                "given without attention_mask, so documents would attend to one another",
+                "Give segment_mask(segments) as attention_mask, as RetroBatch.model_inputs does",
+            )
+        self.check_keeps_apart("segments")
+
     def _with_unread(
         self, context_input_ids: Tensor, context_mask: Tensor | None, segments_BS: Tensor
     ) -> Tensor:
@@ -217,7 +240,7 @@ class RetroModel(DecoderModel):
         grid = self.config.chunk_grid(segments_BS.size(1))
         if grid.first_chunk_length != grid.chunk_length:
             raise ConfigurationError(
-                "segments",
+                "segments or packed_seq_params",
                 f"{segments_BS.size(1)} tokens on a right-aligned grid",
                 f"Give a multiple of the chunk length {grid.chunk_length}",
             )

@@ -98,8 +98,8 @@ class SDPAttention(MegatronModule):
         if packed_seq_params is not None:
             raise ConfigurationError(
                 "packed_seq_params",
-                "not supported by this attention",
-                "Give the documents as `segments`, with RetroBatch.from_text (docs/training.md)",
+                "given to an attention that takes masks",
+                "Give them to the model's forward pass, which makes a mask of them",
             )
         mask_type = attn_mask_type or self.attn_mask_type
         causal = attention_mask is None and mask_type in (

@@ -19,6 +19,7 @@ from torch import Tensor
 from retro_mcore.chunking import ChunkGrid
 from retro_mcore.errors import ShapeError
 from retro_mcore.model.chunks import unread_neighbors
+from retro_mcore.model.documents import segment_mask, segment_positions
 from retro_mcore.platform.context_parallel import ContextPart
 
 
@@ -208,20 +209,6 @@ def _retrieved_part(
     before_BLX = torch.cat((torch.ones_like(mask_BLX[:, :1]), mask_BLX), dim=1)
     masks = [before_BLX[:, piece * length :][:, : length + 1] for piece in part.pieces]
     return part.take(tokens_BLX, 1).flatten(0, 2), torch.cat(masks, dim=1).flatten(0, 2)
-
-
-def segment_mask(segments_BS: Tensor) -> Tensor:
-    """bool [B, 1, S, S], True = masked out: later tokens, and those of other segments."""
-    causal_SS = torch.ones(2 * segments_BS.shape[-1:], device=segments_BS.device).triu(1).bool()
-    return (causal_SS | (segments_BS[:, :, None] != segments_BS[:, None, :])).unsqueeze(1)
-
-
-def segment_positions(segments_BS: Tensor) -> Tensor:
-    """int64 [B, S]: positions, which restart in every segment."""
-    position_BS = position_ids(segments_BS)
-    starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
-    starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
-    return position_BS - torch.where(starts_BS, position_BS, 0).cummax(dim=1).values
 
 
 def _positions(tokens: Tensor, segments: Tensor | None) -> Tensor:

@@ -42,6 +42,7 @@ VARIANTS = {
     },
     "parallel residual, limited scores": {"parallel_residual": True, "attention_softcap": 2.0},
     "right-aligned": {"retro_chunk_alignment": "right"},
+    "packed documents": {"position_embedding_type": "rope", "documents": (9, 4, 19)},
 }
 
 
@@ -78,6 +79,10 @@ def every_variant():
 
 def losses_and_gradients(tensor_parallel, sequence_parallel, overrides):
     """The losses, and every parameter's gradient put together from all ranks."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    overrides = dict(overrides)
+    lengths, documents = overrides.pop("documents", ()), {}
     torch.manual_seed(1234)
     model = build_model(
         tensor_model_parallel_size=tensor_parallel,
@@ -85,8 +90,12 @@ def losses_and_gradients(tensor_parallel, sequence_parallel, overrides):
         **overrides,
     )
     # No multiple of the chunk length, but of the number of ranks.
-    inputs = make_inputs(model.config, sequence_length=30)
-    losses = run_model(model, inputs, labels=inputs["labels"])
+    length, batch_size = (sum(lengths), 1) if lengths else (30, 2)
+    inputs = make_inputs(model.config, length, batch_size)
+    if lengths:
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        documents["packed_seq_params"] = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends)
+    losses = run_model(model, inputs, labels=inputs["labels"], **documents)
     losses.mean().backward()
     return losses.detach(), {
         name: whole_gradient(name, parameter, model.config)

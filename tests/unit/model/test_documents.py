@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from retro_mcore.errors import ConfigurationError
+from retro_mcore.errors import ConfigurationError, ShapeError
 from retro_mcore.samples.batch import RetroBatch, collate
 from retro_mcore.samples.separation import Separation
 from tests.unit.model.builders import SMALL, build_model
@@ -163,21 +163,169 @@ def test_nothing_crosses_documents_that_begin_within_chunks(megatron, changed):
     assert moved == list(expected[changed])
 
 
-def test_documents_of_cu_seqlens_are_computed_as_those_of_samples(megatron):
-    """The way of docs/training.md for a caller's own batch."""
+def test_documents_of_packed_sequences_are_computed_as_those_of_samples(megatron):
+    """The way of docs/training.md for a caller's own batch, in parts too."""
+    from retro_mcore.model.documents import packed_segments
+
     model = build_model().double()
     generator = np.random.default_rng(7)
     documents = [document(length, generator) for length in LENGTHS]
     expected = batch_of(documents, **APART)
-    cu_seqlens = torch.tensor([0, *np.cumsum([len(each["tokens"]) for each in documents])])
     neighbors = (expected.retrieved_tokens[None], expected.retrieved_mask[None])
     text = torch.cat((expected.tokens, torch.tensor([[EOD]])), dim=1)
 
-    segments = torch.searchsorted(cu_seqlens, torch.arange(text.size(1) - 1), right=True) - 1
-    batch = RetroBatch.from_text(text, neighbors, segments=segments[None])
+    segments = packed_segments(packed(LENGTHS, whole_chunks(LENGTHS)), text.size(1) - 1)
+    batch = RetroBatch.from_text(text, neighbors, segments=segments)
     with torch.no_grad():
         found, wanted = (model(**each.model_inputs()) for each in (batch, expected))
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-        inputs = {**batch.model_inputs(), "attention_mask": None}
-        with pytest.raises(ConfigurationError, match="segments: given without attention_mask"):
-            model(**inputs)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def packed(real, places=None, **changes):
+    """Megatron's description of documents with so many tokens, and with their padding."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    ends = torch.tensor([0, *real]).cumsum(0).int()
+    padded = None if places is None else torch.tensor([0, *places]).cumsum(0).int()
+    fields = {"qkv_format": "thd", "cu_seqlens_q": ends, "cu_seqlens_kv": ends,
+              "cu_seqlens_q_padded": padded, "cu_seqlens_kv_padded": padded,
+              "max_seqlen_q": max(real), "max_seqlen_kv": max(real)}  # fmt: skip
+    return PackedSeqParams(**{**fields, **changes})
+
+
+def whole_chunks(lengths):
+    return [-(-length // M) * M for length in lengths]
+
+
+#: Lengths of documents, as given to Megatron with the padding or beside it.
+PACKINGS = {
+    "padding as tokens": lambda lengths: packed(whole_chunks(lengths)),
+    "padding apart": lambda lengths: packed(lengths, whole_chunks(lengths)),
+    "empty documents": lambda lengths: packed([*whole_chunks(lengths), 0, 0]),
+    "no other fields": lambda lengths: packed(whole_chunks(lengths), cu_seqlens_kv=None,
+                                              max_seqlen_q=None, max_seqlen_kv=None),
+}  # fmt: skip
+
+
+def losses_and_gradients(model, batch, **inputs):
+    """The losses that count, and the gradients of their sum."""
+    model.zero_grad()
+    losses = model(**{**batch.model_inputs(), **inputs}, labels=batch.labels)
+    losses = losses[batch.loss_mask == 1]
+    losses.sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return losses.detach(), found
+
+
+def check_alone(together, alone):
+    """The losses and gradients of a row are those of its documents run one by one."""
+    losses, found = together
+    torch.testing.assert_close(losses, torch.cat([each for each, _ in alone]), **ROUNDING)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, sum(each[name] for _, each in alone), **ROUNDING)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (4 * M,), (1, 2, M + 1)], ids=str)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_sequences_learn_what_their_documents_learn_alone(megatron, packing, lengths):
+    variants = list(VARIANTS.values())
+    model = build_model(**variants[list(PACKINGS).index(packing)]).double().train()
+    generator = np.random.default_rng(8)
+    documents = [document(length, generator) for length in lengths]
+    batch = batch_of(documents, reset_position_ids=True)  # nothing but positions says documents
+    together = losses_and_gradients(model, batch, packed_seq_params=PACKINGS[packing](lengths))
+    check_alone(together, [losses_and_gradients(model, batch_of([each])) for each in documents])
+
+
+def test_packed_sequences_need_no_chunks_without_retrieval(megatron):
+    """Documents begin anywhere, in the model with retrieval and in the GPT."""
+    from retro_mcore.model.decoder_model import DecoderModel
+    from retro_mcore.model.specs import get_gpt_decoder_block_spec
+
+    retro = build_model(position_embedding_type="rope")
+    gpt = DecoderModel(retro.config, get_gpt_decoder_block_spec(retro.config), 96, 64,
+                       position_embedding_type="rope")  # fmt: skip
+    generator = np.random.default_rng(9)
+    texts = [torch.from_numpy(generator.integers(1, 90, n + 1))[None] for n in (5, 1, M + 2, 12)]
+    row = torch.cat([text[:, :-1] for text in texts] + [torch.tensor([[EOD]])], dim=1)
+    together = RetroBatch.from_text(row)
+    together.labels = torch.cat([text[:, 1:] for text in texts], dim=1)
+    documents = packed([text.size(1) - 1 for text in texts])
+    for model in (retro.double().train(), gpt.double().train()):
+        found = losses_and_gradients(model, together, packed_seq_params=documents)
+        alone = [losses_and_gradients(model, RetroBatch.from_text(text)) for text in texts]
+        check_alone(found, alone)
+
+
+def test_packed_sequences_are_segments_where_chunks_hold_several_documents(megatron):
+    model = build_model().double()
+    generator = np.random.default_rng(10)
+    made, lengths = document(4 * M, generator), [M + 3, 2, 2 * M, M - 5]
+    text = np.append(made.pop("tokens"), EOD)
+    segments = np.repeat(range(len(lengths)), lengths)
+    batch = collate([{"text": text, "sample_id": 0, **made, "segments": segments}])
+    inputs = {**batch.model_inputs(), "attention_mask": None}
+    with torch.no_grad():
+        expected = model(**batch.model_inputs())
+        del inputs["segments"]
+        found = model(**inputs, packed_seq_params=packed(lengths))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        hidden = torch.zeros(1, 1, 1, 4 * M, dtype=torch.bool)
+        hidden[..., 1] = True  # besides: nobody sees this token
+        masked = {**batch.model_inputs(), "attention_mask": hidden.logical_or(
+            batch.model_inputs()["attention_mask"])}  # fmt: skip
+        found = model(**{**inputs, "attention_mask": hidden}, packed_seq_params=packed(lengths))
+        torch.testing.assert_close(found, model(**masked), rtol=0, atol=0)
+
+
+def ends(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv_format": "sbhd"}, r"qkv_format: 'sbhd'"),
+        ({"cu_seqlens_q": None}, r"cu_seqlens_q: None"),
+        ({"cu_seqlens_q": ends(0, 16)[None]}, r"cu_seqlens_q: torch.int32 of shape \(1, 2\)"),
+        ({"cu_seqlens_q": ends(0, 9, 8, 16)}, r"cu_seqlens_q: \[0, 9, 8, 16\]"),
+        ({"cu_seqlens_q": ends(1, 16)}, r"cu_seqlens_q: \[1, 16\]"),
+        ({"cu_seqlens_kv": ends(0, 9, 16)}, r"cu_seqlens_kv: \[0, 9, 16\]"),
+        ({"cu_seqlens_kv_padded": ends(0, 16)}, r"cu_seqlens_kv_padded: \[0, 16\]"),
+        ({"cu_seqlens_q_padded": ends(0, 16)}, r"cu_seqlens_q_padded: 2 numbers"),
+        ({"cu_seqlens_q_padded": ends(0, 7, 16)}, r"cu_seqlens_q_padded: \[0, 7, 16\]"),
+        ({"cu_seqlens_q_padded": ends(0, 8, 24)}, r"cu_seqlens_q_padded: the last .* ends at 24"),
+        ({"cu_seqlens_q": ends(0, 8, 15), "cu_seqlens_kv": None}, r"cu_seqlens_q: .* ends at 15"),
+        ({"max_seqlen_kv": 7}, r"max_seqlen_kv: 7, and a document has 8"),
+        ({"local_cp_size": 2}, r"local_cp_size: 2 ranks"),
+    ],
+)
+def test_packed_sequences_that_contradict_themselves_are_refused(megatron, changes, message):
+    model, tokens = build_model(), torch.zeros(1, 16, dtype=torch.long)
+    with pytest.raises(ConfigurationError, match=f"packed_seq_params.{message}"):
+        model(tokens, tokens, None, packed_seq_params=packed([8, 8], **changes))
+
+
+def test_documents_that_would_not_be_kept_apart_are_refused(megatron):
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from retro_mcore import RetroModel, get_retro_decoder_block_spec
+
+    model, tokens = build_model(), torch.zeros(2, 16, dtype=torch.long)
+    row, documents = tokens[:1], packed([8, 8])
+    apart = {"segments": tokens, "attention_mask": torch.zeros(1, 1, 16, 16, dtype=torch.bool)}
+    with pytest.raises(ConfigurationError, match="segments: given without attention_mask"):
+        model(tokens, tokens, None, segments=tokens)
+    with pytest.raises(ConfigurationError, match="packed_seq_params: given together with segments"):
+        model(row, row, **apart, packed_seq_params=documents)
+    with pytest.raises(ShapeError, match="input_ids: 2 rows with packed_seq_params"):
+        model(tokens, tokens, None, packed_seq_params=documents)
+    spec = get_retro_decoder_block_spec(model.config)
+    for layer in spec.layer_specs:  # any attention that is not this package's
+        layer.submodules.self_attention.submodules.core_attention = DotProductAttention
+    other = RetroModel(model.config, spec, 96, 64)
+    for name, given in {"segments": apart, "packed_seq_params": {
+        "attention_mask": None, "packed_seq_params": documents}}.items():  # fmt: skip
+        message = f"{name}: given to layers with DotProductAttention.*--transformer-impl local"
+        with pytest.raises(ConfigurationError, match=message):
+            other(row, row, **given)

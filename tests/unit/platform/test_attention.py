@@ -124,6 +124,6 @@ def test_windows_in_transformer_engine_are_refused_under_context_parallelism(meg
         _core_attention(config, engine, own_attention=False)
 
 
-def test_packed_sequences_are_refused_and_segments_named(megatron):
-    with pytest.raises(ConfigurationError, match=r"packed_seq_params: .* as `segments`"):
+def test_packed_sequences_are_the_model_s(megatron):
+    with pytest.raises(ConfigurationError, match=r"packed_seq_params: .* model's forward pass"):
         build()(*tensors(4, groups=4), None, packed_seq_params=object())

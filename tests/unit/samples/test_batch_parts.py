@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from retro_mcore.errors import ShapeError
+from retro_mcore.model.documents import segment_mask
 from retro_mcore.platform.context_parallel import ContextPart
-from retro_mcore.samples.batch import RetroBatch, segment_mask
+from retro_mcore.samples.batch import RetroBatch
 
 B, L, M, K, R = 2, 8, 4, 3, 5
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from retro_mcore.samples.batch import collate, segment_mask, segment_positions
+from retro_mcore.model.documents import segment_mask, segment_positions
+from retro_mcore.samples.batch import collate
 
 
 def test_positions_start_again_with_every_segment():
