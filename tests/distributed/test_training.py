@@ -59,6 +59,8 @@ def on_one_rank(folder, saved_by_one_process):
         results[name, "stopped"] = train(**layout, save=directory, exit_interval=STOP).train_losses
         load = directory if name in OWN else saved_by_one_process
         results[name, "resumed"] = train(**layout, load=load).train_losses
+    name = "context parallel"
+    results[name] = train(**LAYOUTS[name], load=saved_by_one_process).train_losses
     for name, layout in PIPELINES.items():
         directory = f"{folder}/{name}"
         distributed = layout.get("use_distributed_optimizer", False)
@@ -87,6 +89,11 @@ def test_one_process_continues_what_a_layout_began(one_process, two_processes, l
     directory = f"{two_processes[0]}/{layout}"
     losses = train(**MODEL, load=directory, use_distributed_optimizer=distributed).train_losses
     assert losses == pytest.approx(one_process[1][STOP:], rel=2e-6)
+
+
+def test_context_parallel_ranks_continue_what_one_process_began(one_process, two_processes):
+    _, results = two_processes
+    assert results["context parallel"] == pytest.approx(one_process[1][STOP:], rel=2e-6)
 
 
 @pytest.mark.parametrize("layout", PIPELINES)
