@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.generation_options import (
     GenerationModelOptions,
-    check_retrieval_flags,
+    check_generation_flags,
     load_generation_model,
 )
 from retro_mcore.cli.tables.continuation import StreamPrinter, print_continuation
@@ -78,7 +78,7 @@ def generate(options: GenerateOptions) -> list[Continuation]:
     Raises:
         RetroError: a flag, the project or the checkpoint is at fault.
     """
-    check_retrieval_flags(options, neighbors_given=options.neighbors is not None)
+    check_generation_flags(options, neighbors_given=options.neighbors is not None)
     if options.micro_batch_size < 1:
         found = str(options.micro_batch_size)
         raise ConfigurationError("--micro-batch-size", found, "Give at least 1")

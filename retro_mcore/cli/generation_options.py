@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, RetroError, flag_of, raise_problems
 from retro_mcore.platform import distributed_backend, setup_device
+from retro_mcore.training.options.parallel import divided_texts
 
 if TYPE_CHECKING:
     from retro_mcore.session import GenerationModel
@@ -42,14 +43,16 @@ class GenerationModelOptions:
     """Ranks that share one layer."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share out the layers."""
+    context_parallel_size: int = 1
+    """Not supported: generation reads whole texts on every rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one, else the CPU."""
     verify: bool = False
     """Compare the checksums of all files that are read, however large; else of 8 GiB a process."""
 
 
-def check_retrieval_flags(options: GenerationModelOptions, neighbors_given: bool = False) -> None:
-    """Reject flags of live retrieval that cannot work, or that nothing would use.
+def check_generation_flags(options: GenerationModelOptions, neighbors_given: bool = False) -> None:
+    """Reject flags of layout or live retrieval that cannot work, or that nothing would use.
 
     Args:
         options: The flags.
@@ -59,7 +62,7 @@ def check_retrieval_flags(options: GenerationModelOptions, neighbors_given: bool
         ConfigurationError: naming the flag.
         SeveralErrors: more than one.
     """
-    problems: list[RetroError] = []
+    problems: list[RetroError] = [*divided_texts(options.context_parallel_size)]
     instead = "--neighbors" if neighbors_given else f"--retro-neighbors {options.retro_neighbors}"
     searches = options.retro_neighbors == "live" and not neighbors_given
     for name, least, default in (("retrieval_interval", 1, 1), ("retrieval_lead", 0, 0)):

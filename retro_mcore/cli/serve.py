@@ -10,7 +10,7 @@ from functools import partial
 from retro_mcore.cli.command import run_command
 from retro_mcore.cli.generation_options import (
     GenerationModelOptions,
-    check_retrieval_flags,
+    check_generation_flags,
     load_generation_model,
 )
 from retro_mcore.errors import check_all
@@ -33,7 +33,7 @@ def serve(options: ServeOptions) -> None:
         RetroError: a flag, the project or the checkpoint is at fault.
     """
     require_server_libraries()
-    check_all(options.check, partial(check_retrieval_flags, options), options.api_key)
+    check_all(options.check, partial(check_generation_flags, options), options.api_key)
     loaded = load_generation_model(options)
     from retro_mcore.server import serving
 

@@ -10,7 +10,7 @@ from typing import Literal
 from retro_mcore.data.instruction.examples import PassageKind
 from retro_mcore.data.instruction.prompts import PromptFormat
 from retro_mcore.errors import ConfigurationError, raise_problems, too_small
-from retro_mcore.training.options.pretrain import ParallelOptions
+from retro_mcore.training.options.parallel import ParallelOptions, divided_texts
 
 _LEAST = {
     "num_gen": 1,
@@ -88,6 +88,8 @@ class EvaluateQaConfig:
     """Number of tensor parallel ranks."""
     pipeline_model_parallel_size: int = 1
     """Number of pipeline stages. Remaining ranks answer other questions (data parallel)."""
+    context_parallel_size: int = 1
+    """Not supported: generation reads whole texts on every rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on. auto: CUDA if available, else the CPU."""
 
@@ -121,6 +123,7 @@ class EvaluateQaConfig:
         raise_problems([*too_small(self, _LEAST), *self._problems()])
 
     def _problems(self) -> Iterator[ConfigurationError]:
+        yield from divided_texts(self.context_parallel_size)
         if self.predictions is None:
             for flag, value in (("--project-dir", self.project_dir), ("--load", self.load)):
                 if value is None:

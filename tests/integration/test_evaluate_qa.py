@@ -234,6 +234,7 @@ def test_given_predictions_are_scored_without_a_model(options, tmp_path, capsys)
         ({"confidence_level": 1.0}, "--confidence-level: 1.0"),
         ({"temperature": -1.0}, "--temperature: -1.0"),
         ({"stop": [""]}, "--stop: an empty text"),
+        ({"context_parallel_size": 2}, "--context-parallel-size: 2, but generation reads whole"),
         ({"reuse_top": True}, "--reuse-top: given, but the encoder reads none"),
         ({"template_id": 9}, "--template-id: 9"),
     ],

@@ -167,6 +167,7 @@ def test_searching_ahead_finds_neighbors_for_every_chunk(options):
         ({"neighbors": ["a", "b", "c"]}, "neighbors: 3 texts, but the model reads 2"),
         ({"prompt": None, "prompt_file": "x", "neighbors": ["a"]}, "--neighbors: given with"),
         ({"retrieval_interval": 0}, "--retrieval-interval: 0"),
+        ({"context_parallel_size": 2}, "--context-parallel-size: 2, but generation reads whole"),
         ({"retrieval_lead": 16}, "--retrieval-lead: 16 of the 16 tokens"),
         (
             {"retrieval_lead": 2, "retrieval_interval": 2, "retro_neighbors": "none"},

@@ -114,6 +114,17 @@ class ParallelOptions(UnsupportedOptions, LayerFlags):
         raise_problems([*self.refused_options()])
 
 
+def divided_texts(context_parallel_size: int) -> Iterator[ConfigurationError]:
+    """The problem of a generation that would divide texts over processes, if it would."""
+    if context_parallel_size != 1:
+        yield ConfigurationError(
+            "--context-parallel-size",
+            f"{context_parallel_size}, but generation reads whole texts on every rank",
+            "Leave it out: checkpoints load whatever their context parallel size, and "
+            "--tensor-model-parallel-size and --pipeline-model-parallel-size divide the model",
+        )
+
+
 @dataclass(kw_only=True)
 class RecomputeOptions:
     """Recomputation, which trades time for activation memory."""
