@@ -248,6 +248,23 @@ def _layer_spec(
     return ModuleSpec(module=module, submodules=submodules)
 
 
+def check_engine_attention(config: TransformerConfig) -> None:
+    """Reject what Transformer Engine's self-attention was not tested with.
+
+    Raises:
+        ConfigurationError: sequences are cut and have a window.
+    """
+    own_attention = family_option(config, "attention_softcap") is not None
+    if own_attention or config.context_parallel_size == 1 or config.window_size is None:
+        return
+    raise ConfigurationError(
+        "context_parallel_size",
+        f"{config.context_parallel_size} with window_size {config.window_size} in Transformer "
+        "Engine's attention, which was not tested",
+        "Use local layers (--transformer-impl local)",
+    )
+
+
 def _core_attention(config: TransformerConfig, backend: Any, own_attention: bool) -> type:
     """The core attention of self-attention; our own needs keys gathered if sequences are cut.
 
@@ -255,18 +272,10 @@ def _core_attention(config: TransformerConfig, backend: Any, own_attention: bool
         ConfigurationError: Transformer Engine's attention would have a window and cut sequences.
     """
     attention = SDPAttention if own_attention else backend.core_attention()
-    if config.context_parallel_size == 1:
+    if attention is not SDPAttention:
+        check_engine_attention(config)
         return attention
-    if attention is SDPAttention:
-        return GatheredAttention
-    if config.window_size is not None:
-        raise ConfigurationError(
-            "context_parallel_size",
-            f"{config.context_parallel_size} with window_size {config.window_size} in Transformer "
-            "Engine's attention, which was not tested",
-            "Use local layers (--transformer-impl local)",
-        )
-    return attention
+    return SDPAttention if config.context_parallel_size == 1 else GatheredAttention
 
 
 def _qk_norms(config: TransformerConfig, backend: Any) -> dict[str, type]:

@@ -20,7 +20,6 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 
-from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.initialization import SCALED_LEARNING_RATE, learning_rate_scale
@@ -31,11 +30,7 @@ from retro_mcore.model.pipeline import (
     synchronize_embedding_copies,
 )
 from retro_mcore.platform.optimizer_state import mark_decoupled_rates, refuse_infinite_norms
-from retro_mcore.platform.other_optimizers import (
-    build_muon,
-    check_available,
-    initialize_sgd_state,
-)
+from retro_mcore.platform.other_optimizers import build_muon, initialize_sgd_state
 from retro_mcore.training.options.megatron import (
     DATA_PARALLEL_FLAGS,
     OPTIMIZER_FLAGS,
@@ -148,23 +143,6 @@ def _other_optimizers(options: OptimizerOptions) -> dict[str, Any]:
     values["muon_use_nesterov"] = values["muon_nesterov"]  # its name up to 0.17
     known = {each.name for each in fields(OptimizerConfig)}
     return {name: value for name, value in values.items() if name in known}
-
-
-def check_optimizer(plan: TrainingPlan) -> None:
-    """Reject an optimizer that the installed packages or the model do not have.
-
-    Raises:
-        ConfigurationError: names the flag.
-    """
-    optimizer, arguments = plan.options.optimizer, plan.arguments
-    check_available(optimizer)
-    if optimizer != "adam" and arguments.retro_mup_base_hidden_size is not None:
-        raise ConfigurationError(
-            "--retro-mup-base-hidden-size",
-            f"{arguments.retro_mup_base_hidden_size} with --optimizer {optimizer}, but muP's "
-            "learning rates are those of Adam",
-            "Leave one of them out",
-        )
 
 
 def _overlap(stages: Sequence[DistributedDataParallel], plan: TrainingPlan) -> None:

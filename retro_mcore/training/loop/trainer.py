@@ -38,7 +38,6 @@ from retro_mcore.training.loop.loss import (
 from retro_mcore.training.loop.optimizer import (
     build_optimizer,
     build_scheduler,
-    check_optimizer,
     gathered_weights,
     learning_rate,
     loss_scale,
@@ -118,7 +117,7 @@ class Trainer:
             options.expert_tensor_parallel_size,
         )
         with raise_together():
-            check_optimizer(plan)
+            plan.check_optimizer()
             if options.deterministic_mode:
                 use_deterministic_algorithms()
             checkpoint = checkpoint_to_resume(plan)

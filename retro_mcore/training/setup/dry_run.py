@@ -59,13 +59,16 @@ class DryRun:
 def dry_run(options: PretrainOptions) -> DryRun:
     """Plan a run. Call it after `setup_device`.
 
-    The project need not exist yet. Then the options that it would fix must be given.
+    Layers and optimizers that the run would refuse on this machine are refused. The project need
+    not exist yet. Then the options that it would fix must be given.
 
     Raises:
         ConfigurationError: an option is invalid, contradicts the project, or is missing.
     """
     project, vocabulary, used = _project(options)
     plan = make_plan(options, project, vocabulary, used, gpt_may_be_missing=True)
+    plan.check_layers()
+    plan.check_optimizer()
     check_trains(plan.arguments, options)
     config = build_config(plan.arguments, options, options)
     world_size, copies = _copies(options)

@@ -21,6 +21,7 @@ from retro_mcore.model.config import RetroConfig, check_rates
 from retro_mcore.model.decoder_config import DecoderConfig
 from retro_mcore.model.option_traits import model_traits, passed_to
 from retro_mcore.model.options import DecoderOptions, ModelArguments, ModelOptions, RetroOptions
+from retro_mcore.model.specs import check_engine_attention
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.training.options.megatron import LAYER_FLAGS, naming_refusals, values_of
 from retro_mcore.training.options.model_sizes import (
@@ -33,12 +34,12 @@ from retro_mcore.training.options.parallel import ParallelOptions, RecomputeOpti
 
 
 def uses_transformer_engine(parallel: ParallelOptions) -> bool:
-    """Whether layers come from Transformer Engine.
+    """Whether layers come from Transformer Engine; in a dry run, those of the run that it plans.
 
     Raises:
         ConfigurationError: it was requested where it cannot run.
     """
-    available = not is_cpu_in_use() and importlib.util.find_spec("transformer_engine") is not None
+    available = _on_cuda(parallel) and importlib.util.find_spec("transformer_engine") is not None
     if parallel.transformer_impl == "transformer_engine" and not available:
         raise ConfigurationError(
             "--transformer-impl",
@@ -53,6 +54,13 @@ def uses_transformer_engine(parallel: ParallelOptions) -> bool:
             "Install the `gpu` extra and run on CUDA, without --transformer-impl local",
         )
     return used
+
+
+def _on_cuda(parallel: ParallelOptions) -> bool:
+    # A dry run computes nothing, so this process is on the CPU.
+    if not getattr(parallel, "dry_run", False):
+        return not is_cpu_in_use()
+    return parallel.device == "cuda" or (parallel.device == "auto" and torch.cuda.is_available())
 
 
 def build_config(
@@ -71,7 +79,10 @@ def build_config(
         **_fusion_fields(arguments, parallel, recompute),
     }
     with naming_flags(), naming_refusals():
-        return _build(arguments, shared)
+        config = _build(arguments, shared)
+        if uses_transformer_engine(parallel):
+            check_engine_attention(config)
+        return config
 
 
 @contextmanager

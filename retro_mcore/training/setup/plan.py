@@ -23,6 +23,7 @@ from retro_mcore.errors import (
 )
 from retro_mcore.model.option_traits import model_traits
 from retro_mcore.model.options import ModelArguments, ModelOptions
+from retro_mcore.platform.other_optimizers import check_available
 from retro_mcore.project.atomic import atomic_write
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.training.loop.batch_sizes import BatchSizes
@@ -149,6 +150,22 @@ class TrainingPlan:
                 "--reset-attention-mask",
                 "given, but Transformer Engine's causal attention takes no mask of documents",
                 "Add --transformer-impl local, or leave it out",
+            )
+
+    def check_optimizer(self) -> None:
+        """Reject an optimizer that the installed packages or the model do not have.
+
+        Raises:
+            ConfigurationError: names the flag.
+        """
+        optimizer = self.options.optimizer
+        check_available(optimizer)
+        if optimizer != "adam" and self.arguments.retro_mup_base_hidden_size is not None:
+            raise ConfigurationError(
+                "--retro-mup-base-hidden-size",
+                f"{self.arguments.retro_mup_base_hidden_size} with --optimizer {optimizer}, but "
+                "muP's learning rates are those of Adam",
+                "Leave one of them out",
             )
 
     @property

@@ -139,6 +139,63 @@ def test_layouts_that_do_not_divide_are_refused(megatron, flags, message):
         pretrain_retro(options_of("examples/pretrain/8b.yaml", "--dry-run", *flags))
 
 
+SMALL = ["--project-dir", "none", "--num-layers", "6", "--hidden-size", "32", "--lr", "1e-3",
+         "--num-attention-heads", "4", "--seq-length", "256", "--global-batch-size", "4",
+         "--train-samples", "8", "--vocab-size", "96", "--micro-batch-size", "1"]  # fmt: skip
+CUT = ["--context-parallel-size", "2", "--no-rope-fusion"]
+
+
+@pytest.fixture
+def with_engine(monkeypatch, megatron):
+    """As if Transformer Engine were installed, which a dry run does not import."""
+    from retro_mcore.training.setup import model_config
+
+    find = model_config.importlib.util.find_spec
+    monkeypatch.setattr(
+        model_config.importlib.util,
+        "find_spec",
+        lambda name, *package: name == "transformer_engine" or find(name, *package),
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sliding-window", "64", *CUT], "--context-parallel-size: 2 with .*--transformer-impl"),
+        (["--reset-attention-mask"], "--reset-attention-mask: given, but Transformer Engine"),
+    ],
+)
+def test_a_dry_run_refuses_layers_that_the_run_refuses(with_engine, flags, message):
+    plan = [*SMALL, *flags, "--dry-run"]
+    with pytest.raises(ConfigurationError, match=message):
+        pretrain_retro(parse_options(PretrainRetroOptions, [*plan, "--device", "cuda"]))
+    for other in (["--device", "cpu"], ["--device", "cuda", "--transformer-impl", "local"]):
+        pretrain_retro(parse_options(PretrainRetroOptions, [*plan, *other]))
+
+
+def test_a_dry_run_plans_with_the_engine_of_its_device(with_engine):
+    engine = ["--transformer-impl", "transformer_engine", "--cp-comm-type", "p2p"]
+    flags = [*SMALL, *CUT, *engine, "--position-embedding-type", "rope", "--dry-run"]
+    pretrain_retro(parse_options(PretrainRetroOptions, [*flags, "--device", "cuda"]))
+    with pytest.raises(ConfigurationError, match="--transformer-impl: transformer_engine, which"):
+        pretrain_retro(parse_options(PretrainRetroOptions, [*flags, "--device", "cpu"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optimizer", "muon"], "emerging_optimizers is missing.*pip install"),
+        (["--optimizer", "sgd", "--retro-mup-base-hidden-size", "16"], "those of Adam"),
+    ],
+)
+def test_a_dry_run_refuses_optimizers_that_the_run_refuses(megatron, monkeypatch, flags, message):
+    from retro_mcore.platform import other_optimizers
+
+    monkeypatch.setattr(other_optimizers, "_has_package", lambda: False)
+    with pytest.raises(ConfigurationError, match=message):
+        pretrain_retro(parse_options(PretrainRetroOptions, [*SMALL, *flags, "--dry-run"]))
+
+
 def test_without_a_project_its_flags_are_needed(megatron, tmp_path):
     options = PretrainRetroOptions(
         project_dir=str(tmp_path / "none"), num_layers=6, hidden_size=32, num_attention_heads=4,
