@@ -7,6 +7,7 @@ attend to the neighbors of one chunk.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from retro_mcore.model.cross_attention import RetroCrossAttention
 from retro_mcore.model.family_layers import local_rotary
 from retro_mcore.model.family_options import family_option
 from retro_mcore.model.inference_context import InferenceContext, NewChunk
-from retro_mcore.platform.attention import attend_capped
+from retro_mcore.platform.attention import SDPAttention, attend_capped
 from retro_mcore.platform.compatibility import config_value
 from retro_mcore.platform.windows import layer_window, window_mask
 
@@ -45,6 +46,7 @@ class RetroSelfAttention(SelfAttention):
         self.has_rope = self.layer_number not in (family_option(config, "no_rope_layers") or ())
         self.local_rotary = local_rotary(config, self.layer_number, self.pg_collection.cp)
         self.window = layer_window(config, self.layer_number)
+        self.rotation_config = without_fused_rotation(config)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Megatron's; the channels to be rotated are multiplied by `rotary_attention_factor`."""
@@ -75,11 +77,21 @@ class RetroSelfAttention(SelfAttention):
         rotary_pos_emb: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Megatron's forward; with an InferenceContext, `rotary_pos_emb` is `[S, B, 1, C]`."""
+        """Megatron's forward; with an InferenceContext, `rotary_pos_emb` is `[S, B, 1, C]`.
+
+        Raises:
+            ConfigurationError: there is a mask, which the core attention does not read.
+        """
         if isinstance(inference_context, InferenceContext):
             positions_SB = inference_context.current.positions_SB
             angles = self._own_angles(rotary_pos_emb, positions_SB)
             return self._forward_cached(hidden_states, inference_context, angles)
+        if attention_mask is not None and not isinstance(self.core_attention, SDPAttention):
+            raise ConfigurationError(
+                "attention_mask",
+                "given to Transformer Engine's causal attention, which reads no mask",
+                "Build the model with local layers (--transformer-impl local), or give None",
+            )
         rotary_pos_emb = self._own_angles(rotary_pos_emb)
         return super().forward(
             hidden_states,
@@ -96,7 +108,9 @@ class RetroSelfAttention(SelfAttention):
         query, key, value = self.get_query_key_value_tensors(hidden_states, None)
         if angles is not None:
             query, key = (
-                apply_rotary_pos_emb(states, angles, self.config, cp_group=self.pg_collection.cp)
+                apply_rotary_pos_emb(
+                    states, angles, self.rotation_config, cp_group=self.pg_collection.cp
+                )
                 for states in (query, key)
             )
         context.remember_keys(self.layer_number, key, value)
@@ -135,6 +149,18 @@ class RetroSelfAttention(SelfAttention):
         if self.config.apply_query_key_layer_scaling:
             scale /= max(1, self.layer_number)
         return scale
+
+
+def without_fused_rotation(config: TransformerConfig) -> TransformerConfig:
+    """The configuration with a rotary embedding at positions of each text's own.
+
+    Transformer Engine's fused one takes the same positions for all texts.
+    """
+    if not config.apply_rope_fusion:
+        return config
+    config = copy.copy(config)
+    config.apply_rope_fusion = False
+    return config
 
 
 def _scale_channels(states: Tensor, rotated: int, factor: float) -> Tensor:
@@ -290,4 +316,5 @@ def _rotate_at(
         return states
     longest = context.max_sequence_length + layer.config.retro_chunk_length
     angles = rotary(longest)[:, 0][offsets]
-    return apply_rotary_pos_emb(states, angles, layer.config, cp_group=layer.pg_collection.cp)
+    config = without_fused_rotation(layer.config)
+    return apply_rotary_pos_emb(states, angles, config, cp_group=layer.pg_collection.cp)

@@ -8,6 +8,7 @@ Shapes: B batch, S sequence, D hidden, V this rank's part of the vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -45,6 +46,9 @@ _UNSUPPORTED = (
     "overlap_moe_expert_parallel_comm",
     "moe_paged_stash",
 )
+
+
+_OF_LINEAR = re.compile(r"\.linear_\w+\._extra_state$")
 
 
 class DecoderModel(LanguageModule):
@@ -314,11 +318,23 @@ class DecoderModel(LanguageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Megatron's, without the output layer's empty extra state, which no GPT checkpoint has."""
+        """Megatron's, without extra states that are always empty.
+
+        Those are the output layer's, which no GPT checkpoint has, and those of Transformer Engine's
+        norms, which no checkpoint of local layers has.
+        """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        extra = state.pop(f"{prefix}output_layer._extra_state", None)
-        assert not (extra and extra.data), "the output layer has an extra state"
+        for key in [key for key in state if key.endswith("_extra_state")]:
+            if not _OF_LINEAR.search(key):
+                data = state.pop(key).data
+                assert data is None or len(data) == 0, f"{key} is not empty"
         return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.state_dict(keep_vars=True):
+            if name.endswith("_extra_state"):  # empty where a checkpoint lacks it
+                state_dict.setdefault(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _layers_to_offload(config: TransformerConfig) -> int:

@@ -53,8 +53,11 @@ def load_bert(checkpoint: Path, arguments: dict[str, Any]) -> BertModel:
     metadata = read_metadata(checkpoint)
     check_files(checkpoint, metadata)
     model = _build(checkpoint, arguments)
+    # Without extra states: which there are depends on the kind of layers, and they hold no weights.
     request = {
-        key: value for key, value in model.sharded_state_dict().items() if key.startswith(_PARTS)
+        key: value
+        for key, value in model.sharded_state_dict().items()
+        if key.startswith(_PARTS) and not key.endswith("_extra_state")
     }
     state = load_sharded_state({"model": request}, checkpoint, load_run_state)
     missing, unexpected = model.load_state_dict(state["model"], strict=False)

@@ -49,9 +49,9 @@ class ParallelOptions(UnsupportedOptions, LayerFlags):
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
     """Transformer Engine's attention kernels."""
     no_bias_gelu_fusion: bool = False
-    """Do not fuse bias and GELU. (Fusions are on with Transformer Engine, otherwise off.)"""
+    """Has no effect: bias and GELU are never fused, since Megatron's kernel is an approximation."""
     no_bias_swiglu_fusion: bool = False
-    """Do not fuse bias and SwiGLU."""
+    """Do not fuse bias and SwiGLU. (Fusions are on with Transformer Engine, otherwise off.)"""
     no_bias_dropout_fusion: bool = False
     """Do not fuse bias, dropout and residual."""
     no_rope_fusion: bool = False

@@ -202,17 +202,15 @@ def _initialization_fields(arguments: ModelArguments) -> dict[str, Any]:
 def _fusion_fields(
     arguments: ModelArguments, parallel: ParallelOptions, recompute: RecomputeOptions
 ) -> dict[str, bool]:
-    """Megatron's fusions: with Transformer Engine on as in Megatron, otherwise off."""
+    """Megatron's fusions: with Transformer Engine on as in Megatron, otherwise off.
+
+    But for the fusion of bias and GELU: Megatron has it of GELU's tanh approximation alone.
+    """
     if not uses_transformer_engine(parallel):
         return {}
-    off = parallel.no_bias_swiglu_fusion if arguments.swiglu else parallel.no_bias_gelu_fusion
-    has_bias = arguments.swiglu or not arguments.disable_bias_linear
-    other = (
-        arguments.squared_relu or arguments.openai_gelu or arguments.geglu
-    )  # no kernels for these
     extension = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return {
-        "bias_activation_fusion": not (off or other) and has_bias,
+        "bias_activation_fusion": arguments.swiglu and not parallel.no_bias_swiglu_fusion,
         "bias_dropout_fusion": not parallel.no_bias_dropout_fusion,
         "apply_rope_fusion": not (parallel.no_rope_fusion or arguments.rotary_interleaved),
         "gradient_accumulation_fusion": (

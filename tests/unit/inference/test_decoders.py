@@ -117,6 +117,20 @@ def test_every_step_equals_full_recomputation(megatron, variant):
     follow(model, texts, continuations, [source] * len(texts))
 
 
+def test_texts_have_their_own_positions_where_the_rotary_embedding_is_fused(megatron, monkeypatch):
+    """Transformer Engine's kernel, for which PyTorch stands here, takes the same for all texts."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def fused(states, angles, interleaved=False):
+        assert angles.shape[1:3] == (1, 1)  # as the kernel checks
+        return rope_utils._apply_rotary_pos_emb_bshd(states, angles, interleaved)
+
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", fused)
+    model = small_model(apply_rope_fusion=True, retro_cross_attention_positions="rotary")
+    texts = [text_of(tokens) for tokens in prompts(M, 2 * M + 3)]
+    follow(model, texts, prompts(M, M + 1), [ChunkFunction()] * 2)
+
+
 def test_neighbors_matter_at_every_position_that_sees_them(megatron):
     model = small_model()
     cached, _ = decoders(model)

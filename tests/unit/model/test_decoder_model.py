@@ -31,6 +31,29 @@ def test_checkpoints_keep_their_names_and_shapes(megatron, name):
     assert checkpoint_names(name) == json.loads(STORED.read_text())[name]
 
 
+def test_norms_with_an_extra_state_change_nothing_in_checkpoints(megatron):
+    """As Transformer Engine's norms have one, always empty: each loads what the other saved."""
+    from retro_mcore.checkpoint.state import METADATA
+    from tests.unit.model.builders import build_model
+
+    class NormWithState(torch.nn.LayerNorm):
+        def get_extra_state(self):
+            return torch.empty(0, dtype=torch.uint8)
+
+        def set_extra_state(self, state):
+            assert state is None or not len(state)
+
+    local, other = build_model(), build_model()
+    other.decoder.final_layernorm = NormWithState(32)
+    for layer in other.decoder.layers:
+        layer.input_layernorm = NormWithState(32)
+    assert "decoder.final_layernorm._extra_state" in other.state_dict()
+    wanted, found = (model.sharded_state_dict(metadata=METADATA) for model in (local, other))
+    assert {entry.key for entry in found.values()} == {entry.key for entry in wanted.values()}
+    other.load_state_dict(local.state_dict())
+    assert torch.equal(other.decoder.final_layernorm.bias, local.decoder.final_layernorm.bias)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_losses_and_gradients_are_those_of_megatrons_gpt_model(megatron, tied):
     from megatron.core.models.gpt import GPTModel

@@ -124,6 +124,19 @@ def test_windows_in_transformer_engine_are_refused_under_context_parallelism(meg
         _core_attention(config, engine, own_attention=False)
 
 
+def test_masks_are_refused_by_an_attention_that_reads_none(megatron):
+    """As Transformer Engine's causal attention: documents would attend to one another."""
+    from tests.unit.model.builders import build_model
+
+    model = build_model()
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention = torch.nn.Identity()
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
+    with pytest.raises(ConfigurationError, match="attention_mask: given to Transformer Engine's"):
+        model(tokens, tokens, mask)
+
+
 def test_packed_sequences_are_the_model_s(megatron):
     with pytest.raises(ConfigurationError, match=r"packed_seq_params: .* model's forward pass"):
         build()(*tensors(4, groups=4), None, packed_seq_params=object())

@@ -185,6 +185,28 @@ def test_fp8_without_transformer_engine_is_refused_by_name():
 
 
 @pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    ("flags", "fused"),
+    [
+        ({}, False),  # Megatron's kernel computes the tanh approximation, under GELU's name
+        ({"openai_gelu": True}, False),
+        ({"geglu": True}, False),
+        ({"swiglu": True}, True),
+        ({"swiglu": True, "no_bias_swiglu_fusion": True}, False),
+    ],
+)
+def test_with_transformer_engine_activations_are_fused_where_they_stay_the_same(
+    monkeypatch, flags, fused
+):
+    from retro_mcore.training.setup import model_config
+
+    monkeypatch.setattr(model_config, "uses_transformer_engine", lambda _: True)
+    plan = small_plan(**flags)
+    found = model_config._fusion_fields(plan.arguments, plan.options, plan.options)
+    assert found["bias_activation_fusion"] is fused
+
+
+@pytest.mark.usefixtures("megatron")
 def test_what_megatron_refuses_is_told_as_a_mistake_of_the_flags():
     from retro_mcore.training.setup.build import build_config
 
