@@ -312,6 +312,12 @@ class RetroConfig(RetroOptions, DecoderConfig):
                     f"{getattr(self, name)}, which divides sequences unevenly or in two ways",
                     "Leave it out; context_parallel_size divides every sequence alike",
                 )
+        if self.tp_comm_overlap:
+            raise ConfigurationError(
+                "tp_comm_overlap",
+                "True, but its buffers fit only one length, and neighbors have another",
+                "Leave it out",
+            )
         tensor_parallel = self.tensor_model_parallel_size
         retrieved_length = self.retro_num_retrieved_chunks * self.retro_chunk_length
         if self.num_query_groups % tensor_parallel:

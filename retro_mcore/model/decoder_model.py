@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -351,6 +352,14 @@ def _unsupported(
             yield ConfigurationError(
                 name, f"{value}, which this model does not have", "Leave it out"
             )
+    if config_value(config, "use_te_activation_func", absent=False) and (
+        config.activation_func is torch.nn.functional.gelu
+    ):
+        yield ConfigurationError(
+            "use_te_activation_func",
+            "True with GELU, of which Transformer Engine has the tanh approximation alone",
+            "Leave it out",
+        )
     if position_embedding_type not in ("learned_absolute", "rope", "none"):
         yield ConfigurationError(
             "position_embedding_type",

@@ -54,6 +54,7 @@ def test_default_rule_for_retro_layers(megatron, num_layers, expected):
             "retro_encoder_num_attention_heads",
         ),
         ({"hybrid_context_parallel": True}, "hybrid_context_parallel"),
+        ({"tp_comm_overlap": True}, "tp_comm_overlap"),
         ({"window_size": (3, 1)}, "window_size"),
         ({"window_attn_skip_freq": 2}, "window_attn_skip_freq"),
         ({"window_size": (3, 0), "window_attn_skip_freq": 0}, "window_attn_skip_freq"),

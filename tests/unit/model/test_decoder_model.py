@@ -90,7 +90,10 @@ def test_losses_and_gradients_are_those_of_megatrons_gpt_model(megatron, tied):
 
 @pytest.mark.parametrize(
     "field",
-    ["mtp_num_layers", "multi_latent_attention", "use_mup", "fine_grained_activation_offloading"],
+    [
+        *("mtp_num_layers", "multi_latent_attention", "use_mup"),
+        *("fine_grained_activation_offloading", "use_te_activation_func"),
+    ],
 )
 def test_what_the_model_does_not_have_is_refused(megatron, field):
     from retro_mcore.model.decoder_config import DecoderConfig
@@ -100,7 +103,7 @@ def test_what_the_model_does_not_have_is_refused(megatron, field):
     config = DecoderConfig(**DECODER)
     spec = get_gpt_decoder_block_spec(config)
     setattr(config, field, 1)
-    with pytest.raises(ConfigurationError, match=f"{field}: 1"):
+    with pytest.raises(ConfigurationError, match=f"{field}: (1|True)"):
         DecoderModel(config, spec, **SIZES)
     with pytest.raises(RetroError) as caught:
         DecoderModel(config, spec, **SIZES, position_embedding_type="yarn")
