@@ -27,6 +27,7 @@ from retro_mcore.checkpoint.random_state import set_random_state
 from retro_mcore.checkpoint.safe_loading import load_run_state
 from retro_mcore.checkpoint.state import (
     FAILURES,
+    SQUARES,
     TrainingParts,
     TrainingProgress,
     model_key,
@@ -36,9 +37,10 @@ from retro_mcore.checkpoint.state import (
 from retro_mcore.errors import CheckpointError
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.platform.optimizer_state import (
-    fits_muon,
+    fits_parts,
     keeping_adam_steps,
     mark_saved_rates,
+    put_squares,
     regroup,
     supply_adam_step,
     unshare_adam_steps,
@@ -85,10 +87,10 @@ def load_checkpoint(
         verify_checkpoint(checkpoint)
         _check_holds_run(common, scope, checkpoint)
     takes_random_state = scope.random_state and _same_layout(common["args"])
-    if scope.optimizer and not fits_muon(parts.optimizer, common.get("optimizer", {})):
+    if scope.optimizer and not fits_parts(parts.optimizer, common.get("optimizer", {})):
         raise CheckpointError(
             checkpoint,
-            "was saved by Muon with experts divided otherwise, and its state is not regrouped",
+            "was saved with experts divided otherwise, and this optimizer's state is not regrouped",
             "Give --expert-model-parallel-size as before, or add --no-load-optim",
         )
     if is_own(vars(common["args"])):
@@ -100,6 +102,7 @@ def load_checkpoint(
         load_megatron_lm([unwrap_model(stage) for stage in parts.stages], checkpoint)
     if scope.optimizer:
         _load_optimizer(parts, state["optimizer"], common["opt_param_scheduler"], checkpoint)
+        put_squares(parts.optimizer, state.get(SQUARES, {}))
     else:
         parts.optimizer.reload_model_params()
     if takes_random_state:

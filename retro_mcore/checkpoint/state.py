@@ -12,7 +12,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from retro_mcore.checkpoint.random_state import sharded_random_state
-from retro_mcore.platform.optimizer_state import allocate_adam_state, unpadded_bucket_offsets
+from retro_mcore.platform.optimizer_state import (
+    allocate_adam_state,
+    sharded_squares,
+    unpadded_bucket_offsets,
+    without_squares,
+)
 from retro_mcore.platform.other_optimizers import allocate_sgd_state
 from retro_mcore.platform.parallel import unwrap_model
 
@@ -24,6 +29,10 @@ METADATA = {
     "singleton_local_shards": False,
     "non_homogeneous_layers": True,
 }
+
+
+#: What is square in SOAP's state, beside the optimizer's.
+SQUARES = "optimizer_squares"
 
 
 @dataclass
@@ -58,10 +67,13 @@ def state_dict(
     if optimizer:
         allocate_adam_state(parts.optimizer)
         allocate_sgd_state(parts.optimizer)
-        with unpadded_bucket_offsets(parts.optimizer):
+        model_state = dict(state)
+        with unpadded_bucket_offsets(parts.optimizer), without_squares(parts.optimizer) as squares:
             state["optimizer"] = parts.optimizer.sharded_state_dict(
-                dict(state), is_loading=is_loading, metadata=METADATA
+                model_state, is_loading=is_loading, metadata=METADATA
             )
+        if squares:
+            state[SQUARES] = sharded_squares(parts.optimizer, parts.stages, model_state, squares)
     if random_state:
         state["rng_state"] = sharded_random_state()
     return state

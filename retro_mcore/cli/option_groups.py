@@ -36,6 +36,7 @@ GROUPS: dict[str, str] = {
     "attribute database_fraction ablate_retrieval legacy_scoring confidence_level num_resamples "
     "histogram_chunks shortest_shared_run",
     "optimizer": "optimizer lr lr_* min_lr *weight_decay* adam_* sgd_* muon_* adaptive_muon_* "
+    "lion_* soap_* "
     "optimizer_* clip_grad decoupled_* use_precision_aware_optimizer freeze_decoder",
     "precision": "fp8_* fp4_* bf16 fp16 *_bf16 tp_only_amax_red fp32_residual_connection "
     "*loss_scale* hysteresis accumulate_allreduce_grads_in_fp32",

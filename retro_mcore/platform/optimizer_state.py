@@ -7,6 +7,7 @@
 | `keeping_adam_steps`      | 0.16.1 to 0.19.2 | the distributed optimizer's state does not load   |
 | `unshare_adam_steps`      | 0.16.1 to 0.19.2 | Adam steps wrongly after loading, silently        |
 | `unpadded_bucket_offsets` | 0.16.1 to 0.19.2 | small models' moments are mixed up, silently      |
+| `without_squares`         | 0.18 to 0.19.2   | SOAP's state cannot be saved                      |
 | `regroup`                 | 0.16.1 to 0.19.2 | no change between one and several expert ranks    |
 | `mark_decoupled_rates`    | 0.16.1 to 0.18.2 | --decoupled-lr resumes with one rate, silently    |
 | `refuse_infinite_norms`   | 0.16.1 to 0.19.2 | infinite gradients reach the weights              |
@@ -19,14 +20,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -97,26 +100,123 @@ def mark_saved_rates(state: dict[Any, Any]) -> None:
     mark_decoupled_rates(_saved_groups(state))
 
 
-def fits_muon(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> bool:
-    """Whether a saved state has the parts of this optimizer, if that is Muon (0.16.1 to 0.19.2).
+#: Classes of Megatron's optimizers of matrices, and what their groups of parameters tell apart.
+_MATRIX_OPTIMIZERS = ("TensorParallelMuon", "TensorParallelAdaptiveMuon", "Lion", "SOAP")
+_SETTINGS = ("betas", "eps", "shampoo_beta")
 
-    Under expert parallelism experts have a Muon of their own. `regroup` knows AdamW's parts only.
+
+def fits_parts(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> bool:
+    """Whether a saved state has an optimizer of matrices' parts; True for others (0.16.1 to 0.19.2).
+
+    Under expert parallelism experts have an optimizer of their own. `regroup` knows AdamW's parts
+    only.
 
     Args:
         optimizer: The run's.
         saved: What the checkpoint holds of it once: hyperparameters and steps.
     """
     parts = _parts(optimizer)
-    if not any(hasattr(part.optimizer, "orthogonalize") for part in parts):
+    if not any(type(part.optimizer).__name__ in _MATRIX_OPTIMIZERS for part in parts):
         return True
     groups = [
         saved.get(index, {}).get("optimizer", saved.get(index, {})).get("param_groups", ())
         for index in range(len([key for key in saved if isinstance(key, int)]))
     ]
     return [len(each) for each in groups] == [len(part.param_groups) for part in parts] and all(
-        ("betas" in theirs) == ("betas" in own)
+        [name in theirs for name in _SETTINGS] == [name in own for name in _SETTINGS]
         for saved_groups, part in zip(groups, parts, strict=True)
         for theirs, own in zip(saved_groups, part.param_groups, strict=True)
+    )
+
+
+#: SOAP's state that is square: averages of G G' and G' G for gradients G, and their eigenvectors.
+_SQUARES = ("L", "R", "Q_L", "Q_R")
+
+
+@contextmanager
+def without_squares(optimizer: MegatronOptimizer) -> Iterator[list[dict[str, Tensor]]]:
+    """While making sharded state dicts, take what is square out of SOAP's state (0.18 to 0.19.2).
+
+    Megatron saves only what has a parameter's shape, and asserts it.
+
+    Yields:
+        What was taken, for each parameter of SOAP; for `sharded_squares`.
+    """
+    for soap in {id(soap): soap for soap, _ in _of_soap(optimizer)}.values():
+        for group in soap.param_groups:  # before the first step, and for loading
+            soap._init_group(group, skip_non_grad_params=False)
+    states = [soap.state[parameter] for soap, parameter in _of_soap(optimizer)]
+    squares = [{name: state.pop(name) for name in _SQUARES} for state in states]
+    try:
+        yield squares
+    finally:
+        for state, own in zip(states, squares, strict=True):
+            state.update(own)
+
+
+def sharded_squares(
+    optimizer: MegatronOptimizer,
+    stages: Sequence[torch.nn.Module],
+    model_state: dict[str, Any],
+    squares: Sequence[dict[str, Tensor]],
+) -> dict[str, ShardedTensor]:
+    """What is square in SOAP's state, to be saved beside it. No matrix is divided over ranks.
+
+    Args:
+        optimizer: The run's.
+        stages: The model's stages on this rank.
+        model_state: Their sharded state.
+        squares: As `without_squares` yields them.
+    """
+    weights = {
+        id(getattr(weight, "main_param", weight)): weight
+        for stage in stages
+        for weight in stage.parameters()
+    }
+    entries, _ = extract_sharded_tensors_and_factories(model_state)
+    by_weight = {id(entry.data): entry for entry in nested_values(entries)}
+    places = [by_weight[id(weights[id(parameter)])] for _, parameter in _of_soap(optimizer)]
+    return {
+        f"{index}.{name}": _square_of(place, name, square)
+        for index, (place, own) in enumerate(zip(places, squares, strict=True))
+        for name, square in own.items()
+    }
+
+
+def put_squares(optimizer: MegatronOptimizer, loaded: dict[str, Tensor]) -> None:
+    """Complete SOAP's loaded state by what `sharded_squares` saved."""
+    for index, (soap, parameter) in enumerate(_of_soap(optimizer)):
+        state = soap.state[parameter]
+        state.setdefault("step", 0)  # Megatron does not save it before the first step
+        state.update({name: loaded[f"{index}.{name}"] for name in _SQUARES})
+
+
+def _of_soap(optimizer: MegatronOptimizer) -> list[tuple[Any, Tensor]]:
+    """SOAP, once for each of its parameters."""
+    inner = [part.optimizer for part in _parts(optimizer)]
+    return [
+        (each, parameter)
+        for each in inner
+        if type(each).__name__ == "SOAP"
+        for group in each.param_groups
+        for parameter in group["params"]
+    ]
+
+
+def _square_of(weight: Any, name: str, square: Tensor) -> ShardedTensor:
+    """A square matrix of a weight, in its place among layers or experts."""
+    if isinstance(weight, ShardedTensorFactory):
+        weight = next(iter(nested_values(weight.build())))
+    stacked = weight.prepend_axis_num
+    return ShardedTensor.from_rank_offsets(
+        f"optimizer.state.{name}.{weight.key}",
+        square,
+        *(
+            (axis, weight.global_offset[axis], weight.axis_fragmentations[axis])
+            for axis in range(stacked)
+        ),
+        replica_id=weight.replica_id,
+        prepend_axis_num=stacked,
     )
 
 

@@ -1,12 +1,14 @@
 """Megatron's optimizers other than Adam: which of them a release has, and workarounds.
 
-| function               | releases         | what happens without it                          |
-|------------------------|------------------|--------------------------------------------------|
-| `build_muon`           | 0.16.1 to 0.19.2 | releases differ in how they build it             |
-| `_as_embeddings`       | 0.16.1 to 0.19.2 | learned positions are orthogonalized, silently   |
-| `_split_by_own_heads`  | 0.16.1 to 0.19.2 | the encoder's queries, keys and values are split |
-|                        |                  | at the decoder's sizes, silently                 |
-| `initialize_sgd_state` | 0.16.1 to 0.19.2 | a checkpoint of SGD does not load                |
+| function                 | releases         | what happens without it                          |
+|--------------------------|------------------|--------------------------------------------------|
+| `build_matrix_optimizer` | 0.16.1 to 0.19.2 | releases differ in how they build Muon           |
+| `_as_embeddings`         | 0.16.1 to 0.19.2 | learned positions are orthogonalized, silently   |
+| `_use_own_settings`      | 0.18 to 0.19.2   | Lion has Adam's betas, and SOAP an epsilon of    |
+|                          |                  | its own, silently                                |
+| `_split_by_own_heads`    | 0.16.1 to 0.19.2 | the encoder's queries, keys and values are split |
+|                          |                  | at the decoder's sizes, silently                 |
+| `initialize_sgd_state`   | 0.16.1 to 0.19.2 | a checkpoint of SGD does not load                |
 """
 
 from __future__ import annotations
@@ -48,10 +50,10 @@ def check_available(optimizer: str) -> None:
     """
     if optimizer in ("adam", "sgd"):
         return
-    if optimizer == "adaptive_muon" and not has_registry():
+    if optimizer != "muon" and not has_registry():
         raise ConfigurationError(
             "--optimizer",
-            f"adaptive_muon, which megatron-core {version('megatron-core')} does not have",
+            f"{optimizer}, which megatron-core {version('megatron-core')} does not have",
             "Install 0.18 or later, or use muon",
         )
     if not _has_package():
@@ -76,11 +78,15 @@ def _has_package() -> bool:
     return "mode" in inspect.signature(module.newton_schulz_tp).parameters
 
 
-def build_muon(config: OptimizerConfig, stages: Sequence[torch.nn.Module]) -> MegatronOptimizer:
-    """Build Muon for matrices, and AdamW for embeddings, output layer, norms and biases.
+def build_matrix_optimizer(
+    config: OptimizerConfig, stages: Sequence[torch.nn.Module]
+) -> MegatronOptimizer:
+    """Build Megatron's optimizer of matrices, and AdamW for all other weights.
+
+    AdamW trains embeddings, output layer, norms and biases.
 
     Args:
-        config: With `optimizer` muon or adaptive_muon. May be changed.
+        config: With `optimizer` muon, adaptive_muon, lion or soap. May be changed.
         stages: The model's stages on this rank, wrapped in data parallelism.
     """
     overrides = _standard_overrides(config, stages)
@@ -92,6 +98,7 @@ def build_muon(config: OptimizerConfig, stages: Sequence[torch.nn.Module]) -> Me
 
             optimizer = get_megatron_muon_optimizer(config, list(stages), overrides)
     _split_by_own_heads(optimizer, stages)
+    _use_own_settings(optimizer, config)
     return optimizer
 
 
@@ -131,6 +138,24 @@ def _as_embeddings(stages: Sequence[torch.nn.Module]) -> Iterator[None]:
     finally:
         for parameter in positions:
             delattr(parameter, _IS_EMBEDDING)
+
+
+def _use_own_settings(optimizer: Any, config: Any) -> None:
+    """Give Lion its betas and SOAP Adam's epsilon (0.18 to 0.19.2).
+
+    Megatron gives Lion Adam's betas, though it has options for Lion's, and no epsilon to SOAP.
+    """
+    if config.optimizer == "lion":
+        own: dict[str, Any] = {"betas": (config.lion_beta1, config.lion_beta2)}
+    elif config.optimizer == "soap":
+        own = {"eps": config.adam_eps}
+    else:
+        return
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if type(part.optimizer).__name__.lower() == config.optimizer:
+            part.optimizer.defaults.update(own)
+            for group in part.optimizer.param_groups:
+                group.update(own)
 
 
 def _split_by_own_heads(optimizer: Any, stages: Sequence[torch.nn.Module]) -> None:

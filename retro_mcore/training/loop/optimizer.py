@@ -30,7 +30,7 @@ from retro_mcore.model.pipeline import (
     synchronize_embedding_copies,
 )
 from retro_mcore.platform.optimizer_state import mark_decoupled_rates, refuse_infinite_norms
-from retro_mcore.platform.other_optimizers import build_muon, initialize_sgd_state
+from retro_mcore.platform.other_optimizers import build_matrix_optimizer, initialize_sgd_state
 from retro_mcore.training.options.megatron import (
     DATA_PARALLEL_FLAGS,
     OPTIMIZER_FLAGS,
@@ -38,7 +38,10 @@ from retro_mcore.training.options.megatron import (
     values_of,
 )
 from retro_mcore.training.options.optimizer import OptimizerOptions
-from retro_mcore.training.options.other_optimizers import MUON, OtherOptimizerOptions
+from retro_mcore.training.options.other_optimizers import (
+    MATRIX_OPTIMIZERS,
+    OtherOptimizerOptions,
+)
 from retro_mcore.training.setup.plan import TrainingPlan
 
 
@@ -85,8 +88,8 @@ def build_optimizer(
     """
     with naming_refusals():
         config = _optimizer_config(plan, stages[0].config.params_dtype)
-    if config.optimizer in MUON:
-        optimizer = build_muon(config, stages)
+    if config.optimizer in MATRIX_OPTIMIZERS:
+        optimizer = build_matrix_optimizer(config, stages)
     else:
         overrides = _learning_rate_overrides(config, learning_rate_scale(stages[0].config))
         optimizer = get_megatron_optimizer(config, list(stages), config_overrides=overrides)
@@ -141,6 +144,7 @@ def _other_optimizers(options: OptimizerOptions) -> dict[str, Any]:
     values = {each.name: getattr(options, each.name) for each in fields(OtherOptimizerOptions)}
     values["muon_split_qkv"] = not values["muon_no_split_qkv"]
     values["muon_use_nesterov"] = values["muon_nesterov"]  # its name up to 0.17
+    values["soap_use_kl_shampoo"] = not values["soap_no_kl_shampoo"]
     known = {each.name for each in fields(OptimizerConfig)}
     return {name: value for name, value in values.items() if name in known}
 

@@ -11,25 +11,31 @@ import tyro
 from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.model.option_traits import at_least
 
-#: Optimizers that orthogonalize matrices; AdamW trains all other weights.
+#: Optimizers that orthogonalize matrices.
 MUON = ("muon", "adaptive_muon")
+
+#: Optimizers of matrices; AdamW trains all other weights.
+MATRIX_OPTIMIZERS = (*MUON, "lion", "soap")
 
 #: Megatron's optimizers that are refused, with the reason.
 REFUSED: dict[str, str] = {
     "dist_muon": "which divides whole matrices among processes; its checkpoints load only into as "
     "many processes",
-    "soap": "whose state has other shapes than the weights, so that Megatron's checkpoints cannot "
-    "hold it",
-    "lion": "which Megatron gives only to matrices, with Adam's betas",
 }
 
 #: The optimizers that read each flag, by the beginning of its name.
-_READERS = {"sgd_": ("sgd",), "muon_": MUON, "adaptive_muon_": ("adaptive_muon",)}
+_READERS = {
+    "sgd_": ("sgd",),
+    "muon_": MUON,
+    "adaptive_muon_": ("adaptive_muon",),
+    "lion_": ("lion",),
+    "soap_": ("soap",),
+}
 
 
 @dataclass(kw_only=True)
 class OtherOptimizerOptions:
-    """SGD and Muon, with the defaults of Megatron-LM's trainer except where stated."""
+    """SGD, Muon, Lion and SOAP, with Megatron's defaults except where stated."""
 
     sgd_momentum: float = 0.9
     """SGD's momentum."""
@@ -55,6 +61,16 @@ class OtherOptimizerOptions:
     """Decay of the second moment of adaptive Muon (AdaMuon)."""
     adaptive_muon_eps: float = 1e-8
     """Epsilon of adaptive Muon."""
+    lion_beta1: float = 0.95
+    """Share of Lion's momentum in the update, before the new gradient."""
+    lion_beta2: float = 0.98
+    """Decay of Lion's momentum."""
+    soap_shampoo_beta: float = 0.95
+    """Decay of SOAP's two matrices of each weight matrix, whose eigenvectors Adam runs in."""
+    soap_precondition_frequency: int = field(default=1, metadata=at_least(1))
+    """Steps from one update of SOAP's eigenvectors to the next."""
+    soap_no_kl_shampoo: bool = False
+    """Average SOAP's matrices as in Shampoo, without KL-Shampoo's correction."""
 
     def check_optimizer(self) -> None:
         """Reject optimizers without support, and flags that the chosen one does not read.
@@ -63,11 +79,11 @@ class OtherOptimizerOptions:
             ConfigurationError: names the flag.
         """
         optimizer = self.optimizer  # type: ignore[attr-defined]
-        if optimizer not in ("adam", "sgd", *MUON):
-            reason = REFUSED.get(optimizer, "which Megatron-Core does not have")
-            raise ConfigurationError(
-                "--optimizer", f"{optimizer}, {reason}", "Use adam, sgd, muon or adaptive_muon"
-            )
+        known = ("adam", "sgd", *MATRIX_OPTIMIZERS)
+        if optimizer not in known:
+            reason = REFUSED.get(optimizer, "which Megatron does not offer")
+            choices = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise ConfigurationError("--optimizer", f"{optimizer}, {reason}", f"Use {choices}")
         for problem in self._incompatible(optimizer):
             raise problem
 
@@ -89,7 +105,7 @@ class OtherOptimizerOptions:
                     f"given with --optimizer {optimizer}, which does not read it",
                     "Add --optimizer adam, or leave it out",
                 )
-        if optimizer in MUON and getattr(self, "loss_scale", None) is not None:
+        if optimizer in MATRIX_OPTIMIZERS and getattr(self, "loss_scale", None) is not None:
             yield ConfigurationError(
                 "--loss-scale",
                 f"given with --optimizer {optimizer}, which Megatron would scale in part only",
@@ -102,7 +118,15 @@ class OtherOptimizerOptions:
                     f"{optimizer} with {flag_of(name)}, which is made for Adam's state",
                     "Leave one of them out",
                 )
-        if getattr(self, "fp16", False) and optimizer in MUON:
+        if getattr(self, "fp16", False) and optimizer in MATRIX_OPTIMIZERS:
             yield ConfigurationError(
                 "--optimizer", f"{optimizer} with --fp16, which Megatron refuses", "Use --bf16"
             )
+        for name in ("tensor_model_parallel_size", "expert_tensor_parallel_size"):
+            if optimizer == "soap" and getattr(self, name) not in (None, 1):
+                yield ConfigurationError(
+                    "--optimizer",
+                    f"soap with {flag_of(name)} {getattr(self, name)}: Megatron's SOAP would "
+                    "precondition each process's part of a matrix by itself",
+                    "Divide over data, context, expert or pipeline parallel processes instead",
+                )

@@ -1,7 +1,7 @@
 """Parameters and memory per process, computed without building the model.
 
-Parameters, weights, gradients and optimizer state are exact, except that the state of Muon counts
-norms and biases as matrices. Activations are an estimate following
+Parameters, weights, gradients and optimizer state are exact, except that the state of Muon and Lion
+counts norms and biases as matrices. Activations are an estimate following
 Korthikanti et al. 2022 (section 4): the tensors that each layer keeps for its backward pass, with
 an attention that keeps no probabilities (flash attention, or PyTorch's).
 """
@@ -9,6 +9,7 @@ an attention that keeps no probabilities (flash attention, or PyTorch's).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from retro_mcore.model.family_options import family_option
 from retro_mcore.model.options import ModelArguments
 from retro_mcore.model.pipeline import stage_layer_numbers
 from retro_mcore.model.specs import decoder_expert_layers
-from retro_mcore.training.options.other_optimizers import MUON
+from retro_mcore.training.options.other_optimizers import MATRIX_OPTIMIZERS
 from retro_mcore.training.setup.build import number_of_positions
 
 
@@ -170,6 +171,63 @@ def _encoder(config: RetroConfig, parts: int) -> int:
     return count
 
 
+def _matrices(
+    config: TransformerConfig, layers: range, expert_parts: int
+) -> Iterator[tuple[int, int]]:
+    """Rows and columns of the matrices of these layers, without tensor parallelism.
+
+    Args:
+        config: Configuration of the model.
+        layers: Numbers of a stage's layers.
+        expert_parts: Expert parallel size.
+    """
+    routed = decoder_expert_layers(config)
+    for number in layers:
+        yield from _matrices_of_attention(config)
+        if number not in routed:
+            yield from _matrices_of_mlp(config, config.ffn_hidden_size)
+            continue
+        experts, shared = config.num_moe_experts or 0, config.moe_shared_expert_intermediate_size
+        yield experts, config.hidden_size
+        for _ in range(experts // expert_parts):
+            yield from _matrices_of_mlp(config, config.moe_ffn_hidden_size)
+        if shared is not None:
+            yield from _matrices_of_mlp(config, shared)
+            if config.moe_shared_expert_gate:
+                yield 1, config.hidden_size
+    if not isinstance(config, RetroConfig):
+        return
+    for _ in {*config.retro_layer_numbers} & {*layers}:
+        yield from _matrices_of_cross(config, config.encoder_hidden_size)
+    if config.retro_layer_numbers[0] in layers:
+        encoder = config.encoder_config()
+        for _ in range(encoder.num_layers):
+            yield from _matrices_of_attention(encoder)
+            yield from _matrices_of_mlp(encoder, encoder.ffn_hidden_size)
+        yield from _matrices_of_cross(encoder, config.hidden_size)
+        if encoder.hidden_size != config.hidden_size:
+            yield encoder.hidden_size, config.hidden_size
+
+
+def _matrices_of_attention(config: TransformerConfig) -> Iterator[tuple[int, int]]:
+    wide, narrow = _widths(config, 1)
+    yield wide + 2 * narrow, config.hidden_size
+    yield config.hidden_size, wide
+
+
+def _matrices_of_cross(config: TransformerConfig, key_value_size: int) -> Iterator[tuple[int, int]]:
+    wide, narrow = _widths(config, 1)
+    yield wide, config.hidden_size
+    yield 2 * narrow, key_value_size
+    yield config.hidden_size, wide
+
+
+def _matrices_of_mlp(config: TransformerConfig, width: int | None) -> Iterator[tuple[int, int]]:
+    ffn = width or config.ffn_hidden_size
+    yield ffn * (2 if config.gated_linear_unit else 1), config.hidden_size
+    yield config.hidden_size, ffn
+
+
 def _widths(config: TransformerConfig, parts: int) -> tuple[int, int]:
     """Widths of all queries and of all keys, on one process."""
     channels = config.kv_channels
@@ -213,8 +271,8 @@ def estimate_memory(
     return max(stages, key=lambda memory: memory.total)
 
 
-#: Moments of each weight that an optimizer keeps. With Muon, embeddings have AdamW's.
-_MOMENTS = {"adam": 2, "sgd": 1, "muon": 1, "adaptive_muon": 2}
+#: Moments of each weight that an optimizer keeps. With Muon and Lion, embeddings have AdamW's.
+_MOMENTS = {"adam": 2, "sgd": 1, "muon": 1, "adaptive_muon": 2, "lion": 1, "soap": 2}
 
 
 def _stage_memory(
@@ -229,7 +287,7 @@ def _stage_memory(
     pipeline = config.pipeline_model_parallel_size
     virtual = config.virtual_pipeline_model_parallel_size
     chunks: list[int | None] = [None] if virtual is None else list(range(virtual))
-    parameters = experts = embeddings = activations = 0
+    parameters = experts = embeddings = activations = squares = 0
     for chunk in chunks:
         layers = stage_layer_numbers(config, chunk, rank)
         first = rank == 0 and not chunk
@@ -243,6 +301,10 @@ def _stage_memory(
         parameters += stage.total + stage.copies
         experts += stage.experts
         embeddings += stage.embedding + stage.copies
+        squares += sum(
+            2 * (rows * rows + columns * columns)
+            for rows, columns in _matrices(config, layers, expert_parts[0])
+        )
         kept = min(num_microbatches, pipeline - rank)
         activations += kept * micro_batch_size * _activations(config, arguments, layers, last)
     low = config.bf16 or config.fp16
@@ -257,7 +319,11 @@ def _stage_memory(
         gradients=parameters * gradient,
         optimizer=(parameters - experts) * state // optimizer_shards
         + experts * state // of_experts
-        + embeddings * 4 * (_MOMENTS["adam"] - _MOMENTS[optimizer]) * (optimizer in MUON),
+        + embeddings
+        * 4
+        * (_MOMENTS["adam"] - _MOMENTS[optimizer])
+        * (optimizer in MATRIX_OPTIMIZERS)
+        + 4 * squares * (optimizer == "soap"),
         activations=activations * (2 if low else 4),
     )
 

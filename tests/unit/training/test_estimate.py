@@ -86,11 +86,33 @@ def test_each_optimizer_has_its_own_state(megatron, bf16, adam, sgd):
     counted = count_parameters(config, model)
     states = {
         name: estimate_memory(config, model, 1, 1, 1, False, name).optimizer
-        for name in ("adam", "sgd", "muon")
+        for name in ("adam", "sgd", "muon", "lion")
     }
     assert states["adam"] == counted.total * adam
     assert states["sgd"] == counted.total * sgd
     assert states["muon"] == counted.total * sgd + counted.embedding * (adam - sgd)
+    assert states["lion"] == states["muon"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_soap_keeps_squares_of_every_matrix(megatron, name):
+    from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
+    from retro_mcore.training.setup.build import build_config, build_model
+    from retro_mcore.training.setup.estimate import estimate_memory
+
+    model, parallel = arguments(**{**BASE, **MODELS[name]}), ParallelOptions(device="cpu")
+    config = build_config(model, parallel, RecomputeOptions())
+    matrices = [
+        weight.shape
+        for name, weight in build_model(model, parallel).named_parameters()
+        if weight.dim() == 2 and "embedding" not in name and "output_layer" not in name
+    ]
+    memory = {
+        optimizer: estimate_memory(config, model, 1, 1, 1, False, optimizer).optimizer
+        for optimizer in ("adam", "soap")
+    }
+    squares = sum(2 * (rows**2 + columns**2) for rows, columns in matrices)
+    assert memory["soap"] - memory["adam"] == 4 * squares
 
 
 @pytest.mark.distributed

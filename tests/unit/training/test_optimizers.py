@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from retro_mcore.errors import CheckpointError, ConfigurationError
-from tests.distributed.test_optimizers import MUON, muon  # noqa: F401 (a fixture)
+from tests.distributed.test_optimizers import (
+    MATRICES,
+    MUON,
+    muon,  # noqa: F401 (a fixture)
+    require,
+)
 from tests.unit.training.small import NO_DROPOUT, small_plan, small_trainer, train
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -59,10 +64,15 @@ def test_sgd_computes_a_step_of_sgd():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"optimizer": "soap"}, "--optimizer: soap, whose state has other shapes"),
         ({"optimizer": "dist_muon"}, "--optimizer: dist_muon, which divides"),
-        ({"optimizer": "lion"}, "--optimizer: lion"),
-        ({"optimizer": "adagrad"}, "--optimizer: adagrad, which Megatron-Core does not have"),
+        ({"optimizer": "adagrad"}, "--optimizer: adagrad, which Megatron does not offer"),
+        (
+            {"optimizer": "soap", "tensor_model_parallel_size": 2},
+            "--optimizer: soap with --tensor-model-parallel-size 2: Megatron's SOAP would",
+        ),
+        ({"optimizer": "lion", "loss_scale": 2.0}, "--loss-scale: given with --optimizer lion"),
+        ({"soap_shampoo_beta": 0.5}, "--soap-shampoo-beta: given with --optimizer adam"),
+        ({"optimizer": "soap", "lion_beta1": 0.5}, "--lion-beta1: given with --optimizer soap"),
         (
             {"optimizer": "sgd", "use_distributed_optimizer": True},
             "--optimizer: sgd with --use-distributed-optimizer",
@@ -90,18 +100,35 @@ def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch):
         small_trainer(optimizer="muon")
 
 
-@pytest.mark.parametrize("changes", [{}, {"bf16": True, "muon_nesterov": True}])
-def test_muon_resumes_bit_for_bit(changes, muon, tmp_path):  # noqa: F811
-    model = {**MUON, **changes}
+@pytest.mark.parametrize(
+    "model",
+    [
+        MUON,
+        {**MUON, "bf16": True, "muon_nesterov": True},
+        {**MATRICES, "optimizer": "lion"},
+        {**MATRICES, "optimizer": "lion", "bf16": True},
+        {**MATRICES, "optimizer": "soap", "swiglu": True, "soap_precondition_frequency": 2},
+        {**MATRICES, "optimizer": "soap", "bf16": True, "soap_no_kl_shampoo": True},
+    ],
+    ids=lambda model: f"{model['optimizer']} {'bf16' if 'bf16' in model else 'fp32'}",
+)
+def test_optimizers_of_matrices_resume_bit_for_bit(model, tmp_path):
+    require(model["optimizer"])
     whole = train(**model).train_losses
     first = train(**model, save=str(tmp_path), exit_interval=3).train_losses
     assert first + train(**model, load=str(tmp_path)).train_losses == whole
 
 
+CLASSES = {"muon": "TensorParallelMuon", "lion": "Lion", "soap": "SOAP"}
+
+
 @pytest.mark.parametrize("freeze", [False, True])
-def test_muon_trains_matrices_and_adam_the_rest(freeze, muon):  # noqa: F811
-    groups = names_by_group(small_trainer(**MUON, freeze_decoder=freeze))
-    (stage,) = small_trainer(**MUON)._parts.stages
+@pytest.mark.parametrize("optimizer", CLASSES)
+def test_matrices_have_their_optimizer_and_adam_the_rest(optimizer, freeze):
+    require(optimizer)
+    model = {**MATRICES, "optimizer": optimizer}
+    groups = names_by_group(small_trainer(**model, freeze_decoder=freeze))
+    (stage,) = small_trainer(**model)._parts.stages
     dimensions = {name.removeprefix("module."): p.dim() for name, p in stage.named_parameters()}
     trained = {n for n in dimensions if not freeze or any(part in n for part in RETRIEVAL)}
     words = {name for name in trained if name.endswith("word_embeddings.weight")}
@@ -110,13 +137,63 @@ def test_muon_trains_matrices_and_adam_the_rest(freeze, muon):  # noqa: F811
     assert any(name.startswith("neighbor_encoder.") for name in matrices)
     assert any("cross_attention" in name for name in matrices)
     expected = {
-        ("TensorParallelMuon", 1e-2, True): matrices,
+        (CLASSES[optimizer], 1e-2, True): matrices,
         ("AdamW", 1e-2, False): trained - matrices - words - positions,
         ("AdamW", 1e-2, True): positions,
         ("AdamW", 1e-3, True): words,
     }
     found = {key: names for key, names in groups.items() if names}
     assert found == {key: names for key, names in expected.items() if names}
+
+
+def of_matrices(trainer, name):
+    """The part of the optimizer of this class."""
+    parts = [part.optimizer for part in trainer._parts.optimizer.chained_optimizers]
+    return next(part for part in parts if type(part).__name__ == name)
+
+
+def test_lion_computes_two_steps_of_lion():
+    require("lion")
+    trainer = small_trainer(**NO_DROPOUT, optimizer="lion", lr=1e-2, clip_grad=0.0, train_iters=2,
+                            lion_beta1=0.6, lion_beta2=0.9)  # fmt: skip
+    weights = of_matrices(trainer, "Lion").param_groups[0]["params"]
+    expected = [weight.detach().clone() for weight in weights]
+    momenta = [torch.zeros_like(weight) for weight in weights]
+    step = trainer._parts.optimizer.step
+
+    def by_hand():
+        rate = trainer._parts.optimizer.param_groups[0]["lr"]
+        for value, momentum, weight in zip(expected, momenta, weights, strict=True):
+            sign = (0.6 * momentum + 0.4 * weight.main_grad).sign()
+            value.mul_(1 - rate * 0.01).sub_(rate * sign)
+            momentum.mul_(0.9).add_(0.1 * weight.main_grad)
+        return step()
+
+    trainer._parts.optimizer.step = by_hand
+    trainer.train()
+    for weight, value in zip(weights, expected, strict=True):
+        # A sign of rounding may turn: a momentum that is all but zero.
+        assert (weight - value).abs().gt(1e-6).float().mean() < 1e-3
+
+
+def test_soap_reads_adam_s_settings_and_its_own():
+    require("soap")
+    model = {**MATRICES, "optimizer": "soap", "soap_no_kl_shampoo": True}
+    soap = of_matrices(small_trainer(**model, adam_beta1=0.8, soap_shampoo_beta=0.7), "SOAP")
+    (group, *_) = soap.param_groups
+    found = [group[name] for name in ("betas", "eps", "shampoo_beta", "weight_decay")]
+    assert found == [(0.8, 0.999), MATRICES["adam_eps"], 0.7, 0.01]
+    assert not soap.use_kl_shampoo
+    assert soap.precondition_frequency == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adaptive_muon", "lion", "soap"])
+def test_optimizers_of_later_releases_are_refused_by_name(optimizer, monkeypatch):
+    from retro_mcore.platform import other_optimizers
+
+    monkeypatch.setattr(other_optimizers, "has_registry", lambda: False)
+    with pytest.raises(ConfigurationError, match=f"{optimizer}, which megatron-core .* 0.18"):
+        small_trainer(optimizer=optimizer)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
