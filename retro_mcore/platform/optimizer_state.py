@@ -106,10 +106,10 @@ _SETTINGS = ("betas", "eps", "shampoo_beta")
 
 
 def fits_parts(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> bool:
-    """Whether a saved state has an optimizer of matrices' parts; True for others (0.16.1 to 0.19.2).
+    """Whether a saved state has the parts of an optimizer of matrices (0.16.1 to 0.19.2).
 
-    Under expert parallelism experts have an optimizer of their own. `regroup` knows AdamW's parts
-    only.
+    True for other optimizers. Under expert parallelism experts have an optimizer of their own;
+    `regroup` knows AdamW's parts only.
 
     Args:
         optimizer: The run's.

@@ -33,6 +33,7 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform.cpu import is_cpu_in_use
 
 _REPOSITORY = "git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers"
 
@@ -50,7 +51,7 @@ def check_available(optimizer: str) -> None:
     """
     if optimizer in ("adam", "sgd"):
         return
-    if optimizer != "muon" and not has_registry():
+    if optimizer not in ("muon", "dist_muon") and not has_registry():
         raise ConfigurationError(
             "--optimizer",
             f"{optimizer}, which megatron-core {version('megatron-core')} does not have",
@@ -86,17 +87,23 @@ def build_matrix_optimizer(
     AdamW trains embeddings, output layer, norms and biases.
 
     Args:
-        config: With `optimizer` muon, adaptive_muon, lion or soap. May be changed.
+        config: With `optimizer` muon, dist_muon, adaptive_muon, lion or soap. May be changed.
         stages: The model's stages on this rank, wrapped in data parallelism.
     """
-    overrides = _standard_overrides(config, stages)
+    overrides, shared = _standard_overrides(config, stages), config.optimizer == "dist_muon"
     with _as_embeddings(stages):
         if has_registry():
+            if shared:  # as the name is to be written in these releases
+                config.optimizer, config.use_layer_wise_distributed_optimizer = "muon", True
             optimizer = get_megatron_optimizer(config, list(stages), config_overrides=overrides)
         else:
             from megatron.core.optimizer.muon import get_megatron_muon_optimizer
 
-            optimizer = get_megatron_muon_optimizer(config, list(stages), overrides)
+            optimizer = get_megatron_muon_optimizer(
+                config, list(stages), overrides, layer_wise_distributed_optimizer=shared
+            )
+    if shared and is_cpu_in_use():  # gloo gathers tensors of one size only
+        optimizer.allgather_params = optimizer.broadcast_params
     _split_by_own_heads(optimizer, stages)
     _use_own_settings(optimizer, config)
     return optimizer

@@ -25,8 +25,8 @@ class OptimizerOptions(OtherOptimizerOptions, OptimizerFlags):
     """The optimizer, schedules of learning rate and weight decay, and gradient clipping."""
 
     optimizer: str = "adam"
-    """Optimizer: adam (AdamW), sgd, muon, adaptive_muon, lion or soap. The last four train the
-    layers' matrices, and AdamW all other weights."""
+    """Optimizer: adam (AdamW), sgd, muon, dist_muon, adaptive_muon, lion or soap. The last five
+    train the layers' matrices, and AdamW all other weights."""
     lr: float
     """Maximum learning rate."""
     min_lr: float = 0.0

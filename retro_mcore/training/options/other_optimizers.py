@@ -12,16 +12,10 @@ from retro_mcore.errors import ConfigurationError, flag_of
 from retro_mcore.model.option_traits import at_least
 
 #: Optimizers that orthogonalize matrices.
-MUON = ("muon", "adaptive_muon")
+MUON = ("muon", "dist_muon", "adaptive_muon")
 
 #: Optimizers of matrices; AdamW trains all other weights.
 MATRIX_OPTIMIZERS = (*MUON, "lion", "soap")
-
-#: Megatron's optimizers that are refused, with the reason.
-REFUSED: dict[str, str] = {
-    "dist_muon": "which divides whole matrices among processes; its checkpoints load only into as "
-    "many processes",
-}
 
 #: The optimizers that read each flag, by the beginning of its name.
 _READERS = {
@@ -81,9 +75,11 @@ class OtherOptimizerOptions:
         optimizer = self.optimizer  # type: ignore[attr-defined]
         known = ("adam", "sgd", *MATRIX_OPTIMIZERS)
         if optimizer not in known:
-            reason = REFUSED.get(optimizer, "which Megatron does not offer")
-            choices = f"{', '.join(known[:-1])} or {known[-1]}"
-            raise ConfigurationError("--optimizer", f"{optimizer}, {reason}", f"Use {choices}")
+            raise ConfigurationError(
+                "--optimizer",
+                f"{optimizer}, which Megatron does not offer",
+                f"Use {', '.join(known[:-1])} or {known[-1]}",
+            )
         for problem in self._incompatible(optimizer):
             raise problem
 
@@ -121,6 +117,18 @@ class OtherOptimizerOptions:
         if getattr(self, "fp16", False) and optimizer in MATRIX_OPTIMIZERS:
             yield ConfigurationError(
                 "--optimizer", f"{optimizer} with --fp16, which Megatron refuses", "Use --bf16"
+            )
+        if optimizer == "dist_muon" and not getattr(self, "bf16", False):
+            yield ConfigurationError(
+                "--optimizer",
+                "dist_muon without --bf16, where Megatron cannot save its state",
+                "Add --bf16, or use muon",
+            )
+        if optimizer == "dist_muon" and getattr(self, "freeze_decoder", False):
+            yield ConfigurationError(
+                "--optimizer",
+                "dist_muon with --freeze-decoder, which leaves processes without weights to train",
+                "Use muon",
             )
         for name in ("tensor_model_parallel_size", "expert_tensor_parallel_size"):
             if optimizer == "soap" and getattr(self, name) not in (None, 1):

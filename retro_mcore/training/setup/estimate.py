@@ -1,9 +1,10 @@
 """Parameters and memory per process, computed without building the model.
 
 Parameters, weights, gradients and optimizer state are exact, except that the state of Muon and Lion
-counts norms and biases as matrices. Activations are an estimate following
-Korthikanti et al. 2022 (section 4): the tensors that each layer keeps for its backward pass, with
-an attention that keeps no probabilities (flash attention, or PyTorch's).
+counts norms and biases as matrices, and that dist_muon gives whole matrices to processes.
+Activations are an estimate following Korthikanti et al. 2022 (section 4): the tensors that each
+layer keeps for its backward pass, with an attention that keeps no probabilities (flash attention,
+or PyTorch's).
 """
 
 from __future__ import annotations
@@ -262,17 +263,21 @@ def estimate_memory(
             the optimizer state.
         optimizer: As --optimizer names it. SGD is counted with its momentum.
     """
-    sharing = data_parallel_size * config.context_parallel_size
+    shares = distributed_optimizer or optimizer == "dist_muon"
+    sharing = data_parallel_size * config.context_parallel_size if shares else 1
     stages = [
-        _stage_memory(config, arguments, rank, micro_batch_size, num_microbatches,
-                      sharing if distributed_optimizer else 1, optimizer)
+        _stage_memory(config, arguments, rank, micro_batch_size, num_microbatches, sharing,
+                      optimizer)
         for rank in range(config.pipeline_model_parallel_size)
     ]  # fmt: skip
     return max(stages, key=lambda memory: memory.total)
 
 
 #: Moments of each weight that an optimizer keeps. With Muon and Lion, embeddings have AdamW's.
-_MOMENTS = {"adam": 2, "sgd": 1, "muon": 1, "adaptive_muon": 2, "lion": 1, "soap": 2}
+_MOMENTS = {
+    **{"adam": 2, "adaptive_muon": 2, "soap": 2},
+    **{"sgd": 1, "muon": 1, "dist_muon": 1, "lion": 1},
+}
 
 
 def _stage_memory(
@@ -314,16 +319,15 @@ def _stage_memory(
     # Of experts there are fewer copies to share the state.
     of_experts = max(1, optimizer_shards * parts // math.prod(expert_parts))
     of_experts = 1 if optimizer_shards == 1 else of_experts
+    more = 4 * squares if optimizer == "soap" else 0
+    if optimizer in MATRIX_OPTIMIZERS:
+        more += 4 * embeddings * (_MOMENTS["adam"] - _MOMENTS[optimizer]) // optimizer_shards
     return Memory(
         weights=parameters * (2 if low else 4),
         gradients=parameters * gradient,
         optimizer=(parameters - experts) * state // optimizer_shards
         + experts * state // of_experts
-        + embeddings
-        * 4
-        * (_MOMENTS["adam"] - _MOMENTS[optimizer])
-        * (optimizer in MATRIX_OPTIMIZERS)
-        + 4 * squares * (optimizer == "soap"),
+        + more,
         activations=activations * (2 if low else 4),
     )
 

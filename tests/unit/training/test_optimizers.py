@@ -64,7 +64,11 @@ def test_sgd_computes_a_step_of_sgd():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"optimizer": "dist_muon"}, "--optimizer: dist_muon, which divides"),
+        ({"optimizer": "dist_muon"}, "--optimizer: dist_muon without --bf16"),
+        (
+            {"optimizer": "dist_muon", "bf16": True, "freeze_decoder": True},
+            "--optimizer: dist_muon with --freeze-decoder",
+        ),
         ({"optimizer": "adagrad"}, "--optimizer: adagrad, which Megatron does not offer"),
         (
             {"optimizer": "soap", "tensor_model_parallel_size": 2},
