@@ -91,7 +91,7 @@ test-prerelease: env ## run the tests of the model on the newest pre-release (PR
 		tests/distributed/test_tensor_parallel.py tests/unit/platform tests/unit/model \
 		tests/unit/checkpoint/test_checkpoints.py tests/unit/training/test_providers.py
 
-test-muon: env .emerging-v0.1.0/.up-to-date .emerging-v0.2.0/.up-to-date .megatron-$(MEGATRON)/.up-to-date ## run the tests of Muon, on the pinned megatron-core and on MEGATRON=0.19.2
+test-muon: env .emerging-v0.1.0/.up-to-date .emerging-v0.2.0/.up-to-date .megatron-$(MEGATRON)/.up-to-date ## run the tests of Muon, Lion and SOAP, on the pinned megatron-core and on MEGATRON=0.19.2
 	@# Where it cannot be built, the tests would skip.
 	for folders in .emerging-v0.1.0 .emerging-v0.2.0:$(CURDIR)/.megatron-$(MEGATRON); do \
 		export PYTHONPATH=$(CURDIR)/tests/muon:$(CURDIR)/$$folders; \

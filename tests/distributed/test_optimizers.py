@@ -48,8 +48,8 @@ TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS = {"DP2": {}, "TP2 with SP": TENSOR, "PP2": {"pipeline_model_parallel_size": 2}}
 EXPERT_PARALLEL = {"expert_model_parallel_size": 2}
 # Sums of float32 in another order. Newton-Schulz steps multiply what is left of small singular
-# values by up to 4 each. Lion's signs of rounding, and SOAP's eigenvectors of eigenvalues near to one
-# another, may turn. dist_muon is for bfloat16.
+# values by up to 4 each. Lion's signs of rounding may turn, and SOAP's eigenvectors of eigenvalues
+# near to one another. dist_muon is for bfloat16.
 RELATIVE = {"sgd": 2e-6, "dist_muon": 1e-3} | dict.fromkeys(
     ("muon", "adaptive_muon", "lion", "soap"), 1e-4
 )
