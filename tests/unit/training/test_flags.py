@@ -82,7 +82,7 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
         ({"tp_comm_overlap": True}, "--tp-comm-overlap: given"),
         ({"cpu_offloading": True}, "--cpu-offloading: given"),
         ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading"),
-        ({"optimizer": "soap"}, "--optimizer: soap"),
+        ({"optimizer": "adagrad"}, "--optimizer: adagrad"),
         ({"reset_position_ids": True}, "--reset-position-ids: given with rotary positions"),
         (
             {"load": "run", "override_opt_param_scheduler": True, "finetune": True},
