@@ -13,7 +13,9 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
+from retro_mcore import watch
 from retro_mcore.errors import RetroError, system_refusal
+from retro_mcore.time_limit import DATA_MINUTES, check_minutes
 
 Value = TypeVar("Value")
 
@@ -23,23 +25,44 @@ def launched_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def initialize(backend: str = "gloo", timeout_minutes: float = 60.0) -> None:
+def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> None:
     """Join the default process group; a process launched alone becomes a world of size one.
 
     Does nothing if the group exists. A world of size one uses an in-memory store, so it needs no
-    port. The group is destroyed when the interpreter exits (`leave`).
+    port. In a larger one the ranks watch one another from then on (`retro_mcore.watch`). The group
+    is destroyed when the interpreter exits (`leave`).
+
+    Args:
+        backend: "gloo" or "nccl".
+        timeout_minutes: Most minutes that a collective may take.
+
+    Raises:
+        ConfigurationError: the time is not positive.
     """
+    check_minutes(timeout_minutes)
     if dist.is_initialized():
         return
     atexit.unregister(_leave_at_exit)
     atexit.register(_leave_at_exit)
-    timeout = timedelta(minutes=timeout_minutes)
+    global _timeout
+    timeout = _timeout = timedelta(minutes=timeout_minutes)
     if launched_by_torchrun():
         dist.init_process_group(backend, timeout=timeout)
+        if dist.get_world_size() > 1:
+            watch.start(dist.get_rank(), dist.get_world_size(), timeout_minutes)
     else:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
+
+
+#: The limit of the default group, if it was joined here.
+_timeout: timedelta | None = None
+
+
+def group_timeout() -> timedelta | None:
+    """Longest time of a collective, for further groups; None if others made the default group."""
+    return _timeout
 
 
 def initialize_with_store(
@@ -75,10 +98,13 @@ def leave() -> None:
     which aborts the process (SIGABRT) after its work is done. So no such thread may remain when the
     interpreter exits.
     """
+    watch.leave()
     for function in _before_leaving:
         function()
     if dist.is_initialized():
         dist.destroy_process_group()
+    global _timeout
+    _timeout = None
     gc.collect()  # models and optimizers hold groups and contain reference cycles
 
 
@@ -87,6 +113,8 @@ def _leave_at_exit() -> None:
     # wait for ranks that never arrive.
     if getattr(sys, "last_value", None) is None:
         leave()
+    else:
+        watch.stop()
 
 
 def get_rank(group: dist.ProcessGroup | None = None) -> int:
@@ -141,6 +169,8 @@ def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
 
 class PeerError(RuntimeError):
     """Another rank failed with an error that the user cannot fix."""
+
+    raised_together = True
 
 
 @contextmanager

@@ -21,6 +21,8 @@ _LOG = logging.getLogger(__name__)
 #: Seconds between log lines.
 INTERVAL = 30.0
 
+_latest: Progress | None = None
+
 logs.write_lines_within(lambda: tqdm.external_write_mode(file=sys.stderr))
 
 
@@ -46,6 +48,7 @@ class Progress:
         self._started = time.monotonic()
         self._logged: float | None = None
         self._bar: tqdm | None = None
+        _set_latest(self)
         if not hidden and sys.stderr.isatty():
             self._bar = tqdm(desc=description, total=total, initial=initial)
 
@@ -63,6 +66,7 @@ class Progress:
     def update(self, steps: int = 1) -> None:
         """Count `steps` more."""
         self._done += steps
+        _set_latest(self)
         if self._bar is not None:
             self._bar.update(steps)
         if self._is_due() and self._initial < self._done < self._total:
@@ -91,6 +95,9 @@ class Progress:
             self._log()
         self._hidden = True  # a second call logs nothing
 
+    def __str__(self) -> str:
+        return f"{self._description} {self._done} of {self._total}"
+
     def _is_due(self) -> bool:
         return self._logged is None or time.monotonic() - self._logged >= INTERVAL
 
@@ -110,6 +117,16 @@ class Progress:
             self._details,
         ]
         return f"{self._description}: {', '.join(filter(None, parts))}"
+
+
+def latest() -> str:
+    """The steps that were counted last on this rank, shown or hidden; empty if there are none."""
+    return "" if _latest is None else str(_latest)
+
+
+def _set_latest(progress: Progress) -> None:
+    global _latest
+    _latest = progress
 
 
 def track(

@@ -18,6 +18,7 @@ from retro_mcore.inference.prompt_files import Prompt
 from retro_mcore.inference.sampling import SamplingOptions
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.project.integrity import verifying
+from retro_mcore.time_limit import INFERENCE_MINUTES
 from retro_mcore.training.options.pretrain import ParallelOptions
 from retro_mcore.training.options.run import PretrainOptions, model_options
 
@@ -43,7 +44,7 @@ def pretrain(options: PretrainOptions) -> TrainingResult:
         RetroError: options, project, checkpoint and processes do not fit together.
     """
     device = setup_device(options.device)
-    initialize(distributed_backend())
+    initialize(distributed_backend(), options.distributed_timeout_minutes)
     from retro_mcore.training import pretraining
 
     with verifying(options.verify):
@@ -85,7 +86,7 @@ def load_model(
         RetroError: an argument, the project or the checkpoint is at fault.
     """
     setup_device(device)
-    initialize(distributed_backend())
+    initialize(distributed_backend(), INFERENCE_MINUTES)
     from retro_mcore.session import load_generation_model
 
     return load_generation_model(
@@ -171,7 +172,7 @@ def evaluate_perplexity(config: EvaluatePerplexityConfig) -> EvaluatePerplexityR
         RetroError: arguments, project and checkpoint do not fit together.
     """
     setup_device(config.device)
-    initialize(distributed_backend())
+    initialize(distributed_backend(), config.distributed_timeout_minutes)
     from retro_mcore.evaluation.perplexity_run import run
 
     result = run(config)

@@ -36,7 +36,7 @@ def evaluate_perplexity(options: EvaluatePerplexityOptions) -> EvaluatePerplexit
         RetroError: options, project and checkpoint do not fit together.
     """
     setup_device(options.device)
-    initialize(distributed_backend())
+    initialize(distributed_backend(), options.distributed_timeout_minutes)
     from retro_mcore.evaluation.perplexity_run import run
 
     result = run(options)

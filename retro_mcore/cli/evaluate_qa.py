@@ -36,7 +36,7 @@ def evaluate_qa(options: EvaluateQaOptions) -> EvaluateQaResult:
         RetroError: options, project and checkpoint do not fit together.
     """
     setup_device(options.device)
-    initialize(distributed_backend())
+    initialize(distributed_backend(), options.distributed_timeout_minutes)
     from retro_mcore.evaluation.qa_run import run
 
     result = run(options)

@@ -33,7 +33,7 @@ def finetune_retro(options: FinetuneRetroOptions) -> TrainingResult:
         RetroError: options, data, checkpoint and processes do not fit together.
     """
     device = setup_device(options.device)
-    initialize(distributed_backend())
+    initialize(distributed_backend(), options.distributed_timeout_minutes)
     from retro_mcore.training.finetuning import finetune
 
     plan, result = finetune(options, device)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, RetroError, flag_of, raise_problems
 from retro_mcore.platform import distributed_backend, setup_device
+from retro_mcore.time_limit import InferenceTimeLimit
 from retro_mcore.training.options.parallel import divided_texts
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class GenerationModelOptions:
+class GenerationModelOptions(InferenceTimeLimit):
     """The model to generate with, and its neighbors."""
 
     project_dir: str
@@ -85,7 +86,7 @@ def load_generation_model(options: GenerationModelOptions) -> GenerationModel:
     from retro_mcore import session
     from retro_mcore.training.options.pretrain import ParallelOptions
 
-    initialize(distributed_backend())
+    initialize(distributed_backend(), options.distributed_timeout_minutes)
     return session.load_generation_model(
         options.project_dir,
         options.load,

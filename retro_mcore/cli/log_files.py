@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retro_mcore import __version__
+from retro_mcore import __version__, watch
 from retro_mcore.cli.quiet import ignore_unwanted
 from retro_mcore.cli.utf8 import write_any_text
 from retro_mcore.errors import RetroError
@@ -80,6 +80,7 @@ def command_in_python(command: str, options: object) -> Iterator[None]:
 def logged_run(command: str, arguments: Sequence[str]) -> Iterator[None]:
     """Keep start and end of a command in the log file."""
     started = time.monotonic()
+    watch.begin(command)
     where = f"retro-mcore {__version__} on {platform.node()}, process {os.getpid()}"
     _LOG.info("%s %s started: %s", command, " ".join(arguments), where, extra=CONTEXT)
     try:
@@ -88,6 +89,7 @@ def logged_run(command: str, arguments: Sequence[str]) -> Iterator[None]:
         user = isinstance(error, RetroError) or not isinstance(error, Exception)
         text = f"{command} ended by {type(error).__name__}: {error}"
         _LOG.error("%s", text, exc_info=not user, extra=CONTEXT if user else PRINTED)
+        watch.explain(error)
         raise
     seconds = time.monotonic() - started
     _LOG.info("%s finished in %.1f seconds", command, seconds, extra=PRINTED)

@@ -41,14 +41,14 @@ GROUPS: dict[str, str] = {
     "precision": "fp8_* fp4_* bf16 fp16 *_bf16 tp_only_amax_red fp32_residual_connection "
     "*loss_scale* hysteresis accumulate_allreduce_grads_in_fp32",
     "parallelism": "device tensor_model_* sequence_parallel *pipeline* context_parallel_size "
-    "expert_*parallel_size moe_* "
+    "expert_*parallel_size moe_* distributed_timeout_minutes "
     "cp_comm_type *overlap* world_size use_distributed_optimizer ddp_*",
     "computation": "transformer_impl attention_backend no_*_fusion no_persist_layer_norm "
     "cross_entropy_* *offloading* offload_modules recompute_* "
     "use_cpu_initialization deterministic_mode",
     "checkpoint": "save save_* async_save keep_last_n load load_* ckpt_step use_checkpoint_args "
     "finetune *_opt_param_scheduler no_load_* exit_* target target_* decoder_only max_shard_size "
-    "model_config",
+    "model_config non_persistent_*",
     "logging": "log_* tensorboard_* wandb_* check_for_* device_peak_tflops",
     "scale": "tokens training_tokens document_tokens embedding_dimension hours *_per_node "
     "node_memory *_rate measure",

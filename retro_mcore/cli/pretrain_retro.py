@@ -44,7 +44,7 @@ def pretrain_retro(options: PretrainRetroOptions) -> TrainingResult | DryRun:
         planned = dry_run(options)
         print_dry_run(planned)
         return planned
-    initialize(distributed_backend())
+    initialize(distributed_backend(), options.distributed_timeout_minutes)
     from retro_mcore.training.pretraining import pretrain
 
     plan, result = pretrain(options, device)

@@ -26,6 +26,7 @@ from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.evaluation.generation_settings import GenerationSettings, read_settings
 from retro_mcore.platform import distributed_backend, setup_device
 from retro_mcore.progress import track
+from retro_mcore.time_limit import INFERENCE_MINUTES
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class RetroLM(TemplateLM):
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigurationError("batch_size", str(batch_size), "Give a number from 1")
         setup_device(device)
-        initialize(distributed_backend())
+        initialize(distributed_backend(), INFERENCE_MINUTES)
         from retro_mcore import session
         from retro_mcore.evaluation.continuations import ContinuationScorer
         from retro_mcore.training.options.pretrain import ParallelOptions

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from retro_mcore.errors import ConfigurationError, raise_problems, too_small
+from retro_mcore.time_limit import InferenceTimeLimit
 from retro_mcore.training.options.pretrain import ParallelOptions
 
 #: Options that must be at least 1 if given.
@@ -22,7 +23,7 @@ _POSITIVE = (
 
 
 @dataclass(kw_only=True)
-class EvaluatePerplexityConfig:
+class EvaluatePerplexityConfig(InferenceTimeLimit):
     """Configuration of a perplexity evaluation."""
 
     project_dir: str

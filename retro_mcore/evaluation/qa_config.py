@@ -10,7 +10,9 @@ from typing import Literal
 from retro_mcore.data.instruction.examples import PassageKind
 from retro_mcore.data.instruction.prompts import PromptFormat
 from retro_mcore.errors import ConfigurationError, raise_problems, too_small
+from retro_mcore.time_limit import InferenceTimeLimit
 from retro_mcore.training.options.parallel import ParallelOptions, divided_texts
+from retro_mcore.training.options.pretrain import ParallelOptions
 
 _LEAST = {
     "num_gen": 1,
@@ -22,7 +24,7 @@ _LEAST = {
 
 
 @dataclass(kw_only=True)
-class EvaluateQaConfig:
+class EvaluateQaConfig(InferenceTimeLimit):
     """Configuration of a question answering evaluation."""
 
     sample_input_file: str

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from retro_mcore.distributed import group_timeout
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.context_parallel import chunks_in_context
@@ -234,7 +235,7 @@ def _new_group(pipelines: Iterable[list[int]], members: list[int]) -> dist.Proce
     own = None
     for ranks in sorted({tuple(ranks) for ranks in pipelines}):
         group_ranks = [ranks[member] for member in members]
-        group = dist.new_group(group_ranks)
+        group = dist.new_group(group_ranks, timeout=group_timeout())
         if dist.get_rank() in group_ranks:
             own = group
     return own

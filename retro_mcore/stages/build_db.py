@@ -20,6 +20,7 @@ from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.database_build import DatabaseInputs, DatabaseReport, build_database
 from retro_mcore.retrieval.removed import left_out_documents
 from retro_mcore.stages.configuration import Project, project_paths
+from retro_mcore.time_limit import DataTimeLimit
 
 STAGE = "build_db"
 #: Chunks of each dataset, files that were built, and whether the merged databases existed already.
@@ -28,7 +29,7 @@ _LEAST = {"retro_index_ntrain": 1, "retro_doc_block_size": 1}
 
 
 @dataclass(kw_only=True)
-class BuildDbConfig:
+class BuildDbConfig(DataTimeLimit):
     """Configuration of `build_db`."""
 
     retro_index_ntrain: int | None = None
@@ -51,7 +52,7 @@ def run(project: Project, config: BuildDbConfig) -> BuildDbReport:
         CorruptFileError: the tokens are damaged.
         TokenizerError: the tokenizer differs from the project's.
     """
-    initialize()
+    initialize(timeout_minutes=config.distributed_timeout_minutes)
     paths = project_paths(project)
     with stage_lock(paths, STAGE):
         with raise_together():

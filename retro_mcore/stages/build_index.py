@@ -44,6 +44,7 @@ from retro_mcore.stages.database_embedding import (
     EmbedderOptions,
 )
 from retro_mcore.stages.embedding_choice import Wanted, WantedPrecision, explicit_precision
+from retro_mcore.time_limit import DataTimeLimit
 
 STAGE = "build_index"
 Step = Literal["embed", "train", "add", "merge"]
@@ -51,8 +52,6 @@ STEPS: tuple[Step, ...] = ("embed", "train", "add", "merge")
 #: Steps that can be divided among array jobs.
 _SHARED_STEPS = ("embed", "add")
 _LEAST = {"embed_batch_size": 1, "embed_batch_tokens": 1, "nprobe": 1, "ef_search": 1}
-#: Training a large index keeps the other ranks waiting.
-_TIMEOUT_MINUTES = 24 * 60.0
 #: Options of the index that are recorded only if they differ from the default, so that projects
 #: built before an option existed remain valid.
 _RECORDED = (
@@ -62,7 +61,7 @@ _RECORDED = (
 
 
 @dataclass(kw_only=True)
-class BuildIndexConfig:
+class BuildIndexConfig(DataTimeLimit):
     """Configuration of `build_index`."""
 
     embedder: str = DEFAULT_EMBEDDER
@@ -169,7 +168,7 @@ def run(project: Project, config: BuildIndexConfig) -> BuildIndexReport:
             recall in the memory.
         CorruptFileError: the database is damaged.
     """
-    initialize(timeout_minutes=_TIMEOUT_MINUTES)
+    initialize(timeout_minutes=config.distributed_timeout_minutes)
     with raise_together():
         _check(config)
         automatic = default_precision(config.embedder, config.device)

@@ -49,6 +49,7 @@ from retro_mcore.stages.previous_search import PreviousNeighbors, find_previous_
 from retro_mcore.stages.query_options import database_digests, options_of
 from retro_mcore.stages.query_tables import QueryTable, database_tables, sample_tables
 from retro_mcore.stages.stored_vectors import held_out_vectors
+from retro_mcore.time_limit import DataTimeLimit
 
 STAGE = "query_neighbors"
 #: Name, among the recorded options, of the order in which lists are searched.
@@ -62,7 +63,7 @@ _LEAST = {
 
 
 @dataclass(kw_only=True)
-class QueryNeighborsConfig:
+class QueryNeighborsConfig(DataTimeLimit):
     """Configuration of `query_neighbors`."""
 
     num_neighbors_query: int | None = None
@@ -136,7 +137,7 @@ def run(project: Project, config: QueryNeighborsConfig) -> QueryNeighborsReport:
             another run works on the project, or the disk is full.
         CorruptFileError: the database or the index is damaged.
     """
-    initialize()
+    initialize(timeout_minutes=config.distributed_timeout_minutes)
     paths = project_paths(project)
     with stage_lock(paths, STAGE):
         return _run(paths, config, None)

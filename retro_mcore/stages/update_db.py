@@ -20,12 +20,13 @@ from retro_mcore.stages.configuration import Project, project_paths, recorded_co
 from retro_mcore.stages.database_fit import check_database_fits
 from retro_mcore.stages.derived_databases import append_documents, compact_database
 from retro_mcore.stages.removal import RemovalReport, read_names, remove_documents
+from retro_mcore.time_limit import DataTimeLimit
 
 STAGE = "update_db"
 
 
 @dataclass(kw_only=True)
-class UpdateDbConfig:
+class UpdateDbConfig(DataTimeLimit):
     """Configuration of `update_db`: one change of the database, and how to search."""
 
     append: list[str] = field(default_factory=list)
@@ -111,7 +112,7 @@ def run(
         ConfigurationError: the configuration is invalid.
         CorpusError: an input is missing, empty or malformed.
     """
-    initialize()
+    initialize(timeout_minutes=config.distributed_timeout_minutes)
     paths = project_paths(project)
     with stage_lock(paths, STAGE):
         with raise_together():

@@ -20,6 +20,7 @@ from retro_mcore.data.tokens.splits import parse_split
 from retro_mcore.errors import ConfigurationError, RetroError, TokenizerError, flag_of, too_small
 from retro_mcore.gguf_file import is_gguf
 from retro_mcore.project.config import NearDuplicateMode
+from retro_mcore.time_limit import DataTimeLimit
 
 _LEAST = {
     "global_batch_size": 1,
@@ -34,7 +35,7 @@ _LEAST = {
 
 
 @dataclass(kw_only=True)
-class PreprocessCorpusConfig:
+class PreprocessCorpusConfig(DataTimeLimit):
     """Configuration of `preprocess_corpus`."""
 
     input: list[str]

@@ -23,6 +23,7 @@ from retro_mcore.model.pipeline import schedule_kwargs
 from retro_mcore.platform.parallel import context_part
 from retro_mcore.samples.batch import RetroBatch
 from retro_mcore.training.loop.balance import uncounted, weigh_balance
+from retro_mcore.training.loop.stragglers import Stopwatch
 
 #: Report of a micro batch: [sum of losses, number of tokens] (float32) and its samples.
 LossReport = dict[str, Any]
@@ -133,6 +134,7 @@ def forward_backward(
     sequence_length: int,
     micro_batch_size: int,
     with_retrieval: bool,
+    stopwatch: Stopwatch | None = None,
 ) -> list[LossReport]:
     """Run micro batches through megatron's forward-backward function.
 
@@ -146,6 +148,7 @@ def forward_backward(
         sequence_length: S.
         micro_batch_size: B.
         with_retrieval: Whether the batches contain retrieved tokens.
+        stopwatch: Times reading and forward passes.
 
     Returns:
         The micro batches' reports on the last pipeline stage, an empty list on the others.
@@ -154,13 +157,16 @@ def forward_backward(
     positions = num_microbatches * micro_batch_size * sequence_length
     positions //= parallel_state.get_context_parallel_world_size()
     batches = itertools.islice(batches, num_microbatches)
+    step: Callable = partial(forward_step, positions)
+    if stopwatch is not None:
+        batches, step = stopwatch.read(batches), stopwatch.forward(step)
     if config.num_moe_experts is not None:
         batches = weigh_balance(stages, batches, positions)
     # Every virtual stage reads the step's batches at its own pace.
     iterators = itertools.tee(batches, len(stages))
     with token_mean(config, positions):
         reports = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, positions),
+            forward_step_func=step,
             data_iterator=list(iterators),
             model=list(stages),
             num_microbatches=num_microbatches,

@@ -17,7 +17,7 @@ from retro_mcore.checkpoint.files import Retention
 from retro_mcore.checkpoint.loading import load_checkpoint
 from retro_mcore.checkpoint.saving import CheckpointSaver
 from retro_mcore.checkpoint.state import TrainingParts, TrainingProgress
-from retro_mcore.distributed import get_rank, on_first_rank, raise_together
+from retro_mcore.distributed import gather, get_rank, on_first_rank, raise_together
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.pipeline import EmbeddingGroups
 from retro_mcore.platform.determinism import use_deterministic_algorithms
@@ -65,6 +65,7 @@ from retro_mcore.training.loop.sample_reader import (
 from retro_mcore.training.loop.scoring import total_loss
 from retro_mcore.training.loop.spikes import SpikeDetector
 from retro_mcore.training.loop.stopping import StopConditions
+from retro_mcore.training.loop.stragglers import Stopwatch, slow_ranks
 from retro_mcore.training.reporting.progress import StepReport, TrainingReporter
 from retro_mcore.training.reporting.sinks import check_sinks
 from retro_mcore.training.setup.build import build_model_stages
@@ -115,6 +116,7 @@ class Trainer:
             options.context_parallel_size,
             options.expert_model_parallel_size,
             options.expert_tensor_parallel_size,
+            options.distributed_timeout_minutes,
         )
         with raise_together():
             plan.check_optimizer()
@@ -154,6 +156,7 @@ class Trainer:
         self._has_other_neighbors = _has_other_neighbors(saved, plan)
         self._other_bos = check_document_tokens(saved, plan.document_tokens, options.project_dir)
         self._spikes = SpikeDetector() if options.check_for_spiky_loss else None
+        self._stopwatch = Stopwatch() if options.log_straggler else None
 
     @property
     def has_loaded(self) -> bool:
@@ -256,6 +259,7 @@ class Trainer:
             plan.sequence_length,
             plan.options.micro_batch_size,
             plan.with_retrieval,
+            self._stopwatch,
         )
         reduced = reduce_losses(reports, stop)
         balance = reduce_balance(parts.stages, num_microbatches)
@@ -263,6 +267,7 @@ class Trainer:
         self._result.train_losses.append(step.loss)
         self._report_spike(step, reports, reporter)
         reporter.step(step)
+        self._report_stragglers(reporter)
         return reduced.stop > 0
 
     def _update(self, reports: Sequence[LossReport], reduced: StepLoss, samples: int) -> StepReport:
@@ -306,6 +311,14 @@ class Trainer:
         if self._spikes is None or step.skipped or not self._spikes.add(step.loss):
             return
         reporter.spike(step, self._spikes.usual, samples_of_all_ranks(samples_of(reports)))
+
+    def _report_stragglers(self, reporter: TrainingReporter) -> None:
+        if self._stopwatch is None:
+            return
+        self._stopwatch.next_iteration()
+        if self._at(self.plan.options.log_interval):
+            slow = slow_ranks(gather(self._stopwatch.lap()))
+            reporter.stragglers(self._progress.iteration, slow)
 
     def _validate(self, reporter: TrainingReporter) -> None:
         if self._valid_samples is None:

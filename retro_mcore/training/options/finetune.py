@@ -8,6 +8,7 @@ from typing import Literal
 
 from retro_mcore.errors import ConfigurationError, raise_problems
 from retro_mcore.model.option_traits import at_least, below_minimum, between
+from retro_mcore.time_limit import TrainingTimeLimit
 from retro_mcore.training.options.checkpoints import CheckpointOptions, ReproducibilityOptions
 from retro_mcore.training.options.logging import LoggingOptions
 from retro_mcore.training.options.optimizer import OptimizerOptions
@@ -106,6 +107,7 @@ class FinetuneModelOptions:
 
 @dataclass(kw_only=True)
 class FinetuneOptions(
+    TrainingTimeLimit,
     ExitOptions,
     LoggingOptions,
     CheckpointOptions,

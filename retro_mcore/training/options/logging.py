@@ -20,6 +20,9 @@ class LoggingOptions:
     """Report losses far above the recent ones, with the batch's samples."""
     log_num_zeros_in_grad: bool = False
     """Log the number of zeros in the gradient."""
+    log_straggler: bool = False
+    """Log ranks whose own work (reading samples, forward pass) takes at least half as long again as
+    that of most ranks of their pipeline stage."""
     device_peak_tflops: float | None = None
     """Peak TFLOP/s of the device, for model FLOPs utilization. Default: from a table of GPUs."""
     tensorboard_dir: str | None = None

@@ -12,6 +12,7 @@ from functools import partial
 from retro_mcore.errors import ConfigurationError, check_all, flag_of, raise_problems
 from retro_mcore.model.option_traits import at_least, below_minimum, of_project
 from retro_mcore.model.options import ModelOptions
+from retro_mcore.time_limit import TrainingTimeLimit
 from retro_mcore.training.options.checkpoints import CheckpointOptions, ReproducibilityOptions
 from retro_mcore.training.options.documents import DocumentOptions
 from retro_mcore.training.options.logging import LoggingOptions
@@ -88,6 +89,7 @@ class ExitOptions:
 
 @dataclass(kw_only=True)
 class TrainingOptions(
+    TrainingTimeLimit,
     LoggingOptions,
     ExitOptions,
     NeighborNoiseOptions,

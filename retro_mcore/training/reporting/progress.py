@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from retro_mcore.distributed import get_rank, get_world_size
 from retro_mcore.logs import PRINTED
 from retro_mcore.progress import Progress
+from retro_mcore.training.loop.stragglers import SlowRank
 from retro_mcore.training.reporting.flops import peak_flops, training_flops_per_sample
 from retro_mcore.training.reporting.metrics import (
     LOSS_CURVE_FILE,
@@ -209,6 +210,12 @@ class TrainingReporter:
                 "samples": samples,
             }
         )
+
+    def stragglers(self, iteration: int, ranks: Sequence[SlowRank]) -> None:
+        """Report ranks that work for longer than others."""
+        for slow in ranks:
+            self._print(f"iteration {iteration}/{self._plan.train_iters} | {slow}")
+            self._write(slow.record(iteration))
 
     def samples(self, iteration: int) -> None:
         """Record notes on each split's samples, such as how often they repeat."""

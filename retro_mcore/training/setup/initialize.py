@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from retro_mcore import distributed
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform import distributed_backend, is_cpu_in_use, leave_model_parallel
 from retro_mcore.platform.parallel import expert_parallel_sizes, parallel_sizes
+from retro_mcore.time_limit import TRAINING_MINUTES
 from retro_mcore.training.loop.batch_sizes import BatchSizes
 
 
@@ -23,6 +25,7 @@ def initialize_parallel(
     context_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
+    timeout_minutes: float = TRAINING_MINUTES,
 ) -> None:
     """Join the process group and create megatron's groups; existing ones are reused if they fit.
 
@@ -32,7 +35,7 @@ def initialize_parallel(
     if not is_cpu_in_use():
         # Required by Megatron to overlap tensor parallel communication with computation.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    distributed.initialize(distributed_backend())
+    distributed.initialize(distributed_backend(), timeout_minutes)
     world_size = distributed.get_world_size()
     needed = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     if world_size % needed:
@@ -64,6 +67,9 @@ def initialize_parallel(
         if sizes == parallel_sizes() and expert_sizes == expert_parallel_sizes():
             return
         leave_model_parallel()
+    limit: dict[str, Any] = {}
+    if (timeout := distributed.group_timeout()) is not None:
+        limit["distributed_timeout_minutes"] = timeout.total_seconds() / 60
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
@@ -71,6 +77,7 @@ def initialize_parallel(
         context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_sizes[0],
         expert_tensor_parallel_size=expert_sizes[1],
+        **limit,
     )
 
 

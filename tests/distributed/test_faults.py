@@ -1,0 +1,115 @@
+"""A rank that dies, stops, hangs or fails, in training and in each stage of the data pipeline.
+
+The job of four ranks ends with an exit code that is not 0, and with the rank's name. The next start
+continues, and its result is that of a run without faults.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.faulty_run import RANKS, SAVE_INTERVAL, Fault, start
+from tests.unit.data.projects import build_all, documents, preprocess_options, write_corpus
+from tests.unit.training.small import BATCH, TRAIN_SAMPLES
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+#: Minutes until a silent rank counts as gone. Loaded machines answer late.
+LIMIT = "1"
+ITERATIONS = TRAIN_SAMPLES // BATCH
+
+
+def losses(folder: Path) -> list[float]:
+    return json.loads((folder / f"rank_{RANKS - 1}.json").read_text(encoding="utf-8"))
+
+
+def train(folder: Path, kind: str = "none", *flags: object) -> tuple[int, list[str]]:
+    """Train; rank 1 fails after an iteration that follows a checkpoint."""
+    fault = Fault(kind, rank=1, place=f"training {SAVE_INTERVAL + 1} of")
+    flags = ("--directory", folder, "--distributed-timeout-minutes", LIMIT, *flags)
+    return start(folder / kind, fault, "train", *flags)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> list[float]:
+    """Losses of a run without faults."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, outputs = train(folder)
+    assert code == 0, outputs
+    assert "has ended" not in "".join(outputs)
+    return losses(folder)
+
+
+NAMED = r"rank 1 \(\S+, pid \d+\) "
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("kill", "has ended; last seen in train_and_report"),
+        ("stop", r"has not answered for \d+ s; last seen in train_and_report"),
+        (
+            "hang",
+            r"keeps the others waiting: for \d+ s it has been in train_and_report: training 3 of 6",
+        ),
+        (
+            "raise",
+            "failed in train_and_report: training 3 of 6 at training/.*: ValueError: something",
+        ),
+    ],
+)
+def test_training_loses_no_more_than_the_save_interval(tmp_path, whole_run, kind, told):
+    code, outputs = train(tmp_path, kind)
+    assert code != 0
+    for rank in {*range(RANKS)} - {1}:
+        assert re.search(NAMED + told, outputs[rank]), outputs[rank]
+        assert "this rank ends too. Its threads:" in outputs[rank]
+    if kind == "hang":
+        assert "in _fail\n" in outputs[1]
+    tracker = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == str(SAVE_INTERVAL)
+    code, outputs = train(tmp_path)
+    assert code == 0, outputs
+    assert len(losses(tmp_path)) == ITERATIONS - SAVE_INTERVAL
+    assert losses(tmp_path) == whole_run[SAVE_INTERVAL:]
+
+
+def contents(project: Path) -> dict[str, bytes]:
+    """Every file of a project but logs and Megatron's own cache."""
+    return {
+        str(path.relative_to(project)): path.read_bytes()
+        for path in sorted(project.rglob("*"))
+        if path.is_file() and not {"cache", "logs"} & {*path.relative_to(project).parts}
+    }
+
+
+def test_stages_end_and_go_on(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents(40, 200))
+    project = tmp_path / "project"
+    build_all(project, corpus, "lexical")
+    expected = contents(project)
+    shutil.rmtree(project)
+    text = vars(preprocess_options(project, corpus)).items()
+    given = {"input", "vocab_size", "samples", "seq_length", "retro_chunk_length", "split"}
+    given |= {"train_samples", "global_batch_size", "eval_iters", "retro_block_size"}
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in text if name in given]
+    preprocess = [str(v[0] if isinstance(v, list) else v) for flag in flags for v in flag]
+    for stage, kind, told, own in (
+        ("preprocess_corpus", "hang", "keeps the others waiting: .*tokenize", preprocess),
+        ("build_db", "raise", None, ["--retro-doc-block-size", 6]),
+        ("build_index", "kill", None, ["--embedder", "lexical"]),
+        ("query_neighbors", "stop", "has not answered", ["--num-neighbors-save", 5]),
+    ):
+        flags = ["--project-dir", project, "--distributed-timeout-minutes", LIMIT, *own]
+        code, outputs = start(tmp_path / stage, Fault(kind), stage, *flags)
+        assert code != 0
+        if told:  # else the launcher may end the others before they have noticed
+            assert re.search(NAMED + told, "".join(outputs)), (stage, outputs)
+        code, outputs = start(tmp_path / f"{stage}_again", Fault("none"), stage, *flags)
+        assert code == 0, (stage, outputs)
+    assert contents(project) == expected
