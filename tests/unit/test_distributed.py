@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from retro_mcore.distributed import (
 )
 from retro_mcore.errors import ConfigurationError, CorpusError
 from tests.processes import run_ranks
+from tests.rendezvous import host_store
 
 
 def test_alone_without_a_process_group():
@@ -81,6 +83,41 @@ def test_leaving_ends_the_threads_of_megatrons_groups_too():
     before, after = map(int, _run(_PARALLEL).stdout.split())
     assert before > 2
     assert after == 0
+
+
+#: Rank 1 goes on until its watch has noticed that nobody can be told anything any more.
+_OUTLIVES = """
+import os
+import time
+from retro_mcore import watch
+from retro_mcore.distributed import initialize
+
+initialize("gloo")
+thread = watch._watch._thread
+print("joined", flush=True)
+while os.environ["RANK"] == "1" and thread.is_alive():
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.distributed
+def test_a_store_that_ends_with_other_ranks_is_no_fault():
+    store, address = host_store()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _OUTLIVES],
+            env={**os.environ, **address, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert ranks[0].communicate(timeout=300)[0] == "joined\n"
+    assert ranks[1].stdout.readline() == "joined\n"
+    del store
+    assert ranks[1].communicate(timeout=300)[0] == ""
+    assert [rank.returncode for rank in ranks] == [0, 0]
 
 
 @pytest.mark.distributed

@@ -20,8 +20,8 @@ Record = dict[str, Any]
 class MetricsFile:
     """`metrics.jsonl`: records with `kind`, `iteration` and usually `loss`.
 
-    Kinds are "train", "valid", "spike" and "data" (notes on the samples). The loss is missing if
-    fp16 skipped every iteration of a report.
+    Kinds are "train", "valid", "spike", "straggler" and "data" (notes on the samples). The loss is
+    missing if fp16 skipped every iteration of a report.
 
     Args:
         path: The file.
