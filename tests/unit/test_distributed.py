@@ -116,7 +116,9 @@ def test_a_store_that_ends_with_other_ranks_is_no_fault():
     assert ranks[0].communicate(timeout=300)[0] == "joined\n"
     assert ranks[1].stdout.readline() == "joined\n"
     del store
-    assert ranks[1].communicate(timeout=300)[0] == ""
+    output = ranks[1].communicate(timeout=300)[0]  # TCPStore itself logs a lost connection
+    assert "rank ends" not in output
+    assert "Traceback" not in output
     assert [rank.returncode for rank in ranks] == [0, 0]
 
 
