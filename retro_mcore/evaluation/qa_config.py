@@ -12,7 +12,6 @@ from retro_mcore.data.instruction.prompts import PromptFormat
 from retro_mcore.errors import ConfigurationError, raise_problems, too_small
 from retro_mcore.time_limit import InferenceTimeLimit
 from retro_mcore.training.options.parallel import ParallelOptions, divided_texts
-from retro_mcore.training.options.pretrain import ParallelOptions
 
 _LEAST = {
     "num_gen": 1,
