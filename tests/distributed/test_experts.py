@@ -29,11 +29,16 @@ MODEL = {
 EXPERTS = {"expert_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+CONTEXT = {"context_parallel_size": 2}
 ALL_TO_ALL = {"moe_token_dispatcher_type": "alltoall"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 LAYOUTS = {
     "EP2, distributed optimizer": {**EXPERTS, **DISTRIBUTED},
     "TP2 with SP": TENSOR,
+    "CP2, EP2": {**CONTEXT, **EXPERTS},
+    "CP2": CONTEXT,
+    "CP2, all to all, distributed optimizer": {**CONTEXT, **ALL_TO_ALL, **DISTRIBUTED},
+    "CP2, recomputed": {**CONTEXT, **FULL},
     "EP2": EXPERTS,
     "DP2": {},
     "EP2, all to all": {**EXPERTS, **ALL_TO_ALL},
@@ -48,10 +53,12 @@ LAYOUTS = {
         "recompute_modules": ["moe"],
     },
 }
-FEW = list(LAYOUTS)[:2]
+FEW = list(LAYOUTS)[:3]
 FOUR = {
     "TP2 with SP, EP2": {**TENSOR, **EXPERTS},
     "EP2, DP2, distributed optimizer": {**EXPERTS, **DISTRIBUTED},
+    "CP2, EP2, DP2": {**CONTEXT, **EXPERTS},
+    "CP2, TP2 with SP, EP2": {**CONTEXT, **TENSOR, **EXPERTS},
     "PP2, EP2": {"pipeline_model_parallel_size": 2, **EXPERTS},
 }
 # Sums of float32 in another order.

@@ -141,15 +141,8 @@ def check_trains(arguments: ModelOptions, parallel: ParallelOptions) -> None:
     """Reject a layout that Megatron's experts cannot be trained in.
 
     Raises:
-        ConfigurationError: experts under tensor parallelism without --sequence-parallel, or under
-            context parallelism.
+        ConfigurationError: experts under tensor parallelism without --sequence-parallel.
     """
-    if arguments.num_experts is not None and parallel.context_parallel_size > 1:
-        raise ConfigurationError(
-            "--context-parallel-size",
-            f"{parallel.context_parallel_size} with experts, which was not tested",
-            "Divide over tensor, expert or pipeline parallel processes instead",
-        )
     parts = parallel.tensor_model_parallel_size
     if arguments.num_experts is not None and parts > 1 and not parallel.sequence_parallel:
         raise ConfigurationError(

@@ -131,7 +131,6 @@ def test_options_that_cannot_work_are_refused_by_name(options, message):
         ({**BARE, "expert_model_parallel_size": 3}, "--expert-model-parallel-size: 3 does not"),
         ({**BARE, "moe_ffn_hidden_size": 9, **SPLIT}, "--moe-ffn-hidden-size: 9"),
         ({**BARE, "tensor_model_parallel_size": 2}, "--sequence-parallel"),
-        ({**BARE, "context_parallel_size": 2}, "--context-parallel-size: 2 with experts"),
     ],
 )
 def test_layouts_and_options_that_do_not_go_together_are_refused(megatron, options, message):
