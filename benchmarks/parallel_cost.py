@@ -10,7 +10,7 @@ in turns with one process. Processor seconds are those of all ranks for a step, 
 Bytes are what a rank of the ring algorithms sends for a step: 2 (n - 1) / n of the tensor for an
 all-reduce, (n - 1) / n of the whole for a gather, a scatter or an exchange of all with all. Memory
 is the most that tensors take during a step, beyond weights, gradients and optimizer state, on the
-rank where it is largest.
+rank where it is largest. `simulated` is what `--dry-run --simulate` says of it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_model_parallel_size": 2},
@@ -75,7 +78,19 @@ def compare(name: str, sizes: dict[str, int], steps: int) -> tuple[dict, dict]:
     """Figures of one process and of the layout, one run each."""
     layout = LAYOUTS[name]
     whole = EXPERTS if "num_experts" in layout else {}
-    return launch(1, whole, sizes, steps), launch(2, layout, sizes, steps)
+    spread = launch(2, layout, sizes, steps)
+    return launch(1, whole, sizes, steps), {**spread, "simulated": simulated_peak(layout, sizes)}
+
+
+def simulated_peak(layout: dict, sizes: dict[str, int]) -> int:
+    """Memory on two ranks as `--dry-run --simulate` computes it: in this process, alone."""
+    from retro_mcore.platform import setup_device
+
+    setup_device("cpu")
+    from retro_mcore.training.setup.simulate import simulate
+
+    stages = simulate(plan_of(layout, sizes, None), 2).stages
+    return max(stage.memory["activations"] + stage.memory["temporary"] for stage in stages)
 
 
 def memory_of(sizes: dict[str, int], length: int) -> list[float]:
@@ -88,7 +103,7 @@ def memory_of(sizes: dict[str, int], length: int) -> list[float]:
     return peaks
 
 
-def launch(ranks: int, layout: dict, sizes: dict[str, int], steps: int) -> dict[str, float]:
+def launch(ranks: int, layout: dict, sizes: dict[str, int], steps: int) -> dict[str, Any]:
     """Run a layout in processes of its own; its figures over all ranks."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -103,45 +118,79 @@ def launch(ranks: int, layout: dict, sizes: dict[str, int], steps: int) -> dict[
         written = [json.loads(file.read_text()) for file in Path(folder).glob("rank_*.json")]
     return {
         "seconds": sum(each["seconds"] for each in written),
-        "bytes": max(each["bytes"] for each in written),
+        "bytes": max(sum(each["sent"].values()) for each in written),
         "peak": max(each["peak"] for each in written),
     }
 
 
 def run_rank(request: dict[str, Any]) -> None:
     """Train on this rank; write its figures."""
-    from benchmarks.peak_memory import peak_bytes
+    from retro_mcore.platform import setup_device
 
-    sent: list[float] = []
-    count_collectives(sent)  # before megatron keeps the functions under names of its own
-    step = make_step(request["layout"], request["sizes"], request["folder"])
-    step()
-    del sent[:]
-    peak = peak_bytes(step)
-    total, start = sum(sent), time.process_time()
+    setup_device("cpu")
+    from benchmarks.peak_memory import peak_bytes
+    from retro_mcore.distributed import leave
+    from retro_mcore.training.loop.loss import reduce_losses
+    from retro_mcore.training.loop.trainer import compute_gradients
+
+    trainer, batches, measured = measure(request["layout"], request["sizes"], request["folder"])
+    parts, plan, micro_batches = trainer._parts, trainer.plan, trainer._num_microbatches
+    again = itertools.cycle(list(itertools.islice(batches, 4 * micro_batches)))
+
+    def step() -> None:
+        reports = compute_gradients(parts, again, micro_batches, plan)
+        parts.optimizer.step()
+        parts.scheduler.step(plan.global_batch_size)
+        reduce_losses(reports)
+
+    peak, start = peak_bytes(step), time.process_time()
     for _ in range(request["steps"]):
         step()
     spent = time.process_time() - start
     figures = {
         "seconds": spent / max(1, request["steps"]),
-        "bytes": total,
         "peak": peak,
+        **asdict(measured),
     }
     file = Path(request["folder"]) / f"rank_{os.environ['RANK']}.json"
     file.write_text(json.dumps(figures), encoding="utf-8")
-    from retro_mcore.distributed import leave
-
     leave()
 
 
-def make_step(layout: dict, sizes: dict[str, int], folder: str) -> Callable[[], None]:
-    """A step of training under the layout."""
-    from retro_mcore.platform import setup_device
+def measure(
+    layout: dict, sizes: dict[str, int], folder: str | None
+) -> tuple[Any, Iterator[Any], Any]:
+    """A trainer after two steps, its micro batches, and what the second step took on this rank.
 
-    device = setup_device("cpu")
-    from benchmarks.trainer_overhead import RandomSamples, random_project
-    from retro_mcore.training.loop.loss import forward_backward, reduce_losses
+    Call it after `setup_device`, on every rank.
+    """
+    from retro_mcore.platform.tracking import Tracker
     from retro_mcore.training.loop.trainer import Trainer
+    from retro_mcore.training.setup.simulate import measure_step
+
+    plan, device = plan_of(layout, sizes, folder), torch.device("cpu")
+    with Tracker() as tracker:
+        trainer = Trainer(plan, random_samples(sizes, plan.with_retrieval), None, device)
+        batches = trainer._train_batches()
+        for chunk in trainer._parts.stages:
+            chunk.train()
+        for _ in range(2):  # the first step makes the optimizer's state
+            step = measure_step(
+                trainer._parts, trainer.plan, batches, trainer._num_microbatches, tracker
+            )
+    return trainer, batches, step
+
+
+def random_samples(sizes: dict[str, int], neighbors: bool) -> Any:
+    """Samples of random tokens."""
+    from benchmarks.trainer_overhead import RandomSamples
+
+    return RandomSamples(sizes["length"], CHUNK, sizes["vocabulary"], neighbors)
+
+
+def plan_of(layout: dict, sizes: dict[str, int], folder: str | None) -> Any:
+    """The plan of a run under the layout. Call it after `setup_device`."""
+    from benchmarks.trainer_overhead import random_project
     from retro_mcore.training.options.pretrain import TrainingOptions
     from retro_mcore.training.setup.plan import make_plan
 
@@ -164,71 +213,7 @@ def make_step(layout: dict, sizes: dict[str, int], folder: str) -> Callable[[], 
         device="cpu",
         **layout,
     )
-    samples = RandomSamples(sizes["length"], CHUNK, sizes["vocabulary"])
-    trainer = Trainer(make_plan(options, project, sizes["vocabulary"]), samples, None, device)
-    parts, plan = trainer._parts, trainer.plan
-    micro_batches = trainer._num_microbatches
-    batches = itertools.islice(trainer._train_batches(), 16 * micro_batches)
-    again = itertools.cycle(list(batches))
-    for chunk in parts.stages:
-        chunk.train()
-
-    def step() -> None:
-        for chunk in parts.stages:
-            chunk.zero_grad_buffer()
-        parts.optimizer.zero_grad()
-        reports = forward_backward(
-            parts.stages, again, micro_batches, plan.sequence_length, 1, with_retrieval=True
-        )
-        parts.optimizer.step()
-        parts.scheduler.step(plan.global_batch_size)
-        reduce_losses(reports)
-
-    return step
-
-
-def count_collectives(sent: list[float]) -> None:
-    """Append to `sent` the bytes that this rank sends in each call of torch.distributed."""
-    import torch.distributed as dist
-
-    def size_of(group: Any) -> int:
-        return dist.get_world_size(group)
-
-    def ring(tensor: Any, group: Any, rounds: int = 1) -> float:
-        ranks = size_of(group)
-        return rounds * tensor.nbytes * (ranks - 1) / ranks
-
-    def wrap(name: str, count: Callable[..., float]) -> None:
-        function = getattr(dist, name)
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            sent.append(count(*args, **kwargs))
-            return function(*args, **kwargs)
-
-        setattr(dist, name, counting)
-
-    wrap("all_reduce", lambda tensor, op=None, group=None, **_: ring(tensor, group, 2))
-    wrap("broadcast", lambda tensor, src=None, group=None, **_: ring(tensor, group))
-    wrap("all_gather_into_tensor", lambda out, given, group=None, **_: ring(out, group))
-    wrap("reduce_scatter_tensor", lambda out, given, op=None, group=None, **_: ring(given, group))
-    wrap(
-        "all_to_all_single",
-        lambda out, given, sizes=None, own=None, group=None, **_: ring(given, group),
-    )
-    wrap(
-        "all_gather",
-        lambda outs, given, group=None, **_: given.nbytes * (size_of(group) - 1),
-    )
-    sending, point_to_point = dist.isend, dist.P2POp
-    wrap("isend", lambda tensor, *_, **__: tensor.nbytes)
-    counting = dist.isend
-
-    def operation(op: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if op is counting:
-            sent.append(tensor.nbytes)
-        return point_to_point(sending if op is counting else op, tensor, *args, **kwargs)
-
-    setattr(dist, "P2POp", operation)  # noqa: B010 (a type, for mypy)
+    return make_plan(options, project, sizes["vocabulary"])
 
 
 def show_layout(name: str, runs: list[tuple[dict, dict]]) -> None:
@@ -238,7 +223,8 @@ def show_layout(name: str, runs: list[tuple[dict, dict]]) -> None:
     print(
         f"{name:28} CPU {statistics.median(seconds):5.2f} ({min(seconds):.2f} to "
         f"{max(seconds):.2f}) x one process, {spread['bytes'] / 2**20:8.2f} MiB sent, memory "
-        f"{spread['peak'] / whole['peak']:.2f} x {whole['peak'] / 2**20:.0f} MiB",
+        f"{spread['peak'] / whole['peak']:.2f} x {whole['peak'] / 2**20:.0f} MiB, simulated "
+        f"{spread['simulated'] / spread['peak']:.3f} of it",
         flush=True,
     )
 

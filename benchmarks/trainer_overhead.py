@@ -30,19 +30,24 @@ SAMPLES = 100_000
 class RandomSamples:
     """Samples of random tokens, ready in memory as a memory-mapped project's are."""
 
-    def __init__(self, sequence_length: int, chunk_length: int, vocabulary: int) -> None:
+    def __init__(
+        self, sequence_length: int, chunk_length: int, vocabulary: int, neighbors: bool = True
+    ) -> None:
         generator = np.random.default_rng(1)
         chunks = sequence_length // chunk_length
         shape = (64, chunks, 2, 2 * chunk_length)
         self._text = generator.integers(0, vocabulary, (64, sequence_length + 1))
         self._neighbors = generator.integers(0, vocabulary, shape)
         self._mask = np.zeros(shape, dtype=bool)
+        self._has_neighbors = neighbors
 
     def __len__(self) -> int:
         return SAMPLES
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = index % 64
+        if not self._has_neighbors:
+            return {"text": self._text[row]}
         return {
             "text": self._text[row],
             "neighbor_tokens": self._neighbors[row],

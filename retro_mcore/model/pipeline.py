@@ -235,7 +235,7 @@ def _new_group(pipelines: Iterable[list[int]], members: list[int]) -> dist.Proce
     own = None
     for ranks in sorted({tuple(ranks) for ranks in pipelines}):
         group_ranks = [ranks[member] for member in members]
-        group = dist.new_group(group_ranks, timeout=group_timeout())
+        group = dist.new_group(group_ranks, timeout=group_timeout(), group_desc="EMBEDDING_COPIES")
         if dist.get_rank() in group_ranks:
             own = group
     return own

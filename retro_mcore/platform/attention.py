@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.platform.windows import layer_window, window_mask
+from retro_mcore.platform.windows import layer_window, shared_by_layers, window_mask
 
 
 class SDPAttention(MegatronModule):
@@ -220,7 +220,7 @@ def attend_in_halves(
     return torch.cat((first, attend(query[half:], key, value, attn_mask=mask)))
 
 
-@lru_cache(maxsize=8)
+@shared_by_layers
 def _mask_of_second_half(length: int, dtype: torch.dtype) -> Tensor:
     """What to add to its scores. One for all layers, which keep it for the backward pass."""
     half = length // 2

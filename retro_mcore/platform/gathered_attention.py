@@ -7,7 +7,6 @@ from one process only in attention dropout, which every rank draws for its own p
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform.attention import SDPAttention
 from retro_mcore.platform.context_parallel import ContextPart
+from retro_mcore.platform.windows import shared_by_layers
 
 
 class GatheredAttention(SDPAttention):
@@ -118,7 +118,7 @@ class GatheredAttention(SDPAttention):
         return key, value
 
 
-@lru_cache(maxsize=8)
+@shared_by_layers
 def _lower_right(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Values to add to the scores so that the last row sees all columns, the one before one less.
 

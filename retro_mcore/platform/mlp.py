@@ -96,10 +96,10 @@ def _apply_without_keeping(
     linear: torch.nn.Module, function: Activation, states: Tensor, activated: Tensor
 ) -> Any:
     """`linear(activated)`, not keeping `activated`, which is `function(states)`."""
-    source, address, shape = states.detach(), activated.data_ptr(), activated.shape
+    source, place = states.detach(), _place(activated)
 
     def pack(tensor: Tensor) -> Tensor | None:
-        return None if (tensor.data_ptr(), tensor.shape) == (address, shape) else tensor
+        return None if _place(tensor) == place else tensor
 
     def unpack(kept: Tensor | None) -> Tensor:
         if kept is not None:
@@ -109,3 +109,8 @@ def _apply_without_keeping(
 
     with saved_tensors_hooks(pack, unpack):
         return linear(activated)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's values are; a simulated tensor has no address."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape

@@ -398,6 +398,22 @@ def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     return [each for each in inner if _is_torch_adam(each)]
 
 
+def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Main weights and state. Some main weights are views of the model's weights."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def overflow_flags(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """What says, in fp16, whether a gradient is infinite: 1 if so, else 0."""
+    for part in _parts(optimizer):
+        if isinstance(getattr(part, "found_inf", None), Tensor):
+            yield part.found_inf
+
+
 def _is_torch_adam(optimizer: object) -> bool:
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+
+_SHARED: list[Any] = []
+
+
+def shared_by_layers(mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate a function of hashable arguments that makes a mask: layers get the same tensor."""
+    cached = lru_cache(maxsize=8)(mask)
+    _SHARED.append(cached)
+    return cached
+
+
+def forget_masks() -> None:
+    """Forget the masks that layers share."""
+    for cached in _SHARED:
+        cached.cache_clear()
 
 
 def layer_window(config: Any, layer_number: int) -> int | None:
@@ -24,7 +40,7 @@ def layer_window(config: Any, layer_number: int) -> int | None:
     return int(size[0]) + 1
 
 
-@lru_cache(maxsize=8)
+@shared_by_layers
 def window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """Causal mask of a window: bool `[queries, keys]`, True = attended to.
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.table import Table
+
 from retro_mcore.cli.output import print_summary
+from retro_mcore.distributed import get_rank
 
 if TYPE_CHECKING:
     from retro_mcore.training.loop.trainer import TrainingResult
     from retro_mcore.training.setup.dry_run import DryRun
     from retro_mcore.training.setup.plan import TrainingPlan
+    from retro_mcore.training.setup.simulate import Simulation
 
 _GIB = 2**30
 
@@ -43,6 +49,36 @@ def print_training(command: str, plan: TrainingPlan, result: TrainingResult) -> 
 def print_dry_run(result: DryRun) -> None:
     """Print the summary of a dry run, on rank 0."""
     print_summary("pretrain_retro --dry-run", _dry_run_rows(result))
+    if result.simulation is not None and get_rank() == 0:
+        _print_simulation(result.simulation)
+
+
+def _print_simulation(simulation: Simulation) -> None:
+    """A column per pipeline stage: bytes and FLOPs of a training step of one process."""
+    stages = simulation.stages
+    table = Table(
+        title="A simulated step of a process of each stage (local layers)",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("GiB, unless it says otherwise")
+    for number in range(1, len(stages) + 1):
+        table.add_column(f"stage {number}", justify="right")
+
+    def add(name: str, values: Iterable[float], digits: str = ".2f") -> None:
+        table.add_row(name, *(f"{value:{digits}}" for value in values))
+
+    add("memory", (stage.peak / _GIB for stage in stages))
+    for kind in stages[0].memory:
+        add(f"  {kind}", (stage.memory[kind] / _GIB for stage in stages))
+    groups = sorted({group for stage in stages for group, sent in stage.sent.items() if sent})
+    add("sent", (sum(stage.sent.values()) / _GIB for stage in stages), ".3f")
+    for group in groups:
+        add(f"  {group}", (stage.sent.get(group, 0) / _GIB for stage in stages), ".3f")
+    add("TFLOPs", (stage.flops / 1e12 for stage in stages), ",.1f")
+    if len(stages) > 1:
+        add("waiting for other stages, %", (100 * share for share in simulation.waiting), ".1f")
+    Console(width=max(80, 34 + 11 * len(stages))).print(table)
 
 
 def _dry_run_rows(result: DryRun) -> dict[str, object]:

@@ -137,7 +137,7 @@ class Trainer:
         self._decoder = load_decoder(models, plan) if checkpoint is None else None
         self.plan, self._device, self._alone = plan, device, alone
         self._train_samples, self._valid_samples = train_samples, valid_samples
-        self._parts = _training_parts(models, plan)
+        self._parts = training_parts(models, plan)
         self._progress = TrainingProgress()
         if checkpoint is not None:
             self._progress = load_checkpoint(checkpoint, self._parts, load_scope(plan))
@@ -248,19 +248,8 @@ class Trainer:
         """Run one iteration, and return whether any rank wants to stop after it."""
         parts, progress, plan = self._parts, self._progress, self.plan
         samples = plan.batch_sizes.after(progress.consumed_samples)
-        for stage in parts.stages:
-            stage.zero_grad_buffer()
-        parts.optimizer.zero_grad()
         num_microbatches = self._num_microbatches * samples // plan.global_batch_size
-        reports = forward_backward(
-            parts.stages,
-            batches,
-            num_microbatches,
-            plan.sequence_length,
-            plan.options.micro_batch_size,
-            plan.with_retrieval,
-            self._stopwatch,
-        )
+        reports = compute_gradients(parts, batches, num_microbatches, plan, self._stopwatch)
         reduced = reduce_losses(reports, stop)
         balance = reduce_balance(parts.stages, num_microbatches)
         step = replace(self._update(reports, reduced, samples), balance=balance)
@@ -390,7 +379,41 @@ def _has_other_neighbors(saved: Mapping[str, Any], plan: TrainingPlan) -> bool:
     return resumes and None not in (before, now) and before != now
 
 
-def _training_parts(models: Sequence[DecoderModel], plan: TrainingPlan) -> TrainingParts:
+def compute_gradients(
+    parts: TrainingParts,
+    batches: Iterator[RetroBatch],
+    num_microbatches: int,
+    plan: TrainingPlan,
+    stopwatch: Stopwatch | None = None,
+) -> list[LossReport]:
+    """Run an iteration up to the optimizer's step.
+
+    Args:
+        parts: What is trained.
+        batches: This rank's micro batches; `num_microbatches` are consumed.
+        num_microbatches: Number of micro batches.
+        plan: The plan of the run.
+        stopwatch: Times reading and forward passes.
+
+    Returns:
+        As `forward_backward`.
+    """
+    for stage in parts.stages:
+        stage.zero_grad_buffer()
+    parts.optimizer.zero_grad()
+    return forward_backward(
+        parts.stages,
+        batches,
+        num_microbatches,
+        plan.sequence_length,
+        plan.options.micro_batch_size,
+        plan.with_retrieval,
+        stopwatch,
+    )
+
+
+def training_parts(models: Sequence[DecoderModel], plan: TrainingPlan) -> TrainingParts:
+    """Wrap the stages, and build their optimizer and its schedule. All ranks call it."""
     groups = share_embeddings(models)
     if plan.options.freeze_decoder:
         freeze_decoder(models, plan)

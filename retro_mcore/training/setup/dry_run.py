@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from retro_mcore.training.setup.estimate import (
 )
 from retro_mcore.training.setup.initialize import check_expert_sizes
 from retro_mcore.training.setup.plan import TrainingPlan, make_plan
+from retro_mcore.training.setup.simulate import Simulation, simulate
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DryRun:
         memory: Bytes on the process that needs the most.
         context_bytes: Bytes that each process sends for context parallelism, for each micro batch.
         flops_per_token: FLOPs per token: forward and backward pass.
+        simulation: A simulated step of this run, if it was asked for.
     """
 
     plan: TrainingPlan
@@ -49,18 +51,47 @@ class DryRun:
     memory: Memory
     context_bytes: int
     flops_per_token: float
+    simulation: Simulation | None = None
 
     @property
     def copies(self) -> int:
         """Number of model copies on all processes."""
         return self.world_size // _processes_per_copy(self.plan.options)
 
+    def as_json(self) -> dict[str, Any]:
+        """The numbers, for JSON: bytes, and FLOPs of a step on each stage's first rank."""
+        plan, model = self.plan, self.plan.arguments
+        return {
+            "model": {
+                "num_layers": model.num_layers,
+                "hidden_size": model.hidden_size,
+                "padded_vocab_size": model.padded_vocab_size,
+                "parameters": {**asdict(self.parameters), "total": self.parameters.total},
+            },
+            "processes": self.world_size,
+            "copies": self.copies,
+            "batch": {
+                "global_batch_size": plan.global_batch_size,
+                "micro_batch_size": plan.options.micro_batch_size,
+                "micro_batches": self.num_microbatches,
+            },
+            "iterations": plan.train_iters,
+            "estimated_memory": {**asdict(self.memory), "total": self.memory.total},
+            "context_parallel_bytes": self.context_bytes,
+            "flops_per_token": self.flops_per_token,
+            "simulation": self.simulation and self.simulation.as_json(),
+        }
 
-def dry_run(options: PretrainOptions) -> DryRun:
+
+def dry_run(options: PretrainOptions, simulated: bool = False) -> DryRun:
     """Plan a run. Call it after `setup_device`.
 
     Layers and optimizers that the run would refuse on this machine are refused. The project need
     not exist yet. Then the options that it would fix must be given.
+
+    Args:
+        options: The run's configuration.
+        simulated: Whether to simulate a step of it.
 
     Raises:
         ConfigurationError: an option is invalid, contradicts the project, or is missing.
@@ -105,6 +136,7 @@ def dry_run(options: PretrainOptions) -> DryRun:
         ),
         context_parallel_bytes(config, plan.arguments, options.micro_batch_size),
         flops / plan.sequence_length,
+        simulate(plan, world_size) if simulated else None,
     )
 
 

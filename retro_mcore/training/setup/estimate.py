@@ -4,7 +4,8 @@ Parameters, weights, gradients and optimizer state are exact, except that the st
 counts norms and biases as matrices, and that dist_muon gives whole matrices to processes.
 Activations are an estimate following Korthikanti et al. 2022 (section 4): the tensors that each
 layer keeps for its backward pass, with an attention that keeps no probabilities (flash attention,
-or PyTorch's).
+or PyTorch's). They stand for what is temporary, too: the total is compared with a simulated step
+(`simulate`) in the tests.
 """
 
 from __future__ import annotations

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ import pytest
 from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main, pretrain_retro
 from retro_mcore.errors import ConfigurationError
+from tests.processes import START_METHOD
 from tests.unit.data.projects import built_project
 
 ROOT = Path(__file__).parents[3]
@@ -194,6 +200,78 @@ def test_a_dry_run_refuses_optimizers_that_the_run_refuses(megatron, monkeypatch
     monkeypatch.setattr(other_optimizers, "_has_package", lambda: False)
     with pytest.raises(ConfigurationError, match=message):
         pretrain_retro(parse_options(PretrainRetroOptions, [*SMALL, *flags, "--dry-run"]))
+
+
+def test_layers_of_transformer_engine_are_not_simulated(with_engine):
+    flags = [*SMALL, "--dry-run", "--simulate", "--device", "cuda"]
+    with pytest.raises(ConfigurationError, match="--simulate: with Transformer Engine's layers"):
+        pretrain_retro(parse_options(PretrainRetroOptions, flags))
+
+
+def test_a_simulated_step_is_printed_and_written(tmp_path):
+    flags = ["--project-dir", str(tmp_path), "--num-layers", "4", "--hidden-size", "32",
+             "--num-attention-heads", "4", "--retro-decoder-layers", "2", "4", "--lr", "1e-3",
+             "--micro-batch-size", "1", "--seq-length", "128", "--global-batch-size", "24",
+             "--train-samples", "240", "--vocab-size", "500", "--world-size", "8",
+             "--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2",
+             "--dry-run", "--simulate", "--json", str(tmp_path / "run.json")]  # fmt: skip
+    with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
+        code, printed = pool.submit(run_main, flags).result()
+    assert code == 0
+    written = json.loads((tmp_path / "run.json").read_text())
+    stages = written["simulation"]
+    assert written["batch"]["micro_batches"] == 12
+    assert len(stages) == 2
+    for stage, name in zip(stages, ("stage 1", "stage 2"), strict=True):
+        assert name in printed
+        assert stage["peak"] == sum(stage["memory"].values()) > 0
+        assert all(stage["sent"][group] > 0 for group in ("tp", "pp", "dp", "embedding"))
+    # The first stage has the encoder, and so is the slower one: it never waits for long.
+    assert stages[0]["waiting"] < stages[1]["waiting"]
+    # Of the whole model's FLOPs: two micro batches in a row, divided by two.
+    flops = sum(stage["flops"] for stage in stages) * 2 / 12
+    assert flops == pytest.approx(written["flops_per_token"] * 128, rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_estimate_is_near_a_simulated_step(tmp_path):
+    config = ["--config", str(ROOT / "examples/pretrain/843m.yaml"), "--dry-run", "--simulate"]
+    with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
+        code, _ = pool.submit(run_main, [*config, "--json", str(tmp_path / "run.json")]).result()
+    assert code == 0
+    written = json.loads((tmp_path / "run.json").read_text())
+    estimate, (stage,) = written["estimated_memory"], written["simulation"]
+    for kind in ("weights", "gradients", "optimizer"):  # Adam counts its steps, in a few bytes
+        assert estimate[kind] == pytest.approx(stage["memory"][kind], rel=1e-5)
+    # Kept and temporary memory together; a formula per layer does not know where the peak is.
+    assert estimate["total"] == pytest.approx(stage["peak"], rel=0.05)
+
+
+def run_main(flags):
+    """The command's exit code and output."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        return main(flags), printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--simulate"], "--simulate: given without --dry-run"),
+        (["--json", "run.json"], "--json: run.json without --dry-run"),
+        (["--dry-run", "--simulate", "--cpu-offloading-num-layers", "2"],
+         "--simulate: with --cpu-offloading-num-layers 2"),
+        (["--dry-run", "--simulate", "--num-experts", "4", "--moe-token-dispatcher-type",
+          "alltoall"], "--simulate: with --moe-token-dispatcher-type alltoall"),
+        (["--dry-run", "--simulate", "--transformer-impl", "transformer_engine"],
+         "--transformer-impl: transformer_engine, which is not installed"),
+        (["--dry-run", "--simulate", "--fp8-format", "hybrid"], "--fp8-format: hybrid without"),
+        (["--dry-run", "--simulate"], "--simulate: this process is one of 1 already"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_simulated_is_refused(megatron, flags, message):
+    with pytest.raises(ConfigurationError, match=message):
+        pretrain_retro(options_of("examples/pretrain/843m.yaml", *flags))
 
 
 def test_without_a_project_its_flags_are_needed(megatron, tmp_path):

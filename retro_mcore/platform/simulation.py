@@ -1,0 +1,182 @@
+"""One rank of any world, simulated in this process: tensors have shapes but no values.
+
+PyTorch's fake tensors stand for real ones, and its fake process group for the other ranks: nothing
+is computed or sent. Where a program asks for a value, it gets one: True, or the number 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from retro_mcore.distributed import leave
+from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform.tracking import Tracker
+from retro_mcore.platform.windows import forget_masks
+
+_ATEN = torch.ops.aten
+
+
+class SimulatedTracker(Tracker):
+    """A tracker of fake tensors. It answers what they cannot.
+
+    Args:
+        chosen: Experts that a token chooses, and their number; None for dense models. Every expert
+            gets as many tokens as any other.
+
+    Raises:
+        ConfigurationError: an operation has a result whose shape depends on values.
+    """
+
+    def __init__(self, chosen: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self._chosen = chosen
+        self._integer = 1
+        self._values: dict[int, float] = {}
+
+    def answer(self, tensor: Tensor, value: float) -> None:
+        """Give a number for a tensor's value from now on, in place of 1."""
+        self._values[tensor.untyped_storage()._cdata] = value
+
+    def run(self, func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation on fake tensors, or answer it."""
+        if func.namespace == "c10d":
+            work = FakeWork().boxed()  # done already
+            return (args[0], work) if len(func._schema.returns) == 2 else work
+        if func is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return self._value(args[0])
+        if func is _ATEN.equal.default:
+            return True
+        if func is _ATEN.masked_select.default and self._chosen is not None:
+            return self._selected(*args)
+        try:
+            return func(*args, **kwargs)
+        except (
+            DataDependentOutputException,
+            DynamicOutputShapeException,
+            UnsupportedOperatorException,
+        ) as error:
+            raise ConfigurationError(
+                "--simulate",
+                f"{func} has a result that depends on values, and a simulation has none",
+                "Leave out the option that needs it, or --simulate",
+            ) from error
+
+    def _value(self, tensor: FakeTensor) -> float | bool:
+        if tensor.constant is not None:
+            return tensor.constant.item()
+        if tensor.dtype == torch.bool:
+            return True
+        if not tensor.dtype.is_floating_point:
+            return self._integer
+        return self._values.get(tensor.untyped_storage()._cdata, 1.0)
+
+    def _selected(self, values: Tensor, mask: Tensor) -> Tensor:
+        """What experts select of their tokens: `mask` is `[experts, tokens]`."""
+        assert self._chosen is not None
+        chosen, experts = self._chosen
+        self._integer = mask.shape[1] * chosen // experts  # asked for next: tokens of an expert
+        return values.new_empty(mask.shape[0] * self._integer)
+
+
+@contextmanager
+def simulated_rank(
+    rank: int, world_size: int, chosen: tuple[int, int] | None = None
+) -> Iterator[SimulatedTracker]:
+    """Be a rank of a world of any size; inside, all new tensors are fake.
+
+    Megatron's groups are created inside, before `fake_tensors`. They are left at the end.
+
+    Args:
+        rank: The rank.
+        world_size: Number of ranks.
+        chosen: As SimulatedTracker takes it.
+
+    Raises:
+        ConfigurationError: this process already belongs to a group.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ConfigurationError(
+            "--simulate",
+            f"this process is one of {dist.get_world_size()} already",
+            "Start it alone, without torchrun",
+        )
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    state = torch.get_rng_state()
+    forget_masks()  # fake ones must not stay, nor real ones go uncounted
+    try:
+        with _stand_ins():
+            yield SimulatedTracker(chosen)
+    finally:
+        torch.set_rng_state(state)
+        forget_masks()
+        leave()
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Context in which some of torch's functions do what a lone process with fake tensors can."""
+    new_group, make, copy_storage = dist.new_group, torch.tensor, torch.UntypedStorage.copy_
+
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        return new_group(*args, **{**kwargs, "backend": "fake"})  # Megatron's gloo groups, too
+
+    def gather_own(values: list[Any], value: Any, *args: Any, **kwargs: Any) -> None:
+        values[:] = [value] * len(values)
+
+    def tensor_of(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # Megatron's gradient norm makes a tensor of a list of tensors, whose values torch reads.
+        return make(_with_values(data), *args, **kwargs)
+
+    def set_data(parameter: Tensor, converted: Tensor) -> None:
+        parameter.data = converted  # as Module.to does with real parameters
+
+    def copy(storage: Any, source: Any, *args: Any) -> Any:
+        # Megatron's recomputation of norms copies storages, of which PyTorch makes tensors that
+        # a FakeTensorMode never frees.
+        return storage if storage.device.type == "meta" else copy_storage(storage, source, *args)
+
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (dist, "new_group", fake_group),
+        (dist, "all_gather_object", gather_own),
+        (torch, "tensor", tensor_of),
+        (torch.utils, "swap_tensors", set_data),
+        (torch.UntypedStorage, "copy_", copy),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]
+    for owner, name, value in stand_ins:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+
+
+def _with_values(data: Any) -> Any:
+    if isinstance(data, list | tuple):
+        return type(data)(map(_with_values, data))
+    return data.item() if isinstance(data, FakeTensor) and data.dim() == 0 else data
+
+
+@contextmanager
+def fake_tensors(tracker: SimulatedTracker) -> Iterator[None]:
+    """Context in which every new tensor is fake, and seen by the tracker."""
+    # Random states are real, and compared by Megatron.
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        yield
