@@ -203,7 +203,7 @@ def test_a_dry_run_refuses_optimizers_that_the_run_refuses(megatron, monkeypatch
 
 
 def test_layers_of_transformer_engine_are_not_simulated(with_engine):
-    flags = [*SMALL, "--dry-run", "--simulate", "--device", "cuda"]
+    flags = [*SMALL, "--no-rope-fusion", "--dry-run", "--simulate", "--device", "cuda"]
     with pytest.raises(ConfigurationError, match="--simulate: with Transformer Engine's layers"):
         pretrain_retro(parse_options(PretrainRetroOptions, flags))
 
