@@ -82,6 +82,15 @@ class RankState:
         """Its work and place."""
         return " at ".join(filter(None, [self.work, self.place])) or "its start"
 
+    @property
+    def failure(self) -> str:
+        """The rank, with its error."""
+        return f"{self.name} failed in {self.doing}: {self.status}"
+
+    def silence(self, seconds: float) -> str:
+        """The rank, with the time since it last told."""
+        return f"{self.name} has not answered for {seconds:.0f} s; last seen in {self.doing}"
+
 
 class OwnState:
     """Makes this process's states."""

@@ -10,14 +10,11 @@ import faulthandler
 import json
 import logging
 import os
-import re
 import signal
 import socket
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +22,7 @@ from itertools import count
 
 import torch.distributed as dist
 
+from retro_mcore.fault_report import lost_contact, places, stacks, timed_out
 from retro_mcore.rank_state import LEFT, RUNS, OwnState, RankState, has_ended, process_of
 
 _LOG = logging.getLogger(__name__)
@@ -36,11 +34,6 @@ BEAT = 5.0
 SILENCE = 300.0
 _EXIT_CODE = 1
 _STORE_TIMEOUT = timedelta(seconds=60)
-#: Errors of a collective that tell of another rank, not of this one.
-_LOST_CONTACT = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout|broken pipe|socket", re.I
-)
-_TIMED_OUT = re.compile(r"timed out|timeout", re.I)
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,8 @@ class Watch:
     """A rank's part of the watch.
 
     Args:
-        store: Shared by the ranks. No other thread may use this client of it.
+        connect: Makes a client of a store that the ranks share. The watch uses it alone, since a
+            client that waits for a key blocks.
         rank: This rank.
         world_size: Number of ranks.
         on_node: Ranks that may run on this node.
@@ -69,13 +63,14 @@ class Watch:
 
     def __init__(
         self,
-        store: dist.Store,
+        connect: Callable[[], dist.Store],
         rank: int,
         world_size: int,
         on_node: Iterable[int],
         limit_minutes: float,
     ) -> None:
-        self._store, self._rank, self._world_size = store, rank, world_size
+        self._connect, self._store = connect, connect()
+        self._rank, self._world_size = rank, world_size
         self._limit_minutes = limit_minutes
         self._silence = min(SILENCE, 60 * limit_minutes)
         self._pause = min(BEAT, self._silence / 10)
@@ -117,13 +112,13 @@ class Watch:
         self.own.fail(error)
         if getattr(error, "raised_together", False):
             self.leave()
-        elif (text := _lost_contact(error)) is None:
+        elif (text := lost_contact(error)) is None:
             with self._lock, suppress(RuntimeError, ValueError):
                 self._status = f"{type(error).__name__}: {error}"
                 self._tell_state()
         else:
             with suppress(RuntimeError, ValueError), _undisturbed():
-                self._report(self._find(bool(_TIMED_OUT.search(text))))
+                self._report(self._find(timed_out(text)))
 
     def _run(self) -> None:
         last = time.monotonic()
@@ -156,6 +151,9 @@ class Watch:
         return RankState.parse(self._store.get(key)) if self._store.check([key]) else None
 
     def _read_all(self) -> list[RankState]:
+        keys = [f"rank/{rank}" for rank in range(self._world_size)]
+        if self._store.check(keys):
+            return [RankState.parse(text) for text in self._store.multi_get(keys)]
         return [state for rank in range(self._world_size) if (state := self._read(rank))]
 
     def _verdict(self) -> Verdict | None:
@@ -182,12 +180,11 @@ class Watch:
             state = self._on_node[rank] = known or self._read(rank)
             if state is None or not self.own.shares_processes_with(state) or not has_ended(state):
                 continue
-            last = self._read(rank)
-            assert last is not None
+            last = self._read(rank) or state
             if last.status == RUNS:
                 found[rank] = f"{last.name} has ended; last seen in {last.doing}"
             elif last.status != LEFT:
-                found[rank] = f"{last.name} failed in {last.doing}: {last.status}"
+                found[rank] = last.failure
         return found
 
     def _accuse_silent(self, elapsed: float) -> Verdict | None:
@@ -210,23 +207,25 @@ class Watch:
 
     def _without_beats(self, first: RankState) -> dict[int, str]:
         """A silent rank and the others that were last heard about as long ago."""
-        states = [state for state in self._read_all() if state.status == RUNS]
+        states = [state for state in self._read_all() if state.status != LEFT]
         now = max(state.time for state in states)
         return {
-            state.rank: f"{state.name} has not answered for {now - state.time:.0f} s; "
-            f"last seen in {state.doing}"
+            state.rank: state.silence(now - state.time) if state.status == RUNS else state.failure
             for state in states
             if state.rank == first.rank or now - state.time > self._silence / 2
         }
 
-    def _find(self, timed_out: bool) -> Verdict:
+    def _find(self, is_late: bool) -> Verdict:
         """Find out which rank is gone, after a collective has failed; the thread stops then."""
         with self._lock:
             before = {state.rank: state.beat for state in self._read_all()}
-        started = time.monotonic()
+        started, rounds = time.monotonic(), 0
         while (patience := time.monotonic() - started) < 3 * self._pause:
             with self._lock:
-                found = self._verdict() or self._accuse(self._ended() or self._failed())
+                failed = {}
+                if patience >= rounds * self._pause:  # all ranks may ask for all states
+                    failed, rounds = self._failed(), rounds + 1
+                found = self._verdict() or self._accuse(self._ended() or failed)
                 if found is not None:
                     self._stopped.set()  # the thread would report it too
                     return found
@@ -236,13 +235,12 @@ class Watch:
             states = self._read_all()
             others = [each for each in states if each.status == RUNS and each.rank != self._rank]
             gone = {
-                state.rank: f"{state.name} has not answered for {patience:.0f} s; "
-                f"last seen in {state.doing}"
+                state.rank: state.silence(patience)
                 for state in others
                 if state.beat == before.get(state.rank)
             }
-            lines = [*([] if gone else self._awaited(others)), *_places(states)]
-            verdict = self._accuse(gone, [*lines, *([self._hint()] if timed_out else [])])
+            lines = [*([] if gone else self._awaited(others)), *places(states)]
+            verdict = self._accuse(gone, [*lines, *([self._hint()] if is_late else [])])
             assert verdict is not None
             self._stopped.set()
             return verdict
@@ -250,7 +248,7 @@ class Watch:
     def _failed(self) -> dict[int, str]:
         """Ranks of any node that told of an error of their own."""
         return {
-            state.rank: f"{state.name} failed in {state.doing}: {state.status}"
+            state.rank: state.failure
             for state in self._read_all()
             if state.status not in (RUNS, LEFT)
         }
@@ -274,7 +272,7 @@ class Watch:
         """Say why the job ends, and where this rank is; then give the others time to do so too."""
         for line in verdict.lines:
             _LOG.critical("%s", line)
-        _LOG.critical("this rank ends too. Its threads:\n%s", _stacks())
+        _LOG.critical("this rank ends too. Its threads:\n%s", stacks())
         reported = self._store.add("reported", 1)
         end = time.monotonic() + 2 * self._pause
         while reported < self._world_size - len(verdict.gone) and time.monotonic() < end:
@@ -282,7 +280,7 @@ class Watch:
             reported = self._store.add("reported", 0)
 
     def _await_store(self, elapsed: float) -> bool:
-        """Whether to go on, after the store did not answer.
+        """Whether to go on, after the store did not answer; if possible, with a new connection.
 
         If the process that serves it has ended, nothing can be told any more: rank 0 may have
         finished, and otherwise collectives fail by themselves.
@@ -293,6 +291,8 @@ class Watch:
                 socket.create_connection((host, port), timeout=self._pause).close()
             except (ConnectionRefusedError, ConnectionResetError):
                 return False
+            with suppress(RuntimeError, ValueError):
+                self._store = self._connect()
         self._store_silent += elapsed
         if self._store_silent < self._silence:
             return True
@@ -302,7 +302,7 @@ class Watch:
             host,
             port,
             self._store_silent,
-            _stacks(),
+            stacks(),
         )
         os._exit(_EXIT_CODE)
 
@@ -320,47 +320,6 @@ def _undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _lost_contact(error: BaseException) -> str | None:
-    """The message of a collective that failed because of another rank; None for other errors."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        known = isinstance(current, getattr(dist, "DistError", ()))
-        if known or (isinstance(current, RuntimeError) and _LOST_CONTACT.search(str(current))):
-            return str(current)
-        current = current.__cause__ or current.__context__
-    return None
-
-
-def _places(states: Sequence[RankState]) -> Iterator[str]:
-    """Where the ranks are, those in one place together."""
-    together: dict[str, list[int]] = {}
-    for state in states:
-        if state.status == RUNS:
-            where = f"{'waiting' if state.waits else 'working'} in {state.doing}"
-            together.setdefault(where, []).append(state.rank)
-    for where, ranks in sorted(together.items(), key=lambda item: len(item[1]))[:8]:
-        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-        yield f"{where}: rank {', '.join(map(str, ranks[:8]))}{more}"
-
-
-def _stacks() -> str:
-    """The stacks of all threads but this one's, the main thread last."""
-    frames = {
-        thread.ident: thread.name
-        for thread in threading.enumerate()
-        if thread is not threading.current_thread() or thread is threading.main_thread()
-    }
-    main = threading.main_thread().ident
-    current = sys._current_frames()
-    order = sorted((ident for ident in frames if ident in current), key=lambda each: each == main)
-    return "\n".join(
-        f"thread {frames[ident]}:\n{''.join(traceback.format_stack(current[ident]))}"
-        for ident in order
-    )
-
-
 _watch: Watch | None = None
 _round = count()
 
@@ -369,18 +328,20 @@ def start(rank: int, world_size: int, limit_minutes: float) -> None:
     """Start to watch the ranks that have just joined the default group by environment variables."""
     global _watch
     place = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_round)}"
-    # A client of its own: the group's may wait for minutes.
-    client = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=_STORE_TIMEOUT,
-        wait_for_workers=False,
-    )
-    store = dist.PrefixStore(f"retro_mcore/watch/{place}", client)
+
+    def connect() -> dist.Store:
+        client = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=_STORE_TIMEOUT,
+            wait_for_workers=False,
+        )
+        return dist.PrefixStore(f"retro_mcore/watch/{place}", client)
+
     first = rank - int(os.environ.get("LOCAL_RANK", 0))
     on_node = range(max(first, 0), first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-    _watch = Watch(store, rank, world_size, on_node, limit_minutes)
+    _watch = Watch(connect, rank, world_size, on_node, limit_minutes)
     _watch.own.command = _command
     if not faulthandler.is_enabled():
         with suppress(OSError, ValueError, AttributeError):  # stderr without a file
