@@ -77,6 +77,7 @@ class Stopwatch:
         self._host = socket.gethostname()
         self._is_cuda = torch.cuda.is_available() and not is_cpu_in_use()
         self._reading = self._forward = 0.0
+        self._begin: Any = None
         self._events: list[tuple[Any, Any]] = []
         self._iterations = 0
 
@@ -89,16 +90,17 @@ class Stopwatch:
             except StopIteration:
                 return
             self._reading += time.perf_counter() - started
+            self._begin = self._event()
             yield item
 
     def forward(self, step: Callable) -> Callable:
         """The forward step, timed."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            reading, started, event = self._reading, time.perf_counter(), self._event()
-            result = step(*args, **kwargs)
-            if event is not None:
-                self._events.append((event, self._event()))
+            reading, started, self._begin = self._reading, time.perf_counter(), self._event()
+            result = step(*args, **kwargs)  # it reads first
+            if self._begin is not None:
+                self._events.append((self._begin, self._event()))
             else:
                 self._forward += time.perf_counter() - started - (self._reading - reading)
             return result
