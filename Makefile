@@ -7,6 +7,9 @@ MEGATRON ?= 0.19.2
 # Releases of megatron-core that contain Megatron-LM's own trainer.
 TRAINERS ?= 0.17.1 0.18.2 0.19.2
 BRIDGE ?= 0.6.2
+# Transformer Engine, and the oldest release that pyproject.toml allows.
+TE ?= 2.20.2
+OLDEST_TE ?= 2.1.0
 # Where Emerging-Optimizers is installed from.
 EMERGING ?= git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers
 # A pre-release of megatron-core, or a folder with `megatron` in it. Default: the newest release of all.
@@ -25,7 +28,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=default FAISS_SIMD_LEVEL=NONE FAISS_OPT_LEVEL=generic \
 	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: help env quickstart test test-slow test-kernels test-versions test-prerelease test-muon test-bridge test-parity test-gpu docs style format lock clean
+.PHONY: help env quickstart test test-slow test-kernels test-versions test-prerelease test-muon test-bridge test-te test-parity test-gpu docs style format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -112,6 +115,16 @@ test-bridge: env .bridge-$(BRIDGE)/.up-to-date ## train in Megatron-Bridge, inst
 	$(INSTALL) --ignore-requires-python --no-deps --upgrade --target $(@D) megatron-bridge==$* -r requirements/bridge.txt
 	@touch $@
 
+test-te: env .te-$(TE)/.up-to-date .megatron-$(MEGATRON)/.up-to-date ## compare models of Transformer Engine's modules with local ones, without a GPU (needs nvcc 13; builds for up to an hour, once)
+	for megatron in "" :$(CURDIR)/.megatron-$(MEGATRON); do \
+		PYTHONPATH=$(CURDIR)/.te-$(TE)$$megatron LD_LIBRARY_PATH=$$(echo $(CURDIR)/.te-$(TE)/nvidia/*/lib | tr ' ' :) \
+			$(BIN)/python -m pytest -m te tests/te || exit 1; \
+	done
+
+.te-%/.up-to-date: $(STAMP) requirements/transformer_engine.sh requirements/transformer_engine.txt
+	JOBS=$(JOBS) requirements/transformer_engine.sh $(CURDIR)/$(BIN)/python $* $(OLDEST_TE) $(CURDIR)/$(@D)
+	@touch $@
+
 test-parity: env ## compare live with megatron-core 0.15.3, installed into .parity
 	$(BIN)/python -m pytest -m parity
 
@@ -138,4 +151,4 @@ lock: ## pin requirements/cpu.txt from requirements/cpu.in
 	mv requirements/cpu.new requirements/cpu.txt
 
 clean: ## remove the environment and the quickstart's output
-	rm -rf $(VENV) .megatron-* .bridge-* .emerging-* .clients quickstart
+	rm -rf $(VENV) .megatron-* .bridge-* .te-* .emerging-* .clients quickstart
