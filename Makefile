@@ -116,9 +116,12 @@ test-bridge: env .bridge-$(BRIDGE)/.up-to-date ## train in Megatron-Bridge, inst
 	@touch $@
 
 test-te: env .te-$(TE)/.up-to-date .megatron-$(MEGATRON)/.up-to-date ## compare models of Transformer Engine's modules with local ones, without a GPU (needs nvcc 13; builds for up to an hour, once)
+	@# Transformer Engine looks for these libraries in the environment's own folder, where they are not.
+	export LD_LIBRARY_PATH=$$(echo $(CURDIR)/.te-$(TE)/nvidia/*/lib | tr ' ' :) \
+		CUDNN_HOME=$(CURDIR)/.te-$(TE)/nvidia/cudnn NVRTC_HOME=$(CURDIR)/.te-$(TE)/nvidia/cu13 \
+		CURAND_HOME=$(CURDIR)/.te-$(TE)/nvidia/cu13; \
 	for megatron in "" :$(CURDIR)/.megatron-$(MEGATRON); do \
-		PYTHONPATH=$(CURDIR)/.te-$(TE)$$megatron LD_LIBRARY_PATH=$$(echo $(CURDIR)/.te-$(TE)/nvidia/*/lib | tr ' ' :) \
-			$(BIN)/python -m pytest -m te tests/te || exit 1; \
+		PYTHONPATH=$(CURDIR)/.te-$(TE)$$megatron $(BIN)/python -m pytest -m te tests/te || exit 1; \
 	done
 
 .te-%/.up-to-date: $(STAMP) requirements/transformer_engine.sh requirements/transformer_engine.txt

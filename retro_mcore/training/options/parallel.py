@@ -11,6 +11,14 @@ from retro_mcore.model.option_traits import at_least
 from retro_mcore.training.options.megatron import PRECISION_FLAGS, LayerFlags
 from retro_mcore.training.options.unsupported import UnsupportedOptions
 
+#: Recipes to which Megatron hands options of fp8.
+_READ_BY = {
+    "fp8_margin": ("delayed",),
+    "fp8_amax_history_len": ("delayed",),
+    "fp8_amax_compute_algo": ("delayed",),
+    "fp8_dot_product_attention": ("delayed", "tensorwise"),
+}
+
 
 @dataclass(kw_only=True)
 class ParallelOptions(UnsupportedOptions, LayerFlags):
@@ -93,7 +101,11 @@ class ParallelOptions(UnsupportedOptions, LayerFlags):
                 "--fp8-recipe", "custom, whose quantizers no option names", "Use another recipe"
             )
         given.pop("fp32_residual_connection", None)  # for any precision
+        if given.pop("fp8_wgrad", True) is False:
+            hint = "Leave it out: Transformer Engine 2 computes gradients of weights in fp8"
+            yield ConfigurationError("--fp8-wgrad", "False, which has no effect", hint)
         if "fp8_format" in given:
+            yield from self._unread_by_recipe(given)
             needed = "first_last_layers_bf16"
             given = {} if needed in given else {n: v for n, v in given.items() if "_in_bf16" in n}
         else:
@@ -102,6 +114,15 @@ class ParallelOptions(UnsupportedOptions, LayerFlags):
             yield ConfigurationError(
                 flag_of(name), f"{value}, which has no effect", f"Add {flag_of(needed)}"
             )
+
+    def _unread_by_recipe(self, given: dict[str, object]) -> Iterator[ConfigurationError]:
+        for name, recipes in _READ_BY.items():
+            if name in given and self.fp8_recipe not in recipes:
+                yield ConfigurationError(
+                    flag_of(name),
+                    f"{given[name]}, which the recipe {self.fp8_recipe} does not read",
+                    f"Leave it out, or use --fp8-recipe {' or '.join(recipes)}",
+                )
 
     def check_unsupported(self) -> None:
         """Reject Megatron options that Retro does not support."""

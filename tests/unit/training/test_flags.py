@@ -122,6 +122,15 @@ def test_what_cannot_work_is_refused_by_name(flags, message):
     [
         ("--fp8-recipe mxfp8", "--fp8-recipe: mxfp8, which has no effect"),
         ("--no-fp8-wgrad", "--fp8-wgrad: False, which has no effect"),
+        ("--bf16 --fp8-format hybrid --no-fp8-wgrad", "--fp8-wgrad: False, which has no effect"),
+        (
+            "--bf16 --fp8-format hybrid --fp8-recipe mxfp8 --fp8-margin 1",
+            "--fp8-margin: 1, which the recipe mxfp8 does not read",
+        ),
+        (
+            "--bf16 --fp8-format hybrid --fp8-recipe blockwise --fp8-dot-product-attention",
+            "--fp8-dot-product-attention: True, which the recipe blockwise",
+        ),
         ("--bf16 --fp8-format hybrid --fp8-recipe custom", "--fp8-recipe: custom"),
         (
             "--bf16 --fp8-format hybrid --num-layers-at-end-in-bf16 2",
@@ -167,10 +176,10 @@ def test_each_such_field_of_megatrons_is_honoured_or_refused(capsys):
 def test_the_recipe_of_fp8_reaches_layers_and_optimizer():
     from retro_mcore.training.loop.optimizer import _optimizer_config
 
-    fp8 = {"fp8_format": "hybrid", "fp8_recipe": "blockwise", "fp8_margin": 1, "bf16": True}
+    fp8 = {"fp8_format": "hybrid", "fp8_recipe": "blockwise", "bf16": True}
     plan = small_plan(**fp8)
     layers = megatron_flags.values_of(plan.options, megatron_flags.LAYER_FLAGS)
-    assert (layers["fp8"], layers["fp8_recipe"], layers["fp8_margin"]) == ("hybrid", "blockwise", 1)
+    assert (layers["fp8"], layers["fp8_recipe"]) == ("hybrid", "blockwise")
     assert _optimizer_config(plan, torch.bfloat16).fp8_recipe == "blockwise"
     assert _optimizer_config(small_plan(), torch.float32).fp8_recipe is None
 
