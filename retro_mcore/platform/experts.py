@@ -185,8 +185,7 @@ class LocalExperts(SequentialMLP):
         state = torch.get_rng_state()
         super().__init__(num_local_experts, config, *args, **kwargs)
         for expert in self.local_experts:
-            # As of local layers. Transformer Engine's say 0, since Megatron divides them for it; Muon
-            # reads it.
+            # For Muon. Transformer Engine says 0 of what Megatron divides for it.
             expert.linear_fc2.weight.partition_dim = 1
         if config.use_cpu_initialization and config.perform_initialization:
             first = self.ep_group.rank() * num_local_experts

@@ -87,11 +87,11 @@ def sharded(model: Any) -> dict[str, dict[str, Any]]:
     return entries
 
 
-#: What Megatron's optimizers and gradient sums read from a parameter.
+#: What Megatron's optimizers and gradient sums read from a parameter. (Not `partition_stride`: in
+#: 0.19.2 local experts have another than Transformer Engine's. Its FSDP and its RL alone read it.)
 ATTRIBUTES = {
     "tensor_model_parallel": False,
     "partition_dim": -1,
-    "partition_stride": 1,
     "sequence_parallel": False,
     "allreduce": True,
     "shared": False,

@@ -51,6 +51,7 @@ def test_checkpoints_are_loaded_by_the_other(name, to_engine, tmp_path):
 def test_converted_checkpoints_are_loaded(name, tmp_path):
     """As `convert_checkpoint` writes them, from any source."""
     from retro_mcore.checkpoint.conversion.names import fused_name
+    from retro_mcore.checkpoint.conversion.targets import _keeping_routed_norms
     from retro_mcore.checkpoint.conversion.weights import Weight
     from retro_mcore.checkpoint.loading import load_state
     from retro_mcore.checkpoint.state import METADATA
@@ -58,7 +59,8 @@ def test_converted_checkpoints_are_loaded(name, tmp_path):
 
     local, engine = pair(**MODELS[name])
     weights = {k: Weight.of(v) for k, v in weights_of(randomize(local)).items()}
-    write_torch_dist(tmp_path / "new", {}, {fused_name(k): v for k, v in weights.items()})
+    stored = _keeping_routed_norms(fused_name, weights)
+    write_torch_dist(tmp_path / "new", {}, {stored(k): v for k, v in weights.items()})
     state = load_state({"model": engine.sharded_state_dict(metadata=METADATA)}, tmp_path / "new")
     engine.load_state_dict(state["model"])
     assert_equal(weights_of(engine), weights_of(local))
