@@ -154,4 +154,4 @@ lock: ## pin requirements/cpu.txt from requirements/cpu.in
 	mv requirements/cpu.new requirements/cpu.txt
 
 clean: ## remove the environment and the quickstart's output
-	rm -rf $(VENV) .megatron-* .bridge-* .te-* .emerging-* .clients quickstart
+	rm -rf $(VENV) .megatron-* .bridge-* $(filter-out %/wheels,$(wildcard .te-*/*)) .te-*/.up-to-date .emerging-* .clients quickstart

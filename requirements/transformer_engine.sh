@@ -14,8 +14,9 @@ pip="$python -m pip --disable-pip-version-check"
 mkdir -p "$folder/wheels"
 # What the environment has already keeps its version, but for PyTorch.
 grep -vE '^(#|torch==|setuptools==)' "$here/cpu.txt" > "$folder/constraints.txt"
-$pip install --quiet --no-compile --upgrade --target "$folder" -c "$folder/constraints.txt" -r "$here/transformer_engine.txt"
-$pip install --quiet --no-compile --upgrade --target "$folder" --no-deps "transformer-engine==$version"
+# All at once: with --target, pip replaces a folder of the same name, and two of these share theirs.
+$pip install --quiet --no-compile --upgrade --target "$folder" -c "$folder/constraints.txt" \
+    -r "$here/transformer_engine.txt" "transformer-engine[core-cu13]==$version"
 $pip install --quiet --no-compile --upgrade --target "$folder/oldest" --no-deps "transformer-engine==$oldest"
 
 if ! ls "$folder/wheels/transformer_engine_torch-$version-"*.whl > /dev/null 2>&1; then
