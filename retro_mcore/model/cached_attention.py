@@ -145,10 +145,7 @@ class RetroSelfAttention(SelfAttention):
         return self.linear_proj(attended_BHSC.permute(2, 0, 1, 3).flatten(2))
 
     def _scale(self) -> float:
-        scale = self.config.softmax_scale or self.config.kv_channels**-0.5
-        if self.config.apply_query_key_layer_scaling:
-            scale /= max(1, self.layer_number)
-        return scale
+        return self.config.softmax_scale or self.config.kv_channels**-0.5
 
 
 def without_fused_rotation(config: TransformerConfig) -> TransformerConfig:

@@ -29,7 +29,7 @@ class SDPAttention(MegatronModule):
 
     Args:
         config: Gives dropout, scaling and the options that are refused.
-        layer_number: 1-based, for `apply_query_key_layer_scaling`.
+        layer_number: 1-based, for windows.
         attn_mask_type: The mask when `forward` is given none: causal or nothing.
         attention_dropout: Overrides the config's.
         softmax_scale: Overrides 1 / sqrt(channels).
@@ -61,10 +61,9 @@ class SDPAttention(MegatronModule):
             )
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        scale = softmax_scale
-        if config.apply_query_key_layer_scaling:
-            scale = (scale or config.kv_channels**-0.5) / max(1, layer_number)
-        self.softmax_scale = scale
+        # Megatron's `apply_query_key_layer_scaling` changes nothing: its softmax multiplies the
+        # scores by what they were divided by. It is for kernels that keep scores in fp16.
+        self.softmax_scale = softmax_scale
         #: Limit of the scores (`FamilyOptions.attention_softcap`), in self-attention only.
         self.softcap = getattr(config, "attention_softcap", None)
         #: Tokens that a position attends to; None: all.
