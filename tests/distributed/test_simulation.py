@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -64,6 +65,8 @@ TOLERANCE = 0.05
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_simulated_step_is_that_of_real_tensors(ranks, layouts):
+    if not version("megatron-core").startswith("0.16."):  # others' experts are refused
+        layouts = {name: each for name, each in layouts.items() if "num_experts" not in each}
     made = run_ranks(ranks, make_steps, layouts, TINY)
     with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
         simulated = pool.submit(simulate_steps, layouts, TINY, ranks).result()

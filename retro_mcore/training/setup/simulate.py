@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import megatron.core
 import torch
 from torch import Tensor
 
@@ -163,6 +164,14 @@ def _refuse(plan: TrainingPlan) -> None:
             "--simulate",
             "with --moe-token-dispatcher-type alltoall, whose messages depend on values",
             "Use allgather",
+        )
+    release = megatron.core.__version__
+    if arguments.num_experts is not None and [int(n) for n in release.split(".")[:2]] > [0, 16]:
+        raise ConfigurationError(
+            "--simulate",
+            f"with --num-experts {arguments.num_experts} on megatron-core {release}, whose experts "
+            "cut their tokens by values",
+            "Use megatron-core 0.16, or leave one of them out",
         )
 
 
