@@ -53,7 +53,7 @@ test-slow: env .clients/.up-to-date ## run the tests that take longer: every par
 	$(INSTALL) -r requirements/lm_eval.txt -r requirements/huggingface_tools.txt
 	@# Where these do not import, the tests would skip.
 	PYTHONPATH=$(CURDIR)/.clients $(BIN)/python -c "import langchain_openai, llama_index.llms.openai_like"
-	$(PYTEST) -m "slow and not parity and not gpu"
+	$(PYTEST) -m "slow and not parity and not gpu and not te and not bridge"
 	PYTHONPATH=$(CURDIR)/.clients $(BIN)/python -m pytest -m slow -k "langchain or llama" \
 		tests/integration/test_serve_clients.py
 
