@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError, ShapeError, raise_problems
-from retro_mcore.model.documents import mask_apart, packed_segments
+from retro_mcore.model.documents import mask_apart, read_packed
 from retro_mcore.model.family_layers import scale_embedding, scale_logits, set_frequencies
 from retro_mcore.platform.attention import SDPAttention
 from retro_mcore.platform.compatibility import config_value
@@ -208,7 +208,8 @@ class DecoderModel(LanguageModule):
             labels: `[B, S]`.
             packed_seq_params: The documents of the row (B is 1), in Megatron's form; they do not
                 attend to one another. Every pipeline stage must get it.
-            padding_mask: bool `[B, S]`, True = left out of the experts' balance.
+            padding_mask: bool `[B, S]`, True = left out of the experts' balance, beside what
+                `packed_seq_params` calls padding.
             runtime_gather_output: Whether to gather logits over tensor parallel ranks; None: as
                 the model was built.
 
@@ -217,32 +218,66 @@ class DecoderModel(LanguageModule):
             other stages hidden states `[S, B, D]`.
 
         Raises:
-            ConfigurationError: `packed_seq_params` contradicts itself or the row, or these layers
-                cannot keep documents apart.
+            ConfigurationError: `packed_seq_params` contradicts itself or the row, or comes with an
+                `attention_mask` that is not bool, or these layers cannot keep documents apart.
             ShapeError: there are several rows with `packed_seq_params`.
         """
         if packed_seq_params is not None:
-            segments = self.segments_of(packed_seq_params, input_ids)
+            text = self.text_shape(input_ids, decoder_input)
+            segments, padding_mask = self.read_packed(packed_seq_params, text, padding_mask)
             attention_mask = mask_apart(segments, attention_mask)
         hidden_SBD = self.run_decoder(
             input_ids, position_ids, attention_mask, decoder_input, padding_mask=padding_mask
         )
         return self.finish(hidden_SBD, labels, runtime_gather_output)
 
-    def segments_of(self, packed: PackedSeqParams, input_ids: Tensor | None) -> Tensor:
-        """int64 `[1, S]`, the documents of a packed row; see `documents.packed_segments`.
+    def text_shape(
+        self, input_ids: Tensor | None, decoder_input: Tensor | None
+    ) -> tuple[int, int, torch.device]:
+        """B, S and the device of what this stage computes, which may be without `input_ids`.
+
+        Under sequence parallelism S is the whole length, though each rank holds a part.
+        """
+        states = decoder_input if self.pre_process else self.decoder.input_tensor
+        if states is None:
+            assert input_ids is not None, "the first stage embeds tokens, or gets them embedded"
+            return input_ids.size(0), input_ids.size(1), input_ids.device
+        parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        return states.size(1), states.size(0) * parts, states.device
+
+    def read_packed(
+        self,
+        packed: PackedSeqParams,
+        text: tuple[int, int, torch.device],
+        padding_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The documents of a packed row, and what the experts' balance leaves out.
+
+        Args:
+            packed: As `documents.packed_segments` reads it.
+            text: From `text_shape`.
+            padding_mask: bool `[1, S]`, or None.
+
+        Returns:
+            int64 `[1, S]`; `padding_mask` with the padding of documents.
 
         Raises:
             ConfigurationError, ShapeError: as `forward` says.
         """
         self.check_keeps_apart("packed_seq_params")
-        if input_ids is not None and input_ids.size(0) != 1:
+        rows, length, device = text
+        if rows != 1:
             raise ShapeError(
-                "input_ids",
-                f"{input_ids.size(0)} rows with packed_seq_params",
+                "packed_seq_params",
+                f"given with {rows} rows",
                 "Put all documents into one row, or give segments",
             )
-        return packed_segments(packed, None if input_ids is None else input_ids.size(1))
+        segments, padding = read_packed(packed, length)
+        if padding is not None and self.config.num_moe_experts is not None:
+            padding = padding.to(device)
+            padding = padding if padding_mask is None else padding | padding_mask.bool()
+            padding_mask = padding & ~padding.all()  # all balance, where none would
+        return segments.to(device), padding_mask
 
     def check_keeps_apart(self, name: str) -> None:
         """Reject documents where attention cannot keep them apart.

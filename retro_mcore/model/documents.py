@@ -5,7 +5,7 @@ See docs/decisions/0028-packed-documents.md. Shapes: B batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +24,21 @@ def segment_mask(segments_BS: Tensor) -> Tensor:
 
 
 def mask_apart(segments_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """`segment_mask`, and what else `attention_mask` masks out."""
+    """`segment_mask`, and what else `attention_mask` masks out.
+
+    Raises:
+        ConfigurationError: `attention_mask` is not bool.
+    """
     mask = segment_mask(segments_BS)
-    return mask if attention_mask is None else mask | attention_mask
+    if attention_mask is None:
+        return mask
+    if attention_mask.dtype != torch.bool:
+        raise ConfigurationError(
+            "attention_mask",
+            f"{attention_mask.dtype}, together with documents that are kept apart",
+            "Give bool, True = masked out, or leave it out",
+        )
+    return mask | attention_mask
 
 
 def segment_positions(segments_BS: Tensor) -> Tensor:
@@ -44,27 +56,59 @@ def packed_segments(packed: PackedSeqParams, sequence_length: int | None = None)
     Padding behind a document belongs to that document.
 
     Args:
-        packed: With `qkv_format` "thd". `cu_seqlens_q`, integers `[documents + 1]`, has 0 and then
-            the tokens up to the end of each document. If documents are padded,
+        packed: With `qkv_format` "thd". `cu_seqlens_q`, int32 or int64 `[documents + 1]`, has 0 and
+            then the tokens up to the end of each document. If documents are padded,
             `cu_seqlens_q_padded` has their places, and `cu_seqlens_q` counts tokens without
             padding.
         sequence_length: S; None: as the last document ends.
 
     Returns:
-        int64 `[1, S]`, as `segments` of RetroModel and RetroBatch.
+        int64 `[1, S]` on the device of `cu_seqlens_q`, as `segments` of RetroModel and RetroBatch.
 
     Raises:
         ConfigurationError: the fields contradict one another or the row, or ask for something that
             segments cannot say. Names the field.
     """
+    segments, _ = read_packed(packed, sequence_length)
+    return segments.to(packed.cu_seqlens_q.device)
+
+
+def read_packed(
+    packed: PackedSeqParams, sequence_length: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`packed_segments`, and which tokens are padding, on the CPU.
+
+    Args:
+        packed, sequence_length: As `packed_segments` takes them.
+
+    Returns:
+        int64 `[1, S]`; bool `[1, S]`, True = padding, or None if no padding is described.
+
+    Raises:
+        ConfigurationError: As `packed_segments` says.
+    """
     raise_problems([*_unreadable(packed)])
-    padded = packed.cu_seqlens_q_padded
-    ends = packed.cu_seqlens_q if padded is None else padded
-    length = int(ends[-1])
-    row = length if sequence_length is None else sequence_length
-    raise_problems([*_contradictions(packed, row)])
-    tokens = torch.arange(length, device=ends.device, dtype=ends.dtype)
-    return torch.searchsorted(ends, tokens, right=True)[None] - 1
+    ends = {name: _on_cpu(getattr(packed, name)) for name in _ENDS}
+    raise_problems([*_out_of_order(ends)])
+    tokens, padded = ends["cu_seqlens_q"], ends["cu_seqlens_q_padded"]
+    assert tokens is not None  # is readable
+    places = tokens if padded is None else padded
+    row = int(places[-1]) if sequence_length is None else sequence_length
+    raise_problems([*_contradictions(packed, ends, row)])
+    position_S = torch.arange(row)
+    segments_S = torch.searchsorted(places, position_S, right=True) - 1
+    if padded is None:
+        return segments_S[None], None
+    padding_S = position_S - places[segments_S] >= tokens.diff()[segments_S]
+    return segments_S[None], padding_S[None]
+
+
+#: Fields with 0 and the end of each document.
+_ENDS = ("cu_seqlens_q", "cu_seqlens_q_padded", "cu_seqlens_kv", "cu_seqlens_kv_padded")
+
+
+def _on_cpu(ends: Tensor | None) -> Tensor | None:
+    return None if ends is None else ends.cpu().long()
 
 
 def _unreadable(packed: PackedSeqParams) -> Iterator[ConfigurationError]:
@@ -73,15 +117,15 @@ def _unreadable(packed: PackedSeqParams) -> Iterator[ConfigurationError]:
         yield _problem("qkv_format", repr(packed.qkv_format), "Give 'thd', documents in one row")
     if packed.cu_seqlens_q is None:
         yield _problem("cu_seqlens_q", "None", "Give 0 and the end of each document")
-    for name in ("cu_seqlens_q", "cu_seqlens_q_padded"):
+    for name in _ENDS:
         ends = getattr(packed, name)
         if ends is None:
             continue
-        if ends.dim() != 1 or ends.numel() < 2 or ends.is_floating_point():
-            found = f"{ends.dtype} of shape {tuple(ends.shape)}"
-            yield _problem(name, found, "Give integers [documents + 1]")
-        elif int(ends[0]) != 0 or bool((ends.diff() < 0).any()):
-            yield _problem(name, f"{ends.tolist()}", "Give 0, and then ends that never fall")
+        hint = "Give int32 or int64 [documents + 1]"
+        if not isinstance(ends, Tensor):
+            yield _problem(name, f"a {type(ends).__name__}", hint)
+        elif ends.dtype not in (torch.int32, torch.int64) or ends.dim() != 1 or ends.numel() < 2:
+            yield _problem(name, f"{ends.dtype} of shape {tuple(ends.shape)}", hint)
     group = packed.cp_group
     ranks = (packed.local_cp_size or 1) if group is None else group.size()
     if ranks > 1:
@@ -92,12 +136,22 @@ def _unreadable(packed: PackedSeqParams) -> Iterator[ConfigurationError]:
         )
 
 
-def _contradictions(packed: PackedSeqParams, sequence_length: int) -> Iterator[ConfigurationError]:
+def _out_of_order(ends: Mapping[str, Tensor | None]) -> Iterator[ConfigurationError]:
+    """Ends that are none; those of the keys are compared with these."""
+    for name in ("cu_seqlens_q", "cu_seqlens_q_padded"):
+        numbers = ends[name]
+        if numbers is not None and (int(numbers[0]) != 0 or bool((numbers.diff() < 0).any())):
+            yield _problem(name, f"{numbers.tolist()}", "Give 0, and then ends that never fall")
+
+
+def _contradictions(
+    packed: PackedSeqParams, ends: Mapping[str, Any], sequence_length: int
+) -> Iterator[ConfigurationError]:
     """Fields that do not fit the documents or the row."""
-    tokens, padded = packed.cu_seqlens_q, packed.cu_seqlens_q_padded
+    tokens, padded = ends["cu_seqlens_q"], ends["cu_seqlens_q_padded"]
     places = tokens if padded is None else padded
     for name, expected in (("cu_seqlens_kv", tokens), ("cu_seqlens_kv_padded", places)):
-        keys = getattr(packed, name)
+        keys = ends[name]
         if keys is not None and keys.tolist() != expected.tolist():
             hint = f"Give {expected.tolist()}, as of the queries: a row attends to itself"
             yield _problem(name, f"{keys.tolist()}", hint)

@@ -167,27 +167,23 @@ class RetroModel(DecoderModel):
                 (`RetroBatch.part` gives all arguments).
             labels: `[B, S]`.
             segments: `[B, S]`, the document of each token; positions read only neighbors of chunks
-                of their own document. `attention_mask` must keep them apart in self-attention
-                (`RetroBatch.model_inputs` gives both). None: the text is one document.
+                of their own document, and attend to it alone; `attention_mask` masks out what it
+                does besides. None: the text is one document.
             packed_seq_params: Instead of `segments`, the documents of the row (B is 1) in
-                Megatron's form. No mask is needed; positions are the caller's.
+                Megatron's form; positions are the caller's. Every pipeline stage must get these
+                or the segments.
 
         Returns:
             `[B, S]` losses if labels are given, else `[B, S, V]` logits (this rank's part of V).
 
         Raises:
-            ShapeError: the context does not have the shape that input and configuration imply, or
-                there are several rows with `packed_seq_params`.
-            ConfigurationError: there are `segments` without an `attention_mask`, or with
-                `packed_seq_params`; these contradict themselves or the row; or the layers cannot
-                keep documents apart (Transformer Engine's; under context parallelism use
-                `RetroBatch.part`).
+            ShapeError: the context or the segments do not have the shape that input and
+                configuration imply, or there are several rows with `packed_seq_params`.
+            ConfigurationError: there are `segments` with `packed_seq_params`; these contradict
+                themselves or the row; either with an `attention_mask` that is not bool; or the
+                layers cannot keep documents apart (Transformer Engine's; under context parallelism
+                use `RetroBatch.part`).
         """
-        if segments is not None:
-            self._check_segments(attention_mask, packed_seq_params)
-        if packed_seq_params is not None:
-            segments = self.segments_of(packed_seq_params, input_ids)
-            attention_mask = mask_apart(segments, attention_mask)
         context = None
         if context_input_ids is not None:
             self._check_context(input_ids, context_input_ids, context_mask)
@@ -197,6 +193,13 @@ class RetroModel(DecoderModel):
             context_mask = torch.zeros_like(context_input_ids, dtype=torch.bool)
         if not self.pre_process:
             context = self._unpack_stage_input(context_mask)
+        if segments is not None or packed_seq_params is not None:
+            text = self.text_shape(input_ids, decoder_input)
+            if segments is not None:
+                self._check_segments(segments, text, packed_seq_params)
+            else:
+                segments, padding_mask = self.read_packed(packed_seq_params, text, padding_mask)
+            attention_mask = mask_apart(segments, attention_mask)
         if segments is not None and context_input_ids is not None:
             context_mask = self._with_unread(context_input_ids, context_mask, segments)
         if context_mask is not None:
@@ -215,19 +218,22 @@ class RetroModel(DecoderModel):
         return self.finish(hidden_SBD, labels, runtime_gather_output)
 
     def _check_segments(
-        self, attention_mask: Tensor | None, packed: PackedSeqParams | None
+        self,
+        segments: Tensor,
+        text: tuple[int, int, torch.device],
+        packed: PackedSeqParams | None,
     ) -> None:
         if packed is not None:
             raise ConfigurationError(
                 "packed_seq_params", "given together with segments", "Give one of them"
             )
-        if attention_mask is None:
-            raise ConfigurationError(
-                "segments",
-                "given without attention_mask, so documents would attend to one another",
-                "Give segment_mask(segments) as attention_mask, as RetroBatch.model_inputs does",
-            )
         self.check_keeps_apart("segments")
+        if tuple(segments.shape) != text[:2]:
+            raise ShapeError(
+                "segments",
+                f"shape {tuple(segments.shape)}",
+                f"Expected {text[:2]}, the document of each token",
+            )
 
     def _with_unread(
         self, context_input_ids: Tensor, context_mask: Tensor | None, segments_BS: Tensor

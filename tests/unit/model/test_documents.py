@@ -239,12 +239,8 @@ def test_packed_sequences_learn_what_their_documents_learn_alone(megatron, packi
 
 def test_packed_sequences_need_no_chunks_without_retrieval(megatron):
     """Documents begin anywhere, in the model with retrieval and in the GPT."""
-    from retro_mcore.model.decoder_model import DecoderModel
-    from retro_mcore.model.specs import get_gpt_decoder_block_spec
-
     retro = build_model(position_embedding_type="rope")
-    gpt = DecoderModel(retro.config, get_gpt_decoder_block_spec(retro.config), 96, 64,
-                       position_embedding_type="rope")  # fmt: skip
+    gpt = gpt_of(retro)
     generator = np.random.default_rng(9)
     texts = [torch.from_numpy(generator.integers(1, 90, n + 1))[None] for n in (5, 1, M + 2, 12)]
     row = torch.cat([text[:, :-1] for text in texts] + [torch.tensor([[EOD]])], dim=1)
@@ -278,6 +274,87 @@ def test_packed_sequences_are_segments_where_chunks_hold_several_documents(megat
         torch.testing.assert_close(found, model(**masked), rtol=0, atol=0)
 
 
+def gpt_of(retro):
+    """A GPT of this model's sizes, with rotary positions."""
+    from retro_mcore.model.decoder_model import DecoderModel
+    from retro_mcore.model.specs import get_gpt_decoder_block_spec
+
+    spec = get_gpt_decoder_block_spec(retro.config)
+    return DecoderModel(retro.config, spec, 96, 64, position_embedding_type="rope")
+
+
+def test_segments_keep_apart_whatever_the_mask(megatron):
+    """None, a causal mask, which says nothing of documents, and the mask of RetroBatch."""
+    model = build_model().double()
+    batch = batch_of([document(n, np.random.default_rng(11)) for n in LENGTHS], **APART)
+    inputs = batch.model_inputs()
+    causal = torch.ones(2 * batch.tokens.shape[1:], dtype=torch.bool).triu(1)[None, None]
+    with torch.no_grad():
+        expected = model(**inputs)
+        for mask in (None, causal):
+            found = model(**{**inputs, "attention_mask": mask})
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def positions_of(row):
+    return torch.arange(row.size(1)).expand_as(row)
+
+
+def as_embedded(model, row):
+    return {"input_ids": None, "position_ids": None, "attention_mask": None,
+            "decoder_input": model.embedding(row, positions_of(row))}  # fmt: skip
+
+
+def test_packed_sequences_may_come_embedded(megatron):
+    """The length is then that of the states; so it is on pipeline stages without tokens."""
+    retro = build_model(position_embedding_type="rope")
+    for model in (retro, gpt_of(retro)):
+        row = torch.from_numpy(np.random.default_rng(12).integers(1, 90, (1, 16)))
+        with torch.no_grad():
+            embedded, documents = as_embedded(model, row), packed([9, 7])
+            expected = model(row, positions_of(row), None, packed_seq_params=documents)
+            found = model(**embedded, packed_seq_params=documents)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            for wrong in ([1], [8]):
+                with pytest.raises(ConfigurationError, match=r"ends at \d, in a row of 16 tokens"):
+                    model(**embedded, packed_seq_params=packed(wrong))
+            two = as_embedded(model, row.expand(2, -1))
+            with pytest.raises(ShapeError, match="packed_seq_params: given with 2 rows"):
+                model(**two, packed_seq_params=documents)
+            model.pre_process = model.decoder.pre_process = False  # as a later stage
+            model.set_input_tensor([embedded["decoder_input"]])
+            found = model(None, None, None, packed_seq_params=documents)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            with pytest.raises(ConfigurationError, match="ends at 1, in a row of 16 tokens"):
+                model(None, None, None, packed_seq_params=packed([1]))
+
+
+def test_padding_of_documents_does_not_balance_experts(megatron):
+    """As if the caller had given it as `padding_mask`, with what else that leaves out."""
+    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "add_bias_linear": False,
+               "moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}  # fmt: skip
+    model = build_model(**experts).double().train()
+    row = torch.from_numpy(np.random.default_rng(13).integers(1, 90, (1, 16)))
+    places, apart = packed([8, 8]), packed([5, 6], [8, 8])
+    padding = torch.tensor([[0] * 5 + [1] * 3 + [0] * 6 + [1] * 2]).bool()
+    besides = (torch.arange(16) == 1)[None]
+
+    def routing(documents, mask):
+        model.zero_grad()
+        inputs = {"packed_seq_params": documents, "padding_mask": mask}
+        model(row, positions_of(row), None, **inputs).sum().backward()
+        return model.decoder.layers[1].mlp.router.weight.grad.clone()
+
+    everything = torch.ones_like(padding)
+    for found, expected in (
+        (routing(apart, None), routing(places, padding)),
+        (routing(apart, besides), routing(places, padding | besides)),
+        (routing(apart, everything), routing(places, None)),  # none counts, so all do
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.equal(routing(apart, None), routing(places, None))
+
+
 def ends(*numbers):
     return torch.tensor(numbers, dtype=torch.int32)
 
@@ -288,6 +365,18 @@ def ends(*numbers):
         ({"qkv_format": "sbhd"}, r"qkv_format: 'sbhd'"),
         ({"cu_seqlens_q": None}, r"cu_seqlens_q: None"),
         ({"cu_seqlens_q": ends(0, 16)[None]}, r"cu_seqlens_q: torch.int32 of shape \(1, 2\)"),
+        ({"cu_seqlens_q": ends(0, 16).bool()}, r"cu_seqlens_q: torch.bool"),
+        ({"cu_seqlens_q": [0, 8, 16]}, r"cu_seqlens_q: a list"),
+        (
+            {"cu_seqlens_q_padded": ends(0, 8, 16).to(torch.uint16)},
+            r"cu_seqlens_q_padded: .*uint16",
+        ),
+        (
+            {"cu_seqlens_q_padded": ends(0, 200, 100, 255).to(torch.uint8)},
+            r"cu_seqlens_q_padded: torch.uint8",
+        ),  # differences would wrap
+        ({"cu_seqlens_kv": ends(0, 8, 16).cfloat()}, r"cu_seqlens_kv: torch.complex64"),
+        ({"cu_seqlens_kv_padded": (0, 8, 16)}, r"cu_seqlens_kv_padded: a tuple"),
         ({"cu_seqlens_q": ends(0, 9, 8, 16)}, r"cu_seqlens_q: \[0, 9, 8, 16\]"),
         ({"cu_seqlens_q": ends(1, 16)}, r"cu_seqlens_q: \[1, 16\]"),
         ({"cu_seqlens_kv": ends(0, 9, 16)}, r"cu_seqlens_kv: \[0, 9, 16\]"),
@@ -313,12 +402,16 @@ def test_documents_that_would_not_be_kept_apart_are_refused(megatron):
 
     model, tokens = build_model(), torch.zeros(2, 16, dtype=torch.long)
     row, documents = tokens[:1], packed([8, 8])
-    apart = {"segments": tokens, "attention_mask": torch.zeros(1, 1, 16, 16, dtype=torch.bool)}
-    with pytest.raises(ConfigurationError, match="segments: given without attention_mask"):
-        model(tokens, tokens, None, segments=tokens)
+    apart = {"segments": row, "attention_mask": None}
+    for shape in ((3, 7), (1, 15), (2, 16)):
+        with pytest.raises(ShapeError, match=rf"segments: shape \({shape[0]}, {shape[1]}\)"):
+            model(row, row, None, segments=torch.zeros(shape, dtype=torch.long))
+    for given in ({"segments": row}, {"packed_seq_params": documents}):
+        with pytest.raises(ConfigurationError, match=r"attention_mask: torch\.float32, together"):
+            model(row, row, torch.zeros(1, 1, 16, 16), **given)
     with pytest.raises(ConfigurationError, match="packed_seq_params: given together with segments"):
         model(row, row, **apart, packed_seq_params=documents)
-    with pytest.raises(ShapeError, match="input_ids: 2 rows with packed_seq_params"):
+    with pytest.raises(ShapeError, match="packed_seq_params: given with 2 rows"):
         model(tokens, tokens, None, packed_seq_params=documents)
     spec = get_retro_decoder_block_spec(model.config)
     for layer in spec.layer_specs:  # any attention that is not this package's
