@@ -43,6 +43,7 @@ VARIANTS = {
     "parallel residual, limited scores": {"parallel_residual": True, "attention_softcap": 2.0},
     "right-aligned": {"retro_chunk_alignment": "right"},
     "packed documents": {"position_embedding_type": "rope", "documents": (9, 4, 19)},
+    "packed documents, embedded": {"documents": (9, 4, 19), "embedded": True},
 }
 
 
@@ -83,6 +84,7 @@ def losses_and_gradients(tensor_parallel, sequence_parallel, overrides):
 
     overrides = dict(overrides)
     lengths, documents = overrides.pop("documents", ()), {}
+    embedded = overrides.pop("embedded", False)
     torch.manual_seed(1234)
     model = build_model(
         tensor_model_parallel_size=tensor_parallel,
@@ -95,6 +97,10 @@ def losses_and_gradients(tensor_parallel, sequence_parallel, overrides):
     if lengths:
         ends = torch.tensor([0, *lengths]).cumsum(0)
         documents["packed_seq_params"] = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends)
+    if embedded:  # under sequence parallelism a part of the row
+        positions = torch.arange(length)[None]
+        documents["decoder_input"] = model.embedding(inputs["tokens"], positions)
+        inputs["tokens"] = None
     losses = run_model(model, inputs, labels=inputs["labels"], **documents)
     losses.mean().backward()
     return losses.detach(), {

@@ -79,9 +79,12 @@ def make_inputs(
 
 
 def run_model(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
-    """The model's forward pass on `make_inputs`; a "retrieved" of None turns retrieval off."""
+    """The model's forward pass on `make_inputs`.
+
+    A "retrieved" of None turns retrieval off, and "tokens" may be None beside `decoder_input`.
+    """
     tokens, retrieved, mask = inputs["tokens"], inputs["retrieved"], inputs["mask"]
-    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    positions = None if tokens is None else torch.arange(tokens.size(1)).expand_as(tokens)
     return model(
         tokens,
         positions,
