@@ -37,12 +37,12 @@ from retro_mcore.checkpoint.state import (
 from retro_mcore.errors import CheckpointError
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.platform.optimizer_state import (
-    fits_parts,
     keeping_adam_steps,
     mark_saved_rates,
     put_squares,
     regroup,
     supply_adam_step,
+    unlike_parts,
     unshare_adam_steps,
     use_own_rates,
 )
@@ -87,12 +87,15 @@ def load_checkpoint(
         verify_checkpoint(checkpoint)
         _check_holds_run(common, scope, checkpoint)
     takes_random_state = scope.random_state and _same_layout(common["args"])
-    if scope.optimizer and not fits_parts(parts.optimizer, common.get("optimizer", {})):
-        raise CheckpointError(
-            checkpoint,
-            "was saved with experts divided otherwise, and this optimizer's state is not regrouped",
-            "Give --expert-model-parallel-size as before, or add --no-load-optim",
-        )
+    if scope.optimizer:
+        unlike = unlike_parts(parts.optimizer, common.get("optimizer", {}))
+        if unlike:
+            raise CheckpointError(
+                checkpoint,
+                f"holds {unlike}",
+                "Give --expert-model-parallel-size, and which weights are trained and at which "
+                "rates, as before, or add --no-load-optim",
+            )
     if is_own(vars(common["args"])):
         request = state_dict(parts, True, scope.optimizer, takes_random_state)
         state = load_state(request, checkpoint)

@@ -105,28 +105,42 @@ _MATRIX_OPTIMIZERS = ("TensorParallelMuon", "TensorParallelAdaptiveMuon", "Lion"
 _SETTINGS = ("betas", "eps", "shampoo_beta")
 
 
-def fits_parts(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> bool:
-    """Whether a saved state has the parts of an optimizer of matrices (0.16.1 to 0.19.2).
+def unlike_parts(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> str:
+    """How a saved state differs from an optimizer of matrices in its parts (0.16.1 to 0.19.2).
 
-    True for other optimizers. Under expert parallelism experts have an optimizer of their own;
-    `regroup` knows AdamW's parts only.
+    Under expert parallelism experts have an optimizer of their own; `regroup` knows AdamW's parts
+    only.
 
     Args:
         optimizer: The run's.
         saved: What the checkpoint holds of it once: hyperparameters and steps.
+
+    Returns:
+        What was found and is expected; "" if they agree, and for other optimizers.
     """
     parts = _parts(optimizer)
     if not any(type(part.optimizer).__name__ in _MATRIX_OPTIMIZERS for part in parts):
-        return True
-    groups = [
+        return ""
+    theirs = _settings_by_part(
         saved.get(index, {}).get("optimizer", saved.get(index, {})).get("param_groups", ())
         for index in range(len([key for key in saved if isinstance(key, int)]))
-    ]
-    return [len(each) for each in groups] == [len(part.param_groups) for part in parts] and all(
-        [name in theirs for name in _SETTINGS] == [name in own for name in _SETTINGS]
-        for saved_groups, part in zip(groups, parts, strict=True)
-        for theirs, own in zip(saved_groups, part.param_groups, strict=True)
     )
+    own = _settings_by_part(part.param_groups for part in parts)
+    if theirs == own:
+        return ""
+    return f"{_described(theirs)}, and this run's has {_described(own)}"
+
+
+def _settings_by_part(parts: Iterable[Iterable[dict[str, Any]]]) -> list[list[list[str]]]:
+    """For each part's groups, which of the settings they have that tell optimizers apart."""
+    return [[[name for name in _SETTINGS if name in group] for group in part] for part in parts]
+
+
+def _described(parts: list[list[list[str]]]) -> str:
+    groups = " + ".join(
+        str([", ".join(settings) or "neither betas nor eps" for settings in part]) for part in parts
+    )
+    return f"{len(parts)} parts of an optimizer, of groups of weights with {groups}"
 
 
 #: SOAP's state that is square: averages of G G' and G' G for gradients G, and their eigenvectors.

@@ -30,6 +30,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.parallel_state import get_pipeline_model_parallel_world_size
 from torch import Tensor
 
 from retro_mcore.errors import ConfigurationError
@@ -89,6 +90,9 @@ def build_matrix_optimizer(
     Args:
         config: With `optimizer` muon, dist_muon, adaptive_muon, lion or soap. May be changed.
         stages: The model's stages on this rank, wrapped in data parallelism.
+
+    Raises:
+        ConfigurationError: the release would resume it with other states.
     """
     overrides, shared = _standard_overrides(config, stages), config.optimizer == "dist_muon"
     with _as_embeddings(stages):
@@ -99,6 +103,14 @@ def build_matrix_optimizer(
         else:
             from megatron.core.optimizer.muon import get_megatron_muon_optimizer
 
+            stages_of_pipeline = get_pipeline_model_parallel_world_size()
+            if config.bf16 and not shared and stages_of_pipeline > 1:
+                raise ConfigurationError(
+                    "--optimizer",
+                    f"muon with --bf16 on {stages_of_pipeline} pipeline stages, where "
+                    f"megatron-core {version('megatron-core')} resumes with other states, silently",
+                    "Use dist_muon",
+                )
             optimizer = get_megatron_muon_optimizer(
                 config, list(stages), overrides, layer_wise_distributed_optimizer=shared
             )

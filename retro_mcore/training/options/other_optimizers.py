@@ -124,12 +124,6 @@ class OtherOptimizerOptions:
                 "dist_muon without --bf16, where Megatron cannot save its state",
                 "Add --bf16, or use muon",
             )
-        if optimizer == "dist_muon" and getattr(self, "freeze_decoder", False):
-            yield ConfigurationError(
-                "--optimizer",
-                "dist_muon with --freeze-decoder, which leaves processes without weights to train",
-                "Use muon",
-            )
         for name in ("tensor_model_parallel_size", "expert_tensor_parallel_size"):
             if optimizer == "soap" and getattr(self, name) not in (None, 1):
                 yield ConfigurationError(

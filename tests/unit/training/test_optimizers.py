@@ -65,10 +65,6 @@ def test_sgd_computes_a_step_of_sgd():
     ("flags", "message"),
     [
         ({"optimizer": "dist_muon"}, "--optimizer: dist_muon without --bf16"),
-        (
-            {"optimizer": "dist_muon", "bf16": True, "freeze_decoder": True},
-            "--optimizer: dist_muon with --freeze-decoder",
-        ),
         ({"optimizer": "adagrad"}, "--optimizer: adagrad, which Megatron does not offer"),
         (
             {"optimizer": "soap", "tensor_model_parallel_size": 2},
