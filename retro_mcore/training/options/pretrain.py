@@ -141,6 +141,16 @@ class TrainingOptions(
                 )
 
     def _check_data_parallel(self) -> None:
+        in_pipeline = self.pipeline_model_parallel_size > 1 and (self.bf16 or self.fp16)
+        divided = self.use_distributed_optimizer or self.optimizer == "dist_muon"
+        if self.freeze_decoder and in_pipeline and not divided:
+            # Stages then train different numbers of weights, whose saved states do not merge.
+            raise ConfigurationError(
+                "--freeze-decoder",
+                f"given with --{'bf16' if self.bf16 else 'fp16'} in a pipeline, whose "
+                "checkpoints could not be loaded",
+                "Add --use-distributed-optimizer",
+            )
         if self.overlap_param_gather and not self.use_distributed_optimizer:
             raise ConfigurationError(
                 "--overlap-param-gather",

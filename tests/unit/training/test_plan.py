@@ -35,6 +35,10 @@ from tests.unit.training.small import (
         ({"lr": 1e-3, "min_lr": 1e-2}, "--lr: 0.001 with --min-lr 0.01"),
         ({"lr_warmup_iters": 6}, "--lr-warmup-iters: 6"),
         ({"bf16": True, "fp16": True}, "--bf16: given together with --fp16"),
+        (
+            {"bf16": True, "freeze_decoder": True, "pipeline_model_parallel_size": 2},
+            "--freeze-decoder: given with --bf16 in a pipeline",
+        ),
         ({"recompute_method": "uniform"}, "--recompute-method: uniform, which has no effect"),
         ({"recompute_granularity": "full"}, "--recompute-method: not given"),
     ],
