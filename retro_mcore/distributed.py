@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.util import Finalize
 from typing import TypeVar, cast
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from retro_mcore import watch
 from retro_mcore.errors import RetroError, system_refusal
 from retro_mcore.time_limit import DATA_MINUTES, check_minutes
+
+_LOG = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -49,11 +55,39 @@ def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> 
     if launched_by_torchrun():
         dist.init_process_group(backend, timeout=timeout)
         if dist.get_world_size() > 1:
-            watch.start(dist.get_rank(), dist.get_world_size(), timeout_minutes)
+            _start_watch(backend, timeout_minutes)
     else:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
+
+
+def _start_watch(backend: str, timeout_minutes: float) -> None:
+    """Let the ranks watch one another, under a name in the store that no other ranks have had.
+
+    Elastic restarts keep the store, so ranks that failed before may have left states in it.
+    """
+    nonce: object = uuid.uuid4().hex
+    if "gloo" in backend:
+        nonce = broadcast_object(nonce)
+    else:  # NCCL's first collective takes memory; without a fresh id there it would not start
+        store = _get_default_store()
+        if get_rank() == 0:
+            store.set("retro_mcore/watch", str(nonce))
+        nonce = store.get("retro_mcore/watch").decode()
+    try:
+        watch.start(get_rank(), get_world_size(), timeout_minutes, str(nonce))
+    except Exception:  # a watch that is broken is no reason to end a job
+        _LOG.warning("the watch over ranks does not work", exc_info=True)
+    # Processes of multiprocessing end without atexit's functions, while their error is handled.
+    Finalize(None, lambda: _end_watch(sys.exc_info()[1]), exitpriority=100)
+
+
+def _end_watch(error: BaseException | None) -> None:
+    if error is None:
+        watch.leave()
+    else:
+        watch.end(error)
 
 
 #: The limit of the default group, if it was joined here.
@@ -111,10 +145,10 @@ def leave() -> None:
 def _leave_at_exit() -> None:
     # After an uncaught exception the exit code shows a failure anyway, and NCCL groups may
     # wait for ranks that never arrive.
-    if getattr(sys, "last_value", None) is None:
+    error = getattr(sys, "last_value", None)
+    _end_watch(error)
+    if error is None:
         leave()
-    else:
-        watch.stop()
 
 
 def get_rank(group: dist.ProcessGroup | None = None) -> int:

@@ -12,10 +12,8 @@ import torch.distributed as dist
 
 from retro_mcore.rank_state import RUNS, RankState
 
-#: Errors of a collective that tell of another rank, not of this one.
-_LOST_CONTACT = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout|broken pipe|socket", re.I
-)
+#: How gloo's errors begin or name themselves. NCCL's have a type of their own.
+_GLOO = re.compile(r"gloo/\S+\.(cc|h):\d+|\bGloo connectFullMesh failed")
 _TIMED_OUT = re.compile(r"timed out|timeout", re.I)
 
 
@@ -25,10 +23,12 @@ def lost_contact(error: BaseException) -> str | None:
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        known = isinstance(current, getattr(dist, "DistError", ()))
-        if known or (isinstance(current, RuntimeError) and _LOST_CONTACT.search(str(current))):
+        known = isinstance(current, dist.DistBackendError)
+        if known or (isinstance(current, RuntimeError) and _GLOO.search(str(current))):
             return str(current)
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (
+            None if current.__suppress_context__ else current.__context__
+        )
     return None
 
 

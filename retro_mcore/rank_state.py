@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import walk_stack, walk_tb
@@ -29,6 +30,7 @@ _WAITING = (
 
 RUNS = "runs"
 LEFT = "left"
+ENDS = "ends"
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,13 @@ class RankState:
         node: Identifies the node's table of processes; empty if there is none.
         started: When the process started, as that table says.
         beat: Counts how often the rank has told.
-        time: When it told, in seconds since the epoch.
-        status: "runs", "left" (its work is done, or its error is every rank's), or its error.
+        status: "runs", "left" (its work is done, or its error is every rank's), or "ends" (the
+            process ends by its error).
+        error: The error that its command ended by; empty if there is none.
         work: Command and progress.
         place: Line of this package's code that its main thread is in.
         waits: Whether the main thread waits for other ranks there.
-        since: When work, place or waiting last changed.
+        unchanged: Seconds since work, place or waiting last changed.
     """
 
     rank: int
@@ -56,12 +59,12 @@ class RankState:
     node: str
     started: int
     beat: int
-    time: float
     status: str
+    error: str
     work: str
     place: str
     waits: bool
-    since: float
+    unchanged: float
 
     @classmethod
     def parse(cls, text: str | bytes) -> RankState:
@@ -84,8 +87,8 @@ class RankState:
 
     @property
     def failure(self) -> str:
-        """The rank, with its error."""
-        return f"{self.name} failed in {self.doing}: {self.status}"
+        """The rank, with its error; empty if there is none."""
+        return f"{self.name} failed in {self.doing}: {self.error}" if self.error else ""
 
     def silence(self, seconds: float) -> str:
         """The rank, with the time since it last told."""
@@ -103,19 +106,25 @@ class OwnState:
         self._last: tuple[str, str, bool] | None = None
         self._since = 0.0
         self._failed_at: str | None = None
-        self.command = ""
+        self._command = ""
+
+    def begin(self, command: str) -> None:
+        """From now on this rank runs a command."""
+        self._command, self._failed_at = command, None
 
     def fail(self, error: BaseException) -> None:
         """From now on this rank's place is where the error came from."""
         self._failed_at, _ = _place(frame for frame, _ in walk_tb(error.__traceback__))
 
-    def now(self, status: str) -> RankState:
+    def now(self, status: str, error: str) -> RankState:
         """The next state."""
-        place, waits = _main_thread()
+        work, place, waits = self._command, "", False
+        with suppress(Exception):  # that this rank lives matters more than where it is
+            place, waits = _main_thread()
+            work = ": ".join(filter(None, [self._command, progress.latest()]))
         if self._failed_at is not None:
             place, waits = self._failed_at, True
-        work = ": ".join(filter(None, [self.command, progress.latest()]))
-        now = time.time()
+        now = time.monotonic()
         if (work, place, waits) != self._last:
             self._last, self._since = (work, place, waits), now
         self._beat += 1
@@ -126,12 +135,12 @@ class OwnState:
             node=self._node,
             started=self._started,
             beat=self._beat,
-            time=now,
             status=status,
+            error=error,
             work=work,
             place=place,
             waits=waits,
-            since=self._since,
+            unchanged=now - self._since,
         )
 
     def shares_processes_with(self, other: RankState) -> bool:
@@ -145,34 +154,55 @@ class Process:
 
     Attributes:
         started: When, in clock ticks since the system started.
-        cpu: Time that it has computed, in clock ticks.
+        cpu: Seconds that its threads have computed.
         ended: Whether it has ended, and its parent does not know yet.
+        waits_for_disk: Whether its main thread is in a call that cannot be interrupted.
     """
 
     started: int
-    cpu: int
+    cpu: float
     ended: bool
+    waits_for_disk: bool
 
 
 def process_of(pid: int) -> Process | None:
-    """The process of a number on this node; None if there is none, or no table of processes."""
+    """The process of a number on this node; None if nothing is known about it."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
+        return _process(pid)
+    except (OSError, ValueError, IndexError):
         return None
-    return Process(int(fields[19]), int(fields[11]) + int(fields[12]), fields[0] in "ZX")
 
 
 def has_ended(state: RankState) -> bool:
-    """Whether the process of a rank on this node has ended."""
-    process = process_of(state.pid)
-    return process is None or process.ended or process.started != state.started
+    """Whether the process of a rank on this node has surely ended."""
+    if not state.started:
+        return False
+    try:
+        process = _process(state.pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except (OSError, ValueError, IndexError):  # too many open files, for example
+        return False
+    return process.ended or process.started != state.started
+
+
+def _process(pid: int) -> Process:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return Process(
+        started=int(fields[19]),
+        cpu=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+        ended=fields[0] in "ZX" and int(fields[17]) <= 1,  # else other threads go on
+        waits_for_disk=fields[0] == "D",
+    )
 
 
 def _node() -> str:
+    """Identifies the table of processes that this process sees; empty if there is none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        pids = Path("/proc/self/ns/pid").readlink()
+        seen = str(Path("/proc/self").readlink()) == str(os.getpid())  # /proc may be another's
+        return f"{socket.gethostname()} {boot} {pids}" if seen else ""
     except OSError:
         return ""
 

@@ -2,6 +2,7 @@
 
 Each rank has a thread that tells the others, through a key-value store, that it lives and what it
 does. See docs/decisions/0032-a-watch-over-ranks.md for what is a fault, and after which time.
+A job that is well must never end by this: what is not known for sure is no fault.
 """
 
 from __future__ import annotations
@@ -18,20 +19,33 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count
 
 import torch.distributed as dist
 
 from retro_mcore.fault_report import lost_contact, places, stacks, timed_out
-from retro_mcore.rank_state import LEFT, RUNS, OwnState, RankState, has_ended, process_of
+from retro_mcore.rank_state import (
+    ENDS,
+    LEFT,
+    RUNS,
+    OwnState,
+    Process,
+    RankState,
+    has_ended,
+    process_of,
+)
 
 _LOG = logging.getLogger(__name__)
 
 #: Seconds between a rank's heartbeats.
 BEAT = 5.0
-#: Seconds without a heartbeat after which a rank counts as gone. Long enough for an overloaded
-#: node, and for a call into a library that keeps Python's lock.
-SILENCE = 300.0
+#: Most seconds without a heartbeat after which a rank may count as gone: a collective's time limit
+#: is hours where one rank may work alone, but its thread goes on telling then.
+SILENCE = 1800.0
+#: A process on this node that computed for this part of a core's time is at work: it keeps
+#: Python's lock. One whose threads only poll uses less.
+_AT_WORK = 0.01
+#: Seconds that the main thread waits for an answer of the store.
+_PATIENCE = 10.0
 _EXIT_CODE = 1
 _STORE_TIMEOUT = timedelta(seconds=60)
 
@@ -49,12 +63,30 @@ class Verdict:
     lines: Sequence[str]
 
 
+@dataclass
+class _Heard:
+    """What this rank last heard from another.
+
+    Attributes:
+        state: What it told.
+        process: Its process at that time, if it is on this node and known.
+        seconds: Time since then, by this rank's clock.
+    """
+
+    state: RankState
+    process: Process | None
+    seconds: float = 0.0
+
+
 class Watch:
     """A rank's part of the watch.
 
+    Its thread alone asks the store, for a store that has stopped does not answer and does not
+    refuse either. The main thread never waits for longer than `_PATIENCE` without an answer.
+
     Args:
-        connect: Makes a client of a store that the ranks share. The watch uses it alone, since a
-            client that waits for a key blocks.
+        connect: Makes a client of a store that the ranks share. ConnectionRefusedError or
+            ConnectionResetError: nobody serves it any more.
         rank: This rank.
         world_size: Number of ranks.
         on_node: Ranks that may run on this node.
@@ -69,82 +101,180 @@ class Watch:
         on_node: Iterable[int],
         limit_minutes: float,
     ) -> None:
-        self._connect, self._store = connect, connect()
+        self._connect = connect
+        self._client: dist.Store | None = None
         self._rank, self._world_size = rank, world_size
         self._limit_minutes = limit_minutes
         self._silence = min(SILENCE, 60 * limit_minutes)
         self._pause = min(BEAT, self._silence / 10)
-        self.own, self._status, self._pid = OwnState(rank), RUNS, os.getpid()
+        self.own, self._pid = OwnState(rank), os.getpid()
+        self._status, self._error, self._lost = RUNS, "", ""
         self._on_node: dict[int, RankState | None] = {
             other: None for other in on_node if other != rank and other < world_size
         }
-        self._next, self._seen, self._silent = rank, (-1, -1), 0.0
-        self._store_silent = 0.0
-        self._lock, self._stopped = threading.RLock(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._heard: dict[int, _Heard] = {}
+        self._missing: set[int] = set()
+        self._turns, self._answered = 0, time.monotonic()
+        self._asked, self._told, self._warned = 0, 0, False
+        self._wake, self._stopping = threading.Event(), threading.Event()
+        self._thread = self._new_thread()
+
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
         """Tell the others that this rank lives, and go on in a thread."""
-        self._tell_state()
+        self._wake.set()
         self._thread.start()
+        threading.Thread(target=self._time_store, name="watch's clock", daemon=True).start()
+
+    def begin(self, command: str) -> None:
+        """Tell the others which command this rank runs; errors before it are done with."""
+        self.own.begin(command)
+        self._status, self._error = RUNS, ""
 
     def leave(self) -> None:
         """Tell that this rank has no more part in the job."""
-        if os.getpid() != self._pid or self._stopped.is_set():
-            return
-        with self._lock, suppress(RuntimeError, ValueError):  # the store may have ended before
-            self._stopped.set()
-            if self._status == RUNS:
-                self._status = LEFT
-                self._tell_state()
-        self._thread.join(self._pause)
+        self._stop(LEFT)
 
-    def stop(self) -> None:
-        """Tell nothing more: this process ends by an error."""
-        with self._lock:
-            self._stopped.set()
-        self._thread.join(self._pause)
+    def end(self, error: BaseException) -> None:
+        """Tell that this process ends by an error, unless all do or it asked for its end."""
+        asked = isinstance(error, SystemExit) and not (error.code and self._error)
+        if not asked and self._status == RUNS:
+            self._error = self._error or f"{type(error).__name__}: {error}"
+            self._stop(ENDS)
+        else:
+            self._stop(LEFT)
 
     def explain(self, error: BaseException) -> None:
-        """Tell why this rank ends by an error: its own, or which other rank is gone."""
-        if os.getpid() != self._pid or self._stopped.is_set():
+        """Tell of an error: this rank's own, or which other rank is gone.
+
+        The program may catch an error of its own and go on, so that alone is no fault.
+        """
+        if os.getpid() != self._pid or not self._thread.is_alive():
             return
-        self.own.fail(error)
         if getattr(error, "raised_together", False):
-            self.leave()
+            self._status = LEFT  # until the next command begins
+            self._await_turn()
         elif (text := lost_contact(error)) is None:
-            with self._lock, suppress(RuntimeError, ValueError):
-                self._status = f"{type(error).__name__}: {error}"
-                self._tell_state()
+            self.own.fail(error)
+            self._error = f"{type(error).__name__}: {error}"
+            self._await_turn()
         else:
-            with suppress(RuntimeError, ValueError), _undisturbed():
-                self._report(self._find(timed_out(text)))
+            self.own.fail(error)
+            self._lost = text
+            with _undisturbed():
+                self._await_turn()
+
+    def _stop(self, status: str) -> None:
+        if os.getpid() != self._pid or self._stopping.is_set():
+            return
+        self._status = status
+        self._stopping.set()
+        self._await_turn()
+
+    def _await_turn(self) -> None:
+        """Let the thread take a turn now, and wait for it as long as the store answers."""
+        self._asked += 1
+        asked, began = self._asked, time.monotonic()
+        self._wake.set()
+        while self._thread.is_alive() and self._told < asked:
+            if time.monotonic() - max(began, self._answered) > _PATIENCE:
+                return
+            time.sleep(0.01)
 
     def _run(self) -> None:
-        last = time.monotonic()
-        while not self._stopped.wait(self._pause):
-            # A watch that was held up itself knows nothing about the others in that time.
+        last, goes_on, is_new = time.monotonic(), True, True
+        while goes_on:
+            self._wake.wait(self._pause)
+            self._wake.clear()
+            asked = self._asked
+            goes_on = not self._stopping.is_set()
             now = time.monotonic()
-            elapsed, last = min(now - last, 2 * self._pause), now
-            with self._lock:
-                if self._stopped.is_set():
+            elapsed, last = now - last, now
+            try:
+                goes_on = self._turn(elapsed) and goes_on
+                self._turns, is_new = self._turns + 1, False
+            except (ConnectionRefusedError, ConnectionResetError):
+                # Nothing can be told any more: rank 0 may have finished. Collectives fail by
+                # themselves.
+                return
+            except (dist.DistError, TimeoutError):
+                if threading.current_thread() is not self._thread:
                     return
-                try:
-                    self._turn(elapsed)
-                    self._store_silent = 0.0
-                except (RuntimeError, ValueError):
-                    if not self._await_store(elapsed):
-                        return
+                self._client = None
+                if not is_new:  # at once, with a new connection
+                    goes_on = is_new = True
+                    self._wake.set()
+                    continue
+            except Exception:  # a watch that is broken is no reason to end a job
+                self._turns += 1
+                if not self._warned:
+                    self._warned = True
+                    _LOG.warning("the watch over ranks does not work", exc_info=True)
+            self._told = asked
 
-    def _turn(self, elapsed: float) -> None:
-        self._tell_state()
-        verdict = self._verdict() or self._accuse(self._ended()) or self._accuse_silent(elapsed)
+    def _time_store(self) -> None:
+        """End this rank if the store does not answer for as long as a silent rank may be silent.
+
+        A connection may be lost without a sign, so new ones are tried before.
+        """
+        last, turns, silent, renewed = time.monotonic(), 0, 0.0, 0.0
+        while not self._stopping.wait(self._pause) and self._thread.is_alive():
+            now = time.monotonic()
+            elapsed, last = now - last, now
+            if self._turns != turns or not turns or elapsed > 3 * self._pause:
+                turns, silent, renewed = self._turns, 0.0, 0.0
+                continue
+            silent += elapsed
+            if silent >= self._silence and self._status == RUNS:
+                _LOG.critical(
+                    "the store where the ranks meet (%s:%s, rank 0 or its launcher) has not "
+                    "answered for %.0f s. This rank ends too. Its threads:\n%s",
+                    os.environ.get("MASTER_ADDR"),
+                    os.environ.get("MASTER_PORT"),
+                    silent,
+                    stacks(),
+                )
+                os._exit(_EXIT_CODE)
+            if silent - renewed >= self._silence / 5:
+                renewed, self._client, self._thread = silent, None, self._new_thread()
+                self._thread.start()
+
+    @property
+    def _store(self) -> dist.Store:
+        if threading.current_thread() is not self._thread:
+            raise SystemExit  # another thread has taken over: this one waited for too long
+        self._answered = time.monotonic()  # to the last question
+        if self._client is None:
+            self._client = self._connect()
+        return self._client
+
+    def _turn(self, elapsed: float) -> bool:
+        """Tell, look, and end the job if there is a fault; whether to go on.
+
+        Args:
+            elapsed: Seconds since the last turn began.
+        """
+        status = self._status
+        self._store.set(f"rank/{self._rank}", self.own.now(status, self._error).text())
+        if status != RUNS:
+            return True
+        if elapsed > 3 * self._pause:  # held up, it knows nothing about the others in that time
+            self._heard, self._missing = {}, set()
+        if self._lost:
+            self._report(self._find(timed_out(self._lost)))
+            return False
+        verdict = (
+            self._verdict() or self._accuse(self._ended()) or self._accuse(self._silent(elapsed))
+        )
         if verdict is not None:
+            end = threading.Timer(6 * self._pause, os._exit, (_EXIT_CODE,))  # logs may be stuck
+            end.daemon = True
+            end.start()
             self._report(verdict)
             os._exit(_EXIT_CODE)
-
-    def _tell_state(self) -> None:
-        self._store.set(f"rank/{self._rank}", self.own.now(self._status).text())
+        return True
 
     def _read(self, rank: int) -> RankState | None:
         key = f"rank/{rank}"
@@ -174,89 +304,105 @@ class Watch:
         return Verdict(**json.loads(self._store.compare_set("verdict", "", mine)))
 
     def _ended(self) -> dict[int, str]:
-        """Ranks on this node whose process has ended without leaving the job."""
-        found = {}
+        """Ranks on this node whose process had ended at the last look too, and did not leave."""
+        found, missing = {}, set()
         for rank, known in self._on_node.items():
             state = self._on_node[rank] = known or self._read(rank)
             if state is None or not self.own.shares_processes_with(state) or not has_ended(state):
                 continue
+            missing.add(rank)
             last = self._read(rank) or state
-            if last.status == RUNS:
-                found[rank] = f"{last.name} has ended; last seen in {last.doing}"
-            elif last.status != LEFT:
-                found[rank] = last.failure
+            if rank in self._missing and last.status != LEFT:
+                found[rank] = last.failure or f"{last.name} has ended; last seen in {last.doing}"
+        self._missing = missing
         return found
 
-    def _accuse_silent(self, elapsed: float) -> Verdict | None:
-        """Look at the next rank that has not left; each rank looks at one."""
-        for rank in (*range(self._next, self._world_size), *range(self._next)):
-            state = None if rank == self._rank else self._read(rank)
-            if state is not None and state.status != LEFT:
-                break
-        else:
-            return None
-        process = process_of(state.pid) if self.own.shares_processes_with(state) else None
-        seen = (state.beat, process.cpu if process else 0)
-        if rank != self._next or seen != self._seen:
-            self._next, self._seen, self._silent = rank, seen, 0.0
-            return None
-        self._silent += elapsed
-        if self._silent < self._silence:
-            return None
-        return self._accuse(self._without_beats(state))
+    def _silent(self, elapsed: float) -> dict[int, str]:
+        """Which of the ranks that this one listens to are gone.
 
-    def _without_beats(self, first: RankState) -> dict[int, str]:
-        """A silent rank and the others that were last heard about as long ago."""
-        states = [state for state in self._read_all() if state.status != LEFT]
-        now = max(state.time for state in states)
-        return {
-            state.rank: state.silence(now - state.time) if state.status == RUNS else state.failure
-            for state in states
-            if state.rank == first.rank or now - state.time > self._silence / 2
-        }
+        Whether a silent rank of its own node works, the system tells. One of another node is gone
+        if all ranks of that node are silent; otherwise these decide.
+        """
+        before, self._heard = self._heard, {}
+
+        def listen(state: RankState) -> _Heard:
+            heard = self._heard.get(state.rank) or before.get(state.rank)
+            if heard is None or (heard.state.beat, heard.state.pid) != (state.beat, state.pid):
+                shared = self.own.shares_processes_with(state)
+                heard = _Heard(state, process_of(state.pid) if shared else None)
+            elif state.rank not in self._heard:
+                heard.seconds += elapsed
+            self._heard[state.rank] = heard
+            return heard
+
+        for state in self._neighbours():
+            heard = listen(state)
+            gone = [heard]
+            if state.status == ENDS:
+                if heard.seconds >= 3 * self._pause:
+                    return {state.rank: state.failure}
+                continue
+            if self.own.shares_processes_with(state):
+                if heard.seconds < self._silence:
+                    continue
+                if not _does_nothing(heard):
+                    del self._heard[state.rank]  # it works: count anew
+                    continue
+            elif heard.seconds >= 6 * self._pause:
+                gone = [listen(other) for other in self._read_all() if _same_node(other, state)]
+            if min(each.seconds for each in gone) >= self._silence:
+                return {each.state.rank: each.state.silence(each.seconds) for each in gone}
+        return {}
+
+    def _neighbours(self) -> list[RankState]:
+        """The next rank that has not left, and the next of this node."""
+        ring = [(self._rank + step) % self._world_size for step in range(1, self._world_size)]
+        near = (
+            rank
+            for rank in ring
+            if (known := self._on_node.get(rank)) and self.own.shares_processes_with(known)
+        )
+        found = {}
+        for ranks in (ring, near):
+            for rank in ranks:
+                if (state := self._read(rank)) is not None and state.status != LEFT:
+                    found[rank] = state
+                    break
+        return list(found.values())
 
     def _find(self, is_late: bool) -> Verdict:
-        """Find out which rank is gone, after a collective has failed; the thread stops then."""
-        with self._lock:
-            before = {state.rank: state.beat for state in self._read_all()}
+        """Find out which rank is gone, after a collective has failed."""
+        before = {state.rank: state.beat for state in self._read_all()}
         started, rounds = time.monotonic(), 0
         while (patience := time.monotonic() - started) < 3 * self._pause:
-            with self._lock:
-                failed = {}
-                if patience >= rounds * self._pause:  # all ranks may ask for all states
-                    failed, rounds = self._failed(), rounds + 1
-                found = self._verdict() or self._accuse(self._ended() or failed)
-                if found is not None:
-                    self._stopped.set()  # the thread would report it too
-                    return found
+            failed = {}
+            if patience >= rounds * self._pause:  # all ranks may ask for all states
+                failed, rounds = self._failed(), rounds + 1
+            found = self._verdict() or self._accuse(self._ended() or failed)
+            if found is not None:
+                return found
             time.sleep(0.1 if patience < 1 else 1.0)
-        with self._lock:
-            self._tell_state()
-            states = self._read_all()
-            others = [each for each in states if each.status == RUNS and each.rank != self._rank]
-            gone = {
-                state.rank: state.silence(patience)
-                for state in others
-                if state.beat == before.get(state.rank)
-            }
-            lines = [*([] if gone else self._awaited(others)), *places(states)]
-            verdict = self._accuse(gone, [*lines, *([self._hint()] if is_late else [])])
-            assert verdict is not None
-            self._stopped.set()
-            return verdict
+        self._store.set(f"rank/{self._rank}", self.own.now(self._status, self._error).text())
+        states = self._read_all()
+        others = [each for each in states if each.status == RUNS and each.rank != self._rank]
+        gone = {
+            state.rank: state.silence(patience)
+            for state in others
+            if state.beat == before.get(state.rank)
+        }
+        lines = [*([] if gone else self._awaited(others)), *places(states)]
+        verdict = self._accuse(gone, [*lines, *([self._hint()] if is_late else [])])
+        assert verdict is not None
+        return verdict
 
     def _failed(self) -> dict[int, str]:
         """Ranks of any node that told of an error of their own."""
-        return {
-            state.rank: state.failure
-            for state in self._read_all()
-            if state.status not in (RUNS, LEFT)
-        }
+        return {state.rank: state.failure for state in self._read_all() if state.error}
 
     def _awaited(self, others: Sequence[RankState]) -> list[str]:
         """Of ranks that do not wait for others."""
         return [
-            f"{state.name} keeps the others waiting: for {state.time - state.since:.0f} s it has "
+            f"{state.name} keeps the others waiting: for {state.unchanged:.0f} s it has "
             f"been in {state.doing}"
             for state in others
             if not state.waits
@@ -279,32 +425,20 @@ class Watch:
             time.sleep(0.1)
             reported = self._store.add("reported", 0)
 
-    def _await_store(self, elapsed: float) -> bool:
-        """Whether to go on, after the store did not answer; if possible, with a new connection.
 
-        If the process that serves it has ended, nothing can be told any more: rank 0 may have
-        finished, and otherwise collectives fail by themselves.
-        """
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        with suppress(TimeoutError, OSError):
-            try:
-                socket.create_connection((host, port), timeout=self._pause).close()
-            except (ConnectionRefusedError, ConnectionResetError):
-                return False
-            with suppress(RuntimeError, ValueError):
-                self._store = self._connect()
-        self._store_silent += elapsed
-        if self._store_silent < self._silence:
-            return True
-        _LOG.critical(
-            "%s:%s, where the ranks meet (rank 0 or its launcher), has not answered for %.0f s. "
-            "This rank ends too. Its threads:\n%s",
-            host,
-            port,
-            self._store_silent,
-            stacks(),
-        )
-        os._exit(_EXIT_CODE)
+def _same_node(one: RankState, other: RankState) -> bool:
+    """Whether ranks are one, or both take part and run on one node."""
+    return one.rank == other.rank or (
+        one.status == RUNS and bool(one.node) and one.node == other.node
+    )
+
+
+def _does_nothing(heard: _Heard) -> bool:
+    """Whether a silent process on this node surely does not work."""
+    then, now = heard.process, process_of(heard.state.pid)
+    if then is None or now is None or now.waits_for_disk:
+        return False
+    return now.cpu - then.cpu < _AT_WORK * heard.seconds
 
 
 @contextmanager
@@ -321,28 +455,33 @@ def _undisturbed() -> Iterator[None]:
 
 
 _watch: Watch | None = None
-_round = count()
 
 
-def start(rank: int, world_size: int, limit_minutes: float) -> None:
-    """Start to watch the ranks that have just joined the default group by environment variables."""
+def start(rank: int, world_size: int, limit_minutes: float, nonce: str) -> None:
+    """Start to watch the ranks that have just joined the default group by environment variables.
+
+    Args:
+        rank: This rank.
+        world_size: Number of ranks.
+        limit_minutes: Time limit of collectives.
+        nonce: Of these ranks only: those that failed before may have used the same store.
+    """
     global _watch
-    place = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_round)}"
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
     def connect() -> dist.Store:
+        # A client of a store tries again for long if it is refused.
+        socket.create_connection(address, timeout=_STORE_TIMEOUT.total_seconds()).close()
         client = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=_STORE_TIMEOUT,
-            wait_for_workers=False,
+            *address, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False
         )
-        return dist.PrefixStore(f"retro_mcore/watch/{place}", client)
+        return dist.PrefixStore(f"retro_mcore/watch/{nonce}", client)
 
-    first = rank - int(os.environ.get("LOCAL_RANK", 0))
+    first = rank - int(os.environ.get("LOCAL_RANK", rank))
     on_node = range(max(first, 0), first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     _watch = Watch(connect, rank, world_size, on_node, limit_minutes)
-    _watch.own.command = _command
+    if _command:
+        _watch.begin(_command)
     if not faulthandler.is_enabled():
         with suppress(OSError, ValueError, AttributeError):  # stderr without a file
             faulthandler.enable()  # NCCL's own watchdog aborts
@@ -353,11 +492,11 @@ _command = ""
 
 
 def begin(command: str) -> None:
-    """Tell the others which command this rank runs."""
+    """Tell the others which command this rank runs; see `Watch.begin`."""
     global _command
     _command = command
     if _watch is not None:
-        _watch.own.command = command
+        _watch.begin(command)
 
 
 def leave() -> None:
@@ -368,15 +507,15 @@ def leave() -> None:
         _watch = None
 
 
-def stop() -> None:
-    """This process ends by an error; see `Watch.stop`."""
+def end(error: BaseException) -> None:
+    """This process ends by an error; see `Watch.end`."""
     global _watch
     if _watch is not None:
-        _watch.stop()
+        _watch.end(error)
         _watch = None
 
 
 def explain(error: BaseException) -> None:
-    """This rank ends by an error; see `Watch.explain`."""
+    """A command ends by an error; see `Watch.explain`."""
     if _watch is not None:
         _watch.explain(error)
