@@ -62,7 +62,7 @@ def outputs(ranks: list[subprocess.Popen]) -> list[str]:
         "catches",
         "catches_together",
         "opens_too_many_files",
-        "keeps_the_lock",
+        pytest.param("keeps_the_lock", marks=pytest.mark.slow),
         "cannot_tell",
         "breaks",
     ],
@@ -77,6 +77,7 @@ def test_a_healthy_job_goes_on(name):
     assert all("done" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_a_suspended_job_goes_on():
     store, address = host_store()
     ranks = start(address, "sleeps")
@@ -112,6 +113,7 @@ def test_processes_of_multiprocessing_leave(method):
     assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -143,6 +145,7 @@ time.sleep(3600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["0.1", "10"], ids=["the rank ends", "the rank leaves"])
 def test_a_store_that_stops_holds_nobody_up(limit):
     """A rank that leaves goes on; one that works ends after the time of a silent rank."""

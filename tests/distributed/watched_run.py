@@ -64,11 +64,11 @@ def keeps_the_lock(rank: int) -> None:
     if rank:
         time.sleep(2 * LONG)
         return
-    end, letters = time.monotonic() + LONG, 24
-    while time.monotonic() < end:
+    seconds, letters = 0.0, 24
+    while seconds < 2 / 3 * LONG:
         began = time.monotonic()
         re.match(r"(a+)+$", "a" * letters + "b")
-        letters += time.monotonic() - began < LONG / 2
+        seconds, letters = time.monotonic() - began, letters + 1
 
 
 def cannot_tell(rank: int) -> None:
