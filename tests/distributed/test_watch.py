@@ -146,14 +146,18 @@ time.sleep(3600)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", ["0.1", "10"], ids=["the rank ends", "the rank leaves"])
-def test_a_store_that_stops_holds_nobody_up(limit):
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("works", "0.1"), ("sleeps", "10")],
+    ids=["the rank ends", "the rank leaves"],
+)
+def test_a_store_that_stops_holds_nobody_up(name, limit):
     """A rank that leaves goes on; one that works ends after the time of a silent rank."""
     server = subprocess.Popen([sys.executable, "-c", _STORE], stdout=subprocess.PIPE, text=True)
     port = server.stdout.readline().strip()
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     address |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    ranks = start(address, "sleeps", limit)
+    ranks = start(address, name, limit)
     try:
         for rank in ranks:
             assert rank.stdout.readline() == "joined\n"
@@ -165,7 +169,7 @@ def test_a_store_that_stops_holds_nobody_up(limit):
         server.communicate()
         for rank in ranks:
             rank.kill()
-    if limit == "10":
+    if name == "sleeps":
         assert [rank.returncode for rank in ranks] == [0, 0], texts
         assert all("done" in text for text in texts)
     else:

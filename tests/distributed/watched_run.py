@@ -96,6 +96,11 @@ def sleeps(rank: int) -> None:
     time.sleep(LONG)
 
 
+def works(rank: int) -> None:
+    """Both work for longer than any test waits for a fault."""
+    time.sleep(10 * LONG)
+
+
 def is_killed(rank: int) -> None:
     """Rank 1 ends without leaving."""
     time.sleep(3)
