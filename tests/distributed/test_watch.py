@@ -56,15 +56,16 @@ def outputs(ranks: list[subprocess.Popen]) -> list[str]:
     return [rank.communicate(timeout=_TIME)[0] for rank in ranks]
 
 
+def _slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "catches",
-        "catches_together",
-        "opens_too_many_files",
-        pytest.param("keeps_the_lock", marks=pytest.mark.slow),
-        "cannot_tell",
-        "breaks",
+        *_slow("catches_together", "opens_too_many_files", "keeps_the_lock"),
+        *_slow("cannot_tell", "breaks"),
     ],
 )
 def test_a_healthy_job_goes_on(name):
@@ -95,7 +96,7 @@ def test_a_suspended_job_goes_on():
     assert texts == ["done\n", "done\n"]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", *_slow("spawn", "forkserver")])
 def test_processes_of_multiprocessing_leave(method):
     """They end by os._exit."""
     store, address = host_store()
