@@ -22,6 +22,7 @@ LAYOUTS = {
     "tensor and sequence parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "distributed optimizer": {"use_distributed_optimizer": True},
     "pipeline": {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True},
+    "pipeline in bf16": {"pipeline_model_parallel_size": 2, "bf16": True},
 }
 STOP = 4
 
@@ -72,7 +73,7 @@ def random_states():
 def digest(*tensors):
     whole = hashlib.sha256()
     for tensor in tensors:
-        whole.update(tensor.detach().numpy().tobytes())
+        whole.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
 

@@ -72,7 +72,7 @@ from retro_mcore.training.setup.build import build_model_stages
 from retro_mcore.training.setup.freezing import freeze_decoder, freeze_retrieval
 from retro_mcore.training.setup.gpt_contents import contents_of_gpt
 from retro_mcore.training.setup.initialize import (
-    initialize_parallel,
+    initialize_layout,
     set_batch_sizes,
     set_seeds,
 )
@@ -109,15 +109,7 @@ class Trainer:
         alone: bool = True,
     ) -> None:
         options = plan.options
-        initialize_parallel(
-            options.tensor_model_parallel_size,
-            options.pipeline_model_parallel_size,
-            options.num_virtual_stages_per_pipeline_rank,
-            options.context_parallel_size,
-            options.expert_model_parallel_size,
-            options.expert_tensor_parallel_size,
-            options.distributed_timeout_minutes,
-        )
+        initialize_layout(options, options.distributed_timeout_minutes)
         with raise_together():
             plan.check_optimizer()
             if options.deterministic_mode:

@@ -16,6 +16,7 @@ from retro_mcore.platform import distributed_backend, is_cpu_in_use, leave_model
 from retro_mcore.platform.parallel import expert_parallel_sizes, parallel_sizes
 from retro_mcore.time_limit import TRAINING_MINUTES
 from retro_mcore.training.loop.batch_sizes import BatchSizes
+from retro_mcore.training.options.parallel import ParallelOptions
 
 
 def initialize_parallel(
@@ -78,6 +79,19 @@ def initialize_parallel(
         expert_model_parallel_size=expert_sizes[0],
         expert_tensor_parallel_size=expert_sizes[1],
         **limit,
+    )
+
+
+def initialize_layout(options: ParallelOptions, timeout_minutes: float = TRAINING_MINUTES) -> None:
+    """`initialize_parallel` for the layout that options choose."""
+    initialize_parallel(
+        options.tensor_model_parallel_size,
+        options.pipeline_model_parallel_size,
+        options.num_virtual_stages_per_pipeline_rank,
+        options.context_parallel_size,
+        options.expert_model_parallel_size,
+        options.expert_tensor_parallel_size,
+        timeout_minutes,
     )
 
 

@@ -27,7 +27,7 @@ from retro_mcore.training.loop.optimizer import release_functions, take_step
 from retro_mcore.training.loop.trainer import compute_gradients, training_parts
 from retro_mcore.training.setup.build import build_model_stages, uses_transformer_engine
 from retro_mcore.training.setup.initialize import (
-    initialize_parallel,
+    initialize_layout,
     set_batch_sizes,
     set_seeds,
 )
@@ -189,14 +189,7 @@ def _simulate_rank(plan: TrainingPlan, rank: int, world_size: int) -> RankStep:
     experts = plan.arguments.num_experts
     chosen = None if experts is None else (plan.arguments.moe_router_topk, experts)
     with simulated_rank(rank, world_size, chosen) as tracker:
-        initialize_parallel(
-            options.tensor_model_parallel_size,
-            options.pipeline_model_parallel_size,
-            options.num_virtual_stages_per_pipeline_rank,
-            options.context_parallel_size,
-            options.expert_model_parallel_size,
-            options.expert_tensor_parallel_size,
-        )
+        initialize_layout(options)
         num_microbatches = set_batch_sizes(plan.batch_sizes, options.micro_batch_size)
         set_seeds(plan.project.retro_gpt_seed)
         with fake_tensors(tracker):
