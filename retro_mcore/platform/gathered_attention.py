@@ -48,8 +48,9 @@ class GatheredAttention(SDPAttention):
         if cp_comm_type not in (None, "all_gather"):
             raise ConfigurationError(
                 "cp_comm_type",
-                f"{cp_comm_type} needs Transformer Engine's attention",
-                "Use all_gather, or leave it out",
+                f"{cp_comm_type} (the default with Transformer Engine), in local layers or with "
+                "attention_softcap, whose attention gathers all keys",
+                "Add --cp-comm-type all_gather",
             )
         self._group = pg_collection.cp
         self._part = ContextPart.of(self._group)

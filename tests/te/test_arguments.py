@@ -172,14 +172,17 @@ class Built(Exception):
     [{}, {"bf16": True, "use_distributed_optimizer": True, "use_precision_aware_optimizer": True}],
     ids=["Adam", "precision-aware"],
 )
-def test_of_adam(release, options):
+def test_of_adam(release, options, monkeypatch):
     from megatron.core import optimizer
 
+    from retro_mcore.training.loop import optimizer as loop
     from tests.unit.training.small import small_trainer
 
     def build(*args, **kwargs):
         raise Built
 
+    # On the CPU our trainer takes PyTorch's Adam (test_on_cpu.py).
+    monkeypatch.setattr(loop, "use_torch_optimizers", lambda config: None)
     places = {"FusedAdam": (optimizer, "Adam")}
     with recorded(places, instead=build) as calls, pytest.raises(Built):
         small_trainer(**options)

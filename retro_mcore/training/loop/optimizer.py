@@ -29,8 +29,10 @@ from retro_mcore.model.pipeline import (
     finalize_model_grads_with,
     synchronize_embedding_copies,
 )
+from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.platform.optimizer_state import mark_decoupled_rates, refuse_infinite_norms
 from retro_mcore.platform.other_optimizers import build_matrix_optimizer, initialize_sgd_state
+from retro_mcore.platform.torch_optimizers import use_torch_optimizers
 from retro_mcore.training.options.megatron import (
     DATA_PARALLEL_FLAGS,
     OPTIMIZER_FLAGS,
@@ -88,6 +90,8 @@ def build_optimizer(
     """
     with naming_refusals():
         config = _optimizer_config(plan, stages[0].config.params_dtype)
+    if is_cpu_in_use():
+        use_torch_optimizers(config)
     if config.optimizer in MATRIX_OPTIMIZERS:
         optimizer = build_matrix_optimizer(config, stages)
     else:

@@ -124,6 +124,17 @@ def test_windows_in_transformer_engine_are_refused_under_context_parallelism(meg
         _core_attention(config, engine, own_attention=False)
 
 
+def test_another_exchange_than_gathering_is_refused_with_the_one_to_choose(megatron):
+    from retro_mcore import RetroConfig
+    from retro_mcore.platform.gathered_attention import GatheredAttention
+
+    config = RetroConfig(**SMALL, context_parallel_size=2)
+    with pytest.raises(
+        ConfigurationError, match=r"p2p .*default.*\. Add --cp-comm-type all_gather"
+    ):
+        GatheredAttention(config, 1, None, "self", pg_collection=None, cp_comm_type="p2p")
+
+
 @pytest.mark.parametrize("scaled", [True, False])
 def test_scaling_by_layer_computes_what_megatrons_attention_computes(megatron, scaled):
     from megatron.core.transformer.dot_product_attention import DotProductAttention

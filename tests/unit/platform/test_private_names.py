@@ -20,6 +20,11 @@ NAMES = [
     "DistributedOptimizer._set_main_param_and_optimizer_states",
     "megatron.core.optimizer.distrib_optimizer:"
     "DistributedOptimizer.sharded_param_state_fully_reshardable",
+    "megatron.core.optimizer:USING_PYTORCH_OPTIMIZER",
+    "megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE",
+    "megatron.core.optimizer.clip_grads:l2_norm_impl",
+    "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
+    "megatron.core.optimizer.optimizer:multi_tensor_scale_impl",
     "megatron.core.datasets.gpt_dataset:GPTDataset._query_document_sample_shuffle_indices",
     "megatron.core.datasets.gpt_dataset:GPTDataset._build_document_sample_shuffle_indices",
     "megatron.core.datasets.gpt_dataset:GPTDataset._key_config_attributes",
