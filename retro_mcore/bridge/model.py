@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from megatron.bridge.models.model_provider import ModelProviderMixin
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
@@ -18,8 +21,13 @@ from retro_mcore.training.options.model_sizes import check_divisible
 from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
 from retro_mcore.training.provider_flags import changed_fields
 from retro_mcore.training.setup.build import arguments_from, assemble_model
-from retro_mcore.training.setup.model_config import build_config
+from retro_mcore.training.setup.model_config import build_config, uses_transformer_engine
 
+#: Options of the model that need our trainer, with the reason.
+_OF_OUR_TRAINER = {
+    "retro_mup_base_hidden_size": "whose optimizer would not scale learning rates",
+    "num_experts": "whose losses do not weigh the experts' balance",
+}
 #: Parallelism that Bridge's schedules or Retro's layers do not support, with a hint.
 _REFUSED = {
     "pipeline_model_parallel_size": "Use tensor parallelism, or tools/pretrain_retro.py",
@@ -35,10 +43,12 @@ class RetroModelConfig(GPTModelConfig):
     Attributes:
         arguments: Options, sizes and tokenizer of the model (`ModelArguments`, as a dict), with
             the document tokens and the seed. Commands rebuild the model of a checkpoint from them.
+        hf_model_id: Directory or name of the transformers model that it started from.
     """
 
     builder: ClassVar[str] = "retro_mcore.bridge.model.RetroModelBuilder"
     arguments: dict[str, Any] = field(default_factory=dict)
+    hf_model_id: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The content of `run_config.yaml`, with the sizes that Bridge reads when it resumes."""
@@ -56,6 +66,53 @@ class RetroModelConfig(GPTModelConfig):
         layout = ParallelOptions(tensor_model_parallel_size=self.tensor_model_parallel_size)
         check_divisible(arguments_from(self.arguments), layout)
         super().finalize()
+
+    def take_weights_of(self, start: RetroModelConfig) -> None:
+        """Load the weights that another configuration loads, when the model is built."""
+        self.pre_wrap_hooks += start.pre_wrap_hooks
+        self.transformer.perform_initialization = start.transformer.perform_initialization
+        self.hf_model_id = start.hf_model_id
+
+    def register_pre_wrap_hook(self, hook: Callable[[list[Any]], list[Any]]) -> None:
+        """Call a function with the built model before it is wrapped, as `AutoBridge` asks for."""
+        self.pre_wrap_hooks.append(hook)
+
+    #: Bridge's own; its scripts call it before they build a model outside of its trainer.
+    initialize_model_parallel = ModelProviderMixin.initialize_model_parallel
+
+    def provide_distributed_model(
+        self,
+        ddp_config: DistributedDataParallelConfig | None = None,
+        wrap_with_ddp: bool = True,
+        use_cpu_initialization: bool | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Build this rank's model, as `AutoBridge.to_megatron_model` asks for.
+
+        Args:
+            ddp_config: Data parallelism; needed with `wrap_with_ddp`.
+            wrap_with_ddp: Whether it will be trained.
+            use_cpu_initialization: Whether it stays on the CPU; None: by the configuration.
+            pg_collection: The process groups. None: megatron's global ones.
+            **kwargs: As `RetroModelBuilder.build_distributed_models` takes them.
+
+        Raises:
+            ConfigurationError: there are no process groups yet.
+        """
+        if use_cpu_initialization is not None:
+            self.transformer.use_cpu_initialization = use_cpu_initialization
+        if pg_collection is None:
+            if not parallel_state.model_parallel_is_initialized():
+                raise ConfigurationError(
+                    "provide_distributed_model",
+                    "called before megatron's process groups exist",
+                    "Call initialize_model_parallel(seed) of this configuration first",
+                )
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        return RetroModelBuilder(self).build_distributed_models(
+            pg_collection, ddp_config=ddp_config, wrap_with_ddp=wrap_with_ddp, **kwargs
+        )
 
     def _contradictions(self) -> Iterator[RetroError]:
         options = arguments_from(self.arguments)
@@ -83,10 +140,53 @@ class RetroModelConfig(GPTModelConfig):
             )
 
     def _unsupported(self) -> Iterator[RetroError]:
+        for name, reason in _OF_OUR_TRAINER.items():
+            if self.arguments.get(name) is not None:
+                found = f"{self.arguments[name]} in Megatron-Bridge, {reason}"
+                yield ConfigurationError(f"model.{name}", found, "Use tools/pretrain_retro.py")
+        rows, ranks = self.arguments["padded_vocab_size"], self.tensor_model_parallel_size
+        if rows % ranks:
+            yield ConfigurationError(
+                "model.tensor_model_parallel_size",
+                f"{ranks}, which does not divide the padded vocabulary of {rows}",
+                "Choose a divisor",
+            )
         for name, hint in _REFUSED.items():
             size = getattr(self, name)
             if size > 1:
                 yield ConfigurationError(f"model.{name}", f"{size} in Megatron-Bridge", hint)
+
+
+def model_config(
+    arguments: ModelArguments, layout: ParallelOptions, recorded: Mapping[str, Any]
+) -> RetroModelConfig:
+    """The configuration of a model.
+
+    Args:
+        arguments: Its options.
+        layout: Parallel layout and precision.
+        recorded: What its checkpoints state beside them: document tokens and the seed.
+
+    Raises:
+        ConfigurationError: an option is invalid.
+    """
+    transformer = build_config(arguments, layout, RecomputeOptions())
+    engine = uses_transformer_engine(layout)
+    transformer.transformer_impl = "transformer_engine" if engine else "local"
+    return RetroModelConfig(
+        transformer=transformer,
+        arguments={**asdict(arguments), **recorded, "trainer": "megatron-bridge"},
+        seq_length=arguments.seq_length,
+        vocab_size=arguments.padded_vocab_size,
+        make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
+        share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
+        position_embedding_type=arguments.position_embedding_type,
+        rotary_percent=arguments.rotary_percent,
+        rotary_base=arguments.rotary_base,
+        rope_scaling=arguments.use_rope_scaling,
+        rope_scaling_factor=arguments.rope_scaling_factor,
+        seq_len_interpolation_factor=arguments.rotary_seq_len_interpolation_factor,
+    )
 
 
 class RetroModelBuilder(GPTModelBuilder):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from megatron.bridge.training.config import (
@@ -19,15 +20,15 @@ from megatron.bridge.training.config import (
 )
 
 from retro_mcore.bridge.data import RetroDatasetProvider
-from retro_mcore.bridge.model import RetroModelConfig
+from retro_mcore.bridge.huggingface import load_huggingface
+from retro_mcore.bridge.model import RetroModelConfig, model_config
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
-from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.errors import ConfigurationError, raise_problems
 from retro_mcore.model.options import ModelOptions
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.loop.sample_reader import DOCUMENT_TOKENS, document_tokens
-from retro_mcore.training.options.pretrain import RecomputeOptions, TrainingOptions
-from retro_mcore.training.setup.model_config import build_config, uses_transformer_engine
+from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.setup.plan import TrainingPlan, make_plan
 
 _WEIGHT_DECAY = 0.1
@@ -43,6 +44,7 @@ def pretrain_config(
     sequence_parallel: bool = False,
     mixed_precision: str | None = "bf16_mixed",
     save: str | None = None,
+    huggingface: str | None = None,
     **model: Any,
 ) -> ConfigContainer:
     """Configuration for `megatron.bridge.training.pretrain.pretrain`, with `forward_step`.
@@ -59,13 +61,16 @@ def pretrain_config(
         sequence_parallel: Whether they also divide the activations outside of attention and MLP.
         mixed_precision: A name of Bridge's mixed precision; None: fp32.
         save: Directory of checkpoints, from which a run also resumes; None: none are written.
+        huggingface: Directory of a `RetroForCausalLM` that the run starts from, with its options.
+            None: it starts from random weights.
         **model: Options of the model, as fields of `retro_mcore.model.options.ModelOptions`, by
             which tools/pretrain_retro.py's flags are named.
 
     Raises:
-        RetroError: an option is unknown or invalid, or the project is incomplete.
+        RetroError: an option is unknown or invalid, the project is incomplete, or the directory's
+            model does not fit it.
     """
-    _check_options(model)
+    start = None if huggingface is None else load_huggingface(huggingface)
     project, paths = ProjectConfig.load(project_dir), ProjectPaths(project_dir)
     tokenizer = load_project_tokenizer(project, paths)
     options = TrainingOptions(
@@ -75,12 +80,19 @@ def pretrain_config(
         min_lr=min_lr,
         tensor_model_parallel_size=tensor_model_parallel_size,
         sequence_parallel=sequence_parallel,
-        **model,
+        **_options_of_model(model, start),
     )
     plan = make_plan(options, project, tokenizer.vocab_size, tokenizer.used_vocab_size)
+    tokens = document_tokens(tokenizer)
+    if huggingface is not None and start is not None:
+        plan = _from_start(replace(plan, document_tokens=tokens), start, huggingface)
+    recorded = {DOCUMENT_TOKENS: tokens, "seed": project.retro_gpt_seed}
+    retro = model_config(plan.arguments, options, recorded)
+    if start is not None:
+        retro.take_weights_of(start)
     interval = max(plan.train_iters // 10, 1)
     return ConfigContainer(
-        model=_model_config(plan, document_tokens(tokenizer)),
+        model=retro,
         train=TrainingConfig(
             train_iters=plan.train_iters,
             global_batch_size=plan.global_batch_size,
@@ -123,41 +135,28 @@ def pretrain_config(
     )
 
 
-def _check_options(model: dict[str, Any]) -> None:
-    known = {field.name for field in fields(ModelOptions)}
-    problems: list[RetroError] = [
-        ConfigurationError(name, "is no option of the model", "See ModelOptions for their names")
-        for name in model
-        if name not in known
-    ]
-    problems += [
-        ConfigurationError(name, f"{model[name]} in Megatron-Bridge", "Use tools/pretrain_retro.py")
-        for name in ("retro_mup_base_hidden_size", "retro_mup_base_kv_channels")
-        if model.get(name)  # its optimizer would not scale the learning rates
-    ]
-    raise_problems(problems)
-
-
-def _model_config(plan: TrainingPlan, tokens: dict[str, int | None]) -> RetroModelConfig:
-    arguments, options = plan.arguments, plan.options
-    transformer = build_config(arguments, options, RecomputeOptions())
-    engine = uses_transformer_engine(options)
-    transformer.transformer_impl = "transformer_engine" if engine else "local"
-    recorded = {DOCUMENT_TOKENS: tokens, "seed": plan.project.retro_gpt_seed}
-    return RetroModelConfig(
-        transformer=transformer,
-        arguments={**asdict(arguments), **recorded, "trainer": "megatron-bridge"},
-        seq_length=arguments.seq_length,
-        vocab_size=arguments.padded_vocab_size,
-        make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
-        share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
-        position_embedding_type=arguments.position_embedding_type,
-        rotary_percent=arguments.rotary_percent,
-        rotary_base=arguments.rotary_base,
-        rope_scaling=arguments.use_rope_scaling,
-        rope_scaling_factor=arguments.rope_scaling_factor,
-        seq_len_interpolation_factor=arguments.rotary_seq_len_interpolation_factor,
+def _options_of_model(model: dict[str, Any], start: RetroModelConfig | None) -> dict[str, Any]:
+    """The model's options: those given, and those of the directory that the run starts from."""
+    names = [field.name for field in fields(ModelOptions)]
+    raise_problems(
+        [
+            ConfigurationError(name, "is no option of the model", "See ModelOptions for their names")
+            for name in model
+            if name not in names
+        ]
     )
+    return model if start is None else {name: start.arguments[name] for name in names} | model
+
+
+def _from_start(plan: TrainingPlan, start: RetroModelConfig, directory: str) -> TrainingPlan:
+    """The plan with the directory's vocabulary.
+
+    Raises:
+        CheckpointError: an option, or what the project fixes, is not the directory's.
+    """
+    finetuning = replace(plan, options=replace(plan.options, finetune=True))
+    finetuning.check_resumes(start.arguments, Path(directory))
+    return plan.with_vocabulary_of(start.arguments)
 
 
 def _dataset(plan: TrainingPlan) -> RetroDatasetProvider:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
 from retro_mcore.errors import CheckpointError
+from tests.bridge.marks import MARKS
 from tests.forked_runs import output, start
 from tests.unit.data.projects import built_project
 from tests.unit.training.our_losses import our_options, our_run
@@ -16,18 +16,7 @@ from tests.unit.training.our_losses import our_options, our_run
 SCRIPT = Path(__file__).with_name("bridge_on_cpu.py")
 
 
-def has_bridge() -> bool:
-    try:
-        return importlib.util.find_spec("megatron.bridge") is not None
-    except ModuleNotFoundError:
-        return False
-
-
-pytestmark = [
-    pytest.mark.bridge,
-    pytest.mark.slow,
-    pytest.mark.skipif(not has_bridge(), reason="needs Megatron-Bridge (make test-bridge)"),
-]
+pytestmark = MARKS
 
 MODEL = {
     "num_layers": 2,

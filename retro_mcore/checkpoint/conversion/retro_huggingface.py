@@ -24,6 +24,7 @@ from retro_mcore.checkpoint.conversion.retro_config import (
     retro_config,
 )
 from retro_mcore.checkpoint.conversion.retro_names import (
+    Parts,
     is_gated,
     parameter_names,
     parts_of,
@@ -54,19 +55,31 @@ def retro_model_files(
         MissingDependencyError: transformers is not installed.
         ConfigurationError: an option that it does not compute.
     """
+    values = config_values(flags, next(iter(weights.values())).dtype)
+    code = sorted(Path(huggingface_package().__file__).parent.glob("*_retro.py"))
+    return values, to_retro_huggingface(weights, flags), code
+
+
+def config_values(flags: Flags, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        flags: The model's options, resolved.
+        dtype: Of its weights.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+        ConfigurationError: an option that it does not compute.
+    """
     tokens = flags.get(DOCUMENT_TOKENS) or {}
     config = retro_config(flags, tokens.get("eod"), tokens.get("bos"))
-    dtype = next(iter(weights.values())).dtype
     values = {
         **config.to_dict(),
         "architectures": ["RetroForCausalLM"],
         "auto_map": _AUTO_CLASSES,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if tokens:
-        values[DOCUMENT_TOKENS] = dict(tokens)
-    code = sorted(Path(huggingface_package().__file__).parent.glob("*_retro.py"))
-    return values, to_retro_huggingface(weights, flags), code
+    return {**values, DOCUMENT_TOKENS: dict(tokens)} if tokens else values
 
 
 def generation_config(values: Mapping[str, Any], flags: Flags) -> dict[str, Any]:
@@ -123,10 +136,8 @@ def read_retro_huggingface(directory: Path) -> tuple[Flags, dict[str, Weight], l
             flags["untie_embeddings_and_output_weights"] = True
             notes = ["config.json ties the output layer to the embedding, but their weights "
                      "differ: both are kept, as transformers does"]  # fmt: skip
-    named = {**flags, "retro_final_layernorm": _ends_with_norm(values)}
     weights = {}
-    for name in parameter_names(named):
-        parts = parts_of(name, flags)
+    for name, parts in parts_by_name(flags, values).items():
         short = [part.removeprefix("model.") for part in parts.names]
         weights[name] = tensors.take({part: shapes.get(part, ()) for part in short}, parts.join)
     tied = not flags["untie_embeddings_and_output_weights"]
@@ -154,5 +165,13 @@ def _differs(name: str, value: Any, flags: Flags) -> bool:
     return bool(flags[name] != value)
 
 
-def _ends_with_norm(values: Mapping[str, Any]) -> bool:
-    return bool(values["no_retrieval"] or values.get("retro_final_layernorm", True))
+def parts_by_name(flags: Flags, values: Mapping[str, Any]) -> dict[str, Parts]:
+    """The tensors of each of our weights, by its name.
+
+    Args:
+        flags: The model's options.
+        values: The content of config.json.
+    """
+    norm = bool(values["no_retrieval"] or values.get("retro_final_layernorm", True))
+    names = parameter_names({**flags, "retro_final_layernorm": norm})
+    return {name: parts_of(name, flags) for name in names}

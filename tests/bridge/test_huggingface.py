@@ -1,0 +1,128 @@
+"""Directories of RetroForCausalLM in Megatron-Bridge (`make test-bridge`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.bridge.marks import MARKS
+from tests.forked_runs import output, start
+from tests.unit.data.test_tokenizer_of_model import save_tokenizer
+from tests.unit.huggingface.test_against_megatron import CASES, GATED, TOGETHER
+from tests.unit.huggingface.test_conversion import exported, loaded
+
+SCRIPT = Path(__file__).with_name("convert_on_cpu.py")
+
+pytestmark = MARKS
+
+#: Of every kind: each way of joining tensors, names that an option adds, and both precisions.
+MODELS = {
+    "gpt": CASES["no_retrieval"],
+    "llama": {"num_query_groups": 2, "no_retrieval": True, "retro_decoder_layers": None, **GATED},
+    "untied": CASES["untie_embeddings_and_output_weights"],
+    "groups": CASES["num_query_groups"],
+    "norms of queries and keys": CASES["qk_layernorm"],
+    "biases of queries, keys and values": CASES["add_qkv_bias"],
+    "encoder of its own size": CASES["retro_encoder_hidden_size"],
+    "encoder of its own heads": CASES["retro_encoder_num_attention_heads"],
+    "deepnorm": CASES["retro_deepnorm"],
+    "megatron's": CASES["retro_origin"],
+    "gemma": TOGETHER["gemma"],
+    "olmo2": TOGETHER["olmo2"],
+    "gpt_neox": TOGETHER["gpt_neox"],
+    "bf16": {**GATED, "bf16": True},
+}
+
+
+def change(directory: Path, **tensors: torch.Tensor | None) -> None:
+    """Set tensors of a directory, or take them out."""
+    file = directory / "model.safetensors"
+    state = {**load_file(file), **tensors}
+    save_file({name: value for name, value in state.items() if value is not None}, file)
+
+
+def refusals(folder: Path) -> dict[str, dict]:
+    """Directories that are refused, with a changed layout."""
+    for name, options in {
+        "experts": CASES["num_experts"],
+        "mup": CASES["retro_mup_base_hidden_size"],
+        "rows": {"padded_vocab_size": 97},
+        **dict.fromkeys(("stages", "parts", "lacking", "unknown", "differing"), {}),
+    }.items():
+        exported(folder / name, options, dtype=torch.float32)
+    embedding = load_file(folder / "differing" / "model.safetensors")["model.embed_tokens.weight"]
+    change(folder / "lacking", **{"model.layers.1.mlp.up_proj.bias": None})
+    change(folder / "unknown", **{"model.layers.1.mlp.gate_proj.bias": torch.zeros(3)})
+    change(folder / "differing", **{"lm_head.weight": embedding + 1})
+    return {
+        "stages": {"pipeline_model_parallel_size": 2},
+        "parts": {"context_parallel_size": 2},
+        "rows": {"tensor_model_parallel_size": 2},
+        **{name: {} for name in ("experts", "mup", "lacking", "unknown", "differing")},
+    }
+
+
+@pytest.fixture(scope="module")
+def converted(megatron, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("huggingface")
+    for name, options in MODELS.items():
+        options = dict(options)
+        dtype = torch.bfloat16 if options.pop("bf16", False) else torch.float32
+        exported(folder / name, options, dtype=dtype, max_shard_size="20KB")
+    save_tokenizer(folder / "llama")
+    exported(folder / "tied twice", {}, dtype=torch.float32)
+    embedding = load_file(folder / "tied twice" / "model.safetensors")["model.embed_tokens.weight"]
+    change(folder / "tied twice", **{"lm_head.weight": embedding.clone()})
+    runs = [
+        {"name": "one", "ranks": 1, "directories": [*MODELS, "tied twice"]},
+        {"name": "two", "ranks": 2, "directories": [*MODELS, "tied twice"]},
+        {"name": "refused", "ranks": 1, "refused": refusals(folder)},
+    ]
+    start(SCRIPT, runs, folder)
+    return folder
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    parts = [load_file(file) for file in directory.glob("*.safetensors")]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_come_back_bit_for_bit(converted, ranks):
+    """The script compares the loaded ones with what convert_checkpoint reads."""
+    output(converted, {1: "one", 2: "two"}[ranks])
+    for name in (*MODELS, "tied twice"):
+        wanted, found = tensors(converted / name), tensors(converted / f"{name}.{ranks}")
+        assert found.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            assert found[key].dtype == tensor.dtype
+            assert torch.equal(found[key], tensor), (name, key)
+
+
+def test_a_directory_with_a_tokenizer_is_written_whole(converted):
+    output(converted, "one")
+    found, wanted = (loaded(converted / name) for name in ("llama.1", "llama"))
+    tokens = torch.randint(90, (2, 9))
+    assert torch.equal(found(tokens).logits, wanted(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("directory", "message"),
+    [
+        ("experts", "model.num_experts: 4 in Megatron-Bridge, whose losses do not"),
+        ("mup", "model.retro_mup_base_hidden_size: 16 in Megatron-Bridge, whose optimizer"),
+        ("rows", "model.tensor_model_parallel_size: 2, which does not divide the padded"),
+        ("stages", "model.pipeline_model_parallel_size: 2 in Megatron-Bridge"),
+        ("parts", "model.context_parallel_size: 2 in Megatron-Bridge"),
+        ("lacking", "lacks model.layers.1.mlp.up_proj.bias"),
+        ("unknown", "has an unknown model.layers.1.mlp.gate_proj.bias"),
+        ("differing", "ties lm_head.weight to the embedding, and they differ"),
+    ],
+)
+def test_what_bridge_cannot_hold_is_refused_by_name(converted, directory, message):
+    output(converted, "refused")
+    assert message in json.loads((converted / "refused.json").read_text())[directory]
