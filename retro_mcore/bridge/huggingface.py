@@ -179,9 +179,7 @@ class RetroBridge(MegatronModelBridge):
         )
         return tasks
 
-    def _check_model(
-        self, stages: Iterable[torch.nn.Module], parts: Mapping[str, Parts]
-    ) -> None:
+    def _check_model(self, stages: Iterable[torch.nn.Module], parts: Mapping[str, Parts]) -> None:
         found = set()
         for stage in stages:
             names = [name for name, _ in (*stage.named_parameters(), *persistent_buffers(stage))]
@@ -225,4 +223,3 @@ class RetroBridge(MegatronModelBridge):
 def _flags(source: str | Path, config: Any) -> Flags:
     """The model's options, from transformers' configuration."""
     return flags_of_retro_config(Path(source), config.to_dict())
-

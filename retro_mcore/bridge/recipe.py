@@ -140,7 +140,9 @@ def _options_of_model(model: dict[str, Any], start: RetroModelConfig | None) -> 
     names = [field.name for field in fields(ModelOptions)]
     raise_problems(
         [
-            ConfigurationError(name, "is no option of the model", "See ModelOptions for their names")
+            ConfigurationError(
+                name, "is no option of the model", "See ModelOptions for their names"
+            )
             for name in model
             if name not in names
         ]

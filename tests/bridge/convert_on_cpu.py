@@ -24,21 +24,28 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.utils import unwrap_model
 from megatron.core import parallel_state
 
-import retro_mcore.bridge  # noqa: F401 (lets AutoBridge find Retro)
+from retro_mcore.bridge import RetroBridge
 from retro_mcore.checkpoint.conversion.model_weights import gather_weights
 from retro_mcore.checkpoint.conversion.retro_huggingface import read_retro_huggingface
 from retro_mcore.errors import RetroError
 
 
 def built(directory: str, **layout: Any) -> tuple[AutoBridge, list[Any]]:
-    bridge = AutoBridge.from_hf_pretrained(directory)
+    # Bridge copies the model's code, with the tokenizer, where it trusts it.
+    bridge = AutoBridge.from_hf_pretrained(directory, trust_remote_code=has_tokenizer(directory))
     config = bridge.to_megatron_provider()
+    written = json.dumps(RetroBridge.megatron_to_hf_config(config))
+    assert json.loads(written) == json.loads((Path(directory) / "config.json").read_text())
     for name, value in layout.items():
         setattr(config, name, value)
     config.finalize()
     if not parallel_state.model_parallel_is_initialized():
         config.initialize_model_parallel(seed=0)
     return bridge, config.provide_distributed_model(wrap_with_ddp=False)
+
+
+def has_tokenizer(directory: str) -> bool:
+    return (Path(directory) / "tokenizer.json").exists()
 
 
 def call(run: dict) -> None:
@@ -52,9 +59,7 @@ def call(run: dict) -> None:
         assert found.keys() == wanted.keys()
         different = [name for name in wanted if not torch.equal(found[name], wanted[name].load())]
         assert not different, (directory, different)
-        save = bridge.save_hf_weights
-        if (Path(directory) / "tokenizer.json").exists():
-            save = bridge.save_hf_pretrained
+        save = bridge.save_hf_pretrained if has_tokenizer(directory) else bridge.save_hf_weights
         save(models, f"{directory}.{ranks}", show_progress=False)
         print(directory, "written")
     refused = {}

@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from retro_mcore.errors import CheckpointError
 from tests.bridge.marks import MARKS
 from tests.forked_runs import output, start
 from tests.unit.data.projects import built_project
+from tests.unit.data.test_tokenizer_of_model import save_tokenizer
 from tests.unit.training.our_losses import our_options, our_run
 
 SCRIPT = Path(__file__).with_name("bridge_on_cpu.py")
@@ -48,17 +51,52 @@ TP2 = {
 }
 
 
-def run(name: str, train_iters: int, ranks: int = 1, changes: dict | None = None, **recipe):
-    recipe = {"project_dir": str(built_project()), **MODEL, **recipe}
+def run(
+    name: str,
+    train_iters: int,
+    ranks: int = 1,
+    changes: dict | None = None,
+    model: dict | None = None,
+    **recipe,
+):
+    recipe = {"project_dir": str(built_project()), **(MODEL if model is None else model), **recipe}
     changes = {"train.train_iters": train_iters, **(changes or {})}
     return {"name": name, "ranks": ranks, "recipe": recipe, "changes": changes}
+
+
+def saved_for_transformers(folder: Path) -> Path:
+    """Our trainer's checkpoint of 4 iterations, written for transformers."""
+    from retro_mcore.cli.convert_checkpoint import ConvertCheckpointOptions, convert_checkpoint
+
+    our_run(save=str(folder / "ours"))
+    convert_checkpoint(
+        ConvertCheckpointOptions(
+            load=str(folder / "ours"),
+            save=str(folder / "transformers"),
+            target="huggingface",
+            project_dir=str(built_project()),
+        )
+    )
+    # Bridge copies a tokenizer. Any: transformers has none of the project's kind.
+    save_tokenizer(folder / "transformers")
+    return folder / "transformers"
 
 
 @pytest.fixture(scope="module")
 def trained(megatron, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bridge")
     load = {"checkpoint.load": "retro", "checkpoint.save": "resumed"}
+    start_from = {"huggingface": str(saved_for_transformers(folder)), "lr": 1e-2}
+    both = {"checkpoint.also_save_hf_checkpoint": True}
     runs = [
+        run("from transformers", 2, changes=both, model=start_from, save="from transformers"),
+        run(
+            "from transformers, 2",
+            2,
+            ranks=2,
+            model={**start_from, "tensor_model_parallel_size": 2},
+        ),
+        run("unlike", 2, model={**start_from, "num_layers": 3}),
         run("retro", 2, save="retro", **RETRO),
         run("resumed", 4, ranks=2, changes=load, save="resumed", **RETRO, **TP2),
         run("gpt", 2, save="gpt", no_retrieval=True),
@@ -126,3 +164,35 @@ def test_our_trainer_goes_on_from_the_weights_alone(trained, tmp_path):
         pretrain_retro(our_options(**load))
     first = pretrain_retro(our_options(**load, finetune=True)).train_losses[0]
     assert first < our_run().train_losses[0] - 0.1
+
+
+@pytest.mark.parametrize("name", ["from transformers", "from transformers, 2"])
+def test_a_run_starts_from_a_directory_of_transformers(trained, tmp_path, name):
+    """As our trainer does from the checkpoint that the directory was made of."""
+    from retro_mcore.cli.pretrain_retro import pretrain_retro
+
+    found = losses(output(trained, name))
+    options = our_options(load=str(trained / "ours"), finetune=True, train_iters=2)
+    # The second loss is that of weights after a step; the sums of two ranks are others.
+    assert found == pytest.approx(pretrain_retro(options).train_losses, rel=1e-6)
+
+
+def test_its_checkpoint_is_written_for_transformers_by_bridge_and_by_our_command(trained, tmp_path):
+    """The same tensors, bit for bit."""
+    from retro_mcore.cli.convert_checkpoint import ConvertCheckpointOptions, convert_checkpoint
+
+    output(trained, "from transformers")
+    save, options = trained / "from transformers", {"target": "huggingface"}
+    convert_checkpoint(
+        ConvertCheckpointOptions(load=str(save), save=str(tmp_path / "hf"), **options)
+    )
+    wanted = load_file(tmp_path / "hf" / "model.safetensors")
+    found = load_file(max(save.rglob("model.safetensors")))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    before = load_file(trained / "transformers" / "model.safetensors")
+    assert not torch.equal(found["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_another_model_than_the_directorys_is_refused(trained):
+    assert "was trained with num_layers 2, and now it is 3" in output(trained, "unlike", code=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from retro_mcore.checkpoint.conversion.retro_huggingface import read_retro_huggingface
 from tests.bridge.marks import MARKS
 from tests.forked_runs import output, start
 from tests.unit.data.test_tokenizer_of_model import save_tokenizer
@@ -51,7 +52,7 @@ def refusals(folder: Path) -> dict[str, dict]:
         "experts": CASES["num_experts"],
         "mup": CASES["retro_mup_base_hidden_size"],
         "rows": {"padded_vocab_size": 97},
-        **dict.fromkeys(("stages", "parts", "lacking", "unknown", "differing"), {}),
+        **{key: {} for key in ("stages", "parts", "lacking", "unknown", "differing")},
     }.items():
         exported(folder / name, options, dtype=torch.float32)
     embedding = load_file(folder / "differing" / "model.safetensors")["model.embed_tokens.weight"]
@@ -105,7 +106,12 @@ def test_weights_come_back_bit_for_bit(converted, ranks):
 
 def test_a_directory_with_a_tokenizer_is_written_whole(converted):
     output(converted, "one")
-    found, wanted = (loaded(converted / name) for name in ("llama.1", "llama"))
+    directories = [converted / name for name in ("llama.1", "llama")]
+    found, wanted = ({file.name for file in each.glob("*_retro.py")} for each in directories)
+    assert found == wanted
+    found, wanted = (read_retro_huggingface(each)[0] for each in directories)
+    assert found == wanted
+    found, wanted = map(loaded, directories)
     tokens = torch.randint(90, (2, 9))
     assert torch.equal(found(tokens).logits, wanted(tokens).logits)
 
