@@ -22,6 +22,7 @@ from megatron.bridge.training.config import (
 from retro_mcore.bridge.data import RetroDatasetProvider
 from retro_mcore.bridge.huggingface import load_huggingface
 from retro_mcore.bridge.model import RetroModelConfig, model_config
+from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, raise_problems
 from retro_mcore.model.options import ModelOptions
@@ -86,13 +87,9 @@ def pretrain_config(
     tokens = document_tokens(tokenizer)
     if huggingface is not None and start is not None:
         plan = _from_start(replace(plan, document_tokens=tokens), start, huggingface)
-    recorded = {DOCUMENT_TOKENS: tokens, "seed": project.retro_gpt_seed}
-    retro = model_config(plan.arguments, options, recorded)
-    if start is not None:
-        retro.take_weights_of(start)
     interval = max(plan.train_iters // 10, 1)
     return ConfigContainer(
-        model=retro,
+        model=_model(plan, tokens, start),
         train=TrainingConfig(
             train_iters=plan.train_iters,
             global_batch_size=plan.global_batch_size,
@@ -148,6 +145,18 @@ def _options_of_model(model: dict[str, Any], start: RetroModelConfig | None) -> 
         ]
     )
     return model if start is None else {name: start.arguments[name] for name in names} | model
+
+
+def _model(
+    plan: TrainingPlan, tokens: dict[str, int | None], start: RetroModelConfig | None
+) -> RetroModelConfig:
+    recorded = {DOCUMENT_TOKENS: tokens, "seed": plan.project.retro_gpt_seed}
+    if start is None:
+        return model_config(plan.arguments, plan.options, recorded)
+    ends = {name: start.arguments[name] for name in (END_TOKENS,) if name in start.arguments}
+    config = model_config(plan.arguments, plan.options, recorded | ends)
+    config.take_weights_of(start)
+    return config
 
 
 def _from_start(plan: TrainingPlan, start: RetroModelConfig, directory: str) -> TrainingPlan:

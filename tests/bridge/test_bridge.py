@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def saved_for_transformers(folder: Path) -> Path:
             project_dir=str(built_project()),
         )
     )
+    generation = {"eos_token_id": [7, 5]}
+    (folder / "transformers" / "generation_config.json").write_text(json.dumps(generation))
     # Bridge copies a tokenizer. Any: transformers has none of the project's kind.
     save_tokenizer(folder / "transformers")
     return folder / "transformers"
@@ -190,6 +193,8 @@ def test_its_checkpoint_is_written_for_transformers_by_bridge_and_by_our_command
     found = load_file(max(save.rglob("model.safetensors")))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert {7, 5} <= set(generation["eos_token_id"])
     before = load_file(trained / "transformers" / "model.safetensors")
     assert not torch.equal(found["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
 
