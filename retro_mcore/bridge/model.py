@@ -13,10 +13,11 @@ from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from retro_mcore.bridge.names import names_of_recipe
 from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.option_traits import passed_to
-from retro_mcore.model.options import ModelArguments
+from retro_mcore.model.options import ModelArguments, ModelOptions
 from retro_mcore.training.options.model_sizes import check_divisible
 from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
 from retro_mcore.training.provider_flags import changed_fields
@@ -56,7 +57,7 @@ class RetroModelConfig(GPTModelConfig):
         return {**super().as_dict(), **{name: getattr(self, name) for name in sizes}}
 
     def finalize(self) -> None:
-        """Check changes since the recipe; called by Bridge before it builds the model.
+        """Check changes since the recipe; called before the model is built.
 
         Raises:
             ConfigurationError: the model would differ from what its checkpoints record, or the
@@ -64,7 +65,8 @@ class RetroModelConfig(GPTModelConfig):
         """
         raise_problems([*self._contradictions(), *self._unsupported()])
         layout = ParallelOptions(tensor_model_parallel_size=self.tensor_model_parallel_size)
-        check_divisible(arguments_from(self.arguments), layout)
+        with names_of_recipe():
+            check_divisible(arguments_from(self.arguments), layout)
         super().finalize()
 
     def take_weights_of(self, start: RetroModelConfig) -> None:
@@ -98,7 +100,7 @@ class RetroModelConfig(GPTModelConfig):
             **kwargs: As `RetroModelBuilder.build_distributed_models` takes them.
 
         Raises:
-            ConfigurationError: there are no process groups yet.
+            ConfigurationError: there are no process groups yet, or see `finalize`.
         """
         if use_cpu_initialization is not None:
             self.transformer.use_cpu_initialization = use_cpu_initialization
@@ -110,6 +112,7 @@ class RetroModelConfig(GPTModelConfig):
                     "Call initialize_model_parallel(seed) of this configuration first",
                 )
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.finalize()
         return RetroModelBuilder(self).build_distributed_models(
             pg_collection, ddp_config=ddp_config, wrap_with_ddp=wrap_with_ddp, **kwargs
         )
@@ -140,10 +143,6 @@ class RetroModelConfig(GPTModelConfig):
             )
 
     def _unsupported(self) -> Iterator[RetroError]:
-        for name, reason in _OF_OUR_TRAINER.items():
-            if self.arguments.get(name) is not None:
-                found = f"{self.arguments[name]} in Megatron-Bridge, {reason}"
-                yield ConfigurationError(f"model.{name}", found, "Use tools/pretrain_retro.py")
         rows, ranks = self.arguments["padded_vocab_size"], self.tensor_model_parallel_size
         if rows % ranks:
             yield ConfigurationError(
@@ -157,6 +156,23 @@ class RetroModelConfig(GPTModelConfig):
                 yield ConfigurationError(f"model.{name}", f"{size} in Megatron-Bridge", hint)
 
 
+def check_needs_no_trainer(options: ModelOptions) -> None:
+    """Reject options of the model that Bridge's trainer does not honor.
+
+    Raises:
+        ConfigurationError: names all such options.
+    """
+    raise_problems(
+        [
+            ConfigurationError(
+                name, f"{value} in Megatron-Bridge, {reason}", "Use tools/pretrain_retro.py"
+            )
+            for name, reason in _OF_OUR_TRAINER.items()
+            if (value := getattr(options, name)) is not None
+        ]
+    )
+
+
 def model_config(
     arguments: ModelArguments, layout: ParallelOptions, recorded: Mapping[str, Any]
 ) -> RetroModelConfig:
@@ -168,8 +184,9 @@ def model_config(
         recorded: What its checkpoints state beside them: document tokens and the seed.
 
     Raises:
-        ConfigurationError: an option is invalid.
+        ConfigurationError: an option is invalid, or needs our trainer.
     """
+    check_needs_no_trainer(arguments)
     transformer = build_config(arguments, layout, RecomputeOptions())
     engine = uses_transformer_engine(layout)
     transformer.transformer_impl = "transformer_engine" if engine else "local"
@@ -209,7 +226,7 @@ class RetroModelBuilder(GPTModelBuilder):
         """
         config = self._model_config
         stages = pg_collection.pp
-        return assemble_model(
+        model = assemble_model(
             config.transformer,
             arguments_from(config.arguments),
             config.transformer.transformer_impl == "transformer_engine",
@@ -218,3 +235,6 @@ class RetroModelBuilder(GPTModelBuilder):
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
+        # For config.json: what writes it beside the weights is given the model alone.
+        model.bridge_arguments = config.arguments
+        return model

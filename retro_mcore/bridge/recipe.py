@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,51 @@ from megatron.bridge.training.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from megatron.bridge.utils.common_utils import get_rank_safe
 
 from retro_mcore.bridge.data import RetroDatasetProvider
-from retro_mcore.bridge.huggingface import load_huggingface
-from retro_mcore.bridge.model import RetroModelConfig, model_config
+from retro_mcore.bridge.huggingface import check_export, load_huggingface
+from retro_mcore.bridge.model import RetroModelConfig, check_needs_no_trainer, model_config
+from retro_mcore.bridge.names import names_of_recipe
 from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, raise_problems
 from retro_mcore.model.options import ModelOptions
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.training.loop.sample_reader import DOCUMENT_TOKENS, document_tokens
+from retro_mcore.training.loop.sample_reader import (
+    DOCUMENT_TOKENS,
+    check_document_tokens,
+    document_tokens,
+)
 from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.setup.plan import TrainingPlan, make_plan
 
+_LOG = logging.getLogger(__name__)
 _WEIGHT_DECAY = 0.1
+
+
+class RetroConfigContainer(ConfigContainer):
+    """Bridge's configuration of a run, with a check of what it writes for transformers."""
+
+    def validate(self) -> None:
+        """Check and complete the configuration; called by Bridge before anything is built.
+
+        Raises:
+            RetroError: `checkpoint.also_save_hf_checkpoint` with adapters, or see `check_export`.
+        """
+        super().validate()
+        if not self.checkpoint.also_save_hf_checkpoint:
+            return
+        if self.peft is not None:
+            raise ConfigurationError(
+                "checkpoint.also_save_hf_checkpoint",
+                "given with adapters, which are not converted",
+                "Leave it out",
+            )
+        source = self.checkpoint.hf_source_path or self.model.hf_model_id
+        source = source or self.tokenizer.tokenizer_model
+        check_export(str(source), self.model, self.checkpoint.hf_trust_remote_code)
 
 
 def pretrain_config(
@@ -83,13 +114,16 @@ def pretrain_config(
         sequence_parallel=sequence_parallel,
         **_options_of_model(model, start),
     )
-    plan = make_plan(options, project, tokenizer.vocab_size, tokenizer.used_vocab_size)
+    check_needs_no_trainer(options)
     tokens = document_tokens(tokenizer)
-    if huggingface is not None and start is not None:
-        plan = _from_start(replace(plan, document_tokens=tokens), start, huggingface)
+    with names_of_recipe():
+        plan = make_plan(options, project, tokenizer.vocab_size, tokenizer.used_vocab_size)
+        if huggingface is not None and start is not None:
+            plan = _from_start(replace(plan, document_tokens=tokens), start, huggingface)
+        model_of_plan = _model(plan, tokens, start)
     interval = max(plan.train_iters // 10, 1)
-    return ConfigContainer(
-        model=_model(plan, tokens, start),
+    return RetroConfigContainer(
+        model=model_of_plan,
         train=TrainingConfig(
             train_iters=plan.train_iters,
             global_batch_size=plan.global_batch_size,
@@ -160,13 +194,16 @@ def _model(
 
 
 def _from_start(plan: TrainingPlan, start: RetroModelConfig, directory: str) -> TrainingPlan:
-    """The plan with the directory's vocabulary.
+    """The plan with the directory's vocabulary. Warns if documents begin in another way.
 
     Raises:
         CheckpointError: an option, or what the project fixes, is not the directory's.
     """
     finetuning = replace(plan, options=replace(plan.options, finetune=True))
     finetuning.check_resumes(start.arguments, Path(directory))
+    warning = check_document_tokens(start.arguments, plan.document_tokens, plan.options.project_dir)
+    if warning is not None and get_rank_safe() == 0:
+        _LOG.warning("%s", warning)
     return plan.with_vocabulary_of(start.arguments)
 
 

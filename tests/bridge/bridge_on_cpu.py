@@ -49,7 +49,7 @@ ON_CPU = {
 
 def call(run: dict) -> None:
     end_refusals_in_one_line()
-    config = pretrain_config(**run["recipe"], mixed_precision=None)
+    config = pretrain_config(**{"mixed_precision": None, **run["recipe"]})
     for name, value in {**ON_CPU, **run["changes"]}.items():
         *parts, last = name.split(".")
         setattr(reduce(getattr, parts, config), last, value)

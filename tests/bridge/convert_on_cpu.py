@@ -9,13 +9,17 @@ layout that is asked for; what they are refused with goes to refused.json.
 # ruff: noqa: E402 (the order matters here)
 
 import json
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.bridge import stand_ins
 from tests.forked_runs import pretend_cuda, run_all
 
+os.environ["HF_HUB_CACHE"] = str(Path("hub").resolve())
 pretend_cuda()
 stand_ins.install()
 
@@ -36,16 +40,43 @@ def built(directory: str, **layout: Any) -> tuple[AutoBridge, list[Any]]:
     config = bridge.to_megatron_provider()
     written = json.dumps(RetroBridge.megatron_to_hf_config(config))
     assert json.loads(written) == json.loads((Path(directory) / "config.json").read_text())
+    if not parallel_state.model_parallel_is_initialized():
+        config.tensor_model_parallel_size = torch.distributed.get_world_size()
+        config.initialize_model_parallel(seed=0)
     for name, value in layout.items():
         setattr(config, name, value)
-    config.finalize()
-    if not parallel_state.model_parallel_is_initialized():
-        config.initialize_model_parallel(seed=0)
     return bridge, config.provide_distributed_model(wrap_with_ddp=False)
 
 
 def has_tokenizer(directory: str) -> bool:
     return (Path(directory) / "tokenizer.json").exists()
+
+
+def exports_in_other_dtypes(directory: str) -> None:
+    """Write a directory's weights after a step in another dtype."""
+    bridge, models = built(directory)
+    other = torch.float32 if directory == "bf16" else torch.bfloat16
+    models = [model.to(other) for model in models]
+    bridge.save_hf_weights(models, f"{directory}.as {other}", show_progress=False)
+
+
+def unsupported_exports(directory: str) -> dict[str, Callable[[], Any]]:
+    bridge, models = built(directory)
+    return {
+        "adapters": lambda: list(bridge.export_adapter_weights(models)),
+        "quantized": lambda: list(bridge.export_hf_weights_quant(models, bool, print)),
+        "fp8": lambda: bridge._model_bridge.build_export_fp8_tasks(bridge.hf_pretrained, models),
+        "without a model": lambda: RetroBridge().mapping_registry(),
+        "rounded": lambda: exports_in_other_dtypes("bf16"),
+    }
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except RetroError as error:
+        return str(error)
+    return "not refused"
 
 
 def call(run: dict) -> None:
@@ -62,12 +93,13 @@ def call(run: dict) -> None:
         save = bridge.save_hf_pretrained if has_tokenizer(directory) else bridge.save_hf_weights
         save(models, f"{directory}.{ranks}", show_progress=False)
         print(directory, "written")
-    refused = {}
-    for directory, changes in run.get("refused", {}).items():
-        try:
-            built(directory, **changes)
-        except RetroError as error:
-            refused[directory] = str(error)
+    refused = {
+        directory: refusal(partial(built, directory, **changes))
+        for directory, changes in run.get("refused", {}).items()
+    }
+    if refused:
+        exports_in_other_dtypes("gpt")
+        refused |= {name: refusal(each) for name, each in unsupported_exports("gpt").items()}
     if refused:
         Path("refused.json").write_text(json.dumps(refused), encoding="utf-8")
 

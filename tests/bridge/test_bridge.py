@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from retro_mcore.errors import CheckpointError
 from tests.bridge.marks import MARKS
@@ -82,7 +83,24 @@ def saved_for_transformers(folder: Path) -> Path:
     (folder / "transformers" / "generation_config.json").write_text(json.dumps(generation))
     # Bridge copies a tokenizer. Any: transformers has none of the project's kind.
     save_tokenizer(folder / "transformers")
+    other = shutil.copytree(folder / "transformers", folder / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["document_tokens"]["bos"] = config["bos_token_id"] = 3
+    config["hidden_dropout"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
     return folder / "transformers"
+
+
+def in_bf16_without_tokenizer(directory: Path) -> Path:
+    """A copy of a directory for transformers."""
+    copy = directory.with_name("bf16")
+    copy.mkdir()
+    config = json.loads((directory / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (copy / "config.json").write_text(json.dumps(config))
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +108,11 @@ def trained(megatron, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bridge")
     load = {"checkpoint.load": "retro", "checkpoint.save": "resumed"}
     start_from = {"huggingface": str(saved_for_transformers(folder)), "lr": 1e-2}
-    both = {"checkpoint.also_save_hf_checkpoint": True}
+    other = {"huggingface": str(folder / "other"), "lr": 1e-2, "hidden_dropout": 0.0}
+    both = {"checkpoint.also_save_hf_checkpoint": True, "checkpoint.hf_trust_remote_code": True}
+    bf16 = {"huggingface": str(in_bf16_without_tokenizer(folder / "transformers")), "lr": 1e-2}
+    (folder / "llama").mkdir()
+    (folder / "llama" / "config.json").write_text('{"model_type": "llama"}')
     runs = [
         run("from transformers", 2, changes=both, model=start_from, save="from transformers"),
         run(
@@ -99,7 +121,19 @@ def trained(megatron, tmp_path_factory):
             ranks=2,
             model={**start_from, "tensor_model_parallel_size": 2},
         ),
+        run(
+            "in bf16",
+            2,
+            ranks=2,
+            changes=both,
+            model={**other, "tensor_model_parallel_size": 2, "mixed_precision": "bf16_mixed"},
+            save="in bf16",
+        ),
         run("unlike", 2, model={**start_from, "num_layers": 3}),
+        run("export refused", 2, changes=both, model=bf16, save="export refused"),
+        run("nowhere", 2, model={"huggingface": "nowhere"}),
+        run("another kind", 2, model={"huggingface": str(folder / "llama")}),
+        run("for our trainer", 2, num_experts=4, retro_mup_base_hidden_size=16, **RETRO),
         run("retro", 2, save="retro", **RETRO),
         run("resumed", 4, ranks=2, changes=load, save="resumed", **RETRO, **TP2),
         run("gpt", 2, save="gpt", no_retrieval=True),
@@ -180,24 +214,65 @@ def test_a_run_starts_from_a_directory_of_transformers(trained, tmp_path, name):
     assert found == pytest.approx(pretrain_retro(options).train_losses, rel=1e-6)
 
 
-def test_its_checkpoint_is_written_for_transformers_by_bridge_and_by_our_command(trained, tmp_path):
-    """The same tensors, bit for bit."""
+@pytest.mark.parametrize("name", ["from transformers", "in bf16"])
+def test_its_checkpoint_is_written_for_transformers_by_bridge_and_by_our_command(
+    trained, tmp_path, name
+):
+    """The same tensors, bit for bit, and the same options; Bridge keeps the directory's dtype."""
     from retro_mcore.cli.convert_checkpoint import ConvertCheckpointOptions, convert_checkpoint
 
-    output(trained, "from transformers")
-    save, options = trained / "from transformers", {"target": "huggingface"}
+    output(trained, name)
+    save, options = trained / name, {"target": "huggingface"}
     convert_checkpoint(
         ConvertCheckpointOptions(load=str(save), save=str(tmp_path / "hf"), **options)
     )
     wanted = load_file(tmp_path / "hf" / "model.safetensors")
     found = load_file(max(save.rglob("model.safetensors")))
     assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    assert all(torch.equal(found[key], tensor.float()) for key, tensor in wanted.items())
+    trained_in = {tensor.dtype for tensor in wanted.values()}
+    assert trained_in == {torch.bfloat16 if name == "in bf16" else torch.float32}
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert {7, 5} <= set(generation["eos_token_id"])
     before = load_file(trained / "transformers" / "model.safetensors")
     assert not torch.equal(found["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    directory = max(save.rglob("model.safetensors")).parent
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    configs = [
+        json.loads((each / "config.json").read_text()) for each in (directory, tmp_path / "hf")
+    ]
+    assert configs[0] == {**configs[1], "dtype": "float32"}
+    code, ours = (
+        {file.name for file in each.glob("*_retro.py")} for each in (directory, tmp_path / "hf")
+    )
+    assert code == ours
 
 
-def test_another_model_than_the_directorys_is_refused(trained):
-    assert "was trained with num_layers 2, and now it is 3" in output(trained, "unlike", code=2)
+def test_documents_that_begin_otherwise_are_told_once(trained):
+    assert "begin" not in output(trained, "in bf16")
+    assert (trained / "in bf16.0.txt").read_text().count("began with BOS (3)") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [
+        (
+            "unlike",
+            [
+                "was trained with num_layers 2, and now it is 3. Give num_layers as before, or "
+                "choose another huggingface and save"
+            ],
+        ),
+        (
+            "export refused",
+            ["has no tokenizer that", "says bfloat16, in which", "weights of float32"],
+        ),
+        ("nowhere", ["nowhere: is no directory"]),
+        ("another kind", ["llama: holds no RetroForCausalLM"]),
+        ("for our trainer", ["num_experts: 4 in Meg", "retro_mup_base_hidden_size: 16 in Meg"]),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_it_is_built(trained, name, messages):
+    text = output(trained, name, code=2)
+    assert all(message in text for message in messages), text
+    assert not (trained / name).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,16 +53,22 @@ def refusals(folder: Path) -> dict[str, dict]:
         "experts": CASES["num_experts"],
         "mup": CASES["retro_mup_base_hidden_size"],
         "rows": {"padded_vocab_size": 97},
-        **{key: {} for key in ("stages", "parts", "lacking", "unknown", "differing")},
+        **{key: {} for key in ("stages", "parts", "options", "lacking", "unknown", "differing")},
     }.items():
         exported(folder / name, options, dtype=torch.float32)
     embedding = load_file(folder / "differing" / "model.safetensors")["model.embed_tokens.weight"]
     change(folder / "lacking", **{"model.layers.1.mlp.up_proj.bias": None})
     change(folder / "unknown", **{"model.layers.1.mlp.gate_proj.bias": torch.zeros(3)})
     change(folder / "differing", **{"lm_head.weight": embedding + 1})
+    snapshot = folder / "hub" / "models--retro--small"
+    shutil.copytree(folder / "stages", snapshot / "snapshots" / "0")
+    (snapshot / "refs").mkdir()
+    (snapshot / "refs" / "main").write_text("0")
     return {
         "stages": {"pipeline_model_parallel_size": 2},
         "parts": {"context_parallel_size": 2},
+        "options": {"hidden_dropout": 0.5, "window_size": [31, 0]},
+        "retro/small": {},
         "rows": {"tensor_model_parallel_size": 2},
         **{name: {} for name in ("experts", "mup", "lacking", "unknown", "differing")},
     }
@@ -104,6 +111,15 @@ def test_weights_come_back_bit_for_bit(converted, ranks):
             assert torch.equal(found[key], tensor), (name, key)
 
 
+def test_weights_are_written_in_the_dtype_that_config_json_states(converted):
+    """A model in bf16, from a directory in fp32."""
+    output(converted, "refused")
+    found, before = tensors(converted / "gpt.as torch.bfloat16"), tensors(converted / "gpt")
+    assert found.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(found[name], tensor.bfloat16().float())
+
+
 def test_a_directory_with_a_tokenizer_is_written_whole(converted):
     output(converted, "one")
     directories = [converted / name for name in ("llama.1", "llama")]
@@ -119,11 +135,19 @@ def test_a_directory_with_a_tokenizer_is_written_whole(converted):
 @pytest.mark.parametrize(
     ("directory", "message"),
     [
-        ("experts", "model.num_experts: 4 in Megatron-Bridge, whose losses do not"),
-        ("mup", "model.retro_mup_base_hidden_size: 16 in Megatron-Bridge, whose optimizer"),
+        ("experts", "num_experts: 4 in Megatron-Bridge, whose losses do not"),
+        ("mup", "retro_mup_base_hidden_size: 16 in Megatron-Bridge, whose optimizer"),
         ("rows", "model.tensor_model_parallel_size: 2, which does not divide the padded"),
         ("stages", "model.pipeline_model_parallel_size: 2 in Megatron-Bridge"),
         ("parts", "model.context_parallel_size: 2 in Megatron-Bridge"),
+        ("options", "model.hidden_dropout: 0.5, and the model was made with"),
+        ("options", "model.window_size: [31, 0], and the model was made with None"),
+        ("retro/small", "retro/small: is no directory"),
+        ("adapters", "adapters: asked for"),
+        ("quantized", "quantized weights: asked for"),
+        ("fp8", "weights in fp8: asked for"),
+        ("without a model", "RetroBridge: called before it has a model"),
+        ("rounded", "bf16: its config.json says bfloat16, in which transformers would round"),
         ("lacking", "lacks model.layers.1.mlp.up_proj.bias"),
         ("unknown", "has an unknown model.layers.1.mlp.gate_proj.bias"),
         ("differing", "ties lm_head.weight to the embedding, and they differ"),
