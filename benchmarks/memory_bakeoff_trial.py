@@ -25,6 +25,7 @@ from retro_mcore.project.config import ProjectConfig, ProjectSettings, Split
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.retriever import Retriever
 from retro_mcore.samples.batch import RetroBatch
+from retro_mcore.samples.neighbor_noise import NeighborNoise
 from retro_mcore.samples.retro_dataset import RetroDataset, build_retro_datasets
 from retro_mcore.training.loop.trainer import Trainer
 from retro_mcore.training.setup.plan import make_plan
@@ -80,7 +81,8 @@ class Trial:
     def datasets(self) -> dict[Split, RetroDataset | None]:
         options = self.options(self.size.retro.split())
         neighbors, chunks = options.retro_num_neighbors, options.retro_num_retrieved_chunks
-        return build_retro_datasets(self.project_dir, neighbors, chunks)
+        noise = NeighborNoise.from_options(options, self.seed)
+        return build_retro_datasets(self.project_dir, neighbors, chunks, noise)
 
     def split(self, name: Split) -> RetroDataset:
         """The samples of a split."""
@@ -89,7 +91,12 @@ class Trial:
         return dataset
 
     def trained(
-        self, own: list[str], samples: Any, folder: Path | None, iterations: int | None = None
+        self,
+        own: list[str],
+        samples: Any,
+        folder: Path | None,
+        iterations: int | None = None,
+        adapt: Callable[[Trainer], None] | None = None,
     ) -> float:
         """Train a model.
 
@@ -98,6 +105,7 @@ class Trial:
             samples: A RetroDataset, or InContext.
             folder: Where to save it; None: nowhere.
             iterations: Steps; None: all.
+            adapt: What is done to the model before.
 
         Returns:
             Processor seconds.
@@ -117,6 +125,8 @@ class Trial:
         vocabulary = self.tokenizer.vocab_size, self.tokenizer.used_vocab_size
         plan = make_plan(options, project, *vocabulary)
         trainer = Trainer(plan, samples, None, torch.device("cpu"))
+        if adapt is not None:
+            adapt(trainer)
         return seconds(trainer.train)[0]
 
     def training_cost(self, own: list[str], samples: Any) -> float:
@@ -124,14 +134,16 @@ class Trial:
         timed = min(self.timed, self.iterations)
         return self.trained(own, samples, None, timed) * self.iterations / timed
 
-    def scored(self, model: Any, samples: Any, kind: Any) -> tuple[float, float]:
-        """Processor seconds and perplexity of the test documents."""
+    def scored(
+        self, model: Any, samples: Any, kind: Any, split: Split = "test"
+    ) -> tuple[float, float]:
+        """Processor seconds and perplexity of held-out documents."""
         size = self.tokenizer.vocab_size
         spent, found = seconds(
             lambda: measure_perplexity(
                 model,
                 samples,
-                "test",
+                split,
                 kind,
                 num_samples=len(samples),
                 micro_batch_size=BATCH,

@@ -7,7 +7,8 @@ a resumed run.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,12 @@ class NeighborNoise:
     drop_neighbors: float = 0.0
     replace_neighbors: float = 0.0
     replace_tokens: float = 0.0
+
+    @classmethod
+    def from_options(cls, options: Any, seed: int) -> NeighborNoise:
+        """The probabilities in options, or in Megatron-LM's arguments."""
+        names = (each.name for each in fields(cls) if each.name != "seed")
+        return cls(seed, **{name: getattr(options, f"retro_{name}") for name in names})
 
     def __bool__(self) -> bool:
         return any(astuple(self)[1:])

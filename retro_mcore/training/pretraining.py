@@ -88,13 +88,7 @@ def save_lock(command: str, save: str | None) -> AbstractContextManager[bool]:
 
 def _run(plan: TrainingPlan, device: torch.device, skip_train: bool, alone: bool) -> TrainingResult:
     options = plan.options
-    noise = NeighborNoise(
-        seed=plan.project.retro_gpt_seed,
-        drop_chunks=options.retro_drop_chunks,
-        drop_neighbors=options.retro_drop_neighbors,
-        replace_neighbors=options.retro_replace_neighbors,
-        replace_tokens=options.retro_replace_tokens,
-    )
+    noise = NeighborNoise.from_options(options, plan.project.retro_gpt_seed)
     datasets = build_retro_datasets(
         options.project_dir,
         options.retro_num_neighbors,

@@ -169,13 +169,7 @@ def train_valid_test_datasets_provider(
     """
     args = _megatron().get_args()
     check_arguments(args)
-    noise = NeighborNoise(
-        seed=args.seed,
-        drop_chunks=args.retro_drop_chunks,
-        drop_neighbors=args.retro_drop_neighbors,
-        replace_neighbors=args.retro_replace_neighbors,
-        replace_tokens=args.retro_replace_tokens,
-    )
+    noise = NeighborNoise.from_options(args, args.seed)
     datasets = build_retro_datasets(
         args.retro_project_dir, args.retro_num_neighbors, args.retro_num_retrieved_chunks, noise
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -36,3 +37,15 @@ def test_a_layout_is_compared_with_one_process():
     sent, memory = re.search(r"^CP2 .* ([\d.]+) MiB sent, memory ([\d.]+) x", output).groups()
     assert float(sent) > 0
     assert float(memory) < 1
+
+
+@pytest.mark.slow
+def test_options_of_retrieval_are_compared_by_training_each(tmp_path):
+    changes = ["encoder of width 64", "cross-attention starts at 0"]
+    command = [sys.executable, "-m", "benchmarks.retrieval_options", "--smoke"]
+    command += ["--folder", str(tmp_path), "--only", *changes, "--json", str(tmp_path / "rows")]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads((tmp_path / "rows").read_text(encoding="utf-8"))
+    assert [row["change"] for row in rows] == ["quickstart", *changes]
+    assert len({row["real"] for row in rows}) == len(rows)  # each change has an effect
+    assert rows[1]["parameters"] != rows[0]["parameters"] == rows[2]["parameters"]
