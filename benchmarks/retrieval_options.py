@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -36,8 +37,10 @@ sys.path.insert(0, str(REPOSITORY / "examples" / "quickstart"))
 
 from run import LAPTOP, SMOKE, Layout, Size, all_stages  # noqa: E402
 
+Part = TypeVar("Part", bound=torch.nn.Module)
 
-def _parts(trainer: Trainer, kind: type) -> Iterator[torch.nn.Module]:
+
+def _parts(trainer: Trainer, kind: type[Part]) -> Iterator[Part]:
     for stage in trainer._parts.stages:
         yield from (part for part in stage.modules() if isinstance(part, kind))
 
