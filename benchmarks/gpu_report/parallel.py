@@ -45,24 +45,27 @@ BOUND = 1e-4
 
 
 def parallel(setting: Setting, findings: Findings) -> None:
-    """Losses of each layout are those of one process.
+    """Losses of each layout are those of one process, from the same weights.
 
     With one GPU, only the layout of one process runs: its collectives are NCCL's, without peers.
     """
     steps = setting.pick(8, 3)
     available = _devices(setting)
     micro = shape_of(setting).batch // 2  # two micro batches, and one per rank of DP2
-    expected = train(setting, shape_of(setting), steps, micro_batch_size=micro).train_losses
     findings.figure("backend", "gloo" if setting.device == "cpu" else "nccl")
     findings.figure("processes at most", available)
-    for name, (processes, flags) in LAYOUTS.items():
-        with findings.part(name):
-            if processes > available:
-                raise Skipped(f"needs {processes} GPUs, {available} here")
-            given = {**flags, "micro_batch_size": micro}
-            found = _losses(setting, steps, processes, given)
-            apart = max(abs(one - other) for one, other in zip(found, expected, strict=True))
-            findings.at_most(name, apart, BOUND)
+    with setting.folder() as folder:
+        # Pipeline stages draw initial weights of their own, so all layouts load these.
+        train(setting, shape_of(setting), 1, folder, micro_batch_size=micro)
+        start = {"load": str(folder), "finetune": True, "micro_batch_size": micro}
+        expected = train(setting, shape_of(setting), steps, **start).train_losses
+        for name, (processes, flags) in LAYOUTS.items():
+            with findings.part(name):
+                if processes > available:
+                    raise Skipped(f"needs {processes} GPUs, {available} here")
+                found = _losses(setting, steps, processes, {**flags, **start})
+                apart = max(abs(one - other) for one, other in zip(found, expected, strict=True))
+                findings.at_most(name, apart, BOUND)
 
 
 def _devices(setting: Setting) -> int:
