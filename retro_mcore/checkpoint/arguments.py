@@ -34,7 +34,10 @@ def read_arguments(checkpoint: Path) -> dict[str, Any]:
             "holds no arguments of a training run",
             "Name a checkpoint that pretrain_retro.py wrote",
         )
-    return _with_layers_of_window(vars(common["args"]), checkpoint)
+    arguments = vars(common["args"])
+    if in_our_form(arguments) and not arguments["no_retrieval"]:
+        arguments = {"retro_encoder_input": "raw", **arguments}  # from before it was an option
+    return _with_layers_of_window(arguments, checkpoint)
 
 
 def _with_layers_of_window(arguments: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

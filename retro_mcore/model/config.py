@@ -13,7 +13,13 @@ from retro_mcore.errors import ConfigurationError, check_all, raise_problems
 from retro_mcore.model.decoder_config import DecoderConfig
 from retro_mcore.model.family_options import plain_options
 from retro_mcore.model.option_traits import at_least, by_origin, not_an_option, out_of_range, stated
-from retro_mcore.model.options import ORIGINS, ModelOptions, Origin, RetroOptions
+from retro_mcore.model.options import (
+    ORIGINS,
+    ModelOptions,
+    Origin,
+    RetroOptions,
+    default_encoder_input,
+)
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.platform.compatibility import allow_norm_recomputation, config_value
 
@@ -99,9 +105,13 @@ class RetroConfig(RetroOptions, DecoderConfig):
         """
         if origin not in ORIGINS:
             raise ConfigurationError("origin", f"{origin!r}", f"Use one of {sorted(ORIGINS)}")
-        decoder_dropout = kwargs.get("attention_dropout", cls.attention_dropout)
-        dropout = {"retro_encoder_cross_attention_dropout": decoder_dropout}
-        return cls(**{**values_of_origin(origin), **dropout, **kwargs})
+        options = {
+            "retro_encoder_cross_attention_dropout": kwargs.get(
+                "attention_dropout", cls.attention_dropout
+            ),
+            "retro_encoder_input": default_encoder_input(origin),
+        }
+        return cls(**{**values_of_origin(origin), **options, **kwargs})
 
     def __post_init__(self) -> None:
         """Derive and validate; TransformerConfig's own checks run first."""
@@ -118,6 +128,8 @@ class RetroConfig(RetroOptions, DecoderConfig):
             allow_norm_recomputation()
         if self.retro_cross_attention_positions is None:
             self.retro_cross_attention_positions = "none"
+        if self.retro_encoder_input is None:
+            self.retro_encoder_input = default_encoder_input(None)
         check_all(
             partial(check_rates, self),
             *(partial(self._validate_minimum, *each) for each in self._minimums()),
@@ -251,6 +263,7 @@ class RetroConfig(RetroOptions, DecoderConfig):
             "retro_chunk_alignment": ("left", "right"),
             "retro_encoder_residual": ("raw", "normed"),
             "retro_cross_attention_positions": ("none", "rotary"),
+            "retro_encoder_input": ("raw", "normed"),
         }.items():
             if getattr(self, name) not in choices:
                 raise ConfigurationError(name, f"{getattr(self, name)!r}", f"Use one of {choices}")

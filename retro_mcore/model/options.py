@@ -38,6 +38,10 @@ def _is_none(value: Any, flags: Mapping[str, Any]) -> bool:
     return value in (None, "none")
 
 
+def _is_raw(value: Any, flags: Mapping[str, Any]) -> bool:
+    return value in (None, "raw")
+
+
 def _is_decoders_dropout(value: Any, flags: Mapping[str, Any]) -> bool:
     return value is None or value == flags.get("attention_dropout")
 
@@ -230,6 +234,12 @@ class RetroOptions:
         default=None, metadata=at_least(1) | ours(_is_decoders_mlp, sets="config")
     )
     """Width of the neighbor encoder's MLP. Default: the decoder's, in proportion to the width."""
+    retro_encoder_input: Literal["raw", "normed"] | None = field(
+        default=None, metadata=ours(_is_raw, sets="config", absent="raw")
+    )
+    """Embedded tokens as they enter the neighbor encoder. normed: scaled to a mean square of 1, so
+    that small embeddings are not lost among what the layers add. raw: as they are. Default: normed,
+    and raw with --retro-origin."""
     retro_encoder_rotary_scaling: bool = field(
         default=False, metadata=ours(_is_off, sets="config", absent=False)
     )
@@ -291,6 +301,11 @@ class ModelOptions(RetroOptions, DecoderOptions):
         raise_problems([*problems_of_experts(self, self.num_layers)])
 
 
+def default_encoder_input(origin: Origin | None) -> Literal["raw", "normed"]:
+    """Value of `retro_encoder_input` that is not given."""
+    return "normed" if origin is None else "raw"
+
+
 @dataclass(kw_only=True)
 class ModelArguments(ModelOptions):
     """The model's options and sizes from its project: all that a checkpoint needs to state."""
@@ -309,3 +324,8 @@ class ModelArguments(ModelOptions):
     """Type of the project's tokenizer."""
     tokenizer_fingerprint: str = field(metadata=checked_separately(sets=None))
     """Hash over the tokenizer's files."""
+
+    def __post_init__(self) -> None:
+        # Stated, because checkpoints from before the option have another value than new models.
+        if self.retro_encoder_input is None and not self.no_retrieval:
+            self.retro_encoder_input = default_encoder_input(self.retro_origin)

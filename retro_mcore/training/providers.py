@@ -42,13 +42,15 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.spec_utils import import_module
 from torch import Tensor
 
+from retro_mcore.checkpoint.contents import is_torch_dist, read_common
+from retro_mcore.checkpoint.files import existing_checkpoint
 from retro_mcore.distributed import print_error
 from retro_mcore.errors import EXIT_CODE, ConfigurationError, MissingDependencyError, RetroError
 from retro_mcore.model.config import RetroConfig, values_of_origin
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.option_traits import passed_to
-from retro_mcore.model.options import DecoderOptions
+from retro_mcore.model.options import DecoderOptions, default_encoder_input
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform.compatibility import results_through_a_file, takes_configurations
 from retro_mcore.project.config import SPLITS
@@ -109,6 +111,8 @@ def model_provider(
     check_arguments(args)
     set_tokenizer(args)
     retrieves = args.retro_add_retriever
+    if retrieves and args.retro_encoder_input is None:
+        args.retro_encoder_input = _encoder_input(args)
     if config is None or (retrieves and not isinstance(config, RetroConfig)):
         config = _config(args)
     engine = getattr(args, "transformer_impl", "local") == "transformer_engine"
@@ -127,6 +131,21 @@ def model_provider(
         "pg_collection": pg_collection,
     }
     return (RetroModel if retrieves else DecoderModel)(config, spec, **sizes)
+
+
+def _encoder_input(args: argparse.Namespace) -> str:
+    """`retro_encoder_input` of the checkpoint to load, or of a new model.
+
+    Megatron-LM does not compare it, and models from before the option are raw.
+    """
+    saved = None
+    if getattr(args, "load", None):
+        checkpoint = existing_checkpoint(args.load, getattr(args, "ckpt_step", None))
+        if checkpoint is not None and is_torch_dist(checkpoint):
+            saved = read_common(checkpoint).get("args")
+    if getattr(saved, "retro_add_retriever", not getattr(saved, "no_retrieval", True)):
+        return getattr(saved, "retro_encoder_input", None) or "raw"
+    return default_encoder_input(args.retro_origin)
 
 
 def _config(args: argparse.Namespace) -> Any:

@@ -56,6 +56,9 @@ class RetroReference:
 
     def encode(self, tokens_R, mask_R, chunk_MD):
         hidden = self.embed(tokens_R)
+        if self.config.retro_encoder_input == "normed":
+            mean_square = (hidden**2).mean(-1, keepdim=True)
+            hidden = hidden / (mean_square + self.config.layernorm_epsilon).sqrt()
         if self.encoder.hidden_size != self.config.hidden_size:
             hidden = self.linear(hidden, "neighbor_encoder.input_projection.")
         rope = self.rope and self.config.retro_encoder_positions

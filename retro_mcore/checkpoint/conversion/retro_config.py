@@ -22,10 +22,13 @@ RENAMED = {"vocab_size": "tokenizer_vocab_size", "padded_vocab_size": "vocab_siz
 #: Our options that it states in another way.
 TRANSLATED = frozenset({"untie_embeddings_and_output_weights", "group_query_attention"})
 #: Options that directories of earlier releases do not state: their models have the default. Later
-#: directories state all of them.
-LATER = frozenset(
-    {option.name for option in fields(FamilyOptions)}
-    | {"window_attn_skip_freq", "geglu", "retro_encoder_rotary_scaling", *EXPERT_OPTIONS}
+#: directories state all of those that were added together.
+LATER = (
+    frozenset(
+        {option.name for option in fields(FamilyOptions)}
+        | {"window_attn_skip_freq", "geglu", "retro_encoder_rotary_scaling", *EXPERT_OPTIONS}
+    ),
+    frozenset({"retro_encoder_input"}),
 )
 #: Tokens that begin and end documents, as our checkpoints record them.
 DOCUMENT_TOKENS = "document_tokens"
@@ -105,7 +108,7 @@ def flags_of_retro_config(directory: Path, values: Mapping[str, Any]) -> Flags:
     source = directory / "config.json"
     names = [name for name in MODEL_FIELDS if name not in TRANSLATED]
     there = {name: RENAMED.get(name, name) for name in names}
-    optional = LATER if LATER.isdisjoint(values) else frozenset[str]()
+    optional = {name for added in LATER if added.isdisjoint(values) for name in added}
     optional |= RETRIEVAL_FIELDS if values.get("no_retrieval") else set()
     missing = [key for name, key in there.items() if key not in values and name not in optional]
     missing += [] if "tie_word_embeddings" in values else ["tie_word_embeddings"]
@@ -120,7 +123,7 @@ def flags_of_retro_config(directory: Path, values: Mapping[str, Any]) -> Flags:
             "Convert it with the release of retro-mcore that wrote it",
         )
     given = {name: values[key] for name, key in there.items() if values.get(key) is not None}
-    later = {name: MODEL_FIELDS[name].absent for name in LATER}
+    later = {name: MODEL_FIELDS[name].absent for added in LATER for name in added}
     flags = later | flags_of_file(str(source), given)
     flags["untie_embeddings_and_output_weights"] = not values["tie_word_embeddings"]
     if isinstance(values.get(DOCUMENT_TOKENS), dict):

@@ -63,6 +63,7 @@ CASES = {
     "retro_encoder_num_attention_heads": {"retro_encoder_num_attention_heads": 2,
                                           "num_query_groups": 2},
     "retro_encoder_ffn_hidden_size": {"retro_encoder_ffn_hidden_size": 24},
+    "retro_encoder_input": {"retro_encoder_input": "raw"},
     "retro_encoder_rotary_scaling": {
         "retro_encoder_rotary_scaling": True, "retro_encoder_hidden_size": 16,
         "use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2.0, "kv_channels": 32,

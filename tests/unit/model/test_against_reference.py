@@ -39,6 +39,7 @@ VARIANTS = {
         "position_embedding_type": "rope",
     },
     "no final norm": {"retro_final_layernorm": False},
+    "neighbors as they are embedded": {"retro_encoder_input": "raw"},
     "relative positions in cross-attention": {
         "retro_cross_attention_positions": "rotary",
         "num_query_groups": 2,
