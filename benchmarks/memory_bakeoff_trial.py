@@ -96,7 +96,7 @@ class Trial:
         samples: Any,
         folder: Path | None,
         iterations: int | None = None,
-        adapt: Callable[[Trainer], None] | None = None,
+        adapt: Callable[[torch.nn.Module], None] | None = None,
     ) -> float:
         """Train a model.
 
@@ -126,7 +126,8 @@ class Trial:
         plan = make_plan(options, project, *vocabulary)
         trainer = Trainer(plan, samples, None, torch.device("cpu"))
         if adapt is not None:
-            adapt(trainer)
+            (model,) = trainer._parts.stages
+            adapt(model)
         return seconds(trainer.train)[0]
 
     def training_cost(self, own: list[str], samples: Any) -> float:

@@ -29,7 +29,6 @@ from benchmarks.quickstart_seeds import FIRST_SEED, call, prepare
 from retro_mcore.model.chunked_cross_attention import ChunkedCrossAttention
 from retro_mcore.model.neighbor_encoder import NeighborEncoder
 from retro_mcore.platform import setup_device
-from retro_mcore.training.loop.trainer import Trainer
 from retro_mcore.training.setup.load_model import load_model_from_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -40,39 +39,38 @@ from run import LAPTOP, SMOKE, Layout, Size, all_stages  # noqa: E402
 Part = TypeVar("Part", bound=torch.nn.Module)
 
 
-def _parts(trainer: Trainer, kind: type[Part]) -> Iterator[Part]:
-    for stage in trainer._parts.stages:
-        yield from (part for part in stage.modules() if isinstance(part, kind))
+def _parts(model: torch.nn.Module, kind: type[Part]) -> Iterator[Part]:
+    return (part for part in model.modules() if isinstance(part, kind))
 
 
-def start_at_zero(trainer: Trainer) -> None:
+def start_at_zero(model: torch.nn.Module) -> None:
     """Cross-attention that adds nothing at first, as a gate that starts at 0 (Alayrac et al. 2022,
     section 2.2)."""
-    for attention in _parts(trainer, ChunkedCrossAttention):
-        torch.nn.init.zeros_(attention.linear_proj.weight)  # type: ignore[union-attr, arg-type]
+    for attention in _parts(model, ChunkedCrossAttention):
+        torch.nn.init.zeros_(attention.linear_proj.weight)
 
 
-def cut_embedding_gradient(trainer: Trainer) -> None:
+def cut_embedding_gradient(model: torch.nn.Module) -> None:
     """Neighbors do not train the embedding that they share with the text."""
-    for encoder in _parts(trainer, NeighborEncoder):
+    for encoder in _parts(model, NeighborEncoder):
         encoder.register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
 
 
-def louder_neighbors(trainer: Trainer) -> None:
-    """Embedded neighbors of standard deviation 1, which enter the encoder with that of the
-    embedding's initial weights otherwise."""
-    for stage in trainer._parts.stages:
-        raise_scale(stage)
+def divide_by_deviation(model: torch.nn.Module) -> None:
+    """What enters the encoder ÷ the standard deviation of initial weights."""
+    for encoder in _parts(model, NeighborEncoder):
+        scale = 1 / encoder.config.init_method_std
+        encoder.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale, *args[1:]))
 
 
-def raise_scale(model: torch.nn.Module) -> None:
-    """Divide what enters the encoder by the standard deviation of initial weights."""
-    for part in model.modules():
-        if isinstance(part, NeighborEncoder):
-            scale = 1 / part.config.init_method_std
-            part.register_forward_pre_hook(
-                lambda _, args, scale=scale: (args[0] * scale, *args[1:])
+def norm_encoded(model: torch.nn.Module) -> None:
+    """The encoder's output is scaled to a mean square of 1, its input is not."""
+    for encoder in _parts(model, NeighborEncoder):
+        encoder.register_forward_hook(
+            lambda part, _, output: torch.nn.functional.rms_norm(
+                output, output.shape[-1:], eps=part.config.layernorm_epsilon
             )
+        )
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,14 @@ class Change:
         flags: Flags of the training with other values; None: without the flag.
         chunk_length: Tokens of a chunk, in a project of its own.
         query: Flags of query_neighbors, in a project of its own.
-        adapt: What is done to the model before it is trained.
+        adapt: What is done to the model before it is trained, and when it is loaded if it `stays`.
     """
 
     flags: dict[str, str | None] = field(default_factory=dict)
     chunk_length: int | None = None
     query: str = ""
-    adapt: Callable[[Trainer], None] | None = None
+    adapt: Callable[[torch.nn.Module], None] | None = None
+    stays: bool = False
 
     @property
     def project(self) -> str:
@@ -98,6 +97,7 @@ class Change:
         return "_".join(["project", *words, *self.query.replace("-", "").split()])
 
 
+RAW: dict[str, str | None] = {"--retro-encoder-input": "raw"}
 CHANGES = {
     "quickstart": Change(),
     "encoder of width 64": Change({"--retro-encoder-hidden-size": "64"}),
@@ -117,7 +117,10 @@ CHANGES = {
     "10% of chunks without neighbors": Change({"--retro-drop-chunks": "0.1"}),
     "cross-attention starts at 0": Change(adapt=start_at_zero),
     "no gradient to the embedding": Change(adapt=cut_embedding_gradient),
-    "embedded neighbors of deviation 1": Change(adapt=louder_neighbors),
+    "raw input": Change(RAW),
+    "raw input, encoder of width 64": Change({**RAW, "--retro-encoder-hidden-size": "64"}),
+    "raw input ÷ initial deviation": Change(RAW, adapt=divide_by_deviation, stays=True),
+    "raw input, normed output": Change(RAW, adapt=norm_encoded, stays=True),
     "chunks of 8": Change(chunk_length=8),
     "chunks of 32": Change(chunk_length=32),
     "re-ranked by BM25": Change(query="--rerank bm25"),
@@ -196,8 +199,8 @@ def measure(size: Size, layout: Layout, name: str, seed: int, smoke: bool) -> Ro
     shutil.rmtree(folder, ignore_errors=True)
     training = trial.trained(own, trial.split("train"), folder, adapt=change.adapt)
     model, _ = load_model_from_checkpoint(folder)
-    if change.adapt is louder_neighbors:
-        raise_scale(model)
+    if change.adapt is not None and change.stays:
+        change.adapt(model)
     samples = trial.split("valid")
     real, none = (trial.scored(model, samples, kind, "valid")[1] for kind in ("real", "none"))
     row = Row(name, seed, count(model), training, real, none)

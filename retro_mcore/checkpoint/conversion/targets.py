@@ -109,6 +109,8 @@ def _lacked(target: Target, flags: Flags) -> Iterator[str]:
         code = "megatron-gpt" if gpt else "megatron-retro"
     for name, traits in MODEL_FIELDS.items():
         used = traits.gpt == "same" or not gpt
+        if name == "retro_encoder_input" and flags.get("retro_origin") is None:
+            continue  # one of the paper's differences, which are refused together
         if used and traits.is_lost(flags.get(name, traits.absent), flags, code):
             yield name
 
