@@ -63,11 +63,13 @@ def padded(texts):
 
 
 def their_tokens(model, texts, new=20, **options):
-    inputs = padded(texts)
+    return generated(model, texts, new, **options).sequences[:, max(map(len, texts)) :].tolist()
+
+
+def generated(model, texts, new=20, **options):
     options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": 90, "pad_token_id": 0,
-               **options}  # fmt: skip
-    found = model.generate(**inputs, **options)
-    return found[:, inputs["input_ids"].size(1) :].tolist()
+               "output_scores": True, "return_dict_in_generate": True, **options}  # fmt: skip
+    return model.generate(**padded(texts), **options)
 
 
 @pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -122,7 +124,10 @@ def test_given_neighbors_are_those_of_the_prompts_chunks(models):
     assert their_tokens(theirs, texts, retriever=retriever, **both) == found
     alone = their_tokens(theirs, texts, **both)
     assert alone == their_tokens(theirs, texts, use_cache=False, **both)
-    assert alone != found
+    scores = [
+        generated(theirs, texts, **how).scores[-1] for how in ({"retriever": retriever}, both)
+    ]
+    assert not torch.equal(*scores)  # later chunks retrieve in one of them
     for use_cache in (True, False):
         some = {"retrieved_input_ids": given[:, :1], "use_cache": use_cache}
         assert their_tokens(theirs, texts, retriever=retriever, **some) == found
