@@ -57,7 +57,7 @@ def parallel(setting: Setting, findings: Findings) -> None:
     with setting.folder() as folder:
         # Pipeline stages draw initial weights of their own, so all layouts load these.
         train(setting, shape_of(setting), 1, folder, micro_batch_size=micro)
-        start = {"load": str(folder), "finetune": True, "micro_batch_size": micro}
+        start: dict[str, Any] = {"load": str(folder), "finetune": True, "micro_batch_size": micro}
         expected = train(setting, shape_of(setting), steps, **start).train_losses
         for name, (processes, flags) in LAYOUTS.items():
             with findings.part(name):
