@@ -103,9 +103,10 @@ def ranks(tmp_path_factory):
 
 def test_overlapped_communication_changes_nothing(ranks):
     losses = ranks[0][0]
-    assert losses["overlap"] == losses["plain"]
+    # The norm of the gradients is summed over other buckets.
+    assert losses["overlap"] == pytest.approx(losses["plain"], rel=2e-6)
     # A checkpoint holds the weights after the last step, not those before they were gathered.
-    assert losses["continued"] == losses["plain"][3:]
+    assert losses["continued"] == pytest.approx(losses["plain"][3:], rel=2e-6)
 
 
 def test_a_batch_ramp_gives_the_losses_of_one_process(ranks, megatron):
