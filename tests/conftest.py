@@ -83,3 +83,11 @@ def _seed(name: str) -> None:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         model_parallel_cuda_manual_seed(seed)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_scale_of_other_tests():
+    """Megatron keeps the scale of the experts' losses of a process's first use, and its shape."""
+    experts = sys.modules.get("megatron.core.transformer.moe.moe_utils")
+    if experts is not None:
+        experts.MoEAuxLossAutoScaler.main_loss_backward_scale = None

@@ -35,14 +35,6 @@ MODEL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_scale_of_other_tests(monkeypatch):
-    """Megatron keeps the losses' scale of the process's first use, and its shape."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
-
-
 def trainer_of(**changes):
     from retro_mcore.platform import setup_device
 
