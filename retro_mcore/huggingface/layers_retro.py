@@ -21,13 +21,6 @@ from .mlp_retro import RetroExperts, RetroMLP
 from .rotary_retro import Angles, Rotary
 
 
-def _normed(states: Tensor, epsilon: float) -> Tensor:
-    """States scaled to a mean square of 1 over the last dimension."""
-    wide = states.float()
-    mean_square = wide.square().mean(-1, keepdim=True)
-    return (wide * torch.rsqrt(mean_square + epsilon)).to(states.dtype)
-
-
 class _Sublayers(nn.Module):
     """How sublayers are added: x + f(Norm(x)), or DeepNorm's Norm(alpha * x + f(x)).
 
@@ -194,7 +187,7 @@ class RetroNeighborEncoder(nn.Module):
             `[N, K * R, encoder's D]`.
         """
         if self.config.retro_encoder_input == "normed":
-            embedded = _normed(embedded, self.config.norm_epsilon)
+            embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=self.config.norm_epsilon)
         states = embedded if self.input_projection is None else self.input_projection(embedded)
         angles = None
         if self.rotary is not None:

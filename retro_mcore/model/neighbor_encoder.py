@@ -84,7 +84,11 @@ class NeighborEncoder(TransformerBlock):
             `[R, K * B * L, encoder's D]`.
         """
         if self.config.retro_encoder_input == "normed":
-            embedded_neighbors = _normed(embedded_neighbors, self.config.layernorm_epsilon)
+            embedded_neighbors = torch.nn.functional.rms_norm(
+                embedded_neighbors,
+                embedded_neighbors.shape[-1:],
+                eps=self.config.layernorm_epsilon,
+            )
         if self.input_projection is not None:
             embedded_neighbors = self.input_projection(embedded_neighbors)
         rotary = None
@@ -108,10 +112,3 @@ class NeighborEncoder(TransformerBlock):
         # A missing neighbor attends to all of itself; the result is not read.
         mask = mask & ~mask.all(dim=1, keepdim=True)
         return mask[:, None, None, :]
-
-
-def _normed(states: Tensor, epsilon: float) -> Tensor:
-    """States scaled to a mean square of 1 over the last dimension."""
-    wide = states.float()
-    mean_square = wide.square().mean(-1, keepdim=True)
-    return (wide * torch.rsqrt(mean_square + epsilon)).to(states.dtype)
