@@ -100,12 +100,14 @@ class Change:
 RAW: dict[str, str | None] = {"--retro-encoder-input": "raw"}
 CHANGES = {
     "quickstart": Change(),
+    "keys of their own": Change({"--retro-cross-attention-keys": "own"}),
     "encoder of width 64": Change({"--retro-encoder-hidden-size": "64"}),
     "encoder of 2 layers": Change({"--retro-encoder-num-layers": "2"}),
     "cross-attention in layer 2": Change({"--retro-decoder-layers": "2"}),
     "cross-attention in layers 2, 4": Change({"--retro-decoder-layers": "2 4"}),
     "cross-attention in layers 2, 3, 4": Change({"--retro-decoder-layers": "2 3 4"}),
     "2 neighbors": Change({"--retro-num-neighbors": "2"}),
+    "4 neighbors": Change({"--retro-num-neighbors": "4"}),
     "without continuation": Change({"--retro-num-retrieved-chunks": "1"}),
     "no relative positions": Change({"--retro-cross-attention-positions": "none"}),
     "encoder's dropout of 0.1": Change(
@@ -118,6 +120,7 @@ CHANGES = {
     "cross-attention starts at 0": Change(adapt=start_at_zero),
     "no gradient to the embedding": Change(adapt=cut_embedding_gradient),
     "raw input": Change(RAW),
+    "raw input, keys of their own": Change({**RAW, "--retro-cross-attention-keys": "own"}),
     "raw input, encoder of width 64": Change({**RAW, "--retro-encoder-hidden-size": "64"}),
     "raw input ÷ initial deviation": Change(RAW, adapt=divide_by_deviation, stays=True),
     "raw input, normed output": Change(RAW, adapt=norm_encoded, stays=True),

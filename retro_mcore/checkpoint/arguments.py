@@ -10,6 +10,7 @@ from typing import Any
 from retro_mcore.checkpoint.bridge_config import BRIDGE_FILE
 from retro_mcore.checkpoint.contents import read_common
 from retro_mcore.errors import CheckpointError
+from retro_mcore.model.options import with_unstated
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def read_arguments(checkpoint: Path) -> dict[str, Any]:
         )
     arguments = vars(common["args"])
     if in_our_form(arguments) and not arguments["no_retrieval"]:
-        arguments = {"retro_encoder_input": "raw", **arguments}  # from before it was an option
+        arguments = with_unstated(arguments)
     return _with_layers_of_window(arguments, checkpoint)
 
 

@@ -152,11 +152,17 @@ class RetroCrossAttention(nn.Module):
         query = self.q_proj(states).unflatten(-1, (self.sizes.heads, -1)).transpose(1, 2)
         return self._rotate(query, positions)
 
-    def key_value(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N, T, D]` to keys, rotated to positions `[T]`, and values, `[N, G, T, C]` each."""
+    def key_value(
+        self, states: Tensor, positions: Tensor, key_states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`[N, T, D]` to keys, rotated to positions `[T]`, and values, `[N, G, T, C]` each. Keys
+        are of other states, if given."""
         key, value = (
-            projection(states).unflatten(-1, (self.sizes.groups, -1)).transpose(1, 2)
-            for projection in (self.k_proj, self.v_proj)
+            projection(of).unflatten(-1, (self.sizes.groups, -1)).transpose(1, 2)
+            for projection, of in (
+                (self.k_proj, states if key_states is None else key_states),
+                (self.v_proj, states),
+            )
         )
         return self._rotate(key, positions), value
 
@@ -191,6 +197,21 @@ class RetroChunkedCrossAttention(RetroCrossAttention):
     """The decoder's cross-attention: from a chunk's last token on, M positions attend to its
     neighbors."""
 
+    def neighbors_key_value(
+        self, neighbors: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `key_value`; a token's key may be that of the real token before it in its neighbor.
+
+        mask: bool `[N, T]`, True = real.
+        """
+        if self.config.retro_cross_attention_keys == "own":
+            return self.key_value(neighbors, positions)
+        has = positions > 0
+        if mask is not None:
+            has = has & mask.to(has.device).roll(1, 1)
+        before = neighbors.roll(1, 1).where(has[..., None], neighbors)
+        return self.key_value(neighbors, positions, before)
+
     def forward(  # type: ignore[override]
         self, states: Tensor, neighbors: Tensor | None, plan: ChunkPlan,
         cache: RetroCache | None, layer: int, past: int,
@@ -213,7 +234,7 @@ class RetroChunkedCrossAttention(RetroCrossAttention):
         if neighbors is not None:
             within = torch.arange(self.config.retrieved_length, device=states.device)
             positions = within.repeat(self.config.retro_num_neighbors)
-            key_value = self.key_value(neighbors, positions)
+            key_value = self.neighbors_key_value(neighbors, positions, plan.mask)
         if cache is not None:
             plan, key_value = cache.join_neighbors(layer, plan, key_value)
             if past and states.size(1) == 1:

@@ -51,6 +51,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "retro_chunk_alignment": ("left", "right"),
     "retro_encoder_residual": ("raw", "normed"),
     "retro_encoder_input": ("raw", "normed"),
+    "retro_cross_attention_keys": ("own", "previous"),
     "retro_cross_attention_positions": ("none", "rotary"),
     "sublayer_norms": ("pre", "post", "both"),
     "qk_layernorm_over": ("head", "all_heads"),
@@ -113,6 +114,7 @@ class RetroConfig(PretrainedConfig):
             there on are the lowest number. None: every row is a token.
         moe_layer_freq: Also Megatron's number N: experts in the first of every N layers.
         retro_encoder_input: "raw" unless given, as in models from before the option existed.
+        retro_cross_attention_keys: "own" unless given, for the same reason.
         retro_origin: Implementation whose numerics the next five follow unless given: None (the
             paper's), "mcore-0.15", "mcore-0.5" or "legacy".
         retro_chunk_alignment: Chunks start at the first token ("left") or end at the last one.
@@ -219,6 +221,7 @@ class RetroConfig(PretrainedConfig):
         retro_encoder_num_attention_heads: int | None = None,
         retro_encoder_ffn_hidden_size: int | None = None,
         retro_encoder_input: str | None = None,
+        retro_cross_attention_keys: str | None = None,
         retro_encoder_rotary_scaling: bool = False,
         retro_cross_attention_positions: str | None = None,
         retro_decoder_layers: list[int] | None = None,
@@ -321,6 +324,7 @@ class RetroConfig(PretrainedConfig):
         self.retro_encoder_num_attention_heads = retro_encoder_num_attention_heads
         self.retro_encoder_ffn_hidden_size = retro_encoder_ffn_hidden_size
         self.retro_encoder_input = retro_encoder_input or "raw"
+        self.retro_cross_attention_keys = retro_cross_attention_keys or "own"
         self.retro_encoder_rotary_scaling = retro_encoder_rotary_scaling
         self.retro_cross_attention_positions = retro_cross_attention_positions or "none"
         self.retro_decoder_layers = retro_decoder_layers

@@ -251,7 +251,7 @@ def _attend(
     number = layer.layer_number
     key_value = None
     if neighbors is not None:
-        key_value = layer.join_neighbors(layer.rotate_keys(layer.project_key_value(neighbors)))
+        key_value = layer.project_neighbors(neighbors, context.current.chunk_mask)
         context.remember_neighbors(number, key_value)
     if not context.current.is_step:
         assert key_value is not None

@@ -102,7 +102,7 @@ class ChunkedCrossAttention(RetroCrossAttention):
         # The attending tokens start with their chunk's last one.
         attended_MBLX = self.attend(
             self.rotate(cut.split(query_SBHC), first=self.config.retro_chunk_length - 1),
-            self.join_neighbors(self.rotate_keys(self.project_key_value(key_value_states))),
+            self.project_neighbors(key_value_states, attention_mask),
             mask,
         )
         all_BL = attended_MBLX.new_ones(attended_MBLX.size(1), dtype=torch.bool)
@@ -129,6 +129,32 @@ class ChunkedCrossAttention(RetroCrossAttention):
             output, bias = output * gate, None if bias is None else bias * gate
         attended = {"output": output, "bias": bias, "attends": attends_SB1}
         return {**attended, "context": key_value_states}
+
+    def project_neighbors(self, encoded: Tensor, mask: Tensor | None) -> Tensor:
+        """Keys and values of encoded neighbors, a chunk's in a row.
+
+        With `retro_cross_attention_keys` "previous" a value lies at the key of the token before: a
+        token that matches is answered with what followed it, as in kNN-LM's datastore (Khandelwal
+        et al. 2020, section 2). With keys of their own, the encoder must first learn to carry the
+        token before along (Olsson et al. 2022, "smeared keys"). A token after padding, and a
+        neighbor's first one, keep their own key.
+
+        Args:
+            encoded: `[R, K * B * L, encoder's D]`.
+            mask: bool `[K * B * L, R]`, True = padding.
+
+        Returns:
+            `[R * K, B * L, G, 2, C]`.
+        """
+        key_value = self.project_key_value(encoded)
+        if self.config.retro_cross_attention_keys == "previous":
+            key, value = key_value.unbind(dim=-2)
+            before = torch.cat((key[:1], key[:-1]))
+            if mask is not None and self.config.retro_mask_padding:
+                after_padding = mask.t().roll(1, dims=0)  # the first row: its own key either way
+                before = key.where(after_padding[:, :, None, None], before)
+            key_value = torch.stack((before, value), dim=-2)
+        return self.join_neighbors(self.rotate_keys(key_value))
 
     def _encode(
         self, encoder: NeighborEncoder, embedded: Tensor, hidden_states: Tensor, mask: Tensor | None

@@ -14,11 +14,12 @@ from retro_mcore.model.decoder_config import DecoderConfig
 from retro_mcore.model.family_options import plain_options
 from retro_mcore.model.option_traits import at_least, by_origin, not_an_option, out_of_range, stated
 from retro_mcore.model.options import (
+    CHANGED_DEFAULTS,
     ORIGINS,
     ModelOptions,
     Origin,
     RetroOptions,
-    default_encoder_input,
+    changed_defaults,
 )
 from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.platform.compatibility import allow_norm_recomputation, config_value
@@ -109,7 +110,7 @@ class RetroConfig(RetroOptions, DecoderConfig):
             "retro_encoder_cross_attention_dropout": kwargs.get(
                 "attention_dropout", cls.attention_dropout
             ),
-            "retro_encoder_input": default_encoder_input(origin),
+            **changed_defaults(origin),
         }
         return cls(**{**values_of_origin(origin), **options, **kwargs})
 
@@ -128,8 +129,9 @@ class RetroConfig(RetroOptions, DecoderConfig):
             allow_norm_recomputation()
         if self.retro_cross_attention_positions is None:
             self.retro_cross_attention_positions = "none"
-        if self.retro_encoder_input is None:
-            self.retro_encoder_input = default_encoder_input(None)
+        for name, value in changed_defaults(None).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         check_all(
             partial(check_rates, self),
             *(partial(self._validate_minimum, *each) for each in self._minimums()),
@@ -263,7 +265,7 @@ class RetroConfig(RetroOptions, DecoderConfig):
             "retro_chunk_alignment": ("left", "right"),
             "retro_encoder_residual": ("raw", "normed"),
             "retro_cross_attention_positions": ("none", "rotary"),
-            "retro_encoder_input": ("raw", "normed"),
+            **CHANGED_DEFAULTS,
         }.items():
             if getattr(self, name) not in choices:
                 raise ConfigurationError(name, f"{getattr(self, name)!r}", f"Use one of {choices}")

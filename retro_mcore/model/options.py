@@ -42,6 +42,10 @@ def _is_raw(value: Any, flags: Mapping[str, Any]) -> bool:
     return value in (None, "raw")
 
 
+def _is_own(value: Any, flags: Mapping[str, Any]) -> bool:
+    return value in (None, "own")
+
+
 def _is_decoders_dropout(value: Any, flags: Mapping[str, Any]) -> bool:
     return value is None or value == flags.get("attention_dropout")
 
@@ -240,6 +244,12 @@ class RetroOptions:
     """Embedded tokens as they enter the neighbor encoder. normed: scaled to a mean square of 1, so
     that small embeddings are not lost among what the layers add. raw: as they are. Default: normed,
     and raw with --retro-origin."""
+    retro_cross_attention_keys: Literal["own", "previous"] | None = field(
+        default=None, metadata=ours(_is_own, sets="config", absent="own")
+    )
+    """What the decoder finds a retrieved token by. previous: the encoded token before it, so that
+    what follows a match is read. own: itself, as in the paper. Default: previous, and own with
+    --retro-origin."""
     retro_encoder_rotary_scaling: bool = field(
         default=False, metadata=ours(_is_off, sets="config", absent=False)
     )
@@ -301,9 +311,22 @@ class ModelOptions(RetroOptions, DecoderOptions):
         raise_problems([*problems_of_experts(self, self.num_layers)])
 
 
-def default_encoder_input(origin: Origin | None) -> Literal["raw", "normed"]:
-    """Value of `retro_encoder_input` that is not given."""
-    return "normed" if origin is None else "raw"
+#: Options whose default changed: the value of models that do not state them (older checkpoints and
+#: Megatron's implementations), and of new models.
+CHANGED_DEFAULTS = {
+    "retro_encoder_input": ("raw", "normed"),
+    "retro_cross_attention_keys": ("own", "previous"),
+}
+
+
+def changed_defaults(origin: Origin | None) -> dict[str, str]:
+    """Values of the options of `CHANGED_DEFAULTS` that are not given."""
+    return {name: new if origin is None else old for name, (old, new) in CHANGED_DEFAULTS.items()}
+
+
+def with_unstated(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A Retro checkpoint's arguments with the values that it has without stating them."""
+    return {**{name: old for name, (old, _) in CHANGED_DEFAULTS.items()}, **arguments}
 
 
 @dataclass(kw_only=True)
@@ -327,5 +350,6 @@ class ModelArguments(ModelOptions):
 
     def __post_init__(self) -> None:
         # Stated, because checkpoints from before the option have another value than new models.
-        if self.retro_encoder_input is None and not self.no_retrieval:
-            self.retro_encoder_input = default_encoder_input(self.retro_origin)
+        for name, value in changed_defaults(self.retro_origin).items():
+            if getattr(self, name) is None and not self.no_retrieval:
+                setattr(self, name, value)

@@ -50,7 +50,7 @@ from retro_mcore.model.config import RetroConfig, values_of_origin
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.option_traits import passed_to
-from retro_mcore.model.options import DecoderOptions, default_encoder_input
+from retro_mcore.model.options import DecoderOptions, changed_defaults, with_unstated
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform.compatibility import results_through_a_file, takes_configurations
 from retro_mcore.project.config import SPLITS
@@ -111,8 +111,9 @@ def model_provider(
     check_arguments(args)
     set_tokenizer(args)
     retrieves = args.retro_add_retriever
-    if retrieves and args.retro_encoder_input is None:
-        args.retro_encoder_input = _encoder_input(args)
+    if retrieves:
+        for name, value in _unstated(args).items():
+            setattr(args, name, value)
     if config is None or (retrieves and not isinstance(config, RetroConfig)):
         config = _config(args)
     engine = getattr(args, "transformer_impl", "local") == "transformer_engine"
@@ -133,19 +134,19 @@ def model_provider(
     return (RetroModel if retrieves else DecoderModel)(config, spec, **sizes)
 
 
-def _encoder_input(args: argparse.Namespace) -> str:
-    """`retro_encoder_input` of the checkpoint to load, or of a new model.
-
-    Megatron-LM does not compare it, and models from before the option are raw.
-    """
+def _unstated(args: argparse.Namespace) -> dict[str, str]:
+    """Options that were not given and whose default changed: their values in the checkpoint to
+    load, which Megatron-LM does not compare, or those of a new model."""
     saved = None
     if getattr(args, "load", None):
         checkpoint = existing_checkpoint(args.load, getattr(args, "ckpt_step", None))
         if checkpoint is not None and is_torch_dist(checkpoint):
             saved = read_common(checkpoint).get("args")
+    values = changed_defaults(args.retro_origin)
     if getattr(saved, "retro_add_retriever", not getattr(saved, "no_retrieval", True)):
-        return getattr(saved, "retro_encoder_input", None) or "raw"
-    return default_encoder_input(args.retro_origin)
+        stated = {name: getattr(saved, name, None) for name in values}
+        values = with_unstated({name: value for name, value in stated.items() if value})
+    return {name: value for name, value in values.items() if getattr(args, name) is None}
 
 
 def _config(args: argparse.Namespace) -> Any:

@@ -105,12 +105,23 @@ class RetroReference:
         query = self.linear(normed, name + "linear_q.").unflatten(-1, (-1, channels))
         key_value = self.linear(states, name + "linear_kv.")
         key, value = key_value.unflatten(-1, (-1, 2, channels)).unbind(-2)
+        if first and self.config.retro_cross_attention_keys == "previous":
+            key = self.keys_before(key, mask)
         if self.config.retro_cross_attention_positions == "rotary":
             # Each neighbor's tokens count from 0, as do those of a chunk.
             length = self.config.retro_retrieved_length if first else len(key)
             key = torch.cat([self.rotate(part, whole=True) for part in key.split(length)])
             query = self.rotate(query, first, whole=True)
         return self.linear(self.attend(query, key, value, mask), name + "linear_proj.")
+
+    def keys_before(self, key, mask):
+        """Of the token before in the same neighbor, unless that is padding or there is none."""
+        rows = []
+        for place in range(len(key)):
+            first = place % self.config.retro_retrieved_length == 0
+            own = first or (mask is not None and bool(mask[place - 1]))
+            rows.append(key[place if own else place - 1])
+        return torch.stack(rows)
 
     def self_attention(self, hidden, name, causal=False, rope=False, mask=None):
         channels, groups = self.sizes(name).kv_channels, self.sizes(name).num_query_groups

@@ -29,6 +29,7 @@ LATER = (
         | {"window_attn_skip_freq", "geglu", "retro_encoder_rotary_scaling", *EXPERT_OPTIONS}
     ),
     frozenset({"retro_encoder_input"}),
+    frozenset({"retro_cross_attention_keys"}),
 )
 #: Tokens that begin and end documents, as our checkpoints record them.
 DOCUMENT_TOKENS = "document_tokens"

@@ -24,7 +24,7 @@ from retro_mcore.checkpoint.torch_format import write_torch_format
 from retro_mcore.checkpoint.tracker import RELEASE, TRACKER, checkpoint_path
 from retro_mcore.errors import CheckpointError, ConfigurationError
 from retro_mcore.model.option_traits import MEGATRON, Implementation, names_there
-from retro_mcore.model.options import DecoderOptions
+from retro_mcore.model.options import CHANGED_DEFAULTS, DecoderOptions
 from retro_mcore.project.atomic import atomic_write
 
 _ORIGINS = {
@@ -109,7 +109,7 @@ def _lacked(target: Target, flags: Flags) -> Iterator[str]:
         code = "megatron-gpt" if gpt else "megatron-retro"
     for name, traits in MODEL_FIELDS.items():
         used = traits.gpt == "same" or not gpt
-        if name == "retro_encoder_input" and flags.get("retro_origin") is None:
+        if name in CHANGED_DEFAULTS and flags.get("retro_origin") is None:
             continue  # one of the paper's differences, which are refused together
         if used and traits.is_lost(flags.get(name, traits.absent), flags, code):
             yield name

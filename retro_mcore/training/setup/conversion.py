@@ -21,7 +21,7 @@ from retro_mcore.checkpoint.conversion.targets import (
 )
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import CheckpointError
-from retro_mcore.model.options import default_encoder_input
+from retro_mcore.model.options import changed_defaults
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.lock import directory_lock
 from retro_mcore.project.paths import ProjectPaths
@@ -86,8 +86,7 @@ def convert(
     checkpoint = open_checkpoint(load)
     flags = {**checkpoint.flags, **given}
     if origin_given and flags["retro_origin"] != checkpoint.flags.get("retro_origin"):
-        of_origin = {"retro_encoder_input": default_encoder_input(flags["retro_origin"])}
-        flags = {**flags, **of_origin, **given}
+        flags = {**flags, **changed_defaults(flags["retro_origin"]), **given}
     _check_vocabulary(load, flags, given, project_dir)
     check_window(target, flags)
     arguments = complete_arguments(flags, load)

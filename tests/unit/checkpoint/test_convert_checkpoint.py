@@ -17,6 +17,7 @@ import torch
 
 from retro_mcore.checkpoint.checksums import CHECKSUMS_FILE
 from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError
+from retro_mcore.model.options import CHANGED_DEFAULTS
 from retro_mcore.project.lock import directory_lock
 from tests.unit.checkpoint.bridge_checkpoint import give_bridges_configuration
 from tests.unit.checkpoint.test_upstream import load_case, run_case
@@ -390,27 +391,33 @@ def megatron_lm_arguments(path: Path, **changes) -> None:
     (path / CHECKSUMS_FILE).unlink()  # Megatron-LM writes none
 
 
+@pytest.mark.parametrize("name", CHANGED_DEFAULTS)
 @pytest.mark.parametrize("trainer", ["ours", "Megatron-LM's"])
-def test_models_from_before_the_encoders_input_was_normed_keep_theirs(one_step, tmp_path, trainer):
-    from retro_mcore.training.providers import _encoder_input
+def test_models_from_before_a_default_changed_keep_theirs(one_step, tmp_path, trainer, name):
+    from retro_mcore.training.providers import _unstated
 
+    old, new = CHANGED_DEFAULTS[name]
+    not_given = dict.fromkeys(CHANGED_DEFAULTS)
     shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     (path,) = tmp_path.glob("iter_*")
     if trainer == "ours":
         (path / CHECKSUMS_FILE).unlink()
     else:
         megatron_lm_arguments(path)
-    args = Namespace(load=str(tmp_path), retro_origin=None)
+    args = Namespace(load=str(tmp_path), retro_origin=None, **not_given)
     saved = torch.load(path / "common.pt", weights_only=False)
-    for stated in ("normed", "raw"):
-        saved["args"].retro_encoder_input = stated
+    for stated in (new, old):
+        setattr(saved["args"], name, stated)
         torch.save(saved, path / "common.pt")
-        assert built(tmp_path)[0].config.retro_encoder_input == _encoder_input(args) == stated
-    del saved["args"].retro_encoder_input
+        assert getattr(built(tmp_path)[0].config, name) == _unstated(args)[name] == stated
+    delattr(saved["args"], name)
     torch.save(saved, path / "common.pt")
-    assert built(tmp_path)[0].config.retro_encoder_input == _encoder_input(args) == "raw"
-    assert _encoder_input(Namespace(load=None, retro_origin=None)) == "normed"
-    assert _encoder_input(Namespace(load=None, retro_origin="legacy")) == "raw"
+    assert getattr(built(tmp_path)[0].config, name) == _unstated(args)[name] == old
+    assert name not in _unstated(
+        Namespace(load=None, retro_origin=None, **{**not_given, name: old})
+    )
+    assert _unstated(Namespace(load=None, retro_origin=None, **not_given))[name] == new
+    assert _unstated(Namespace(load=None, retro_origin="legacy", **not_given))[name] == old
 
 
 def test_a_checkpoint_of_megatron_lm_is_read(one_step, tmp_path, caplog):

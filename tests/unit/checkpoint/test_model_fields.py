@@ -171,6 +171,7 @@ FLAGS = {
     [
         {"retro_cross_attention_positions": "rotary"},
         {"retro_encoder_input": "normed"},
+        {"retro_cross_attention_keys": "previous"},
         {"retro_encoder_hidden_size": 16},
         {"retro_encoder_num_attention_heads": 2},
         {"retro_encoder_num_attention_heads": 4, "num_query_groups": 2},
@@ -258,6 +259,7 @@ def test_a_gate_goes_to_the_code_that_has_one(gate):
     [
         {"retro_cross_attention_positions": "none"},
         {"retro_encoder_input": "raw"},
+        {"retro_cross_attention_keys": "own"},
         {"retro_encoder_hidden_size": 32},
         {"retro_encoder_num_attention_heads": 4},
         {"retro_encoder_ffn_hidden_size": 128},

@@ -64,6 +64,7 @@ CASES = {
                                           "num_query_groups": 2},
     "retro_encoder_ffn_hidden_size": {"retro_encoder_ffn_hidden_size": 24},
     "retro_encoder_input": {"retro_encoder_input": "raw"},
+    "retro_cross_attention_keys": {"retro_cross_attention_keys": "own"},
     "retro_encoder_rotary_scaling": {
         "retro_encoder_rotary_scaling": True, "retro_encoder_hidden_size": 16,
         "use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2.0, "kv_channels": 32,

@@ -124,7 +124,11 @@ def test_a_closed_gate_is_retrieval_off(model):
 
 def test_relative_positions_tell_where_a_neighbors_token_stands(megatron):
     """Without any positions inside the encoder the order of a neighbor's tokens is invisible."""
-    fields = {"retro_encoder_positions": False, "position_embedding_type": "rope"}
+    fields = {
+        "retro_encoder_positions": False,
+        "position_embedding_type": "rope",
+        "retro_cross_attention_keys": "own",  # those of the token before tell who comes before whom
+    }
     blind = build_model(**fields).double()
     seeing = build_model(**fields, retro_cross_attention_positions="rotary").double()
     inputs = {**make_inputs(blind.config), "mask": None}

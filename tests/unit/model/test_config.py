@@ -49,6 +49,7 @@ def test_default_rule_for_retro_layers(megatron, num_layers, expected):
         ({"retro_encoder_residual": "none"}, "retro_encoder_residual"),
         ({"retro_cross_attention_positions": "alibi"}, "retro_cross_attention_positions"),
         ({"retro_encoder_input": "scaled"}, "retro_encoder_input"),
+        ({"retro_cross_attention_keys": "next"}, "retro_cross_attention_keys"),
         ({"retro_encoder_hidden_size": 30}, "retro_encoder_hidden_size"),
         (
             {"retro_encoder_num_attention_heads": 1, "tensor_model_parallel_size": 2},
