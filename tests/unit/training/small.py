@@ -95,13 +95,14 @@ def small_plan(**changes: Any) -> Any:
     return make_plan(small_options(**changes), small_project(), VOCABULARY)
 
 
-def small_trainer(**changes: Any) -> Any:
+def small_trainer(samples: Any = None, **changes: Any) -> Any:
     from retro_mcore.platform import setup_device
 
     device = setup_device("cpu")  # before megatron is imported
     from retro_mcore.training.loop.trainer import Trainer
 
-    return Trainer(small_plan(**changes), RandomSamples(TRAIN_SAMPLES), RandomSamples(8), device)
+    samples = samples or RandomSamples(TRAIN_SAMPLES)
+    return Trainer(small_plan(**changes), samples, RandomSamples(8), device)
 
 
 def train(**changes: Any) -> Any:
