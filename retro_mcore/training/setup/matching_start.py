@@ -40,7 +40,7 @@ TOKENS_PER_CHANNEL = 32
 #: Expected score (before the softmax) of a token's query and the key of the same token.
 MATCH = 16.0
 #: What attention to one token adds, in root mean squares of the hidden states; the best is taken.
-GAINS = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+GAINS = (0.0, *(2.0**power for power in range(-6, 4)))
 #: Samples on which the gain is chosen.
 SAMPLES_OF_GAIN = 4
 
@@ -127,6 +127,15 @@ def check_can_match(plan: TrainingPlan) -> None:
                     flag_of(name), f"{found}, given with --retro-matching-start", hint
                 )
             )
+    retrieved = arguments.retro_chunk_length * arguments.retro_num_retrieved_chunks
+    if plan.sequence_length < retrieved:
+        problems.append(
+            ConfigurationError(
+                "--retro-matching-start",
+                f"given with samples of {plan.sequence_length} tokens, shorter than a neighbor",
+                f"It needs --seq-length {retrieved} or more",
+            )
+        )
     if arguments.no_retrieval:
         problems.append(
             ConfigurationError("--no-retrieval", "given with --retro-matching-start", "Choose one")
@@ -216,27 +225,25 @@ class _Sums:
         assert length is not None  # set by the configuration
         batch_size, text_length = batch.tokens.shape
         windows = batch_size * (text_length // length)
-        windows -= windows % neighbors
-        if not windows:
-            return
         reads, streams = self._read_text(batch)
 
         def cut(states_BS: Tensor) -> Tensor:
             """`[B, S, ...]` to `[windows, R, ...]`."""
             parts = states_BS[:, : text_length // length * length]
-            return parts.unflatten(1, (-1, length)).flatten(0, 1)[:windows]
+            return parts.unflatten(1, (-1, length)).flatten(0, 1)
 
         tokens = cut(batch.tokens)
-        places = torch.arange(length, device=tokens.device).expand_as(tokens)
-        chunks = windows // neighbors
+        chunks = -(-windows // neighbors)  # the encoder takes K neighbors of each
+        filled = torch.cat((tokens, tokens[:1].expand(chunks * neighbors - windows, -1)))
+        places = torch.arange(length, device=tokens.device).expand_as(filled)
         nothing = torch.zeros(
             chunks * config.retro_chunk_length, 1, config.hidden_size,
             dtype=config.params_dtype, device=tokens.device,
         )  # fmt: skip
         assert model.neighbor_encoder is not None
-        encoded = model.neighbor_encoder(model.embedding(tokens, places), nothing)
+        encoded = model.neighbor_encoder(model.embedding(filled, places), nothing)
         kept = cut(batch.loss_mask) > 0
-        encoded = encoded.transpose(0, 1)[kept].double()
+        encoded = encoded.transpose(0, 1)[:windows][kept].double()
         rows = output_rows(model, tokens[kept])
         self.count += len(encoded)
         self.encoded += encoded.t() @ encoded
