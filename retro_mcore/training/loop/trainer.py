@@ -76,7 +76,7 @@ from retro_mcore.training.setup.initialize import (
     set_batch_sizes,
     set_seeds,
 )
-from retro_mcore.training.setup.matching_start import start_by_matching
+from retro_mcore.training.setup.matching_start import check_can_match, start_by_matching
 from retro_mcore.training.setup.plan import TrainingPlan
 from retro_mcore.training.setup.retrofit import load_decoder
 from retro_mcore.training.setup.saved_arguments import saved_arguments
@@ -117,7 +117,9 @@ class Trainer:
                 use_deterministic_algorithms()
             checkpoint = checkpoint_to_resume(plan)
             saved = {} if checkpoint is None else saved_arguments(checkpoint)
-            if checkpoint is not None:
+            if checkpoint is None:
+                check_can_match(plan)
+            else:
                 plan = plan.with_vocabulary_of(saved)
                 if load_scope(plan).progress:
                     check_order(saved, train_samples, checkpoint)

@@ -73,13 +73,9 @@ def start_by_matching(
         plan: The run's plan.
         samples: The training samples; the first of them are read.
         device: The model's.
-
-    Raises:
-        ConfigurationError: the model's options do not let its tokens match. Names all flags.
     """
     if not plan.options.retro_matching_start:
         return None
-    check_can_match(plan)
     (model,) = cast("Sequence[RetroModel]", models)
     _copy_layers(model)
     was_training = model.training
@@ -95,13 +91,15 @@ def start_by_matching(
 
 
 def check_can_match(plan: TrainingPlan) -> None:
-    """Reject options under which a retrieved token would not match.
+    """Reject options under which a retrieved token would not match, if it is asked for.
 
     Raises:
         ConfigurationError: naming the flag.
         SeveralErrors: naming all of them.
     """
     options, arguments = plan.options, plan.arguments
+    if not options.retro_matching_start:
+        return
     needed = {
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
