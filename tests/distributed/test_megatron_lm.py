@@ -44,7 +44,7 @@ TP2 = """--tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-di
 OPTIONS = """--retro-attention-gate 0.5 --retro-num-neighbors 1 --retro-num-retrieved-chunks 1
 --retro-encoder-layers 3 --retro-encoder-cross-attention-dropout 0.3 --retro-encoder-hidden-size 16
 --retro-encoder-num-attention-heads 2 --retro-encoder-ffn-hidden-size 24
---retro-encoder-input normed --retro-encoder-rotary-scaling
+--retro-encoder-input normed --retro-encoder-rotary-scaling --retro-cross-attention-keys previous
 --retro-cross-attention-positions rotary --retro-deepnorm --retro-mup-base-hidden-size 16
 --retro-mup-base-kv-channels 8 --retro-origin legacy --retro-drop-chunks 0.1
 --retro-drop-neighbors 0.2 --retro-replace-neighbors 0.3 --retro-replace-tokens 0.4"""
