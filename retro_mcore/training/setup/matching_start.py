@@ -216,6 +216,7 @@ class _Sums:
         self.inputs_by_encoded = [blank.clone() for _ in self.layers]
         self.residual = 0.0
 
+    @torch.no_grad()
     def add(self, batch: RetroBatch) -> None:
         """Read a batch's text, and its windows of R tokens as if they were neighbors."""
         config, model = self.model.config, self.model
