@@ -50,8 +50,8 @@ class MatchingStart:
     """What was fitted.
 
     Attributes:
-        found: Per cross-attention, share of the encoded token's variance that its input explains.
-        written: Share of the output rows' variance that values explain.
+        found: Per cross-attention, share of the encoded tokens' squares that its input explains.
+        written: Share of the output rows' squares that values explain.
         gain: The gain, of `GAINS`.
         losses: Nats per token for the gains that were tried, the first one without retrieval.
     """
@@ -114,6 +114,7 @@ def check_can_match(plan: TrainingPlan) -> None:
     }
     one_process = "Fit in one process (--train-iters 1); then --load it with --finetune on several"
     hints = dict.fromkeys(list(needed)[:3], one_process)
+    hints["num_experts"] = "Leave --retro-matching-start out"  # the GPT has them
     problems = []
     for name, values in needed.items():
         allowed = values if isinstance(values, tuple) else (values,)
@@ -172,7 +173,7 @@ def _fit(
     wanted = TOKENS_PER_CHANNEL * model.config.hidden_size
     number = min(len(samples), max(SAMPLES_OF_GAIN, -(-wanted // plan.sequence_length)))
     sums = _Sums(model, device)
-    for batch in _batches(plan, samples, number, device):
+    for batch in _batches(plan, samples, number, device, retrieval=False):
         sums.add(batch)
     attentions = [layer.cross_attention for layer in _retro_layers(model)]
     lookups = _lookups(attentions[0], plan.project.retro_gpt_seed, device)
@@ -183,7 +184,7 @@ def _fit(
     for attention in attentions:
         output, written = _fit_value(attention, sums)
     last, size = attentions[-1], sums.residual_size()
-    few = list(_batches(plan, samples, min(number, SAMPLES_OF_GAIN), device))
+    few = list(_batches(plan, samples, min(number, SAMPLES_OF_GAIN), device, retrieval=True))
 
     def loss(gain: float) -> float:
         last.linear_proj.weight.copy_(output * (gain * size))
@@ -195,11 +196,11 @@ def _fit(
 
 
 def _batches(
-    plan: TrainingPlan, samples: Samples, number: int, device: torch.device
+    plan: TrainingPlan, samples: Samples, number: int, device: torch.device, retrieval: bool
 ) -> Iterator[RetroBatch]:
-    """The first samples, the same on all ranks."""
+    """The first samples, the same on all ranks; without `retrieval` neighbors are not read."""
     sampler = MicroBatchSampler(0, number, plan.options.micro_batch_size, 0, 1, keep_rest=True)
-    return read_batches(NumberedSamples(samples), sampler, 0, device)
+    return read_batches(NumberedSamples(samples, retrieval), sampler, 0, device)
 
 
 class _Sums:
