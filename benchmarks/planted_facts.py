@@ -152,9 +152,6 @@ def train(project: Path, folder: Path, seed: int) -> Path:
         retro_decoder_layers=[2],
         retro_num_neighbors=NUM_NEIGHBORS,
         retro_num_retrieved_chunks=1,
-        # A code does not follow its name in a fact, as it does in the question: with keys of the
-        # token before, nothing is learned in as many iterations (decision 0034).
-        retro_cross_attention_keys="own",
         retro_encoder_num_layers=1,
         retro_encoder_hidden_dropout=0.0,
         retro_encoder_attention_dropout=0.0,

@@ -153,17 +153,18 @@ class RetroCrossAttention(nn.Module):
         return self._rotate(query, positions)
 
     def key_value(
-        self, states: Tensor, positions: Tensor, key_states: Tensor | None = None
+        self, states: Tensor, positions: Tensor, of_previous: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`[N, T, D]` to keys, rotated to positions `[T]`, and values, `[N, G, T, C]` each. Keys
-        are of other states, if given."""
+        """`[N, T, D]` to keys, rotated to positions `[T]`, and values, `[N, G, T, C]` each.
+
+        of_previous: bool, broadcastable to `[N, G, T]`, which keys are those of the token before.
+        """
         key, value = (
-            projection(of).unflatten(-1, (self.sizes.groups, -1)).transpose(1, 2)
-            for projection, of in (
-                (self.k_proj, states if key_states is None else key_states),
-                (self.v_proj, states),
-            )
+            projection(states).unflatten(-1, (self.sizes.groups, -1)).transpose(1, 2)
+            for projection in (self.k_proj, self.v_proj)
         )
+        if of_previous is not None:
+            key = key.roll(1, 2).where(of_previous[..., None], key)
         return self._rotate(key, positions), value
 
     def _rotate(self, states: Tensor, positions: Tensor) -> Tensor:
@@ -206,11 +207,13 @@ class RetroChunkedCrossAttention(RetroCrossAttention):
         """
         if self.config.retro_cross_attention_keys == "own":
             return self.key_value(neighbors, positions)
-        has = positions > 0
+        of_previous = (positions > 0)[None, None]
         if mask is not None:
-            has = has & mask.to(has.device).roll(1, 1)
-        before = neighbors.roll(1, 1).where(has[..., None], neighbors)
-        return self.key_value(neighbors, positions, before)
+            of_previous = of_previous & mask.to(of_previous.device).roll(1, 1)[:, None]
+        if self.config.retro_cross_attention_keys == "mixed":
+            groups = torch.arange(self.sizes.groups, device=of_previous.device)
+            of_previous = of_previous & (groups % 4 != 1)[:, None]
+        return self.key_value(neighbors, positions, of_previous)
 
     def forward(  # type: ignore[override]
         self, states: Tensor, neighbors: Tensor | None, plan: ChunkPlan,

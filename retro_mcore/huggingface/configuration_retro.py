@@ -51,7 +51,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "retro_chunk_alignment": ("left", "right"),
     "retro_encoder_residual": ("raw", "normed"),
     "retro_encoder_input": ("raw", "normed"),
-    "retro_cross_attention_keys": ("own", "previous"),
+    "retro_cross_attention_keys": ("own", "previous", "mixed"),
     "retro_cross_attention_positions": ("none", "rotary"),
     "sublayer_norms": ("pre", "post", "both"),
     "qk_layernorm_over": ("head", "all_heads"),

@@ -137,7 +137,7 @@ class ChunkedCrossAttention(RetroCrossAttention):
         token that matches is answered with what followed it, as in kNN-LM's datastore (Khandelwal
         et al. 2020, section 2). With keys of their own, the encoder must first learn to carry the
         token before along (Olsson et al. 2022, "smeared keys"). A token after padding, and a
-        neighbor's first one, keep their own key.
+        neighbor's first one, keep their own key. "mixed": see `_own_keys`.
 
         Args:
             encoded: `[R, K * B * L, encoder's D]`.
@@ -147,14 +147,22 @@ class ChunkedCrossAttention(RetroCrossAttention):
             `[R * K, B * L, G, 2, C]`.
         """
         key_value = self.project_key_value(encoded)
-        if self.config.retro_cross_attention_keys == "previous":
+        if self.config.retro_cross_attention_keys != "own":
             key, value = key_value.unbind(dim=-2)
             before = torch.cat((key[:1], key[:-1]))
             if mask is not None and self.config.retro_mask_padding:
                 after_padding = mask.t().roll(1, dims=0)  # the first row: its own key either way
                 before = key.where(after_padding[:, :, None, None], before)
+            if self.config.retro_cross_attention_keys == "mixed":
+                before = key.where(self._own_keys(key), before)
             key_value = torch.stack((before, value), dim=-2)
         return self.join_neighbors(self.rotate_keys(key_value))
+
+    def _own_keys(self, key: Tensor) -> Tensor:
+        """Which of this rank's query groups keep their own keys when they are mixed, bool `[G, 1]`:
+        the second of every four. A single group has none."""
+        groups = torch.arange(key.size(-2), device=key.device)
+        return ((self.pg_collection.tp.rank() * key.size(-2) + groups) % 4 == 1)[:, None]
 
     def _encode(
         self, encoder: NeighborEncoder, embedded: Tensor, hidden_states: Tensor, mask: Tensor | None

@@ -14,7 +14,6 @@ from retro_mcore.model.decoder_config import DecoderConfig
 from retro_mcore.model.family_options import plain_options
 from retro_mcore.model.option_traits import at_least, by_origin, not_an_option, out_of_range, stated
 from retro_mcore.model.options import (
-    CHANGED_DEFAULTS,
     ORIGINS,
     ModelOptions,
     Origin,
@@ -265,7 +264,8 @@ class RetroConfig(RetroOptions, DecoderConfig):
             "retro_chunk_alignment": ("left", "right"),
             "retro_encoder_residual": ("raw", "normed"),
             "retro_cross_attention_positions": ("none", "rotary"),
-            **CHANGED_DEFAULTS,
+            "retro_encoder_input": ("raw", "normed"),
+            "retro_cross_attention_keys": ("own", "previous", "mixed"),
         }.items():
             if getattr(self, name) not in choices:
                 raise ConfigurationError(name, f"{getattr(self, name)!r}", f"Use one of {choices}")

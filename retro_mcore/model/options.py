@@ -244,11 +244,12 @@ class RetroOptions:
     """Embedded tokens as they enter the neighbor encoder. normed: scaled to a mean square of 1, so
     that small embeddings are not lost among what the layers add. raw: as they are. Default: normed,
     and raw with --retro-origin."""
-    retro_cross_attention_keys: Literal["own", "previous"] | None = field(
+    retro_cross_attention_keys: Literal["own", "previous", "mixed"] | None = field(
         default=None, metadata=ours(_is_own, sets="config", absent="own")
     )
-    """What the decoder finds a retrieved token by. previous: the encoded token before it, so that
-    what follows a match is read. own: itself, as in the paper. Default: previous, and own with
+    """What the decoder finds a retrieved token by. own: itself, as in the paper. previous: the
+    encoded token before it, so that what follows a match is read. mixed: itself in the second of
+    every four query groups, the one before in the others. Default: mixed, and own with
     --retro-origin."""
     retro_encoder_rotary_scaling: bool = field(
         default=False, metadata=ours(_is_off, sets="config", absent=False)
@@ -315,7 +316,7 @@ class ModelOptions(RetroOptions, DecoderOptions):
 #: Megatron's implementations), and of new models.
 CHANGED_DEFAULTS = {
     "retro_encoder_input": ("raw", "normed"),
-    "retro_cross_attention_keys": ("own", "previous"),
+    "retro_cross_attention_keys": ("own", "mixed"),
 }
 
 

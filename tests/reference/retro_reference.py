@@ -105,8 +105,11 @@ class RetroReference:
         query = self.linear(normed, name + "linear_q.").unflatten(-1, (-1, channels))
         key_value = self.linear(states, name + "linear_kv.")
         key, value = key_value.unflatten(-1, (-1, 2, channels)).unbind(-2)
-        if first and self.config.retro_cross_attention_keys == "previous":
-            key = self.keys_before(key, mask)
+        if first and self.config.retro_cross_attention_keys != "own":
+            before = self.keys_before(key, mask)
+            mixed = self.config.retro_cross_attention_keys == "mixed"
+            own = [mixed and group % 4 == 1 for group in range(key.size(1))]
+            key = torch.where(torch.tensor(own)[None, :, None], key, before)
         if self.config.retro_cross_attention_positions == "rotary":
             # Each neighbor's tokens count from 0, as do those of a chunk.
             length = self.config.retro_retrieved_length if first else len(key)

@@ -43,8 +43,9 @@ class Size:
 _DATA = "--retro-chunk-length 64 --global-batch-size 2"
 _TRAINING = (
     "--freeze-decoder --retro-matching-start --retro-encoder-input raw "
-    "--retro-encoder-num-layers 1 --retro-encoder-hidden-dropout 0 "
-    "--retro-encoder-attention-dropout 0 --micro-batch-size 2 --lr-decay-style cosine "
+    "--retro-cross-attention-keys previous --retro-encoder-num-layers 1 "
+    "--retro-encoder-hidden-dropout 0 --retro-encoder-attention-dropout 0 "
+    "--micro-batch-size 2 --lr-decay-style cosine "
     "--lr-warmup-fraction 0.1 --adam-beta2 0.95 --weight-decay 0.01 --log-interval 5"
 )
 _EVALUATION = "--protocol documents --split test --leakage --leakage-neighbors 2 --bootstrap 1000"

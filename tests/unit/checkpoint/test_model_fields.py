@@ -172,6 +172,7 @@ FLAGS = {
         {"retro_cross_attention_positions": "rotary"},
         {"retro_encoder_input": "normed"},
         {"retro_cross_attention_keys": "previous"},
+        {"retro_cross_attention_keys": "mixed"},
         {"retro_encoder_hidden_size": 16},
         {"retro_encoder_num_attention_heads": 2},
         {"retro_encoder_num_attention_heads": 4, "num_query_groups": 2},

@@ -195,6 +195,12 @@ def test_logits(megatron, option):
     assert_same(ours, theirs, 27, without=False)
 
 
+def test_keys_of_the_token_before(megatron):
+    """`CASES` has keys of their own; all others have both kinds."""
+    ours, theirs = pair(retro_cross_attention_keys="previous")
+    assert_same(ours, theirs, 27, without=False)
+
+
 def test_moe_router_dtype(megatron):
     """A router in float32 within models in bfloat16."""
     ours, theirs = (model.bfloat16() for model in pair(**FAMILY_CASES["moe_router_dtype"]))

@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "three neighbors": {"retro_num_neighbors": 3},
     "rotary cross-attention": {"retro_cross_attention_positions": "rotary"},
     "keys of their own": {"retro_cross_attention_keys": "own"},
+    "keys of the token before": {"retro_cross_attention_keys": "previous"},
     "narrow encoder": {"retro_encoder_hidden_size": 16, "retro_encoder_num_attention_heads": 2},
     "retro layers 1 to 3": {"retro_decoder_layers": [1, 2, 3]},
     "deepnorm": {"retro_deepnorm": True},

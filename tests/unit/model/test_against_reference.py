@@ -41,6 +41,7 @@ VARIANTS = {
     "no final norm": {"retro_final_layernorm": False},
     "neighbors as they are embedded": {"retro_encoder_input": "raw"},
     "retrieved tokens found by themselves": {"retro_cross_attention_keys": "own"},
+    "retrieved tokens found by those before": {"retro_cross_attention_keys": "previous"},
     "relative positions in cross-attention": {
         "retro_cross_attention_positions": "rotary",
         "num_query_groups": 2,

@@ -21,6 +21,7 @@ from tests.unit.training.test_retrofit import model_of
 MATCHING = {
     "retro_matching_start": True,
     "retro_encoder_input": "raw",
+    "retro_cross_attention_keys": "previous",
     "retro_encoder_num_layers": 1,
     "retro_decoder_layers": [1, 2],
 }
@@ -143,6 +144,7 @@ def test_a_resumed_run_is_not_fitted_again(megatron, tmp_path, caplog):
     [
         {"retro_encoder_input": "normed"},
         {"retro_cross_attention_keys": "own"},
+        {"retro_cross_attention_keys": "mixed"},
         {"retro_cross_attention_positions": "rotary"},
         {"retro_encoder_hidden_size": 16},
         {"retro_encoder_ffn_hidden_size": 16},
