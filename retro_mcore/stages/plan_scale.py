@@ -13,8 +13,9 @@ from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.platform import choose_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.retrieval.index.breadth import FEWEST_LISTS
 from retro_mcore.retrieval.index.embeddings import Embeddings
-from retro_mcore.retrieval.index.measured import FEWEST_LISTS, measure_index_rates
+from retro_mcore.retrieval.index.measured import measure_index_rates
 from retro_mcore.retrieval.measured_rates import measure_rates
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY, narrow_candidates
 from retro_mcore.retrieval.scale import (

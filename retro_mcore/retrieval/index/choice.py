@@ -13,8 +13,9 @@ import psutil
 from retro_mcore.errors import ConfigurationError, CorruptFileError
 from retro_mcore.project.config import read_json_object
 from retro_mcore.project.space import show_bytes
+from retro_mcore.retrieval.index.breadth import FEWEST_LISTS, expected_probes
 from retro_mcore.retrieval.index.embeddings import Embeddings
-from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
+from retro_mcore.retrieval.index.faiss_search import search
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads
 from retro_mcore.retrieval.index.packing import faiss_version
 from retro_mcore.retrieval.index.recall import (
@@ -42,7 +43,7 @@ _GRAPH_NEIGHBORS = 32
 _FEWEST_ROTATED = 20_000_000
 #: The largest codes that fit are compared. Recalls closer than this are equal within noise.
 _CONSIDERED, _CLOSE = 4, 0.005
-_SAMPLE = 32_768
+_SAMPLE, _SAMPLE_IN_LISTS = 32_768, 131_072
 _SAMPLE_QUERIES = 400
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -122,10 +123,8 @@ def num_lists_for(num_vectors: int) -> int:
 
     Faiss's guidelines for choosing an index; 0: no lists.
     """
-    return 0 if num_vectors <= _LARGEST_WITHOUT_LISTS else _well_trained_lists(num_vectors)
-
-
-def _well_trained_lists(num_vectors: int) -> int:
+    if num_vectors <= _LARGEST_WITHOUT_LISTS:
+        return 0
     lists = 2 ** round(math.log2(4 * math.sqrt(num_vectors)))
     while lists * _VECTORS_PER_LIST > num_vectors:
         lists //= 2
@@ -193,11 +192,12 @@ def choose_index(
     trial = _Trial(embeddings, rescore)
     fitting = [code for code in codes if index_bytes(count, dimension, code.num_bytes) <= memory]
     if fitting and fitting[0] == codes[0]:
-        if num_lists_for(count) and not trial.lists_pay_off(recall):
+        share = _share_to_scan(embeddings, recall) if num_lists_for(count) else 0.0
+        if share > _WORTHWHILE_SHARE:
             size = 4 * dimension * count
             why = (
-                f"recall@{DECISIVE} {recall} would take scanning more than "
-                f"{_WORTHWHILE_SHARE:.1%} of any lists"
+                f"recall@{DECISIVE} {recall} would take scanning {share:.0%} of "
+                f"{num_lists_for(count)} lists, from a sample"
             )
             reason = f"{count} vectors searched one by one, {show_bytes(size)}: {why}"
             return IndexChoice("Flat", reason, size)
@@ -212,6 +212,16 @@ def choose_index(
         )
         return _choice(best, count, dimension, reason)
     raise _nothing_fits(trial, codes, best, memory, recall)
+
+
+def _share_to_scan(embeddings: Embeddings, recall: float) -> float:
+    """Share of the lists that must be scanned for the recall, estimated from a sample."""
+    count, lists = len(embeddings), num_lists_for(len(embeddings))
+    wanted = max(_SAMPLE_IN_LISTS, math.ceil(FEWEST_LISTS * count / lists))
+    rows = np.linspace(0, count - 1, min(wanted, count)).astype(np.int64)
+    with faiss_threads(1):  # so that the choice does not depend on the machine
+        probes, _ = expected_probes(embeddings.rows(rows), count, lists, recall)
+    return probes / lists
 
 
 def _choice(
@@ -290,19 +300,6 @@ class _Trial:
         if code not in self._known:
             self._known[code] = self._extrapolate(code) if code.string != "Flat" else 1.0
         return self._known[code]
-
-    def lists_pay_off(self, recall: float) -> bool:
-        """Whether the recall is reached by scanning few enough lists of the sample.
-
-        The fraction needed hardly depends on the number of vectors; it shows whether they form
-        clusters.
-        """
-        lists = _well_trained_lists(len(self._vectors))
-        index = make_index(f"IVF{lists},Flat", self.dimension)
-        with faiss_threads(1):
-            index.train(self._vectors)
-        set_search_breadth(index, max(1, int(lists * _WORTHWHILE_SHARE)), None)
-        return _recall_among(index, self._vectors) >= recall
 
     def _extrapolate(self, code: _Code) -> float:
         index = make_index(code.string, self.dimension)
