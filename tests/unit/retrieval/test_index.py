@@ -41,6 +41,7 @@ from retro_mcore.retrieval.index import (
     tune,
     write_exact,
 )
+from retro_mcore.retrieval.index.breadth import expected_probes
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.recall import (
     NUM_RESCORED,
@@ -350,6 +351,18 @@ def test_bytes_that_are_none_are_named(text):
         parse_bytes("--index-memory", text)
 
 
+@pytest.mark.parametrize("dimension", [8, 16])
+def test_lists_to_visit_are_expected_from_a_sample(dimension):
+    """A larger database holds nearer neighbors, so a smaller share of its lists has to be visited:
+    the share of the sample is three times too much."""
+    vectors = np.random.default_rng(0).normal(size=(40_000, dimension)).astype(np.float32)
+    count, sample = len(vectors), vectors[::4]
+    needed, _ = expected_probes(vectors, count, 512, 0.95)
+    of_sample, _ = expected_probes(sample, len(sample), 128, 0.95)
+    expected, _ = expected_probes(sample, count, 512, 0.95)
+    assert needed / 2 < expected < 2 * needed < 512 * of_sample / 128
+
+
 class TestAutomaticIndex:
     """On real text, with the border to lists moved so that a small corpus crosses it."""
 
@@ -396,7 +409,7 @@ class TestAutomaticIndex:
             embeddings = Embeddings(write_rows(vectors, tmp_path / string, 1500))
             chosen = choose_index(embeddings, 1 << 30, self.recall)
             assert re.fullmatch(string, chosen.string)
-            assert ("would take scanning more" in chosen.reason) == (string == "Flat")
+            assert ("would take scanning" in chosen.reason) == (string == "Flat")
 
     def test_with_little_memory_it_is_compressed(self, embeddings):
         memory = self.uncompressed_bytes(embeddings) // 2
