@@ -101,6 +101,7 @@ RAW: dict[str, str | None] = {"--retro-encoder-input": "raw"}
 CHANGES = {
     "quickstart": Change(),
     "keys of their own": Change({"--retro-cross-attention-keys": "own"}),
+    "keys of the token before": Change({"--retro-cross-attention-keys": "previous"}),
     "encoder of width 64": Change({"--retro-encoder-hidden-size": "64"}),
     "encoder of 2 layers": Change({"--retro-encoder-num-layers": "2"}),
     "cross-attention in layer 2": Change({"--retro-decoder-layers": "2"}),
