@@ -92,11 +92,17 @@ def read_lists(path: Path, mapped: bool) -> Any:
         raise CorruptFileError(
             path, f"unreadable ({message_of(error)})", "Run build_index again"
         ) from error
-    lists.this.own()
     typed = faiss.downcast_InvertedLists(lists)
-    typed.referenced_objects = [lists]
     _search_from_threads(typed)
     return typed
+
+
+def free_lists(lists: Any) -> None:
+    """Free inverted lists of `read_lists` that no index refers to; otherwise they stay in memory.
+
+    Python does not own them. (It cannot be told to: that confuses SWIG's reference counts.)
+    """
+    lists.__swig_destroy__(lists)
 
 
 def replace_lists(index: Any, lists: Any) -> None:

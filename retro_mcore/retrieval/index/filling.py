@@ -16,6 +16,7 @@ from retro_mcore.project.markers import signed_write
 from retro_mcore.project.shards import Shard, choose_shard_length, name_shards
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.files import (
+    free_lists,
     lists_path,
     load_index,
     read_lists,
@@ -212,17 +213,32 @@ def merge_parts(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: st
         if kind is IndexKind.WHOLE:
             shutil.copyfile(parts[0].path, temporary)
             return
+        if kind in WITH_LISTS:
+            _reserve(innermost(index).invlists, parts)
         for part in track(parts, "merge index"):
             if kind in WITH_LISTS:
-                inner = innermost(index)
-                inner.invlists.merge_from(read_lists(part.path, mapped=False), 0)
+                inner, lists = innermost(index), read_lists(part.path, mapped=False)
+                inner.invlists.merge_from(lists, 0)
                 inner.ntotal = inner.invlists.compute_ntotal()
+                free_lists(lists)
             else:
                 source = load_index(part.path)  # keep it alive together with its innermost index
                 innermost(index).merge_from(innermost(source))
         index = packed(index, before) if kind is IndexKind.PACKED else index
         set_total(index, innermost(index).ntotal)
         save_index(index, temporary)
+
+
+def _reserve(merged: Any, parts: Sequence[Shard]) -> None:
+    """Give empty lists the room that all parts take, so that they are not copied as they grow."""
+    sizes = np.zeros(merged.nlist, np.int64)
+    for part in parts:
+        lists = read_lists(part.path, mapped=True)
+        sizes += [lists.list_size(number) for number in range(lists.nlist)]
+        free_lists(lists)
+    for number, size in enumerate(sizes.tolist()):
+        merged.resize(number, size)
+        merged.resize(number, 0)
 
 
 def merge_on_disk(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: str) -> None:

@@ -129,7 +129,7 @@ def training_rows(
     lists = num_lists(index)
     most = max(_VECTORS_FOR_CODES, _VECTORS_PER_LIST * (lists or 0))
     if memory is not None:
-        most = min(most, max(memory // (4 * dimension), 1))
+        most = min(most, max(memory // (2 * 4 * dimension), 1))  # SuperKMeans copies them
     if len(sample) <= most:
         return sample
     return sample[np.linspace(0, len(sample) - 1, most).astype(np.int64)]
