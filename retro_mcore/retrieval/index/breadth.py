@@ -1,4 +1,4 @@
-"""How many lists a search of a large index must visit, estimated with some of its vectors."""
+"""How many lists a search of a large index must visit, expected from some of its vectors."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.retrieval.index.embeddings import Embeddings, HeldOut
-from retro_mcore.retrieval.index.filling import add_rows
-from retro_mcore.retrieval.index.recall import measure_recall
-from retro_mcore.retrieval.index.training import make_index, train
+from retro_mcore.retrieval.index.faiss_search import search
+from retro_mcore.retrieval.index.library import faiss_library
+from retro_mcore.retrieval.index.recall import DECISIVE, without
+from retro_mcore.retrieval.index.training import innermost, make_index, train
 
-#: Lists that the vectors must fill: the number of lists to visit is fitted on these and on half.
+#: Lists that the vectors must fill: the law is fitted on these, half, a quarter and an eighth.
 FEWEST_LISTS = 16
-_QUERIES = 400
+_FEWEST_FITTED = 4
+_QUERIES = 1000
 
 
 def expected_probes(vectors: np.ndarray, count: int, lists: int, recall: float) -> tuple[int, Any]:
-    """Lists to visit for a recall@2 in a large, uncompressed index, and an index of `vectors`.
+    """Lists to visit for a recall@2 in a large, uncompressed index.
 
-    The vectors are put into lists as long as the large index's. The number to visit grows as a
-    power of the number of lists, which is fitted on all vectors, half and a quarter of them. (The
-    fraction to visit falls: a larger database holds nearer neighbors.)
+    Both the distance to the nearest vectors and the width of lists of a given length shrink with
+    the n-th root of the density, n being the vectors' intrinsic dimension. So with lists of the
+    same length the number p that a query must visit tends to a constant as the number of lists L
+    grows, and only where there are few lists all of them are near. 1/p = a + b/L is fitted on all
+    vectors, half, a quarter and an eighth of them, in lists as long as the large index's.
 
     Args:
         vectors: Evenly spaced vectors of the database, f32 [n, dimension]. They must fill
@@ -29,25 +32,21 @@ def expected_probes(vectors: np.ndarray, count: int, lists: int, recall: float) 
         count: Vectors of the large database.
         lists: Its lists.
         recall: Target recall@2.
+
+    Returns:
+        The number, and a trained, empty index of small lists for `vectors`.
     """
     sizes, needed, index = [], [], None
-    for part in (4, 2, 1):
+    for part in (8, 4, 2, 1):
         some = vectors[::part]
         few = small_lists(len(some), count, lists)
-        if few < FEWEST_LISTS // 2 and part > 1:
+        if few < _FEWEST_FITTED and part > 1:
             continue
-        queries = np.linspace(0, len(some) - 1, min(_QUERIES, len(some))).astype(np.int64)
-        held_out = HeldOut(some[queries], queries)
         index = make_index(f"IVF{few},Flat", some.shape[1])
         train(index, some)
-        add_rows(index, some, np.arange(len(some)))
-        measured = measure_recall(index, _InMemory(some), held_out, target=recall)
         sizes.append(few)
-        needed.append(measured.nprobe or 1)
-    slope = 0.0
-    if sizes[-1] > sizes[0]:
-        slope = min(max(float(np.polyfit(np.log(sizes), np.log(needed), 1)[0]), 0.0), 1.0)
-    return max(1, min(lists, round(needed[-1] * (lists / sizes[-1]) ** slope))), index
+        needed.append(_needed_probes(index, some, recall))
+    return min(lists, _extrapolated(np.array(sizes), np.array(needed), lists)), index
 
 
 def small_lists(vectors: int, count: int, lists: int) -> int:
@@ -55,20 +54,32 @@ def small_lists(vectors: int, count: int, lists: int) -> int:
     return max(1, min(lists, round(vectors * lists / count)))
 
 
-class _InMemory(Embeddings):
-    """Vectors in memory."""
+def _needed_probes(index: Any, vectors: np.ndarray, recall: float) -> int:
+    """Lists among which this share of the nearest vectors is, of some of the vectors."""
+    rows = np.linspace(0, len(vectors) - 1, min(_QUERIES, len(vectors))).astype(np.int64)
+    flat = faiss_library().IndexFlatL2(vectors.shape[1])
+    flat.add(vectors)
+    width = min(DECISIVE + 1, len(vectors))
+    nearest = without(search(flat, vectors[rows], width)[1], rows)[:, : width - 1]
+    centers = innermost(index).quantizer
+    homes = search(centers, vectors[nearest.reshape(-1)], 1)[1].reshape(*nearest.shape, 1)
+    in_turn = search(centers, vectors[rows], int(innermost(index).nlist))[1]
+    ranks = 1 + (in_turn[:, None] == homes).argmax(axis=2)
+    return int(np.quantile(ranks, recall, method="inverted_cdf"))
 
-    def __init__(self, vectors: np.ndarray) -> None:
-        self._vectors = vectors
 
-    def __len__(self) -> int:
-        return len(self._vectors)
+def _extrapolated(sizes: np.ndarray, needed: np.ndarray, lists: int) -> int:
+    """p of 1/p = a + b/L at L = `lists`, with the least squares of relative errors, which weigh as
+    much as there are lists; a >= 0.
 
-    @property
-    def dimension(self) -> int:
-        """Length of a vector."""
-        return int(self._vectors.shape[1])
-
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Read rows in any order, f32 [n, dimension]."""
-        return self._vectors[ids]
+    >>> _extrapolated(np.array([10, 20, 40]), np.array([5, 7, 8]), 4000)
+    10
+    >>> _extrapolated(np.array([10, 20]), np.array([5, 10]), 400)
+    200
+    """
+    if len(sizes) > 1:
+        columns = np.stack((needed * sizes, needed), axis=1)
+        constant, slope = np.linalg.lstsq(columns, sizes.astype(float), rcond=None)[0]
+        if constant > 0 and slope >= 0:
+            return max(int(needed[-1]), round(1 / (constant + slope / lists)))
+    return round(needed[-1] * lists / sizes[-1])

@@ -61,6 +61,7 @@ def measure_index_rates(
     if not lists:
         return _without_lists(vectors, count, k)
     probes, index = expected_probes(vectors, count, lists, recall)
+    add_rows(index, vectors, np.arange(len(vectors)))
     added, placed = _placing(vectors, lists, probes)
     in_order = list_order_pays(automatic_string("Flat", lists), probes)
     share = small_lists(len(vectors), count, lists) / lists
