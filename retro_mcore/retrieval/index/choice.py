@@ -8,9 +8,9 @@ from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.host import total_memory
 from retro_mcore.project.config import read_json_object
 from retro_mcore.project.space import show_bytes
 from retro_mcore.retrieval.index.breadth import FEWEST_LISTS, expected_probes
@@ -114,8 +114,8 @@ def parse_bytes(flag: str, text: str) -> int:
 
 
 def usable_memory() -> int:
-    """Three quarters of this machine's memory, in bytes."""
-    return int(psutil.virtual_memory().total * 0.75)
+    """Three quarters of the memory that this job may use, in bytes."""
+    return int(total_memory() * 0.75)
 
 
 def num_lists_for(num_vectors: int) -> int:

@@ -10,6 +10,7 @@ from functools import cache
 from types import ModuleType
 
 from retro_mcore.errors import MissingDependencyError
+from retro_mcore.host import usable_cores
 
 
 @cache
@@ -33,8 +34,7 @@ def faiss_library() -> ModuleType:
 
 def share_of_cores() -> int:
     """This process's share of the cores that it may run on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 
+from retro_mcore.host import available_memory
 from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.library import faiss_library, share_of_cores, worker_threads
@@ -217,7 +217,7 @@ def _rounds(ivf: Any) -> list[slice]:
     That reads a list twice, so lists that exceed the memory are searched in one round. The result
     is the same.
     """
-    fits = ivf.ntotal * (ivf.code_size + 8) <= _MEMORY_SHARE * psutil.virtual_memory().available
+    fits = ivf.ntotal * (ivf.code_size + 8) <= _MEMORY_SHARE * available_memory()
     return [slice(0, 1), slice(1, None)] if fits else [slice(None)]
 
 

@@ -7,8 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
+from retro_mcore.host import available_memory
 from retro_mcore.stages.doctor.findings import Finding, ok, warning
 
 AREA = "host"
@@ -23,27 +22,13 @@ def check_host(local_world_size: int) -> list[Finding]:
 
 
 def _memory(processes: int) -> Iterator[Finding]:
-    available = psutil.virtual_memory().available
-    limit = _container_limit()
-    if limit is not None:
-        available = min(available, limit)
+    available = available_memory()
     found = f"{available // _GIB} GiB available, {processes} processes"
     if available < _LEAST_MEMORY * processes:
         fix = "Free memory, or start fewer processes; loading a checkpoint takes its size"
         yield warning(AREA, "memory", found, fix)
     else:
         yield ok(AREA, "memory", found)
-
-
-def _container_limit() -> int | None:
-    """Memory left within the container's limit, in bytes; None without a limit."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-    except (OSError, ValueError):
-        return None
-    return int(limit) - used if limit.isdigit() else None
 
 
 def _shared_memory(folder: str = "/dev/shm") -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from retro_mcore.host import usable_cores
 from retro_mcore.stages.doctor.findings import Finding, Level, error, warning
 
 AREA = "settings"
@@ -119,8 +120,7 @@ def _interfaces(variables: Mapping[str, str], folder: Path) -> Iterator[Finding]
 
 
 def _threads(variables: Mapping[str, str], processes: int) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    value, cores = variables.get("OMP_NUM_THREADS"), cores or 1
+    value, cores = variables.get("OMP_NUM_THREADS"), usable_cores()
     if value is None and processes > 1:
         found = f"unset: {processes} processes of {cores} threads each on {cores} cores"
         yield warning(AREA, "OMP_NUM_THREADS", found, f"Set it to {max(cores // processes, 1)}")

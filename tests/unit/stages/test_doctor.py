@@ -151,7 +151,7 @@ def test_settings_and_speeds_that_differ_between_ranks():
 
 
 def test_little_memory_and_shared_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(host, "_container_limit", lambda: 3 << 30)
+    monkeypatch.setattr(host, "available_memory", lambda: 3 << 30)
     assert levels(host._memory(1)) == {"memory": "warning"}
     usage = shutil._ntuple_diskusage(1, 1, 64 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
