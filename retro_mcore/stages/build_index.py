@@ -73,8 +73,8 @@ class BuildIndexConfig(DataTimeLimit):
     embed_precision: WantedPrecision = "auto"
     """Precision of the embedder: fp32; fp16 (GPU); bf16 (GPU, or a processor with AMX or
     AVX512-BF16); int8 (CPU with ONNX Runtime; faster only with VNNI or AMX); or auto: as the
-    project was begun, and for a new one with aligned samples bf16 on a CPU with AMX, otherwise
-    fp32. Recorded in the project."""
+    project was begun, and for a new one with aligned samples bf16 on a CPU with AMX or AVX512-BF16,
+    otherwise fp32. Recorded in the project."""
     embed_fp16: bool = False
     """The same as --embed-precision fp16."""
     embed_batch_size: int = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,23 @@ from retro_mcore.project.atomic import atomic_write
 
 #: Longest line that a SentencePiece model is trained on, in bytes.
 _LONGEST_LINE = 4192
+#: Characters that a model is trained on at most: training takes about four times their memory.
+MOST_CHARACTERS = 250_000_000
+_LOG = logging.getLogger(__name__)
+
+
+def first_characters(texts: Iterable[str], most: int = MOST_CHARACTERS) -> Iterator[str]:
+    """The first texts, up to so many characters; logs where text is left out."""
+    left = most
+    for number, text in enumerate(texts):
+        if len(text) > left:
+            _LOG.info(
+                "the tokenizer is trained on %d characters, of %d documents", most, number + 1
+            )
+            yield text[:left]
+            return
+        left -= len(text)
+        yield text
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path | str) -> int:

@@ -17,7 +17,8 @@ FLAG = "--embed-precision"
 
 _CPUINFO = Path("/proc/cpuinfo")
 #: Instruction sets that multiply in bf16, by Linux's names; "bf16" is Arm's.
-_MULTIPLIES_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
+_FAST_BF16 = {"amx_bf16", "avx512_bf16"}  # measured: benchmarks/embedding.py
+_MULTIPLIES_BF16 = {*_FAST_BF16, "bf16"}
 
 
 @cache
@@ -31,13 +32,13 @@ def processor_features() -> frozenset[str]:
 
 
 def automatic_precision(device: str) -> Precision:
-    """The precision of `--embed-precision auto`: bf16 on a CPU with AMX, else fp32.
+    """The precision of `--embed-precision auto`: bf16 on an x86 CPU that has it, else fp32.
 
     Args:
         device: "auto", "cpu" or "cuda".
     """
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    return "bf16" if on_cpu and "amx_bf16" in processor_features() else "fp32"
+    return "bf16" if on_cpu and processor_features() & _FAST_BF16 else "fp32"
 
 
 def obstacle(precision: Precision, device: str | None) -> str | None:

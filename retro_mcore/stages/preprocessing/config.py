@@ -69,7 +69,8 @@ class PreprocessCorpusConfig(DataTimeLimit):
     vocab_size: int = 8192
     """Vocabulary size of a trained tokenizer. Reduced for a small corpus."""
     tokenizer_training_documents: int = 1_000_000
-    """Number of documents to train a tokenizer on, from the beginning of the inputs."""
+    """Number of documents to train a tokenizer on, from the beginning of the inputs; at most 250
+    million characters of them are used."""
     bert_vocab_file: str | None = None
     """WordPiece vocabulary for counting the tokens of chunks (default: MiniLM's)."""
     samples: SampleLayout | None = None

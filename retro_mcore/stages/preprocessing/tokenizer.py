@@ -17,6 +17,7 @@ from retro_mcore.data.tokenizers.loading import (
     train_sentencepiece,
 )
 from retro_mcore.data.tokenizers.special_tokens import KEPT_FILES, DeclaredTokens
+from retro_mcore.data.tokenizers.training import first_characters
 from retro_mcore.data.tokens.token_file import bin_path
 from retro_mcore.data.tokens.token_input import begin_with_bos
 from retro_mcore.distributed import barrier, get_rank, raise_together
@@ -184,7 +185,7 @@ class TokenizerSetup:
         if self._is_mine_to_write(target):
             first = itertools.islice(self.corpora.texts(), self.config.tokenizer_training_documents)
             with signed_write(target, self.fingerprint) as temporary:
-                train_sentencepiece(first, self.config.vocab_size, temporary)
+                train_sentencepiece(first_characters(first), self.config.vocab_size, temporary)
         return self.paths.relative(target)
 
     def _is_mine_to_write(self, target: Path) -> bool:

@@ -10,6 +10,7 @@ from retro_mcore.data.tokenizers.loading import (
     load_project_tokenizer,
     train_sentencepiece,
 )
+from retro_mcore.data.tokenizers.training import first_characters
 from retro_mcore.errors import TokenizerError
 from retro_mcore.project import ProjectConfig, ProjectPaths
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter, default_bert_vocab
@@ -46,6 +47,16 @@ def test_trained_sentencepiece_is_lossless_and_deterministic(sentencepiece_model
     assert tokenizer.eod not in tokenizer.tokenize(TEXT)
     train_sentencepiece(documents(), 500, tmp_path / "again.model")
     assert (tmp_path / "again.model").read_bytes() == sentencepiece_model.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("most", "kept"),
+    [(9, ["abc", "def", "ghi"]), (8, ["abc", "def", "gh"]), (6, ["abc", "def", ""])],
+)
+def test_the_text_to_train_on_is_limited(caplog, most, kept):
+    caplog.set_level("INFO", logger="retro_mcore")
+    assert list(first_characters(["abc", "def", "ghi"], most)) == kept
+    assert ("trained on" in caplog.text) == (most < 9)
 
 
 def test_a_small_corpus_lowers_the_vocabulary(tmp_path):

@@ -76,8 +76,9 @@ def test_a_precision_that_this_machine_lacks(monkeypatch, wanted, features, devi
     assert str(caught.value).startswith(found)
 
 
-def test_automatic_precision_is_that_of_amx(monkeypatch):
-    for features, expected in (((), "fp32"), (("avx512_bf16",), "fp32"), (("amx_bf16",), "bf16")):
+def test_automatic_precision_is_bf16_where_it_is_fast(monkeypatch):
+    for features, expected in (((), "fp32"), (("avx512_bf16",), "bf16"), (("amx_bf16",), "bf16"),
+                               (("bf16",), "fp32")):  # fmt: skip
         processor(monkeypatch, *features)
         assert precision.automatic_precision("cpu") == expected
 
