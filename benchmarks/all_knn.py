@@ -148,19 +148,21 @@ def _bytes_read(index: Any, queries: np.ndarray, options: Options, folder: Path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    before = _read_so_far()
+    before = bytes_read_so_far()
     ListOrderSearch(mapped).search(queries, options.k)
-    after, size = _read_so_far(), path.stat().st_size
+    after, size = bytes_read_so_far(), path.stat().st_size
     path.unlink()
     return (after - before) / size if after > before else None
 
 
-def _read_so_far() -> int:
+def bytes_read_so_far() -> int:
+    """Bytes that this process has read from a disk."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
 
@@ -169,7 +171,7 @@ def measure_all(options: Options) -> list[Result]:
     """Measure all kinds of lists and print a table."""
     faiss_library().omp_set_num_threads(1)
     vectors = make_vectors(options.vectors, options.dimension)
-    print(f"{_processor()}, one thread, {options.vectors} x {options.dimension}, {options}")
+    print(f"{processor()}, one thread, {options.vectors} x {options.dimension}, {options}")
     print("index | search q/s | list order q/s | ratio | ids = | distances = | difference | read")
     results = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -183,7 +185,7 @@ def measure_all(options: Options) -> list[Result]:
             print(" | ".join(values), flush=True)
     if options.json is not None:
         rows = [asdict(result) for result in results]
-        options.json.write_text(json.dumps({"processor": _processor(), "results": rows}, indent=1))
+        options.json.write_text(json.dumps({"processor": processor(), "results": rows}, indent=1))
     return results
 
 

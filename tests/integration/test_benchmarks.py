@@ -49,3 +49,17 @@ def test_options_of_retrieval_are_compared_by_training_each(tmp_path):
     assert [row["change"] for row in rows] == ["quickstart", *changes]
     assert len({row["real"] for row in rows}) == len(rows)  # each change has an effect
     assert rows[1]["parameters"] != rows[0]["parameters"] == rows[2]["parameters"]
+
+
+@pytest.mark.slow
+def test_a_search_with_memory_for_a_quarter_of_the_index_reads_it_once(tmp_path):
+    """And finds the same; needs the right to make control groups."""
+    from benchmarks.capped_search import Options, measure
+
+    sizes = {"vectors": 40_000, "dimension": 384, "lists": 128, "queries": 2048}
+    try:
+        result = measure(Options(folder=tmp_path, **sizes))
+    except SystemExit as error:
+        pytest.skip(str(error))
+    assert result["equal"]
+    assert result["capped"]["read"] <= 1.1
