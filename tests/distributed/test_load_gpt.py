@@ -58,6 +58,39 @@ def test_retrieval_off_equals_the_gpt(megatron, run, model, layout, form):
     torch.testing.assert_close(logits(retro), logits(gpt), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [{}, {"use_distributed_optimizer": True, "bf16": True}])
+def test_a_matching_start_is_the_same_on_all_data_parallel_ranks(tmp_path, layout):
+    """And that of one process, which reads the same first samples."""
+    (wanted,) = run_ranks(1, matched, str(tmp_path / "one"), layout)
+    layout = {**layout, "load_gpt": str(tmp_path / "one_0" / "llama")}
+    for found in run_ranks(2, matched, str(tmp_path / "two"), layout):
+        assert found.keys() == wanted.keys()
+        for name, weight in wanted.items():
+            torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def matched(folder, layout):
+    """Weights of the cross-attentions before and after a step without a learning rate."""
+    from tests.unit.training.test_matching_start import model_of, trainer
+
+    folder = f"{folder}_{torch.distributed.get_rank()}"
+    Path(folder).mkdir()
+    started = trainer(Path(folder), **layout, lr=1e-30, min_lr=0.0, weight_decay=0.0)
+    model = model_of(started)
+    layers = getattr(model, "module", model).decoder.layers
+    before = [weights_of(layer) for layer in layers[:2]]
+    started.train()
+    for layer, kept in zip(layers, before, strict=False):
+        for name, weight in weights_of(layer).items():
+            torch.testing.assert_close(weight, kept[name], atol=1e-20, rtol=0)
+    return {f"{number}.{name}": w for number, one in enumerate(before) for name, w in one.items()}
+
+
+def weights_of(layer):
+    named = layer.cross_attention.named_parameters()
+    return {name: weight.detach().float().clone() for name, weight in named}
+
+
 def test_into_every_layout(run):
     _, ranks = run
     for differing in ranks:
