@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+_UNLIMITED = 1 << 20
 _GROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -33,6 +35,24 @@ def usable_cores() -> int:
     """Cores that this process may run on, at least 1; a limit of 1.5 counts as 2."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min([allowed or 1, *(math.ceil(limit) for limit in _core_limits())]))
+
+
+def most_open_files() -> int:
+    """Files that this process may have open, after its limit was raised as far as it is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (OSError, ValueError):  # macOS allows fewer than it says
+            pass
+    return _UNLIMITED if soft == resource.RLIM_INFINITY else soft
+
+
+def most_mapped_files() -> int:
+    """Files that one of several tables may keep mapped: Linux maps 65,530 files per process, and
+    Python keeps each of them open."""
+    return max(1, min(8192, most_open_files() // 8))
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:

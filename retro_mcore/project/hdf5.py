@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -54,6 +56,19 @@ def map_dataset(
         )
     # A plain array on the map, since slicing np.memmap is ten times as slow.
     return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+
+def release_pages(rows: np.ndarray) -> None:
+    """Take what was read of a mapped dataset out of this process's memory.
+
+    The system keeps it as cached file pages, from which it is mapped again when it is needed. A
+    dataset that is not mapped stays as it is.
+    """
+    owner: Any = rows
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 def _check_is_inside(path: Path, name: str, file: h5py.File, dataset: h5py.Dataset) -> None:

@@ -6,12 +6,14 @@ Row `sample · L + chunk` of a split holds chunk ids of the retrieval database, 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.errors import CorruptFileError, ProjectError
+from retro_mcore.host import most_mapped_files
 from retro_mcore.project.hdf5 import map_dataset
 from retro_mcore.retrieval.removed import RemovedChunks
 
@@ -54,24 +56,27 @@ class SavedNeighbors:
         if not bounds:
             raise ProjectError(self.directory, "holds no neighbors", "Run query_neighbors first")
         self._paths = [path for _, _, path in bounds]
-        self._files: list[np.ndarray] = []
+        self._ends = np.array([end for _, end, _ in bounds])
         # Shared by all files, since every process opens all of them, and there may be thousands.
         self._looked_at = max(_LOOKED_AT // len(bounds), 1)
+        self._width: int | None = None
+        self._file = lru_cache(most_mapped_files())(self._open)
         expected = 0
-        for start, end, path in bounds:
-            self._files.append(self._open(path, start, end, expected))
+        for number, (start, end, path) in enumerate(bounds):
+            self._file(number)
+            if start != expected:
+                what = f"begins with row {start}, the files before it end with {expected}"
+                raise CorruptFileError(path, what, _REPAIR)
             expected = end
-        self._ends = np.array([end for _, end, _ in bounds])
 
-    def _open(self, path: Path, start: int, end: int, expected: int) -> np.ndarray:
+    def _open(self, number: int) -> np.ndarray:
+        path = self._paths[number]
         rows = map_dataset(path, self._dataset, self._kind, 2)
-        if start != expected:
-            raise CorruptFileError(
-                path, f"begins with row {start}, the files before it end with {expected}", _REPAIR
-            )
+        start, end = (int(bound) for bound in path.stem.split("-"))
         if len(rows) != end - start:
             raise CorruptFileError(path, f"holds {len(rows)} rows from {start}", _REPAIR)
-        if not rows.shape[1] or (self._files and rows.shape[1] != self.num_saved):
+        self._width = self._width or rows.shape[1]
+        if not rows.shape[1] or rows.shape[1] != self._width:
             raise CorruptFileError(path, f"holds {rows.shape[1]} neighbors per row", _REPAIR)
         self._check(path, rows[: self._looked_at])
         return rows
@@ -110,7 +115,7 @@ class SavedNeighbors:
     @property
     def num_saved(self) -> int:
         """Neighbors saved per row."""
-        return int(self._files[0].shape[1])
+        return int(self._file(0).shape[1])
 
     def searched(self) -> np.ndarray:
         """Whether neighbors were searched for each chunk, bool [rows]: here for all."""
@@ -144,11 +149,13 @@ class SavedNeighbors:
         while start < end:
             offset = int(self._ends[first - 1]) if first else 0
             stop = min(end, int(self._ends[first]))
-            rows = self._files[first][start - offset : stop - offset]
+            rows = self._file(first)[start - offset : stop - offset]
             self._check(self._paths[first], rows)
-            parts.append(rows)
+            if not parts and stop == end:
+                return rows
+            parts.append(rows.copy())  # a part of the map would keep its file open
             start, first = stop, first + 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.concatenate(parts)
 
     def rows_at(self, rows: np.ndarray) -> np.ndarray:
         """Read rows in any order, i64 [n, num_saved] (distances: f32).
@@ -170,11 +177,11 @@ class SavedNeighbors:
         outside = rows[(rows < 0) | (rows >= len(self))]
         if len(outside):
             raise ProjectError(self.directory, f"has no row {outside[0]}", f"It has {len(self)}")
-        result = np.empty((len(rows), self.num_saved), self._files[0].dtype)
+        result = np.empty((len(rows), self.num_saved), self._file(0).dtype)
         of_file = np.searchsorted(self._ends, rows, side="right")
         for file in np.unique(of_file).tolist():
             mine = of_file == file
-            found = self._files[file][rows[mine] - (int(self._ends[file - 1]) if file else 0)]
+            found = self._file(file)[rows[mine] - (int(self._ends[file - 1]) if file else 0)]
             self._check(self._paths[file], found)
             result[mine] = found
         return result

@@ -79,6 +79,19 @@ def test_limits_of_control_groups(linux, case):
     assert host.usable_cores() == cores
 
 
+def test_more_files_may_be_open_than_a_shell_allows():
+    """In a process of its own, whose limit may be lowered."""
+    show = (
+        "import resource; from retro_mcore.host import most_open_files; "
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); "
+        "print(most_open_files() == resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64)"
+    )
+    command = [sys.executable, "-c", show]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert shown.strip() == "True"
+
+
 def test_a_real_group():
     """Needs the right to make one."""
     base, limit = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import h5py
@@ -12,7 +13,8 @@ import numpy as np
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.errors import CorruptFileError
-from retro_mcore.project.hdf5 import map_dataset, read_counts
+from retro_mcore.host import most_mapped_files
+from retro_mcore.project.hdf5 import map_dataset, read_counts, release_pages
 from retro_mcore.project.markers import FileState, signed_write, state_of
 from retro_mcore.project.shards import Shard, ShardReport, run_shards
 from retro_mcore.retrieval.chunk_text import DocumentEnds, chunk_texts
@@ -88,22 +90,20 @@ class Embeddings:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = shards
         self._starts = np.array([shard.start for shard in shards])
-        self._files: list[np.ndarray | None] = [None] * len(shards)
+        self._dimension: int | None = None
+        self._file = lru_cache(most_mapped_files())(self._open)
 
-    def _file(self, index: int) -> np.ndarray:
-        file = self._files[index]
-        if file is None:
-            shard = self.shards[index]
-            rows = map_dataset(shard.path, "data", "f", 2)
-            if len(rows) != shard.end - shard.start:
-                raise CorruptFileError(shard.path, f"holds {len(rows)} vectors", _hint(shard))
-            others = (each for each in self._files if each is not None)
-            if rows.shape[1] != next(others, rows).shape[1]:
-                raise CorruptFileError(
-                    shard.path, f"holds vectors of dimension {rows.shape[1]}", _hint(shard)
-                )
-            file = self._files[index] = rows
-        return file
+    def _open(self, index: int) -> np.ndarray:
+        shard = self.shards[index]
+        rows = map_dataset(shard.path, "data", "f", 2)
+        if len(rows) != shard.end - shard.start:
+            raise CorruptFileError(shard.path, f"holds {len(rows)} vectors", _hint(shard))
+        self._dimension = self._dimension or rows.shape[1]
+        if rows.shape[1] != self._dimension:
+            raise CorruptFileError(
+                shard.path, f"holds vectors of dimension {rows.shape[1]}", _hint(shard)
+            )
+        return rows
 
     def __len__(self) -> int:
         return self.shards[-1].end
@@ -120,8 +120,9 @@ class Embeddings:
         dimension = self._file(int(where[0])).shape[1] if len(ids) else self.dimension
         result = np.empty((len(ids), dimension), np.float32)
         for file in np.unique(where):
-            mine = where == file
-            result[mine] = self._file(file)[ids[mine] - self._starts[file]]
+            mine, stored = where == file, self._file(int(file))
+            result[mine] = stored[ids[mine] - self._starts[file]]
+            release_pages(stored)
             self._require_usable(file, ids[mine], result[mine])
         return result
 

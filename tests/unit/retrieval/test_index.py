@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -569,3 +571,34 @@ def test_many_lists_are_clustered_faster_and_as_well(tmp_path, monkeypatch):
         distances.append(search(index.quantizer, embeddings.rows(np.arange(3000)), 1)[0].mean())
     assert made == [64]
     assert distances[1] == pytest.approx(distances[0], rel=0.03)
+
+
+def test_few_files_are_open_at_a_time(tmp_path):
+    """However many embeddings and neighbors have: a shell may allow 1,024, Linux maps 65,530."""
+    script = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+from pathlib import Path
+import numpy as np
+from retro_mcore.retrieval.index import Embeddings
+from tests.unit.data.projects import write_rows
+vectors = np.arange(1200, dtype=np.float32).reshape(300, 4)
+found = Embeddings(write_rows(vectors, Path(sys.argv[1]), 1))
+for _ in range(2):
+    assert (found.rows(np.arange(300)) == vectors).all()
+    assert (found.rows(np.array([299, 0, 150, 0])) == vectors[[299, 0, 150, 0]]).all()
+
+import h5py
+from retro_mcore.retrieval.neighbor_tables import SavedNeighbors
+for row in range(300):
+    with h5py.File(Path(sys.argv[2]) / f"{row}-{row + 1}.hdf5", "w") as file:
+        file["neighbors"] = np.full((1, 2), row)
+found = SavedNeighbors(sys.argv[2], 300)
+for _ in range(2):
+    assert (found.rows(0, 300) == np.arange(300)[:, None]).all()
+    assert (found.rows_at([299, 0, 150])[:, 1] == [299, 0, 150]).all()
+"""
+    (tmp_path / "neighbors").mkdir()
+    folders = [str(tmp_path / name) for name in ("embeddings", "neighbors")]
+    command = [sys.executable, "-c", script, *folders]
+    subprocess.run(command, check=True)
