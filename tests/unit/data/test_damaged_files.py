@@ -89,7 +89,7 @@ OFTEN = ("zeros", "half")
         ("db/indexed_dataset_infos.json", [build_index]),
         ("index/faiss-par-add/Flat/added_1.000_1.000.faissindex", [query_neighbors]),
         ("data/corpus_text_document.idx", [build_db, build_index, query_neighbors]),
-        ("query/*/*.hdf5", [inspect_neighbors]),
+        ("query/train_*/*.hdf5", [inspect_neighbors]),
         ("query/train_*/distances/*.hdf5", [inspect_neighbors]),
         ("tokenizer/*vocab*", [build_db]),
         ("retro_mcore.json", [query_neighbors]),
