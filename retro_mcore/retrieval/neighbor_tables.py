@@ -145,7 +145,7 @@ class SavedNeighbors:
     def saved_rows(self, start: int, end: int) -> np.ndarray:
         """Rows [start, end) as they were saved, removed neighbors included."""
         first = int(np.searchsorted(self._ends, start, side="right"))
-        parts = []
+        parts: list[np.ndarray] = []
         while start < end:
             offset = int(self._ends[first - 1]) if first else 0
             stop = min(end, int(self._ends[first]))
