@@ -4,8 +4,8 @@
 
 A process of its own builds the index. This one then opens it on the disk, loads the queries, and
 enters a control group (cgroup) of Linux whose limit is what the search of so many queries takes,
-plus a share of the index. That needs the right to make control
-groups, which root has in most containers with cgroups of version 1. See benchmarks/README.md.
+plus a share of the index. That needs the right to make control groups, which root has in most
+containers with cgroups of version 1. See benchmarks/README.md.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def prepare(folder: Path, size: Size, seed: int) -> Path:
     return project
 
 
-def train(project: Path, folder: Path, seed: int) -> Path:
+def train(project: Path, folder: Path, seed: int, keys: str | None = None) -> Path:
     """Train a small model, some of whose chunks are left without neighbors."""
     checkpoints = folder / "model"
     retro.pretrain_retro(
@@ -152,6 +152,7 @@ def train(project: Path, folder: Path, seed: int) -> Path:
         retro_decoder_layers=[2],
         retro_num_neighbors=NUM_NEIGHBORS,
         retro_num_retrieved_chunks=1,
+        retro_cross_attention_keys=keys,
         retro_encoder_num_layers=1,
         retro_encoder_hidden_dropout=0.0,
         retro_encoder_attention_dropout=0.0,
@@ -260,10 +261,10 @@ def _reordered(batch: RetroBatch, generator: np.random.Generator) -> RetroBatch:
     )
 
 
-def run(folder: Path, size: Size, seed: int = 1) -> Findings:
+def run(folder: Path, size: Size, seed: int = 1, keys: str | None = None) -> Findings:
     """Plant the facts, train, remove the facts, and compact the database."""
     project = prepare(folder, size, seed)
-    checkpoints = train(project, folder, seed)
+    checkpoints = train(project, folder, seed, keys)
     names = folder / "names.txt"
     names.write_text("".join(f"fact-{i}\n" for i in range(NUM_FACTS)), encoding="utf-8")
     setup_device("cpu")
@@ -284,9 +285,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=Size.iterations)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keys", help="--retro-cross-attention-keys of the model")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        found = run(Path(folder), Size(iterations=options.iterations), options.seed)
+        found = run(Path(folder), Size(iterations=options.iterations), options.seed, options.keys)
     print(f"\nnats that neighbors give per code, of {np.log(NUM_CODES):.2f} that it holds")
     for name, estimate in (
         ("facts in the database", found.before),

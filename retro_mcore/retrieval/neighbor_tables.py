@@ -56,24 +56,23 @@ class SavedNeighbors:
         if not bounds:
             raise ProjectError(self.directory, "holds no neighbors", "Run query_neighbors first")
         self._paths = [path for _, _, path in bounds]
-        self._ends = np.array([end for _, end, _ in bounds])
+        self._starts, self._ends = np.array([(start, end) for start, end, _ in bounds]).T
         # Shared by all files, since every process opens all of them, and there may be thousands.
         self._looked_at = max(_LOOKED_AT // len(bounds), 1)
         self._width: int | None = None
         self._file = lru_cache(most_mapped_files())(self._open)
         expected = 0
         for number, (start, end, path) in enumerate(bounds):
-            self._file(number)
             if start != expected:
                 what = f"begins with row {start}, the files before it end with {expected}"
                 raise CorruptFileError(path, what, _REPAIR)
+            self._file(number)
             expected = end
 
     def _open(self, number: int) -> np.ndarray:
-        path = self._paths[number]
+        path, start = self._paths[number], self._starts[number]
         rows = map_dataset(path, self._dataset, self._kind, 2)
-        start, end = (int(bound) for bound in path.stem.split("-"))
-        if len(rows) != end - start:
+        if len(rows) != self._ends[number] - start:
             raise CorruptFileError(path, f"holds {len(rows)} rows from {start}", _REPAIR)
         self._width = self._width or rows.shape[1]
         if not rows.shape[1] or rows.shape[1] != self._width:
@@ -147,7 +146,7 @@ class SavedNeighbors:
         first = int(np.searchsorted(self._ends, start, side="right"))
         parts: list[np.ndarray] = []
         while start < end:
-            offset = int(self._ends[first - 1]) if first else 0
+            offset = int(self._starts[first])
             stop = min(end, int(self._ends[first]))
             rows = self._file(first)[start - offset : stop - offset]
             self._check(self._paths[first], rows)
@@ -181,7 +180,7 @@ class SavedNeighbors:
         of_file = np.searchsorted(self._ends, rows, side="right")
         for file in np.unique(of_file).tolist():
             mine = of_file == file
-            found = self._file(file)[rows[mine] - (int(self._ends[file - 1]) if file else 0)]
+            found = self._file(file)[rows[mine] - self._starts[file]]
             self._check(self._paths[file], found)
             result[mine] = found
         return result

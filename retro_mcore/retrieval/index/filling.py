@@ -264,6 +264,8 @@ def merge_on_disk(empty: Path, parts: Sequence[Shard], path: Path, fingerprint: 
     with signed_write(data, fingerprint) as temporary:
         merged = faiss.OnDiskInvertedLists(inner.nlist, inner.code_size, str(temporary))
         merged.merge_from_multiple(pointers.data(), pointers.size(), False, False)
+        for lists in sources:
+            free_lists(lists)
     merged.filename = data.name
     replace_lists(index, merged)
     with signed_write(path, fingerprint) as temporary:
