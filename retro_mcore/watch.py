@@ -114,7 +114,7 @@ class Watch:
         }
         self._heard: dict[int, _Heard] = {}
         self._missing: set[int] = set()
-        self._turns, self._answered = 0, time.monotonic()
+        self._answers, self._answered = 0, time.monotonic()
         self._asked, self._told, self._warned = 0, 0, False
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = self._new_thread()
@@ -194,7 +194,7 @@ class Watch:
             elapsed, last = now - last, now
             try:
                 goes_on = self._turn(elapsed) and goes_on
-                self._turns, is_new = self._turns + 1, False
+                is_new = False
             except (ConnectionRefusedError, ConnectionResetError):
                 # Nothing can be told any more: rank 0 may have finished. Collectives fail by
                 # themselves.
@@ -208,7 +208,7 @@ class Watch:
                     self._wake.set()
                     continue
             except Exception:  # a watch that is broken is no reason to end a job
-                self._turns += 1
+                self._answers += 1
                 if not self._warned:
                     self._warned = True
                     _LOG.warning("the watch over ranks does not work", exc_info=True)
@@ -219,12 +219,12 @@ class Watch:
 
         A connection may be lost without a sign, so new ones are tried before.
         """
-        last, turns, silent, renewed = time.monotonic(), 0, 0.0, 0.0
+        last, answers, silent, renewed = time.monotonic(), 0, 0.0, 0.0
         while not self._stopping.wait(self._pause) and self._thread.is_alive():
             now = time.monotonic()
             elapsed, last = now - last, now
-            if self._turns != turns or not turns or elapsed > 3 * self._pause:
-                turns, silent, renewed = self._turns, 0.0, 0.0
+            if self._answers != answers or not answers or elapsed > 3 * self._pause:
+                answers, silent, renewed = self._answers, 0.0, 0.0
                 continue
             silent += elapsed
             if silent >= self._silence and self._status == RUNS:
@@ -256,8 +256,7 @@ class Watch:
         Args:
             elapsed: Seconds since the last turn began.
         """
-        status = self._status
-        self._store.set(f"rank/{self._rank}", self.own.now(status, self._error).text())
+        status = self._tell()
         if status != RUNS:
             return True
         if elapsed > 3 * self._pause:  # held up, it knows nothing about the others in that time
@@ -275,6 +274,13 @@ class Watch:
             self._report(verdict)
             os._exit(_EXIT_CODE)
         return True
+
+    def _tell(self) -> str:
+        """Tell the others this rank's state; return its status."""
+        status = self._status
+        self._store.set(f"rank/{self._rank}", self.own.now(status, self._error).text())
+        self._answers += 1
+        return status
 
     def _read(self, rank: int) -> RankState | None:
         key = f"rank/{rank}"
@@ -377,12 +383,13 @@ class Watch:
         while (patience := time.monotonic() - started) < 3 * self._pause:
             failed = {}
             if patience >= rounds * self._pause:  # all ranks may ask for all states
+                self._tell()  # others look for the fault too, and this rank is none
                 failed, rounds = self._failed(), rounds + 1
             found = self._verdict() or self._accuse(self._ended() or failed)
             if found is not None:
                 return found
-            time.sleep(0.1 if patience < 1 else 1.0)
-        self._store.set(f"rank/{self._rank}", self.own.now(self._status, self._error).text())
+            time.sleep(0.1 if patience < 1 else min(1.0, self._pause / 2))
+        self._tell()
         states = self._read_all()
         others = [each for each in states if each.status == RUNS and each.rank != self._rank]
         gone = {
@@ -424,6 +431,7 @@ class Watch:
         while reported < self._world_size - len(verdict.gone) and time.monotonic() < end:
             time.sleep(0.1)
             reported = self._store.add("reported", 0)
+            self._answers += 1
 
 
 def _same_node(one: RankState, other: RankState) -> bool:

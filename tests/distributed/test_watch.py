@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from retro_mcore import rank_state
 from retro_mcore.fault_report import lost_contact
 from retro_mcore.rank_state import RUNS, OwnState, has_ended
+from retro_mcore.watch import Watch
 from tests.distributed import watched_run
 from tests.rendezvous import host_store
 
@@ -28,6 +31,7 @@ pytestmark = [
 ]
 
 _TIME = 300
+_TIMED_OUT = RuntimeError("[/x/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting")
 
 
 def start(address: dict[str, str], name: str, *arguments: str) -> list[subprocess.Popen]:
@@ -176,6 +180,33 @@ def test_a_store_that_stops_holds_nobody_up(name, limit):
     else:
         assert [rank.returncode for rank in ranks] == [1, 1], texts
         assert all("has not answered for" in text for text in texts)
+
+
+def test_ranks_that_look_for_a_fault_are_none(caplog):
+    """Ranks 0 and 2 have waited in vain for rank 1, which lives; rank 0 ends its search first."""
+    store, address = host_store()
+
+    def connect() -> dist.Store:
+        return dist.TCPStore(address["MASTER_ADDR"], int(address["MASTER_PORT"]), is_master=False)
+
+    first, second = (Watch(connect, rank, 3, [], limit) for rank, limit in ((0, 0.1), (2, 0.15)))
+    late = OwnState(1)
+    for watch in (second, first):
+        watch.start()
+    ranks = [
+        threading.Thread(target=watch.explain, args=(_TIMED_OUT,)) for watch in (second, first)
+    ]
+    for number, rank in enumerate(ranks):
+        time.sleep(0.1 * number)
+        rank.start()
+    while any(rank.is_alive() for rank in ranks):
+        store.set("rank/1", replace(late.now(RUNS, ""), waits=False, work="its work").text())
+        time.sleep(0.1)
+    for watch in (first, second):
+        watch.leave()
+    told = [record.message for record in caplog.records if record.levelname == "CRITICAL"]
+    assert re.match(r"rank 1 \(.*\) keeps the others waiting: .* its work", told[0]), told
+    assert "has not answered" not in "".join(told)
 
 
 def test_only_a_process_that_is_surely_gone_has_ended():
