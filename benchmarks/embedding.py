@@ -9,7 +9,7 @@ overlap@2 is the share of each chunk's two nearest other chunks, by exact search
 with the reference, computed from vectors as they are stored (fp16). Choices that this machine
 lacks are listed with the reason.
 
-`--perplexity` also trains a small Retro on a project per embedder and evaluates it: hours on a CPU.
+How well a Retro learns from an embedder's neighbors, benchmarks/retrieval_options.py measures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "quickstart"))
 
 import numpy as np
 import torch
-from make_corpus import python_documentation, write_jsonl
+from make_corpus import python_documentation
 
-from retro_mcore.cli import commands as retro
 from retro_mcore.errors import RetroError
 from retro_mcore.retrieval.embedders import build_embedder
 from retro_mcore.retrieval.embedders.base import Embedder
@@ -131,53 +129,11 @@ def measure(choices: list[str], texts: list[str], rounds: int) -> dict[str, Resu
     return results
 
 
-def perplexity(embedder: str, precision: str, folder: Path, iterations: int) -> float:
-    """Train a small Retro on the documentation with neighbors of an embedder; held-out perplexity.
-
-    All embedders have the same corpus, tokenizer, samples, seed and number of steps.
-    """
-    project, model = folder / "project", folder / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(python_documentation(), folder / "corpus.jsonl")
-    where = {"project_dir": str(project)}
-    retro.preprocess_corpus(
-        **where,
-        input=[str(folder / "corpus.jsonl")],
-        vocab_size=8000,
-        split="95,5,0",
-        seq_length=512,
-        global_batch_size=8,
-        eval_iters=8,
-        train_samples=8 * iterations,
-    )
-    retro.build_db(**where)
-    retro.build_index(**where, embedder=embedder, embed_precision=precision, device="cpu")
-    retro.query_neighbors(**where, device="cpu")
-    retro.pretrain_retro(
-        **where,
-        save=str(model),
-        num_layers=6,
-        hidden_size=256,
-        num_attention_heads=4,
-        retro_decoder_layers=[2, 4, 6],
-        position_embedding_type="rope",
-        micro_batch_size=8,
-        train_iters=iterations,
-        lr=1e-3,
-        num_workers=0,
-        device="cpu",
-    )
-    report = retro.evaluate_perplexity(**where, load=str(model), device="cpu")
-    return report.perplexity("real")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chunks", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--choices", nargs="+", default=list(CHOICES))
-    parser.add_argument("--perplexity", action="store_true", help="train a Retro per embedder")
-    parser.add_argument("--iterations", type=int, default=500, help="steps of that training")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -192,14 +148,6 @@ def main() -> None:
         else:
             print(f"| {choice} | {one.rate:.1f} | {one.ratio:.2f} | {one.overlap:.3f} |")
     found = {choice: asdict(one) for choice, one in results.items()}
-    if options.perplexity:
-        with tempfile.TemporaryDirectory() as folder:
-            for choice in results:
-                name, precision = (*choice.split(":"), "fp32")[:2]
-                place = Path(folder) / choice.replace("/", "_")
-                value = perplexity(name, precision, place, options.iterations)
-                found[choice]["perplexity"] = value
-                print(f"{choice}: perplexity {value:.3f}", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"features": has, "choices": found}, indent=4))
 

@@ -61,6 +61,9 @@ class Options:
     """Seed for the moments of the kills."""
     compare: bool = False
     """Run again without kills, and compare all files."""
+    planned_from: Path | None = None
+    """Project of a smaller corpus of this text, which the plan is measured with (default: the one
+    that is built)."""
     json: Path | None = None
     """Write the results here."""
 
@@ -227,8 +230,8 @@ def reports(project: Path) -> dict[str, Any]:
     return {name: json.loads(path.read_text("utf-8")) for name, path in files.items()}
 
 
-def planned(project: Path, place: Path) -> dict[str, Any]:
-    """The plan of this database by `plan_scale --measure`."""
+def planned(options: Options, project: Path, sample: Path, place: Path) -> dict[str, Any]:
+    """The plan of this database by `plan_scale --measure`, with the chunks of a sample."""
     from retro_mcore.project.paths import ProjectPaths
     from retro_mcore.project.records import stage_report
 
@@ -238,7 +241,8 @@ def planned(project: Path, place: Path) -> dict[str, Any]:
     script, path = str(REPOSITORY / "tools" / "plan_scale.py"), place / "plan.json"
     flags = ["--tokens", str(tokens), "--document-tokens", str(tokens / documents)]
     flags += ["--vocab-size", str(_VOCABULARY), "--gpus-per-node", "0", "--cores-per-node", "1"]
-    flags += ["--project-dir", str(project), "--measure", "--device", "cpu", "--json", str(path)]
+    flags += ["--project-dir", str(sample), "--measure", "--device", "cpu", "--json", str(path)]
+    flags += ["--index-memory", options.index_memory] if options.index_memory else []
     subprocess.run(
         [sys.executable, script, *flags], check=True, stdout=subprocess.DEVNULL, text=True
     )
@@ -255,7 +259,11 @@ def main_with(options: Options) -> dict[str, Any]:
     stages = run_pipeline(options, place, corpus, options.kills)
     result: dict[str, Any] = {"stages": [asdict(stage) for stage in stages]}
     result["reports"] = reports(place / "project")
-    result["plan"] = planned(place / "project", place)
+    sample = options.planned_from or place / "project"
+    result["plan"] = planned(options, place / "project", sample, place)
+    seconds = {stage["name"]: 3600 * stage["hours"] for stage in result["plan"]["plan"]["stages"]}
+    result["planned_seconds"] = seconds
+    print(f"seconds of a core: {json.dumps({k: round(v) for k, v in seconds.items()})}")
     disk = sum(stage.disk_mib for stage in stages)
     print(f"disk: {disk:.0f} MiB, planned {result['plan']['plan']['disk'] / 2**20:.0f} MiB")
     if options.compare:

@@ -80,12 +80,14 @@ class Change:
     Attributes:
         flags: Flags of the training with other values; None: without the flag.
         chunk_length: Tokens of a chunk, in a project of its own.
+        index: Flags of build_index with other values, in a project of its own.
         query: Flags of query_neighbors, in a project of its own.
         adapt: What is done to the model before it is trained, and when it is loaded if it `stays`.
     """
 
     flags: dict[str, str | None] = field(default_factory=dict)
     chunk_length: int | None = None
+    index: dict[str, str | None] = field(default_factory=dict)
     query: str = ""
     adapt: Callable[[torch.nn.Module], None] | None = None
     stays: bool = False
@@ -94,10 +96,16 @@ class Change:
     def project(self) -> str:
         """Name of the project's folder."""
         words = [f"chunks_of_{self.chunk_length}"] if self.chunk_length else []
-        return "_".join(["project", *words, *self.query.replace("-", "").split()])
+        words += [*filter(None, self.index.values()), *self.query.replace("-", "").split()]
+        return "_".join(["project", *words])
 
 
 RAW: dict[str, str | None] = {"--retro-encoder-input": "raw"}
+MINILM: dict[str, str | None] = {
+    "--embedder": "minilm",
+    "--embed-precision": "fp32",
+    "--embed-batch-tokens": "1024",
+}
 CHANGES = {
     "quickstart": Change(),
     "keys of their own": Change({"--retro-cross-attention-keys": "own"}),
@@ -127,6 +135,10 @@ CHANGES = {
     "raw input, normed output": Change(RAW, adapt=norm_encoded, stays=True),
     "chunks of 8": Change(chunk_length=8),
     "chunks of 32": Change(chunk_length=32),
+    "embedder minilm": Change(index=MINILM),
+    "embedder minilm, bf16": Change(index={**MINILM, "--embed-precision": "bf16"}),
+    "embedder minilm, int8": Change(index={**MINILM, "--embed-precision": "int8"}),
+    "embedder static": Change(index={"--embedder": "static"}),
     "re-ranked by BM25": Change(query="--rerank bm25"),
     "the defaults of retrieval": Change(
         {
@@ -182,8 +194,12 @@ def find_neighbors(size: Size, layout: Layout, change: Change) -> Path:
         beginning = project.with_name(f"{project.name}_begun")
         shutil.rmtree(beginning, ignore_errors=True)
         for stage in all_stages(size, layout.corpus, Layout(beginning), 1)[:4]:
-            own = change.query.split() if stage.command == "query_neighbors" else []
-            call(stage.command, [*stage.flags, *own])
+            flags = stage.flags
+            if stage.command == "build_index":
+                flags = changed(flags, change.index)
+            if stage.command == "query_neighbors":
+                flags = [*flags, *change.query.split()]
+            call(stage.command, flags)
         (beginning / "project").rename(project)
         beginning.rmdir()
     return project

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from retro_mcore.chunking import SampleLayout
 from retro_mcore.errors import ConfigurationError
-from retro_mcore.retrieval.index.choice import automatic_string, num_lists_for
+from retro_mcore.retrieval.index.choice import automatic_string, largest_code, num_lists_for
 
 #: Maximum number of vectors, and lists, by Faiss's guidelines; the last as used for Retro.
 _LISTS = ((100_000_000, 262_144), (1_000_000_000, 1_048_576))
@@ -167,19 +168,49 @@ def count_chunks(work: Workload) -> int:
     return round(work.tokens / work.chunk_length + work.tokens / work.document_tokens / 2)
 
 
-def index_for(vectors: int, dimension: int) -> tuple[str, int, int]:
-    """Choose a Faiss factory string; returns it, its lists, and its bytes per vector."""
+class PlannedIndex(NamedTuple):
+    """An index that is not built yet.
+
+    Attributes:
+        string: Faiss factory string.
+        lists: Its lists; 0: none.
+        vector_bytes: Bytes per vector.
+        code: Last part of the string.
+    """
+
+    string: str
+    lists: int
+    vector_bytes: int
+    code: str
+
+
+def index_for(vectors: int, dimension: int, memory: float = math.inf) -> PlannedIndex:
+    """Choose an index.
+
+    Up to `LARGEST_UNCOMPRESSED` vectors it is the largest that fits the memory, as `--index auto`
+    chooses if its recall is enough.
+
+    Args:
+        vectors: Number of vectors.
+        dimension: Their dimension.
+        memory: Bytes that the index may take.
+    """
     if vectors <= LARGEST_UNCOMPRESSED:
         lists = num_lists_for(vectors)
-        flat = 4 * dimension + (_ID_BYTES if lists else 0)
-        return automatic_string("Flat", lists), lists, flat
+        code, code_bytes, rotation = largest_code(vectors, dimension, memory)
+        size = code_bytes + (_ID_BYTES if lists else 0)
+        return PlannedIndex(automatic_string(code, lists, rotation), lists, size, code)
     lists = next((lists for most, lists in _LISTS if vectors <= most), _MOST_LISTS)
-    reduce = f"OPQ{_CODE_BYTES}_{_REDUCED}"
-    return f"{reduce},IVF{lists}_HNSW32,PQ{_CODE_BYTES}", lists, _CODE_BYTES + _ID_BYTES
+    reduce, code = f"OPQ{_CODE_BYTES}_{_REDUCED}", f"PQ{_CODE_BYTES}"
+    return PlannedIndex(f"{reduce},IVF{lists}_HNSW32,{code}", lists, _CODE_BYTES + _ID_BYTES, code)
 
 
 def plan_scale(
-    work: Workload, rates: Rates | None = None, node: Node | None = None, hours: float = 24.0
+    work: Workload,
+    rates: Rates | None = None,
+    node: Node | None = None,
+    hours: float = 24.0,
+    index_memory: float = math.inf,
 ) -> ScalePlan:
     """Plan the disk, memory and time of every stage.
 
@@ -188,6 +219,7 @@ def plan_scale(
         rates: Speed of the machines.
         node: One machine.
         hours: Maximum hours per stage, which determines the numbers of nodes and ranks.
+        index_memory: Bytes that the index may take.
     """
     rates, node = rates or Rates(), node or Node()
     chunks = count_chunks(work)
@@ -195,7 +227,7 @@ def plan_scale(
     queries = chunks if aligned else round(work.training_tokens / work.chunk_length)
     stored = chunks * work.chunk_length if aligned else work.tokens  # with padding
     documents = work.tokens / work.document_tokens
-    index, lists, vector_bytes = index_for(chunks, work.dimension)
+    index, lists, vector_bytes, _ = index_for(chunks, work.dimension, index_memory)
     largest = chunks > LARGEST_UNCOMPRESSED
     training = min(chunks, (_TRAINING_PER_LIST if largest else _MOST_TRAINING_PER_LIST) * lists)
     index_bytes = float(vector_bytes) * chunks

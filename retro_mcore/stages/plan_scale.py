@@ -14,6 +14,7 @@ from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.platform import choose_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.retrieval.index.breadth import FEWEST_LISTS
+from retro_mcore.retrieval.index.choice import MEMORY_SHARE, parse_bytes
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.measured import measure_index_rates
 from retro_mcore.retrieval.measured_rates import measure_rates
@@ -73,6 +74,9 @@ class PlanScaleConfig:
     """Processor cores per node."""
     node_memory: float = 2000.0
     """Memory per node in GB."""
+    index_memory: str | None = None
+    """Memory that the index may take, as --index-memory of build_index (default: three quarters of
+    --node-memory)."""
     embedder_rate: float | None = None
     """Chunks embedded per second and GPU, or core (default: 1728, BERT-large on an A100)."""
     query_rate: float | None = None
@@ -116,9 +120,12 @@ def run(config: PlanScaleConfig) -> PlannedScale:
         ]
     )
     work = _workload(config)
-    rates, work = _rates(config, work)
     node = Node(config.gpus_per_node, config.cores_per_node, config.node_memory * 1e9)
-    return PlannedScale(plan_scale(work, rates, node, config.hours), work, rates, node)
+    memory = MEMORY_SHARE * node.memory
+    if config.index_memory is not None:
+        memory = parse_bytes("--index-memory", config.index_memory)
+    rates, work = _rates(config, work, memory)
+    return PlannedScale(plan_scale(work, rates, node, config.hours, memory), work, rates, node)
 
 
 def _workload(config: PlanScaleConfig) -> Workload:
@@ -151,8 +158,14 @@ def _workload(config: PlanScaleConfig) -> Workload:
     )
 
 
-def _rates(config: PlanScaleConfig, work: Workload) -> tuple[Rates, Workload]:
-    """The rates as measured and given, and the work with the measured embedder's dimension."""
+def _rates(config: PlanScaleConfig, work: Workload, memory: float) -> tuple[Rates, Workload]:
+    """The rates as measured and given, and the work with the measured embedder's dimension.
+
+    Args:
+        config: What is asked for.
+        work: The work, as planned so far.
+        memory: Bytes that the index may take.
+    """
     rates = Rates()
     if config.measure:
         if config.project_dir is None:
@@ -161,25 +174,26 @@ def _rates(config: PlanScaleConfig, work: Workload) -> tuple[Rates, Workload]:
         device = str(choose_device(config.device))  # type: ignore[arg-type]
         rates, dimension = measure_rates(config.project_dir, config.embedder, device)
         work = replace(work, dimension=dimension)
-        rates = _with_index(config, rates, work)
+        rates = _with_index(config, rates, work, memory)
     asked = {"embedded": config.embedder_rate, "queried": config.query_rate}
     given = {name: value for name, value in asked.items() if value is not None}
     return replace(rates, **given), work
 
 
-def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload) -> Rates:
+def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload, memory: float) -> Rates:
     """The rates of the planned index, measured on the CPU with the project's vectors."""
     assert config.project_dir is not None
     paths = ProjectConfig.load(config.project_dir).database_paths(config.project_dir)
     settings = ProjectSettings.load(paths.root)
     built = recorded_config(paths, INDEX, BuildIndexConfig)
     chunks = count_chunks(work)
-    index, lists, _ = index_for(chunks, work.dimension)
+    planned = index_for(chunks, work.dimension, memory)
+    index, lists = planned.string, planned.lists
     shares = config.embedder in (None, settings.embedder)
     if built is None or not shares or settings.embedding_dimension != work.dimension:
         return _unmeasured(rates, index, f"{paths.root} has no vectors of the planned embedder")
     if chunks > LARGEST_UNCOMPRESSED:
-        return _unmeasured(rates, index, "compressed codes are not measured")
+        return _unmeasured(rates, index, "product quantizers with rotations are not measured")
     embeddings = Embeddings(stored_embeddings(paths).shards)
     count = min(len(embeddings), _MEASURED_VECTORS)
     if lists and count * lists < FEWEST_LISTS * chunks:
@@ -188,7 +202,9 @@ def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload) -> Rates:
     vectors = embeddings.rows(np.linspace(0, len(embeddings) - 1, count).astype(np.int64))
     candidates = min(settings.num_neighbors_query or NUM_QUERY, len(embeddings))
     narrow = candidates if built.rescore else narrow_candidates(work.neighbors_saved)
-    found = measure_index_rates(vectors, chunks, lists, built.index_recall, candidates, narrow)
+    found = measure_index_rates(
+        vectors, chunks, lists, built.index_recall, candidates, narrow, planned.code
+    )
     visited = f"about {found.nprobe} lists" if found.nprobe else "all vectors"
     logger.info("%s is measured on the CPU; a search visits %s per chunk", index, visited)
     cores = config.cores_per_node

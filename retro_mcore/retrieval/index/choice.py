@@ -45,6 +45,8 @@ _FEWEST_ROTATED = 20_000_000
 _CONSIDERED, _CLOSE = 4, 0.005
 _SAMPLE, _SAMPLE_IN_LISTS = 32_768, 131_072
 _SAMPLE_QUERIES = 400
+#: Share of the memory that an index may take, if nothing else is said.
+MEMORY_SHARE = 0.75
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -115,7 +117,7 @@ def parse_bytes(flag: str, text: str) -> int:
 
 def usable_memory() -> int:
     """Three quarters of the memory that this job may use, in bytes."""
-    return int(total_memory() * 0.75)
+    return int(total_memory() * MEMORY_SHARE)
 
 
 def num_lists_for(num_vectors: int) -> int:
@@ -144,6 +146,20 @@ def index_bytes(num_vectors: int, dimension: int, code_bytes: int) -> int:
     graph = lists * 8 * _GRAPH_NEIGHBORS if lists >= _FEWEST_LISTS_FOR_GRAPH else 0
     ids = 8 * num_vectors if lists else 0
     return num_vectors * code_bytes + ids + lists * 4 * dimension + graph
+
+
+def largest_code(count: int, dimension: int, memory: float) -> tuple[str, int, str]:
+    """The largest codes with which the automatic index fits into memory, or the smallest of all.
+
+    `choose_index` also compares smaller ones, by their recall among the vectors.
+
+    Returns:
+        Last part of the factory string, bytes per vector, and first part of the string.
+    """
+    codes = _codes(count, dimension)
+    fitting = (c for c in codes if index_bytes(count, dimension, c.num_bytes) <= memory)
+    code = next(fitting, codes[-1])
+    return code.string, code.num_bytes, code.rotation
 
 
 def choose_index(

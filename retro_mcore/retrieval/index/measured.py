@@ -1,4 +1,4 @@
-"""Rates of training, filling and searching a large uncompressed index, measured with few vectors.
+"""Rates of training, filling and searching a large index, measured with few vectors.
 
 They are put into an index whose lists are as long as the large one's, and which is searched by as
 many queries per list. All of it runs on the CPU.
@@ -20,6 +20,7 @@ from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
 from retro_mcore.retrieval.index.filling import add_rows
 from retro_mcore.retrieval.index.library import faiss_threads
 from retro_mcore.retrieval.index.list_order import TOGETHER, ListOrderSearch, list_order_pays
+from retro_mcore.retrieval.index.recall import tuned_probes
 from retro_mcore.retrieval.index.training import has_graph, innermost, make_index, train
 
 _RECALL_QUERIES = 400
@@ -45,9 +46,15 @@ class IndexRates:
 
 
 def measure_index_rates(
-    vectors: np.ndarray, count: int, lists: int, recall: float, k: int, narrow: int
+    vectors: np.ndarray,
+    count: int,
+    lists: int,
+    recall: float,
+    k: int,
+    narrow: int,
+    code: str = "Flat",
 ) -> IndexRates:
-    """Measure the automatic, uncompressed index of a large database with some of its vectors.
+    """Measure the automatic index of a large database with some of its vectors.
 
     Args:
         vectors: Evenly spaced vectors of the database, f32 [n, dimension]. They must fill
@@ -57,14 +64,21 @@ def measure_index_rates(
         recall: Target recall@2.
         k: Candidates per chunk.
         narrow: Candidates per chunk where the search is in list order.
+        code: Last part of the index's factory string.
     """
     if not lists:
         return _without_lists(vectors, count, k)
-    probes, index = expected_probes(vectors, count, lists, recall)
+    expected, index = expected_probes(vectors, count, lists, recall)
+    probes = tuned_probes(expected, lists)
+    few = small_lists(len(vectors), count, lists)
+    if code != "Flat":
+        index = make_index(f"IVF{few},{code}", vectors.shape[1])
+        train(index, vectors)
     add_rows(index, vectors, np.arange(len(vectors)))
-    added, placed = _placing(vectors, lists, probes)
-    in_order = list_order_pays(automatic_string("Flat", lists), probes)
-    share = small_lists(len(vectors), count, lists) / lists
+    string = automatic_string(code, lists)
+    added, placed = _placing(vectors, string, lists, probes)
+    in_order = list_order_pays(string, probes)
+    share = few / lists
     together = round(min(TOGETHER, count) * share) if in_order else _RECALL_QUERIES
     scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
     return IndexRates(_training(vectors, lists), added, 1 / (placed + scanned), probes)
@@ -86,19 +100,19 @@ def _training(vectors: np.ndarray, lists: int) -> float:
     return len(vectors) * few / lists / _seconds(lambda: train(index, vectors))
 
 
-def _placing(vectors: np.ndarray, lists: int, probes: int) -> tuple[float, float]:
+def _placing(vectors: np.ndarray, string: str, lists: int, probes: int) -> tuple[float, float]:
     """Vectors added per second, and seconds in which the lists that a chunk visits are found.
 
     Centers near the vectors stand in for those of training.
     """
-    index = make_index(automatic_string("Flat", lists), vectors.shape[1])
+    index = make_index(string, vectors.shape[1])
     random = np.random.default_rng(0)
     centers = vectors[random.integers(0, len(vectors), lists)]
     centers = centers + 0.1 * np.std(vectors) * random.standard_normal(centers.shape, np.float32)
     ivf = innermost(index)
     with faiss_threads(1):
         ivf.quantizer.add(centers.astype(np.float32))
-    ivf.is_trained = True
+        ivf.train(vectors)  # its codes
     added = len(vectors) / _seconds(lambda: add_rows(index, vectors, np.arange(len(vectors))))
     set_search_breadth(index, probes, max(16, 2 * probes) if has_graph(index) else None)
     queries = vectors[:: max(1, len(vectors) // _PLACED)]

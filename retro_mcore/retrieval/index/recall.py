@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ class RecallMeasure:
 
 
 def tune(
-    measure: RecallMeasure,
+    measure: Callable[[int | None, int | None], Recall],
     lists: int | None,
     graph: bool,
     target: float,
@@ -157,7 +157,7 @@ def tune(
     is reduced as long as the recall holds. Given values are not changed.
 
     Args:
-        measure: Measures the index.
+        measure: Measures the index with some nprobe and efSearch.
         lists: Number of lists, if it has any.
         graph: Whether it has a graph.
         target: Target recall@2.
@@ -190,8 +190,24 @@ def tune(
     return measure(nprobe, breadth(nprobe))  # type: ignore[arg-type]
 
 
+def tuned_probes(needed: int, lists: int) -> int:
+    """The number of lists that `tune` ends with if so many reach the target.
+
+    >>> [tuned_probes(needed, 4096) for needed in (1, 5, 71, 200, 4000)]
+    [1, 5, 80, 224, 4096]
+    """
+
+    def measure(nprobe: int | None, ef_search: int | None) -> Recall:
+        return Recall({DECISIVE: float((nprobe or 0) >= needed)}, 1, 0, nprobe, ef_search)
+
+    return tune(measure, lists, False, 1.0).nprobe or lists
+
+
 def _narrow_graph(
-    measure: RecallMeasure, nprobe: int | None, target: float, ef_search: int | None
+    measure: Callable[[int | None, int | None], Recall],
+    nprobe: int | None,
+    target: float,
+    ef_search: int | None,
 ) -> Recall:
     """Find the smallest efSearch, a power of two, that reaches the target; the best one if none
     does."""

@@ -75,6 +75,19 @@ def test_numbers_that_cannot_be_are_refused():
             plan_scale(PlanScaleOptions("1B", hours=hours))
 
 
+def test_the_planned_index_fits_the_memory():
+    """Of the node, unless the index's own is given."""
+
+    def planned(**given):
+        return plan_scale(PlanScaleOptions("1B", document_tokens=1e5, **given)).index
+
+    assert planned() == "IVF16384_HNSW32,Flat"
+    assert planned(node_memory=64.0) == "IVF16384_HNSW32,SQfp16"
+    assert planned(node_memory=64.0, index_memory="20G") == "IVF16384_HNSW32,SQ8"
+    with pytest.raises(ConfigurationError, match="--index-memory: 'much'"):
+        planned(index_memory="much")
+
+
 def test_aligned_samples_have_no_search_of_their_own():
     plan = plan_scale(PlanScaleOptions("1M", samples="aligned"))
     assert plan.query_chunks == plan.chunks
@@ -92,9 +105,11 @@ def test_the_index_is_measured_with_the_projects_vectors(tmp_path):
     assert rates["queried"] != Rates().queried
 
 
-@pytest.mark.parametrize("lists", [0, 256, 8192])
-def test_rates_of_an_index_with_lists_and_without(lists):
-    rates = measure_index_rates(clustered(2000), max(lists, 1) * 60, lists, 0.9, 20, 10)
+@pytest.mark.parametrize(
+    ("lists", "code"), [(0, "Flat"), (256, "Flat"), (8192, "Flat"), (8192, "SQ8"), (256, "PQ8np")]
+)
+def test_rates_of_an_index_with_lists_and_without(lists, code):
+    rates = measure_index_rates(clustered(2000), max(lists, 1) * 60, lists, 0.9, 20, 10, code)
     assert (rates.trained is None) == (lists == 0)
     assert rates.added > 0
     assert rates.queried > 0

@@ -47,6 +47,23 @@ def test_faiss_knows_the_index_of_every_size(vectors, string):
         assert faiss.extract_index_ivf(index).code_size == index_for(vectors, 1024)[2] - 8
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "code"), [(20, "Flat"), (3, "SQfp16"), (1.5, "SQ8"), (0.01, None)]
+)
+def test_the_largest_codes_that_fit_the_memory_are_planned(gigabytes, code):
+    """5 million vectors of 256 dimensions; if nothing fits, the smallest codes."""
+    import faiss
+
+    planned = index_for(5_000_000, 256, gigabytes * 1e9)
+    assert code in (None, planned.code)
+    assert planned.string.split(",")[0] == "IVF8192_HNSW32"
+    index = faiss.index_factory(256, planned.string)
+    assert faiss.extract_index_ivf(index).code_size == planned.vector_bytes - 8
+    plan = plan_scale(work(320e6, dimension=256), index_memory=gigabytes * 1e9)
+    assert plan.index == planned.string
+    assert plan.index_bytes <= gigabytes * 1e9 or code is None
+
+
 def test_a_plan_by_hand():
     """1,000 documents of 96 tokens: each a whole and a half chunk of 64; 640 training chunks."""
     small = Workload(96_000, 40_960, 64, 96, 2, 100, 10)
