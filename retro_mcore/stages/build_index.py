@@ -27,9 +27,8 @@ from retro_mcore.project.records import (
 from retro_mcore.project.shards import ShardReport, Share
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.dataset_infos import read_dataset_infos
-from retro_mcore.retrieval.embedders import default_precision
+from retro_mcore.retrieval.embedders import default_batch_tokens, default_precision
 from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER
-from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.index import AUTO, IndexChoice, Recall, parse_bytes
 from retro_mcore.retrieval.index.build import IndexBuild, IndexOptions, read_recall
 from retro_mcore.retrieval.index.compacted import CompactedIndex
@@ -43,7 +42,13 @@ from retro_mcore.stages.database_embedding import (
     EmbeddedDatabase,
     EmbedderOptions,
 )
-from retro_mcore.stages.embedding_choice import Wanted, WantedPrecision, explicit_precision
+from retro_mcore.stages.embedding_choice import (
+    Automatic,
+    Batches,
+    Wanted,
+    WantedPrecision,
+    explicit_precision,
+)
 from retro_mcore.time_limit import DataTimeLimit
 
 STAGE = "build_index"
@@ -77,8 +82,9 @@ class BuildIndexConfig(DataTimeLimit):
     otherwise fp32. Recorded in the project."""
     embed_fp16: bool = False
     """The same as --embed-precision fp16."""
-    embed_batch_size: int = 16
-    """Chunks per forward pass of the embedder."""
+    embed_batch_size: int | None = None
+    """Chunks per forward pass of the embedder (default: as the project was begun; in a new one
+    --embed-batch-tokens 1024, if its samples are aligned and a CPU runs an encoder, else 16)."""
     embed_batch_tokens: int | None = None
     """Tokens per forward pass of the embedder, padding included, instead of a number of chunks."""
     embeddings_dtype: StoredType | None = None
@@ -171,7 +177,7 @@ def run(project: Project, config: BuildIndexConfig) -> BuildIndexReport:
     initialize(timeout_minutes=config.distributed_timeout_minutes)
     with raise_together():
         _check(config)
-        automatic = default_precision(config.embedder, config.device)
+        automatic = _automatic(config)
     automatic = broadcast_object(automatic)  # type: ignore[assignment]
     paths = project_paths(project)
     job = None
@@ -181,6 +187,11 @@ def run(project: Project, config: BuildIndexConfig) -> BuildIndexReport:
         with raise_together():
             stage = _Run(paths, config, automatic)
         return stage.run()
+
+
+def _automatic(config: BuildIndexConfig) -> Automatic:
+    tokens = default_batch_tokens(config.embedder, config.device)
+    return Automatic(default_precision(config.embedder, config.device), Batches(tokens=tokens))
 
 
 def _check(config: BuildIndexConfig) -> None:
@@ -208,7 +219,7 @@ def _check(config: BuildIndexConfig) -> None:
 class _Run:
     """One run of the stage on one project."""
 
-    def __init__(self, paths: ProjectPaths, config: BuildIndexConfig, automatic: Precision) -> None:
+    def __init__(self, paths: ProjectPaths, config: BuildIndexConfig, automatic: Automatic) -> None:
         self._paths, self._config = paths, config
         project = ProjectConfig.load(paths.root)
         database = ChunkDatabase.open(paths.root, own=True)
@@ -319,8 +330,9 @@ def stored_embeddings(paths: ProjectPaths) -> EmbeddingFiles:
     project, settings = ProjectConfig.load(paths.root), ProjectSettings.load(paths.root)
     database = ChunkDatabase.open(paths.root, own=True)
     inputs = recorded_inputs(paths, STAGE)
-    # The settings record the precision, so the automatic one is not used.
-    return _database_embedding(paths, project, settings, database, config, "fp32", inputs).embedded
+    # The project says how it was embedded, so what is automatic is not used.
+    made_as = _database_embedding(paths, project, settings, database, config, Automatic(), inputs)
+    return made_as.embedded
 
 
 def _check_counts(paths: ProjectPaths, database: ChunkDatabase) -> None:
@@ -339,11 +351,12 @@ def _database_embedding(
     settings: ProjectSettings,
     database: ChunkDatabase,
     config: BuildIndexConfig,
-    automatic: Precision,
+    automatic: Automatic,
     inputs: dict[str, str],
 ) -> DatabaseEmbedding:
     precision = explicit_precision(config.embed_precision, config.embed_fp16)
-    wanted = Wanted(precision, config.embeddings_dtype, automatic)
+    batches = Batches.of(config.embed_batch_size, config.embed_batch_tokens)
+    wanted = Wanted(precision, config.embeddings_dtype, batches, automatic)
     options = _embedding_options(config, project)
     return DatabaseEmbedding(paths, project, settings, database, wanted, options, inputs)
 
@@ -352,11 +365,9 @@ def _embedding_options(config: BuildIndexConfig, project: ProjectConfig) -> dict
     """The options that the embeddings depend on, by flag; see `EmbeddedAs` for the others."""
     return {
         "--embedder": config.embedder,
-        "--embed-batch-size": config.embed_batch_size,
         "retro_block_size": project.retro_block_size,
         # Only if set, so that projects built before they existed remain valid.
         **({"--embedder-pooling": pooling} if (pooling := config.embedder_pooling) else {}),
-        **({"--embed-batch-tokens": tokens} if (tokens := config.embed_batch_tokens) else {}),
     }
 
 
@@ -364,8 +375,6 @@ def _embedder_options(config: BuildIndexConfig) -> EmbedderOptions:
     return EmbedderOptions(
         name=config.embedder,
         pooling=config.embedder_pooling,
-        batch_size=config.embed_batch_size,
-        batch_tokens=config.embed_batch_tokens,
         device=config.device,
     )
 

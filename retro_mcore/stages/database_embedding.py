@@ -20,17 +20,15 @@ from retro_mcore.retrieval.embedders.lexical_weights import save_lexical_weights
 from retro_mcore.retrieval.index import embed_database, embed_held_out
 from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, count_embedded
 from retro_mcore.retrieval.stored_types import StoredCounts
-from retro_mcore.stages.embedding_choice import EmbeddedAs, Wanted, recorded_precision
+from retro_mcore.stages.embedding_choice import EmbeddedAs, Wanted
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedderOptions:
-    """The embedder and how it runs; see `build_embedder`. `device` is auto, cpu or cuda."""
+    """The embedder and where it runs; see `build_embedder`. `device` is auto, cpu or cuda."""
 
     name: str
     pooling: Pooling | None
-    batch_size: int
-    batch_tokens: int | None
     device: str
 
 
@@ -61,13 +59,13 @@ class DatabaseEmbedding:
         config: Its configuration.
         settings: Its settings.
         database: Its chunk database.
-        wanted: Precision and type of the stored vectors, as far as flags say.
+        wanted: Precision, type of the stored vectors and batches, as far as flags say.
         options: The other options that embeddings depend on, by flag.
         inputs: Digests of the files that they are made from.
 
     Attributes:
         embedded: The files, with the fingerprint of their inputs.
-        embedded_as: Precision, type of the stored vectors, text for ends of documents.
+        embedded_as: Precision, type of the stored vectors, text for ends of documents, batches.
         options: All options that the embeddings depend on, by flag.
     """
 
@@ -87,8 +85,7 @@ class DatabaseEmbedding:
         record = recorded_options(paths, "build_index")
         if not record and settings.embedder != options["--embedder"]:
             settings = replace(settings, embedder=None)  # begun anew, with another embedder
-        before = recorded_precision(settings, record)
-        self.embedded_as = wanted.choose(settings, before, shards, options, inputs)
+        self.embedded_as = wanted.choose(settings, record, shards, options, inputs)
         self.options = {**options, **self.embedded_as.options}
         self.embedded = EmbeddingFiles(shards, self.embedded_as.fingerprint(options, inputs))
 
@@ -124,14 +121,15 @@ class DatabaseEmbedding:
         return EmbeddedDatabase(files, len(self._database), counts, made_as, embedder.max_tokens)
 
     def _build_embedder(self, options: EmbedderOptions, device: str) -> Embedder:
+        batches = self.embedded_as.batches
         return build_embedder(
             options.name,
-            batch_size=options.batch_size,
+            batch_size=batches.size,
             device=device,
             pooling=options.pooling,
             weights=self._paths.lexical_weights,
             precision=self.embedded_as.precision,
-            batch_tokens=options.batch_tokens,
+            batch_tokens=batches.tokens,
         )
 
     def _embed_held_out(self, tokenizer: Tokenizer, embedder: Embedder) -> None:

@@ -15,10 +15,35 @@ from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.markers import fingerprint_of, read_marker
 from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.chunk_text import DocumentEnds
+from retro_mcore.retrieval.embedders.base import AUTOMATIC_BATCH_TOKENS, BATCH_SIZE
 from retro_mcore.retrieval.embedders.precision import FLAG, PRECISIONS, Precision
 from retro_mcore.retrieval.stored_types import StoredType
 
 WantedPrecision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How chunks are batched for the embedder. Last bits of vectors depend on it.
+
+    Attributes:
+        size: Chunks of a batch.
+        tokens: Tokens of a batch, padding included, instead of `size`.
+    """
+
+    size: int = BATCH_SIZE
+    tokens: int | None = None
+
+    @classmethod
+    def of(cls, size: int | None, tokens: int | None) -> Batches | None:
+        """What flags ask for; None: nothing."""
+        return None if size is None and tokens is None else cls(size or BATCH_SIZE, tokens)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """By flag, without the one that older versions did not have."""
+        tokens = {} if self.tokens is None else {"--embed-batch-tokens": self.tokens}
+        return {"--embed-batch-size": self.size, **tokens}
 
 
 @dataclass(frozen=True)
@@ -29,16 +54,18 @@ class EmbeddedAs:
         precision: Precision that the embedder computes in.
         dtype: Type that vectors are stored in.
         document_ends: Text that the embedder reads for an end of document inside a chunk.
+        batches: How chunks are batched.
     """
 
     precision: Precision
     dtype: StoredType
     document_ends: DocumentEnds
+    batches: Batches
 
     @property
     def options(self) -> dict[str, Any]:
         """The options by flag, without those that older versions did not have."""
-        options: dict[str, Any] = precision_options(self.precision)
+        options: dict[str, Any] = {**self.batches.options, **precision_options(self.precision)}
         if self.dtype != "fp32":
             options["--embeddings-dtype"] = self.dtype
         return options
@@ -62,23 +89,38 @@ def precision_options(precision: Precision) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Automatic:
+    """How a new aligned project is embedded by this machine.
+
+    Attributes:
+        precision: Precision.
+        batches: How chunks are batched.
+    """
+
+    precision: Precision = "fp32"
+    batches: Batches = Batches()
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What the flags ask for.
 
     Attributes:
         precision: Precision; None: automatic.
         dtype: Type of the stored vectors; None: the project's; in a new one fp16, if it is aligned.
-        automatic: Precision of a new aligned project where `precision` is None.
+        batches: How chunks are batched; None: automatic.
+        automatic: What a new aligned project takes where nothing is asked for.
     """
 
     precision: Precision | None
     dtype: StoredType | None
-    automatic: Precision
+    batches: Batches | None
+    automatic: Automatic
 
     def choose(
         self,
         settings: ProjectSettings,
-        recorded: Precision,
+        record: Mapping[str, Any],
         shards: Sequence[Shard],
         options: Mapping[str, Any],
         inputs: Mapping[str, str],
@@ -87,34 +129,54 @@ class Wanted:
 
         Args:
             settings: The project's settings.
-            recorded: Precision that the project was embedded in, if it was.
+            record: Options of its build_index, if it has finished.
             shards: Files of the embeddings.
             options: See `EmbeddedAs.fingerprint`.
             inputs: See `EmbeddedAs.fingerprint`.
         """
         if settings.embedder is not None:
-            dtype = self.dtype or settings.embeddings_dtype
-            return EmbeddedAs(self.precision or recorded, dtype, settings.document_ends)
-        candidates = list(self._candidates(packed=settings.samples == "packed"))
+            candidates = list(self._as_before(settings, record))
+        else:
+            candidates = list(self._candidates(packed=settings.samples == "packed"))
         markers = (read_marker(shard.path) or {} for shard in shards)
-        begun = {marker.get("fingerprint") for marker in markers}
+        begun = {marker.get("fingerprint") for marker in markers} if len(candidates) > 1 else set()
         for candidate in candidates:
             if candidate.fingerprint(options, inputs) in begun:
                 return candidate
         return candidates[0]
 
+    def _as_before(
+        self, settings: ProjectSettings, record: Mapping[str, Any]
+    ) -> Iterable[EmbeddedAs]:
+        """The ways in which a finished project may have been embedded."""
+        precision = self.precision or recorded_precision(settings, record)
+        dtype, batches = self.dtype or settings.embeddings_dtype, [self.batches]
+        if self.batches is None and record:
+            size = record.get("--embed-batch-size")
+            batches = [Batches.of(size, record.get("--embed-batch-tokens")) or Batches()]
+        elif self.batches is None:  # an extended project has no record before its first run
+            batches = [Batches(), Batches(tokens=AUTOMATIC_BATCH_TOKENS)]
+        for each in batches:
+            assert each is not None
+            yield EmbeddedAs(precision, dtype, settings.document_ends, each)
+
     def _candidates(self, packed: bool) -> Iterable[EmbeddedAs]:
         """Every way that fits the flags; the default comes first."""
         automatic: list[Precision] = list(PRECISIONS)
         dtypes: list[StoredType] = ["fp32", "fp16"]
+        batches = [Batches(), Batches(tokens=AUTOMATIC_BATCH_TOKENS)]
         if not packed:
-            automatic.sort(key=lambda precision: precision != self.automatic)
+            automatic.sort(key=lambda precision: precision != self.automatic.precision)
             dtypes.reverse()
+            batches.sort(key=lambda each: each != self.automatic.batches)
         ends: list[DocumentEnds] = ["detokenized", "line break"]
-        for precision in [self.precision] if self.precision else automatic:
-            for dtype in [self.dtype] if self.dtype else dtypes:
-                for document_ends in ends:
-                    yield EmbeddedAs(precision, dtype, document_ends)
+        return (
+            EmbeddedAs(precision, dtype, document_ends, each)
+            for precision in ([self.precision] if self.precision else automatic)
+            for dtype in ([self.dtype] if self.dtype else dtypes)
+            for document_ends in ends
+            for each in ([self.batches] if self.batches else batches)
+        )
 
 
 def explicit_precision(precision: WantedPrecision | None, half: bool) -> Precision | None:

@@ -14,6 +14,7 @@ from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.embedders import static_models
 from retro_mcore.retrieval.embedders.base import (
+    AUTOMATIC_BATCH_TOKENS,
     BATCH_SIZE,
     DEFAULT_EMBEDDER,
     LEXICAL_EMBEDDER,
@@ -28,6 +29,7 @@ from retro_mcore.retrieval.embedders.precision import (
     FLAG,
     Precision,
     automatic_precision,
+    chooses_cpu,
     require_precision,
 )
 from retro_mcore.retrieval.embedders.sentence import SentenceEncoder
@@ -64,11 +66,24 @@ def default_precision(name: str, device: str) -> Precision:
         name: Name of the embedder.
         device: "auto", "cpu" or "cuda".
     """
+    return automatic_precision(device) if _is_encoder(name) else "fp32"
+
+
+def default_batch_tokens(name: str, device: str) -> int | None:
+    """Tokens of a batch in a new project: for an encoder on a CPU; None: batches of 16 texts.
+
+    Args:
+        name: Name of the embedder.
+        device: "auto", "cpu" or "cuda".
+    """
+    return AUTOMATIC_BATCH_TOKENS if chooses_cpu(device) and _is_encoder(name) else None
+
+
+def _is_encoder(name: str) -> bool:
+    """Whether a name stands for a sentence-transformers or Hugging Face encoder."""
     is_registered = any(is_of_kind(name) for is_of_kind, _ in _registered)
     is_model = static_models.begins_with_transformer(name) and not static_models.is_static(name)
-    if is_registered or name == LEXICAL_EMBEDDER or not is_model:
-        return "fp32"
-    return automatic_precision(device)
+    return is_model and not is_registered and name != LEXICAL_EMBEDDER
 
 
 def build_embedder(

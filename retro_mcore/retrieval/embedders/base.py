@@ -16,6 +16,8 @@ Pooling = Literal["mean", "cls"]
 DEFAULT_EMBEDDER = "minilm"
 #: Texts per forward pass where nothing is given.
 BATCH_SIZE = 16
+#: Tokens per forward pass of an encoder on a CPU, in a new project: benchmarks/embedding.py.
+AUTOMATIC_BATCH_TOKENS = 1024
 #: The embedder that needs no model.
 LEXICAL_EMBEDDER = "lexical"
 

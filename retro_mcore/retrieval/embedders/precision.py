@@ -31,14 +31,18 @@ def processor_features() -> frozenset[str]:
     return frozenset(found[1].split() if found else ())
 
 
+def chooses_cpu(device: str) -> bool:
+    """Whether "auto", "cpu" or "cuda" stands for the CPU here."""
+    return device == "cpu" or not torch.cuda.is_available()
+
+
 def automatic_precision(device: str) -> Precision:
     """The precision of `--embed-precision auto`: bf16 on an x86 CPU that has it, else fp32.
 
     Args:
         device: "auto", "cpu" or "cuda".
     """
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    return "bf16" if on_cpu and processor_features() & _FAST_BF16 else "fp32"
+    return "bf16" if chooses_cpu(device) and processor_features() & _FAST_BF16 else "fp32"
 
 
 def obstacle(precision: Precision, device: str | None) -> str | None:

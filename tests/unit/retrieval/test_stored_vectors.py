@@ -10,6 +10,7 @@ import pytest
 from retro_mcore.cli import build_index, query_neighbors, update_db
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.records import recorded_options
 from retro_mcore.retrieval.embedders import default_precision
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.stored_types import StoredCounts, as_stored
@@ -118,6 +119,58 @@ def test_embeddings_that_were_begun_in_fp32_are_continued(run, project):
     assert first.stat().st_mtime_ns == before
     assert set(dtypes(project)) == {"float32"}
     assert ProjectSettings.load(project).embeddings_dtype == "fp32"
+
+
+def recorded(project):
+    """Options of batches, as build_index recorded them."""
+    options = recorded_options(ProjectPaths(project), "build_index")
+    return {flag: value for flag, value in options.items() if "-batch-" in flag}
+
+
+IN_CHUNKS = {"--embed-batch-size": 16}
+IN_TOKENS = {**IN_CHUNKS, "--embed-batch-tokens": 1024}
+
+
+@pytest.mark.parametrize(("samples", "batches"), [("aligned", IN_TOKENS), ("packed", IN_CHUNKS)])
+def test_new_aligned_projects_are_embedded_in_batches_of_tokens_on_a_cpu(
+    run, project, capsys, samples, batches
+):
+    without_index(project)
+    ProjectSettings(samples=samples).save(project)
+    assert run(project, "--device", "cpu") == 0
+    assert recorded(project) == batches
+    assert run(project) == 0
+    other = ("--embed-batch-size", "16") if samples == "aligned" else ("--embed-batch-tokens", "64")
+    assert run(project, *other) == 2
+    assert "--embed-batch-tokens: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [("--embed-batch-size", "3"), ("--embed-batch-tokens", "64")])
+def test_a_project_keeps_the_batches_that_it_was_built_with(run, project, tmp_path, given):
+    assert run(without_index(project), *given) == 0
+    expected = recorded(project)
+    assert expected[given[0]] == int(given[1])
+    assert run(project) == 0
+    assert query_neighbors.main(["--project-dir", str(project)]) == 0
+    (tmp_path / "new.txt").write_text("A new document about batches. " * 40)
+    append = ["--append", str(tmp_path / "new.txt")]
+    assert update_db.main(["--project-dir", str(project), *append]) == 0
+    (grown,) = (project / "updates").iterdir()
+    assert recorded(project) == recorded(grown) == expected
+
+
+@pytest.mark.parametrize("given", [("--embed-batch-size", "16"), ("--embed-batch-tokens", "1024")])
+def test_embeddings_that_were_begun_in_other_batches_are_continued(run, project, given):
+    """By a version or on a machine with another default."""
+    assert run(without_index(project), "--stage", "embed", *given) == 0
+    (first, *others) = sorted(ProjectPaths(project).embeddings.glob("*.hdf5"))
+    before = first.stat().st_mtime_ns
+    for path in others:
+        path.unlink()
+    assert run(project) == 0
+    assert first.stat().st_mtime_ns == before
+    assert recorded(project).get(given[0]) == int(given[1])
+    assert ("--embed-batch-tokens" in recorded(project)) == (given[0] == "--embed-batch-tokens")
 
 
 def test_a_grown_project_keeps_the_type(run, project, tmp_path):
