@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from retro_mcore.bridge.huggingface import check_export, load_huggingface
 from retro_mcore.bridge.model import RetroModelConfig, check_needs_no_trainer, model_config
 from retro_mcore.bridge.names import names_of_recipe
 from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
+from retro_mcore.checkpoint.files import existing_checkpoint
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
-from retro_mcore.errors import ConfigurationError, raise_problems
-from retro_mcore.model.options import ModelOptions
+from retro_mcore.errors import CheckpointError, ConfigurationError, raise_problems
+from retro_mcore.model.option_traits import model_traits
+from retro_mcore.model.options import ModelArguments, ModelOptions
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.loop.sample_reader import (
@@ -38,21 +41,24 @@ from retro_mcore.training.loop.sample_reader import (
 )
 from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.setup.plan import TrainingPlan, make_plan
+from retro_mcore.training.setup.saved_arguments import saved_arguments
 
 _LOG = logging.getLogger(__name__)
 _WEIGHT_DECAY = 0.1
 
 
 class RetroConfigContainer(ConfigContainer):
-    """Bridge's configuration of a run, with a check of what it writes for transformers."""
+    """Bridge's configuration of a run, with checks of what it resumes and writes."""
 
     def validate(self) -> None:
         """Check and complete the configuration; called by Bridge before anything is built.
 
         Raises:
-            RetroError: `checkpoint.also_save_hf_checkpoint` with adapters, or see `check_export`.
+            RetroError: the checkpoint to resume from is another model's;
+                `checkpoint.also_save_hf_checkpoint` with adapters, or see `check_export`.
         """
         super().validate()
+        self._check_resumes()
         if not self.checkpoint.also_save_hf_checkpoint:
             return
         if self.peft is not None:
@@ -64,6 +70,31 @@ class RetroConfigContainer(ConfigContainer):
         source = self.checkpoint.hf_source_path or self.model.hf_model_id
         source = source or self.tokenizer.tokenizer_model
         check_export(str(source), self.model, self.checkpoint.hf_trust_remote_code)
+
+    def _check_resumes(self) -> None:
+        """Refuse the checkpoint of another model: Bridge would load what has the same shapes."""
+        checkpoint = None
+        if self.checkpoint.load is not None:
+            with suppress(CheckpointError):  # of another format: Bridge says what is wrong
+                checkpoint = existing_checkpoint(self.checkpoint.load, self.checkpoint.ckpt_step)
+        if checkpoint is None:
+            return
+        traits = model_traits(ModelArguments)
+        free = {"padding", "free"} if self.checkpoint.finetune else {"padding"}
+        before = {field.name: field.default for field in fields(ModelArguments)}
+        before |= saved_arguments(checkpoint)
+        differing = {
+            name: now
+            for name, now in self.model.arguments.items()
+            if name in traits and traits[name].reuse not in free and before.get(name) != now
+        }
+        if differing:
+            changes = [f"{k} {before.get(k)}, and now it is {now}" for k, now in differing.items()]
+            raise CheckpointError(
+                str(checkpoint),
+                f"was trained with {'; with '.join(changes)}",
+                f"Give {', '.join(differing)} as before, or choose another checkpoint.load",
+            )
 
 
 def pretrain_config(

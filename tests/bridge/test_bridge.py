@@ -38,6 +38,7 @@ RETRO = {
     "retro_encoder_hidden_dropout": 0.0,
     "retro_encoder_attention_dropout": 0.0,
 }
+OTHER_KEYS = {"retro_cross_attention_keys": "own"}
 CHANGED = {
     "model.hidden_size": 64,
     "model.hidden_dropout": 0.5,
@@ -106,7 +107,8 @@ def in_bf16_without_tokenizer(directory: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(megatron, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bridge")
-    load = {"checkpoint.load": "retro", "checkpoint.save": "resumed"}
+    resume = {"checkpoint.load": "retro"}
+    load = {**resume, "checkpoint.save": "resumed"}
     start_from = {"huggingface": str(saved_for_transformers(folder)), "lr": 1e-2}
     other = {"huggingface": str(folder / "other"), "lr": 1e-2, "hidden_dropout": 0.0}
     both = {"checkpoint.also_save_hf_checkpoint": True, "checkpoint.hf_trust_remote_code": True}
@@ -136,6 +138,7 @@ def trained(megatron, tmp_path_factory):
         run("for our trainer", 2, num_experts=4, retro_mup_base_hidden_size=16, **RETRO),
         run("retro", 2, save="retro", **RETRO),
         run("resumed", 4, ranks=2, changes=load, save="resumed", **RETRO, **TP2),
+        run("other keys", 4, ranks=2, changes=resume, **OTHER_KEYS, **RETRO, **TP2),
         run("gpt", 2, save="gpt", no_retrieval=True),
         run("refused", 2, changes=CHANGED, **RETRO),
     ]
@@ -267,12 +270,20 @@ def test_documents_that_begin_otherwise_are_told_once(trained):
             "export refused",
             ["has no tokenizer that", "says bfloat16, in which", "weights of float32"],
         ),
+        (
+            "other keys",
+            [
+                "was trained with retro_cross_attention_keys mixed, and now it is own. Give "
+                "retro_cross_attention_keys as before, or choose another checkpoint.load"
+            ],
+        ),
         ("nowhere", ["nowhere: is no directory"]),
         ("another kind", ["llama: holds no RetroForCausalLM"]),
         ("for our trainer", ["num_experts: 4 in Meg", "retro_mup_base_hidden_size: 16 in Meg"]),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_it_is_built(trained, name, messages):
-    text = output(trained, name, code=2)
+    output(trained, name, code=2)
+    text = (trained / f"{name}.0.txt").read_text()  # the first rank says why
     assert all(message in text for message in messages), text
     assert not (trained / name).exists()
