@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,10 @@ _QUERIES = 1000
 def expected_probes(vectors: np.ndarray, count: int, lists: int, recall: float) -> tuple[int, Any]:
     """Lists to visit for a recall@2 in a large, uncompressed index.
 
-    Both the distance to the nearest vectors and the width of lists of a given length shrink with
-    the n-th root of the density, n being the vectors' intrinsic dimension. So with lists of the
-    same length the number p that a query must visit tends to a constant as the number of lists L
-    grows, and only where there are few lists all of them are near. 1/p = a + b/L is fitted on all
-    vectors, half, a quarter and an eighth of them, in lists as long as the large index's.
+    In lists of the same length the number p that a query must visit grows with the number of lists
+    L, ever more slowly: fewer of them lie at the edge of the data. 1/p = a + b/sqrt(L) is fitted on
+    all vectors, half, a quarter and an eighth of them, in lists as long as the large index's. The
+    square root is empirical (docs/decisions/0015-index-in-parts.md).
 
     Args:
         vectors: Evenly spaced vectors of the database, f32 [n, dimension]. They must fill
@@ -69,17 +69,21 @@ def _needed_probes(index: Any, vectors: np.ndarray, recall: float) -> int:
 
 
 def _extrapolated(sizes: np.ndarray, needed: np.ndarray, lists: int) -> int:
-    """p of 1/p = a + b/L at L = `lists`, with the least squares of relative errors, which weigh as
-    much as there are lists; a >= 0.
+    """p of 1/p = a + b/sqrt(L) at L = `lists`, with the least squares of relative errors; a >= 0.
 
-    >>> _extrapolated(np.array([10, 20, 40]), np.array([5, 7, 8]), 4000)
-    10
-    >>> _extrapolated(np.array([10, 20]), np.array([5, 10]), 400)
-    200
+    >>> _extrapolated(np.array([82, 164, 328, 655]), np.array([16, 18, 28, 32]), 4096)
+    52
+    >>> _extrapolated(np.array([10, 40]), np.array([5, 10]), 1000)
+    50
+    >>> _extrapolated(np.array([10, 20]), np.array([9, 8]), 1000)
+    9
     """
-    if len(sizes) > 1:
-        columns = np.stack((needed * sizes, needed), axis=1)
-        constant, slope = np.linalg.lstsq(columns, sizes.astype(float), rcond=None)[0]
-        if constant > 0 and slope >= 0:
-            return max(int(needed[-1]), round(1 / (constant + slope / lists)))
-    return round(needed[-1] * lists / sizes[-1])
+    ones = np.ones(len(sizes))
+    columns = np.stack((needed, needed / np.sqrt(sizes)), axis=1)
+    constant, slope = np.linalg.lstsq(columns, ones, rcond=None)[0] if len(sizes) > 1 else (0, 0)
+    if slope < 0:
+        return int(needed.max())
+    if constant <= 0:
+        constant = 0.0
+        slope = np.linalg.lstsq(columns[:, 1:], ones, rcond=None)[0][0]
+    return max(int(needed[-1]), round(1 / (constant + slope / math.sqrt(lists))))
