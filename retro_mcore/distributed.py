@@ -17,7 +17,7 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from retro_mcore import watch
+from retro_mcore import agent_store, watch
 from retro_mcore.errors import RetroError, system_refusal
 from retro_mcore.time_limit import DATA_MINUTES, check_minutes
 
@@ -53,30 +53,38 @@ def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> 
     global _timeout
     timeout = _timeout = timedelta(minutes=timeout_minutes)
     if launched_by_torchrun():
-        dist.init_process_group(backend, timeout=timeout)
+        name = _join(backend, timeout)
         if dist.get_world_size() > 1:
-            _start_watch(backend, timeout_minutes)
+            _start_watch(timeout_minutes, name)
     else:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
 
 
-def _start_watch(backend: str, timeout_minutes: float) -> None:
-    """Let the ranks watch one another, under a name in the store that no other ranks have had.
-
-    Elastic restarts keep the store, so ranks that failed before may have left states in it.
-    """
-    nonce: object = uuid.uuid4().hex
+def _join(backend: str, timeout: timedelta) -> str:
+    """Join by the launcher's environment variables; a name that these ranks alone have."""
+    if agent_store.is_kept_by_agent():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, name = agent_store.fresh_part(rank, world_size, timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+        return name
+    dist.init_process_group(backend, timeout=timeout)  # rank 0 of these ranks keeps the store
+    own = uuid.uuid4().hex
     if "gloo" in backend:
-        nonce = broadcast_object(nonce)
-    else:  # NCCL's first collective takes memory; without a fresh id there it would not start
-        store = _get_default_store()
-        if get_rank() == 0:
-            store.set("retro_mcore/watch", str(nonce))
-        nonce = store.get("retro_mcore/watch").decode()
+        return broadcast_object(own)
+    store = _get_default_store()  # NCCL's first collective takes memory
+    if get_rank() == 0:
+        store.set("retro_mcore/watch", own)
+    return str(store.get("retro_mcore/watch").decode())
+
+
+def _start_watch(timeout_minutes: float, name: str) -> None:
+    """Let the ranks watch one another, under a name in the store that no other ranks have had."""
     try:
-        watch.start(get_rank(), get_world_size(), timeout_minutes, str(nonce))
+        watch.start(get_rank(), get_world_size(), timeout_minutes, name)
     except Exception:  # a watch that is broken is no reason to end a job
         _LOG.warning("the watch over ranks does not work", exc_info=True)
     # Processes of multiprocessing end without atexit's functions, while their error is handled.

@@ -91,14 +91,17 @@ def train_and_report(options: TrainOptions) -> None:
     path.write_text(json.dumps(losses), encoding="utf-8")
 
 
-def start(folder: Path, fault: Fault, command: str, *flags: object) -> tuple[int, list[str]]:
+def start(
+    folder: Path, fault: Fault, command: str, *flags: object, restarts: int = 0
+) -> tuple[int, list[str]]:
     """Run a command on four ranks; the job's exit code and each rank's output.
 
     Args:
         folder: For the output.
-        fault: What happens, and where.
+        fault: What happens, and where, before the agent has started the ranks again.
         command: "train", or a command of retro-mcore.
         *flags: Its flags.
+        restarts: How often the agent starts all ranks again after one has failed.
     """
     (folder / "logs").mkdir(parents=True)
     config = LaunchConfig(
@@ -109,7 +112,7 @@ def start(folder: Path, fault: Fault, command: str, *flags: object) -> tuple[int
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         start_method=START_METHOD,
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL),
     )
@@ -137,7 +140,7 @@ def rank_main(fault: Fault, command: str, *flags: str) -> None:
     def update_and_fail(self: progress.Progress, steps: int = 1) -> None:
         update(self, steps)
         here = int(os.environ["RANK"]) == fault.rank and str(self).startswith(fault.place)
-        if here and not done:
+        if here and not done and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             done.append(fault)
             _fail(fault.kind)
 

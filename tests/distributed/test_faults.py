@@ -28,11 +28,13 @@ def losses(folder: Path) -> list[float]:
     return json.loads((folder / f"rank_{RANKS - 1}.json").read_text(encoding="utf-8"))
 
 
-def train(folder: Path, kind: str = "none", *flags: object) -> tuple[int, list[str]]:
+def train(
+    folder: Path, kind: str = "none", *flags: object, restarts: int = 0
+) -> tuple[int, list[str]]:
     """Train; rank 1 fails after an iteration that follows a checkpoint."""
     fault = Fault(kind, rank=1, place=f"training {SAVE_INTERVAL + 1} of")
     flags = ("--directory", folder, "--distributed-timeout-minutes", LIMIT, *flags)
-    return start(folder / kind, fault, "train", *flags)
+    return start(folder / kind, fault, "train", *flags, restarts=restarts)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,16 @@ def test_training_loses_no_more_than_the_save_interval(tmp_path, whole_run, kind
     assert code == 0, outputs
     assert len(losses(tmp_path)) == ITERATIONS - SAVE_INTERVAL
     assert losses(tmp_path) == losses(whole_run)[SAVE_INTERVAL:]
+
+
+@pytest.mark.parametrize("kind", ["kill", "hang"])
+def test_ranks_that_the_launcher_starts_again_go_on(tmp_path, whole_run, kind):
+    """As torchrun --max-restarts 1 does. The store is the same; the watch takes no rank of before
+    for one that is gone."""
+    code, outputs = train(tmp_path, kind, restarts=1)
+    assert code == 0, outputs
+    assert losses(tmp_path) == losses(whole_run)[SAVE_INTERVAL:]
+    assert len([*(tmp_path / kind / "logs").glob("*/attempt_1/1")]) == 1
 
 
 def contents(project: Path) -> dict[str, bytes]:
