@@ -74,7 +74,7 @@ def _join(backend: str, timeout: timedelta) -> str:
     dist.init_process_group(backend, timeout=timeout)  # rank 0 of these ranks keeps the store
     own = uuid.uuid4().hex
     if "gloo" in backend:
-        return broadcast_object(own)
+        return str(broadcast_object(own))
     store = _get_default_store()  # NCCL's first collective takes memory
     if get_rank() == 0:
         store.set("retro_mcore/watch", own)

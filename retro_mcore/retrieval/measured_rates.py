@@ -10,6 +10,8 @@ import numpy as np
 
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.records import stage_report
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
@@ -50,7 +52,8 @@ def measure_rates(
     count = min(_TIMES * _EMBEDDED, len(database))
     ids = np.linspace(0, len(database) - 1, count).astype(int)
     counter = BertTokenCounter(paths.root / str(config.retro_bert_vocab_file))
-    chunked, tokenized = _text_rates(database, ids, tokenizer, counter)
+    together = _chunks_per_document(paths, config.retro_gpt_chunk_length)
+    chunked, tokenized = _text_rates(database, ids, tokenizer, counter, together)
     name = embedder or settings.embedder or DEFAULT_EMBEDDER
     precision = _usable_precision(None if embedder else settings.embed_precision, device)
     built = build_embedder(name, device=device, weights=paths.lexical_weights, precision=precision)
@@ -72,17 +75,31 @@ def _usable_precision(recorded: Precision | None, device: str) -> Precision:
     return "fp32"
 
 
+def _chunks_per_document(paths: ProjectPaths, chunk_length: int) -> int:
+    """Mean length of the project's documents, in chunks."""
+    counts = stage_report(paths, "preprocess_corpus")
+    tokens = counts.get("tokens", 0) - counts.get("padding_tokens", 0)
+    return round(tokens / counts["documents"] / chunk_length) if counts.get("documents") else 1
+
+
 def _text_rates(
-    database: ChunkDatabase, ids: np.ndarray, tokenizer: Tokenizer, counter: BertTokenCounter
+    database: ChunkDatabase,
+    ids: np.ndarray,
+    tokenizer: Tokenizer,
+    counter: BertTokenCounter,
+    together: int,
 ) -> tuple[float, float]:
-    """Chunks and tokens per second on one core."""
+    """Chunks and tokens per second on one core; short texts take longer per token than documents,
+    so chunks are tokenized `together`."""
     tokens = [chunk.tolist() for chunk in database.tokens(ids)]
     start = time.process_time()
     texts = tokenizer.detokenize_batch(tokens)
     counter.count(texts)
     chunked = len(ids) / (time.process_time() - start)
+    step = max(1, together)
+    documents = [" ".join(texts[first : first + step]) for first in range(0, len(texts), step)]
     start = time.process_time()
-    tokenized = sum(map(len, tokenizer.tokenize_batch(texts))) / (time.process_time() - start)
+    tokenized = sum(map(len, tokenizer.tokenize_batch(documents))) / (time.process_time() - start)
     return chunked, tokenized
 
 
