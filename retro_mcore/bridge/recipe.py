@@ -27,7 +27,7 @@ from retro_mcore.bridge.huggingface import check_export, load_huggingface
 from retro_mcore.bridge.model import RetroModelConfig, check_needs_no_trainer, model_config
 from retro_mcore.bridge.names import names_of_recipe
 from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS
-from retro_mcore.checkpoint.files import existing_checkpoint
+from retro_mcore.checkpoint.files import CONFIG_FILE, existing_checkpoint
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import CheckpointError, ConfigurationError, raise_problems
 from retro_mcore.model.option_traits import model_traits
@@ -73,28 +73,47 @@ class RetroConfigContainer(ConfigContainer):
 
     def _check_resumes(self) -> None:
         """Refuse the checkpoint of another model: Bridge would load what has the same shapes."""
-        checkpoint = None
-        if self.checkpoint.load is not None:
-            with suppress(CheckpointError):  # of another format: Bridge says what is wrong
-                checkpoint = existing_checkpoint(self.checkpoint.load, self.checkpoint.ckpt_step)
-        if checkpoint is None:
-            return
+        given = self.checkpoint
+        if (checkpoint := _checkpoint_in(given.load, given.ckpt_step)) is not None:
+            self._check_same_model(checkpoint, "checkpoint.load", free=given.finetune)
+        elif (checkpoint := _checkpoint_in(given.pretrained_checkpoint, None)) is not None:
+            self._check_same_model(checkpoint, "checkpoint.pretrained_checkpoint", free=True)
+
+    def _check_same_model(self, checkpoint: Path, name: str, free: bool) -> None:
         traits = model_traits(ModelArguments)
-        free = {"padding", "free"} if self.checkpoint.finetune else {"padding"}
+        may_differ = {"padding", "free"} if free else {"padding"}
         before = {field.name: field.default for field in fields(ModelArguments)}
         before |= saved_arguments(checkpoint)
         differing = {
-            name: now
-            for name, now in self.model.arguments.items()
-            if name in traits and traits[name].reuse not in free and before.get(name) != now
+            key: now
+            for key, now in self.model.arguments.items()
+            if key in traits
+            and traits[key].reuse not in may_differ
+            and _as_saved(before.get(key)) != _as_saved(now)
         }
         if differing:
             changes = [f"{k} {before.get(k)}, and now it is {now}" for k, now in differing.items()]
             raise CheckpointError(
                 str(checkpoint),
                 f"was trained with {'; with '.join(changes)}",
-                f"Give {', '.join(differing)} as before, or choose another checkpoint.load",
+                f"Give {', '.join(differing)} as before, or choose another {name}",
             )
+
+
+def _checkpoint_in(directory: str | None, ckpt_step: int | None) -> Path | None:
+    """A checkpoint of Megatron's format that is a directory, or the latest that is in it."""
+    if directory is None:
+        return None
+    if (Path(directory) / CONFIG_FILE).is_file():
+        return Path(directory)
+    with suppress(CheckpointError):  # of another format: Bridge says what is wrong
+        return existing_checkpoint(directory, ckpt_step)
+    return None
+
+
+def _as_saved(value: object) -> object:
+    """As a file gives it back: tuples are lists there."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def pretrain_config(

@@ -11,12 +11,12 @@ import numpy as np
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
-from retro_mcore.project.records import stage_report
+from retro_mcore.project.records import recorded_options, stage_report
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders import build_embedder
-from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER, Embedder
+from retro_mcore.retrieval.embedders import build_embedder, default_batch_tokens
+from retro_mcore.retrieval.embedders.base import BATCH_SIZE, DEFAULT_EMBEDDER, Embedder
 from retro_mcore.retrieval.embedders.precision import Precision, obstacle
 from retro_mcore.retrieval.scale import Rates
 
@@ -56,7 +56,18 @@ def measure_rates(
     chunked, tokenized = _text_rates(database, ids, tokenizer, counter, together)
     name = embedder or settings.embedder or DEFAULT_EMBEDDER
     precision = _usable_precision(None if embedder else settings.embed_precision, device)
-    built = build_embedder(name, device=device, weights=paths.lexical_weights, precision=precision)
+    recorded = {} if embedder else recorded_options(paths, "build_index")
+    tokens = recorded.get("--embed-batch-tokens")
+    if not recorded and settings.samples == "aligned":
+        tokens = default_batch_tokens(name, device)
+    built = build_embedder(
+        name,
+        recorded.get("--embed-batch-size", BATCH_SIZE),
+        device=device,
+        weights=paths.lexical_weights,
+        precision=precision,
+        batch_tokens=tokens,
+    )
     texts = chunk_texts(tokenizer, database.tokens(ids[:: max(count // _EMBEDDED, 1)]))
     rates = Rates(tokenized=tokenized, chunked=chunked, embedded=_embedding_rate(built, texts))
     return rates, built.dimension

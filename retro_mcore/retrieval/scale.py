@@ -17,7 +17,7 @@ from retro_mcore.retrieval.index.choice import automatic_string, largest_code, n
 #: Maximum number of vectors, and lists, by Faiss's guidelines; the last as used for Retro.
 _LISTS = ((100_000_000, 262_144), (1_000_000_000, 1_048_576))
 _MOST_LISTS = 4_194_304
-#: Up to this many vectors, the plan is for what `--index auto` builds in enough memory.
+#: Up to this many vectors, the plan is for what `--index auto` builds in the memory.
 LARGEST_UNCOMPRESSED = 20_000_000
 #: Bytes of a product quantizer's code, and the dimension to which vectors are reduced before.
 _CODE_BYTES, _REDUCED = 64, 128
@@ -219,7 +219,7 @@ def plan_scale(
         rates: Speed of the machines.
         node: One machine.
         hours: Maximum hours per stage, which determines the numbers of nodes and ranks.
-        index_memory: Bytes that the index may take.
+        index_memory: Bytes that the index may take on a node; a larger one is split.
     """
     rates, node = rates or Rates(), node or Node()
     chunks = count_chunks(work)
@@ -231,7 +231,7 @@ def plan_scale(
     largest = chunks > LARGEST_UNCOMPRESSED
     training = min(chunks, (_TRAINING_PER_LIST if largest else _MOST_TRAINING_PER_LIST) * lists)
     index_bytes = float(vector_bytes) * chunks
-    shares = math.ceil(index_bytes / (0.8 * node.memory))
+    shares = math.ceil(index_bytes / min(0.8 * node.memory, index_memory))
     # The parts stay beside the index that is merged from them; a split index has its parts alone.
     on_disk = index_bytes * (2 if shares == 1 else 1)
     embedders = node.gpus or node.cores

@@ -75,8 +75,8 @@ class PlanScaleConfig:
     node_memory: float = 2000.0
     """Memory per node in GB."""
     index_memory: str | None = None
-    """Memory that the index may take, as --index-memory of build_index (default: three quarters of
-    --node-memory)."""
+    """Memory that the index may take on a node, as --index-memory of build_index (default: three
+    quarters of --node-memory). Up to 20M chunks it decides the codes; a larger index is split."""
     embedder_rate: float | None = None
     """Chunks embedded per second and GPU, or core (default: 1728, BERT-large on an A100)."""
     query_rate: float | None = None
@@ -125,7 +125,15 @@ def run(config: PlanScaleConfig) -> PlannedScale:
     if config.index_memory is not None:
         memory = parse_bytes("--index-memory", config.index_memory)
     rates, work = _rates(config, work, memory)
-    return PlannedScale(plan_scale(work, rates, node, config.hours, memory), work, rates, node)
+    plan = plan_scale(work, rates, node, config.hours, memory)
+    if plan.chunks <= LARGEST_UNCOMPRESSED and plan.index_bytes > memory:
+        logger.warning(
+            "no index of %d vectors fits --index-memory: build_index would refuse it. The smallest "
+            "is planned, %s",
+            plan.chunks,
+            plan.index,
+        )
+    return PlannedScale(plan, work, rates, node)
 
 
 def _workload(config: PlanScaleConfig) -> Workload:

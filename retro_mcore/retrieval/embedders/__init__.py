@@ -72,11 +72,15 @@ def default_precision(name: str, device: str) -> Precision:
 def default_batch_tokens(name: str, device: str) -> int | None:
     """Tokens of a batch in a new project: for an encoder on a CPU; None: batches of 16 texts.
 
+    A hub name may stand for any kind of model, also for one that counts no tokens.
+
     Args:
         name: Name of the embedder.
         device: "auto", "cpu" or "cuda".
     """
-    return AUTOMATIC_BATCH_TOKENS if chooses_cpu(device) and _is_encoder(name) else None
+    is_known = name == DEFAULT_EMBEDDER or Path(name).is_dir()
+    known_encoder = is_known and _is_encoder(name)
+    return AUTOMATIC_BATCH_TOKENS if known_encoder and chooses_cpu(device) else None
 
 
 def _is_encoder(name: str) -> bool:

@@ -73,8 +73,8 @@ def _extrapolated(sizes: np.ndarray, needed: np.ndarray, lists: int) -> int:
 
     >>> _extrapolated(np.array([82, 164, 328, 655]), np.array([16, 18, 28, 32]), 4096)
     52
-    >>> _extrapolated(np.array([10, 40]), np.array([5, 10]), 1000)
-    50
+    >>> _extrapolated(np.array([16, 31, 62, 125]), np.array([13, 22, 42, 75]), 1000)
+    212
     >>> _extrapolated(np.array([10, 20]), np.array([9, 8]), 1000)
     9
     """
@@ -83,7 +83,6 @@ def _extrapolated(sizes: np.ndarray, needed: np.ndarray, lists: int) -> int:
     constant, slope = np.linalg.lstsq(columns, ones, rcond=None)[0] if len(sizes) > 1 else (0, 0)
     if slope < 0:
         return int(needed.max())
-    if constant <= 0:
-        constant = 0.0
-        slope = np.linalg.lstsq(columns[:, 1:], ones, rcond=None)[0][0]
+    if constant <= 0:  # at these sizes it grows faster than the root
+        return round(needed[-1] * math.sqrt(lists / sizes[-1]))
     return max(int(needed[-1]), round(1 / (constant + slope / math.sqrt(lists))))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retro_mcore.errors import ConfigurationError, CorruptFileError
+from retro_mcore.errors import ConfigurationError, CorruptFileError, MissingDependencyError
 from retro_mcore.host import total_memory
 from retro_mcore.project.config import read_json_object
 from retro_mcore.project.space import show_bytes
@@ -268,7 +268,7 @@ def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -
         if dimension % size == 0 and size < dimension // 2:
             # np: without the long training for Hamming distances, which is not used.
             codes.append(_Code(f"PQ{size}np", size, f"OPQ{size}" if rotated else "", scan=0.75))
-    if not gpu and faiss_version() >= (1, 15):
+    if not gpu and _has_rabitq():
         codes += [_rabitq(bits, dimension) for bits in range(1, 7)]
     if not (gpu or split) and num_lists_for(count):
         codes += [
@@ -278,6 +278,14 @@ def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -
         ]
     smaller = [code for code in codes if code.num_bytes < flat.num_bytes]
     return [flat, *sorted(smaller, key=lambda code: -code.num_bytes)]
+
+
+def _has_rabitq() -> bool:
+    """Whether Faiss has it; without Faiss, which only planning does without, it counts as old."""
+    try:
+        return faiss_version() >= (1, 15)
+    except MissingDependencyError:
+        return False
 
 
 def _rabitq(bits: int, dimension: int) -> _Code:

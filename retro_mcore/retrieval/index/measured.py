@@ -67,7 +67,7 @@ def measure_index_rates(
         code: Last part of the index's factory string.
     """
     if not lists:
-        return _without_lists(vectors, count, k)
+        return _without_lists(vectors, count, k, code)
     expected, index = expected_probes(vectors, count, lists, recall)
     probes = tuned_probes(expected, lists)
     few = small_lists(len(vectors), count, lists)
@@ -84,9 +84,10 @@ def measure_index_rates(
     return IndexRates(_training(vectors, lists), added, 1 / (placed + scanned), probes)
 
 
-def _without_lists(vectors: np.ndarray, count: int, k: int) -> IndexRates:
+def _without_lists(vectors: np.ndarray, count: int, k: int, code: str) -> IndexRates:
     """An exhaustive search takes as long as there are vectors."""
-    index = make_index("Flat", vectors.shape[1])
+    index = make_index(code, vectors.shape[1])
+    train(index, vectors)
     added = len(vectors) / _seconds(lambda: index.add(vectors))
     queries = vectors[:: max(1, len(vectors) // _RECALL_QUERIES)]
     searched = _seconds(lambda: search(index, queries, k)) / len(queries)

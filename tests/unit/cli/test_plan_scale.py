@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.embedders.lexical import count_texts, weights_of
+from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.measured import measure_index_rates
 from retro_mcore.retrieval.measured_rates import measure_rates
 from retro_mcore.retrieval.scale import Rates, parse_count
@@ -75,7 +77,7 @@ def test_numbers_that_cannot_be_are_refused():
             plan_scale(PlanScaleOptions("1B", hours=hours))
 
 
-def test_the_planned_index_fits_the_memory():
+def test_the_planned_index_fits_the_memory(caplog):
     """Of the node, unless the index's own is given."""
 
     def planned(**given):
@@ -86,6 +88,22 @@ def test_the_planned_index_fits_the_memory():
     assert planned(node_memory=64.0, index_memory="20G") == "IVF16384_HNSW32,SQ8"
     with pytest.raises(ConfigurationError, match="--index-memory: 'much'"):
         planned(index_memory="much")
+    assert "build_index would refuse" not in caplog.text
+    planned(index_memory="1M")
+    assert "build_index would refuse" in caplog.text
+
+
+def test_a_plan_needs_no_faiss(monkeypatch):
+    """It is made before anything is installed for building."""
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    faiss_library.cache_clear()
+    try:
+        for memory in (None, "20G"):
+            plan = plan_scale(PlanScaleOptions("1B", document_tokens=1e5, index_memory=memory))
+            assert plan.index == f"IVF16384_HNSW32,{'SQ8' if memory else 'Flat'}"
+    finally:
+        monkeypatch.undo()
+        faiss_library.cache_clear()
 
 
 def test_aligned_samples_have_no_search_of_their_own():
@@ -106,7 +124,8 @@ def test_the_index_is_measured_with_the_projects_vectors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lists", "code"), [(0, "Flat"), (256, "Flat"), (8192, "Flat"), (8192, "SQ8"), (256, "PQ8np")]
+    ("lists", "code"),
+    [(0, "Flat"), (0, "SQ8"), (256, "Flat"), (8192, "Flat"), (8192, "SQ8"), (256, "PQ8np")],
 )
 def test_rates_of_an_index_with_lists_and_without(lists, code):
     rates = measure_index_rates(clustered(2000), max(lists, 1) * 60, lists, 0.9, 20, 10, code)
