@@ -67,9 +67,7 @@ def _join(backend: str, timeout: timedelta) -> str:
     if agent_store.is_kept_by_agent():
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store, name = agent_store.fresh_part(rank, world_size, timeout)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
+        initialize_with_store(backend, store, rank, world_size, timeout.total_seconds())
         return name
     dist.init_process_group(backend, timeout=timeout)  # rank 0 of these ranks keeps the store
     own = uuid.uuid4().hex

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from retro_mcore.agent_store import is_kept_by_agent
 from retro_mcore.distributed import launched_by_torchrun
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.stages.doctor.findings import Finding, error, ok, warning
@@ -94,7 +95,7 @@ def join(seconds: float) -> Peers:
         return Peers(dist.HashStore(), 0, 1, seconds)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    by_agent = is_kept_by_agent()
     try:
         store = dist.TCPStore(
             host,

@@ -108,15 +108,19 @@ def test_a_project_of_an_older_version_stays_in_fp32(run, project):
     assert "--embeddings-dtype" not in (project / "stages" / "build_index.json").read_text()
 
 
-def test_embeddings_that_were_begun_in_fp32_are_continued(run, project):
-    step = ("--stage", "embed")
-    assert run(without_index(project), *step, "--embeddings-dtype", "fp32") == 0
+def begin_and_continue(run, project, *given):
+    """Embed with flags, lose all files but the first, and continue without the flags."""
+    assert run(without_index(project), "--stage", "embed", *given) == 0
     (first, *others) = sorted(ProjectPaths(project).embeddings.glob("*.hdf5"))
     before = first.stat().st_mtime_ns
     for path in others:
         path.unlink()
     assert run(project) == 0
     assert first.stat().st_mtime_ns == before
+
+
+def test_embeddings_that_were_begun_in_fp32_are_continued(run, project):
+    begin_and_continue(run, project, "--embeddings-dtype", "fp32")
     assert set(dtypes(project)) == {"float32"}
     assert ProjectSettings.load(project).embeddings_dtype == "fp32"
 
@@ -162,13 +166,7 @@ def test_a_project_keeps_the_batches_that_it_was_built_with(run, project, tmp_pa
 @pytest.mark.parametrize("given", [("--embed-batch-size", "16"), ("--embed-batch-tokens", "1024")])
 def test_embeddings_that_were_begun_in_other_batches_are_continued(run, project, given):
     """By a version or on a machine with another default."""
-    assert run(without_index(project), "--stage", "embed", *given) == 0
-    (first, *others) = sorted(ProjectPaths(project).embeddings.glob("*.hdf5"))
-    before = first.stat().st_mtime_ns
-    for path in others:
-        path.unlink()
-    assert run(project) == 0
-    assert first.stat().st_mtime_ns == before
+    begin_and_continue(run, project, *given)
     assert recorded(project).get(given[0]) == int(given[1])
     assert ("--embed-batch-tokens" in recorded(project)) == (given[0] == "--embed-batch-tokens")
 
