@@ -32,10 +32,11 @@ import torch
 from make_corpus import python_documentation
 
 from retro_mcore.errors import RetroError
+from retro_mcore.host import processor_features
 from retro_mcore.retrieval.embedders import build_embedder
 from retro_mcore.retrieval.embedders.base import Embedder
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
-from retro_mcore.retrieval.embedders.precision import Precision, processor_features
+from retro_mcore.retrieval.embedders.precision import Precision
 
 #: Characters of about 64 tokens.
 CHARACTERS = 260

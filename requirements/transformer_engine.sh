@@ -33,4 +33,5 @@ if ! ls "$folder/wheels/transformer_engine_torch-$version-"*.whl > /dev/null 2>&
     export PYTHONPATH="$folder" NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS="${JOBS:-2}"
     $pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$folder/wheels" "transformer-engine-torch==$version"
 fi
-$pip install --quiet --no-compile --upgrade --target "$folder" --no-deps "$folder/wheels/transformer_engine_torch-$version-"*.whl
+# Not by pip: it would replace the folder transformer_engine, where the wheel adds one file.
+$python -m zipfile -e "$folder/wheels/transformer_engine_torch-$version-"*.whl "$folder"

@@ -1,5 +1,5 @@
-"""Memory and cores that this process may use: those of its host, within the limits of its container
-or job.
+"""What this process may use: memory and cores of its host, within the limits of its container
+or job, and the processor's instruction sets.
 
 Docker, Kubernetes and Slurm set such limits by Linux's control groups (cgroups, version 1 or 2).
 psutil and os.cpu_count() do not know them and tell of the whole host.
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import resource
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import psutil
 
 _UNLIMITED = 1 << 20
+_CPUINFO = Path("/proc/cpuinfo")
 _GROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -35,6 +38,16 @@ def usable_cores() -> int:
     """Cores that this process may run on, at least 1; a limit of 1.5 counts as 2."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min([allowed or 1, *(math.ceil(limit) for limit in _core_limits())]))
+
+
+@cache
+def processor_features() -> frozenset[str]:
+    """Instruction sets of this processor, by Linux's names; empty on other systems."""
+    if not _CPUINFO.is_file():
+        return frozenset()
+    text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split() if found else ())
 
 
 def most_open_files() -> int:

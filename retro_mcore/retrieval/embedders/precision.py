@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.host import processor_features
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FLAG = "--embed-precision"
 
-_CPUINFO = Path("/proc/cpuinfo")
 #: Instruction sets that multiply in bf16, by Linux's names; "bf16" is Arm's.
 _FAST_BF16 = {"amx_bf16", "avx512_bf16"}  # measured: benchmarks/embedding.py
 _MULTIPLIES_BF16 = {*_FAST_BF16, "bf16"}
-
-
-@cache
-def processor_features() -> frozenset[str]:
-    """Instruction sets of this processor, by Linux's names; empty on other systems."""
-    if not _CPUINFO.is_file():
-        return frozenset()
-    text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(found[1].split() if found else ())
 
 
 def chooses_cpu(device: str) -> bool:

@@ -46,8 +46,7 @@ class NearestCandidates:
             ids: i64 [sum of counts].
         """
         filled = self._filled[rows] + counts
-        unlimited = np.isinf(self.limits[rows])
-        full = (filled > self._width) | (unlimited & (filled >= self._k))
+        full = filled > self._width
         fits = np.repeat(~full, counts)
         owners = np.repeat(np.arange(len(rows)), counts)
         starts = np.cumsum(counts) - counts
@@ -55,7 +54,16 @@ class NearestCandidates:
         where = rows[owners[fits]], places[fits]
         self._distances[where], self._ids[where] = distances[fits], ids[fits]
         self._filled[rows[~full]] = filled[~full]
+        enough = ~full & (filled >= self._k) & np.isinf(self.limits[rows])
+        self._limit(rows[enough])
         self._replace(np.flatnonzero(full), rows, filled, starts, counts, distances, ids)
+
+    def _limit(self, rows: np.ndarray) -> None:
+        height = max(1, _COMPARED // self._width)
+        for start in range(0, len(rows), height):
+            some = rows[start : start + height]
+            ordered = np.partition(self._distances[some], self._k - 1, axis=1)
+            self.limits[some] = ordered[:, self._k - 1]
 
     def _replace(
         self,

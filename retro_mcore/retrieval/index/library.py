@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from threading import Barrier
 from types import ModuleType
+
+import torch
 
 from retro_mcore.errors import MissingDependencyError
 from retro_mcore.host import usable_cores
@@ -51,15 +54,23 @@ def faiss_threads(count: int) -> Iterator[ModuleType]:
 
 @cache
 def worker_threads() -> ThreadPoolExecutor:
-    """Threads that call Faiss in parallel, each with one thread inside Faiss.
+    """Threads that call Faiss in parallel, each with one thread inside Faiss and PyTorch.
 
     Rounding of matrix products depends on how they are divided among threads. Calls of fixed size
     on one thread each give the same bytes on any number of cores.
     """
-    faiss = faiss_library()
-    return ThreadPoolExecutor(
-        share_of_cores(), "faiss", initializer=faiss.omp_set_num_threads, initargs=(1,)
-    )
+    count, others = share_of_cores(), torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "faiss", initializer=_use_one_thread)
+    started = Barrier(count)
+    list(pool.map(lambda _: started.wait(), range(count)))
+    torch.set_num_threads(others)  # of threads that begin later
+    return pool
+
+
+def _use_one_thread() -> None:
+    faiss_library().omp_set_num_threads(1)
+    torch.get_num_threads()  # a thread that has never asked takes the number of all others later
+    torch.set_num_threads(1)
 
 
 def message_of(error: Exception) -> str:

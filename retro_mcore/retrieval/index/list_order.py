@@ -4,7 +4,8 @@
 list is read once per batch, decoded once, and scored against all its queries as one matrix
 product. The neighbors are those of `index.search`:
 
-- The lists visited are those of the nearest centers, or those that the same graph finds.
+- The lists visited are those of the nearest centers. Where `index.search` follows a graph over
+  them, it misses some. If there are so many that this is faster, the graph is followed here, too.
 - Distances of Flat lists are computed by the same function, so they are equal to the bit. Those of
   coded lists are direct differences to the decoded vector, where Faiss sums in another order (SQ)
   or adds table entries (PQ). They agree within the rounding of single precision.
@@ -27,14 +28,18 @@ import numpy as np
 
 from retro_mcore.host import available_memory
 from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
+from retro_mcore.retrieval.index.centers import Centers
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.library import faiss_library, share_of_cores, worker_threads
-from retro_mcore.retrieval.index.list_scores import (
-    InvertedLists,
-    candidates_within,
-    inner_products,
+from retro_mcore.retrieval.index.list_scores import InvertedLists, candidates_within
+from retro_mcore.retrieval.index.rough_scores import (
+    ROUNDED_FROM,
+    Queries,
+    VectorScores,
+    squared_lengths,
 )
 from retro_mcore.retrieval.index.training import QUANTIZERS, innermost
+from retro_mcore.retrieval.index.transforms import transformed
 
 #: Kinds of lists that are searched in their order.
 _LISTS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ")
@@ -50,6 +55,9 @@ _QUERIES_PER_LIST = 8
 _BLOCK = 1024
 #: Vectors of a list, and queries, that are scored in one piece of work.
 _VECTORS, _QUERIES = 8192, 4096
+#: Centers that are compared in fp32 in the time in which a graph looks at one. (In int8 it is three
+#: times as many. But which lists are visited must not depend on the processor.)
+_CENTERS_PER_STEP = 128
 #: Lists up to this share of the available memory stay in it between two rounds.
 _MEMORY_SHARE = 0.5
 
@@ -92,14 +100,14 @@ class ListOrderSearch:
         """Memory of a query: its vector, lists, candidates and neighbors."""
         parts = getattr(self._index, "parts", [self._index])
         probes = max(int(innermost(part).nprobe) for part in parts)
-        return 8 * self.d + 24 * probes + 12 * (width_of(k) + k)
+        return 9 * self.d + 24 * probes + 12 * (width_of(k) + k)
 
     def _search(self, ivf: Any, vectors: np.ndarray, k: int, nearest: NearestCandidates) -> None:
         lists = InvertedLists(ivf)
-        queries, visited = _prepare(self._index, ivf, vectors)
+        queries, visited, origin = _prepare(self._index, ivf, vectors)
 
         def find(work: _Work) -> tuple[np.ndarray, ...]:
-            return _find(lists, work, queries, nearest.limits[work.queries], k)
+            return _find(lists, work, queries, origin, nearest.limits[work.queries], k)
 
         for columns in _rounds(ivf):
             pieces = _cut(lists, visited[:, columns], ivf.nlist)
@@ -158,56 +166,28 @@ def supports_list_order(index: Any) -> bool:
     )
 
 
-def _prepare(index: Any, ivf: Any, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Transform queries as the index does, f32 [n, dimension], and choose their lists [n, nprobe].
+def _prepare(
+    index: Any, ivf: Any, vectors: np.ndarray
+) -> tuple[Queries, np.ndarray, np.ndarray | None]:
+    """Transform queries as the index does, choose their lists i64 [n, nprobe], and the origin.
 
     Lists are -1 where the quantizer found too few.
     """
-    transforms = list(_transforms(index))
     quantizer, probes = faiss_library().downcast_index(ivf.quantizer), min(ivf.nprobe, ivf.nlist)
-    centers = None
-    if isinstance(quantizer, faiss_library().IndexFlat):
-        centers = quantizer.reconstruct_n(0, quantizer.ntotal)
+    graph = getattr(quantizer, "hnsw", None)
+    most = _CENTERS_PER_STEP * graph.efSearch if graph else ivf.nlist
+    centers = Centers(quantizer, most, probes)
+    starts = range(0, len(vectors), _BLOCK)
 
-    def block(start: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = vectors[start : start + _BLOCK]
-        for transform in transforms:
-            rows = _transformed(transform, rows)
-        if centers is None:
-            return rows, quantizer.search(rows, probes)[1]
-        return rows, _nearest_centers(rows, centers, probes)
+    def prepare(start: int) -> Queries:
+        return Queries.of(transformed(index, vectors[start : start + _BLOCK]), centers.origin)
 
-    blocks = list(worker_threads().map(block, range(0, len(vectors), _BLOCK)))
-    queries, visited = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    return queries, visited
+    def find(start: int) -> np.ndarray:
+        return centers.nearest(queries, np.arange(len(vectors))[start : start + _BLOCK])
 
-
-def _nearest_centers(queries: np.ndarray, centers: np.ndarray, count: int) -> np.ndarray:
-    nearest, rows = NearestCandidates(len(queries), count), np.arange(len(queries))
-    for start in range(0, len(centers), _VECTORS):
-        part = centers[start : start + _VECTORS]
-        counts, distances, numbers = candidates_within(queries, nearest.limits, part, count)
-        nearest.add(rows, counts, distances, numbers + start)
-    return nearest.result()[1]
-
-
-def _transforms(index: Any) -> Iterator[Any]:
-    faiss = faiss_library()
-    index = faiss.downcast_index(index)
-    while isinstance(index, faiss.IndexPreTransform):
-        for position in range(index.chain.size()):
-            yield faiss.downcast_VectorTransform(index.chain.at(position))
-        index = faiss.downcast_index(index.index)
-
-
-def _transformed(transform: Any, vectors: np.ndarray) -> np.ndarray:
-    """Apply a transform; what a matrix gives for a vector depends on this vector alone."""
-    faiss = faiss_library()
-    if not isinstance(transform, faiss.LinearTransform):
-        return transform.apply(vectors)
-    matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
-    found = inner_products(vectors, matrix)
-    return found + faiss.vector_to_array(transform.b) if transform.have_bias else found
+    queries = Queries.join(list(worker_threads().map(prepare, starts)))
+    visited = np.concatenate(list(worker_threads().map(find, starts)))
+    return queries, visited, centers.origin
 
 
 def _rounds(ivf: Any) -> list[slice]:
@@ -235,19 +215,26 @@ def _cut(lists: InvertedLists, visited: np.ndarray, count: int) -> Iterator[_Wor
 
 
 def _find(
-    lists: InvertedLists, work: _Work, queries: np.ndarray, limits: np.ndarray, k: int
+    lists: InvertedLists,
+    work: _Work,
+    queries: Queries,
+    origin: np.ndarray | None,
+    limits: np.ndarray,
+    k: int,
 ) -> tuple[np.ndarray, ...]:
     """Candidates of one piece of work: queries, their counts, distances and ids."""
     vectors, ids = lists.read(work.number, work.start, work.end)
-    mine, center = queries[work.queries], lists.center(work.number)
-    if center is not None:
-        mine -= center
-    finite = np.isfinite(vectors).all(axis=1)
+    center = lists.center(work.number)
+    finite = np.isfinite(squared_lengths(vectors))
     if not finite.all():  # such vectors are neighbors of none
         vectors, ids = vectors[finite], ids[finite]
     if not len(ids):
         return work.queries[:0], np.empty(0, np.int64), np.empty(0, np.float32), ids
-    counts, distances, positions = candidates_within(mine, limits, vectors, k)
+    few = len(work.queries) < ROUNDED_FROM
+    scores = VectorScores(vectors, center, None if few else origin)
+    counts, distances, positions = candidates_within(
+        queries, work.queries, limits, scores, vectors, center, k
+    )
     return work.queries, counts, distances, ids[positions]
 
 

@@ -12,13 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from retro_mcore.retrieval.index.candidates import width_of
 from retro_mcore.retrieval.index.library import faiss_library
+from retro_mcore.retrieval.index.rough_scores import Queries, Scores, VectorScores
 
 #: Scores that are computed at a time: they stay in the processor's cache.
-_SCORES = 1 << 20
+_SCORES = 1 << 19
 _FEWEST_QUERIES = 64
-#: Roundings beside those of the sums over the dimensions, generously.
-_ROUNDINGS = 16
+#: Groups of scores per neighbor, of which the best is looked at.
+_GROUPS = 4
+#: Share of pairs from which on scoring them again in single precision is faster than computing
+#: their distances.
+_SHARE = 1 / 16
 
 
 class InvertedLists:
@@ -78,50 +83,76 @@ def _decoder(ivf: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def candidates_within(
-    queries: np.ndarray, limits: np.ndarray, vectors: np.ndarray, k: int
+    queries: Queries,
+    rows: np.ndarray,
+    limits: np.ndarray,
+    scores: VectorScores,
+    vectors: np.ndarray,
+    center: np.ndarray | None,
+    k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find all vectors that may be among the k nearest of a query.
 
     Args:
-        queries: f32 [n, dimension].
+        queries: Queries of the search.
+        rows: i64 [n], those that are wanted.
         limits: f32 [n], distance beyond which a query needs none; infinite: unknown.
+        scores: Scores vectors + center.
         vectors: f32 [m, dimension], finite.
+        center: f32 [dimension], what they are relative to; None: the origin.
         k: Number of nearest vectors that matter; of equal ones those of lower positions.
 
     Returns:
         Counts i64 [n], and of each candidate, query by query, its squared distance f32 and its
         position i64 in `vectors`.
     """
-    score = _product(vectors)
     step = max(_FEWEST_QUERIES, _SCORES // len(vectors))
-    longest = float(np.einsum("nd,nd->n", vectors, vectors).max())
-    found = [
-        _candidates(
-            score, queries[start : start + step], limits[start : start + step], vectors, k, longest
-        )
-        for start in range(0, len(queries), step)
-    ]
+    found = []
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        found.append(_candidates(queries, rows[part], limits[part], scores, vectors, center, k))
     counts, distances, positions = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return counts, distances, positions
 
 
 def _candidates(
-    score: Callable[[np.ndarray], np.ndarray],
-    queries: np.ndarray,
+    queries: Queries,
+    rows: np.ndarray,
     limits: np.ndarray,
+    scores: VectorScores,
     vectors: np.ndarray,
+    center: np.ndarray | None,
     k: int,
-    longest: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scores = score(queries)
-    least = _least_scores(scores, queries, limits, longest, k)
-    rows, columns = np.divmod(np.flatnonzero(scores >= least[:, None]), len(vectors))
-    distances = squared_differences(queries, rows, vectors, columns)
-    near = (distances <= limits[rows]) & np.isfinite(distances)
-    rows, columns, distances = rows[near], columns[near], distances[near]
-    kept = _among_nearest(rows, distances, len(queries), k)
-    rows, columns, distances = rows[kept], columns[kept], distances[kept]
-    return np.bincount(rows, minlength=len(queries)), distances, columns
+    owners, columns = _near_pairs(queries, rows, limits, scores, k)
+    counts = np.bincount(owners, minlength=len(rows))
+    some = np.flatnonzero(counts)
+    mine = queries.vectors[rows[some]]
+    if center is not None:
+        mine -= center
+    places = np.repeat(np.arange(len(some)), counts[some])
+    distances = squared_differences(mine, places, vectors, columns)
+    near = (distances <= limits[owners]) & np.isfinite(distances)
+    owners, columns, distances = owners[near], columns[near], distances[near]
+    kept = _among_nearest(owners, distances, len(rows), k)
+    owners, columns, distances = owners[kept], columns[kept], distances[kept]
+    return np.bincount(owners, minlength=len(rows)), distances, columns
+
+
+def _near_pairs(
+    queries: Queries, rows: np.ndarray, limits: np.ndarray, scores: VectorScores, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of queries and vectors that may be near, by query: places in `rows`, and columns."""
+    rough = scores(queries, rows)
+    near = _pairs_above(rough, limits, scores, k)
+    if rough.errors.any() and len(near) > 2 * k * len(rows) + _SHARE * rough.values.size:
+        near = _pairs_above(scores.exactly(queries, rows), limits, scores, k)
+    return np.divmod(near, len(scores))
+
+
+def _pairs_above(scores: Scores, limits: np.ndarray, vectors: VectorScores, k: int) -> np.ndarray:
+    least = _least_scores(scores, limits, vectors, k)
+    return np.flatnonzero(scores.values >= least[:, None])
 
 
 def _among_nearest(rows: np.ndarray, distances: np.ndarray, count: int, k: int) -> np.ndarray:
@@ -131,7 +162,7 @@ def _among_nearest(rows: np.ndarray, distances: np.ndarray, count: int, k: int) 
     and position.
     """
     counts = np.bincount(rows, minlength=count)
-    counts[counts <= 2 * k] = 0
+    counts[counts <= width_of(k)] = 0
     kept = np.ones(len(rows), bool)
     if not counts.any():
         return kept
@@ -142,44 +173,32 @@ def _among_nearest(rows: np.ndarray, distances: np.ndarray, count: int, k: int) 
     return kept
 
 
-def _product(vectors: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Score queries [n, dimension] against `vectors`, f32 [n, m]: x.y - |y|^2 / 2.
-
-    The nearest vector has the highest score. Faiss's own matrix product obeys its number of
-    threads.
-    """
-    faiss = faiss_library()
-    product = faiss.LinearTransform(vectors.shape[1], len(vectors), True)
-    faiss.copy_array_to_vector(vectors.reshape(-1), product.A)
-    halves = np.einsum("nd,nd->n", vectors, vectors) / np.float32(-2)
-    faiss.copy_array_to_vector(halves, product.b)
-    product.is_trained = True
-    return product.apply
-
-
-def _least_scores(
-    scores: np.ndarray, queries: np.ndarray, limits: np.ndarray, longest: float, k: int
-) -> np.ndarray:
+def _least_scores(scores: Scores, limits: np.ndarray, vectors: VectorScores, k: int) -> np.ndarray:
     """Lowest score [n] that a vector among the k nearest can have, whatever was rounded.
 
-    With u = 2^-24, a sum of d products has an error of at most d u times the sum of their
-    magnitudes, in any order (Higham 2002, section 3.1). By |x||y| <= (|x|^2 + |y|^2) / 2 and
-    distance = |x|^2 - 2 score, the scores and distances of all vectors y of a list are exact
-    within d u (|x|^2 + 2 max |y|^2 + distance).
+    Not a number for queries that are not finite.
     """
-    dimension = queries.shape[1]
-    unit = (dimension + _ROUNDINGS) * 2.0**-24
-    tiny = dimension * float(np.finfo(np.float32).tiny)
-    squares = np.einsum("nd,nd->n", queries, queries).astype(np.float64)
-    far = 2 * (squares + longest)  # no distance exceeds it
-    bounds = np.where(np.isinf(limits), far, limits.astype(np.float64))
-    slack = unit * (squares + 2 * longest + bounds) + tiny
-    least = np.where(np.isinf(limits), -np.inf, (squares - limits) / 2 - slack)
-    open_ = np.flatnonzero(np.isinf(limits))
-    if len(open_) and scores.shape[1] > k:
-        best = np.partition(scores[open_], -k, axis=1)[:, -k]
-        least[open_] = best - 2 * slack[open_]
+    squares, open_ = scores.squares.astype(np.float64), np.isinf(limits)
+    bounds = np.where(open_, vectors.farthest(squares), limits)
+    slack = scores.errors + vectors.rounding(squares, bounds)
+    with np.errstate(invalid="ignore"):
+        least = np.where(open_, -np.inf, (squares - bounds) / 2 - slack)
+        if open_.any() and len(vectors) > k:
+            best = _reached_by(scores.values if open_.all() else scores.values[open_], k)
+            least[open_] = best - 2 * slack[open_]
     return least.astype(np.float32)
+
+
+def _reached_by(values: np.ndarray, k: int) -> np.ndarray:
+    """A value [n] that at least k of each row reach, and few more; values: [n, more than k].
+
+    The k-th largest of the maxima of groups: selecting among these is faster.
+    """
+    groups = _GROUPS * k
+    height = values.shape[1] // groups
+    if height > 1:
+        values = values[:, : groups * height].reshape(len(values), height, groups).max(axis=1)
+    return np.partition(values, -k, axis=1)[:, -k]
 
 
 def squared_differences(

@@ -5,27 +5,32 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.retrieval.index import (
     Embeddings,
     add_part,
     add_to_index,
+    centers,
     cut_parts,
     kind_of,
     list_order,
+    list_scores,
     load_index,
     load_parts,
     merge_on_disk,
+    rough_scores,
     save_index,
     search,
     train_index,
 )
-from retro_mcore.retrieval.index.candidates import NearestCandidates
+from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
 from retro_mcore.retrieval.index.list_scores import candidates_within, squared_differences
+from retro_mcore.retrieval.index.rough_scores import Queries, VectorScores
 from retro_mcore.retrieval.index.shared import SharedIndex
 from tests.unit.data.projects import write_rows
 
@@ -202,22 +207,116 @@ def test_inner_products_are_left_to_the_index():
     assert not supports_list_order(index)
 
 
-def test_a_product_rounded_against_us_hides_no_neighbor():
-    """Far from the origin, products round by more than the distances between vectors."""
-    from retro_mcore.retrieval.index.list_scores import candidates_within
+@pytest.fixture(params=["fp32", "int8"])
+def products(request, monkeypatch):
+    """How queries are scored: in single precision, or rounded to int8, however few they are."""
+    rounded = request.param == "int8"
+    monkeypatch.setattr(list_order, "ROUNDED_FROM", 1)
+    if rounded and not rough_scores.multiplies_int8_fast():
 
+        def product(left, right):  # the same numbers, slowly
+            return torch.from_numpy(left).int() @ torch.from_numpy(right).int().T
+
+        monkeypatch.setattr(rough_scores, "int8_product", product)
+    monkeypatch.setattr(centers, "multiplies_int8_fast", lambda: rounded)
+    return request.param
+
+
+def candidates(products, queries, limits, rows, k, center=None, origin=None):
+    """Candidates among rows + center."""
+    if products == "fp32":
+        origin = None
+    elif origin is None:
+        origin = np.zeros(rows.shape[1], np.float32)
+    prepared = Queries.of(queries, origin)
+    scores = VectorScores(rows, center, origin)
+    every = np.arange(len(queries))
+    return candidates_within(prepared, every, limits, scores, rows, center, k)
+
+
+def cloud(name: str) -> np.ndarray:
+    """Rows f32 [500, DIMENSION]."""
     random = np.random.default_rng(0)
-    rows = (100 + 1e-3 * random.normal(size=(500, DIMENSION))).astype(np.float32)
+    rows = random.normal(size=(500, DIMENSION))
+    if name == "far":  # products round by more than the distances between vectors
+        rows = 100 + 1e-3 * rows
+    elif name == "outliers":
+        rows[::50] *= 1000
+    elif name == "zeros":
+        rows[::3] = 0
+    elif name == "tiny":
+        rows *= 1e-15
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["plain", "far", "outliers", "zeros", "tiny"])
+@pytest.mark.parametrize("middle", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
+def test_rounding_hides_no_neighbor(products, name, middle, centered):
+    rows = cloud(name)
+    center = rows[3] / 2 if centered else None
     queries, unlimited = rows[::10].copy(), np.full(50, np.inf, np.float32)
+    if centered:
+        rows = rows - center
+    mine = queries - center if centered else queries
     pairs = np.divmod(np.arange(50 * 500), 500)
-    exact = squared_differences(queries, pairs[0], rows, pairs[1]).reshape(50, 500)
+    exact = squared_differences(mine, pairs[0], rows, pairs[1]).reshape(50, 500)
     limits = np.sort(exact, axis=1)[:, 4]
+    origin = rows.mean(axis=0) + (center if centered else 0) if middle else None
     for bound in (limits, unlimited):
-        counts, _, positions = candidates_within(queries, bound, rows, 5)
+        counts, distances, positions = candidates(products, queries, bound, rows, 5, center, origin)
         owners = np.repeat(np.arange(50), counts)
         there = np.zeros_like(exact, bool)
         there[owners, positions] = True
-        assert there[exact <= limits[:, None]].all()
+        np.testing.assert_array_equal(distances, exact[owners, positions])
+        if name != "zeros":
+            assert there[exact <= limits[:, None]].all()
+        else:  # of equal distances, the first ones
+            order = np.argsort(exact, axis=1, kind="stable")[:, :5]
+            assert np.take_along_axis(there, order, 1).all()
+
+
+@pytest.mark.parametrize("products", ["int8"], indirect=True)
+@pytest.mark.parametrize("string", STRINGS)
+def test_products_in_int8_give_the_same_bytes(files, string, monkeypatch, products):
+    index = opened(files, string, 3, "full")
+    queries = np.concatenate([vectors()[::26], vectors()[::26] + 0.05])
+    rounded = ListOrderSearch(index).search(queries, 20)
+    monkeypatch.setattr(centers, "multiplies_int8_fast", lambda: False)
+    exact = ListOrderSearch(index).search(queries, 20)
+    for found, expected in zip(rounded, exact, strict=True):
+        assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("products", ["int8"], indirect=True)
+def test_bounds_that_tell_nothing_are_replaced(products):
+    """Rounded to int8 from a far origin, all of these vectors look the same."""
+    rows = 10 + cloud("plain") / 10
+    unlimited = np.full(500, np.inf, np.float32)
+    looked_at = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(list_scores, "squared_differences", counting(looked_at))
+        candidates(products, rows, unlimited, rows, 5)
+    assert sum(looked_at) < 500 * 500 / 2
+
+
+def counting(looked_at: list[int]):
+    """`squared_differences` that notes how many were computed."""
+
+    def compute(queries, places, vectors, columns):
+        looked_at.append(len(places))
+        return squared_differences(queries, places, vectors, columns)
+
+    return compute
+
+
+def test_a_query_that_is_not_finite_finds_nothing(products):
+    rows = cloud("plain")
+    queries = rows[:4].copy()
+    queries[1, 0], queries[2, 0] = np.nan, np.inf
+    counts, _, _ = candidates(products, queries, np.full(4, np.inf, np.float32), rows, 5)
+    assert counts[[1, 2]].tolist() == [0, 0]
+    assert (counts[[0, 3]] >= 5).all()
 
 
 def test_candidates_may_come_in_any_order():
@@ -264,11 +363,11 @@ def test_queries_searched_together_fit_the_memory(files):
     assert 0 < list_order.queries_together(wrapped, 10_000) < list_order.TOGETHER
 
 
-def test_many_copies_of_a_vector_are_few_candidates():
+def test_many_copies_of_a_vector_are_few_candidates(products):
     rows = np.concatenate([np.tile(vectors()[:1], (300, 1)), vectors()[:100]])
     limits = np.full(4, np.inf, np.float32)
-    counts, distances, positions = candidates_within(vectors()[:4], limits, rows, 3)
-    assert (counts <= 6).all()
+    counts, distances, positions = candidates(products, vectors()[:4], limits, rows, 3)
+    assert (counts <= width_of(3)).all()
     assert distances[:3].tolist() == [0, 0, 0]
     assert positions[:3].tolist() == [0, 1, 2]
 
