@@ -104,7 +104,7 @@ class ListOrderSearch:
 
     def _search(self, ivf: Any, vectors: np.ndarray, k: int, nearest: NearestCandidates) -> None:
         lists = InvertedLists(ivf)
-        queries, visited, origin = _prepare(self._index, ivf, vectors)
+        queries, visited, origin = choose_lists(self._index, ivf, vectors)
 
         def find(work: _Work) -> tuple[np.ndarray, ...]:
             return _find(lists, work, queries, origin, nearest.limits[work.queries], k)
@@ -166,7 +166,7 @@ def supports_list_order(index: Any) -> bool:
     )
 
 
-def _prepare(
+def choose_lists(
     index: Any, ivf: Any, vectors: np.ndarray
 ) -> tuple[Queries, np.ndarray, np.ndarray | None]:
     """Transform queries as the index does, choose their lists i64 [n, nprobe], and the origin.

@@ -19,7 +19,12 @@ from retro_mcore.retrieval.index.choice import automatic_string
 from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
 from retro_mcore.retrieval.index.filling import add_rows
 from retro_mcore.retrieval.index.library import faiss_threads
-from retro_mcore.retrieval.index.list_order import TOGETHER, ListOrderSearch, list_order_pays
+from retro_mcore.retrieval.index.list_order import (
+    TOGETHER,
+    ListOrderSearch,
+    choose_lists,
+    list_order_pays,
+)
 from retro_mcore.retrieval.index.recall import tuned_probes
 from retro_mcore.retrieval.index.training import has_graph, innermost, make_index, train
 
@@ -76,8 +81,8 @@ def measure_index_rates(
         train(index, vectors)
     add_rows(index, vectors, np.arange(len(vectors)))
     string = automatic_string(code, lists)
-    added, placed = _placing(vectors, string, lists, probes)
     in_order = list_order_pays(string, probes)
+    added, placed = _placing(vectors, string, lists, probes, in_order)
     share = few / lists
     together = round(min(TOGETHER, count) * share) if in_order else _RECALL_QUERIES
     scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
@@ -101,7 +106,9 @@ def _training(vectors: np.ndarray, lists: int) -> float:
     return len(vectors) * few / lists / _seconds(lambda: train(index, vectors))
 
 
-def _placing(vectors: np.ndarray, string: str, lists: int, probes: int) -> tuple[float, float]:
+def _placing(
+    vectors: np.ndarray, string: str, lists: int, probes: int, in_order: bool
+) -> tuple[float, float]:
     """Vectors added per second, and seconds in which the lists that a chunk visits are found.
 
     Centers near the vectors stand in for those of training.
@@ -118,7 +125,10 @@ def _placing(vectors: np.ndarray, string: str, lists: int, probes: int) -> tuple
     set_search_breadth(index, probes, max(16, 2 * probes) if has_graph(index) else None)
     queries = vectors[:: max(1, len(vectors) // _PLACED)]
     with faiss_threads(1):
-        seconds = _seconds(lambda: ivf.quantizer.search(queries, probes))
+        if in_order:
+            seconds = _seconds(lambda: choose_lists(index, ivf, queries))
+        else:
+            seconds = _seconds(lambda: ivf.quantizer.search(queries, probes))
     return added, seconds / len(queries)
 
 

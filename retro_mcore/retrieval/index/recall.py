@@ -28,6 +28,8 @@ _BATCH = 65_536
 #: squared lengths that are subtracted, and to the square root of the dimension.
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 _BROADEST_GRAPH = 4096
+#: nprobe is found within this share of it.
+_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def tune(
             low = result.nprobe  # type: ignore[assignment]
             result = measure(min(2 * low, lists), breadth(min(2 * low, lists)))
         high: int = result.nprobe  # type: ignore[assignment]
-        while result.decisive >= target and high - low > max(1, low // 4):
+        while result.decisive >= target and high - low > max(1, low // _STEPS):
             middle = (low + high) // 2
             narrower = measure(middle, breadth(middle))
             if narrower.decisive >= target:
@@ -194,7 +196,7 @@ def tuned_probes(needed: int, lists: int) -> int:
     """The number of lists that `tune` ends with if so many reach the target.
 
     >>> [tuned_probes(needed, 4096) for needed in (1, 5, 71, 200, 4000)]
-    [1, 5, 80, 224, 4096]
+    [1, 5, 72, 200, 4096]
     """
 
     def measure(nprobe: int | None, ef_search: int | None) -> Recall:
