@@ -214,7 +214,12 @@ def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload, memory: f
         vectors, chunks, lists, built.index_recall, candidates, narrow, planned.code
     )
     visited = f"about {found.nprobe} lists" if found.nprobe else "all vectors"
-    logger.info("%s is measured on the CPU; a search visits %s per chunk", index, visited)
+    logger.info(
+        "%s is measured on the CPU; a search visits %s per chunk, expected from %d vectors",
+        index,
+        visited,
+        count,
+    )
     cores = config.cores_per_node
     trained = found.trained * cores if found.trained else rates.trained
     return replace(rates, trained=trained, added=found.added, queried=found.queried * cores)

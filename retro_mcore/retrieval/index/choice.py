@@ -329,15 +329,15 @@ class _Trial:
         index = make_index(code.string, self.dimension)
         with faiss_threads(1):  # so that the choice does not depend on the machine
             index.train(self._vectors)
-            recall = _recall_among(index, self._vectors, self._candidates)
+            recall = recall_among(index, self._vectors, self._candidates)
             if len(self._vectors) == self.count:
                 return recall
-            quarter = _recall_among(index, self._vectors[::4], self._candidates)
+            quarter = recall_among(index, self._vectors[::4], self._candidates)
         fall = max(0.0, quarter - recall)
         return max(0.0, recall - fall * math.log(self.count / len(self._vectors), 4))
 
 
-def _recall_among(index: object, vectors: np.ndarray, candidates: int = DECISIVE) -> float:
+def recall_among(index: object, vectors: np.ndarray, candidates: int = DECISIVE) -> float:
     """Recall@2 of a trained index among `vectors`, by the best of some candidates.
 
     The queries are some of the vectors.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from retro_mcore.retrieval.index.breadth import expected_probes, small_lists
-from retro_mcore.retrieval.index.choice import automatic_string
+from retro_mcore.retrieval.index.choice import automatic_string, recall_among
 from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
 from retro_mcore.retrieval.index.filling import add_rows
 from retro_mcore.retrieval.index.library import faiss_threads
@@ -28,7 +28,7 @@ from retro_mcore.retrieval.index.list_order import (
 from retro_mcore.retrieval.index.recall import tuned_probes
 from retro_mcore.retrieval.index.training import has_graph, innermost, make_index, train
 
-_RECALL_QUERIES = 400
+_RECALL_QUERIES, _CODED = 400, 16_384
 _PLACED = 2048
 _ROUNDS = 3
 
@@ -73,7 +73,7 @@ def measure_index_rates(
     """
     if not lists:
         return _without_lists(vectors, count, k, code)
-    expected, index = expected_probes(vectors, count, lists, recall)
+    expected, index = expected_probes(vectors, count, lists, recall / _recall_of(code, vectors))
     probes = tuned_probes(expected, lists)
     few = small_lists(len(vectors), count, lists)
     if code != "Flat":
@@ -87,6 +87,16 @@ def measure_index_rates(
     together = round(min(TOGETHER, count) * share) if in_order else _RECALL_QUERIES
     scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
     return IndexRates(_training(vectors, lists), added, 1 / (placed + scanned), probes)
+
+
+def _recall_of(code: str, vectors: np.ndarray) -> float:
+    """Recall of the codes alone, among some of the vectors; the lists must make up for the rest."""
+    if code == "Flat":
+        return 1.0
+    some = vectors[:: max(1, len(vectors) // _CODED)]
+    index = make_index(code, vectors.shape[1])
+    train(index, some)
+    return recall_among(index, some)
 
 
 def _without_lists(vectors: np.ndarray, count: int, k: int, code: str) -> IndexRates:
