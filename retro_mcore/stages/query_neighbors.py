@@ -236,9 +236,10 @@ class _Run:
         self._inputs = {**own, **searched}
         self._tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
         self._options = options_of(config, self._search, self._num_query, self._precision)
-        self._in_list_order = _searches_in_list_order(paths, self._record, self._search)
-        if self._in_list_order:
-            self._options[_ORDER] = "lists"
+        order = _order_of_search(paths, self._record, self._search)
+        self._in_list_order = order is not None
+        if order is not None:
+            self._options[_ORDER] = order
         self._old: OldNeighbors | None = None
         self._previous: PreviousNeighbors | None = None
         self._derived = False
@@ -431,13 +432,19 @@ class _Run:
         self._project.save(self._paths.root)
 
 
-def _searches_in_list_order(paths: ProjectPaths, record: str, search: ProjectSearch) -> bool:
-    """Whether to search in list order; a stage that has finished goes on as it was run."""
+def _order_of_search(paths: ProjectPaths, record: str, search: ProjectSearch) -> str | None:
+    """The order to search in, None: query by query; a finished stage goes on as it was run.
+
+    Older versions followed a graph over the lists, if there was one, and visited other lists.
+    """
     before = recorded_options(paths, record)
     if before:
-        return _ORDER in before
+        return before.get(_ORDER)
     settings = search.source_settings
-    return list_order_pays(settings.index_string or "", settings.nprobe)
+    string = settings.index_string or ""
+    if not list_order_pays(string, settings.nprobe):
+        return None
+    return "lists, the nearest ones" if "_HNSW" in string else "lists"
 
 
 def _place(source: ProjectPaths, paths: ProjectPaths) -> str:

@@ -27,6 +27,7 @@ from retro_mcore.retrieval.index import (
 )
 from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
+from retro_mcore.retrieval.index.filling import add_rows
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
 from retro_mcore.retrieval.index.list_scores import candidates_within, squared_differences
@@ -128,6 +129,47 @@ def test_without_ties_flat_lists_give_the_same_bytes(files):
     assert clear.mean() > 0.5
     np.testing.assert_array_equal(found[0], distances)
     np.testing.assert_array_equal(found[1][clear], ids[clear])
+
+
+@pytest.mark.parametrize("codes", ["Flat", "SQ8", "PQ4x4"])
+def test_a_graph_over_the_lists_hides_none_of_them(codes):
+    """A graph of two neighbors misses the nearest center of some vectors."""
+    faiss, rows = faiss_library(), np.unique(vectors(), axis=0)
+    index = train_index_of(f"IVF200_HNSW2,{codes}", rows)
+    index.add(rows)
+    by_graph = lists_of(index)
+    index.reset()
+    add_rows(index, rows, np.arange(len(rows)))
+    graph, flat = faiss.downcast_index(index.quantizer), faiss.IndexFlatL2(DIMENSION)
+    flat.add(graph.reconstruct_n(0, 200))
+    nearest = flat.search(rows, 1)[1][:, 0]
+    assert (by_graph != nearest).any()
+    np.testing.assert_array_equal(lists_of(index), nearest)
+
+    index.nprobe, graph.hnsw.efSearch = 4, 4
+    through_graph = search(index, rows[::5], 10)
+    found = ListOrderSearch(index).search(rows[::5], 10)
+    index.quantizer = flat
+    expected = search(index, rows[::5], 10)
+    assert (through_graph[1] != expected[1]).any()
+    assert_same(found, expected, f"IVF200,{codes}")
+    index.quantizer = graph
+
+
+def train_index_of(string: str, rows: np.ndarray):
+    """An empty index trained on rows."""
+    index = faiss_library().index_factory(DIMENSION, string)
+    index.train(rows)
+    return index
+
+
+def lists_of(index) -> np.ndarray:
+    """List of each vector."""
+    lists = np.empty(index.ntotal, np.int64)
+    for number in range(index.nlist):
+        if size := index.invlists.list_size(number):
+            lists[faiss_library().rev_swig_ptr(index.invlists.get_ids(number), size)] = number
+    return lists
 
 
 def test_of_equal_vectors_the_lowest_ids_are_found(files):
