@@ -16,6 +16,7 @@ from retro_mcore.retrieval.index.training import innermost, make_index, train
 FEWEST_LISTS = 16
 _FEWEST_FITTED = 4
 _QUERIES = 4000
+_POWER = 0.75
 #: Where nearly all lists are needed, so many count as needed.
 _LARGEST_SHARE = 0.95
 
@@ -25,7 +26,7 @@ def expected_probes(vectors: np.ndarray, count: int, lists: int, recall: float) 
 
     In lists of the same length the number p that a query must visit grows with the number of lists
     L, ever more slowly. Few lists set a bound of their own: q = p / (1 - p/L) is what p would be
-    among any number of them. 1/q = a + b/sqrt(L) is fitted on all vectors, and on halves, quarters
+    among any number of them. 1/q = a + b L^-.75 is fitted on all vectors, and on halves, quarters
     and eighths of them, in lists as long as the large index's. Both forms are empirical
     (docs/decisions/0015-index-in-parts.md).
 
@@ -39,7 +40,9 @@ def expected_probes(vectors: np.ndarray, count: int, lists: int, recall: float) 
     Returns:
         The number, and a trained, empty index of small lists for `vectors`.
     """
-    sizes, needed, index = [], [], None
+    sizes: list[float] = []
+    needed: list[float] = []
+    index = None
     for parts in (8, 4, 2, 1):
         few = small_lists(len(vectors) // parts, count, lists)
         if few < _FEWEST_FITTED and parts > 1:
@@ -51,7 +54,7 @@ def expected_probes(vectors: np.ndarray, count: int, lists: int, recall: float) 
             train(index, some)
             found.append(_needed_probes(index, some, recall, _QUERIES // parts))
         sizes.append(few)
-        needed.append(np.mean(found))
+        needed.append(float(np.mean(found)))
     return min(lists, _extrapolated(np.array(sizes), np.array(needed), lists)), index
 
 
@@ -79,9 +82,9 @@ def _extrapolated(sizes: np.ndarray, needed: np.ndarray, lists: int) -> int:
     """p at L = `lists`, by the least squares of relative errors of q; a >= 0.
 
     >>> _extrapolated(np.array([11, 22, 43, 87]), np.array([7, 12, 17, 27]), 8192)
-    71
+    49
     >>> _extrapolated(np.array([66, 131, 262, 524]), np.array([42, 75, 136, 231]), 1000)
-    363
+    362
     >>> _extrapolated(np.array([16, 32]), np.array([12, 28]), 1000)
     556
     >>> _extrapolated(np.array([10, 20]), np.array([9, 8]), 1000)
@@ -89,15 +92,15 @@ def _extrapolated(sizes: np.ndarray, needed: np.ndarray, lists: int) -> int:
     """
     shares = np.minimum(needed / sizes, _LARGEST_SHARE)
     unbounded = needed / (1 - shares)
-    columns = np.stack((unbounded, unbounded / np.sqrt(sizes)), axis=1)
+    columns = np.stack((unbounded, unbounded * sizes**-_POWER), axis=1)
     fitted = len(sizes) > 1
     constant, slope = (
         np.linalg.lstsq(columns, np.ones(len(sizes)), rcond=None)[0] if fitted else (0, 0)
     )
     if slope < 0:
         return int(needed.max())
-    if constant <= 0:  # at these sizes it grows faster than the root
+    if constant <= 0:  # at these sizes it grows too fast for that
         found = unbounded[-1] * math.sqrt(lists / sizes[-1])
     else:
-        found = 1 / (constant + slope / math.sqrt(lists))
+        found = 1 / (constant + slope * lists**-_POWER)
     return max(int(needed[-1]), round(found / (1 + found / lists)))

@@ -297,8 +297,8 @@ class IndexBuild:
 
     def _tune(self, choice: IndexChoice, parts: list[Shard], index: Any) -> Recall:
         """Measure the recall, and choose the breadth of search unless it was given."""
-        exact = read_exact([exact_path(part) for part in parts])
         queries = read_held_out(self.paths.held_out)
+        exact = read_exact([exact_path(part) for part in parts], len(queries.rows))
         measure = RecallMeasure(index, queries, exact, self.embeddings, self.wanted.rescore)
         trained, wanted = load_index(self.paths.empty_index(choice.string)), self.wanted
         lists, graph = num_lists(trained), has_graph(trained)

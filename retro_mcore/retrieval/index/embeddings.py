@@ -183,7 +183,7 @@ def embed_held_out(
     """
     if state_of(path, fingerprint) is FileState.COMPLETE:
         return
-    wanted = min(max(len(database) // _CHUNKS_PER_QUERY, _FEWEST_QUERIES), _MOST_QUERIES)
+    wanted = num_queries(len(database))
     outside = _evenly_spaced(len(held_out) if held_out else 0, wanted)
     inside = _evenly_spaced(len(database), wanted - len(outside))
     chunks = [*(held_out.tokens(outside) if held_out else []), *database.tokens(inside)]
@@ -191,6 +191,11 @@ def embed_held_out(
         texts = chunk_texts(tokenizer, chunks, document_ends)
         file["data"] = embed_unique(embedder, texts, what="held-out query")
         file["rows"] = np.concatenate([np.full(len(outside), NO_NEIGHBOR), inside])
+
+
+def num_queries(chunks: int) -> int:
+    """Number of queries that the recall of an index of so many chunks is measured with."""
+    return min(max(chunks // _CHUNKS_PER_QUERY, _FEWEST_QUERIES), _MOST_QUERIES)
 
 
 def read_held_out(path: Path) -> HeldOut:

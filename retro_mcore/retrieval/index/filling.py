@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,8 @@ _LONGEST_PART = 16384 * _FLAT_BLOCK
 #: Number of vectors that one thread encodes in one call.
 _ENCODED = 4096
 _ADD_BATCH = 65_536
-#: Up to so many lists, a vector is compared with all centers; beyond, the graph over them looks at
-#: so many.
-_PLACING_LISTS, _PLACING_BREADTH = 65_536, 128
+#: Of so many lists that a vector is not compared with all centers, the graph looks at so many.
+_PLACING_BREADTH = 128
 
 
 def cut_parts(
@@ -176,15 +176,17 @@ def add_rows(index: Any, vectors: np.ndarray, rows: np.ndarray) -> None:
         return
     pieces = [vectors[start : start + _ENCODED] for start in range(0, len(vectors), _ENCODED)]
     inner = innermost(index)
-    centers = _centers(inner) if kind is IndexKind.LISTS else None
-    codes = np.concatenate(
-        list(worker_threads().map(_encode, repeat(index), repeat(centers), pieces))
-    )
-    inner.add_sa_codes(codes, rows if kind is IndexKind.LISTS else None)
+    if kind is IndexKind.LISTS:
+        with _centers(inner) as centers:
+            codes = list(worker_threads().map(_encode, repeat(index), repeat(centers), pieces))
+    else:
+        codes = list(worker_threads().map(_encode, repeat(index), repeat(None), pieces))
+    inner.add_sa_codes(np.concatenate(codes), rows if kind is IndexKind.LISTS else None)
     set_total(index, inner.ntotal)
 
 
-def _centers(ivf: Any) -> Centers | None:
+@contextmanager
+def _centers(ivf: Any) -> Iterator[Centers | None]:
     """Centers of lists that are found without the graph that the index has; None: Faiss places.
 
     In a list that is not its nearest, a vector is found later: with Faiss's default breadth of 16,
@@ -192,9 +194,14 @@ def _centers(ivf: Any) -> Centers | None:
     """
     quantizer = faiss_library().downcast_index(ivf.quantizer)
     if not hasattr(quantizer, "hnsw") or type(quantizer).__name__ not in QUANTIZERS:
-        return None
-    quantizer.hnsw.efSearch = max(_PLACING_BREADTH, quantizer.hnsw.efSearch)
-    return Centers(quantizer, _PLACING_LISTS, 1)
+        yield None
+        return
+    before = quantizer.hnsw.efSearch
+    quantizer.hnsw.efSearch = max(_PLACING_BREADTH, before)
+    try:
+        yield Centers(quantizer, 1)
+    finally:
+        quantizer.hnsw.efSearch = before
 
 
 def _encode(index: Any, centers: Centers | None, vectors: np.ndarray) -> np.ndarray:

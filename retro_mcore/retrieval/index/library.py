@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from threading import Barrier
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -59,18 +60,28 @@ def worker_threads() -> ThreadPoolExecutor:
     Rounding of matrix products depends on how they are divided among threads. Calls of fixed size
     on one thread each give the same bytes on any number of cores.
     """
-    count, others = share_of_cores(), torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "faiss", initializer=_use_one_thread)
-    started = Barrier(count)
-    list(pool.map(lambda _: started.wait(), range(count)))
-    torch.set_num_threads(others)  # of threads that begin later
+    faiss, count = faiss_library(), share_of_cores()
+    others = _in_new_thread(torch.get_num_threads)
+    pool, started = ThreadPoolExecutor(count, "faiss", _use_one_thread, (faiss,)), Barrier(count)
+    try:
+        list(pool.map(lambda _: started.wait(), range(count)))
+    except BaseException:  # the system gives no more threads
+        started.abort()
+        pool.shutdown(wait=False)
+        raise
+    _in_new_thread(torch.set_num_threads, others)  # PyTorch sets it for threads that begin later
     return pool
 
 
-def _use_one_thread() -> None:
-    faiss_library().omp_set_num_threads(1)
+def _use_one_thread(faiss: ModuleType) -> None:
+    faiss.omp_set_num_threads(1)
     torch.get_num_threads()  # a thread that has never asked takes the number of all others later
     torch.set_num_threads(1)
+
+
+def _in_new_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
 
 
 def message_of(error: Exception) -> str:

@@ -74,7 +74,7 @@ class _Work(NamedTuple):
 class ListOrderSearch:
     """An index whose inverted lists are read once per search, however many queries there are.
 
-    Memory: the queries, 1.5 k candidates of each, and a few pieces of lists.
+    Memory: the queries, 1.75 k candidates of each, and a few pieces of lists.
 
     Args:
         index: An index that `supports_list_order`, or a PartedIndex of such.
@@ -175,8 +175,7 @@ def choose_lists(
     """
     quantizer, probes = faiss_library().downcast_index(ivf.quantizer), min(ivf.nprobe, ivf.nlist)
     graph = getattr(quantizer, "hnsw", None)
-    most = _CENTERS_PER_STEP * graph.efSearch if graph else ivf.nlist
-    centers = Centers(quantizer, most, probes)
+    centers = Centers(quantizer, probes, _CENTERS_PER_STEP * graph.efSearch if graph else ivf.nlist)
     starts = range(0, len(vectors), _BLOCK)
 
     def prepare(start: int) -> Queries:

@@ -178,11 +178,11 @@ def _least_scores(scores: Scores, limits: np.ndarray, vectors: VectorScores, k: 
 
     Not a number for queries that are not finite.
     """
-    squares, open_ = scores.squares.astype(np.float64), np.isinf(limits)
-    bounds = np.where(open_, vectors.farthest(squares), limits)
-    slack = scores.errors + vectors.rounding(squares, bounds)
+    open_ = np.isinf(limits)
+    bounds = np.where(open_, scores.farthest(), limits)
+    slack = scores.slack(bounds, vectors.dimension)
     with np.errstate(invalid="ignore"):
-        least = np.where(open_, -np.inf, (squares - bounds) / 2 - slack)
+        least = np.where(open_, -np.inf, (scores.squares - bounds) / 2 - slack)
         if open_.any() and len(vectors) > k:
             best = _reached_by(scores.values if open_.all() else scores.values[open_], k)
             least[open_] = best - 2 * slack[open_]

@@ -16,20 +16,22 @@ import numpy as np
 
 from retro_mcore.retrieval.index.breadth import expected_probes, small_lists
 from retro_mcore.retrieval.index.choice import automatic_string, recall_among
+from retro_mcore.retrieval.index.embeddings import num_queries
 from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
 from retro_mcore.retrieval.index.filling import add_rows
-from retro_mcore.retrieval.index.library import faiss_threads
+from retro_mcore.retrieval.index.library import faiss_library, faiss_threads
 from retro_mcore.retrieval.index.list_order import (
     TOGETHER,
     ListOrderSearch,
     choose_lists,
     list_order_pays,
 )
-from retro_mcore.retrieval.index.recall import tuned_probes
+from retro_mcore.retrieval.index.packing import unpacked
+from retro_mcore.retrieval.index.recall import RECALL_AT, tuned_probes
 from retro_mcore.retrieval.index.training import has_graph, innermost, make_index, train
 
 _RECALL_QUERIES, _CODED = 400, 16_384
-_PLACED = 2048
+_PLACED, _PLACED_IN_ORDER = 2048, 16_384
 _ROUNDS = 3
 
 
@@ -39,7 +41,7 @@ class IndexRates:
 
     Attributes:
         trained: Training vectors, with the lists of the large index; None: nothing to train.
-        added: Vectors added.
+        added: Vectors added, and compared with the held-out queries.
         queried: Chunks searched.
         nprobe: Lists that a search of the large index visits, as expected; None without lists.
     """
@@ -83,6 +85,7 @@ def measure_index_rates(
     string = automatic_string(code, lists)
     in_order = list_order_pays(string, probes)
     added, placed = _placing(vectors, string, lists, probes, in_order)
+    added = 1 / (1 / added + _comparing(vectors, num_queries(count)))
     share = few / lists
     together = round(min(TOGETHER, count) * share) if in_order else _RECALL_QUERIES
     scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
@@ -104,6 +107,7 @@ def _without_lists(vectors: np.ndarray, count: int, k: int, code: str) -> IndexR
     index = make_index(code, vectors.shape[1])
     train(index, vectors)
     added = len(vectors) / _seconds(lambda: index.add(vectors))
+    added = 1 / (1 / added + _comparing(vectors, num_queries(count)))
     queries = vectors[:: max(1, len(vectors) // _RECALL_QUERIES)]
     searched = _seconds(lambda: search(index, queries, k)) / len(queries)
     return IndexRates(None, added, len(vectors) / count / searched, None)
@@ -123,7 +127,7 @@ def _placing(
 
     Centers near the vectors stand in for those of training.
     """
-    index = make_index(string, vectors.shape[1])
+    index = unpacked(make_index(string, vectors.shape[1]))
     random = np.random.default_rng(0)
     centers = vectors[random.integers(0, len(vectors), lists)]
     centers = centers + 0.1 * np.std(vectors) * random.standard_normal(centers.shape, np.float32)
@@ -133,13 +137,23 @@ def _placing(
         ivf.train(vectors)  # its codes
     added = len(vectors) / _seconds(lambda: add_rows(index, vectors, np.arange(len(vectors))))
     set_search_breadth(index, probes, max(16, 2 * probes) if has_graph(index) else None)
-    queries = vectors[:: max(1, len(vectors) // _PLACED)]
+    queries = vectors[:: max(1, len(vectors) // (_PLACED_IN_ORDER if in_order else _PLACED))]
     with faiss_threads(1):
         if in_order:
             seconds = _seconds(lambda: choose_lists(index, ivf, queries))
         else:
             seconds = _seconds(lambda: ivf.quantizer.search(queries, probes))
     return added, seconds / len(queries)
+
+
+def _comparing(vectors: np.ndarray, queries: int) -> float:
+    """Seconds per vector in which it is compared with all held-out queries."""
+    flat = faiss_library().IndexFlatL2(vectors.shape[1])
+    flat.add(vectors)
+    few = vectors[:queries]
+    return (
+        _seconds(lambda: search(flat, few, max(RECALL_AT) + 1)) / len(vectors) * queries / len(few)
+    )
 
 
 def _scanning(

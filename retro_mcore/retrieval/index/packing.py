@@ -2,7 +2,7 @@
 
 Blocks of two parts cannot be joined. So parts hold the codes one by one, in an index of the plain
 kind with the same quantizers, and are packed when they are merged. The bytes are those of an index
-that was filled at once.
+that was filled at once, if its lists are found without a graph.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from retro_mcore.errors import CorruptFileError
 from retro_mcore.project.hdf5 import map_dataset
 from retro_mcore.project.markers import signed_write
 from retro_mcore.project.shards import Shard
@@ -28,8 +29,10 @@ _BATCH = 65_536
 #: squared lengths that are subtracted, and to the square root of the dimension.
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 _BROADEST_GRAPH = 4096
-#: nprobe is found within this share of it.
+#: nprobe is found within one part in so many.
 _STEPS = 16
+#: Queries whose candidates' vectors are in memory at a time.
+_GATHERED = 256
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,16 @@ def write_exact(
         file["distances"], file["neighbors"] = distances, ids
 
 
-def read_exact(paths: Sequence[Path]) -> np.ndarray:
-    """Read the nearest rows over all parts, i64 [queries, max(RECALL_AT)]; -1 where missing."""
+def read_exact(paths: Sequence[Path], queries: int) -> np.ndarray:
+    """Read the nearest rows over all parts, i64 [queries, max(RECALL_AT)]; -1 where missing.
+
+    Raises:
+        CorruptFileError: a file is of other queries, as after these were embedded again.
+    """
+    for path in paths:
+        if len(map_dataset(path, "neighbors", "i", 2)) != queries:
+            hint = f"Remove the folder {path.parent}, then run build_index again"
+            raise CorruptFileError(path, "holds neighbors of other held-out queries", hint)
     distances = np.hstack([map_dataset(path, "distances") for path in paths])
     ids = np.hstack([map_dataset(path, "neighbors") for path in paths])
     return nearest(distances, ids, max(RECALL_AT))[1]
@@ -142,7 +153,11 @@ class RecallMeasure:
 
     def _distances(self, ids: np.ndarray) -> np.ndarray:
         """True distances of the queries to rows [n, k]."""
-        return squared_distances(self._queries.vectors, self._neighbors(ids), ids)
+        parts = [slice(first, first + _GATHERED) for first in range(0, len(ids), _GATHERED)]
+        vectors = self._queries.vectors
+        return np.concatenate(
+            [squared_distances(vectors[p], self._neighbors(ids[p]), ids[p]) for p in parts]
+        )
 
 
 def tune(

@@ -76,17 +76,39 @@ class Queries(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores of some queries.
+    """Scores of some queries, and what bounds their errors.
 
     Attributes:
         values: f32 [n, m].
-        squares: f32 [n], |x|^2 where |x - y|^2 = |x|^2 - 2 score.
-        errors: f64 [n], most that a score of any of the vectors is off.
+        squares: f64 [n], |x|^2 where |x - y|^2 = |x|^2 - 2 score.
+        errors: f64 [n], most by which rounding to int8 changes a score.
+        longest: Bound of |y|^2, and of the squares of what x and y are taken from.
     """
 
     values: np.ndarray
     squares: np.ndarray
     errors: np.ndarray
+    longest: float
+
+    def farthest(self) -> np.ndarray:
+        """Squared distances f64 [n] that no vector has."""
+        return 2 * (self.squares + self.longest)
+
+    def slack(self, distances: np.ndarray, dimension: int) -> np.ndarray:
+        """Bound, f64 [n], the error of scores and of half distances.
+
+        With u = 2^-24, a sum of d products has an error of at most d u times the sum of their
+        magnitudes, in any order (Higham 2002, section 3.1). By |x||y| <= (|x|^2 + |y|^2) / 2, those
+        of scores and of distances, also if they are taken from the origin or from the center of a
+        list, are within d u (4 |x|^2 + 4 `longest` + distance).
+
+        Args:
+            distances: Squared distances that matter [n].
+            dimension: d.
+        """
+        unit = (dimension + _ROUNDINGS) * 2.0**-24
+        tiny = dimension * float(np.finfo(np.float32).tiny)
+        return self.errors + unit * (4 * self.squares + 4 * self.longest + distances) + tiny
 
 
 class VectorScores:
@@ -102,10 +124,10 @@ class VectorScores:
         self, vectors: np.ndarray, center: np.ndarray | None, origin: np.ndarray | None
     ) -> None:
         self._vectors, self._center = vectors, center
-        self._product: Callable[[np.ndarray], np.ndarray] | None = None
+        self._exact: tuple[Callable[[np.ndarray], np.ndarray], float] | None = None
         self._rounded: Rounded | None = None
         if origin is None:
-            self._make_product()
+            self._make_exact()
             return
         self._rounded = round_together(vectors - (origin if center is None else origin - center))
         self._reach = float(self._rounded.squares.max()) ** 0.5
@@ -114,6 +136,11 @@ class VectorScores:
 
     def __len__(self) -> int:
         return len(self._vectors)
+
+    @property
+    def dimension(self) -> int:
+        """Dimension of the vectors."""
+        return self._vectors.shape[1]
 
     def __call__(self, queries: Queries, rows: np.ndarray) -> Scores:
         """Score queries[rows], roughly where that is faster."""
@@ -125,17 +152,20 @@ class VectorScores:
         products = int8_product(mine.codes, ours.codes).float()
         scales = torch.from_numpy(mine.scales * ours.scales[0])
         values = torch.addcmul(self._minus_halves, products, scales[:, None]).numpy()
-        lengths = np.sqrt(mine.squares.astype(np.float64)) + mine.errors
-        errors = lengths * ours.errors.max() + mine.errors * self._reach
-        return Scores(values, mine.squares, errors)
+        squares = mine.squares.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # of rows that are not finite
+            reaches = np.sqrt(squares) + mine.errors
+            errors = reaches * float(ours.errors.max()) + mine.errors * self._reach
+        return Scores(values, squares, errors, self._longest)
 
     def exactly(self, queries: Queries, rows: np.ndarray) -> Scores:
-        """Score queries[rows] in single precision; see `rounding`."""
-        product = self._product or self._make_product()
-        return Scores(product(queries.vectors[rows]), queries.squares[rows], np.zeros(len(rows)))
+        """Score queries[rows] in single precision."""
+        product, longest = self._exact or self._make_exact()
+        squares = queries.squares[rows].astype(np.float64)
+        return Scores(product(queries.vectors[rows]), squares, np.zeros(len(rows)), longest)
 
-    def _make_product(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Faiss's own matrix product, which obeys its number of threads."""
+    def _make_exact(self) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+        """Faiss's own matrix product, which obeys its number of threads, and a bound of squares."""
         faiss, vectors = faiss_library(), self._vectors
         if self._center is not None:
             vectors = vectors + self._center
@@ -144,29 +174,8 @@ class VectorScores:
         faiss.copy_array_to_vector(vectors.reshape(-1), product.A)
         faiss.copy_array_to_vector(squares / np.float32(-2), product.b)
         product.is_trained = True
-        self._product, self._longest = product.apply, float(squares.max()) + _square(self._center)
-        return self._product
-
-    def farthest(self, squares: np.ndarray) -> np.ndarray:
-        """Squared distances f64 [n] that no vector has from queries of squared lengths f64 [n]."""
-        return 2 * (squares + self._longest)
-
-    def rounding(self, squares: np.ndarray, distances: np.ndarray) -> np.ndarray:
-        """Bound, f64 [n], what single precision does to scores and half distances.
-
-        With u = 2^-24, a sum of d products has an error of at most d u times the sum of their
-        magnitudes, in any order (Higham 2002, section 3.1). By |x||y| <= (|x|^2 + |y|^2) / 2, those
-        of scores and of distances, also if they are taken from the origin or from the center c of
-        a list, are within d u (4 |x|^2 + 4 (max |y|^2 + |c|^2) + distance).
-
-        Args:
-            squares: Squared lengths of queries, f64 [n].
-            distances: Squared distances that matter [n].
-        """
-        dimension = self._vectors.shape[1]
-        unit = (dimension + _ROUNDINGS) * 2.0**-24
-        tiny = dimension * float(np.finfo(np.float32).tiny)
-        return unit * (4.0 * squares + 4 * self._longest + distances) + tiny
+        self._exact = product.apply, float(squares.max()) + _square(self._center)
+        return self._exact
 
 
 def round_rows(rows: np.ndarray) -> Rounded:
@@ -181,7 +190,7 @@ def round_together(rows: np.ndarray) -> Rounded:
 
 def _rounded(rows: np.ndarray, longest: Any) -> Rounded:
     scales = np.maximum(longest, _LEAST) / np.float32(_STEPS)
-    with np.errstate(invalid="ignore", over="ignore"):  # of rows that are not finite
+    with np.errstate(invalid="ignore", over="ignore"):
         steps = rows * (1 / scales)
         np.rint(steps, out=steps)
         codes = steps.astype(np.int8)
@@ -201,7 +210,10 @@ def squared_lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def int8_product(left: np.ndarray, right: np.ndarray) -> torch.Tensor:
-    """Products i32 [n, m] of all rows of `left` with all of `right`, i8 [n or m, dimension]."""
+    """Products i32 [n, m] of all rows of `left` with all of `right`, i8 [n or m, dimension].
+
+    The dimension must exceed 1: of a matrix with one row or column PyTorch cannot tell the layout.
+    """
     return torch._int_mm(torch.from_numpy(left), torch.from_numpy(right).T)
 
 

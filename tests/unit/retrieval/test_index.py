@@ -303,7 +303,7 @@ def test_exact_neighbors_of_parts_are_those_of_all(tmp_path):
     for part in (Shard(0, 500, tmp_path), Shard(500, 1200, tmp_path)):
         paths.append(tmp_path / f"{part.start}.hdf5")
         write_exact(embeddings, queries, part, paths[-1], "")
-    exact = read_exact(paths)
+    exact = read_exact(paths, len(queries.rows))
     distances = ((rows[None] - queries.vectors[:, None]) ** 2).sum(-1)
     own = queries.rows >= 0
     distances[own, queries.rows[own]] = np.inf
@@ -497,7 +497,7 @@ def test_recall_counts_only_neighbors_that_there_are(tmp_path):
     add_to_index(index, embeddings)
     queries = HeldOut(rows, np.arange(4))
     write_exact(embeddings, queries, Shard(0, 4, tmp_path), tmp_path / "exact.hdf5", "")
-    exact = read_exact([tmp_path / "exact.hdf5"])
+    exact = read_exact([tmp_path / "exact.hdf5"], 4)
     measure = RecallMeasure(index, queries, exact, embeddings)
     assert measure(None, None).at == {1: 1.0, 2: 1.0}
 
