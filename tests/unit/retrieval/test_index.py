@@ -303,6 +303,8 @@ def test_exact_neighbors_of_parts_are_those_of_all(tmp_path):
     for part in (Shard(0, 500, tmp_path), Shard(500, 1200, tmp_path)):
         paths.append(tmp_path / f"{part.start}.hdf5")
         write_exact(embeddings, queries, part, paths[-1], "")
+    with pytest.raises(CorruptFileError, match="other held-out queries"):
+        read_exact(paths, len(queries.rows) + 1)
     exact = read_exact(paths, len(queries.rows))
     distances = ((rows[None] - queries.vectors[:, None]) ** 2).sum(-1)
     own = queries.rows >= 0

@@ -15,6 +15,7 @@ from retro_mcore.retrieval.index import (
     centers,
     cut_parts,
     kind_of,
+    library,
     list_order,
     list_scores,
     load_index,
@@ -28,7 +29,7 @@ from retro_mcore.retrieval.index import (
 from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.filling import add_rows
-from retro_mcore.retrieval.index.library import faiss_library
+from retro_mcore.retrieval.index.library import faiss_library, faiss_threads
 from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
 from retro_mcore.retrieval.index.list_scores import candidates_within, squared_differences
 from retro_mcore.retrieval.index.rough_scores import Queries, VectorScores
@@ -342,6 +343,39 @@ def test_bounds_that_tell_nothing_are_replaced(products):
     assert sum(looked_at) < 500 * 500 / 2
 
 
+@pytest.mark.parametrize("products", ["int8"], indirect=True)
+def test_exact_scores_leave_rough_ones_their_bounds(products):
+    """Vectors near zero, rounded from far: exact scores replace those of the first queries."""
+    random = np.random.default_rng(0)
+    origin = np.zeros(64, np.float32)
+    origin[0] = 1
+    rows = (1e-6 * random.normal(size=(2000, 64))).astype(np.float32)
+    near_rows = (1e-7 * random.normal(size=(32, 64))).astype(np.float32)
+    near_origin = (origin + 1e-6 * random.normal(size=(32, 64))).astype(np.float32)
+    queries = Queries.of(np.concatenate([near_rows, near_origin]), origin)
+    scores, unlimited = VectorScores(rows, None, origin), np.full(32, np.inf, np.float32)
+    for first in (0, 32):
+        which = np.arange(first, first + 32)
+        counts, _, places = candidates_within(queries, which, unlimited, scores, rows, None, 5)
+        pairs = np.repeat(which, 2000), np.tile(np.arange(2000), 32)
+        exact = squared_differences(queries.vectors, pairs[0], rows, pairs[1]).reshape(32, 2000)
+        nearest = np.argsort(exact, axis=1, kind="stable")[:, :5]
+        found = np.split(places, np.cumsum(counts)[:-1])
+        for wanted, got in zip(nearest, found, strict=True):
+            assert np.isin(wanted, got).all()
+
+
+def test_vectors_of_one_dimension(products):
+    faiss = faiss_library()
+    rows = np.random.default_rng(0).normal(size=(1000, 1)).astype(np.float32)
+    for string in ("IVF16,Flat", "IVF16_HNSW4,Flat"):
+        index = faiss.index_factory(1, string)
+        index.train(rows)
+        add_rows(index, rows, np.arange(1000))
+        index.nprobe = 16
+        assert_same(ListOrderSearch(index).search(rows, 3), search(index, rows, 3), FLAT)
+
+
 def counting(looked_at: list[int]):
     """`squared_differences` that notes how many were computed."""
 
@@ -412,6 +446,19 @@ def test_many_copies_of_a_vector_are_few_candidates(products):
     assert (counts <= width_of(3)).all()
     assert distances[:3].tolist() == [0, 0, 0]
     assert positions[:3].tolist() == [0, 1, 2]
+
+
+def test_worker_threads_leave_other_threads_as_they_are():
+    def threads() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = threads()
+    with faiss_threads(1):
+        pool = library.worker_threads.__wrapped__()
+    assert pool.submit(torch.get_num_threads).result() == 1
+    assert threads() == before
+    pool.shutdown()
 
 
 def test_a_rank_without_parts_finds_nothing():
