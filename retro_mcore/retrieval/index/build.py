@@ -18,6 +18,7 @@ import numpy as np
 
 from retro_mcore.distributed import broadcast_object, get_rank, raise_together
 from retro_mcore.errors import ConfigurationError, CorruptFileError, ProjectError
+from retro_mcore.host import return_freed_memory
 from retro_mcore.project.config import read_json_object
 from retro_mcore.project.markers import FileState, signed_write, state_of
 from retro_mcore.project.paths import ProjectPaths
@@ -293,6 +294,7 @@ class IndexBuild:
         require_space(added, size, "the index's vectors")
         merge = merge_on_disk if choice.on_disk else merge_parts
         merge(empty, parts, added, self.fingerprint)
+        return_freed_memory()  # as much as the index, which is mapped next
         return load_index(added, mapped=True)
 
     def _tune(self, choice: IndexChoice, parts: list[Shard], index: Any) -> Recall:
