@@ -44,7 +44,9 @@ _FEWEST_ROTATED = 20_000_000
 #: The largest codes that fit are compared. Recalls closer than this are equal within noise.
 _CONSIDERED, _CLOSE = 4, 0.005
 _SAMPLE, _SAMPLE_IN_LISTS = 32_768, 131_072
-_SAMPLE_QUERIES = 400
+_SAMPLE_QUERIES = 2000
+#: A smaller sample, for the trend, holds one vector in so many.
+_PART = 4
 #: Share of the memory that an index may take, if nothing else is said.
 MEMORY_SHARE = 0.75
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -322,28 +324,44 @@ class _Trial:
     def expected_recall(self, code: _Code) -> float:
         """Expected recall@2 among all vectors."""
         if code not in self._known:
-            self._known[code] = self._extrapolate(code) if code.string != "Flat" else 1.0
+            self._known[code] = codes_recall(
+                code.string, self._vectors, self.count, self._candidates
+            )
         return self._known[code]
 
-    def _extrapolate(self, code: _Code) -> float:
-        index = make_index(code.string, self.dimension)
-        with faiss_threads(1):  # so that the choice does not depend on the machine
-            index.train(self._vectors)
-            recall = recall_among(index, self._vectors, self._candidates)
-            if len(self._vectors) == self.count:
-                return recall
-            quarter = recall_among(index, self._vectors[::4], self._candidates)
-        fall = max(0.0, quarter - recall)
-        return max(0.0, recall - fall * math.log(self.count / len(self._vectors), 4))
+
+def codes_recall(code: str, vectors: np.ndarray, count: int, candidates: int = DECISIVE) -> float:
+    """Expected recall@2 of codes without lists among `count` vectors.
+
+    Args:
+        code: Their factory string.
+        vectors: Evenly spaced ones of them, f32 [n, dimension].
+        count: All of them.
+        candidates: How many of the nearest codes are compared by their vectors.
+    """
+    if code == "Flat":
+        return 1.0
+    index = make_index(code, vectors.shape[1])
+    some = vectors[::_PART]
+    queries = np.linspace(0, len(some) - 1, min(_SAMPLE_QUERIES, len(some))).astype(np.int64)
+    with faiss_threads(1):  # so that the choice does not depend on the machine
+        index.train(vectors)
+        recall = _recall_among(index, vectors, _PART * queries, candidates)
+        if len(vectors) == count:
+            return recall
+        before = _recall_among(index, some, queries, candidates)
+    fall = max(0.0, before - recall)
+    return max(0.0, recall - fall * math.log(count / len(vectors), _PART))
 
 
-def recall_among(index: object, vectors: np.ndarray, candidates: int = DECISIVE) -> float:
+def _recall_among(
+    index: object, vectors: np.ndarray, queries: np.ndarray, candidates: int
+) -> float:
     """Recall@2 of a trained index among `vectors`, by the best of some candidates.
 
-    The queries are some of the vectors.
+    `queries` are rows of the vectors, which do not find themselves.
     """
     faiss = faiss_library()
-    queries = np.linspace(0, len(vectors) - 1, min(_SAMPLE_QUERIES, len(vectors))).astype(np.int64)
     flat, coded = faiss.IndexFlatL2(vectors.shape[1]), faiss.clone_index(index)
     flat.add(vectors)
     coded.add(vectors)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from retro_mcore.retrieval.index.breadth import expected_probes, small_lists
-from retro_mcore.retrieval.index.choice import automatic_string, recall_among
+from retro_mcore.retrieval.index.choice import automatic_string, codes_recall
 from retro_mcore.retrieval.index.embeddings import num_queries
 from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
 from retro_mcore.retrieval.index.filling import add_rows
@@ -75,7 +75,8 @@ def measure_index_rates(
     """
     if not lists:
         return _without_lists(vectors, count, k, code)
-    expected, index = expected_probes(vectors, count, lists, recall / _recall_of(code, vectors))
+    of_codes = codes_recall(code, vectors[:: max(1, len(vectors) // _CODED)], count)
+    expected, index = expected_probes(vectors, count, lists, min(1.0, recall / of_codes))
     probes = tuned_probes(expected, lists)
     few = small_lists(len(vectors), count, lists)
     if code != "Flat":
@@ -90,16 +91,6 @@ def measure_index_rates(
     together = round(min(TOGETHER, count) * share) if in_order else _RECALL_QUERIES
     scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
     return IndexRates(_training(vectors, lists), added, 1 / (placed + scanned), probes)
-
-
-def _recall_of(code: str, vectors: np.ndarray) -> float:
-    """Recall of the codes alone, among some of the vectors; the lists must make up for the rest."""
-    if code == "Flat":
-        return 1.0
-    some = vectors[:: max(1, len(vectors) // _CODED)]
-    index = make_index(code, vectors.shape[1])
-    train(index, some)
-    return recall_among(index, some)
 
 
 def _without_lists(vectors: np.ndarray, count: int, k: int, code: str) -> IndexRates:
