@@ -25,7 +25,7 @@ from retro_mcore.retrieval.vectors import list_rows, unusable
 
 #: Queries that recall is measured with: one per so many chunks, within these bounds. Of 500, its
 #: standard error is .01, and a hundredth can take half as many lists again.
-_CHUNKS_PER_QUERY, _FEWEST_QUERIES, _MOST_QUERIES = 1000, 500, 4000
+_CHUNKS_PER_QUERY, _FEWEST_QUERIES, _MOST_QUERIES = 1000, 500, 2000
 
 
 def embed_database(
