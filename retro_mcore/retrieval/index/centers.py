@@ -42,7 +42,7 @@ class Centers:
 
     def __init__(self, quantizer: Any, count: int, most: int = MOST_COMPARED) -> None:
         self._quantizer, self._count, self.origin = quantizer, count, None
-        self._parts: list[tuple[int, np.ndarray, VectorScores]] = []
+        self._parts: list[tuple[int, VectorScores]] = []
         compared = quantizer.ntotal <= min(most, MOST_COMPARED)
         rounded = multiplies_int8_fast() and quantizer.d > 1
         if not compared and not rounded:
@@ -53,7 +53,7 @@ class Centers:
         origin = self.origin if count < _ROUNDED_BELOW else None
         for start in range(0, len(some) if compared else 0, _TOGETHER):
             part = some[start : start + _TOGETHER]
-            self._parts.append((start, part, VectorScores(part, None, origin)))
+            self._parts.append((start, VectorScores(part, None, origin)))
 
     def nearest(self, queries: Queries, rows: np.ndarray) -> np.ndarray:
         """Find the nearest centers, i64 [n, count], of rows i64 [n] of the queries.
@@ -63,9 +63,9 @@ class Centers:
         if not self._parts:
             return self._quantizer.search(queries.vectors[rows], self._count)[1]
         nearest, own = NearestCandidates(len(rows), self._count), np.arange(len(rows))
-        for start, centers, scores in self._parts:
+        for start, scores in self._parts:
             counts, distances, places = candidates_within(
-                queries, rows, nearest.limits, scores, centers, None, self._count
+                queries, rows, nearest.limits, scores, self._count
             )
             nearest.add(own, counts, distances, places + start)
         return nearest.result()[1]

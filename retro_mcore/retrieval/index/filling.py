@@ -208,6 +208,7 @@ def _encode(index: Any, centers: Centers | None, vectors: np.ndarray) -> np.ndar
     """Codes u8 [n, size] of vectors: the number of the list, if there are lists, and the vector."""
     if centers is None:
         return index.sa_encode(vectors)
+    vectors = np.ascontiguousarray(vectors, np.float32)
     queries = Queries.of(transformed(index, vectors), centers.origin)
     lists = centers.nearest(queries, np.arange(len(vectors)))[:, 0]
     codes = np.empty((len(vectors), index.sa_code_size()), np.uint8)

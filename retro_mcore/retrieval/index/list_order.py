@@ -231,9 +231,7 @@ def _find(
         return work.queries[:0], np.empty(0, np.int64), np.empty(0, np.float32), ids
     few = len(work.queries) < ROUNDED_FROM
     scores = VectorScores(vectors, center, None if few else origin)
-    counts, distances, positions = candidates_within(
-        queries, work.queries, limits, scores, vectors, center, k
-    )
+    counts, distances, positions = candidates_within(queries, work.queries, limits, scores, k)
     return work.queries, counts, distances, ids[positions]
 
 

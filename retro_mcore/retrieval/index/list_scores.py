@@ -87,8 +87,6 @@ def candidates_within(
     rows: np.ndarray,
     limits: np.ndarray,
     scores: VectorScores,
-    vectors: np.ndarray,
-    center: np.ndarray | None,
     k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find all vectors that may be among the k nearest of a query.
@@ -97,20 +95,18 @@ def candidates_within(
         queries: Queries of the search.
         rows: i64 [n], those that are wanted.
         limits: f32 [n], distance beyond which a query needs none; infinite: unknown.
-        scores: Scores vectors + center.
-        vectors: f32 [m, dimension], finite.
-        center: f32 [dimension], what they are relative to; None: the origin.
+        scores: The vectors.
         k: Number of nearest vectors that matter; of equal ones those of lower positions.
 
     Returns:
         Counts i64 [n], and of each candidate, query by query, its squared distance f32 and its
-        position i64 in `vectors`.
+        position i64 among the vectors.
     """
-    step = max(_FEWEST_QUERIES, _SCORES // len(vectors))
+    step = max(_FEWEST_QUERIES, _SCORES // len(scores))
     found = []
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        found.append(_candidates(queries, rows[part], limits[part], scores, vectors, center, k))
+        found.append(_candidates(queries, rows[part], limits[part], scores, k))
     counts, distances, positions = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return counts, distances, positions
 
@@ -120,18 +116,16 @@ def _candidates(
     rows: np.ndarray,
     limits: np.ndarray,
     scores: VectorScores,
-    vectors: np.ndarray,
-    center: np.ndarray | None,
     k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     owners, columns = _near_pairs(queries, rows, limits, scores, k)
     counts = np.bincount(owners, minlength=len(rows))
     some = np.flatnonzero(counts)
     mine = queries.vectors[rows[some]]
-    if center is not None:
-        mine -= center
+    if scores.center is not None:
+        mine -= scores.center
     places = np.repeat(np.arange(len(some)), counts[some])
-    distances = squared_differences(mine, places, vectors, columns)
+    distances = squared_differences(mine, places, scores.vectors, columns)
     near = (distances <= limits[owners]) & np.isfinite(distances)
     owners, columns, distances = owners[near], columns[near], distances[near]
     kept = _among_nearest(owners, distances, len(rows), k)

@@ -118,12 +118,16 @@ class VectorScores:
         vectors: f32 [m, dimension], finite.
         center: f32 [dimension], what they are relative to; None: the queries' zero.
         origin: What the queries are rounded from; None: nothing is rounded.
+
+    Attributes:
+        vectors: As given.
+        center: As given.
     """
 
     def __init__(
         self, vectors: np.ndarray, center: np.ndarray | None, origin: np.ndarray | None
     ) -> None:
-        self._vectors, self._center = vectors, center
+        self.vectors, self.center = vectors, center
         self._exact: tuple[Callable[[np.ndarray], np.ndarray], float] | None = None
         self._rounded: Rounded | None = None
         if origin is None:
@@ -135,12 +139,12 @@ class VectorScores:
         self._longest = 2 * self._reach**2 + 3 * _square(origin) + _square(center)
 
     def __len__(self) -> int:
-        return len(self._vectors)
+        return len(self.vectors)
 
     @property
     def dimension(self) -> int:
         """Dimension of the vectors."""
-        return self._vectors.shape[1]
+        return self.vectors.shape[1]
 
     def __call__(self, queries: Queries, rows: np.ndarray) -> Scores:
         """Score queries[rows], roughly where that is faster."""
@@ -166,15 +170,15 @@ class VectorScores:
 
     def _make_exact(self) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
         """Faiss's own matrix product, which obeys its number of threads, and a bound of squares."""
-        faiss, vectors = faiss_library(), self._vectors
-        if self._center is not None:
-            vectors = vectors + self._center
+        faiss, vectors = faiss_library(), self.vectors
+        if self.center is not None:
+            vectors = vectors + self.center
         squares = squared_lengths(vectors)
         product = faiss.LinearTransform(vectors.shape[1], len(vectors), True)
         faiss.copy_array_to_vector(vectors.reshape(-1), product.A)
         faiss.copy_array_to_vector(squares / np.float32(-2), product.b)
         product.is_trained = True
-        self._exact = product.apply, float(squares.max()) + _square(self._center)
+        self._exact = product.apply, float(squares.max()) + _square(self.center)
         return self._exact
 
 

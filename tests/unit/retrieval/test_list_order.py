@@ -274,7 +274,7 @@ def candidates(products, queries, limits, rows, k, center=None, origin=None):
     prepared = Queries.of(queries, origin)
     scores = VectorScores(rows, center, origin)
     every = np.arange(len(queries))
-    return candidates_within(prepared, every, limits, scores, rows, center, k)
+    return candidates_within(prepared, every, limits, scores, k)
 
 
 def cloud(name: str) -> np.ndarray:
@@ -356,7 +356,7 @@ def test_exact_scores_leave_rough_ones_their_bounds(products):
     scores, unlimited = VectorScores(rows, None, origin), np.full(32, np.inf, np.float32)
     for first in (0, 32):
         which = np.arange(first, first + 32)
-        counts, _, places = candidates_within(queries, which, unlimited, scores, rows, None, 5)
+        counts, _, places = candidates_within(queries, which, unlimited, scores, 5)
         pairs = np.repeat(which, 2000), np.tile(np.arange(2000), 32)
         exact = squared_differences(queries.vectors, pairs[0], rows, pairs[1]).reshape(32, 2000)
         nearest = np.argsort(exact, axis=1, kind="stable")[:, :5]
