@@ -213,13 +213,9 @@ def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload, memory: f
     found = measure_index_rates(
         vectors, chunks, lists, built.index_recall, candidates, narrow, planned.code
     )
-    visited = f"about {found.nprobe} lists" if found.nprobe else "all vectors"
-    logger.info(
-        "%s is measured on the CPU; a search visits %s per chunk, expected from %d vectors",
-        index,
-        visited,
-        count,
-    )
+    lists_visited = f"about {found.nprobe} lists, expected from {count} vectors"
+    visited = lists_visited if found.nprobe else "all vectors"
+    logger.info("%s is measured on the CPU; for a chunk a search visits %s", index, visited)
     cores = config.cores_per_node
     trained = found.trained * cores if found.trained else rates.trained
     return replace(rates, trained=trained, added=found.added, queried=found.queried * cores)

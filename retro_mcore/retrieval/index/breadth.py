@@ -40,7 +40,7 @@ def expected_probes(vectors: np.ndarray, count: int, lists: int, recall: float) 
     Returns:
         The number, and a trained, empty index of small lists for `vectors`.
     """
-    sizes: list[float] = []
+    sizes: list[int] = []
     needed: list[float] = []
     index = None
     for parts in (8, 4, 2, 1):

@@ -15,7 +15,7 @@ from retro_mcore.retrieval.index.candidates import NearestCandidates
 from retro_mcore.retrieval.index.list_scores import candidates_within
 from retro_mcore.retrieval.index.rough_scores import Queries, VectorScores, multiplies_int8_fast
 
-#: Of more centers, the index's own quantizer finds the nearest.
+#: Of more centers, a graph finds the nearest.
 MOST_COMPARED = 65_536
 #: Centers that are compared at a time.
 _TOGETHER = 8192
@@ -27,13 +27,12 @@ _ROUNDED_BELOW = 64
 class Centers:
     """All centers of a quantizer.
 
-    Memory: up to three copies of `MOST_COMPARED` centers.
+    Memory: up to three copies of the centers that are compared.
 
     Args:
         quantizer: A flat index or graph of centers, downcast.
         count: Number of centers that are wanted of each query.
-        most: Up to so many centers, and at most `MOST_COMPARED`, all are compared; else
-            `quantizer` searches.
+        most: Up to so many centers, all are compared; else `quantizer` searches.
 
     Attributes:
         origin: f32 [dimension], a point amid the centers, from which `Queries` are rounded; None
@@ -43,11 +42,11 @@ class Centers:
     def __init__(self, quantizer: Any, count: int, most: int = MOST_COMPARED) -> None:
         self._quantizer, self._count, self.origin = quantizer, count, None
         self._parts: list[tuple[int, VectorScores]] = []
-        compared = quantizer.ntotal <= min(most, MOST_COMPARED)
+        compared = quantizer.ntotal <= most
         rounded = multiplies_int8_fast() and quantizer.d > 1
         if not compared and not rounded:
             return
-        some = quantizer.reconstruct_n(0, min(quantizer.ntotal, MOST_COMPARED))
+        some = quantizer.reconstruct_n(0, min(quantizer.ntotal, max(most, MOST_COMPARED)))
         if rounded:
             self.origin = some.mean(axis=0)
         origin = self.origin if count < _ROUNDED_BELOW else None

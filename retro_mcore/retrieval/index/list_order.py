@@ -28,7 +28,7 @@ import numpy as np
 
 from retro_mcore.host import available_memory
 from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
-from retro_mcore.retrieval.index.centers import Centers
+from retro_mcore.retrieval.index.centers import MOST_COMPARED, Centers
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.library import faiss_library, share_of_cores, worker_threads
 from retro_mcore.retrieval.index.list_scores import InvertedLists, candidates_within
@@ -174,8 +174,10 @@ def choose_lists(
     Lists are -1 where the quantizer found too few.
     """
     quantizer, probes = faiss_library().downcast_index(ivf.quantizer), min(ivf.nprobe, ivf.nlist)
-    graph = getattr(quantizer, "hnsw", None)
-    centers = Centers(quantizer, probes, _CENTERS_PER_STEP * graph.efSearch if graph else ivf.nlist)
+    graph, most = getattr(quantizer, "hnsw", None), ivf.nlist
+    if graph is not None:
+        most = min(_CENTERS_PER_STEP * graph.efSearch, MOST_COMPARED)
+    centers = Centers(quantizer, probes, most)
     starts = range(0, len(vectors), _BLOCK)
 
     def prepare(start: int) -> Queries:

@@ -95,7 +95,7 @@ class Scores(NamedTuple):
         return 2 * (self.squares + self.longest)
 
     def slack(self, distances: np.ndarray, dimension: int) -> np.ndarray:
-        """Bound, f64 [n], the error of scores and of half distances.
+        """Bound, f64 [n], of the error of scores and of half distances.
 
         With u = 2^-24, a sum of d products has an error of at most d u times the sum of their
         magnitudes, in any order (Higham 2002, section 3.1). By |x||y| <= (|x|^2 + |y|^2) / 2, those
