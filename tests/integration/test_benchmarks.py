@@ -51,6 +51,14 @@ def test_options_of_retrieval_are_compared_by_training_each(tmp_path):
     assert rows[1]["parameters"] != rows[0]["parameters"] == rows[2]["parameters"]
 
 
+def test_expected_lists_are_compared_with_needed_ones():
+    from benchmarks.expected_lists import Options, main_with
+
+    found = main_with(Options(normal=8, vectors=8000, lists=64, samples=[2000, 8000], queries=500))
+    assert set(found) == {"exact", "graph", "misplaced, %", "expected from 2000"}
+    assert all(0 < found[name] <= 64 for name in found if name != "misplaced, %")
+
+
 @pytest.mark.slow
 def test_a_search_with_memory_for_a_quarter_of_the_index_reads_it_once(tmp_path):
     """And finds the same; needs the right to make control groups."""
