@@ -121,9 +121,9 @@ def start(script: Path, runs: list[dict], folder: Path) -> None:
     )
 
 
-def output(folder: Path, name: str, code: int = 0) -> str:
-    """The output of a run's last rank, if all ranks ended with this exit code."""
+def output(folder: Path, name: str, code: int = 0, rank: int = -1) -> str:
+    """The output of a run's last rank, or another, if all ranks ended with this exit code."""
     codes = json.loads((folder / "codes.json").read_text())[name]
-    text = (folder / f"{name}.{len(codes) - 1}.txt").read_text()
+    text = (folder / f"{name}.{range(len(codes))[rank]}.txt").read_text()
     assert codes == [code] * len(codes), text[-3000:]
     return text

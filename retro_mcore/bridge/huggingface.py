@@ -6,7 +6,7 @@ and writes such directories with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -294,8 +294,8 @@ class RetroBridge(MegatronModelBridge):
 
         Raises:
             CheckpointError: the directory lacks a tensor of the model, or has others.
-            ConfigurationError: the model has parameters that transformers' has not, such as
-                adapters.
+            ConfigurationError: the model is a pipeline's, or has parameters that transformers' has
+                not, such as adapters.
         """
         self.hf_pretrained = hf_pretrained
         parts = parts_by_name(_flags("RetroConfig", self._config()), self._config().to_dict())
@@ -307,7 +307,14 @@ class RetroBridge(MegatronModelBridge):
         )
         return tasks
 
-    def _check_model(self, stages: Iterable[torch.nn.Module], parts: Mapping[str, Parts]) -> None:
+    def _check_model(self, stages: Sequence[Any], parts: Mapping[str, Parts]) -> None:
+        size = unwrap_model(stages[0]).config.pipeline_model_parallel_size
+        if size > 1:
+            raise ConfigurationError(
+                "model.pipeline_model_parallel_size",
+                f"{size}, and weights are converted for one stage",
+                "Convert checkpoints with convert_checkpoint",
+            )
         found = set()
         for stage in stages:
             names = [name for name, _ in (*stage.named_parameters(), *persistent_buffers(stage))]

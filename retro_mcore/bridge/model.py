@@ -15,9 +15,11 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from retro_mcore.bridge.names import names_of_recipe
 from retro_mcore.errors import ConfigurationError, RetroError, raise_problems
+from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import ModelArguments, ModelOptions
+from retro_mcore.model.pipeline import share_embedding
 from retro_mcore.training.options.model_sizes import check_divisible
 from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
 from retro_mcore.training.provider_flags import changed_fields
@@ -31,7 +33,7 @@ _OF_OUR_TRAINER = {
 }
 #: Parallelism that Bridge's schedules or Retro's layers do not support, with a hint.
 _REFUSED = {
-    "pipeline_model_parallel_size": "Use tensor parallelism, or tools/pretrain_retro.py",
+    "virtual_pipeline_model_parallel_size": "Use tools/pretrain_retro.py, which interleaves",
     "context_parallel_size": "Use tools/pretrain_retro.py, which divides samples",
     "expert_model_parallel_size": "Use tools/pretrain_retro.py",
 }
@@ -152,8 +154,21 @@ class RetroModelConfig(GPTModelConfig):
             )
         for name, hint in _REFUSED.items():
             size = getattr(self, name)
-            if size > 1:
+            if size is not None and size > 1:
                 yield ConfigurationError(f"model.{name}", f"{size} in Megatron-Bridge", hint)
+        stages = self.pipeline_model_parallel_size
+        if stages > 1 and self.hf_model_id is not None:
+            yield ConfigurationError(
+                "model.pipeline_model_parallel_size",
+                f"{stages}, for a model that starts from {self.hf_model_id}",
+                "Use tensor parallelism, or tools/pretrain_retro.py with the converted checkpoint",
+            )
+        if stages > 1 and self.init_model_with_meta_device:
+            yield ConfigurationError(
+                "model.init_model_with_meta_device",
+                f"given in a pipeline of {stages} stages, where the encoder's copies the embedding",
+                "Leave it out",
+            )
 
 
 def check_needs_no_trainer(options: ModelOptions) -> None:
@@ -223,9 +238,15 @@ class RetroModelBuilder(GPTModelBuilder):
             pre_process: Whether it embeds. Default: by the pipeline rank.
             post_process: Whether it computes logits. Default: by the pipeline rank.
             vp_stage: Virtual pipeline stage (not supported).
+
+        In a pipeline all ranks must call this together.
         """
         config = self._model_config
         stages = pg_collection.pp
+        pipelined = stages.size() > 1 and isinstance(config.transformer, RetroConfig)
+        if pipelined:
+            # Bridge's trainer expects boundaries with hidden states alone.
+            config.transformer.variable_seq_lengths = True
         model = assemble_model(
             config.transformer,
             arguments_from(config.arguments),
@@ -237,4 +258,6 @@ class RetroModelBuilder(GPTModelBuilder):
         )
         # For config.json: what writes it beside the weights is given the model alone.
         model.bridge_arguments = config.arguments
+        if pipelined:
+            share_embedding(model, stages)
         return model

@@ -54,17 +54,25 @@ class RetroConfigContainer(ConfigContainer):
         """Check and complete the configuration; called by Bridge before anything is built.
 
         Raises:
-            RetroError: the checkpoint to resume from is another model's;
-                `checkpoint.also_save_hf_checkpoint` with adapters, or see `check_export`.
+            RetroError: the checkpoint to resume from is another model's; a pipeline with FSDP;
+                `checkpoint.also_save_hf_checkpoint` with adapters or in a pipeline, or see
+                `check_export`.
         """
         super().validate()
         self._check_resumes()
+        stages = self.model.pipeline_model_parallel_size
+        for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+            if stages > 1 and getattr(self.dist, name):
+                raise ConfigurationError(
+                    f"dist.{name}", f"given in a pipeline of {stages} stages", "Leave it out"
+                )
         if not self.checkpoint.also_save_hf_checkpoint:
             return
-        if self.peft is not None:
+        if self.peft is not None or stages > 1:
+            kind = "with adapters" if stages == 1 else f"in a pipeline of {stages} stages"
             raise ConfigurationError(
                 "checkpoint.also_save_hf_checkpoint",
-                "given with adapters, which are not converted",
+                f"given {kind}, which are not converted",
                 "Leave it out",
             )
         source = self.checkpoint.hf_source_path or self.model.hf_model_id
@@ -123,6 +131,7 @@ def pretrain_config(
     lr: float = 3e-4,
     min_lr: float = 3e-5,
     tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
     sequence_parallel: bool = False,
     mixed_precision: str | None = "bf16_mixed",
     save: str | None = None,
@@ -140,7 +149,9 @@ def pretrain_config(
         lr: Largest learning rate, after a linear warmup.
         min_lr: Learning rate at the end of its cosine decay.
         tensor_model_parallel_size: Number of ranks that share a layer.
-        sequence_parallel: Whether they also divide the activations outside of attention and MLP.
+        pipeline_model_parallel_size: Number of stages that the decoder's layers are divided into.
+        sequence_parallel: Whether the ranks of a layer also divide the activations outside of
+            attention and MLP.
         mixed_precision: A name of Bridge's mixed precision; None: fp32.
         save: Directory of checkpoints, from which a run also resumes; None: none are written.
         huggingface: Directory of a `RetroForCausalLM` that the run starts from, with its options.
@@ -161,6 +172,7 @@ def pretrain_config(
         lr=lr,
         min_lr=min_lr,
         tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
         sequence_parallel=sequence_parallel,
         **_options_of_model(model, start),
     )

@@ -20,6 +20,7 @@ from retro_mcore.model.family_layers import resampled_frequencies
 from retro_mcore.model.initialization import initialize_hidden_weights, scale_output_layer
 from retro_mcore.model.neighbor_encoder import NeighborEncoder
 from retro_mcore.model.pipeline import (
+    EmbeddingGroups,
     carries_neighbors,
     is_interleaved,
     stage_layer_numbers,
@@ -70,6 +71,7 @@ class RetroModel(DecoderModel):
                 "Raise it to retro_num_retrieved_chunks * retro_chunk_length",
             )
         self._stage_input: Tensor | None = None
+        self.embedding_groups: EmbeddingGroups | None = None  # for trainers that keep only models
         self.neighbor_encoder: NeighborEncoder | None = None
         if transformer_layer_spec.neighbor_encoder is not None:
             self.neighbor_encoder = NeighborEncoder(

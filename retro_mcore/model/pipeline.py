@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     get_transformer_layer_offset,
 )
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from retro_mcore.distributed import group_timeout
@@ -33,6 +34,9 @@ from retro_mcore.errors import ConfigurationError
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.context_parallel import chunks_in_context
 from retro_mcore.platform.parallel import unwrap_model
+
+if TYPE_CHECKING:
+    from retro_mcore.model.model import RetroModel
 
 Shape = tuple[int, ...]
 
@@ -250,28 +254,63 @@ def synchronize_embedding_copies(stages: Sequence[Any], groups: EmbeddingGroups)
     for group, pick in ((groups.word, _word_weights), (groups.position, _position_weights)):
         if group is None or not (held := pick(stages)).all:
             continue
-        source = dist.get_global_rank(group, 0)
-        if held.source is not None:
-            dist.broadcast(held.source.data, source, group)
-        else:
-            dist.broadcast(held.all[0].data, source, group)
-        values = held.source if held.source is not None else held.all[0]
+        values = (held.source if held.source is not None else held.all[0]).data
+        if dist.get_backend(group) == "nccl":
+            values = values.cuda()  # no copy, unless weights are initialized in host memory
+        dist.broadcast(values, dist.get_global_rank(group, 0), group)
         for weight in held.all:
-            weight.data.copy_(values.data)
+            weight.data.copy_(values)
 
 
-def finalize_model_grads_with(groups: EmbeddingGroups) -> Callable:
+def finalize_model_grads_with(
+    groups: EmbeddingGroups, finalize: Callable = finalize_model_grads
+) -> Callable:
     """megatron's `finalize_model_grads`, followed by the sum over the embedding's copies.
 
     Set it as `config.finalize_model_grads_func`.
+
+    Args:
+        groups: The ranks with copies.
+        finalize: A function to use in place of megatron's.
     """
-    return partial(_finalize_model_grads, groups)
+    return partial(_finalize_model_grads, groups, finalize)
+
+
+def share_embedding(model: RetroModel, pipeline: dist.ProcessGroup) -> None:
+    """Synchronize the copies of the embedding for a trainer that only asks for the model.
+
+    All ranks call it together, with a stage that is not wrapped yet. `finalize_with_copies` sums
+    the gradients.
+
+    Args:
+        model: This rank's stage.
+        pipeline: This rank's pipeline-parallel group.
+    """
+    tied = model.share_embeddings_and_output_weights
+    model.embedding_groups = create_embedding_groups(model.config, pipeline, tied)
+    synchronize_embedding_copies([model], model.embedding_groups)
+
+
+def finalize_with_copies(model: torch.nn.Module) -> None:
+    """Have the trainer's function that finalizes gradients also sum those of the copies.
+
+    Call it in the forward step: trainers set their function after they have built the model.
+
+    Args:
+        model: This rank's stage, wrapped or not; for others than `share_embedding`'s, it returns.
+    """
+    groups = getattr(unwrap_model(model), "embedding_groups", None)
+    config = get_model_config(model)
+    finalize = config.finalize_model_grads_func
+    wrapped = isinstance(finalize, partial) and finalize.func is _finalize_model_grads
+    if groups is not None and finalize is not None and not wrapped:
+        config.finalize_model_grads_func = finalize_model_grads_with(groups, finalize)
 
 
 def _finalize_model_grads(
-    groups: EmbeddingGroups, model: Sequence[Any], *args: Any, **kwargs: Any
+    groups: EmbeddingGroups, finalize: Callable, model: Sequence[Any], *args: Any, **kwargs: Any
 ) -> None:
-    finalize_model_grads(model, *args, **kwargs)
+    finalize(model, *args, **kwargs)
     for group, pick in ((groups.word, _word_weights), (groups.position, _position_weights)):
         if group is None or not (held := pick(model)).all:
             continue

@@ -14,7 +14,7 @@ import inspect
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -97,6 +97,22 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         for name, traits in model_traits(ModelOptions).items()
         if traits.our_trainer
     },
+}
+
+#: Arguments that Retro in a pipeline refuses.
+_REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
+    # All boundaries of the interleaved schedule have one shape, which Megatron-LM's trainer sets.
+    "virtual_pipeline_model_parallel_size": (
+        (None, 1),
+        "Leave out --num-virtual-stages-per-pipeline-rank and "
+        "--num-layers-per-virtual-pipeline-stage, give --pipeline-model-parallel-layout one stage "
+        "per rank, or use tools/pretrain_retro.py, which interleaves",
+    ),
+    # The copies of the embedding are copied and summed as whole tensors.
+    **dict.fromkeys(
+        ("use_megatron_fsdp", "use_torch_fsdp2", "init_model_with_meta_device"),
+        (_OFF, "Leave it out: --use-distributed-optimizer shards what an optimizer keeps"),
+    ),
 }
 
 #: Fields of Megatron's configurations that do not change what the model computes, but for rounding.
@@ -294,13 +310,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     problems: list[RetroError] = [*_contradictions(args), *_refusals(args), *_unknown(args)]
     if getattr(args, "pipeline_model_parallel_size", 1) > 1 and args.retro_add_retriever:
-        problems.append(
-            ConfigurationError(
-                "--pipeline-model-parallel-size",
-                f"{args.pipeline_model_parallel_size} in Megatron-LM's trainer",
-                "Use tensor parallelism, or tools/pretrain_retro.py, which runs Retro in pipelines",
-            )
-        )
+        problems += _refusals(args, _REFUSED_IN_PIPELINES)
     problems += _too_small(args)
     if args.retro_add_retriever:
         problems += out_of_range(args, RetroOptions)
@@ -340,8 +350,10 @@ def _too_small(args: argparse.Namespace) -> Iterator[RetroError]:
             yield ConfigurationError(flag_of(field), str(value), "Give at least 1")
 
 
-def _refusals(args: argparse.Namespace) -> Iterator[RetroError]:
-    for name, (neutral, hint) in _REFUSED.items():
+def _refusals(
+    args: argparse.Namespace, refused: Mapping[str, tuple[tuple[Any, ...], str]] = _REFUSED
+) -> Iterator[RetroError]:
+    for name, (neutral, hint) in refused.items():
         value = getattr(args, name, None)
         if value not in neutral:
             found = "given" if value is True else str(value)

@@ -17,10 +17,12 @@ Signatures are those of Megatron-LM 0.16 to 0.19. `pretrain()` takes the functio
 0.17, a container of configurations first from 0.18 on, and the model provider by name from 0.19
 on; `main` tells them apart.
 
-Not supported, and refused: pipeline parallelism for Retro (Megatron-LM's schedules do not know the
-shape of the tensors between stages; use tools/pretrain_retro.py), context parallelism, other kinds
-of layers (experts, latent attention, multi-token prediction, ...), and data other than the
-project's.
+In a pipeline stages tell each other the shapes of what they send (`variable_seq_lengths`), because
+Megatron-LM's trainer expects hidden states alone; see docs/decisions/0005.
+
+Not supported, and refused: the interleaved schedule (use tools/pretrain_retro.py), context
+parallelism, other kinds of layers (experts, latent attention, multi-token prediction, ...), and
+data other than the project's.
 Not supported: Megatron-LM's fault injection and rerun state machine, and its FLOPs estimate, which
 counts only a GPT.
 """
@@ -38,6 +40,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.transformer.spec_utils import import_module
 from torch import Tensor
@@ -51,6 +54,7 @@ from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import DecoderOptions, changed_defaults, with_unstated
+from retro_mcore.model.pipeline import finalize_with_copies, share_embedding
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform.compatibility import results_through_a_file, takes_configurations
 from retro_mcore.project.config import SPLITS
@@ -99,10 +103,12 @@ def model_provider(
     Args:
         pre_process: Whether this stage embeds.
         post_process: Whether this stage computes logits.
-        vp_stage: Virtual pipeline stage (not supported).
+        vp_stage: Virtual pipeline stage (the GPT's alone).
         config: A RetroConfig (for the GPT, a TransformerConfig) to use instead of the arguments.
             Passed by Megatron-LM from 0.17 on.
         pg_collection: Process groups, passed by Megatron-LM from 0.17 on.
+
+    In a pipeline all ranks must call this together.
 
     Raises:
         ConfigurationError: an argument is invalid. Names it.
@@ -116,6 +122,9 @@ def model_provider(
             setattr(args, name, value)
     if config is None or (retrieves and not isinstance(config, RetroConfig)):
         config = _config(args)
+    pipelined = retrieves and config.pipeline_model_parallel_size > 1
+    if pipelined:
+        config.variable_seq_lengths = True
     engine = getattr(args, "transformer_impl", "local") == "transformer_engine"
     build = get_retro_decoder_block_spec if retrieves else get_gpt_decoder_block_spec
     if getattr(args, "spec", None) is not None:
@@ -131,7 +140,12 @@ def model_provider(
         "vp_stage": vp_stage,
         "pg_collection": pg_collection,
     }
-    return (RetroModel if retrieves else DecoderModel)(config, spec, **sizes)
+    if not pipelined:
+        return (RetroModel if retrieves else DecoderModel)(config, spec, **sizes)
+    model = RetroModel(config, spec, **sizes)
+    pipeline = getattr(pg_collection, "pp", None)
+    share_embedding(model, pipeline or parallel_state.get_pipeline_model_parallel_group())
+    return model
 
 
 def _unstated(args: argparse.Namespace) -> dict[str, str]:
@@ -230,6 +244,7 @@ def forward_step(
 ) -> tuple[Tensor, Callable]:
     """Run a forward pass. Returns the losses, and the function with which Megatron reduces them."""
     args, timers = _megatron().get_args(), _megatron().get_timers()
+    finalize_with_copies(model)
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, args.retro_add_retriever)
     timers("batch-generator").stop()

@@ -52,6 +52,14 @@ TP2 = {
     "sequence_parallel": True,
     "make_vocab_size_divisible_by": 256,
 }
+#: The neighbor encoder is on the second stage, with a copy of the first's embedding.
+PP2 = {"pipeline_model_parallel_size": 2}
+#: Learned positions, which that stage copies too, and untied output weights.
+LEARNED = {
+    "position_embedding_type": "learned_absolute",
+    "untie_embeddings_and_output_weights": True,
+}
+NEW = {**RETRO, **LEARNED}
 
 
 def run(
@@ -62,7 +70,8 @@ def run(
     model: dict | None = None,
     **recipe,
 ):
-    recipe = {"project_dir": str(built_project()), **(MODEL if model is None else model), **recipe}
+    model = MODEL if model is None else model
+    recipe = {"project_dir": str(built_project()), **model, **recipe}
     changes = {"train.train_iters": train_iters, **(changes or {})}
     return {"name": name, "ranks": ranks, "recipe": recipe, "changes": changes}
 
@@ -109,6 +118,8 @@ def trained(megatron, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bridge")
     resume = {"checkpoint.load": "retro"}
     load = {**resume, "checkpoint.save": "resumed"}
+    each = {"checkpoint.save_interval": 1}
+    third = {"checkpoint.load": "new stages", "checkpoint.ckpt_step": 2}
     start_from = {"huggingface": str(saved_for_transformers(folder)), "lr": 1e-2}
     other = {"huggingface": str(folder / "other"), "lr": 1e-2, "hidden_dropout": 0.0}
     both = {"checkpoint.also_save_hf_checkpoint": True, "checkpoint.hf_trust_remote_code": True}
@@ -139,6 +150,12 @@ def trained(megatron, tmp_path_factory):
         run("retro", 2, save="retro", **RETRO),
         run("resumed", 4, ranks=2, changes=load, save="resumed", **RETRO, **TP2),
         run("other keys", 4, ranks=2, changes=resume, **OTHER_KEYS, **RETRO, **TP2),
+        run("stages", 4, ranks=2, changes=resume, **RETRO, **PP2),
+        run("new stages", 3, ranks=2, changes=each, save="new stages", **NEW, **PP2),
+        run("joined", 3, ranks=2, changes=third, **NEW, **TP2),
+        run(
+            "stages refused", 2, ranks=2, changes=both, model={**start_from, **PP2}, save="refused"
+        ),
         run("gpt", 2, save="gpt", no_retrieval=True),
         run("refused", 2, changes=CHANGED, **RETRO),
     ]
@@ -164,6 +181,22 @@ def test_a_checkpoint_is_resumed_under_tensor_and_sequence_parallelism(trained):
     found = losses(output(trained, "resumed"))
     # Not its validation, which goes on where the one before ended.
     assert found == pytest.approx(our_run().train_losses[2:], rel=1e-6)
+
+
+def test_a_checkpoint_is_resumed_in_a_pipeline(trained):
+    found = losses(output(trained, "stages"))
+    assert found == pytest.approx(our_run().train_losses[2:], rel=5e-6)
+
+
+def test_stages_hold_the_same_embedding(trained):
+    """After two steps in a pipeline, tensor parallelism computes the same from its checkpoint."""
+    *_, third = losses(output(trained, "new stages"))
+    assert losses(output(trained, "joined")) == pytest.approx([third], rel=5e-6)
+
+
+def test_conversion_in_a_pipeline_is_refused(trained):
+    text = output(trained, "stages refused", code=2, rank=0)
+    assert "error: model.pipeline_model_parallel_size: 2, for a model that starts from" in text
 
 
 def test_the_gpt_without_retrieval(trained):

@@ -138,7 +138,7 @@ def test_a_directory_with_a_tokenizer_is_written_whole(converted):
         ("experts", "num_experts: 4 in Megatron-Bridge, whose losses do not"),
         ("mup", "retro_mup_base_hidden_size: 16 in Megatron-Bridge, whose optimizer"),
         ("rows", "model.tensor_model_parallel_size: 2, which does not divide the padded"),
-        ("stages", "model.pipeline_model_parallel_size: 2 in Megatron-Bridge"),
+        ("stages", "model.pipeline_model_parallel_size: 2, for a model that starts from"),
         ("parts", "model.context_parallel_size: 2 in Megatron-Bridge"),
         ("options", "model.hidden_dropout: 0.5, and the model was made with"),
         ("options", "model.window_size: [31, 0], and the model was made with None"),

@@ -40,6 +40,11 @@ AS_OURS = """--hidden-dropout 0 --attention-dropout 0 --position-embedding-type 
 #: With the vocabulary of the checkpoint: it is padded to a multiple of this times the ranks.
 TP2 = """--tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 256
 --override-opt-param-scheduler"""
+VIRTUAL = "--num-layers 4 --num-virtual-stages-per-pipeline-rank 2"
+#: The neighbor encoder is on the second stage, with a copy of the first's embedding.
+PP2 = "--pipeline-model-parallel-size 2 --override-opt-param-scheduler"
+#: Learned positions, which that stage copies too, and untied output weights.
+LEARNED = "--position-embedding-type learned_absolute --untie-embeddings-and-output-weights"
 #: Every option of ours, with a value other than its default.
 OPTIONS = """--retro-attention-gate 0.5 --retro-num-neighbors 1 --retro-num-retrieved-chunks 1
 --retro-encoder-layers 3 --retro-encoder-cross-attention-dropout 0.3 --retro-encoder-hidden-size 16
@@ -77,6 +82,10 @@ def trained(megatron, tmp_path_factory):
     runs = [
         run("retro", f"{SPEC} --train-iters 2 --save retro"),
         run("resumed", f"{SPEC} --train-iters 4 --load retro --save resumed {TP2}", ranks=2),
+        run("stages", f"{SPEC} --train-iters 4 --load retro --save stages {PP2}", ranks=2),
+        run("new_stages", f"--train-iters 3 --save new_stages {PP2} {LEARNED}", ranks=2),
+        run("joined", f"--train-iters 3 --load new_stages --ckpt-step 2 {TP2} {LEARNED}", ranks=2),
+        run("interleaved", f"--train-iters 2 {PP2} {VIRTUAL}", ranks=2),
         run("gpt", "--train-iters 2 --save gpt", retriever=False),
         run("parsed", f"--train-iters 2 {OPTIONS}", parse=True),
         run("options", f"--train-iters 1 {flags_of(TRAINED)}"),
@@ -112,6 +121,21 @@ def test_a_checkpoint_is_resumed_under_tensor_and_sequence_parallelism(trained):
     # Not its validation, which in Megatron-LM goes on where the one before ended.
     # Two ranks sum in another order, and Adam's division enlarges that where gradients are small.
     check_losses(output(trained, "resumed"), our_run().train_losses[2:], rel=5e-6)
+
+
+def test_a_checkpoint_is_resumed_in_a_pipeline(trained):
+    check_losses(output(trained, "stages"), our_run().train_losses[2:], rel=5e-6)
+
+
+def test_stages_hold_the_same_embedding(trained):
+    """After two steps in a pipeline, tensor parallelism computes the same from its checkpoint."""
+    *_, third = re.findall(r"lm loss: (\S+) \| loss scale", output(trained, "new_stages"))
+    check_losses(output(trained, "joined"), [float(third)], rel=5e-6)
+
+
+def test_virtual_stages_are_refused(trained):
+    text = output(trained, "interleaved", code=2, rank=0)
+    assert "--virtual-pipeline-model-parallel-size: 2. Leave out --num-virtual-stages" in text
 
 
 def test_the_gpt_without_retrieval(trained):

@@ -52,11 +52,16 @@ def test_the_projects_values_are_the_defaults(megatron):
     assert args.tokenizer_type == "NullTokenizer"
 
 
+STAGES = {"pipeline_model_parallel_size": 2}
+
+
 @pytest.mark.parametrize(
     ("flags", "defaults", "message"),
     [
         (["--seq-length", "128"], {}, "--seq-length: 128, and the project was built with 64"),
-        ([], {"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size: 2"),
+        ([], STAGES | {"virtual_pipeline_model_parallel_size": 2}, "-parallel-size: 2. Leave out"),
+        ([], STAGES | {"use_megatron_fsdp": True}, "--use-megatron-fsdp: given"),
+        ([], STAGES | {"init_model_with_meta_device": True}, "--init-model-with-meta-device"),
         ([], {"eod_mask_loss": True}, "--eod-mask-loss: given"),
         ([], {"num_experts": 2}, "--num-experts: 2"),
         ([], {"mtp_num_layers": 1}, "--mtp-num-layers: 1"),
