@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.host import available_memory
 from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
 from retro_mcore.retrieval.index.centers import MOST_COMPARED, Centers
@@ -78,9 +79,19 @@ class ListOrderSearch:
 
     Args:
         index: An index that `supports_list_order`, or a PartedIndex of such.
+
+    Raises:
+        ConfigurationError: it is another kind of index.
     """
 
     def __init__(self, index: Any) -> None:
+        if not supports_list_order(index):
+            kinds = {type(_inner(part)).__name__ for part in getattr(index, "parts", [index])}
+            raise ConfigurationError(
+                "search in list order",
+                f"an index of kind {', '.join(sorted(kinds))}",
+                "Expected lists of Flat, SQ or PQ codes for L2 distances; use `index.search`",
+            )
         self._index, self.ntotal = index, index.ntotal
         self.d = getattr(index, "parts", [index])[0].d
 
@@ -155,15 +166,18 @@ def supports_list_order(index: Any) -> bool:
     if isinstance(index, PartedIndex):
         return all(supports_list_order(part) for part in index.parts)
     faiss = faiss_library()
-    if not isinstance(index, faiss.Index):
-        return False
-    inner = innermost(index)
+    inner = _inner(index)
     return (
         type(inner).__name__ in _LISTS
         and type(faiss.downcast_index(inner.quantizer)).__name__ in QUANTIZERS
         and inner.metric_type == faiss.METRIC_L2
         and not inner.max_codes
     )
+
+
+def _inner(index: Any) -> Any:
+    """The index below transforms if it is Faiss's, else itself."""
+    return innermost(index) if isinstance(index, faiss_library().Index) else index
 
 
 def choose_lists(

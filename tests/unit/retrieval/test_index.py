@@ -4,8 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -449,6 +450,69 @@ class TestAutomaticIndex:
             recalls.append(tune(measure, num_lists(index), False, self.recall).decisive)
         assert recalls[0] < 0.9 < 0.95 <= recalls[1]
 
+    @pytest.mark.parametrize(("divisor", "split"), [(1, False), (8, False), (1, True)])
+    def test_with_rescore_the_fastest_codes_that_reach_the_recall_win(
+        self, embeddings, divisor, split
+    ):
+        memory, dimension = self.uncompressed_bytes(embeddings) // divisor, embeddings.dimension
+        chosen = choose_index(embeddings, memory, self.recall, rescore=True, split=split)
+        trial = choice._Trial(embeddings, rescore=True)
+        codes = sorted(
+            choice._codes(self.count, dimension, split), key=lambda c: (c.scan, c.num_bytes)
+        )
+        place = [code.string for code in codes].index(chosen.string.split(",")[-1])
+        assert trial.expected_recall(codes[place]) >= self.recall
+        assert f"{trial.expected_recall(codes[place]):.3f}" in chosen.reason
+        for faster in codes[:place]:  # half of the loss is for the lists
+            fits = choice.index_bytes(self.count, dimension, faster.num_bytes) <= memory
+            assert not fits or trial.expected_recall(faster) < 0.975
+        assert chosen.num_bytes <= memory
+        assert codes[place].kind in (("PQ", "RaBitQ") if split else ("fs",))
+        assert codes[place].num_bytes < dimension  # than SQ8
+
+    @pytest.mark.parametrize(
+        ("recalls", "wanted", "string"),
+        [
+            ({"fs": 0.99}, 0.95, "PQ48x4fs"),
+            ({"fs": 0.96, "RaBitQ": 0.98}, 0.95, "RaBitQ"),  # lists could lose only 0.01
+            ({"RaBitQ": 0.98}, 0.95, "RaBitQ"),
+            ({"PQ": 0.98, "RaBitQ": 0.98}, 0.95, "PQ4np"),
+            ({"SQ": 0.98}, 0.95, "SQ8"),
+            ({"SQ": 0.97, "PQ": 0.96}, 0.95, "SQfp16"),  # the most exact
+            ({}, 0.95, "Flat"),
+        ],
+    )
+    def test_the_fastest_kind_that_reaches_the_recall_wins(self, recalls, wanted, string):
+        codes = choice._codes(10**6, 384)
+        if "RaBitQ" not in {code.kind for code in codes}:
+            codes += [choice._rabitq(bits, 384) for bits in range(1, 8)]
+        codes.sort(key=lambda code: -code.num_bytes)
+        if string not in ("Flat", "SQfp16"):
+            codes = codes[1:]
+
+        def expected(code):
+            return recalls.get(code.kind, float(code.kind == "Flat" and not recalls))
+
+        trial = SimpleNamespace(count=10**6, expected_recall=expected)
+        assert choice._fastest(trial, codes, wanted).string == string
+
+    def test_without_rescore_fast_codes_win_where_they_lose_nothing(self, tmp_path):
+        signs = np.random.default_rng(0).choice([-1, 1], (3000, 64)).astype(np.float32)
+        embeddings = Embeddings(write_rows(signs, tmp_path, 1500))
+        size = partial(choice.index_bytes, 3000, 64)
+        for memory, string in ((size(256), "Flat"), (size(255), "PQ32x4fs")):
+            chosen = choose_index(embeddings, memory, self.recall)
+            assert chosen.string.split(",")[-1] == string
+        chosen = choose_index(embeddings, size(255), self.recall, split=True)
+        assert chosen.string.split(",")[-1].startswith(("SQ", "RaBitQ"))
+
+    def test_vectors_without_lists_are_searched_uncompressed(self, embeddings, monkeypatch):
+        """By matrix products, whatever is asked for: no code is scanned as fast."""
+        monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 5000)
+        chosen = choose_index(embeddings, 1 << 30, self.recall, rescore=True)
+        assert chosen.string == "Flat"
+        assert "in exact order as it is" in chosen.reason
+
     def test_on_the_disk_nothing_is_compressed(self, embeddings, monkeypatch):
         chosen = choose_index(embeddings, 1000, self.recall, on_disk=True)
         assert chosen.on_disk
@@ -473,7 +537,7 @@ def test_codes_that_cannot_be_split_or_used_on_a_gpu_are_left_out():
     split = {code.string for code in choice._codes(10**6, 384, split=True)}
     gpu = {code.string for code in choice._codes(10**6, 384, gpu=True)}
     assert every - split == {"PQ192x4fs", "PQ96x4fs", "PQ48x4fs"}
-    assert split - gpu == {"RaBitQ", *(f"RaBitQ{bits}" for bits in range(2, 7))}
+    assert split - gpu == {"RaBitQ", *(f"RaBitQ{bits}" for bits in range(2, 8))}
 
 
 @pytest.mark.parametrize(
