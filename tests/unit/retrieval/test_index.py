@@ -496,19 +496,20 @@ class TestAutomaticIndex:
         trial = SimpleNamespace(count=10**6, expected_recall=expected)
         assert choice._fastest(trial, codes, wanted).string == string
 
-    def test_without_rescore_fast_codes_win_where_they_lose_nothing(self, tmp_path):
-        signs = np.random.default_rng(0).choice([-1, 1], (3000, 64)).astype(np.float32)
-        embeddings = Embeddings(write_rows(signs, tmp_path, 1500))
-        size = partial(choice.index_bytes, 3000, 64)
-        for memory, string in ((size(256), "Flat"), (size(255), "PQ32x4fs")):
-            chosen = choose_index(embeddings, memory, self.recall)
-            assert chosen.string.split(",")[-1] == string
-        chosen = choose_index(embeddings, size(255), self.recall, split=True)
-        assert chosen.string.split(",")[-1].startswith(("SQ", "RaBitQ"))
+    @pytest.mark.parametrize(
+        ("recalls", "string"),
+        [({}, "SQfp16"), ({"fs": 0.98}, "SQfp16"), ({"fs": 0.996}, "PQ192x4fs")],
+    )
+    def test_without_rescore_fast_codes_win_where_they_lose_nothing(self, recalls, string):
+        codes = choice._codes(10**6, 384)[1:]
+        known = {"SQ": 1.0, "RaBitQ": 0.99, "PQ": 0.8, "fs": 0.7} | recalls
+        trial = SimpleNamespace(count=10**6, expected_recall=lambda code: known[code.kind])
+        assert choice._most_exact(trial, codes).string == string
 
     def test_vectors_without_lists_are_searched_uncompressed(self, embeddings, monkeypatch):
         """By matrix products, whatever is asked for: no code is scanned as fast."""
         monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 5000)
+        monkeypatch.setattr(choice, "_WORTHWHILE_SHARE", 1 / 8)
         chosen = choose_index(embeddings, 1 << 30, self.recall, rescore=True)
         assert chosen.string == "Flat"
         assert "in exact order as it is" in chosen.reason
