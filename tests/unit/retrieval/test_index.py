@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
