@@ -100,7 +100,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 #: Arguments that Retro in a pipeline refuses.
-_REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
     # All boundaries of the interleaved schedule have one shape, which Megatron-LM's trainer sets.
     "virtual_pipeline_model_parallel_size": (
         (None, 1),
@@ -108,6 +108,8 @@ _REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
         "--num-layers-per-virtual-pipeline-stage, give --pipeline-model-parallel-layout one stage "
         "per rank, or use tools/pretrain_retro.py, which interleaves",
     ),
+    # Stages tell each other the shapes of what they send, which a graph cannot hold.
+    "cuda_graph_impl": ((None, "none"), "Leave it out, or use one stage"),
     # The copies of the embedding are copied and summed as whole tensors.
     **dict.fromkeys(
         ("use_megatron_fsdp", "use_torch_fsdp2", "init_model_with_meta_device"),
@@ -145,6 +147,7 @@ _FREE = {
 #: Families of such fields.
 _FREE_FAMILIES = (
     *("tp_comm_", "pipeline_model_parallel_", "overlap_p2p_", "microbatch_group_size_"),
+    *("num_layers_in_first_pipeline_", "num_layers_in_last_pipeline_"),
     *("account_for_", "cross_entropy_", "recompute_", "fp8", "cpu_offloading", "cuda_graph"),
     *("enable_cuda_graph", "external_cuda_graph", "inference_", "offload_"),
     *("nccl_", "symmetric_ar_", "flash_attention_", "activation_offload_"),
@@ -310,7 +313,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     problems: list[RetroError] = [*_contradictions(args), *_refusals(args), *_unknown(args)]
     if getattr(args, "pipeline_model_parallel_size", 1) > 1 and args.retro_add_retriever:
-        problems += _refusals(args, _REFUSED_IN_PIPELINES)
+        problems += _refusals(args, REFUSED_IN_PIPELINES)
     problems += _too_small(args)
     if args.retro_add_retriever:
         problems += out_of_range(args, RetroOptions)

@@ -54,7 +54,7 @@ from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import DecoderOptions, changed_defaults, with_unstated
-from retro_mcore.model.pipeline import finalize_with_copies, share_embedding
+from retro_mcore.model.pipeline import share_embedding
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform.compatibility import results_through_a_file, takes_configurations
 from retro_mcore.project.config import SPLITS
@@ -244,7 +244,6 @@ def forward_step(
 ) -> tuple[Tensor, Callable]:
     """Run a forward pass. Returns the losses, and the function with which Megatron reduces them."""
     args, timers = _megatron().get_args(), _megatron().get_timers()
-    finalize_with_copies(model)
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, args.retro_add_retriever)
     timers("batch-generator").stop()

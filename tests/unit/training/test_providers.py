@@ -60,6 +60,7 @@ STAGES = {"pipeline_model_parallel_size": 2}
     [
         (["--seq-length", "128"], {}, "--seq-length: 128, and the project was built with 64"),
         ([], STAGES | {"virtual_pipeline_model_parallel_size": 2}, "-parallel-size: 2. Leave out"),
+        ([], STAGES | {"cuda_graph_impl": "local"}, "--cuda-graph-impl: local"),
         ([], STAGES | {"use_megatron_fsdp": True}, "--use-megatron-fsdp: given"),
         ([], STAGES | {"init_model_with_meta_device": True}, "--init-model-with-meta-device"),
         ([], {"eod_mask_loss": True}, "--eod-mask-loss: given"),
