@@ -364,7 +364,8 @@ def _of_model(args: argparse.Namespace) -> Iterator[RetroError]:
     if window is not None and size is not None and tuple(size) != (window - 1, 0):
         found = f"{window}, and --window-size {size}"
         yield ConfigurationError(flag_of(WINDOW), found, "Give one of them")
-    if window is None and size is None and getattr(args, "window_attn_skip_freq", None):
+    without = window is None and size is None and not getattr(args, "use_checkpoint_args", False)
+    if without and getattr(args, "window_attn_skip_freq", None):
         found = f"{args.window_attn_skip_freq} without --sliding-window"
         yield ConfigurationError("--window-attn-skip-freq", found, "Add the window")
 

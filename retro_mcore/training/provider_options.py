@@ -64,8 +64,9 @@ def settle_options(args: Namespace) -> None:
     _settle_window(args)
     if saved:
         raise_problems([*_contradictions(args, saved)])
-    if args.geglu or args.openai_gelu:
-        args.bias_gelu_fusion = False  # Megatron has it of plain GELU alone
+    # Fused with the bias, Megatron's GELU is its tanh approximation; ours is exact.
+    if args.geglu or args.openai_gelu or (saved and in_our_form(saved)):
+        args.bias_gelu_fusion = False
     taken = getattr(args, "use_checkpoint_args", False) and saved.get("ffn_hidden_size")
     if args.geglu and not taken and not is_given("ffn_hidden_size"):
         plain = {**vars(args), "ffn_hidden_size": None}

@@ -468,6 +468,7 @@ def test_megatron_lm_takes_or_compares_options_that_no_weight_shows(one_step, tm
     taken = settled(tmp_path, use_checkpoint_args=True)
     assert {name: getattr(taken, name) for name in UNSEEN} == UNSEEN
     assert taken.window_size == (7, 0)
+    assert hasattr(taken, "bias_gelu_fusion") == (trainer == "ours")  # which is exact
     given = {name: value for name, value in UNSEEN.items() if name != "softmax_scale"}
     layers = vars(saved["args"])["retro_decoder_layers"]
     for wrong in ({}, {"softmax_scale": 0.25, "use_checkpoint_args": True}):
