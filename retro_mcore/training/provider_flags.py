@@ -280,6 +280,7 @@ def project_arguments(directory: str | Path) -> dict[str, Any]:
     return {
         **fixed,
         "tokenizer_type": _TOKENIZER,
+        "use_tokenizer_model_from_checkpoint_args": False,  # ours name the project's
         "vocab_size": load_project_tokenizer(project, paths).vocab_size,
         "max_position_embeddings": project.retro_gpt_seq_length,
     }
