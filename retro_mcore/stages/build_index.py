@@ -39,6 +39,7 @@ from retro_mcore.retrieval.index.gpu import num_gpus
 from retro_mcore.retrieval.index.inherited import InheritedIndex
 from retro_mcore.retrieval.stored_types import StoredType
 from retro_mcore.stages.configuration import Project, project_paths, recorded_config
+from retro_mcore.stages.cut_chunks import warn_of_cut_chunks
 from retro_mcore.stages.database_embedding import (
     DatabaseEmbedding,
     EmbeddedDatabase,
@@ -275,6 +276,7 @@ class _Run:
                 dtype = self._embedding.embedded_as.dtype
                 inherited.copy_embeddings(files.shards, files.fingerprint, dtype)
             embedded = self._embedding.run(_embedder_options(config), config.share)
+            warn_of_cut_chunks(STAGE, {"database": embedded.counts}, embedded.max_tokens)
         reused, parts, recall = True, None, None
         if config.steps != ("embed",) and not build.is_complete():
             reused = False

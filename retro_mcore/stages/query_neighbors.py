@@ -43,6 +43,7 @@ from retro_mcore.retrieval.removed import INPUT
 from retro_mcore.retrieval.rerank import save_token_counts
 from retro_mcore.samples.project_samples import numbers_in_database, remove_truncated_cache
 from retro_mcore.stages.configuration import Project, project_paths
+from retro_mcore.stages.cut_chunks import warn_of_cut_chunks
 from retro_mcore.stages.embedding_choice import Batches, explicit_precision
 from retro_mcore.stages.extended_search import OldNeighbors, find_old_neighbors
 from retro_mcore.stages.previous_search import PreviousNeighbors, find_previous_neighbors
@@ -326,6 +327,7 @@ class _Run:
         directories: dict[str, str | None] = dict.fromkeys(SPLITS)
         for table in self._tables():
             directories[table.split] = self._query(table, report)
+        warn_of_cut_chunks(STAGE, report.counts, max_tokens)
         with raise_together():
             if get_rank() == 0:
                 self._finish(report.counts, directories)
