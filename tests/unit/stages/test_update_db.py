@@ -192,8 +192,7 @@ def test_a_grown_project_of_before_is_read_as_its_origin(folder: Path) -> None:
     ("chosen", "asked", "expected"),
     [
         ({"query": 7}, {}, {"num_neighbors_query": 7, "num_neighbors_save": 5}),
-        ({}, {}, {"num_neighbors_query": None, "embed_batch_size": 16, "embed_fp16": False}),
-        ({"--embed-batch-size": 3, "--embed-fp16": True}, {}, {"embed_batch_size": 3}),
+        ({}, {}, {"num_neighbors_query": None, "embed_fp16": False}),
         ({"--embed-fp16": True}, {}, {"embed_fp16": True}),
         ({"query": 7}, {"num_neighbors_query": 9}, {"num_neighbors_query": 9}),
     ],
