@@ -138,11 +138,13 @@ docs: env ## build the documentation and API reference into docs/_build; a broke
 	$(INSTALL) -r requirements/docs.txt
 	$(BIN)/python -W ignore -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build
 
-style: env ## check format, lint, types and the direction of imports
+style: env ## check format, lint, types, the direction of imports; Dockerfile, shell scripts and manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(INSTALL) -r requirements/lint.txt
+	$(BIN)/python -m pytest --quiet tests/integration/test_linters.py
 
 format: env ## format and mend what can be mended
 	$(BIN)/ruff format .
