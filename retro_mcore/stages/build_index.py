@@ -23,6 +23,7 @@ from retro_mcore.project.records import (
     finish_stage,
     input_digests,
     recorded_inputs,
+    recorded_options,
 )
 from retro_mcore.project.shards import ShardReport, Share
 from retro_mcore.retrieval.database import ChunkDatabase
@@ -278,16 +279,18 @@ class _Run:
             if "merge" in config.steps:
                 recall = build.merge()
         if "merge" in config.steps:
-            recall = self._finish(recall)
+            recall = self._finish(recall, reused)
         return BuildIndexReport(config, build.choice, embedded, parts, recall, reused)
 
-    def _finish(self, recall: Recall | None) -> Recall:
+    def _finish(self, recall: Recall | None, reused: bool) -> Recall:
         """Record the index in the project; all ranks call it. Returns its recall."""
         choice = self._build.choice
         assert choice is not None
         recall = recall or read_recall(self._paths, choice.string)
         with raise_together():
             if get_rank() == 0:
+                if not reused or not recorded_options(self._paths, STAGE):
+                    self._settings.index_faiss_gpu = self._config.faiss_gpu
                 self._save_settings(choice, recall)
                 counts = count_embedded(self._embedding.embedded.shards)
                 report = asdict(counts) if counts.chunks else None

@@ -294,7 +294,7 @@ class _Run:
             directories[table.split] = self._query(table, report)
         with raise_together():
             if get_rank() == 0:
-                self._finish(report.counts, directories)
+                self._finish(report, directories)
         barrier()
         return report
 
@@ -396,13 +396,13 @@ class _Run:
         files = [file for name in names for file in sorted((query / name).glob("*.hdf5"))]
         return files[0] if files else query / "none"
 
-    def _finish(
-        self, counts: Mapping[Split, QueryCounts], directories: dict[str, str | None]
-    ) -> None:
+    def _finish(self, report: QueryNeighborsReport, directories: dict[str, str | None]) -> None:
         """Record the neighbors in the project, on rank 0."""
         counted: dict[str, Any] = {
-            split: asdict(found) for split, found in counts.items() if found.chunks
+            split: asdict(found) for split, found in report.counts.items() if found.chunks
         }
+        finished = bool(recorded_options(self._paths, self._record))
+        searched_now = not finished or any(files.built for files in report.reports.values())
         finish_stage(
             self._paths,
             self._record,
@@ -423,6 +423,8 @@ class _Run:
             settings.num_neighbors_save = self._config.num_neighbors_save
             settings.rerank = self._config.rerank
             settings.rescore = self._config.rescore
+            if searched_now:
+                settings.faiss_gpu = self._config.faiss_gpu
             settings.save(self._paths.root)
         else:
             place = _place(self._search.source, self._paths)
