@@ -222,6 +222,8 @@ class ProjectSettings:
             database holds them. Versions that do not know this key refuse the project.
         embedder: Name or path that the embedder was loaded from.
         embedder_pooling: Pooling of the embedder's hidden states; None: the model's own setting.
+        embedder_digests: Digests of the embedder's files, by part; None in projects of versions
+            that did not record them.
         embed_precision: Precision that the embedder computes in; None in projects of versions
             that did not record it.
         embeddings_dtype: Type that the embeddings are stored in.
@@ -260,6 +262,7 @@ class ProjectSettings:
     removed_documents: int = 0
     embedder: str | None = None
     embedder_pooling: Literal["mean", "cls"] | None = None
+    embedder_digests: dict[str, str] | None = None
     embed_precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None
     embeddings_dtype: Literal["fp16", "fp32"] = "fp32"
     embedding_dimension: int | None = None

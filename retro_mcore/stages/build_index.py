@@ -225,6 +225,7 @@ class _Run:
         project = ProjectConfig.load(paths.root)
         database = ChunkDatabase.open(paths.root, own=True)
         self._settings = ProjectSettings.load(paths.root)
+        self._refuse_unread()
         _check_counts(paths, database)
         files = [paths.merged_db("train"), paths.dataset_infos]
         self._inputs = input_digests(paths, files)
@@ -242,6 +243,24 @@ class _Run:
             inherited=inherited,
             growth=self._settings.growth,
         )
+
+    def _refuse_unread(self) -> None:
+        """Reject a breadth of search that the named index does not have.
+
+        Earlier versions ignored it; what they finished goes on.
+        """
+        if recorded_options(self._paths, STAGE):
+            return
+        config, problems = self._config, []
+        for name, kinds, what in (
+            ("nprobe", ("IVF", "IMI"), "lists"),
+            ("ef_search", ("HNSW", "NSG"), "graph"),
+        ):
+            has = config.index == AUTO or any(kind in config.index for kind in kinds)
+            if getattr(config, name) is not None and not has:
+                found = f"given with --index {config.index}, which has no {what}"
+                problems.append(ConfigurationError(flag_of(name), found, "Leave it out"))
+        raise_problems(problems)
 
     def _inherit(self, embedding_options: dict[str, Any]) -> InheritedIndex | None:
         """The index of the project that this one was extended from; its embeddings are linked."""
@@ -306,6 +325,7 @@ class _Run:
         settings.embeddings_dtype = embedded_as.dtype
         settings.embedder = config.embedder
         settings.embedder_pooling = config.embedder_pooling
+        settings.embedder_digests = self._embedding.digests
         settings.embedding_dimension = self._build.embeddings.dimension
         settings.index_string, settings.index_split = choice.string, config.split_index
         settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search

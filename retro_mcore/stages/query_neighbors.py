@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
-from retro_mcore.distributed import any_rank, barrier, get_rank, initialize, raise_together
+from retro_mcore.distributed import (
+    any_rank,
+    barrier,
+    get_rank,
+    initialize,
+    is_first_on_host,
+    raise_together,
+)
 from retro_mcore.errors import ConfigurationError, ProjectError, raise_problems, too_small
 from retro_mcore.platform import choose_device
 from retro_mcore.project.config import SPLITS, OtherDatabase, ProjectConfig, ProjectSettings, Split
@@ -303,7 +310,11 @@ class _Run:
         config, search = self._config, self._search
         device = str(choose_device(config.device))  # type: ignore[arg-type]
         embedder = search.load_embedder(
-            config.embed_batch_size, device, self._precision, config.embed_batch_tokens
+            config.embed_batch_size,
+            device,
+            self._precision,
+            config.embed_batch_tokens,
+            compare=is_first_on_host(),
         )
         ends = search.source_settings.document_ends
         self._embedder = ChunkEmbedder(self._tokenizer, embedder, ends)
