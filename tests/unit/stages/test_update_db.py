@@ -297,6 +297,27 @@ def recorded_runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     return given
 
 
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({"index": "Flat", "nprobe": 2, "ef_search": 9}, {"--nprobe", "--ef-search"}),
+        ({"index": "IVF4,Flat", "nprobe": 2, "ef_search": 9}, {"--ef-search"}),
+        ({"index": "HNSW8", "nprobe": 2, "ef_search": 9}, {"--nprobe"}),
+    ],
+)
+def test_a_breadth_that_an_index_does_not_have(folder: Path, given: dict, flags: set) -> None:
+    """It was ignored. What an earlier version built so goes on."""
+    paths = ProjectPaths(folder / "project")
+    options = BuildIndexOptions(str(paths.root), embedder="lexical", **given)
+    record = paths.stage_record("build_index").rename(folder / "record.json")
+    with pytest.raises(RetroError) as caught:
+        build_index(options)
+    assert {problem.subject for problem in caught.value.problems} == flags
+    record.rename(paths.stage_record("build_index"))
+    with pytest.raises(ProjectError, match="was built by build_index with"):
+        build_index(options)
+
+
 def test_candidates_by_default_depend_on_the_database(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
