@@ -230,6 +230,7 @@ class _Run:
         project = ProjectConfig.load(paths.root)
         database = ChunkDatabase.open(paths.root, own=True)
         self._settings = ProjectSettings.load(paths.root)
+        self._refuse_unread()
         _check_counts(paths, database)
         if not (self._settings.grown_from or self._settings.compacted_from):
             _check_batches(config, Batches.recorded(recorded_options(paths, STAGE)))
@@ -249,6 +250,24 @@ class _Run:
             inherited=inherited,
             growth=self._settings.growth,
         )
+
+    def _refuse_unread(self) -> None:
+        """Reject a breadth of search that the named index does not have.
+
+        Earlier versions ignored it; what they finished goes on.
+        """
+        if recorded_options(self._paths, STAGE):
+            return
+        config, problems = self._config, []
+        for name, kinds, what in (
+            ("nprobe", ("IVF", "IMI"), "lists"),
+            ("ef_search", ("HNSW", "NSG"), "graph"),
+        ):
+            has = config.index == AUTO or any(kind in config.index for kind in kinds)
+            if getattr(config, name) is not None and not has:
+                found = f"given with --index {config.index}, which has no {what}"
+                problems.append(ConfigurationError(flag_of(name), found, "Leave it out"))
+        raise_problems(problems)
 
     def _inherit(self, embedding_options: dict[str, Any]) -> InheritedIndex | None:
         """The index of the project that this one was extended from; its embeddings are linked."""
@@ -287,16 +306,18 @@ class _Run:
             if "merge" in config.steps:
                 recall = build.merge()
         if "merge" in config.steps:
-            recall = self._finish(recall)
+            recall = self._finish(recall, reused)
         return BuildIndexReport(config, build.choice, embedded, parts, recall, reused)
 
-    def _finish(self, recall: Recall | None) -> Recall:
+    def _finish(self, recall: Recall | None, reused: bool) -> Recall:
         """Record the index in the project; all ranks call it. Returns its recall."""
         choice = self._build.choice
         assert choice is not None
         recall = recall or read_recall(self._paths, choice.string)
         with raise_together():
             if get_rank() == 0:
+                if not reused or not recorded_options(self._paths, STAGE):
+                    self._settings.index_faiss_gpu = self._config.faiss_gpu
                 self._save_settings(choice, recall)
                 counts = count_embedded(self._embedding.embedded.shards)
                 report = asdict(counts) if counts.chunks else None
@@ -312,6 +333,7 @@ class _Run:
         settings.embeddings_dtype = embedded_as.dtype
         settings.embedder = config.embedder
         settings.embedder_pooling = config.embedder_pooling
+        settings.embedder_digests = self._embedding.digests
         settings.embedding_dimension = self._build.embeddings.dimension
         settings.index_string, settings.index_split = choice.string, config.split_index
         settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search

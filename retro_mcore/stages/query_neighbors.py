@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
-from retro_mcore.distributed import any_rank, barrier, get_rank, initialize, raise_together
+from retro_mcore.distributed import (
+    any_rank,
+    barrier,
+    get_rank,
+    initialize,
+    is_first_on_host,
+    raise_together,
+)
 from retro_mcore.errors import ConfigurationError, ProjectError, raise_problems, too_small
 from retro_mcore.platform import choose_device
 from retro_mcore.project.config import SPLITS, OtherDatabase, ProjectConfig, ProjectSettings, Split
@@ -330,7 +337,7 @@ class _Run:
         warn_of_cut_chunks(STAGE, report.counts, max_tokens)
         with raise_together():
             if get_rank() == 0:
-                self._finish(report.counts, directories)
+                self._finish(report, directories)
         barrier()
         return report
 
@@ -339,7 +346,11 @@ class _Run:
         config, search = self._config, self._search
         device = str(choose_device(config.device))  # type: ignore[arg-type]
         embedder = search.load_embedder(
-            self._batches.size, device, self._precision, self._batches.tokens
+            self._batches.size,
+            device,
+            self._precision,
+            self._batches.tokens,
+            compare=is_first_on_host(),
         )
         ends = search.source_settings.document_ends
         self._embedder = ChunkEmbedder(self._tokenizer, embedder, ends)
@@ -432,13 +443,13 @@ class _Run:
         files = [file for name in names for file in sorted((query / name).glob("*.hdf5"))]
         return files[0] if files else query / "none"
 
-    def _finish(
-        self, counts: Mapping[Split, QueryCounts], directories: dict[str, str | None]
-    ) -> None:
+    def _finish(self, report: QueryNeighborsReport, directories: dict[str, str | None]) -> None:
         """Record the neighbors in the project, on rank 0."""
         counted: dict[str, Any] = {
-            split: asdict(found) for split, found in counts.items() if found.chunks
+            split: asdict(found) for split, found in report.counts.items() if found.chunks
         }
+        finished = bool(recorded_options(self._paths, self._record))
+        searched_now = not finished or any(files.built for files in report.reports.values())
         finish_stage(
             self._paths,
             self._record,
@@ -459,6 +470,8 @@ class _Run:
             settings.num_neighbors_save = self._config.num_neighbors_save
             settings.rerank = self._config.rerank
             settings.rescore = self._config.rescore
+            if searched_now:
+                settings.faiss_gpu = self._config.faiss_gpu
             settings.save(self._paths.root)
         else:
             place = _place(self._search.source, self._paths)
