@@ -12,7 +12,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from email.parser import HeaderParser
 from pathlib import Path
@@ -199,12 +199,12 @@ def _check_size(wheels: Iterable[Path], limit_mib: float) -> None:
         )
 
 
-def _left_out(absent: set[str], names: set[str]) -> Iterator[str]:
+def _left_out(absent: Collection[str], names: Collection[str]) -> Iterator[str]:
     """What is not collected, and what the report skips for want of it."""
     if absent:
         yield f"Left out: {', '.join(sorted(absent))}."
     for need in NEEDS:
-        if names.isdisjoint(need.packages):
+        if not any(name in names for name in need.packages):
             skipped = list(need.sections)
             skipped += [f"a part of {', '.join(need.parts)}"] if need.parts else []
             packages = " or ".join(need.packages)
