@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -138,6 +139,7 @@ def start(
         files = sorted((folder / "logs").glob(f"*/*/{rank}/std*.log"))
         outputs.append("".join(file.read_text(encoding="utf-8") for file in files))
     if fault.kind != "none":
+        assert (folder / "fault").exists(), outputs  # else it ended before
         elapsed = seconds_until_others_ended(folder, fault)
         assert elapsed < 60 * LIMIT + MARGIN, (elapsed, outputs)
     return code, [*outputs, report]
@@ -178,10 +180,14 @@ def rank_main(marker: Path, fault: Fault, command: str, *flags: str) -> None:
             _fail(fault.kind)
 
     progress.Progress.update = update_and_fail  # type: ignore[method-assign]
-    if command == "train":
-        code = run_command(TrainOptions, train_and_report, flags)
-    else:
-        code = import_module(f"retro_mcore.cli.{command}").main(flags)
+    try:
+        if command == "train":
+            code = run_command(TrainOptions, train_and_report, flags)
+        else:
+            code = import_module(f"retro_mcore.cli.{command}").main(flags)
+    except Exception:
+        traceback.print_exc()  # as a program does; the agent keeps it from the output
+        raise
     if code:
         sys.exit(code)
 

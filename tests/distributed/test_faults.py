@@ -126,20 +126,20 @@ def test_stages_end_and_go_on(tmp_path):
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in text if name in given]
     preprocess = [str(v[0] if isinstance(v, list) else v) for flag in flags for v in flag]
     for stage, kind, told, own in (
-        ("preprocess_corpus", "hang", "keeps the others waiting: .*tokenize", preprocess),
-        ("build_db", "raise", "failed in build_db.*: something", ["--retro-doc-block-size", 6]),
-        ("build_index", "kill", "has ended; last seen in build_index", ["--embedder", "lexical"]),
-        ("query_neighbors", "stop", "has not answered", ["--num-neighbors-save", 5]),
+        ("preprocess_corpus", "hang", NAMED + "keeps the others waiting: .*tokenize", preprocess),
+        # All raise its error.
+        ("build_db", "raise", "rank 1 failed: ValueError: some", ["--retro-doc-block-size", 6]),
+        ("build_index", "kill", NAMED + "has ended; last seen in", ["--embedder", "lexical"]),
+        ("query_neighbors", "stop", NAMED + "has not answered", ["--num-neighbors-save", 5]),
     ):
         flags = ["--project-dir", project, *own]
         code, outputs = start(tmp_path / stage, Fault(kind), stage, *flags)
         assert code != 0
-        names = NAMED + told
         if kind in EXIT_CODES:
             # The launcher may end the others before they wait for the rank, and so before they
             # notice. It names it then.
-            names += "|" + ROOT_CAUSE.format(EXIT_CODES[kind])
-        assert re.search(names, "".join(outputs)), (stage, outputs)
+            told += "|" + ROOT_CAUSE.format(EXIT_CODES[kind])
+        assert re.search(told, "".join(outputs)), (stage, outputs)
         code, outputs = start(tmp_path / f"{stage}_again", Fault("none"), stage, *flags)
         assert code == 0, (stage, outputs)
     assert contents(project) == expected
