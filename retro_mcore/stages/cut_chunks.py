@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from retro_mcore.distributed import get_rank
 from retro_mcore.logs import PRINTED
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_cut_chunks(
-    stage: str, counts: Mapping[str, EmbeddingCounts], max_tokens: int | None
+    stage: str, counts: Mapping[Any, EmbeddingCounts], max_tokens: int | None
 ) -> None:
     """Log on rank 0 how many chunks were cut, if any; a command shows it in its table.
 
