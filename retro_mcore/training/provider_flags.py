@@ -102,8 +102,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     },
 }
 
-#: Arguments that Retro in a pipeline refuses.
-REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
+_INTERLEAVED: dict[str, tuple[tuple[Any, ...], str]] = {
     # All boundaries of the interleaved schedule have one shape, which Megatron-LM's trainer sets.
     "virtual_pipeline_model_parallel_size": (
         (None, 1),
@@ -111,9 +110,12 @@ REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
         "--num-layers-per-virtual-pipeline-stage, give --pipeline-model-parallel-layout one stage "
         "per rank, or use tools/pretrain_retro.py, which interleaves",
     ),
+}
+#: Arguments that Retro in a pipeline refuses, here and in Megatron-Bridge.
+REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
     # Stages tell each other the shapes of what they send, which a graph cannot hold.
     "cuda_graph_impl": ((None, "none"), "Leave it out, or use one stage"),
-    # The copies of the embedding are copied and summed as whole tensors.
+    # Copies of the embedding are synchronized and summed as whole tensors.
     **dict.fromkeys(
         ("use_megatron_fsdp", "use_torch_fsdp2", "init_model_with_meta_device"),
         (_OFF, "Leave it out: --use-distributed-optimizer shards what an optimizer keeps"),
@@ -332,7 +334,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     problems: list[RetroError] = [*_contradictions(args), *_refusals(args), *_unknown(args)]
     if getattr(args, "pipeline_model_parallel_size", 1) > 1 and args.retro_add_retriever:
-        problems += _refusals(args, REFUSED_IN_PIPELINES)
+        problems += _refusals(args, _INTERLEAVED | REFUSED_IN_PIPELINES)
     problems += _too_small(args)
     problems += _of_model(args)
     noise = {f.name: getattr(args, f.name, 0.0) for f in dataclasses.fields(NeighborNoiseOptions)}
