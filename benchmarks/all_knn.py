@@ -26,7 +26,7 @@ import numpy as np
 
 from retro_mcore.cli.command import run_command
 from retro_mcore.retrieval.index import load_index, save_index, search
-from retro_mcore.retrieval.index.faiss_search import by_distance_then_id
+from retro_mcore.retrieval.index.faiss_search import by_distance_then_id, search_once
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
 
@@ -151,7 +151,7 @@ def measure(vectors: np.ndarray, options: Options, codes: str, folder: Path) -> 
 def _in_calls(index: Any, queries: np.ndarray, options: Options) -> tuple[np.ndarray, np.ndarray]:
     """`index.search` with `per_call` queries per call."""
     starts = range(0, len(queries), options.per_call)
-    found = [index.search(queries[at : at + options.per_call], options.k) for at in starts]
+    found = [search_once(index, queries[at : at + options.per_call], options.k) for at in starts]
     distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return by_distance_then_id(distances, ids)
 

@@ -237,9 +237,9 @@ def choose_index(
 
 
 def _best(trial: _Trial, fitting: list[_Code], recall: float, rescore: bool) -> _Code:
-    if rescore:
-        return _fastest(trial, fitting, recall)
-    return fitting[0] if fitting[0].string == "Flat" else _most_exact(trial, fitting)
+    if fitting[0].string == "Flat" and not (rescore and num_lists_for(trial.count)):
+        return fitting[0]  # without lists by matrix products, which no code is scanned as fast as
+    return _fastest(trial, fitting, recall) if rescore else _most_exact(trial, fitting, recall)
 
 
 def _reason(trial: _Trial, code: _Code, rescore: bool) -> str:
@@ -283,7 +283,7 @@ def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -
     machine's load.
     """
     lists = num_lists_for(count)
-    flat = _Code("Flat", 4 * dimension, "Flat", scan=1.0 if lists else _WORTHWHILE_SHARE)
+    flat = _Code("Flat", 4 * dimension, "Flat")
     codes = [
         _Code("SQfp16", 2 * dimension, "SQ", scan=0.65),
         _Code("SQ8", dimension, "SQ", scan=0.65),
@@ -327,13 +327,14 @@ def _largest_of_kinds(fitting: list[_Code]) -> dict[str, _Code]:
     return {code.kind: code for code in reversed(fitting)}
 
 
-def _most_exact(trial: _Trial, fitting: list[_Code]) -> _Code:
-    """The code with the highest recall; if several are close, the fastest."""
+def _most_exact(trial: _Trial, fitting: list[_Code], recall: float) -> _Code:
+    """The code with the highest recall; of those that are close and reach `recall`, the fastest."""
     considered = fitting[:_CONSIDERED]
     highest = max(trial.expected_recall(code) for code in considered)
+    least = max(highest - _CLOSE, min(recall, highest))
 
     def is_close(code: _Code) -> bool:
-        return trial.expected_recall(code) >= highest - _CLOSE
+        return trial.expected_recall(code) >= least
 
     best = min(filter(is_close, considered), key=lambda code: (code.scan, -code.num_bytes))
     for code in _largest_of_kinds(fitting).values():
@@ -354,7 +355,7 @@ def _fastest(trial: _Trial, fitting: list[_Code], recall: float) -> _Code:
         # If the largest of its kind does not reach it, the others need not be measured.
         if all(trial.expected_recall(each) >= wanted for each in (largest[code.kind], code)):
             return code
-    return max(largest.values(), key=trial.expected_recall)
+    return max(largest.values(), key=lambda code: (trial.expected_recall(code), -code.scan))
 
 
 class _Trial:

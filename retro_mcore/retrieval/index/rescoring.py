@@ -17,7 +17,7 @@ from retro_mcore.retrieval.index.shared import SharedIndex
 _BLOCK_BYTES = 64 << 20
 
 #: Factory strings of indexes that hold the vectors as they are.
-_EXACT = re.compile(r"((IVF|HNSW)\w+,)?Flat|HNSW\d+")
+_EXACT = re.compile(r"(IVF[\w()]+,|(HNSW|NSG)\d*[,_])?Flat|(HNSW|NSG)\d*")
 
 Found = tuple[np.ndarray, np.ndarray]
 

@@ -261,6 +261,27 @@ def test_the_number_of_threads_does_not_matter(tmp_path, monkeypatch):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("string", ["Flat", "SQ8", "PQ8x4fs", "IVF4,PQ8x4fs", "IVF4,RaBitQfs"])
+@pytest.mark.parametrize("k", [1, 3, 30])
+def test_what_lay_in_the_memory_of_the_results_does_not_matter(monkeypatch, string, k):
+    """Fast scans read the first distance before they write any; the lowest lets them find none."""
+    metrics = (faiss_library().METRIC_L2, faiss_library().METRIC_INNER_PRODUCT)
+    limits = np.finfo(np.float32)
+    for metric, worst in zip(metrics, (limits.min, limits.max), strict=True):
+        index = faiss_library().index_factory(DIMENSION, string, metric)
+        index.train(vectors())
+        index.add(vectors())
+
+        def filled(shape, dtype=float, worst=worst, **_):
+            return np.full(shape, worst if np.dtype(dtype) == np.float32 else 0, dtype)
+
+        for each in (index, faiss_search.PartedIndex([index], [0])):
+            with monkeypatch.context() as patch:
+                patch.setattr(np, "empty", filled)
+                found = search(each, vectors()[:300], k)[1]
+            assert (found[:, 0] >= 0).all()
+
+
 def test_vectors_are_read_while_another_rank_writes_the_first_file(tmp_path):
     shards = write_rows(vectors(), tmp_path, 700)
     shards[0].path.unlink()
@@ -499,22 +520,31 @@ class TestAutomaticIndex:
         assert choice._fastest(trial, codes, wanted).string == string
 
     @pytest.mark.parametrize(
-        ("recalls", "string"),
-        [({}, "SQfp16"), ({"fs": 0.98}, "SQfp16"), ({"fs": 0.996}, "PQ192x4fs")],
+        ("recalls", "wanted", "string"),
+        [
+            ({}, 0.95, "SQfp16"),
+            ({"fs": 0.98}, 0.95, "SQfp16"),
+            ({"fs": 0.996}, 0.95, "PQ192x4fs"),
+            ({"fs": 0.996}, 0.998, "SQfp16"),  # close, but not enough
+            ({"SQ": 0.94, "RaBitQ": 0.93, "fs": 0.936}, 0.95, "SQfp16"),  # none is enough
+        ],
     )
-    def test_without_rescore_fast_codes_win_where_they_lose_nothing(self, recalls, string):
+    def test_without_rescore_fast_codes_win_where_they_lose_nothing(self, recalls, wanted, string):
         codes = choice._codes(10**6, 384)[1:]
         known = {"SQ": 1.0, "RaBitQ": 0.99, "PQ": 0.8, "fs": 0.7} | recalls
         trial = SimpleNamespace(count=10**6, expected_recall=lambda code: known[code.kind])
-        assert choice._most_exact(trial, codes).string == string
+        assert choice._most_exact(trial, codes, wanted).string == string
 
     def test_vectors_without_lists_are_searched_uncompressed(self, embeddings, monkeypatch):
         """By matrix products, whatever is asked for: no code is scanned as fast."""
         monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 5000)
-        monkeypatch.setattr(choice, "_WORTHWHILE_SHARE", 1 / 8)
         chosen = choose_index(embeddings, 1 << 30, self.recall, rescore=True)
         assert chosen.string == "Flat"
         assert "in exact order as it is" in chosen.reason
+        trial = SimpleNamespace(count=5000, expected_recall=lambda code: 1.0)
+        for dimension in (64, 4096):
+            codes = choice._codes(5000, dimension)
+            assert choice._best(trial, codes, self.recall, rescore=True).string == "Flat"
 
     def test_on_the_disk_nothing_is_compressed(self, embeddings, monkeypatch):
         chosen = choose_index(embeddings, 1000, self.recall, on_disk=True)

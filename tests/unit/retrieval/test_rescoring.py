@@ -69,9 +69,9 @@ def test_a_compressed_index_gives_the_exact_order(embeddings):
 
 @pytest.mark.parametrize(
     ("string", "exact"),
-    [("Flat", True), ("IVF8192_HNSW32,Flat", True), ("HNSW32", True), ("HNSW16,Flat", True),
-     ("IVF8,SQ8", False), ("PCA64,IVF8,Flat", False), ("HNSW32_SQ8", False),
-     ("IVF8,PQ4x4fs", False)],
+    [("Flat", True), ("IVF8192_HNSW32,Flat", True), ("IVF8(NSG),Flat", True), ("HNSW32", True),
+     ("HNSW16,Flat", True), ("NSG_Flat", True), ("IVF8,SQ8", False), ("PCA64,IVF8,Flat", False),
+     ("HNSW32_SQ8", False), ("IVF8,PQ4x4fs", False)],
 )  # fmt: skip
 def test_the_log_says_where_there_is_nothing_to_sort(caplog, string, exact):
     log_once.cache_clear()
