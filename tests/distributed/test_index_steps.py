@@ -130,14 +130,14 @@ def query_with(project: Path, together: list[int]) -> tuple[dict[str, bytes], in
 
 
 def test_how_many_chunks_are_searched_together_changes_no_byte(tmp_path):
-    """Parts of a file of 20 chunks, several files, all of them; ranks may see different memory."""
+    """Parts of a file of 60 chunks, several files, all of them; ranks may see different memory."""
     prepared, project = tmp_path / "prepared", tmp_path / "project"
     corpus = write_corpus(tmp_path / "corpus.jsonl", documents(30, 500))
-    preprocess_corpus(preprocess_options(prepared, corpus, samples="aligned"))
+    preprocess_corpus(preprocess_options(prepared, corpus, samples="aligned", retro_block_size=60))
     build_db(BuildDbOptions(str(prepared)))
     build_index(options(prepared))
     found, most = [], []
-    for together in ([8], [50], [10_000], [10_000, 50]):
+    for together in ([16], [130], [10_000], [10_000, 130]):
         shutil.copytree(prepared, project)
         if len(together) == 1:
             ranks = [query_with(project, together)]
@@ -151,7 +151,7 @@ def test_how_many_chunks_are_searched_together_changes_no_byte(tmp_path):
         assert [
             name for name in {**files, **found[0]} if files.get(name) != found[0].get(name)
         ] == []
-    assert most[0] == 8 < 20 < most[1] <= 50 < 100 < most[2]
+    assert most[0] == 16 < 60 < most[1] <= 130 < most[2]
     assert most[3] == most[1]  # ranks agree
 
 
