@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from megatron.bridge.models.model_provider import ModelProviderMixin
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -22,7 +23,7 @@ from retro_mcore.model.options import ModelArguments, ModelOptions
 from retro_mcore.model.pipeline import share_embedding
 from retro_mcore.training.options.model_sizes import check_divisible
 from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
-from retro_mcore.training.provider_flags import changed_fields
+from retro_mcore.training.provider_flags import REFUSED_IN_PIPELINES, changed_fields
 from retro_mcore.training.setup.build import arguments_from, assemble_model
 from retro_mcore.training.setup.model_config import build_config, uses_transformer_engine
 
@@ -33,7 +34,6 @@ _OF_OUR_TRAINER = {
 }
 #: Parallelism that Bridge's schedules or Retro's layers do not support, with a hint.
 _REFUSED = {
-    "virtual_pipeline_model_parallel_size": "Use tools/pretrain_retro.py, which interleaves",
     "context_parallel_size": "Use tools/pretrain_retro.py, which divides samples",
     "expert_model_parallel_size": "Use tools/pretrain_retro.py",
 }
@@ -66,7 +66,15 @@ class RetroModelConfig(GPTModelConfig):
                 parallel layout is not supported. Names all such settings.
         """
         raise_problems([*self._contradictions(), *self._unsupported()])
-        layout = ParallelOptions(tensor_model_parallel_size=self.tensor_model_parallel_size)
+        layout = ParallelOptions(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            decoder_first_pipeline_num_layers=self.num_layers_in_first_pipeline_stage,
+            decoder_last_pipeline_num_layers=self.num_layers_in_last_pipeline_stage,
+            pipeline_model_parallel_layout=self.pipeline_model_parallel_layout,
+            account_for_embedding_in_pipeline_split=self.account_for_embedding_in_pipeline_split,
+            account_for_loss_in_pipeline_split=self.account_for_loss_in_pipeline_split,
+        )
         with names_of_recipe():
             check_divisible(arguments_from(self.arguments), layout)
         super().finalize()
@@ -154,21 +162,39 @@ class RetroModelConfig(GPTModelConfig):
             )
         for name, hint in _REFUSED.items():
             size = getattr(self, name)
-            if size is not None and size > 1:
+            if size > 1:
                 yield ConfigurationError(f"model.{name}", f"{size} in Megatron-Bridge", hint)
+        if self.virtual_pipeline_model_parallel_size is not None:
+            yield ConfigurationError(
+                "model.virtual_pipeline_model_parallel_size",
+                f"{self.virtual_pipeline_model_parallel_size} in Megatron-Bridge",
+                "Use tools/pretrain_retro.py, which interleaves",
+            )
+        if self.pipeline_model_parallel_size > 1:
+            yield from self._unsupported_in_pipelines()
+
+    def _unsupported_in_pipelines(self) -> Iterator[RetroError]:
         stages = self.pipeline_model_parallel_size
-        if stages > 1 and self.hf_model_id is not None:
+        if self.hf_model_id is not None:
             yield ConfigurationError(
                 "model.pipeline_model_parallel_size",
                 f"{stages}, for a model that starts from {self.hf_model_id}",
                 "Use tensor parallelism, or tools/pretrain_retro.py with the converted checkpoint",
             )
-        if stages > 1 and self.init_model_with_meta_device:
+        if isinstance(self.pipeline_model_parallel_layout, str | list):
             yield ConfigurationError(
-                "model.init_model_with_meta_device",
-                f"given in a pipeline of {stages} stages, where the encoder's copies the embedding",
-                "Leave it out",
+                "model.pipeline_model_parallel_layout",
+                f"{self.pipeline_model_parallel_layout}, which is only read when it is made",
+                "Give it to pretrain_config",
             )
+        if not isinstance(self.transformer, RetroConfig):
+            return
+        for name, (neutral, hint) in REFUSED_IN_PIPELINES.items():
+            value = getattr(self, name, None)
+            if value not in neutral:
+                yield ConfigurationError(
+                    f"model.{name}", f"{value} for Retro in a pipeline of {stages} stages", hint
+                )
 
 
 def check_needs_no_trainer(options: ModelOptions) -> None:
@@ -244,6 +270,10 @@ class RetroModelBuilder(GPTModelBuilder):
         config = self._model_config
         stages = pg_collection.pp
         pipelined = stages.size() > 1 and isinstance(config.transformer, RetroConfig)
+        if stages.size() > 1:
+            # As megatron does it when a configuration is made, which recipes change afterwards.
+            residuals = torch.float32 if config.fp32_residual_connection else config.params_dtype
+            config.transformer.pipeline_dtype = residuals
         if pipelined:
             # Bridge's trainer expects boundaries with hidden states alone.
             config.transformer.variable_seq_lengths = True

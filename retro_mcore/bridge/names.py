@@ -10,14 +10,18 @@ from dataclasses import fields
 from retro_mcore.errors import RetroError, raise_problems
 from retro_mcore.model.options import ModelOptions
 
+_LAYOUT = (
+    *("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+    "pipeline_model_parallel_layout",
+)
 #: Options of the recipe, by the names that our trainer's flags have. Others are not given here.
 _NAMES = {field.name: field.name for field in fields(ModelOptions)} | {
     "project_dir": "project_dir",
     "micro_batch_size": "micro_batch_size",
     "lr": "lr",
     "min_lr": "min_lr",
-    "tensor_model_parallel_size": "tensor_model_parallel_size",
-    "sequence_parallel": "sequence_parallel",
+    **{name: name for name in _LAYOUT},
     "save": "save",
     "load": "huggingface",
 }

@@ -132,6 +132,9 @@ def pretrain_config(
     min_lr: float = 3e-5,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    decoder_first_pipeline_num_layers: int | None = None,
+    decoder_last_pipeline_num_layers: int | None = None,
+    pipeline_model_parallel_layout: str | None = None,
     sequence_parallel: bool = False,
     mixed_precision: str | None = "bf16_mixed",
     save: str | None = None,
@@ -150,6 +153,9 @@ def pretrain_config(
         min_lr: Learning rate at the end of its cosine decay.
         tensor_model_parallel_size: Number of ranks that share a layer.
         pipeline_model_parallel_size: Number of stages that the decoder's layers are divided into.
+        decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers: Layers of these stages,
+            if other than the rest's.
+        pipeline_model_parallel_layout: The layers of each stage, as in Megatron.
         sequence_parallel: Whether the ranks of a layer also divide the activations outside of
             attention and MLP.
         mixed_precision: A name of Bridge's mixed precision; None: fp32.
@@ -173,6 +179,9 @@ def pretrain_config(
         min_lr=min_lr,
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        decoder_first_pipeline_num_layers=decoder_first_pipeline_num_layers,
+        decoder_last_pipeline_num_layers=decoder_last_pipeline_num_layers,
+        pipeline_model_parallel_layout=pipeline_model_parallel_layout,
         sequence_parallel=sequence_parallel,
         **_options_of_model(model, start),
     )

@@ -9,7 +9,6 @@ import torch
 from megatron.bridge.training.state import GlobalState
 from torch import Tensor
 
-from retro_mcore.model.pipeline import finalize_with_copies
 from retro_mcore.training.providers import get_batch, loss_of_batch
 
 
@@ -23,7 +22,6 @@ def forward_step(
         data_iterator: Yields micro batches of `RetroDatasetProvider`.
         model: The wrapped model.
     """
-    finalize_with_copies(model)
     state.timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, not state.cfg.model.arguments["no_retrieval"])
     state.timers("batch-generator").stop()

@@ -22,6 +22,7 @@ from retro_mcore.model.neighbor_encoder import NeighborEncoder
 from retro_mcore.model.pipeline import (
     EmbeddingGroups,
     carries_neighbors,
+    finalize_with_copies,
     is_interleaved,
     stage_layer_numbers,
     unpack,
@@ -71,7 +72,7 @@ class RetroModel(DecoderModel):
                 "Raise it to retro_num_retrieved_chunks * retro_chunk_length",
             )
         self._stage_input: Tensor | None = None
-        self.embedding_groups: EmbeddingGroups | None = None  # for trainers that keep only models
+        self.embedding_groups: EmbeddingGroups | None = None  # set by `share_embedding`
         self.neighbor_encoder: NeighborEncoder | None = None
         if transformer_layer_spec.neighbor_encoder is not None:
             self.neighbor_encoder = NeighborEncoder(
@@ -187,6 +188,8 @@ class RetroModel(DecoderModel):
                 use `RetroBatch.part`).
         """
         context = None
+        if self.training and self.embedding_groups is not None:
+            finalize_with_copies(self.config, self.embedding_groups)
         if context_input_ids is not None:
             self._check_context(input_ids, context_input_ids, context_mask)
         if context_input_ids is None or not context_input_ids.numel():

@@ -26,7 +26,6 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     get_transformer_layer_offset,
 )
-from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from retro_mcore.distributed import group_timeout
@@ -277,10 +276,10 @@ def finalize_model_grads_with(
 
 
 def share_embedding(model: RetroModel, pipeline: dist.ProcessGroup) -> None:
-    """Synchronize the copies of the embedding for a trainer that only asks for the model.
+    """Keep the copies of the embedding equal in a trainer that only asks for the model.
 
-    All ranks call it together, with a stage that is not wrapped yet. `finalize_with_copies` sums
-    the gradients.
+    They are synchronized here, and the model's forward pass has the trainer sum their gradients.
+    All ranks call it together, with a stage that is not wrapped yet.
 
     Args:
         model: This rank's stage.
@@ -291,19 +290,18 @@ def share_embedding(model: RetroModel, pipeline: dist.ProcessGroup) -> None:
     synchronize_embedding_copies([model], model.embedding_groups)
 
 
-def finalize_with_copies(model: torch.nn.Module) -> None:
+def finalize_with_copies(config: RetroConfig, groups: EmbeddingGroups) -> None:
     """Have the trainer's function that finalizes gradients also sum those of the copies.
 
-    Call it in the forward step: trainers set their function after they have built the model.
+    Trainers set their function after they have built the model, some at the start of training.
 
     Args:
-        model: This rank's stage, wrapped or not; for others than `share_embedding`'s, it returns.
+        config: The model's, which schedules read the function from.
+        groups: The ranks with copies.
     """
-    groups = getattr(unwrap_model(model), "embedding_groups", None)
-    config = get_model_config(model)
     finalize = config.finalize_model_grads_func
     wrapped = isinstance(finalize, partial) and finalize.func is _finalize_model_grads
-    if groups is not None and finalize is not None and not wrapped:
+    if finalize is not None and not wrapped:
         config.finalize_model_grads_func = finalize_model_grads_with(groups, finalize)
 
 
@@ -313,6 +311,8 @@ def _finalize_model_grads(
     finalize(model, *args, **kwargs)
     for group, pick in ((groups.word, _word_weights), (groups.position, _position_weights)):
         if group is None or not (held := pick(model)).all:
+            continue
+        if not held.all[0].requires_grad:  # frozen on all ranks: no gradients
             continue
         # Tied output weights hold the first stage's sum already: megatron added the two.
         addends = [weight for weight in (held.source, *held.copies) if weight is not None]

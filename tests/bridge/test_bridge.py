@@ -60,6 +60,12 @@ LEARNED = {
     "untie_embeddings_and_output_weights": True,
 }
 NEW = {**RETRO, **LEARNED}
+UNEVEN = {**RETRO, "num_layers": 3, "decoder_first_pipeline_num_layers": 1}
+DISTRIBUTED = {
+    "ddp.use_distributed_optimizer": True,
+    "optimizer.use_distributed_optimizer": True,
+}
+VIRTUAL = {"model.virtual_pipeline_model_parallel_size": 2}
 
 
 def run(
@@ -156,6 +162,10 @@ def trained(megatron, tmp_path_factory):
         run(
             "stages refused", 2, ranks=2, changes=both, model={**start_from, **PP2}, save="refused"
         ),
+        run(
+            "uneven", 1, ranks=2, changes=DISTRIBUTED, mixed_precision="bf16_mixed", **UNEVEN, **PP2
+        ),
+        run("virtual", 1, ranks=2, changes=VIRTUAL, **RETRO, **PP2),
         run("gpt", 2, save="gpt", no_retrieval=True),
         run("refused", 2, changes=CHANGED, **RETRO),
     ]
@@ -192,6 +202,16 @@ def test_stages_hold_the_same_embedding(trained):
     """After two steps in a pipeline, tensor parallelism computes the same from its checkpoint."""
     *_, third = losses(output(trained, "new stages"))
     assert losses(output(trained, "joined")) == pytest.approx([third], rel=5e-6)
+
+
+def test_uneven_stages_in_bf16_with_the_distributed_optimizer(trained):
+    (loss,) = losses(output(trained, "uneven"))
+    assert loss == pytest.approx(our_run().train_losses[0], rel=0.02)  # of random weights
+
+
+def test_virtual_stages_are_refused(trained):
+    text = output(trained, "virtual", code=2, rank=0)
+    assert "model.virtual_pipeline_model_parallel_size: 2 in Megatron-Bridge" in text
 
 
 def test_conversion_in_a_pipeline_is_refused(trained):
