@@ -52,6 +52,11 @@ _STRING = re.compile(
 )
 #: Queries that are searched together on any machine, and the memory that they may take.
 TOGETHER, _MEMORY = 65_536, 2 << 30
+#: Queries of one search at most, as a kill loses all of them.
+_MOST_TOGETHER = 8 * TOGETHER
+#: Queries of a list from which on more of them save little: to read a list takes as long as to
+#: compare it with some 200 queries.
+_ENOUGH_PER_LIST = 1536
 #: From this many queries per list on, list order is faster.
 _QUERIES_PER_LIST = 8
 #: Queries whose lists are chosen at a time.
@@ -65,7 +70,7 @@ _CENTERS_PER_STEP = 128
 _MEMORY_SHARE = 0.5
 #: Shares of the available memory for more queries: where lists stay in memory, and where more
 #: queries are all that makes them be read less often.
-_QUERIES_SHARE, _QUERIES_SHARE_ON_DISK = 0.25, 0.5
+_QUERIES_SHARE, _QUERIES_SHARE_ON_DISK = 1 / 16, 0.25
 #: Bytes of a query beside its vectors, lists and candidates: its tokens, and what is filtered.
 _BESIDE = 1024
 
@@ -112,6 +117,11 @@ class ListOrderSearch:
         probes = max([int(innermost(part).nprobe) for part in self._parts], default=0)
         return 9 * self.d + 8 * probes + 12 * (width_of(k) + k)
 
+    def enough_queries(self) -> int:
+        """Queries from which on more of them are hardly searched faster, if lists are in memory."""
+        ivfs = map(innermost, self._parts)
+        return max([enough_queries(ivf.nlist, ivf.nprobe) for ivf in ivfs], default=0)
+
     def stay_in_memory(self) -> bool:
         """Whether the lists stay in memory while they are read again and again."""
         return _fit(sum(_bytes(innermost(part)) for part in self._parts))
@@ -153,9 +163,10 @@ def list_order_pays(index_string: str, nprobe: int | None) -> bool:
 def queries_together(index: Any, *wanted: int) -> list[int]:
     """Queries that are searched in one call, on all ranks alike; for each number of neighbors.
 
-    As many as 2 GiB of memory hold, up to `TOGETHER`. More where this rank's part of the available
-    memory exceeds that: a share of it, divided among the ranks of this machine. The result does not
-    depend on it. All ranks must call this.
+    As many as 2 GiB of memory hold, up to `TOGETHER`. Up to eight times as many where this rank's
+    part of the available memory (a share of it, divided among the ranks of this machine) holds
+    them: as many as make each list worth its reading, or all of these if lists are read from the
+    disk. The result does not depend on it. All ranks must call this.
 
     Args:
         index: An index that `ProjectIndex.open` returned.
@@ -177,14 +188,19 @@ def queries_together(index: Any, *wanted: int) -> list[int]:
 def _queries_in(index: ListOrderSearch, k: int, memory: int) -> int:
     each = index.bytes_per_query(k)
     usual = max(1, min(TOGETHER, _MEMORY // each))
-    if memory <= _MEMORY:
-        return usual
-    return max(usual, memory // (each + 4 * index.d + _BESIDE))  # the caller holds the vectors, too
+    worthwhile = index.enough_queries() if index.stay_in_memory() else _MOST_TOGETHER
+    fitting = memory // (each + 4 * index.d + _BESIDE)  # the caller holds the vectors, too
+    return max(usual, min(worthwhile, fitting))
 
 
 def _ranks_here() -> int:
     """Ranks of this machine; all if the launcher does not say how many."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size())))
+
+
+def enough_queries(lists: int, nprobe: int) -> int:
+    """Queries that are worth searching together, if memory holds them and the lists."""
+    return max(TOGETHER, min(_MOST_TOGETHER, _ENOUGH_PER_LIST * lists // max(1, nprobe)))
 
 
 def supports_list_order(index: Any) -> bool:

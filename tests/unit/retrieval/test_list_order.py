@@ -448,25 +448,28 @@ def test_queries_searched_together_fit_the_memory(files, where, monkeypatch):
     monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 30)
     few, many = list_order.queries_together(wrapped, 20, 10_000)
     assert 0 < many < few == list_order.TOGETHER  # as on any machine, however small
-    grown = []
-    for memory, ranks in ((1 << 40, 1), (1 << 40, 4)):
-        monkeypatch.setattr(list_order, "available_memory", lambda memory=memory: memory)
+    monkeypatch.setattr(ListOrderSearch, "enough_queries", lambda self: 1 << 40)
+    needed = ListOrderSearch(index).bytes_per_query(20)
+    memory, grown = 4 * list_order.TOGETHER * needed / list_order._QUERIES_SHARE, []
+    monkeypatch.setattr(list_order, "available_memory", lambda: memory)
+    for ranks in (1, 2, 8):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        (together,) = list_order.queries_together(wrapped, 20)
-        needed = ListOrderSearch(index).bytes_per_query(20)
-        assert list_order.TOGETHER < together < list_order._QUERIES_SHARE * memory / ranks / needed
-        grown.append(together)
-    assert grown[0] // 4 == grown[1]
+        grown += list_order.queries_together(wrapped, 20)
+    assert list_order.TOGETHER < grown[0] < 4 * list_order.TOGETHER
+    assert grown[0] // 2 == grown[1]
+    assert grown[2] == list_order.TOGETHER
+    monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 50)
+    assert list_order.queries_together(wrapped, 20) == [8 * list_order.TOGETHER]
 
 
 def test_more_queries_are_taken_of_lists_that_do_not_stay_in_memory(files, monkeypatch):
     searched = ListOrderSearch(opened(files, FLAT, 3, "full"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 40)
-    (in_memory,) = list_order.queries_together(searched, 20)
+    assert list_order.queries_together(searched, 20) == [list_order.TOGETHER]  # lists have many
     monkeypatch.setattr(list_order, "_MEMORY_SHARE", 0.0)
     assert not searched.stay_in_memory()
-    assert list_order.queries_together(searched, 20)[0] // 2 == in_memory
+    assert list_order.queries_together(searched, 20) == [8 * list_order.TOGETHER]
 
 
 def test_many_copies_of_a_vector_are_few_candidates(products):
