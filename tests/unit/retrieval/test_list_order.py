@@ -448,7 +448,7 @@ def test_queries_searched_together_fit_the_memory(files, where, monkeypatch):
     monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 30)
     few, many = list_order.queries_together(wrapped, 20, 10_000)
     assert 0 < many < few == list_order.TOGETHER  # as on any machine, however small
-    monkeypatch.setattr(ListOrderSearch, "enough_queries", lambda self: 1 << 40)
+    monkeypatch.setattr(list_order, "_ENOUGH_PER_LIST", 1 << 40)
     needed = ListOrderSearch(index).bytes_per_query(20)
     memory, grown = 4 * list_order.TOGETHER * needed / list_order._QUERIES_SHARE, []
     monkeypatch.setattr(list_order, "available_memory", lambda: memory)
