@@ -1,6 +1,7 @@
 """Array jobs, torchrun and one process: the same index. Parts on ranks: the same neighbors."""
 
 import io
+import logging
 import multiprocessing
 import shutil
 import time
@@ -55,7 +56,8 @@ def prepared(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_disk):
+def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_disk, caplog):
+    caplog.set_level(logging.INFO)
     changes = {"on_disk": on_disk}
     project = tmp_path / "project"
     shutil.copytree(prepared, project)
@@ -79,6 +81,8 @@ def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_dis
     build_index(options(project, stage="add", shard="1/2", **changes))
     build_index(options(project, stage="merge", **changes))
     assert contents(project / "index") == expected
+    assert caplog.text.count(f"train index: {STRING}, as --index says") == 2
+    assert caplog.text.count("measure index: nprobe 1, recall@2 ") == 2
     assert not list(project.glob(".lock*"))
     with pytest.raises(ConfigurationError, match="--shard"):
         build_index(options(project, stage="merge", shard="1/2", **changes))
