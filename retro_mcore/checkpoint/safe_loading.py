@@ -143,6 +143,34 @@ def load_run_state(content: IO[bytes]) -> Any:
         return torch.load(content, weights_only=True)
 
 
+def load_local_state(path: Path, mapped: bool = False) -> Any:
+    """Load what a rank saved as its local checkpoint, tensors on the CPU.
+
+    Args:
+        path: The file.
+        mapped: Map tensors into memory instead of reading them.
+
+    Raises:
+        CheckpointError: it is damaged, or holds a class that is not allowed, which is named.
+    """
+    with _allowed_only({**_NOT_READ, **_VALUES, **_RUN_STATE, **_sharded_state()}):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise _unsafe(path, _refused_names(path, error)) from error
+        except Exception as error:
+            raise _damaged(path, error) from error
+
+
+def _sharded_state() -> dict[str, Any]:
+    """Megatron's records of names, places and tensors."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+    from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
+
+    records = (MCoreTensorAwareStateDict, ShardedObject, ShardedTensor)
+    return {f"{kind.__module__}.{kind.__name__}": kind for kind in records}
+
+
 @contextmanager
 def _allowed_only(allowed: Mapping[str, Any]) -> Iterator[None]:
     before = torch.serialization.get_safe_globals()

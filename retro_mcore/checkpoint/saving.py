@@ -86,13 +86,7 @@ class CheckpointSaver:
             if distributed.get_rank() == 0:
                 make_temporary(self._directory, iteration, self._alone)
         state = state_dict(parts, is_loading=False)
-        state.update(
-            args=args,
-            checkpoint_version=3.0,
-            iteration=iteration,
-            consumed_samples=progress.consumed_samples,
-            opt_param_scheduler=parts.scheduler.state_dict(),
-        )
+        state.update(progress_state(parts, progress, args))
         self._start(state, temporary_path(self._directory, iteration))
         self._pending, self._checksums = iteration, None
         return None if self._asynchronous else self.finish()
@@ -147,6 +141,19 @@ class CheckpointSaver:
             )
             if request is not None:
                 self._queue.schedule_async_request(request)
+
+
+def progress_state(
+    parts: TrainingParts, progress: TrainingProgress, args: Namespace
+) -> dict[str, Any]:
+    """What a checkpoint holds beside the sharded state."""
+    return {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "opt_param_scheduler": parts.scheduler.state_dict(),
+    }
 
 
 def save_checkpoint(

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.model.option_traits import at_least, needs, stated
+from retro_mcore.training.options.local_checkpoints import LocalCheckpointOptions
 
 
 @dataclass(kw_only=True)
-class CheckpointOptions:
+class CheckpointOptions(LocalCheckpointOptions):
     """Checkpoints: where they are saved and loaded, and which parts are loaded."""
 
     save: str | None = None
@@ -62,11 +63,14 @@ class CheckpointOptions:
             SeveralErrors: several options are invalid. Names all of them.
         """
         problems = [
-            ConfigurationError(flag_of(name), f"given without --{needed}", f"Add --{needed}")
+            ConfigurationError(
+                flag_of(name), f"given without {flag_of(needed)}", f"Add {flag_of(needed)}"
+            )
             for name, needed in stated("needs", CheckpointOptions).items()
             if getattr(self, name) and getattr(self, needed) is None
         ]
         problems += self._schedules_without_effect()
+        problems += self.refused_local_checkpoints()
         raise_problems(problems)
 
     def _schedules_without_effect(self) -> Iterator[ConfigurationError]:

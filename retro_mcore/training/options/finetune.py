@@ -128,6 +128,7 @@ class FinetuneOptions(
             ConfigurationError: an option is invalid. Names the flag.
         """
         raise_problems([*below_minimum(self)])
+        self.check_checkpoints()
         if self.load is None:
             raise ConfigurationError(
                 "--load", "not given", "Name the pretrained checkpoint, with --finetune"
