@@ -29,10 +29,14 @@ _OF_STATE = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "freeze_d
 
 def may_resume_locally(options: TrainingOptions) -> bool:
     """Whether there may be a local checkpoint that the run would resume from."""
-    resumes = options.non_persistent_ckpt_type is not None and options.load is not None
-    if not resumes or options.finetune or options.ckpt_step is not None:
-        return False
-    return run_of(str(options.load)) is not None
+    return _run_to_resume(options) is not None
+
+
+def _run_to_resume(options: TrainingOptions) -> str | None:
+    wanted = options.non_persistent_ckpt_type is not None and options.ckpt_step is None
+    if options.load is None or options.finetune or not wanted:
+        return None
+    return run_of(options.load)
 
 
 class LocalRun:
@@ -62,13 +66,12 @@ class LocalRun:
         self._plan = plan
         self.found: LocalState | None = None
         self.notes: list[str] = []
-        known = on_first_rank(lambda: None if options.load is None else run_of(options.load))
-        if known is not None and on_first_rank(lambda: may_resume_locally(options)):
-            self._source = self._checkpoints(known)
+        source = on_first_rank(lambda: _run_to_resume(options))
+        if source is not None:
+            self._source = self._checkpoints(source)
             after = -1 if checkpoint is None else iteration_of(checkpoint)
             self.found, self.notes = self._source.newest_after(after)
-        run = on_first_rank(lambda: _run_to_save(options, known))
-        self._own = self._checkpoints(run)
+        self._own = self._checkpoints(on_first_rank(lambda: _run_to_save(options)))
 
     def load(self, parts: TrainingParts, scope: LoadScope) -> TrainingProgress:
         """Put the state of `found` into the parts of the run, and forget it."""
@@ -92,12 +95,11 @@ class LocalRun:
         )
 
 
-def _run_to_save(options: TrainingOptions, known: str | None) -> str:
+def _run_to_save(options: TrainingOptions) -> str:
     """A run that goes on keeps its name; one that starts does not meet what others left."""
     assert options.save is not None
-    if known and options.load and Path(options.load).resolve() == Path(options.save).resolve():
-        return known
-    return start_run(options.save)
+    goes_on = options.load and Path(options.load).resolve() == Path(options.save).resolve()
+    return (run_of(options.save) if goes_on else None) or start_run(options.save)
 
 
 def _layout(options: TrainingOptions) -> dict[str, Any]:
