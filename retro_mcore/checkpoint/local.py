@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from retro_mcore import distributed
 from retro_mcore.checkpoint.arguments import completed
@@ -111,7 +111,7 @@ class LocalCheckpoints:
     ) -> None:
         from retro_mcore.platform.local_files import LocalFiles
 
-        self._files = LocalFiles(directory, run, load_local_state, copies)
+        self._files = LocalFiles(directory, run, read_file, copies)
         self._algorithm, self._layout = algorithm, {**layout, "algorithm": algorithm}
         self._distribution: Any = None
         self._has_saved = False
@@ -200,6 +200,21 @@ class LocalCheckpoints:
             self._files.write(content, progress.iteration)
         self._has_saved = True
         return self._files.folder
+
+
+def read_file(path: Path, mapped: bool = False) -> Any:
+    """Read what a rank saved, without running what the file holds.
+
+    Args:
+        path: The file.
+        mapped: Map tensors into memory instead of reading them.
+
+    Raises:
+        CheckpointError: it is damaged, or holds something else.
+    """
+    from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
+
+    return load_local_state(path, (MCoreTensorAwareStateDict, ShardedObject, ShardedTensor), mapped)
 
 
 def make_copies(jump: int, factor: int) -> Copies:

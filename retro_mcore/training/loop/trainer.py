@@ -184,8 +184,8 @@ class Trainer:
         progress, result = self._progress, self._result
         started = time.perf_counter()
         with StopConditions(self.plan.options) as stop, self._reporter() as reporter, self._saver:
-            for note in () if self._local is None else self._local.notes:
-                reporter.message(note)
+            for local_note in () if self._local is None else self._local.notes:
+                reporter.message(local_note)
             if self._start is not None:
                 kind = "" if self._start == result.checkpoint else "local checkpoints in "
                 reporter.message(f"loaded {kind}{self._start}, at iteration {progress.iteration}")

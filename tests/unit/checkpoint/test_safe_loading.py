@@ -63,11 +63,11 @@ def test_a_local_checkpoint_holds_sharded_tensors_and_nothing_that_runs(tmp_path
     weight = torch.arange(6.0).reshape(2, 3)
     path = tmp_path / "iter_0000005_0_local.pt"
     torch.save({"w": ShardedTensor.from_rank_offsets("w", weight)}, path)
-    found = load_local_state(path, mapped)["w"]
+    found = load_local_state(path, (ShardedTensor,), mapped)["w"]
     assert (found.key, found.data.tolist()) == ("w", weight.tolist())
     torch.save({"w": Fraction(1, 3)}, path)
     with pytest.raises(CheckpointError, match=r"holds fractions\.Fraction"):
-        load_local_state(path, mapped)
+        load_local_state(path, (ShardedTensor,), mapped)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_local_state(path, mapped)
+        load_local_state(path, (ShardedTensor,), mapped)
