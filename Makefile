@@ -13,6 +13,9 @@ OLDEST_TE ?= 2.1.0
 # Where Emerging-Optimizers is installed from.
 EMERGING ?= git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers
 NVRX ?= 0.4.1
+# Results of `make test-gpu`, and the seconds it may take: called again, it goes on.
+GPU_REPORT ?= gpu_report
+GPU_SECONDS ?= 540
 # A pre-release of megatron-core, or a folder with `megatron` in it. Default: the newest release of all.
 PRERELEASE ?=
 PRERELEASE_FOLDER = $(if $(wildcard $(PRERELEASE:=/megatron)),$(PRERELEASE),$(CURDIR)/.megatron-prerelease)
@@ -140,18 +143,20 @@ test-te: env .te-$(TE)/.up-to-date .megatron-$(MEGATRON)/.up-to-date ## compare 
 test-parity: env ## compare live with megatron-core 0.15.3, installed into .parity
 	$(BIN)/python -m pytest -m parity
 
-test-gpu: ## run the tests that need a GPU, with the machine's own Python (GPU_PYTHON=python3)
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/unit/retrieval/test_embedders.py
+test-gpu: ## run the tests that need a GPU, with the machine's own Python (GPU_PYTHON=python3); again: go on
+	GPU_REPORT="$(GPU_REPORT)" GPU_SECONDS=$(GPU_SECONDS) $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 docs: env ## build the documentation and API reference into docs/_build; a broken reference fails
 	$(INSTALL) -r requirements/docs.txt
 	$(BIN)/python -W ignore -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build
 
-style: env ## check format, lint, types and the direction of imports
+style: env ## check format, lint, types, the direction of imports; Dockerfile, shell scripts and manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(INSTALL) -r requirements/lint.txt
+	$(BIN)/python -m pytest --quiet tests/integration/test_linters.py
 
 format: env ## format and mend what can be mended
 	$(BIN)/ruff format .

@@ -2,12 +2,16 @@
 
     python -m benchmarks.embedding --chunks 1000
     python -m benchmarks.embedding --choices static minilm:int8 lexical --json embedding.json
+    python -m benchmarks.embedding --padding
 
 Chunks are pieces of Python's own documentation (`examples/quickstart/make_corpus.py`) of about 64
 tokens. All choices embed the same chunks in turns on one thread; the first choice is the reference.
 overlap@2 is the share of each chunk's two nearest other chunks, by exact search, that it shares
 with the reference, computed from vectors as they are stored (fp16). Choices that this machine
 lacks are listed with the reason.
+
+`--padding` embeds nothing: it shows which share of MiniLM's tokens is padding, by batch and by
+number of chunks that are sorted by length together (those of a file of embeddings, or 4,096).
 
 How well a Retro learns from an embedder's neighbors, benchmarks/retrieval_options.py measures.
 """
@@ -34,7 +38,14 @@ from make_corpus import python_documentation
 from retro_mcore.errors import RetroError
 from retro_mcore.host import processor_features
 from retro_mcore.retrieval.embedders import build_embedder
-from retro_mcore.retrieval.embedders.base import Embedder
+from retro_mcore.retrieval.embedders.base import (
+    BATCH_SIZE,
+    CPU_BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    Embedder,
+    batches_of_size,
+    batches_of_tokens,
+)
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder, count_texts, weights_of
 from retro_mcore.retrieval.embedders.precision import Precision
 
@@ -77,6 +88,39 @@ def chunks(count: int) -> list[str]:
     pieces = list(dict.fromkeys(starts))
     rows = np.linspace(0, len(pieces) - 1, min(count, len(pieces))).astype(int)
     return [pieces[row] for row in rows]
+
+
+def share_of_padding(lengths: list[int], together: int, tokens: int) -> float:
+    """Padding ÷ all tokens that the model computes.
+
+    Args:
+        lengths: Tokens of each chunk.
+        together: Chunks that are sorted by length together.
+        tokens: Tokens of a batch; 0: 16 chunks.
+    """
+    computed = 0
+    for first in range(0, len(lengths), together):
+        some = lengths[first : first + together]
+        by_size = batches_of_size(some, BATCH_SIZE)
+        for rows in batches_of_tokens(some, tokens) if tokens else by_size:
+            computed += len(rows) * max(some[row] for row in rows)
+    return 1 - sum(lengths) / computed
+
+
+def show_padding(texts: list[str]) -> None:
+    """Print the share of padding as a table."""
+    embedder = build_embedder(device="cpu")
+    counted = embedder.count_tokens(texts)
+    assert counted is not None
+    lengths = np.minimum(counted, embedder.max_tokens or counted.max()).tolist()
+    print(f"{len(texts)} chunks of {np.mean(lengths):.1f} tokens ± {np.std(lengths):.1f}")
+    print("| sorted together | 16 chunks | 1,024 tokens | 16,384 tokens |\n|---|---|---|---|")
+    for together in sorted({min(each, len(texts)) for each in (1000, 4096, len(texts))}):
+        shares = [
+            share_of_padding(lengths, together, tokens)
+            for tokens in (0, CPU_BATCH_TOKENS, GPU_BATCH_TOKENS)
+        ]
+        print(f"| {together} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
 
 
 def load(choice: str, texts: list[str]) -> Embedder:
@@ -132,13 +176,17 @@ def measure(choices: list[str], texts: list[str], rounds: int) -> dict[str, Resu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chunks", type=int, default=1000)
+    parser.add_argument("--chunks", type=int, help="default: 1000; with --padding all")
+    parser.add_argument("--padding", action="store_true", help="show the share of padding")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--choices", nargs="+", default=list(CHOICES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    texts = chunks(options.chunks)
+    if options.padding:
+        show_padding(chunks(options.chunks or sys.maxsize))
+        return
+    texts = chunks(options.chunks or 1000)
     results = measure(options.choices, texts, options.rounds)
     has = [name for name in SHOWN if name in processor_features()]
     print(f"{len(texts)} chunks, processor with {', '.join(has) or 'none'} of {', '.join(SHOWN)}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from email.parser import HeaderParser
 from pathlib import Path
@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from benchmarks.gpu_report.sections import NEEDS
 from retro_mcore.cli.command import run_command
 from retro_mcore.errors import ConfigurationError, MissingDependencyError
 from retro_mcore.stages.doctor.software import stated_requirements
@@ -52,8 +53,10 @@ class Options:
     """Output of `pip list --format=freeze` there (default: PyTorch, torchvision, their needs)."""
     faiss: Literal["faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs"] = "faiss-cpu"
     """Build of Faiss: faiss-gpu for CUDA 12, faiss-gpu-cuvs for CUDA 13; both are larger."""
-    also: list[str] = field(default_factory=lambda: ["pytest>=8"])
-    """Requirements besides this package's own; the embedding section needs transformers."""
+    also: list[str] = field(default_factory=lambda: ["pytest>=8", "transformers>=4.40"])
+    """Requirements besides this package's own."""
+    leave_out: list[str] = field(default_factory=lambda: ["matplotlib", "hf-xet"])
+    """Requirements to leave out, and what they alone require: what only draws or downloads."""
     limit_mib: float = 60.0
     """Most MiB of all wheels together."""
 
@@ -70,10 +73,14 @@ def collect_all(options: Options, download: Download | None = None) -> list[Path
         MissingDependencyError: a wheel cannot be had for that machine.
     """
     download = download or _pip_download(options)
-    wheels = collect(requirements(options), _installed(options), options, download)
+    there = _installed(options)
+    absent = set(map(canonicalize_name, options.leave_out)) - there
+    wheels = collect(requirements(options), there | absent, options, download)
+    names = there | {canonicalize_name(path.name.split("-")[0]) for path in wheels}
     wheels.append(download(RETIRED, options.output / "retired"))
     _check_size(wheels, options.limit_mib)
     print(_instructions(wheels, options.output))
+    print("\n".join(["", *_left_out(absent, names)]))
     return wheels
 
 
@@ -190,6 +197,18 @@ def _check_size(wheels: Iterable[Path], limit_mib: float) -> None:
             f"the wheels have {total:.1f} MiB, the largest {largest}",
             "Give --installed, another --faiss, or a higher limit",
         )
+
+
+def _left_out(absent: Collection[str], names: Collection[str]) -> Iterator[str]:
+    """What is not collected, and what the report skips for want of it."""
+    if absent:
+        yield f"Left out: {', '.join(sorted(absent))}."
+    for need in NEEDS:
+        if not any(name in names for name in need.packages):
+            skipped = list(need.sections)
+            skipped += [f"a part of {', '.join(need.parts)}"] if need.parts else []
+            packages = " or ".join(need.packages)
+            yield f"Unless that machine has {packages}, it skips {', '.join(skipped)}."
 
 
 def _instructions(wheels: list[Path], folder: Path) -> str:

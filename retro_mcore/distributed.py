@@ -162,6 +162,11 @@ def get_rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
+def is_first_on_host() -> bool:
+    """Whether this rank is the first of those that torchrun started on its host."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def get_world_size(group: dist.ProcessGroup | None = None) -> int:
     """Size of `group` (default: the world); 1 without torch.distributed."""
     return dist.get_world_size(group) if dist.is_initialized() else 1

@@ -8,13 +8,12 @@ Run it again to go on where the time limit stopped it. See benchmarks/README.md.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_report.machine import describe
+from benchmarks.gpu_report import record
+from benchmarks.gpu_report.machine import describe_apart
 from benchmarks.gpu_report.options import Options, Setting
 from benchmarks.gpu_report.runner import NOT_RUN, Runner
 from benchmarks.gpu_report.sections import SECTIONS, Section
@@ -28,18 +27,26 @@ def report(options: Options) -> dict[str, Any]:
     """Run the sections and write the report; returns the results by section.
 
     Raises:
-        ConfigurationError: an unknown section, no CUDA device, or results of another setting.
+        ConfigurationError: an unknown section, no CUDA device, or results that were made with
+            something else.
     """
     sections = _chosen(options.sections)
     setting = _setting(options)
     _check_device(options.device)
-    _check_same_setting(options, setting)
     runner = Runner(options.output, setting, options.time_limit)
-    _write_setting(options.output, setting)
+    machine = describe_apart(options.device)
+    record.check_same(options.output, setting, machine, runner.replaced(sections, options.repeat))
+    record.write(options.output, setting, machine)
     results = runner.run(sections, options.repeat)
-    machine = describe(options.device)
-    save(options.output, "report", {"machine": machine, "sections": results})
-    page = markdown(machine, results)
+    # With the results of earlier calls, which were made with the same.
+    found = {name: runner.result(name) for name in SECTIONS}
+    shown = {
+        name: result
+        for name, result in found.items()
+        if name in sections or result["status"] != NOT_RUN
+    }
+    save(options.output, "report", {"machine": machine, "sections": shown})
+    page = markdown(machine, shown)
     (options.output / "report.md").write_text(page, encoding="utf-8")
     print(page)
     return results
@@ -75,24 +82,6 @@ def _check_device(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("--device", "cuda, and there is none here", "Use --device cpu")
-
-
-def _check_same_setting(options: Options, setting: Setting) -> None:
-    """Results of the CPU or of small sizes are not completed with others."""
-    path = options.output / "setting.json"
-    if not path.is_file() or options.repeat:
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if (found["device"], found["small"]) != (setting.device, setting.small):
-        raise ConfigurationError(
-            f"--output {options.output}",
-            f"holds results of --device {found['device']}" + " --small" * found["small"],
-            "Name another folder, or give --repeat",
-        )
-
-
-def _write_setting(folder: Path, setting: Setting) -> None:
-    save(folder, "setting", {"device": setting.device, "small": setting.small})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,18 +8,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_report.options import Setting
+from benchmarks.gpu_report.processes import end_all
 from benchmarks.gpu_report.sections import Section
 from benchmarks.gpu_report.worker import RAISED, RUNNING, save
 
 ROOT = Path(__file__).parents[2]
 #: Status of a section that was not run, for lack of time.
 NOT_RUN = "not run"
+#: Variable in the environment of all processes of a runner.
+_MARK = "RETRO_MCORE_GPU_REPORT"
 
 
 class Runner:
@@ -34,19 +38,24 @@ class Runner:
     def __init__(self, folder: Path, setting: Setting, time_limit: float) -> None:
         self.folder, self.setting = folder, setting
         self._end = time.monotonic() + time_limit
+        self._mark = uuid.uuid4().hex
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, sections: Mapping[str, Section], repeat: bool = False) -> dict[str, Any]:
         """Run the sections without a result; returns all results by name."""
-        for name in sections:
-            if repeat or self.result(name)["status"] == "skipped":  # its needs may be there now
-                self._path(name).unlink(missing_ok=True)
+        for name in self.replaced(sections, repeat):
+            self._path(name).unlink(missing_ok=True)
         pending = [section for section in sections.values() if not self._has_result(section.name)]
         while pending and self._seconds_left() > 0:
             _, together = next(itertools.groupby(pending, lambda section: section.environment))
             self._run_process(list(together))
             pending = [section for section in pending if not self._has_result(section.name)]
         return {name: self.result(name) for name in sections}
+
+    def replaced(self, names: Iterable[str], repeat: bool = False) -> list[str]:
+        """Sections of `names` that run whether or not they have a result."""
+        # The needs of a skipped one may be there now.
+        return [name for name in names if repeat or self.result(name)["status"] == "skipped"]
 
     def result(self, name: str) -> dict[str, Any]:
         """The result of a section."""
@@ -66,29 +75,35 @@ class Runner:
             process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.gpu_report.worker", json.dumps(request)],
                 cwd=ROOT,
-                env={**os.environ, **sections[0].environment},
+                env={**os.environ, **sections[0].environment, _MARK: self._mark},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            ended = self._wait(process)
+            try:
+                ended = self._wait(process)
+            finally:
+                self._end_all(process)
         running = (self.folder / RUNNING).read_text(encoding="utf-8")
         if ended is None or process.returncode in (0, RAISED) or self._has_result(running):
             return  # ended in time, or its result is there
         save(self.folder, running, _crashed(process.returncode, log))
 
     def _wait(self, process: subprocess.Popen) -> int | None:
-        """Wait for a process; end it, and those it started, at the time limit.
-
-        Returns:
-            Its exit code; None if it was ended here.
-        """
+        """Wait for a process until the time limit; returns its exit code, None if it goes on."""
         try:
             return process.wait(max(self._seconds_left(), 0.1))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             return None
+
+    def _end_all(self, process: subprocess.Popen) -> None:
+        """End a process and all that it started, also those that it left behind."""
+        process.kill()
+        left = end_all(_MARK, self._mark)
+        if left:
+            print(f"processes that cannot be ended: {left}", file=sys.stderr)
+        else:
+            process.wait()
 
     def _seconds_left(self) -> float:
         return self._end - time.monotonic()

@@ -32,6 +32,32 @@ class Section:
     correctness: bool = True
 
 
+@dataclass(frozen=True)
+class Need:
+    """Packages beyond this package's requirements, and what is skipped without them.
+
+    Attributes:
+        packages: Names; one of them is enough.
+        sections: Sections that are skipped.
+        parts: Sections of which a part is skipped.
+    """
+
+    packages: tuple[str, ...]
+    sections: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+
+NEEDS = (
+    Need(
+        ("transformer-engine",),
+        ("transformer_engine", "fp8"),
+        ("attention", "bf16_training", "utilization"),
+    ),
+    Need(("faiss-gpu", "faiss-gpu-cuvs"), parts=("faiss",)),
+    Need(("transformers",), ("embedding",)),
+)
+
+
 def _section(name: str, title: str, module: str, function: str = "", **fields: object) -> Section:
     target = f"benchmarks.gpu_report.{module}:{function or name}"
     return Section(name, title, target, **fields)  # type: ignore[arg-type]

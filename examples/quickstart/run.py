@@ -45,8 +45,8 @@ class Size:
     generate: str
 
 
-# Six minutes on two cores; most of it trains the two models. Their settings were chosen on the
-# valid documents. What is reported is measured on the test documents.
+# Two and a half to five minutes on two cores; most of it trains the two models. Their settings were
+# chosen on the valid documents. What is reported is measured on the test documents.
 LAPTOP = Size(
     chunk_length=16,
     make_corpus="--max-documents 300",

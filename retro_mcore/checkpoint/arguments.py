@@ -25,9 +25,10 @@ def read_arguments(checkpoint: Path) -> dict[str, Any]:
     if "args" not in common and (checkpoint / BRIDGE_FILE).is_file():
         raise CheckpointError(
             checkpoint,
-            "was written by Megatron-Bridge, and its model is not one of retro_mcore.bridge",
+            "was written by Megatron-Bridge, and its model is not one of retro_mcore.bridge, so it "
+            "does not record the model's options",
             f"Convert it: tools/convert_checkpoint.py --load {checkpoint} --save OTHER "
-            "--model-config FILE",
+            "--model-config FILE, a YAML file of options (num_attention_heads, rotary_base, ...)",
         )
     if "args" not in common or "iteration" not in common:
         raise CheckpointError(

@@ -36,8 +36,8 @@ def preprocess_corpus(options: PreprocessCorpusOptions) -> PreprocessCorpusRepor
 def print_report(report: PreprocessCorpusReport, options: PreprocessCorpusOptions) -> None:
     """Print the summary of a run."""
     vocab = f"{report.vocab_size} pieces"
-    if options.trains_tokenizer and report.vocab_size < options.vocab_size:
-        vocab += f" (lowered from {options.vocab_size}: the corpus has no more)"
+    if options.trains_tokenizer and report.vocab_size < options.trained_vocab_size:
+        vocab += f" (lowered from {options.trained_vocab_size}: the corpus has no more)"
     bos = "no BOS"
     if report.bos_id is not None:
         bos = f"{report.bos_token} (token {report.bos_id})"

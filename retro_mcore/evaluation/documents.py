@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from retro_mcore.data.tokenizers.loading import Tokenizer
 from retro_mcore.data.tokens.splits import document_ranges
 from retro_mcore.data.tokens.token_file import TokenSource, open_token_files
-from retro_mcore.distributed import get_rank, get_world_size, raise_together
+from retro_mcore.distributed import get_rank, get_world_size, is_first_on_host, raise_together
 from retro_mcore.errors import ProjectError
 from retro_mcore.evaluation.scoring import sum_over_world
 from retro_mcore.project.config import ProjectConfig, ProjectSettings, Split
@@ -202,8 +202,10 @@ def search_document_neighbors(
             precision = search.usable_precision(device)
             fingerprint = _fingerprint(search, documents, num_save, num_query, precision)
             # The EOD after a short chunk is padding. As a line break it adds no text.
+            compare = is_first_on_host()
             embedder = ChunkEmbedder(
-                tokenizer, search.load_embedder(device=device, precision=precision)
+                tokenizer,
+                search.load_embedder(device=device, precision=precision, compare=compare),
             )
             reranker = search.load_reranker(search.settings.rerank, tokenizer)
             neighbor_search = NeighborSearch(

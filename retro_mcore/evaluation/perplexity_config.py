@@ -20,6 +20,7 @@ _POSITIVE = (
     "pipeline_model_parallel_size",
     "context_parallel_size",
 )
+_LEAKAGE_NEIGHBORS = 10
 
 
 @dataclass(kw_only=True)
@@ -60,8 +61,8 @@ class EvaluatePerplexityConfig(InferenceTimeLimit):
     differences between kinds of neighbors (protocol documents). 0: no intervals."""
     leakage: bool = False
     """Also measure bits per byte by overlap of chunks and neighbors (protocol documents)."""
-    leakage_neighbors: int = 10
-    """Number of neighbors per chunk used to measure its overlap."""
+    leakage_neighbors: int | None = None
+    """Number of neighbors per chunk used to measure its overlap (default: 10)."""
     leakage_alphas: list[float] = field(default_factory=list)
     """Maximum overlaps of the leakage curve, each from 0 to 1. Default: 0.125, 0.25, … 1."""
     attribute: bool = False
@@ -90,6 +91,11 @@ class EvaluatePerplexityConfig(InferenceTimeLimit):
     """Number of processes over which each text's tokens are divided; may differ from training."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of the transformer layers."""
+
+    @property
+    def num_leakage_neighbors(self) -> int:
+        """Neighbors per chunk that its overlap is measured with."""
+        return _LEAKAGE_NEIGHBORS if self.leakage_neighbors is None else self.leakage_neighbors
 
     @property
     def splits(self) -> tuple[Literal["valid", "test"], ...]:
@@ -144,8 +150,13 @@ class EvaluatePerplexityConfig(InferenceTimeLimit):
                 yield ConfigurationError(
                     flag, "given with --protocol samples", "Add --protocol documents, or both"
                 )
-        if self.leakage_alphas and not self.leakage:
-            yield ConfigurationError("--leakage-alphas", "given without --leakage", "Add --leakage")
+        of_leakage = {
+            "--leakage-alphas": bool(self.leakage_alphas),
+            "--leakage-neighbors": self.leakage_neighbors is not None,
+        }
+        for flag, given in of_leakage.items():
+            if given and not self.leakage:
+                yield ConfigurationError(flag, "given without --leakage", "Add --leakage")
         if self.eval_iters is not None and self.protocol == "documents":
             yield ConfigurationError(
                 "--eval-iters", "given with --protocol documents", "Give --eval-documents"

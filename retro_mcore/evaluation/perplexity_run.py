@@ -378,7 +378,7 @@ class _Evaluation:
         if not config.leakage:
             return rows, gains, []
         alphas = sorted(config.leakage_alphas) or DEFAULT_ALPHAS
-        return rows, gains, documents.leakage_curve(config.leakage_neighbors, alphas)
+        return rows, gains, documents.leakage_curve(config.num_leakage_neighbors, alphas)
 
     def _with_intervals(
         self, documents: DocumentEvaluation, rows: list[BitsPerByte]
@@ -393,7 +393,7 @@ class _Evaluation:
         """Number of neighbors to search for each chunk of the documents."""
         reads = kinds != ["none"] or self.config.attribute
         read = self.loaded.arguments.retro_num_neighbors if reads else 0
-        return max(read, self.config.leakage_neighbors if self.config.leakage else 0)
+        return max(read, self.config.num_leakage_neighbors if self.config.leakage else 0)
 
 
 def _report_fewer(asked: str, split: str, found: object) -> None:

@@ -28,7 +28,7 @@ def _is_plain_norm(value: Any, flags: Mapping[str, Any]) -> bool:
 
 
 def _of_family(neutral: Any, absent: Any, sets: str | None = "config") -> dict[str, Any]:
-    return ours(neutral, sets=sets, gpt="same", absent=absent, our_trainer=True)
+    return ours(neutral, sets=sets, gpt="same", absent=absent)
 
 
 _POSITIVE = between(1e-9, math.inf)

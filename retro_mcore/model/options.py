@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -101,9 +101,7 @@ class DecoderOptions(ExpertOptions, FamilyOptions):
     """Use a gated SiLU in the MLP instead of GELU."""
     openai_gelu: bool = field(default=False, metadata=decoder(sets=None))
     """Use the tanh approximation of GELU, as GPT-2 does."""
-    geglu: bool = field(
-        default=False, metadata=ours(_is_off, sets=None, gpt="same", absent=False, our_trainer=True)
-    )
+    geglu: bool = field(default=False, metadata=ours(_is_off, sets=None, gpt="same", absent=False))
     """Use a gated GELU in the MLP, in its tanh approximation, instead of GELU (Gemma)."""
     squared_relu: bool = field(default=False, metadata=decoder(sets=None))
     """Use squared ReLU in the MLP instead of GELU."""
@@ -301,15 +299,24 @@ class ModelOptions(RetroOptions, DecoderOptions):
         Raises:
             ConfigurationError: naming the flag.
         """
-        names = ("squared_relu", "openai_gelu", "swiglu", "geglu")
-        given = [flag_of(name) for name in names if getattr(self, name)]
-        if len(given) > 1:
-            raise ConfigurationError(given[0], f"given together with {given[1]}", "Choose one")
+        raise_problems([*problems_of_activations(self)])
         if self.group_query_attention and self.num_query_groups is None:
             raise ConfigurationError(
                 "--group-query-attention", "given without --num-query-groups", "Add the number"
             )
         raise_problems([*problems_of_experts(self, self.num_layers)])
+
+
+def problems_of_activations(options: Any) -> Iterator[ConfigurationError]:
+    """An error if more than one activation of the MLP is given.
+
+    Args:
+        options: An object that holds them; those that it lacks are off.
+    """
+    names = ("squared_relu", "openai_gelu", "swiglu", "geglu")
+    given = [flag_of(name) for name in names if getattr(options, name, False)]
+    if len(given) > 1:
+        yield ConfigurationError(given[0], f"given together with {given[1]}", "Choose one")
 
 
 #: Options whose default changed: the value of models that do not state them (older checkpoints and

@@ -222,6 +222,8 @@ class ProjectSettings:
             database holds them. Versions that do not know this key refuse the project.
         embedder: Name or path that the embedder was loaded from.
         embedder_pooling: Pooling of the embedder's hidden states; None: the model's own setting.
+        embedder_digests: Digests of the embedder's files, by part; None in projects of versions
+            that did not record them.
         embed_precision: Precision that the embedder computes in; None in projects of versions
             that did not record it.
         embeddings_dtype: Type that the embeddings are stored in.
@@ -232,12 +234,14 @@ class ProjectSettings:
         index_split: Whether the index is kept in parts for ranks to share.
         index_rescored: Whether the index was measured with candidates sorted by the stored vectors,
             and is searched so by default.
+        index_faiss_gpu: Whether the index was built on GPUs if Faiss supported them.
         nprobe: Lists searched per query; None if the index has no lists.
         ef_search: Breadth of a graph search; None if the index has no graph.
         num_neighbors_query: Candidates searched per chunk, before the same-document filter.
         num_neighbors_save: Neighbors saved per chunk.
         rerank: Method that ordered the candidates; None: by distance.
         rescore: Whether the candidates' distances are those of the stored vectors, not the index's.
+        faiss_gpu: Whether neighbors were searched on GPUs if Faiss supported them.
     """
 
     json_keys: list[str] = field(default_factory=lambda: ["text"])
@@ -258,6 +262,7 @@ class ProjectSettings:
     removed_documents: int = 0
     embedder: str | None = None
     embedder_pooling: Literal["mean", "cls"] | None = None
+    embedder_digests: dict[str, str] | None = None
     embed_precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None
     embeddings_dtype: Literal["fp16", "fp32"] = "fp32"
     embedding_dimension: int | None = None
@@ -265,12 +270,14 @@ class ProjectSettings:
     index_string: str | None = None
     index_split: bool = False
     index_rescored: bool = False
+    index_faiss_gpu: bool = True
     nprobe: int | None = None
     ef_search: int | None = None
     num_neighbors_query: int | None = None
     num_neighbors_save: int | None = None
     rerank: Literal["bm25"] | None = None
     rescore: bool = False
+    faiss_gpu: bool = True
 
     @classmethod
     def load(cls, project_dir: Path | str) -> ProjectSettings:

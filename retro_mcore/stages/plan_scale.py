@@ -10,7 +10,7 @@ import numpy as np
 
 from retro_mcore.chunking import SampleLayout
 from retro_mcore.distributed import initialize
-from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
+from retro_mcore.errors import ConfigurationError, flag_of, raise_problems, too_small
 from retro_mcore.platform import choose_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.retrieval.index.breadth import FEWEST_LISTS
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 #: Vectors of the project that a small index is filled with, for measuring.
 _MEASURED_VECTORS = 50_000
 
+_CHUNK_LENGTH, _DIMENSION = 64, 1024
 _POSITIVE = (
     "retro_chunk_length", "document_tokens", "vocab_size", "embedding_dimension", "hours",
     "num_neighbors_save", "cores_per_node", "node_memory", "embedder_rate", "query_rate",
@@ -56,14 +57,15 @@ class PlanScaleConfig:
     samples (default: the project's, or aligned)."""
     training_tokens: str | None = None
     """Tokens of the packed samples whose neighbors are searched (default: as many as --tokens)."""
-    retro_chunk_length: int = 64
-    """Tokens per chunk."""
+    retro_chunk_length: int | None = None
+    """Tokens per chunk (default: the project's, or 64)."""
     document_tokens: float = 1150.0
     """Mean tokens per document."""
     vocab_size: int = 50257
     """Vocabulary size of the tokenizer. Decides the bytes per token."""
-    embedding_dimension: int = 1024
-    """Dimension of the embedder's vectors."""
+    embedding_dimension: int | None = None
+    """Dimension of the embedder's vectors (default: the measured embedder's, the project's, or
+    1024)."""
     num_neighbors_save: int = 20
     """Neighbors saved per chunk."""
     hours: float = 24.0
@@ -82,8 +84,8 @@ class PlanScaleConfig:
     query_rate: float | None = None
     """Chunks searched per second and node (default: 250)."""
     project_dir: str | None = None
-    """Project like the planned one. Sets the chunk length and, once the project has an index, the
-    embedder's dimension."""
+    """Project like the planned one. Decides the chunk length and, once the project has an index,
+    the embedder's dimension."""
     measure: bool = False
     """Measure the rates on this machine, with the project's chunks (after build_db). After
     build_index, those of training, filling and searching an index of up to 20M chunks are measured
@@ -118,7 +120,9 @@ def run(config: PlanScaleConfig) -> PlannedScale:
             for name, value in values.items()
             if value is not None and not 0 < value < math.inf
         ]
+        + list(too_small(config, {"gpus_per_node": 0}))
     )
+    _refuse_unread(config)
     work = _workload(config)
     node = Node(config.gpus_per_node, config.cores_per_node, config.node_memory * 1e9)
     memory = MEMORY_SHARE * node.memory
@@ -139,14 +143,18 @@ def run(config: PlanScaleConfig) -> PlannedScale:
 def _workload(config: PlanScaleConfig) -> Workload:
     """The work that the configuration and the project describe."""
     tokens = parse_count("--tokens", config.tokens)
-    asked, dimension = config.training_tokens, config.embedding_dimension
-    chunk_length, samples = config.retro_chunk_length, config.samples
+    asked, samples = config.training_tokens, config.samples
+    dimension, chunk_length = None, None
     if config.project_dir is not None:
         project = ProjectConfig.load(config.project_dir)
         used = ProjectSettings.load(project.database_paths(config.project_dir).root)
-        dimension = used.embedding_dimension or dimension
         chunk_length = project.retro_gpt_chunk_length
+        # Another embedder is measured later.
+        if config.embedder in (None, used.embedder):
+            dimension = used.embedding_dimension
         samples = samples or ProjectSettings.load(config.project_dir).samples
+    chunk_length = _agreed(config, "retro_chunk_length", chunk_length) or _CHUNK_LENGTH
+    dimension = _agreed(config, "embedding_dimension", dimension) or _DIMENSION
     samples = samples or "aligned"
     if samples == "aligned" and asked is not None:
         raise ConfigurationError(
@@ -166,6 +174,32 @@ def _workload(config: PlanScaleConfig) -> Workload:
     )
 
 
+def _refuse_unread(config: PlanScaleConfig) -> None:
+    """Reject options of a measurement that is not made."""
+    given = {"embedder": config.embedder is not None, "device": config.device != "auto"}
+    raise_problems(
+        [
+            ConfigurationError(flag_of(name), "given without --measure", "Add --measure")
+            for name, is_given in given.items()
+            if is_given and not config.measure
+        ]
+    )
+
+
+def _agreed(config: PlanScaleConfig, name: str, found: int | None) -> int | None:
+    """What is given, or what the project or the measured embedder has.
+
+    Raises:
+        ConfigurationError: both are there, and they differ.
+    """
+    given = getattr(config, name)
+    if given is not None and found is not None and given != found:
+        raise ConfigurationError(
+            flag_of(name), f"{given}, but it is {found} in --project-dir", "Leave it out"
+        )
+    return found if given is None else given
+
+
 def _rates(config: PlanScaleConfig, work: Workload, memory: float) -> tuple[Rates, Workload]:
     """The rates as measured and given, and the work with the measured embedder's dimension.
 
@@ -181,6 +215,7 @@ def _rates(config: PlanScaleConfig, work: Workload, memory: float) -> tuple[Rate
         initialize()
         device = str(choose_device(config.device))  # type: ignore[arg-type]
         rates, dimension = measure_rates(config.project_dir, config.embedder, device)
+        _agreed(config, "embedding_dimension", dimension)
         work = replace(work, dimension=dimension)
         rates = _with_index(config, rates, work, memory)
     asked = {"embedded": config.embedder_rate, "queried": config.query_rate}

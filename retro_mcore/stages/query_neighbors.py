@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
-from retro_mcore.distributed import any_rank, barrier, get_rank, initialize, raise_together
+from retro_mcore.distributed import (
+    any_rank,
+    barrier,
+    get_rank,
+    initialize,
+    is_first_on_host,
+    raise_together,
+)
 from retro_mcore.errors import ConfigurationError, ProjectError, raise_problems, too_small
 from retro_mcore.platform import choose_device
 from retro_mcore.project.config import SPLITS, OtherDatabase, ProjectConfig, ProjectSettings, Split
@@ -43,10 +50,16 @@ from retro_mcore.retrieval.removed import INPUT
 from retro_mcore.retrieval.rerank import save_token_counts
 from retro_mcore.samples.project_samples import numbers_in_database, remove_truncated_cache
 from retro_mcore.stages.configuration import Project, project_paths
-from retro_mcore.stages.embedding_choice import explicit_precision
+from retro_mcore.stages.cut_chunks import warn_of_cut_chunks
+from retro_mcore.stages.embedding_choice import Batches, explicit_precision
 from retro_mcore.stages.extended_search import OldNeighbors, find_old_neighbors
 from retro_mcore.stages.previous_search import PreviousNeighbors, find_previous_neighbors
-from retro_mcore.stages.query_options import database_digests, options_of
+from retro_mcore.stages.query_options import (
+    database_digests,
+    is_begun,
+    options_of,
+    possible_batches,
+)
 from retro_mcore.stages.query_tables import QueryTable, database_tables, sample_tables
 from retro_mcore.stages.stored_vectors import held_out_vectors
 from retro_mcore.time_limit import DataTimeLimit
@@ -77,8 +90,10 @@ class QueryNeighborsConfig(DataTimeLimit):
     """Sort the candidates by the distances of the stored vectors, so that a compressed index gives
     the exact order. Reads the embeddings of build_index (default: only if build_index was run with
     --rescore)."""
-    embed_batch_size: int = 16
-    """Chunks per forward pass of the embedder."""
+    embed_batch_size: int | None = None
+    """Chunks per forward pass of the embedder (default: the search's own if it was begun before,
+    otherwise as the database was embedded, in chunks or in tokens). "static" and "lexical" have
+    none."""
     embed_batch_tokens: int | None = None
     """Tokens per forward pass of the embedder, padding included, instead of a number of chunks."""
     embed_precision: Precision | None = None
@@ -235,9 +250,25 @@ class _Run:
             searched.pop(INPUT, None)
         self._inputs = {**own, **searched}
         self._tag = "" if other is None else f"_{fingerprint_of(searched)[:8]}"
-        self._options = options_of(config, self._search, self._num_query, self._precision)
         order = _order_of_search(paths, self._record, self._search)
         self._in_list_order = order is not None
+        possible = possible_batches(config, self._search, self._record, STAGE)
+        for batches in possible:
+            self._take(batches, order, own, found_in)
+            if len(possible) == 1 or self._is_begun():
+                return
+        self._take(possible[0], order, own, found_in)
+
+    def _take(
+        self,
+        batches: Batches,
+        order: str | None,
+        own: Mapping[str, str],
+        found_in: ProjectPaths | None,
+    ) -> None:
+        """Take options with these batches, and what the search goes on from."""
+        config, self._batches = self._config, batches
+        self._options = options_of(config, self._search, self._num_query, self._precision, batches)
         if order is not None:
             self._options[_ORDER] = order
         self._old: OldNeighbors | None = None
@@ -248,9 +279,17 @@ class _Run:
             self._follow(found_in, own)
             return
         # A GPU may probe other lists than the CPU, so that the nearest of both are not the nearest.
-        if self._aligned and other is not None and not (config.faiss_gpu and num_gpus()):
+        if self._aligned and self._other is not None and not (config.faiss_gpu and num_gpus()):
             self._old = find_old_neighbors(self._search, self._options, own)
         self._derive_fingerprint()
+
+    def _is_begun(self) -> bool:
+        """Whether files of this search are there, with its order or, from a GPU, without one."""
+        unordered = {name: value for name, value in self._options.items() if name != _ORDER}
+        made = check_stage(self._paths, self._record, unordered, self._inputs, self._output)
+        before = self._old or self._previous
+        made = made if before is None else fingerprint_of([made, before.fingerprint])
+        return is_begun(self._paths, {self._fingerprint, made})
 
     def _follow(self, found_in: ProjectPaths, own: Mapping[str, str]) -> None:
         """Go on from the current neighbors, unless the search has finished already."""
@@ -272,8 +311,11 @@ class _Run:
 
     def _check_options(self) -> str:
         """Compare options and inputs with an earlier run's. Returns their fingerprint."""
-        output = self._first_output() if self._other is None else self._paths.query / "none"
-        return check_stage(self._paths, self._record, self._options, self._inputs, output)
+        return check_stage(self._paths, self._record, self._options, self._inputs, self._output)
+
+    @property
+    def _output(self) -> Path:
+        return self._first_output() if self._other is None else self._paths.query / "none"
 
     def run(self) -> QueryNeighborsReport:
         """Search all splits, and record them in the project."""
@@ -292,9 +334,10 @@ class _Run:
         directories: dict[str, str | None] = dict.fromkeys(SPLITS)
         for table in self._tables():
             directories[table.split] = self._query(table, report)
+        warn_of_cut_chunks(STAGE, report.counts, max_tokens)
         with raise_together():
             if get_rank() == 0:
-                self._finish(report.counts, directories)
+                self._finish(report, directories)
         barrier()
         return report
 
@@ -303,7 +346,11 @@ class _Run:
         config, search = self._config, self._search
         device = str(choose_device(config.device))  # type: ignore[arg-type]
         embedder = search.load_embedder(
-            config.embed_batch_size, device, self._precision, config.embed_batch_tokens
+            self._batches.size,
+            device,
+            self._precision,
+            self._batches.tokens,
+            compare=is_first_on_host(),
         )
         ends = search.source_settings.document_ends
         self._embedder = ChunkEmbedder(self._tokenizer, embedder, ends)
@@ -396,13 +443,13 @@ class _Run:
         files = [file for name in names for file in sorted((query / name).glob("*.hdf5"))]
         return files[0] if files else query / "none"
 
-    def _finish(
-        self, counts: Mapping[Split, QueryCounts], directories: dict[str, str | None]
-    ) -> None:
+    def _finish(self, report: QueryNeighborsReport, directories: dict[str, str | None]) -> None:
         """Record the neighbors in the project, on rank 0."""
         counted: dict[str, Any] = {
-            split: asdict(found) for split, found in counts.items() if found.chunks
+            split: asdict(found) for split, found in report.counts.items() if found.chunks
         }
+        finished = bool(recorded_options(self._paths, self._record))
+        searched_now = not finished or any(files.built for files in report.reports.values())
         finish_stage(
             self._paths,
             self._record,
@@ -423,6 +470,8 @@ class _Run:
             settings.num_neighbors_save = self._config.num_neighbors_save
             settings.rerank = self._config.rerank
             settings.rescore = self._config.rescore
+            if searched_now:
+                settings.faiss_gpu = self._config.faiss_gpu
             settings.save(self._paths.root)
         else:
             place = _place(self._search.source, self._paths)

@@ -147,8 +147,8 @@ def _preprocessing(
     if config.train_epochs is not None:
         given["train_samples"] = None
     kept = {name: recorded.get(flag_of(name)) for name in [*names, "retro_block_size"]}
-    if kept["train_epochs"] is None:  # recorded only if it decided the number of samples
-        del kept["train_epochs"]
+    if config.train_samples is not None:
+        kept["train_epochs"] = None
     return PreprocessCorpusConfig(
         input=list(recorded["--input"]),
         retro_chunk_length=project.retro_gpt_chunk_length,

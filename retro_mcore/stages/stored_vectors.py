@@ -112,4 +112,5 @@ def way_of_embedding(paths: ProjectPaths) -> list[object]:
     if settings.embedder == LEXICAL_EMBEDDER:
         weights = digest_of(paths.lexical_weights)
     length = ProjectConfig.load(paths.root).retro_gpt_chunk_length
-    return [options, settings.document_ends, weights, length]
+    digests = [settings.embedder_digests] if settings.embedder_digests else []
+    return [options, settings.document_ends, weights, length, *digests]

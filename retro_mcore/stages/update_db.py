@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from retro_mcore.distributed import barrier, get_rank, initialize, raise_together
-from retro_mcore.errors import ConfigurationError, ProjectError
+from retro_mcore.errors import (
+    ConfigurationError,
+    ProjectError,
+    check_all,
+    flag_of,
+    raise_problems,
+    too_small,
+)
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.lock import stage_lock
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import stage_report
 from retro_mcore.retrieval.database import ChunkDatabase
+from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY
 from retro_mcore.stages import build_db, build_index, query_neighbors
 from retro_mcore.stages.configuration import Project, project_paths, recorded_config
 from retro_mcore.stages.database_fit import check_database_fits
 from retro_mcore.stages.derived_databases import append_documents, compact_database
+from retro_mcore.stages.embedding_choice import explicit_precision
 from retro_mcore.stages.removal import RemovalReport, read_names, remove_documents
 from retro_mcore.time_limit import DataTimeLimit
 
 STAGE = "update_db"
+_LEAST = {
+    "num_neighbors_query": 1,
+    "num_neighbors_save": 1,
+    "embed_batch_size": 1,
+    "embed_batch_tokens": 1,
+}
+#: Options that say how documents of --append are read.
+_OF_APPENDED = ("json_keys", "id_key", "clean_text")
+#: Options of a search of all chunks.
+_OF_SEARCH = ("num_neighbors_query", "num_neighbors_save")
 
 
 @dataclass(kw_only=True)
@@ -54,11 +73,23 @@ class UpdateDbConfig(DataTimeLimit):
     num_neighbors_save: int | None = None
     """Neighbors to save per chunk (default: as before)."""
     embed_batch_size: int | None = None
-    """Chunks per forward pass of the embedder (default: as before)."""
+    """Samples' chunks per forward pass of the embedder (default: as before, in chunks or in
+    tokens)."""
+    embed_batch_tokens: int | None = None
+    """Tokens of the samples' chunks per forward pass, padding included, instead of a number of
+    chunks (default: as before)."""
+    embed_precision: Precision | None = None
+    """Precision that the samples' chunks are embedded in: fp32, fp16, bf16 or int8 (default: as
+    before); see build_index."""
     embed_fp16: bool = False
-    """Embed the samples' chunks in half precision, on a GPU, even if they were not before."""
+    """The same as --embed-precision fp16."""
     device: str = "auto"
     """Device of the embedder: auto, cpu or cuda."""
+    faiss_gpu: bool | None = None
+    """Use GPUs if Faiss supports them (default: as build_index and query_neighbors did)."""
+    verify: bool = False
+    """Verify the checksums of all files that are read, however large (default: up to 8 GiB per
+    process)."""
 
 
 #: Report of a stage run by update_db.
@@ -116,7 +147,7 @@ def run(
     paths = project_paths(project)
     with stage_lock(paths, STAGE):
         with raise_together():
-            _check(config)
+            _check(config, paths)
             project_config = ProjectConfig.load(paths.root)
             if not _has_neighbors(paths, project_config):
                 raise ProjectError(
@@ -165,31 +196,54 @@ def _has_neighbors(paths: ProjectPaths, config: ProjectConfig) -> bool:
     )
 
 
-def _check(config: UpdateDbConfig) -> None:
+def _check(config: UpdateDbConfig, paths: ProjectPaths) -> None:
+    check_all(
+        lambda: raise_problems(list(_problems(config, paths))),
+        lambda: explicit_precision(config.embed_precision, config.embed_fp16),
+    )
+
+
+def _problems(config: UpdateDbConfig, paths: ProjectPaths) -> Iterator[ConfigurationError]:
     if config.append and config.exchange is not None:
-        raise ConfigurationError(
+        yield ConfigurationError(
             "--append and --exchange", "both given", "Give new documents, or another project"
         )
     removes = bool(config.remove) or config.remove_file is not None or config.compact
     adds = bool(config.append) or config.exchange is not None
     if not removes and not adds:
-        raise ConfigurationError(
+        yield ConfigurationError(
             "--append and --exchange",
             "neither given, nor --remove or --compact",
             "Give new documents, another project, or documents to remove",
         )
     if removes and adds:
-        raise ConfigurationError(
+        yield ConfigurationError(
             "--remove and --compact",
             f"given with {'--append' if config.append else '--exchange'}",
             "Run update_db twice",
         )
-    if removes and (config.num_neighbors_query or config.num_neighbors_save):
-        raise ConfigurationError(
-            "--num-neighbors-query and --num-neighbors-save",
-            "given with --remove or --compact",
-            "Leave them out: most neighbors stay as they were searched",
+    yield from too_small(config, _LEAST)
+    if config.embed_batch_size is not None and config.embed_batch_tokens is not None:
+        yield ConfigurationError(
+            "--embed-batch-tokens", "given with --embed-batch-size", "Give one of them"
         )
+    returns = config.exchange is not None and ProjectPaths(config.exchange).root == paths.root
+    if (removes or returns) and (given := _given(config, _OF_SEARCH)):
+        what = "--remove or --compact" if removes else "--exchange of the project itself"
+        yield ConfigurationError(
+            given,
+            f"given with {what}",
+            "Leave it out: most neighbors stay as they were searched",
+        )
+    if not config.append and (given := _given(config, _OF_APPENDED)):
+        yield ConfigurationError(
+            given, "given without --append", "Leave it out: no documents are read"
+        )
+
+
+def _given(config: UpdateDbConfig, names: tuple[str, ...]) -> str:
+    """The flags among `names` that are given; empty if none is."""
+    return " and ".join(flag_of(name) for name in names if getattr(config, name))
 
 
 def _switch(
@@ -263,12 +317,21 @@ def _query_config(
         or before.num_neighbors_save,
         rerank=settings.rerank,
         rescore=settings.rescore,
-        embed_batch_size=config.embed_batch_size or before.embed_batch_size,
-        embed_batch_tokens=None if config.embed_batch_size else before.embed_batch_tokens,
-        embed_precision=None if config.embed_fp16 else before.embed_precision,
-        embed_fp16=config.embed_fp16 or before.embed_fp16,
+        embed_batch_size=config.embed_batch_size,
+        embed_batch_tokens=config.embed_batch_tokens,
+        **_precision(config, before),
         device=config.device,
+        faiss_gpu=settings.faiss_gpu if config.faiss_gpu is None else config.faiss_gpu,
+        verify=config.verify,
     )
+
+
+def _precision(
+    config: UpdateDbConfig, before: query_neighbors.QueryNeighborsConfig
+) -> dict[str, Any]:
+    asked = config.embed_precision is not None or config.embed_fp16
+    chosen = config if asked else before
+    return {"embed_precision": chosen.embed_precision, "embed_fp16": chosen.embed_fp16}
 
 
 def _return(paths: ProjectPaths, config: ProjectConfig) -> None:

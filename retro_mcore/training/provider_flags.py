@@ -1,6 +1,7 @@
 """Retro's flags in Megatron-LM's parser, and checks of Megatron-LM's own flags.
 
-A Megatron-LM flag that would change the model or its data is honored or refused by name. Unknown
+The parser gets every option of our model that it lacks (`provider_options` passes them on). A
+Megatron-LM flag that would change the model or its data is honored or refused by name. Unknown
 flags are refused too, because new releases add flags. Releases differ in their arguments, so these
 are read with a default.
 """
@@ -28,14 +29,21 @@ from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import ConfigurationError, RetroError, check_all, flag_of, raise_problems
 from retro_mcore.model.config import RetroConfig
 from retro_mcore.model.expert_options import EXPERT_OPTIONS
+from retro_mcore.model.family_options import FamilyOptions
 from retro_mcore.model.option_traits import model_traits, names_there, out_of_range, stated
-from retro_mcore.model.options import DecoderOptions, ModelOptions, RetroOptions
+from retro_mcore.model.options import (
+    DecoderOptions,
+    ModelOptions,
+    RetroOptions,
+    problems_of_activations,
+)
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.training.loop.sample_reader import document_tokens, tokenizer_fingerprint
 from retro_mcore.training.options.model_sizes import padded_vocab_size
 from retro_mcore.training.options.noise import NeighborNoiseOptions
 from retro_mcore.training.options.pretrain import DataOptions
+from retro_mcore.training.setup.model_config import naming_flags
 
 #: Megatron-LM's arguments that the project fixes, and the project's keys for them.
 FIXED: dict[str, str] = {
@@ -54,22 +62,18 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     **{name: ((*_OFF, *neutral), _OTHER_MODEL) for name, neutral in LACKED.items()},
     **dict.fromkeys(
         (
-            *(
-                "window_size",
-                "window_attn_skip_freq",
-                "qk_clip",
-                "openai_gelu",
-                "fp4",
-                "use_kitchen_attention",
-            ),
+            *("qk_clip", "fp4", "use_kitchen_attention"),
             *("kitchen_config_file", "kitchen_recipe_number", "te_precision_config_file"),
             "use_legacy_models",
         ),
         (_OFF, _OTHER_MODEL),
     ),
     "position_embedding_type": ((None, "learned_absolute", "rope"), "Use one of these"),
-    # Muon would split the encoder's projections at the decoder's heads.
-    "optimizer": ((None, "adam", "sgd"), _ELSEWHERE),
+    "no_rope_freq": (_OFF, "Give the numbers of the layers: --no-rope-layers"),
+    "optimizer": (
+        (None, "adam", "sgd"),
+        f"{_ELSEWHERE}: Muon would split the encoder's projections at the decoder's heads here",
+    ),
     "transformer_impl": ((None, "local", "transformer_engine"), "Use one of these"),
     "context_parallel_size": ((None, 1), "Use tools/pretrain_retro.py, which divides samples"),
     **dict.fromkeys(("num_experts", "num_moe_experts"), (_OFF, _ELSEWHERE)),
@@ -91,16 +95,14 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "check_for_spiky_loss": (_OFF, "Leave it out: losses are only checked for being finite"),
     "full_validation": (_OFF, "Leave it out: Megatron-LM itself fails with these datasets"),
     "yaml_cfg": (_OFF, "Give flags: the file would overrule Retro's"),
-    # Such as muP: learning rates per parameter, which Megatron-LM's optimizer lacks.
     **{
-        name: (_OFF, _ELSEWHERE)
+        name: (_OFF, f"{_ELSEWHERE}: Megatron-LM would give all weights one learning rate")
         for name, traits in model_traits(ModelOptions).items()
         if traits.our_trainer
     },
 }
 
-#: Arguments that Retro in a pipeline refuses.
-REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
+_INTERLEAVED: dict[str, tuple[tuple[Any, ...], str]] = {
     # All boundaries of the interleaved schedule have one shape, which Megatron-LM's trainer sets.
     "virtual_pipeline_model_parallel_size": (
         (None, 1),
@@ -108,9 +110,12 @@ REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
         "--num-layers-per-virtual-pipeline-stage, give --pipeline-model-parallel-layout one stage "
         "per rank, or use tools/pretrain_retro.py, which interleaves",
     ),
+}
+#: Arguments that Retro in a pipeline refuses, here and in Megatron-Bridge.
+REFUSED_IN_PIPELINES: dict[str, tuple[tuple[Any, ...], str]] = {
     # Stages tell each other the shapes of what they send, which a graph cannot hold.
     "cuda_graph_impl": ((None, "none"), "Leave it out, or use one stage"),
-    # The copies of the embedding are copied and summed as whole tensors.
+    # Copies of the embedding are synchronized and summed as whole tensors.
     **dict.fromkeys(
         ("use_megatron_fsdp", "use_torch_fsdp2", "init_model_with_meta_device"),
         (_OFF, "Leave it out: --use-distributed-optimizer shards what an optimizer keeps"),
@@ -156,6 +161,7 @@ _FREE_FAMILIES = (
 _HONOURED = {
     *(set(names_there("config", DecoderOptions).values()) - set(EXPERT_OPTIONS)),
     *("num_query_groups", "ffn_hidden_size", "add_bias_linear"),
+    *("window_size", "window_attn_skip_freq"),
     *_FREE,
 }
 
@@ -174,12 +180,24 @@ def changed_fields(config: TransformerConfig, made: TransformerConfig) -> Iterat
             yield field.name
 
 
+#: Our window, which counts a position itself; Megatron's --window-size does not.
+WINDOW = "sliding_window"
+#: Options of the decoder that Megatron-LM's parser lacks.
+OURS = frozenset(
+    {name for name, traits in model_traits(DecoderOptions).items() if traits.ours_alone} | {WINDOW}
+)
+
 #: Flags given on the command line: flag and default, by the argument's name.
 _given: dict[str, tuple[str, Any]] = {}
 
 
+def is_given(name: str) -> bool:
+    """Whether the command line has the flag of an argument."""
+    return name in _given
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add Retro's flags: every --retro-* option of our model and of neighbor noise."""
+    """Add Retro's flags: the options of our model that the parser lacks, and of neighbor noise."""
     group = parser.add_argument_group("retro")
     group.add_argument("--retro-project-dir", required=True, help="Project directory.")
     group.add_argument("--retro-add-retriever", action="store_true",
@@ -189,16 +207,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     traits = model_traits(ModelOptions)
     for options in (ModelOptions, NeighborNoiseOptions):
         for field, keywords in _flags_of(options):
-            flags = [flag_of(field)]
-            flags = [*map(flag_of, traits[field].also), *flags] if field in traits else flags
-            group.add_argument(*flags, dest=field, **keywords)
+            also = traits[field].also if field in traits and field != WINDOW else ()
+            flags = [*map(flag_of, also), flag_of(field)]
+            there = [parser._option_string_actions.get(flag) for flag in flags]
+            if not any(action is not None and action.dest == field for action in there):
+                group.add_argument(*flags, dest=field, **keywords)
 
 
 def _flags_of(options: type) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Retro's fields of a dataclass, with the keywords of argparse's `add_argument`."""
+    """Fields of a dataclass that Megatron-LM lacks, with the keywords of `add_argument`."""
     kinds, texts = typing.get_type_hints(options), _docstrings(options)
     for field in dataclasses.fields(options):
-        if field.name.startswith("retro_"):
+        if field.name in OURS or field.name.startswith("retro_"):
             keywords = _keywords(kinds[field.name])
             text = texts.get(field.name, "").replace("%", "%%")
             yield field.name, {**keywords, "default": field.default, "help": text}
@@ -262,6 +282,7 @@ def project_arguments(directory: str | Path) -> dict[str, Any]:
     return {
         **fixed,
         "tokenizer_type": _TOKENIZER,
+        "use_tokenizer_model_from_checkpoint_args": False,  # ours name the project's
         "vocab_size": load_project_tokenizer(project, paths).vocab_size,
         "max_position_embeddings": project.retro_gpt_seq_length,
     }
@@ -313,10 +334,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     problems: list[RetroError] = [*_contradictions(args), *_refusals(args), *_unknown(args)]
     if getattr(args, "pipeline_model_parallel_size", 1) > 1 and args.retro_add_retriever:
-        problems += _refusals(args, REFUSED_IN_PIPELINES)
+        problems += _refusals(args, _INTERLEAVED | REFUSED_IN_PIPELINES)
     problems += _too_small(args)
-    if args.retro_add_retriever:
-        problems += out_of_range(args, RetroOptions)
+    problems += _of_model(args)
     noise = {f.name: getattr(args, f.name, 0.0) for f in dataclasses.fields(NeighborNoiseOptions)}
     if not args.retro_add_retriever:
         problems += [
@@ -325,10 +345,32 @@ def check_arguments(args: argparse.Namespace) -> None:
             if share
         ]
     options = NeighborNoiseOptions(**noise)
-    check_all(
-        partial(raise_problems, problems),
-        partial(options.check_neighbor_noise, no_retrieval=False),
-    )
+    with naming_flags():
+        check_all(
+            partial(raise_problems, problems),
+            partial(options.check_neighbor_noise, no_retrieval=False),
+        )
+
+
+def _of_model(args: argparse.Namespace) -> Iterator[RetroError]:
+    """Errors of our model's options."""
+    yield from out_of_range(args, FamilyOptions)
+    yield from problems_of_activations(args)
+    if args.retro_add_retriever:
+        yield from out_of_range(args, RetroOptions)
+    else:
+        for name, traits in model_traits(RetroOptions).items():
+            if traits.gpt == "same" and not traits.our_trainer and getattr(args, name):
+                found = f"{getattr(args, name)}, without --retro-add-retriever"
+                yield ConfigurationError(flag_of(name), found, "Add it, or leave this one out")
+    window, size = getattr(args, WINDOW), getattr(args, "window_size", None)
+    if window is not None and size is not None and tuple(size) != (window - 1, 0):
+        found = f"{window}, and --window-size {size}"
+        yield ConfigurationError(flag_of(WINDOW), found, "Give one of them")
+    without = window is None and size is None and not getattr(args, "use_checkpoint_args", False)
+    if without and getattr(args, "window_attn_skip_freq", None):
+        found = f"{args.window_attn_skip_freq} without --sliding-window"
+        yield ConfigurationError("--window-attn-skip-freq", found, "Add the window")
 
 
 def _contradictions(args: argparse.Namespace) -> Iterator[RetroError]:

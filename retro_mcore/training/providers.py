@@ -34,7 +34,6 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -45,15 +44,14 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.spec_utils import import_module
 from torch import Tensor
 
-from retro_mcore.checkpoint.contents import is_torch_dist, read_common
-from retro_mcore.checkpoint.files import existing_checkpoint
 from retro_mcore.distributed import print_error
 from retro_mcore.errors import EXIT_CODE, ConfigurationError, MissingDependencyError, RetroError
-from retro_mcore.model.config import RetroConfig, values_of_origin
+from retro_mcore.model.config import RetroConfig
+from retro_mcore.model.decoder_config import DecoderConfig
 from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.model import RetroModel
 from retro_mcore.model.option_traits import passed_to
-from retro_mcore.model.options import DecoderOptions, changed_defaults, with_unstated
+from retro_mcore.model.options import DecoderOptions
 from retro_mcore.model.pipeline import share_embedding
 from retro_mcore.model.specs import get_gpt_decoder_block_spec, get_retro_decoder_block_spec
 from retro_mcore.platform.compatibility import results_through_a_file, takes_configurations
@@ -69,6 +67,8 @@ from retro_mcore.training.provider_flags import (
     remember_given,
     set_tokenizer,
 )
+from retro_mcore.training.provider_options import configuration, settle_options
+from retro_mcore.training.setup.model_config import naming_flags
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -104,8 +104,8 @@ def model_provider(
         pre_process: Whether this stage embeds.
         post_process: Whether this stage computes logits.
         vp_stage: Virtual pipeline stage (the GPT's alone).
-        config: A RetroConfig (for the GPT, a TransformerConfig) to use instead of the arguments.
-            Passed by Megatron-LM from 0.17 on.
+        config: A RetroConfig (for the GPT, a DecoderConfig) to use instead of the arguments.
+            Others, such as Megatron-LM's own from 0.17 on, are not used.
         pg_collection: Process groups, passed by Megatron-LM from 0.17 on.
 
     In a pipeline all ranks must call this together.
@@ -116,12 +116,23 @@ def model_provider(
     args = _megatron().get_args()
     check_arguments(args)
     set_tokenizer(args)
+    settle_options(args)
     retrieves = args.retro_add_retriever
-    if retrieves:
-        for name, value in _unstated(args).items():
-            setattr(args, name, value)
-    if config is None or (retrieves and not isinstance(config, RetroConfig)):
-        config = _config(args)
+    with naming_flags():
+        if not isinstance(config, RetroConfig if retrieves else DecoderConfig):
+            config = configuration(args)
+        return _build(args, config, pre_process, post_process, vp_stage, pg_collection)
+
+
+def _build(
+    args: argparse.Namespace,
+    config: DecoderConfig,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+    pg_collection: Any,
+) -> DecoderModel:
+    retrieves = args.retro_add_retriever
     pipelined = retrieves and config.pipeline_model_parallel_size > 1
     if pipelined:
         config.variable_seq_lengths = True
@@ -146,46 +157,6 @@ def model_provider(
     pipeline = getattr(pg_collection, "pp", None)
     share_embedding(model, pipeline or parallel_state.get_pipeline_model_parallel_group())
     return model
-
-
-def _unstated(args: argparse.Namespace) -> dict[str, str]:
-    """Options that were not given and whose default changed: their values in the checkpoint to
-    load, which Megatron-LM does not compare, or those of a new model."""
-    saved = None
-    if getattr(args, "load", None):
-        checkpoint = existing_checkpoint(args.load, getattr(args, "ckpt_step", None))
-        if checkpoint is not None and is_torch_dist(checkpoint):
-            saved = read_common(checkpoint).get("args")
-    values = changed_defaults(args.retro_origin)
-    if getattr(saved, "retro_add_retriever", not getattr(saved, "no_retrieval", True)):
-        stated = {name: getattr(saved, name, None) for name in values}
-        values = with_unstated({name: value for name, value in stated.items() if value})
-    return {name: value for name, value in values.items() if getattr(args, name) is None}
-
-
-def _config(args: argparse.Namespace) -> Any:
-    from megatron.training.arguments import core_transformer_config_from_args
-
-    if not args.retro_add_retriever:
-        return core_transformer_config_from_args(args)
-    # Megatron-LM uses the arguments that have the names of the configuration's fields.
-    for name, value in _retro_fields(args).items():
-        setattr(args, name, value)
-    return core_transformer_config_from_args(args, RetroConfig)
-
-
-def _retro_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of the configuration without an argument: values of the origin, or defaults."""
-    defaults = {
-        field.name: field.default
-        for field in fields(RetroConfig)
-        if field.name.startswith("retro_") and getattr(args, field.name, 0) is None
-    }
-    if args.retro_origin is None:
-        return defaults
-    if args.retro_encoder_cross_attention_dropout is None:
-        defaults["retro_encoder_cross_attention_dropout"] = args.attention_dropout
-    return {**defaults, **values_of_origin(args.retro_origin)}
 
 
 def train_valid_test_datasets_provider(

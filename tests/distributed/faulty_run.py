@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,11 @@ from tests.unit.training.small import NO_DROPOUT, RandomSamples, small_trainer
 
 RANKS = 4
 SAVE_INTERVAL = 2
+#: Minutes until a silent rank counts as gone. Loaded machines answer late.
+LIMIT = 1.0
+#: Seconds after that within which the others have ended: half of it by the watch's own times
+#: (decision 0032), the rest for a slow machine. Without the limit they wait 10 minutes and more.
+MARGIN = 60.0
 _AGENTS_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -94,7 +100,9 @@ def train_and_report(options: TrainOptions) -> None:
 def start(
     folder: Path, fault: Fault, command: str, *flags: object, restarts: int = 0
 ) -> tuple[int, list[str]]:
-    """Run a command on four ranks; the job's exit code and each rank's output.
+    """Run a command on four ranks; the job's exit code, each rank's output, the launcher's report.
+
+    The other ranks must have ended `MARGIN` after the limit, as counted from the fault.
 
     Args:
         folder: For the output.
@@ -117,11 +125,12 @@ def start(
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL),
     )
     handlers = {number: signal.getsignal(number) for number in _AGENTS_SIGNALS}
-    code = 0
+    flags = ("--distributed-timeout-minutes", LIMIT, *flags)
+    code, report = 0, ""
     try:
-        elastic_launch(config, rank_main)(fault, command, *map(str, flags))
+        elastic_launch(config, rank_main)(folder / "fault", fault, command, *map(str, flags))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
+        code, report = error.get_first_failure()[1].exitcode, str(error)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -129,11 +138,36 @@ def start(
     for rank in range(RANKS):
         files = sorted((folder / "logs").glob(f"*/*/{rank}/std*.log"))
         outputs.append("".join(file.read_text(encoding="utf-8") for file in files))
-    return code, outputs
+    if fault.kind != "none":
+        assert (folder / "fault").exists(), outputs  # else it ended before
+        elapsed = seconds_until_others_ended(folder, fault)
+        assert elapsed < 60 * LIMIT + MARGIN, (elapsed, outputs)
+    return code, [*outputs, report]
 
 
-def rank_main(fault: Fault, command: str, *flags: str) -> None:
-    """Run the command on this rank, and let it fail as soon as its progress is there."""
+def seconds_until_others_ended(folder: Path, fault: Fault) -> float:
+    """Seconds from the fault until the last word of another rank of the same attempt.
+
+    The job itself ends later: a launcher waits for a process that is stopped before it kills it.
+    """
+    words = [
+        file.stat().st_mtime
+        for rank in {*range(RANKS)} - {fault.rank}
+        for file in (folder / "logs").glob(f"*/attempt_0/{rank}/std*.log")
+    ]
+    assert len(words) == 2 * (RANKS - 1)
+    return max(words) - (folder / "fault").stat().st_mtime
+
+
+def rank_main(marker: Path, fault: Fault, command: str, *flags: str) -> None:
+    """Run the command on this rank, and let it fail as soon as its progress is there.
+
+    Args:
+        marker: Is written when the rank fails.
+        fault: What happens to which rank, and where.
+        command: As `start` takes it.
+        *flags: Its flags.
+    """
     torch.set_num_threads(1)
     update, done = progress.Progress.update, []
 
@@ -142,13 +176,18 @@ def rank_main(fault: Fault, command: str, *flags: str) -> None:
         here = int(os.environ["RANK"]) == fault.rank and str(self).startswith(fault.place)
         if here and not done and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             done.append(fault)
+            marker.touch()
             _fail(fault.kind)
 
     progress.Progress.update = update_and_fail  # type: ignore[method-assign]
-    if command == "train":
-        code = run_command(TrainOptions, train_and_report, flags)
-    else:
-        code = import_module(f"retro_mcore.cli.{command}").main(flags)
+    try:
+        if command == "train":
+            code = run_command(TrainOptions, train_and_report, flags)
+        else:
+            code = import_module(f"retro_mcore.cli.{command}").main(flags)
+    except Exception:
+        traceback.print_exc()  # as a program does; the agent keeps it from the output
+        raise
     if code:
         sys.exit(code)
 

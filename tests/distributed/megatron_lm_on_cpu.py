@@ -2,8 +2,9 @@
 
     python megatron_lm_on_cpu.py RUNS.json
 
-Each run has the flags of its command line. With "parse", the arguments are written as NAME.json,
-and nothing is trained. There is no `__main__` guard, as in many users' scripts.
+Each run has the flags of its command line. With "parse", the arguments are written as NAME.json and
+all flags of the parser as NAME.flags.json, and nothing is trained. There is no `__main__` guard, as
+in many users' scripts.
 """
 
 # ruff: noqa: E402 (the order matters here)
@@ -31,8 +32,16 @@ def call(run: dict) -> None:
         return
     from megatron.training.arguments import parse_args
 
-    text = json.dumps(vars(parse_args(extra_args_provider)), default=str)
+    parsers: list = []
+
+    def provider(parser):
+        parsers.append(extra_args_provider(parser))
+        return parsers[0]
+
+    text = json.dumps(vars(parse_args(provider)), default=str)
     Path(f"{run['name']}.json").write_text(text, encoding="utf-8")
+    flags = json.dumps([*parsers[0]._option_string_actions])
+    Path(f"{run['name']}.flags.json").write_text(flags, encoding="utf-8")
 
 
 run_all(sys.argv[1], call)

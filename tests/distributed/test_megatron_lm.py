@@ -52,7 +52,12 @@ OPTIONS = """--retro-attention-gate 0.5 --retro-num-neighbors 1 --retro-num-retr
 --retro-encoder-input normed --retro-encoder-rotary-scaling --retro-cross-attention-keys previous
 --retro-cross-attention-positions rotary --retro-deepnorm --retro-mup-base-hidden-size 16
 --retro-mup-base-kv-channels 8 --retro-origin legacy --retro-drop-chunks 0.1
---retro-drop-neighbors 0.2 --retro-replace-neighbors 0.3 --retro-replace-tokens 0.4"""
+--retro-drop-neighbors 0.2 --retro-replace-neighbors 0.3 --retro-replace-tokens 0.4
+--geglu --sublayer-norms both --qk-layernorm-over all_heads --parallel-residual
+--embedding-multiplier 2 --residual-multiplier 3 --logits-scaling 4 --softmax-scale 0.5
+--attention-softcap 6 --logit-softcap 7 --no-rope-layers 1 2 --rotary-frequencies 1 0.5
+--rotary-attention-factor 1.5 --rotary-local-base 100 --rotary-local-layers 1
+--sliding-window 8"""
 #: Options that are trained with.
 TRAINED = {
     "retro_encoder_hidden_size": 16,
@@ -62,12 +67,52 @@ TRAINED = {
     "retro_deepnorm": True,
     "retro_drop_neighbors": 0.5,
 }
-ORIGIN = {"retro_origin": "mcore-0.15"}
+#: Of families such as Granite, OLMo and Phi, in a model as Megatron's Retro was.
+ORIGIN = {
+    "retro_origin": "mcore-0.15",
+    "normalization": "RMSNorm",
+    "openai_gelu": True,
+    "qk_layernorm": True,
+    "qk_layernorm_over": "all_heads",
+    "parallel_residual": True,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+    "no_rope_layers": [2],
+    "rotary_frequencies": [0.9, 0.2, 0.05, 0.01],
+    "rotary_attention_factor": 1.2,
+}
+#: Of families such as Gemma.
+FAMILY = {
+    "geglu": True,
+    "sublayer_norms": "both",
+    "embedding_multiplier": 5.5,
+    "softmax_scale": 0.2,
+    "attention_softcap": 2.0,
+    "logit_softcap": 3.0,
+    "rotary_local_base": 100,
+    "rotary_local_layers": [1],
+    "sliding_window": 8,
+    "window_attn_skip_freq": [1, 0],
+}
+#: Of them, those that learned positions allow.
+SCALES = "--embedding-multiplier 5.5 --residual-multiplier 0.4 --logit-softcap 3 --logits-scaling 2"
 
 
 def flags_of(options: dict[str, object]) -> str:
-    words = ([flag_of(n), *([] if v is True else [str(v)])] for n, v in options.items())
-    return " ".join(word for flag in words for word in flag)
+    return " ".join(word for n, value in options.items() for word in (flag_of(n), *words_of(value)))
+
+
+def words_of(value: object) -> list[str]:
+    if value is True:
+        return []
+    if value == FAMILY["window_attn_skip_freq"]:
+        return ["[1,0]"]  # Megatron-LM's form
+    return [*map(str, value)] if isinstance(value, list) else [str(value)]
+
+
+def ours(**changes):
+    """As `our_run`, for options that are lists."""
+    return our_run.__wrapped__(**changes)
 
 
 def run(name: str, flags: str, ranks: int = 1, retriever: bool = True, parse: bool = False):
@@ -78,21 +123,31 @@ def run(name: str, flags: str, ranks: int = 1, retriever: bool = True, parse: bo
 @pytest.fixture(scope="module")
 def trained(megatron, tmp_path_factory):
     """The folder of all runs: output by rank, checkpoints, exit codes."""
-    folder = tmp_path_factory.mktemp("megatron_lm")
+    folder, learned = tmp_path_factory.mktemp("megatron_lm"), f"{LEARNED} {SCALES}"
     runs = [
         run("retro", f"{SPEC} --train-iters 2 --save retro"),
         run("resumed", f"{SPEC} --train-iters 4 --load retro --save resumed {TP2}", ranks=2),
         run("stages", f"{SPEC} --train-iters 4 --load retro --save stages {PP2}", ranks=2),
-        run("new_stages", f"--train-iters 3 --save new_stages {PP2} {LEARNED}", ranks=2),
-        run("joined", f"--train-iters 3 --load new_stages --ckpt-step 2 {TP2} {LEARNED}", ranks=2),
+        run("new_stages", f"--train-iters 3 --save new_stages {PP2} {learned}", ranks=2),
+        run("joined", f"--train-iters 3 --load new_stages --ckpt-step 2 {TP2} {learned}", ranks=2),
         run("interleaved", f"--train-iters 2 {PP2} {VIRTUAL}", ranks=2),
         run("gpt", "--train-iters 2 --save gpt", retriever=False),
         run("parsed", f"--train-iters 2 {OPTIONS}", parse=True),
         run("options", f"--train-iters 1 {flags_of(TRAINED)}"),
         run("origin", f"--train-iters 1 {flags_of(ORIGIN)}"),
+        run("family", f"--train-iters 2 --save family {flags_of(FAMILY)}"),
+        run("gpt_family", f"--train-iters 2 --save gpt_family {flags_of(FAMILY)}", retriever=False),
+        run("taken", f"--train-iters 4 --load family --use-checkpoint-args {TP2}", ranks=2),
+        run("forgotten", f"--train-iters 4 --load family {TP2}", ranks=2),
+        run(
+            "from_ours",
+            f"--train-iters 1 --load ours --finetune --use-checkpoint-args {TP2}",
+            ranks=2,
+        ),
         run("refused", "--train-iters 2 --multi-latent-attention --retro-mup-base-hidden-size 8"),
     ]
     our_run()  # builds the caches of samples, which the runs share
+    ours(train_iters=1, save=str(folder / "ours"), **FAMILY)
     start(SCRIPT, runs, folder)
     return folder
 
@@ -144,7 +199,31 @@ def test_the_gpt_without_retrieval(trained):
 
 @pytest.mark.parametrize(("name", "options"), [("options", TRAINED), ("origin", ORIGIN)])
 def test_options_change_the_model_as_in_our_trainer(trained, name, options):
-    check_losses(output(trained, name), our_run(train_iters=1, **options).train_losses)
+    check_losses(output(trained, name), ours(train_iters=1, **options).train_losses)
+
+
+@pytest.mark.parametrize("name", ["family", "gpt_family"])
+def test_options_of_families_train_as_in_our_trainer(trained, name):
+    losses = ours(train_iters=2, no_retrieval=name == "gpt_family", **FAMILY).train_losses
+    check_losses(output(trained, name), losses)
+
+
+def test_options_are_taken_from_a_checkpoint(trained):
+    losses = ours(train_iters=4, **FAMILY).train_losses
+    check_losses(output(trained, "taken"), losses[2:], rel=5e-6)
+
+
+def test_options_that_differ_from_the_checkpoints_are_refused(trained):
+    text = output(trained, "forgotten", code=2)
+    for name, value in FAMILY.items():
+        assert f"{flag_of(name)}: " in text, name
+        assert f"the checkpoint to load was trained with {value}. Give" in text, name
+
+
+def test_a_checkpoint_of_ours_is_gone_on_from(trained):
+    load = {"load": str(trained / "ours"), "finetune": True}
+    expected = ours(train_iters=1, **load, **FAMILY).train_losses
+    check_losses(output(trained, "from_ours"), expected, rel=5e-6)
 
 
 def test_a_script_without_a_guard_saves(trained):
@@ -156,12 +235,13 @@ def test_a_script_without_a_guard_saves(trained):
 def test_every_option_of_ours_reaches_the_parser(trained):
     from retro_mcore.model.options import ModelOptions
     from retro_mcore.training.options.noise import NeighborNoiseOptions
+    from retro_mcore.training.provider_flags import OURS
 
     output(trained, "parsed")
     args = json.loads((trained / "parsed.json").read_text())
     for options in (ModelOptions, NeighborNoiseOptions):
         for field in fields(options):
-            if field.name.startswith("retro_"):
+            if field.name.startswith("retro_") or field.name in OURS:
                 assert args[field.name] not in (None, field.default), field.name
     assert args["retro_encoder_num_layers"] == 3
     assert args["retro_cross_attention_positions"] == "rotary"
@@ -169,15 +249,27 @@ def test_every_option_of_ours_reaches_the_parser(trained):
     assert args["tokenizer_type"] == "NullTokenizer"
 
 
+def test_every_option_of_the_model_has_a_flag(trained):
+    """Ours or Megatron-LM's; `check_arguments` refuses those that would not be computed."""
+    from retro_mcore.model.option_traits import model_traits
+    from retro_mcore.model.options import ModelOptions
+
+    flags = set(json.loads((trained / "parsed.flags.json").read_text()))
+    for name, traits in model_traits(ModelOptions).items():
+        assert flags & {*map(flag_of, (name, *traits.also))}, name
+
+
 def test_refusals_are_listed_in_one_line(trained):
     text = output(trained, "refused", code=2)
     assert "error: --multi-latent-attention: given. Leave it out" in text
-    assert "--retro-mup-base-hidden-size: 8" in text
+    assert "--retro-mup-base-hidden-size: 8. Leave it out, or use tools/pretrain_retro.py" in text
+    assert "Megatron-LM would give all weights one learning rate" in text
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("name", ["retro", "gpt"])
+@pytest.mark.parametrize("name", ["retro", "gpt", "stages", "family", "gpt_family"])
 def test_perplexity_is_that_of_the_converted_checkpoint(trained, tmp_path, name):
+    """The command loads by `session.load_model`, as generate, serve, evaluate_qa and lm_eval do."""
     from retro_mcore.cli.convert_checkpoint import ConvertCheckpointOptions, convert_checkpoint
     from retro_mcore.cli.evaluate_perplexity import EvaluatePerplexityOptions, evaluate_perplexity
 
@@ -208,6 +300,18 @@ def test_the_tokenizer_is_recorded(trained, name):
     tokenizer = load_project_tokenizer(project, ProjectPaths(directory))
     assert saved.arguments.vocab_size == tokenizer.vocab_size
     assert saved.entries["document_tokens"]["eod"] == tokenizer.eod
+
+
+@pytest.mark.parametrize("name", ["family", "gpt_family"])
+def test_a_checkpoint_states_the_options_of_its_model(trained, name):
+    """`SavedModel` is what every command of ours loads a model by."""
+    from retro_mcore.training.setup.load_model import SavedModel
+
+    output(trained, name)
+    saved = SavedModel.find(trained / name).arguments
+    assert {option: getattr(saved, option) for option in FAMILY} == FAMILY
+    assert not saved.swiglu
+    assert not saved.openai_gelu
 
 
 def test_our_trainer_goes_on_from_the_weights_alone(trained, tmp_path):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 from benchmarks.gpu_report.findings import Skipped
 
@@ -36,3 +40,21 @@ def is_skipped(setting, findings):
 
 def is_slow(setting, findings):
     time.sleep(600)
+
+
+def leaves_processes(setting, findings):
+    """As torchrun leaves ranks: one in a session of its own, and one that lost its parent."""
+    code = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', "
+    code += "'import time; time.sleep(600)'], start_new_session=True).pid, flush=True); "
+    launched = [
+        subprocess.Popen(
+            [sys.executable, "-c", code + last], stdout=subprocess.PIPE, start_new_session=True
+        )
+        for last in ("time.sleep(600)", "sys.exit()")
+    ]
+    ranks = [int(each.stdout.readline()) for each in launched]
+    launched[1].wait()
+    pids = json.dumps([launched[0].pid, *ranks])
+    Path(os.environ["PROCESSES"]).write_text(pids, encoding="utf-8")
+    if ending := os.environ["ENDING"]:
+        getattr(sys.modules[__name__], ending)(setting, findings)

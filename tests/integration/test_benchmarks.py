@@ -29,6 +29,17 @@ def test_indexes_are_compared_on_vectors_of_a_project(tmp_path, capsys):
     assert rows[0].recall == 1.0  # both lists are scanned
 
 
+@pytest.mark.parametrize(
+    ("together", "tokens", "computed"),
+    # One batch of 16 chunks; 9 tokens, and 1 twice; sorted apart, 9 tokens, 1 and 1.
+    [(3, 0, 27), (3, 8, 9 + 2), (2, 8, 9 + 1 + 1)],
+)
+def test_padding_is_counted_as_embedders_batch(together, tokens, computed):
+    from benchmarks.embedding import share_of_padding
+
+    assert share_of_padding([1, 9, 1], together, tokens) == pytest.approx(1 - 11 / computed)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_layout_is_compared_with_one_process():

@@ -174,6 +174,7 @@ def test_fewer_documents_are_searched_and_measured(options):
         ({"bootstrap": 10}, "--bootstrap: given with --protocol samples"),
         ({"protocol": "documents", "bootstrap": -1}, "--bootstrap: -1"),
         ({"leakage_alphas": [0.5]}, "--leakage-alphas: given without --leakage"),
+        ({"leakage_neighbors": 5}, "--leakage-neighbors: given without --leakage"),
         ({"leakage_alphas": [1.5]}, "--leakage-alphas: 1.5"),
         ({"protocol": "documents", "eval_iters": 1}, "--eval-iters: given with"),
         ({"protocol": "documents", "overlapping_eval": 10}, "--overlapping-eval: windows of 64"),

@@ -64,10 +64,26 @@ def test_the_package_s_own_requirements_are_collected(tmp_path, capsys):
     collect_all(options, index.download)
     names = {asked.split(">")[0].split("<")[0].split("=")[0] for asked in index.asked}
     assert {"megatron-core", "tyro", "h5py", "sentencepiece", "faiss-cpu"} <= names
-    assert not {"pyyaml", "torch"} & names
+    assert not {"pyyaml", "torch", "matplotlib"} & names
     assert index.asked[-1] == "megatron-core==0.15.3"
     assert (tmp_path / "wheels" / "retired" / "megatron-core-3-py3-none-any.whl").is_file()
     assert "--no-index" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_said_with_what_is_skipped_for_it(tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("torch==2.13\nhf_xet==1.0\nfaiss_gpu==1.14\n")
+    options = Options(tmp_path / "wheels", installed=tmp_path / "list.txt", also=[])
+    collect_all(options, Index().download)
+    printed = capsys.readouterr().out
+    assert "Left out: matplotlib.\n" in printed  # hf-xet is there
+    assert "has transformer-engine, it skips transformer_engine, fp8, a part of att" in printed
+    assert "has transformers, it skips embedding." in printed
+    assert "faiss-gpu" not in printed
+    collect_all(Options(tmp_path / "others", leave_out=[]), Index().download)
+    printed = capsys.readouterr().out
+    assert "Left out" not in printed
+    assert "has faiss-gpu or faiss-gpu-cuvs, it skips a part of faiss." in printed
+    assert "has transformers" not in printed
 
 
 def test_too_large_a_collection_is_refused(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLURM, KUBERNETES = ROOT / "examples" / "slurm", ROOT / "examples" / "kubernetes"
 SCRIPTS = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh")])
 MANIFESTS = {
-    "data-stages": ["Job"] * 4,
+    "data-stages": ["Job"] * 5,
     "pretrain-pytorchjob": ["PyTorchJob"],
     "pretrain-trainjob": ["TrainingRuntime", "TrainJob"],
 }
@@ -68,8 +67,6 @@ def start(script: str, *words: str, **variables: str) -> subprocess.Popen:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_valid(script):
     subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "--severity=warning", script], check=True)
 
 
 def test_a_job_of_an_array_takes_its_share(tools):
@@ -178,23 +175,3 @@ def test_manifests(name, monkeypatch):
 
 def test_every_manifest_is_tested():
     assert {path.stem for path in KUBERNETES.glob("*.yaml")} == MANIFESTS.keys()
-
-
-def test_the_dockerfile_copies_and_installs_what_exists():
-    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
-    for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE):
-        *sources, _ = line.split()
-        assert all((ROOT / source).exists() for source in sources), line
-    installed = re.findall(r"pip install (.*?)(?: && |$)", text, re.MULTILINE)
-    assert installed
-    project = (ROOT / "pyproject.toml").read_text()
-    extras = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    known = set(re.findall(r"^([\w-]+) = ", extras, re.MULTILINE))
-    for line in installed:
-        for word in shlex.split(line):
-            if match := re.fullmatch(r"\.\[(.*)\]", word):
-                assert set(match[1].split(",")) <= known
-            else:
-                assert f'"{word}' in project, f"{word} is no requirement of ours"
-    # What a step imports or runs must have been copied before it.
-    assert text.index("COPY retro_mcore") < text.index("pip install") < text.index("COPY . .")

@@ -40,7 +40,6 @@ LACKED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (),
     "mtp_num_layers": (),
     "apply_residual_connection_post_layernorm": (),
-    "softmax_scale": (),
     "softmax_type": ("vanilla",),
     "no_rope_freq": (),
     "attention_output_gate": (),
@@ -94,9 +93,10 @@ def flags_of_arguments(args: Namespace, source: object = "the checkpoint") -> Fl
         groups = values.get("num_query_groups") if values.get("group_query_attention") else None
         flags["num_query_groups"] = groups or flags["num_attention_heads"]
     # Megatron's fused GELU, its default, is the tanh approximation.
-    if values.get("bias_gelu_fusion") and not values.get("swiglu"):
+    others = ("swiglu", "geglu", "squared_relu")
+    if values.get("bias_gelu_fusion") and not any(values.get(name) for name in others):
         flags["openai_gelu"] = True
-    return {**flags, **_window_flags(values, source)}
+    return {**flags, **window_flags(values, source)}
 
 
 def _expert_flags(flags: Flags, values: Mapping[str, Any], source: object) -> Flags:
@@ -118,7 +118,7 @@ def _expert_flags(flags: Flags, values: Mapping[str, Any], source: object) -> Fl
     return flags
 
 
-def _window_flags(values: Mapping[str, Any], source: object) -> Flags:
+def window_flags(values: Mapping[str, Any], source: object) -> Flags:
     """The window: Megatron counts the tokens before a position, we count the position too.
 
     Raises:

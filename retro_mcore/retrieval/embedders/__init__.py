@@ -14,9 +14,10 @@ from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.embedders import static_models
 from retro_mcore.retrieval.embedders.base import (
-    AUTOMATIC_BATCH_TOKENS,
     BATCH_SIZE,
+    CPU_BATCH_TOKENS,
     DEFAULT_EMBEDDER,
+    GPU_BATCH_TOKENS,
     LEXICAL_EMBEDDER,
     Embedder,
     Encoder,
@@ -70,7 +71,7 @@ def default_precision(name: str, device: str) -> Precision:
 
 
 def default_batch_tokens(name: str, device: str) -> int | None:
-    """Tokens of a batch in a new project: for an encoder on a CPU; None: batches of 16 texts.
+    """Tokens of a batch in a new project, for an encoder; None: batches of 16 texts.
 
     A hub name may stand for any kind of model, also for one that counts no tokens.
 
@@ -79,15 +80,24 @@ def default_batch_tokens(name: str, device: str) -> int | None:
         device: "auto", "cpu" or "cuda".
     """
     is_known = name == DEFAULT_EMBEDDER or Path(name).is_dir()
-    known_encoder = is_known and _is_encoder(name)
-    return AUTOMATIC_BATCH_TOKENS if known_encoder and chooses_cpu(device) else None
+    if not (is_known and _is_encoder(name)):
+        return None
+    return CPU_BATCH_TOKENS if chooses_cpu(device) else GPU_BATCH_TOKENS
+
+
+def takes_batches(name: str) -> bool:
+    """Whether an embedder runs a model on batches of texts; lexical and static ones do not."""
+    return _is_registered(name) or not (name == LEXICAL_EMBEDDER or static_models.is_static(name))
 
 
 def _is_encoder(name: str) -> bool:
     """Whether a name stands for a sentence-transformers or Hugging Face encoder."""
-    is_registered = any(is_of_kind(name) for is_of_kind, _ in _registered)
-    is_model = static_models.begins_with_transformer(name) and not static_models.is_static(name)
-    return is_model and not is_registered and name != LEXICAL_EMBEDDER
+    is_model = static_models.begins_with_transformer(name) and takes_batches(name)
+    return is_model and not _is_registered(name)
+
+
+def _is_registered(name: str) -> bool:
+    return name != LEXICAL_EMBEDDER and any(is_of_kind(name) for is_of_kind, _ in _registered)
 
 
 def build_embedder(

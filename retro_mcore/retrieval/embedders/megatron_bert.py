@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from retro_mcore.checkpoint.checksums import verify_checkpoint
+from retro_mcore.checkpoint.checksums import CHECKSUMS_FILE, verify_checkpoint
 from retro_mcore.checkpoint.contents import is_torch_dist, read_common
 from retro_mcore.checkpoint.tracker import tracked_checkpoint
 from retro_mcore.errors import CheckpointError, TokenizerError
@@ -76,6 +76,7 @@ class MegatronBertEmbedder(Encoder):
         self.dimension = int(arguments["hidden_size"])
         own = [folder / "vocab.txt" for folder in (checkpoint, checkpoint.parent)]
         vocab = next((file for file in own if file.is_file()), None) or default_bert_vocab()
+        self.files = {"model": [*_files_of(checkpoint), Path(vocab)]}
         cased = arguments.get("tokenizer_type") == "BertWordPieceCase"
         try:
             self._tokenizer = load_word_piece(vocab, not cased)
@@ -131,6 +132,10 @@ def is_of_kind(name: str) -> bool:
 def build(name: str, batch_size: int, device: str | None, pooling: Pooling | None) -> Embedder:
     """The embedder of a checkpoint's folder; see `retrieval.embedders`."""
     return MegatronBertEmbedder(name, batch_size, device, pooling)
+
+
+def _files_of(checkpoint: Path) -> list[Path]:
+    return [file for file in checkpoint.iterdir() if file.is_file() and file.name != CHECKSUMS_FILE]
 
 
 def _no_arguments(checkpoint: Path) -> Any:

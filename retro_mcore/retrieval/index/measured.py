@@ -33,6 +33,8 @@ from retro_mcore.retrieval.index.training import has_graph, innermost, make_inde
 _RECALL_QUERIES, _CODED = 400, 16_384
 _PLACED, _PLACED_IN_ORDER = 2048, 16_384
 _ROUNDS = 3
+#: Searches of full breadth that `tune` takes: doubling takes about 3, bisection 5, efSearch 5.
+_TUNING_SEARCHES = 13
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class IndexRates:
 
     Attributes:
         trained: Training vectors, with the lists of the large index; None: nothing to train.
-        added: Vectors added, and compared with the held-out queries.
+        added: Vectors added, and compared with the held-out queries; with what tuning takes.
         queried: Chunks searched.
         nprobe: Lists that a search of the large index visits, as expected; None without lists.
     """
@@ -86,7 +88,8 @@ def measure_index_rates(
     string = automatic_string(code, lists)
     in_order = list_order_pays(string, probes)
     added, placed = _placing(vectors, string, lists, probes, in_order)
-    added = 1 / (1 / added + _comparing(vectors, num_queries(count)))
+    compared = _comparing(vectors, num_queries(count))
+    added = 1 / (1 / added + compared + _tuning(index, vectors, probes, num_queries(count)) / count)
     share = few / lists
     together = round(min(TOGETHER, count) * share) if in_order else _RECALL_QUERIES
     scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
@@ -145,6 +148,12 @@ def _comparing(vectors: np.ndarray, queries: int) -> float:
     return (
         _seconds(lambda: search(flat, few, max(RECALL_AT) + 1)) / len(vectors) * queries / len(few)
     )
+
+
+def _tuning(index: Any, vectors: np.ndarray, probes: int, queries: int) -> float:
+    """Seconds in which the held-out queries are searched until the breadth is found."""
+    once = _scanning(index, vectors, probes, max(RECALL_AT) + 1, _RECALL_QUERIES, False)
+    return _TUNING_SEARCHES * queries * once
 
 
 def _scanning(

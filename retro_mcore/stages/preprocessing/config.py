@@ -13,6 +13,7 @@ from retro_mcore.data.near_duplicates.options import LEAST_THRESHOLD, NearDuplic
 from retro_mcore.data.tokenizers.gguf import read_gguf_tokenizer
 from retro_mcore.data.tokenizers.loading import (
     TOKENIZER_TYPES,
+    GPT2BPETokenizer,
     GPTSentencePieceTokenizer,
     HuggingFaceTokenizer,
 )
@@ -32,6 +33,8 @@ _LEAST = {
     "tokenizer_training_documents": 1,
     "seed": 0,
 }
+_GPT2_FILES = ("vocab_file", "merge_file")
+_VOCAB_SIZE, _TRAINING_DOCUMENTS = 8192, 1_000_000
 
 
 @dataclass(kw_only=True)
@@ -66,11 +69,11 @@ class PreprocessCorpusConfig(DataTimeLimit):
     add_bos_token: bool | None = None
     """Begin every document, and later every prompt, with BOS (default: as the tokenizer does; for
     tokenized inputs: as they do)."""
-    vocab_size: int = 8192
-    """Vocabulary size of a trained tokenizer. Reduced for a small corpus."""
-    tokenizer_training_documents: int = 1_000_000
-    """Number of documents to train a tokenizer on, from the beginning of the inputs; at most 250
-    million characters of them are used."""
+    vocab_size: int | None = None
+    """Vocabulary size of a trained tokenizer (default: 8192). Reduced for a small corpus."""
+    tokenizer_training_documents: int | None = None
+    """Number of documents to train a tokenizer on, from the beginning of the inputs (default: a
+    million); at most 250 million characters of them are used."""
     bert_vocab_file: str | None = None
     """WordPiece vocabulary for counting the tokens of chunks (default: MiniLM's)."""
     samples: SampleLayout | None = None
@@ -95,8 +98,8 @@ class PreprocessCorpusConfig(DataTimeLimit):
     """Percentages of training, validation and test documents."""
     train_samples: int | None = None
     """Number of samples in the whole training (default: determined by --train-epochs)."""
-    train_epochs: float = 1.0
-    """Passes over the training documents, which determine the number of samples."""
+    train_epochs: float | None = None
+    """Passes over the training documents, which determine the number of samples (default: 1)."""
     global_batch_size: int = 8
     """Samples per training step."""
     eval_interval: int = 1000
@@ -112,6 +115,24 @@ class PreprocessCorpusConfig(DataTimeLimit):
     def trains_tokenizer(self) -> bool:
         """Whether no tokenizer is given, so that one is trained on the corpus."""
         return self.tokenizer_model is None and self.vocab_file is None
+
+    @property
+    def trained_vocab_size(self) -> int:
+        """Vocabulary size to train a tokenizer for."""
+        return _VOCAB_SIZE if self.vocab_size is None else self.vocab_size
+
+    @property
+    def training_documents(self) -> int:
+        """Number of documents to train a tokenizer on."""
+        given = self.tokenizer_training_documents
+        return _TRAINING_DOCUMENTS if given is None else given
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the training documents; None: the number of samples is given."""
+        if self.train_samples is not None:
+            return None
+        return 1.0 if self.train_epochs is None else self.train_epochs
 
     def chosen_tokenizer_type(self) -> str:
         """Type that is given, or inferred from the tokenizer's file.
@@ -173,8 +194,10 @@ def problems_of(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
     yield from near_duplicate_problems(config)
     if config.seed >= 1 << 32:
         yield ConfigurationError("--seed", str(config.seed), "Give less than 2^32")
-    if not 0 < config.train_epochs < math.inf:
+    if config.train_epochs is not None and not 0 < config.train_epochs < math.inf:
         yield ConfigurationError("--train-epochs", str(config.train_epochs), "Give more than 0")
+    if config.train_samples is not None and config.train_epochs is not None:
+        yield ConfigurationError("--train-samples and --train-epochs", "both given", "Give one")
     if config.samples not in (None, *get_args(SampleLayout)):
         yield ConfigurationError("--samples", repr(config.samples), "Choose aligned or packed")
     if not config.input:
@@ -189,12 +212,29 @@ def problems_of(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
             f"{weights} for {len(config.input)} inputs",
             "Give one positive weight per --input",
         )
-    if config.tokenizer_type is None and (config.vocab_file or config.merge_file):
+    yield from _tokenizer_problems(config)
+
+
+def _tokenizer_problems(config: PreprocessCorpusConfig) -> Iterator[RetroError]:
+    """Errors for options of the tokenizer that nothing would read."""
+    kind, unread = config.tokenizer_type, ""
+    if kind is None and (config.vocab_file or config.merge_file):
         yield ConfigurationError(
             "--vocab-file",
             "given without --tokenizer-type",
             "Add --tokenizer-type GPT2BPETokenizer",
         )
+        return
+    if kind in TOKENIZER_TYPES:
+        files = ("tokenizer_model",) if kind == GPT2BPETokenizer.name else _GPT2_FILES
+        unread = " and ".join(flag_of(name) for name in files if getattr(config, name) is not None)
+    if unread:
+        found = f"given with --tokenizer-type {kind}, which does not read it"
+        yield ConfigurationError(unread, found, "Leave it out")
+    for name in () if config.trains_tokenizer else ("vocab_size", "tokenizer_training_documents"):
+        if getattr(config, name) is not None:
+            found = "given with a tokenizer, so none is trained"
+            yield ConfigurationError(flag_of(name), found, "Leave it out")
 
 
 def text_options(config: PreprocessCorpusConfig) -> dict[str, object]:
@@ -204,13 +244,12 @@ def text_options(config: PreprocessCorpusConfig) -> dict[str, object]:
         TokenizerError: the tokenizer's type is unknown.
     """
     training = config.trains_tokenizer
-    documents = config.tokenizer_training_documents
     options: dict[str, object] = {
         "--input": [Path(source).name for source in config.input],
         "--json-keys": config.json_keys,
         "--tokenizer-type": config.chosen_tokenizer_type(),
-        "--vocab-size": config.vocab_size if training else None,
-        "--tokenizer-training-documents": documents if training else None,
+        "--vocab-size": config.trained_vocab_size if training else None,
+        "--tokenizer-training-documents": config.training_documents if training else None,
     }
     # Only if set, so that projects of versions without these flags stay valid.
     if config.clean_text:
@@ -270,7 +309,7 @@ def sample_options(config: PreprocessCorpusConfig) -> dict[str, object]:
         "--retro-chunk-length": config.retro_chunk_length,
         "--split": config.split,
         "--train-samples": config.train_samples,
-        "--train-epochs": None if config.train_samples else config.train_epochs,
+        "--train-epochs": config.epochs,
         "--global-batch-size": config.global_batch_size,
         "--eval-interval": config.eval_interval,
         "--eval-iters": config.eval_iters,

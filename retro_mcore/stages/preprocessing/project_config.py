@@ -160,11 +160,12 @@ def _check_numbers(made: ProjectConfig, config: PreprocessCorpusConfig) -> None:
 
 
 def _samples_of_epochs(config: PreprocessCorpusConfig, datasets: Sequence[TokenFile]) -> int:
-    """Number of samples for `train_epochs` passes over the training documents, in whole batches."""
+    """Number of samples for `epochs` passes over the training documents, in whole batches."""
+    assert config.epochs is not None
     tokens = 0
     for dataset in datasets:
         start, end = document_ranges(config.split, len(dataset))["train"]
         tokens += int(dataset.lengths[start:end].sum(dtype=np.int64))
-    samples = int(config.train_epochs * (tokens - 1) // config.seq_length)
+    samples = int(config.epochs * (tokens - 1) // config.seq_length)
     batch = config.global_batch_size
     return max(samples // batch, 1) * batch

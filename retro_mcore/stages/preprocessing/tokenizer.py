@@ -183,9 +183,11 @@ class TokenizerSetup:
     def _train(self) -> str:
         target = self.paths.tokenizer / "sentencepiece.model"
         if self._is_mine_to_write(target):
-            first = itertools.islice(self.corpora.texts(), self.config.tokenizer_training_documents)
+            first = itertools.islice(self.corpora.texts(), self.config.training_documents)
             with signed_write(target, self.fingerprint) as temporary:
-                train_sentencepiece(first_characters(first), self.config.vocab_size, temporary)
+                train_sentencepiece(
+                    first_characters(first), self.config.trained_vocab_size, temporary
+                )
         return self.paths.relative(target)
 
     def _is_mine_to_write(self, target: Path) -> bool:

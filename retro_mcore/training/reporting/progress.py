@@ -14,6 +14,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from retro_mcore.distributed import get_rank, get_world_size
+from retro_mcore.errors import MissingDependencyError
 from retro_mcore.logs import PRINTED
 from retro_mcore.progress import Progress
 from retro_mcore.training.loop.stragglers import SlowRank
@@ -235,7 +236,7 @@ class TrainingReporter:
         records = read_metrics(self._directory / METRICS_FILE)
         try:
             return draw_loss_curve(records, self._directory / LOSS_CURVE_FILE)
-        except OSError as error:
+        except (OSError, MissingDependencyError) as error:  # neither ends a trained run
             self._warn(f"the loss curve could not be written ({error})")
             return None
 

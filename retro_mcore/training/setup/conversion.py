@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retro_mcore.checkpoint.conversion.architecture import flags_of_weights
 from retro_mcore.checkpoint.conversion.formats import Checkpoint, open_checkpoint
-from retro_mcore.checkpoint.conversion.model_fields import END_TOKENS, Flags, Target
+from retro_mcore.checkpoint.conversion.model_fields import (
+    DECODER_FLAGS,
+    END_TOKENS,
+    MODEL_FIELDS,
+    Flags,
+    Target,
+)
 from retro_mcore.checkpoint.conversion.targets import (
     check_origin,
     check_window,
@@ -21,6 +28,7 @@ from retro_mcore.checkpoint.conversion.targets import (
 )
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.errors import CheckpointError
+from retro_mcore.model.expert_options import EXPERT_OPTIONS
 from retro_mcore.model.options import changed_defaults
 from retro_mcore.project.config import ProjectConfig
 from retro_mcore.project.lock import directory_lock
@@ -95,7 +103,11 @@ def convert(
     check_origin(target, flags, origin_given)
     dtype = next(iter(checkpoint.weights.values())).dtype
     flags |= {"bf16": str(dtype) == "torch.bfloat16", "fp16": str(dtype) == "torch.float16"}
-    notes = [*checkpoint.notes, *notes_on_target(target, flags)]
+    notes = [
+        *checkpoint.notes,
+        *_notes_on_defaults(checkpoint, flags, given),
+        *notes_on_target(target, flags),
+    ]
     with directory_lock(Path(save), "convert_checkpoint"):
         if target == "huggingface":
             how = huggingface or HuggingFaceOptions()
@@ -107,6 +119,24 @@ def convert(
     if project_dir is not None:
         notes += bos_notes(load, project_dir)
     return Conversion(checkpoint.source, path, number, flags, tuple(notes))
+
+
+def _notes_on_defaults(checkpoint: Checkpoint, flags: Flags, given: Flags) -> list[str]:
+    """A note on options that a checkpoint without arguments leaves open."""
+    states_all = checkpoint.source in ("huggingface", "gguf")
+    if states_all or vars(checkpoint.common.get("args") or Namespace()):
+        return []
+    shown = {*flags_of_weights(checkpoint.weights), *given, *EXPERT_OPTIONS}
+    assumed = [
+        f"{name} {flags[name]}"
+        for name in DECODER_FLAGS
+        if name not in shown and not MODEL_FIELDS[name].ours_alone and flags.get(name) is not None
+    ]
+    if not {"swiglu", "geglu", "openai_gelu", "squared_relu"} & given.keys():
+        assumed.append("the activation SiLU" if flags["swiglu"] else "the activation GELU")
+    if not assumed:
+        return []
+    return [f"no arguments are recorded: took {', '.join(assumed)} (else give --model-config)"]
 
 
 def _write(

@@ -149,7 +149,7 @@ def _decoder_fields(arguments: ModelArguments) -> dict[str, Any]:
         **window_fields(arguments.sliding_window, arguments.window_attn_skip_freq),
         **_expert_fields(arguments),
         **_initialization_fields(arguments),
-        **_activation_fields(arguments),
+        **activation_fields(arguments),
     }
 
 
@@ -182,7 +182,12 @@ def _expert_fields(arguments: ModelArguments) -> dict[str, Any]:
     }
 
 
-def _activation_fields(arguments: ModelArguments) -> dict[str, Any]:
+def activation_fields(arguments: Any) -> dict[str, Any]:
+    """The MLP's activation as Megatron states it.
+
+    Args:
+        arguments: An object that holds the options.
+    """
     if arguments.swiglu:
         return {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
     if arguments.geglu:

@@ -8,16 +8,17 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from retro_mcore.checkpoint.checksums import CHECKSUMS_FILE
-from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError
-from retro_mcore.model.options import CHANGED_DEFAULTS
+from retro_mcore.errors import CheckpointError, ConfigurationError, ProjectError, flag_of
+from retro_mcore.model.options import CHANGED_DEFAULTS, ModelOptions
 from retro_mcore.project.lock import directory_lock
 from tests.unit.checkpoint.bridge_checkpoint import give_bridges_configuration
 from tests.unit.checkpoint.test_upstream import load_case, run_case
@@ -394,7 +395,10 @@ def megatron_lm_arguments(path: Path, **changes) -> None:
 @pytest.mark.parametrize("name", CHANGED_DEFAULTS)
 @pytest.mark.parametrize("trainer", ["ours", "Megatron-LM's"])
 def test_models_from_before_a_default_changed_keep_theirs(one_step, tmp_path, trainer, name):
-    from retro_mcore.training.providers import _unstated
+    from retro_mcore.training import provider_options
+
+    def _unstated(args):
+        return provider_options._unstated(args, provider_options._saved(args))
 
     old, new = CHANGED_DEFAULTS[name]
     not_given = dict.fromkeys(CHANGED_DEFAULTS)
@@ -418,6 +422,65 @@ def test_models_from_before_a_default_changed_keep_theirs(one_step, tmp_path, tr
     )
     assert _unstated(Namespace(load=None, retro_origin=None, **not_given))[name] == new
     assert _unstated(Namespace(load=None, retro_origin="legacy", **not_given))[name] == old
+
+
+#: Options that show in no weight's shape, with another value than the default.
+UNSEEN = {
+    "softmax_scale": 0.5,
+    "embedding_multiplier": 2.0,
+    "no_rope_layers": [2],
+    "sliding_window": 8,
+    "window_attn_skip_freq": [1, 0],
+    "retro_num_neighbors": 1,
+    "retro_cross_attention_positions": "rotary",
+}
+
+
+def settled(load: Path, **given) -> Namespace:
+    """Megatron-LM's arguments, with these options given, after its provider has seen them."""
+    from retro_mcore.training import provider_flags, provider_options
+
+    options = {field.name: field.default for field in fields(ModelOptions)}
+    plain = {"retro_add_retriever": True, "ffn_hidden_size": 128, "window_size": None}
+    args = Namespace(**{**options, **plain, "load": str(load), **given})
+    provider_flags._given.clear()
+    provider_flags._given.update({name: (flag_of(name), None) for name in given})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provider_options, "check_arguments", lambda args: None)
+        provider_options.settle_options(args)
+    provider_flags._given.clear()
+    return args
+
+
+@pytest.mark.parametrize("trainer", ["ours", "Megatron-LM's"])
+def test_megatron_lm_takes_or_compares_options_that_no_weight_shows(one_step, tmp_path, trainer):
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    (path,) = tmp_path.glob("iter_*")
+    states = dict(UNSEEN)
+    if trainer == "ours":
+        (path / CHECKSUMS_FILE).unlink()
+    else:
+        states["window_size"] = (states.pop("sliding_window") - 1, 0)
+        megatron_lm_arguments(path, sliding_window=None)
+    saved = torch.load(path / "common.pt", weights_only=False)
+    saved["args"] = Namespace(**{**vars(saved["args"]), **states})
+    torch.save(saved, path / "common.pt")
+    taken = settled(tmp_path, use_checkpoint_args=True)
+    assert {name: getattr(taken, name) for name in UNSEEN} == UNSEEN
+    assert taken.window_size == (7, 0)
+    assert hasattr(taken, "bias_gelu_fusion") == (trainer == "ours")  # which is exact
+    given = {name: value for name, value in UNSEEN.items() if name != "softmax_scale"}
+    layers = vars(saved["args"])["retro_decoder_layers"]
+    for wrong in ({}, {"softmax_scale": 0.25, "use_checkpoint_args": True}):
+        with pytest.raises(ConfigurationError, match=r"trained with 0\.5") as error:
+            settled(tmp_path, retro_decoder_layers=layers, **given, **wrong)
+        assert len(error.value.problems) == 1, error.value
+
+
+def test_megatron_lm_does_not_go_on_from_retro_without_retrieval_unnoticed(one_step):
+    with pytest.raises(ConfigurationError, match="Add --retro-add-retriever, or --finetune"):
+        settled(one_step, retro_add_retriever=False)
+    settled(one_step, retro_add_retriever=False, finetune=True)
 
 
 def test_a_checkpoint_of_megatron_lm_is_read(one_step, tmp_path, caplog):
@@ -457,6 +520,37 @@ def test_a_model_of_megatron_bridge_is_read(one_step, tmp_path):
         (path / "run_config.yaml").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             built(tmp_path)
+
+
+def test_a_gpt_of_megatron_bridges_own_is_converted_with_its_options(megatron, tmp_path):
+    """Its recipes do not record what the model computes, as ours do."""
+    mistral(tmp_path / "mistral", rms_norm_eps=1e-6)
+    convert(tmp_path / "mistral", tmp_path / "theirs")
+    wanted, arguments = built(tmp_path / "theirs")
+    (path,) = (tmp_path / "theirs").glob("iter_*")
+    give_bridges_configuration(path)
+    provider = {"_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider"}
+    (path / "run_config.yaml").write_text(yaml.safe_dump({"model": provider}))
+    with pytest.raises(CheckpointError, match=r"does not record.*--model-config FILE, a YAML file"):
+        built(tmp_path / "theirs")
+    missing = r"does not say num_attention_heads, norm_epsilon, .*--model-config FILE"
+    with pytest.raises(CheckpointError, match=missing):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    names = ("num_attention_heads", "num_query_groups", "kv_channels", "norm_epsilon")
+    names += ("rotary_percent", "seq_length")
+    options = {name: getattr(arguments, name) for name in names}
+    options = {name: value for name, value in options.items() if value is not None}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(options))
+    file = str(tmp_path / "model.yaml")
+    result = convert(tmp_path / "theirs", tmp_path / "ours", model_config=file)
+    (note,) = result.notes
+    assert "no arguments are recorded: took" in note
+    assert "rotary_base 10000" in note
+    assert "the activation SiLU" in note
+    assert "norm_epsilon" not in note
+    model, found = built(tmp_path / "ours")
+    assert found.norm_epsilon == 1e-6
+    assert all(torch.equal(value, state(wanted)[name]) for name, value in state(model).items())
 
 
 def mistral(path, **changes):

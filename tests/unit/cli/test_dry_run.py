@@ -233,8 +233,56 @@ def test_a_simulated_step_is_printed_and_written(tmp_path):
     assert flops == pytest.approx(written["flops_per_token"] * 128, rel=0.1)
 
 
+GIB, TERA = 2**30, 1e12
+
+
+def published_steps():
+    """The simulated steps in examples/pretrain/README.md: rows by size, one of each stage."""
+    text = (ROOT / "examples/pretrain/README.md").read_text(encoding="utf-8")
+    table = text[text.index("| layout |") :].split("\n\n")[0].splitlines()
+    rows = {name: cells for name, *cells in map(cells_of, table)}
+    columns = {"843m": [0], "2b": [1], "8b": [2], "48b": [3, 4]}
+    return {
+        size: [{name: cells[place] for name, cells in rows.items()} for place in places]
+        for size, places in columns.items()
+    }
+
+
+def cells_of(line):
+    return [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
+
+
+def is_rounded(text, value):
+    """Whether a cell is a value, rounded."""
+    _, _, decimals = text.partition(".")
+    return abs(float(text) - value) < 0.501 * 10.0 ** -len(decimals)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_table_of_simulated_steps_fits_the_examples(size, megatron):
+    run = pretrain_retro(options_of(f"examples/pretrain/{size}.yaml", "--dry-run"))
+    options, stages = run.plan.options, published_steps()[size]
+    tensor, pipeline = options.tensor_model_parallel_size, options.pipeline_model_parallel_size
+    sizes = {"TP": tensor, "PP": pipeline, "DP": run.copies}
+    layout = " x ".join(f"{name}{number}" for name, number in sizes.items() if number > 1)
+    assert stages[0]["layout"] == layout
+    largest = max(stages, key=lambda rows: float(rows["memory"]))
+    for kind in ("weights", "gradients", "optimizer"):
+        assert is_rounded(largest[kind], getattr(run.memory, kind) / GIB)
+    # A formula per layer does not know where the peak is.
+    assert run.memory.total / GIB == pytest.approx(float(largest["memory"]), rel=0.05)
+    for rows in stages:
+        kinds = ("weights", "gradients", "optimizer", "activations", "temporary")
+        parts = sum(float(rows[kind]) for kind in kinds)
+        assert float(rows["memory"]) == pytest.approx(parts, abs=0.03)
+    operations = sum(float(rows["TFLOPs for a step"]) for rows in stages) * TERA
+    tokens = run.plan.global_batch_size * run.plan.sequence_length / run.copies
+    assert operations == pytest.approx(run.flops_per_token * tokens / tensor, rel=0.05)
+
+
 @pytest.mark.slow
 def test_the_estimate_is_near_a_simulated_step(tmp_path):
+    """Of the smallest example; the others' layers take minutes. The table has what they took."""
     config = ["--config", str(ROOT / "examples/pretrain/843m.yaml"), "--dry-run", "--simulate"]
     with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
         code, _ = pool.submit(run_main, [*config, "--json", str(tmp_path / "run.json")]).result()
@@ -245,6 +293,12 @@ def test_the_estimate_is_near_a_simulated_step(tmp_path):
         assert estimate[kind] == pytest.approx(stage["memory"][kind], rel=1e-5)
     # Kept and temporary memory together; a formula per layer does not know where the peak is.
     assert estimate["total"] == pytest.approx(stage["peak"], rel=0.05)
+    (rows,) = published_steps()["843m"]
+    for kind in ("weights", "gradients", "optimizer"):
+        assert is_rounded(rows[kind], stage["memory"][kind] / GIB)
+    assert is_rounded(rows["sent for a step: dp"], stage["sent"]["dp"] / GIB)
+    assert float(rows["memory"]) == pytest.approx(stage["peak"] / GIB, rel=0.05)
+    assert float(rows["TFLOPs for a step"]) == pytest.approx(stage["flops"] / TERA, rel=0.05)
 
 
 def run_main(flags):

@@ -40,9 +40,9 @@ def test_a_plan_is_shown_and_written(tmp_path, capsys):
 def test_rates_are_measured_on_a_projects_chunks(tmp_path):
     path = tmp_path / "plan.json"
     project = str(built_project())
-    given = {"project_dir": project, "device": "cpu", "json": str(path)}
+    given = {"project_dir": project, "json": str(path)}
     assert plan_scale(PlanScaleOptions("1M", **given)).query_chunks == 1e6 / 16  # its chunk length
-    plan_scale(PlanScaleOptions("1B", measure=True, **given))
+    plan_scale(PlanScaleOptions("1B", measure=True, device="cpu", **given))
     written = json.loads(path.read_text())
     with pytest.raises(ConfigurationError, match="--measure: no --project-dir"):
         plan_scale(PlanScaleOptions("1B", measure=True))
@@ -75,6 +75,34 @@ def test_numbers_that_cannot_be_are_refused():
     for hours in (0, math.inf, math.nan):
         with pytest.raises(ConfigurationError, match=rf"--hours: {hours}.*more than 0"):
             plan_scale(PlanScaleOptions("1B", hours=hours))
+
+
+@pytest.mark.parametrize(
+    ("given", "refusal"),
+    [
+        (
+            {"embedder": "static", "device": "cpu"},
+            "(?s)--embedder: given without .*--device: given",
+        ),
+        ({"retro_chunk_length": 64}, "--retro-chunk-length: 64, but it is 16"),
+        ({"embedding_dimension": 1024}, "--embedding-dimension: 1024, but it is 256"),
+        (
+            {"embedding_dimension": 512, "measure": True, "embedder": "minilm"},
+            "--embedding-dimension: 512, but it is 384",
+        ),
+        ({"gpus_per_node": -1}, "--gpus-per-node: -1"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(given, refusal):
+    """The project's chunk length and dimension replaced those that were given."""
+    with pytest.raises(ConfigurationError, match=refusal):
+        plan_scale(PlanScaleOptions("1M", project_dir=str(built_project()), **given))
+
+
+def test_what_agrees_with_the_project_is_no_problem():
+    options = PlanScaleOptions("1M", retro_chunk_length=16, embedding_dimension=256)
+    options.project_dir = str(built_project())
+    assert plan_scale(options).query_chunks == 1e6 / 16
 
 
 def test_the_planned_index_fits_the_memory(caplog):

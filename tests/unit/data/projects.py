@@ -39,7 +39,7 @@ def preprocess_options(project: Path, corpus: Path, **changes: object) -> Prepro
     values: dict = {
         "project_dir": str(project),
         "input": [str(corpus)],
-        "vocab_size": 500,
+        **({} if changes.get("tokenizer_model") else {"vocab_size": 500}),
         "samples": "packed",
         "seq_length": 64,
         "retro_chunk_length": 16,

@@ -193,16 +193,6 @@ def test_the_positions_of_roberta(tiny_bert):
     assert np.isfinite(embedder.embed(["word " * 700, "a"])).all()
 
 
-@pytest.mark.gpu
-def test_half_precision_on_a_gpu():
-    texts = ["A dog chases a cat.", "Interest rates rose."]
-    for pooling in (None, "mean", "cls"):
-        full = build_embedder("minilm", 2, "cpu", pooling).embed(texts)
-        half = build_embedder("minilm", 2, "cuda", pooling, precision="fp16").embed(texts)
-        assert half.dtype == np.float32
-        np.testing.assert_allclose(half, full, atol=2e-2)
-
-
 def test_a_project_with_the_lexical_embedder(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl", documents())
     project = tmp_path / "project"

@@ -1,7 +1,6 @@
 """Faiss on GPUs: what is sent there, with which options, and what the log says.
 
-There is no GPU here. The functions of Faiss's GPU build are replaced by ones that record their
-arguments and return a copy on the CPU.
+There is no GPU here, so `stand_in` replaces the functions of Faiss's GPU build.
 """
 
 from types import SimpleNamespace
@@ -24,44 +23,14 @@ from retro_mcore.retrieval.index.files import read_lists
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.training import has_graph
 from tests.unit.data.projects import write_rows
+from tests.unit.retrieval.gpu_build import GpuBuild, stand_in
 
 ROWS = np.random.default_rng(0).normal(size=(1200, 16)).astype(np.float32)
 
 
-class GpuBuild:
-    """Stands for the functions of Faiss's GPU build; `error` is raised instead of copying."""
-
-    def __init__(self) -> None:
-        self.options: list = []
-        self.graphs: list[bool] = []
-        self.error: Exception | None = None
-        self.cuvs = False
-
-    def cpu_to_gpu(self, resources, device, index, options):
-        self.options.append(options)
-        self.graphs.append(has_graph(index))
-        if self.error:
-            raise self.error
-        return faiss_library().clone_index(index)
-
-
 @pytest.fixture
 def build(monkeypatch) -> GpuBuild:
-    build, faiss = GpuBuild(), faiss_library()
-
-    def options() -> SimpleNamespace:
-        return SimpleNamespace(use_cuvs=build.cuvs, allowCpuCoarseQuantizer=False)
-
-    for name, function in (
-        ("get_num_gpus", lambda: 1),
-        ("StandardGpuResources", SimpleNamespace),
-        ("GpuClonerOptions", options),
-        ("index_cpu_to_gpu", build.cpu_to_gpu),
-        ("index_gpu_to_cpu", lambda index: index),
-    ):
-        monkeypatch.setattr(faiss, name, function, raising=False)
-    gpu.log_once.cache_clear()
-    return build
+    return stand_in(monkeypatch)
 
 
 @pytest.fixture

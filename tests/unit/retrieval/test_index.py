@@ -422,7 +422,7 @@ class TestAutomaticIndex:
         assert chosen.num_bytes <= memory
         assert recall.at[2] >= 0.95
 
-    def test_the_impossible_is_refused_with_the_nearest_possible(self, embeddings):
+    def test_the_impossible_is_refused_with_the_nearest_possible(self, embeddings, capfd):
         memory = self.uncompressed_bytes(embeddings) // 8
         with pytest.raises(ConfigurationError) as caught:
             choose_index(embeddings, memory, self.recall)
@@ -432,6 +432,8 @@ class TestAutomaticIndex:
         assert choose_index(embeddings, memory, lower).num_bytes <= memory
         with pytest.raises(ConfigurationError, match="hold no index; the smallest takes"):
             choose_index(embeddings, 1000, 0.1)
+        # Faiss warned of few vectors, once for each part of each code that was tried.
+        assert "clustering" not in capfd.readouterr().err
 
     def test_candidates_that_are_sorted_by_the_stored_vectors_need_small_codes(self, embeddings):
         memory = self.uncompressed_bytes(embeddings) // 8

@@ -7,11 +7,18 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from retro_mcore.cli import build_index, query_neighbors
 from retro_mcore.errors import ConfigurationError, MissingDependencyError
 from retro_mcore.project.config import ProjectSettings
-from retro_mcore.retrieval.embedders import build_embedder, onnx_body, precision
+from retro_mcore.retrieval.embedders import (
+    build_embedder,
+    default_batch_tokens,
+    default_precision,
+    onnx_body,
+    precision,
+)
 from retro_mcore.retrieval.embedders.base import batches_of_size, batches_of_tokens
 from retro_mcore.retrieval.retriever import Retriever
 from tests.unit.data.projects import built_project, forget_neighbors
@@ -21,6 +28,12 @@ TEXTS = ["A dog chases a cat.", "Interest rates rose again.", "", "x " * 40, "wo
 
 def processor(monkeypatch, *features: str) -> None:
     monkeypatch.setattr(precision, "processor_features", lambda: frozenset(features))
+
+
+def gpu(monkeypatch, has_bf16: bool) -> None:
+    """A GPU, as far as precisions ask for one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
 
 
 @pytest.fixture
@@ -81,6 +94,21 @@ def test_automatic_precision_is_bf16_where_it_is_fast(monkeypatch):
                                (("bf16",), "fp32")):  # fmt: skip
         processor(monkeypatch, *features)
         assert precision.automatic_precision("cpu") == expected
+
+
+@pytest.mark.parametrize(("has_bf16", "half"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_embeds_in_half_precision_in_large_batches(monkeypatch, tiny_bert, has_bf16, half):
+    gpu(monkeypatch, has_bf16)
+    processor(monkeypatch)
+    for device, expected in (("auto", half), ("cuda", half), ("cpu", "fp32")):
+        tokens = 1024 if device == "cpu" else 16_384
+        for name in ("minilm", tiny_bert):
+            assert default_precision(name, device) == expected
+            assert default_batch_tokens(name, device) == tokens
+        for name in ("lexical", "static"):
+            assert default_precision(name, device) == "fp32"
+            assert default_batch_tokens(name, device) is None
+    assert precision.obstacle(half, "cuda") is None
 
 
 @pytest.mark.parametrize("pooling", [None, "mean"])

@@ -6,14 +6,18 @@ import shutil
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from retro_mcore.cli import build_index, query_neighbors, update_db
 from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import recorded_options
-from retro_mcore.retrieval.embedders import default_precision
+from retro_mcore.retrieval.embedders import default_precision, precision
 from retro_mcore.retrieval.index import Embeddings
 from retro_mcore.retrieval.stored_types import StoredCounts, as_stored
+from retro_mcore.stages import build_index as build_stage
+from retro_mcore.stages import database_embedding
+from retro_mcore.stages import query_neighbors as query_stage
 from tests.unit.data.projects import built_project, forget_neighbors, write_rows
 
 
@@ -147,6 +151,57 @@ def test_new_aligned_projects_are_embedded_in_batches_of_tokens_on_a_cpu(
     other = ("--embed-batch-size", "16") if samples == "aligned" else ("--embed-batch-tokens", "64")
     assert run(project, *other) == 2
     assert "--embed-batch-tokens: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Embeds on a GPU, for which the CPU stands in, from the call of what this returns on."""
+
+    def begin(cpu_in_use: bool = False) -> None:
+        monkeypatch.setattr(build_stage, "is_cpu_in_use", lambda: cpu_in_use)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **given: True)
+        monkeypatch.setattr(precision, "processor_features", lambda: frozenset({"amx_bf16"}))
+        for stage in (database_embedding, query_stage):
+            monkeypatch.setattr(stage, "choose_device", lambda device: torch.device("cpu"))
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    ("samples", "cpu_in_use", "batches"),
+    [
+        ("aligned", False, {**IN_CHUNKS, "--embed-batch-tokens": 16_384}),
+        ("packed", False, IN_CHUNKS),
+        ("aligned", True, IN_TOKENS),
+    ],
+)
+def test_new_aligned_projects_take_a_gpus_defaults(
+    run, project, on_gpu, samples, cpu_in_use, batches
+):
+    """Not in a process whose models run on the CPU, so that its embedder does, too."""
+    without_index(project)
+    ProjectSettings(samples=samples).save(project)
+    on_gpu(cpu_in_use)
+    assert run(project) == 0
+    assert recorded(project) == batches
+    settings = ProjectSettings.load(project)
+    assert settings.embed_precision == ("bf16" if samples == "aligned" else "fp32")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_gpu_goes_on_with_what_was_embedded_as_before(run, project, on_gpu, finished):
+    """In fp32 and in 16 chunks, as versions before and packed projects do."""
+    before = ("--embed-precision", "fp32", "--embed-batch-size", "16")
+    steps = () if finished else ("--stage", "embed")
+    assert run(without_index(project), *before, *steps) == 0
+    (first, *_) = sorted(ProjectPaths(project).embeddings.glob("*.hdf5"))
+    written = first.stat().st_mtime_ns
+    on_gpu()
+    assert run(project) == 0
+    assert first.stat().st_mtime_ns == written
+    assert recorded(project) == IN_CHUNKS
+    assert ProjectSettings.load(project).embed_precision == "fp32"
 
 
 @pytest.mark.parametrize("given", [("--embed-batch-size", "3"), ("--embed-batch-tokens", "64")])

@@ -239,7 +239,18 @@ def test_a_dataset_of_hardly_any_weight(tmp_path, inputs, capsys):
         *(({"input_weights": [1.0, weight]}, "--input-weights") for weight in (math.nan, -1, 0)),
         *(({"input_weights": [weight] * 2}, "--input-weights") for weight in (math.inf, 1e308)),
         ({"input_weights": [1.0]}, "--input-weights"),
-        *(({"train_epochs": epochs}, "--train-epochs") for epochs in (math.nan, math.inf, 0, -1)),
+        *(
+            ({"train_samples": None, "train_epochs": epochs}, "--train-epochs")
+            for epochs in (math.nan, math.inf, 0, -1)
+        ),
+        ({"train_samples": 3, "train_epochs": 1.0}, "--train-samples and --train-epochs: both"),
+        ({"vocab_size": 400}, "--vocab-size: given with a tokenizer"),
+        ({"tokenizer_training_documents": 9}, "--tokenizer-training-documents: given with"),
+        (
+            {"tokenizer_type": "GPTSentencePieceTokenizer", "vocab_file": "a", "merge_file": "b"},
+            "--vocab-file and --merge-file: given with --tokenizer-type GPTSentence",
+        ),
+        ({"tokenizer_type": "GPT2BPETokenizer"}, "--tokenizer-model: given with --tokenizer-type"),
         *(({"split": f"{part},5,5"}, "--split") for part in ("nan", "inf", "-90", "", "89", "x")),
         ({"split": "90,nan,5"}, "--split"),
         ({"split": "100,-5,5"}, "--split"),

@@ -20,7 +20,7 @@ from retro_mcore.cli.update_db import UpdateDbOptions, update_db
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.document_ids import DocumentIds
 from retro_mcore.data.tokens.token_file import TokenFile
-from retro_mcore.errors import ConfigurationError, CorpusError, ProjectError
+from retro_mcore.errors import ConfigurationError, CorpusError, ProjectError, RetroError, flag_of
 from retro_mcore.evaluation.documents import (
     DocumentChunks,
     HeldOutDocuments,
@@ -188,39 +188,160 @@ def test_a_grown_project_of_before_is_read_as_its_origin(folder: Path) -> None:
     assert (reader.id_key, clean) == ("url", True)
 
 
+#: What a project may have been built with, by stage and option. Only how a run goes is not kept.
+KEPT: dict[str, dict[str, object]] = {
+    "build_db": {"retro_index_ntrain": 3, "retro_doc_block_size": 5},
+    "build_index": {
+        "embedder": "minilm",
+        "embedder_pooling": "cls",
+        "embed_precision": "bf16",
+        "embed_fp16": True,
+        "embed_batch_size": 3,
+        "embed_batch_tokens": 512,
+        "embeddings_dtype": "fp16",
+        "index": "IVF4,Flat",
+        "index_memory": "24G",
+        "index_recall": 0.9,
+        "nprobe": 2,
+        "ef_search": 9,
+        "on_disk": True,
+        "split_index": True,
+        "rescore": True,
+        "faiss_gpu": False,
+    },
+    "query_neighbors": {
+        "num_neighbors_query": 7,
+        "num_neighbors_save": 4,
+        "rerank": "bm25",
+        "rescore": True,
+        "embed_batch_size": None,  # the search itself goes on as before
+        "embed_batch_tokens": None,
+        "embed_precision": "bf16",
+        "embed_fp16": True,
+        "faiss_gpu": False,
+    },
+}
+OF_A_RUN = {"stage", "shard", "device", "verify", "distributed_timeout_minutes"}
+ASKED: dict[str, dict[str, object]] = {
+    "num_neighbors_query": {"num_neighbors_query": 9},
+    "num_neighbors_save": {"num_neighbors_save": 2},
+    "embed_batch_size": {"embed_batch_size": 5},
+    "embed_batch_tokens": {"embed_batch_tokens": 99},
+    "embed_precision": {"embed_precision": "fp32", "embed_fp16": False},
+    "embed_fp16": {"embed_fp16": True, "embed_precision": None},
+    "faiss_gpu": {"faiss_gpu": True},
+    "verify": {"verify": True},
+}
+
+
+@pytest.mark.parametrize("asked", [None, *ASKED])
+def test_a_project_is_updated_as_it_was_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None
+) -> None:
+    """A project of --num-neighbors-query 1000 was updated with 200, one of --no-faiss-gpu on the
+    GPU."""
+    project = folder / "project"
+    record_as_built(project)
+    given = recorded_runs(monkeypatch)
+    changed = {} if asked is None else ASKED[asked]
+    wanted = {} if asked is None else {asked: changed[asked]}
+    update_stage.run(project, UpdateDbConfig(append=[str(folder / "more.jsonl")], **wanted))
+    for stage, kept in KEPT.items():
+        kind = type(given[stage])
+        assert set(kept) == {field.name for field in dataclasses.fields(kind)} - OF_A_RUN
+        expected = dict(kept)
+        if stage == "query_neighbors":
+            expected |= changed
+        elif stage == "build_index":
+            expected |= {name: changed[name] for name in ("faiss_gpu", "verify") if name in changed}
+        assert {name: getattr(given[stage], name) for name in expected} == expected
+    grown = ProjectConfig.load(next((project / "updates").iterdir()))
+    before, after = vars(ProjectConfig.load(project)), vars(grown)
+    differ = {key for key in before if before[key] != after[key]}
+    assert differ <= {"retro_gpt_data_path", "retro_neighbor_dirs"}
+
+
+def record_as_built(project: Path) -> None:
+    """Record what `KEPT` says in a project that was built in another way."""
+    paths = ProjectPaths(project)
+    index, search = KEPT["build_index"], KEPT["query_neighbors"]
+    of_search = ("num_neighbors_query", "num_neighbors_save", "rerank", "rescore", "faiss_gpu")
+    dataclasses.replace(
+        ProjectSettings.load(project),
+        index_string=index["index"],
+        index_faiss_gpu=index["faiss_gpu"],
+        nprobe=index["nprobe"],
+        ef_search=index["ef_search"],
+        **{name: search[name] for name in of_search},
+    ).save(project)
+    for stage, options in KEPT.items():
+        record = json.loads(paths.stage_record(stage).read_text())
+        record["options"] |= {
+            flag_of(name): value for name, value in options.items() if name != "faiss_gpu"
+        }
+        paths.stage_record(stage).write_text(json.dumps(record))
+
+
+def recorded_runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """The configurations of the stages that update_db would run, by stage."""
+    given: dict[str, object] = {}
+    for stage, function in (
+        ("build_db", "run"),
+        ("build_index", "run"),
+        ("query_neighbors", "query_other_database"),
+    ):
+        monkeypatch.setattr(
+            f"retro_mcore.stages.{stage}.{function}",
+            lambda *arguments, stage=stage: given.update({stage: arguments[1]}),
+        )
+    return given
+
+
 @pytest.mark.parametrize(
-    ("chosen", "asked", "expected"),
+    ("given", "flags"),
     [
-        ({"query": 7}, {}, {"num_neighbors_query": 7, "num_neighbors_save": 5}),
-        ({}, {}, {"num_neighbors_query": None, "embed_batch_size": 16, "embed_fp16": False}),
-        ({"--embed-batch-size": 3, "--embed-fp16": True}, {}, {"embed_batch_size": 3}),
-        ({"--embed-fp16": True}, {}, {"embed_fp16": True}),
-        ({"query": 7}, {"num_neighbors_query": 9}, {"num_neighbors_query": 9}),
+        ({"index": "Flat", "nprobe": 2, "ef_search": 9}, {"--nprobe", "--ef-search"}),
+        ({"index": "IVF4,Flat", "nprobe": 2, "ef_search": 9}, {"--ef-search"}),
+        ({"index": "HNSW8", "nprobe": 2, "ef_search": 9}, {"--nprobe"}),
     ],
 )
-def test_neighbors_are_searched_as_before(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, chosen: dict, asked: dict, expected: dict
+def test_a_breadth_that_an_index_does_not_have(folder: Path, given: dict, flags: set) -> None:
+    """It was ignored. What an earlier version built so goes on."""
+    paths = ProjectPaths(folder / "project")
+    options = BuildIndexOptions(str(paths.root), embedder="lexical", **given)
+    record = paths.stage_record("build_index").rename(folder / "record.json")
+    with pytest.raises(RetroError) as caught:
+        build_index(options)
+    assert {problem.subject for problem in caught.value.problems} == flags
+    record.rename(paths.stage_record("build_index"))
+    with pytest.raises(ProjectError, match="was built by build_index with"):
+        build_index(options)
+
+
+def test_candidates_by_default_depend_on_the_database(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A project of --num-neighbors-query 1000 was updated with 200."""
+    given = recorded_runs(monkeypatch)
+    update_stage.run(folder / "project", UpdateDbConfig(append=[str(folder / "more.jsonl")]))
+    assert given["query_neighbors"].num_neighbors_query is None  # type: ignore[attr-defined]
+
+
+def test_stages_record_whether_they_used_gpus(folder: Path) -> None:
+    """Without the flag, update_db searched a project of --no-faiss-gpu on the GPU."""
     project = folder / "project"
-    paths = ProjectPaths(project)
-    if "query" in chosen:
-        settings = ProjectSettings.load(project)
-        dataclasses.replace(settings, num_neighbors_query=chosen.pop("query")).save(project)
-    record = paths.stage_record("query_neighbors")
-    run = json.loads(record.read_text())
-    record.write_text(json.dumps({**run, "options": {**run["options"], **chosen}}))
-    searched = []
-    monkeypatch.setattr("retro_mcore.stages.build_db.run", lambda *given: None)
-    monkeypatch.setattr("retro_mcore.stages.build_index.run", lambda *given: None)
-    monkeypatch.setattr(
-        "retro_mcore.stages.query_neighbors.query_other_database",
-        lambda *given: searched.append(given[1]),
-    )
-    asked = UpdateDbConfig(append=[str(folder / "more.jsonl")], **asked)
-    update_stage.run(project, asked)
-    (options,) = searched
-    assert {name: getattr(options, name) for name in expected} == expected
+    assert ProjectSettings.load(project).faiss_gpu
+    query = QueryNeighborsOptions(str(project), num_neighbors_save=5, faiss_gpu=False)
+    query_neighbors(query)
+    build_index(BuildIndexOptions(str(project), embedder="lexical", faiss_gpu=False))
+    settings = ProjectSettings.load(project)
+    assert (settings.index_faiss_gpu, settings.faiss_gpu) == (True, True)  # nothing was built
+    shutil.rmtree(project / "index")
+    ProjectPaths(project).stage_record("build_index").unlink()
+    build_index(BuildIndexOptions(str(project), embedder="lexical", faiss_gpu=False))
+    forget_neighbors(project)
+    query_neighbors(query)
+    settings = ProjectSettings.load(project)
+    assert (settings.index_faiss_gpu, settings.faiss_gpu) == (False, False)
 
 
 def test_preprocess_corpus_records_how_it_read(folder: Path) -> None:
@@ -359,6 +480,27 @@ def test_the_order_of_bm25_is_kept(folder: Path) -> None:
     assert (samples(project)["neighbor_chunks"] != before).any()
 
 
+#: Options that would be ignored, and the subjects of the refusal.
+IGNORED: list[tuple[dict, set[str]]] = [
+    (
+        {"exchange": "y", "json_keys": ["a"], "id_key": "b", "num_neighbors_save": 0},
+        {"--json-keys and --id-key", "--num-neighbors-save"},
+    ),
+    (
+        {"remove": ["a"], "clean_text": True, "num_neighbors_query": 3, "embed_batch_size": 0},
+        {"--clean-text", "--num-neighbors-query", "--embed-batch-size"},
+    ),
+    (
+        {"compact": True, "json_keys": ["a"], "embed_batch_size": 1, "embed_batch_tokens": 1},
+        {"--json-keys", "--embed-batch-tokens"},
+    ),
+    (
+        {"append": ["x"], "num_neighbors_query": 0, "embed_precision": "fp32", "embed_fp16": True},
+        {"--num-neighbors-query", "--embed-fp16"},
+    ),
+]
+
+
 def test_what_does_not_fit_is_refused(folder: Path) -> None:
     project, other = folder / "project", folder / "other"
     preprocess_corpus(preprocess_options(other, folder / "more.jsonl"))
@@ -374,6 +516,11 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
     for options in ({}, {"append": ["x"], "exchange": "y"}):
         with pytest.raises(ConfigurationError, match="--append and --exchange"):
             update_db(UpdateDbOptions(str(project), **options))
+    itself = {"exchange": str(project), "num_neighbors_save": 3}
+    for options, flags in [*IGNORED, (itself, {"--num-neighbors-save"})]:
+        with pytest.raises(RetroError) as caught:
+            update_db(UpdateDbOptions(str(project), **options))
+        assert {problem.subject for problem in caught.value.problems} == flags
     with pytest.raises(ProjectError, match="names no neighbors"):
         update_db(UpdateDbOptions(str(other), exchange=str(project)))
     assert ProjectConfig.load(project).retro_database is None

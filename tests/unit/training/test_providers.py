@@ -68,7 +68,12 @@ STAGES = {"pipeline_model_parallel_size": 2}
         ([], {"mtp_num_layers": 1}, "--mtp-num-layers: 1"),
         ([], {"multi_latent_attention": True}, "--multi-latent-attention: given"),
         ([], {"context_parallel_size": 2}, "--context-parallel-size: 2"),
-        ([], {"window_size": (100, 0)}, "--window-size"),
+        (["--sliding-window", "8"], {"window_size": (8, 0)}, "--sliding-window: 8, and --window"),
+        ([], {"window_attn_skip_freq": [1, 0]}, "--window-attn-skip-freq: .* without --sliding"),
+        ([], {"no_rope_freq": [1, 0]}, "--no-rope-freq: .* --no-rope-layers"),
+        (["--softmax-scale", "0"], {}, "--softmax-scale: 0.0"),
+        (["--rotary-local-base", "0"], {}, "--rotary-local-base: 0"),
+        (["--geglu"], {"swiglu": True}, "--swiglu: given together with --geglu"),
         ([], {"softmax_type": "off-by-one"}, "--softmax-type: off-by-one"),
         ([], {"position_embedding_type": "yarn"}, "--position-embedding-type: yarn"),
         ([], {"optimizer": "muon"}, "--optimizer: muon"),
@@ -76,14 +81,14 @@ STAGES = {"pipeline_model_parallel_size": 2}
         ([], {"yaml_cfg": "x.yaml"}, "--yaml-cfg"),
         (["--split", "90,10,0"], {}, "--split: 90,10,0, and the project was built with 60,20,20"),
         (["--tokenizer-type", "HuggingFaceTokenizer"], {}, "--tokenizer-type"),
-        (["--retro-mup-base-hidden-size", "16"], {}, "--retro-mup-base-hidden-size: 16"),
+        (["--retro-mup-base-hidden-size", "16"], {}, "-size: 16.*one learning rate"),
         (["--retro-drop-chunks", "1.5"], {}, "--retro-drop-chunks: 1.5"),
         (["--vocab-size", "9"], {}, "--vocab-size: 9, but the tokenizer"),
         ([], {"vocab_extra_ids": 100}, "--vocab-extra-ids: 100"),
         ([], {"logits_load_dir": "teacher"}, "--logits-load-dir: teacher"),
         (["--retro-encoder-hidden-size", "0"], {}, "--retro-encoder-hidden-size: 0"),
-        (["--retro-attention-gate", "nan"], {}, "retro_attention_gate: nan"),
-        (["--retro-encoder-hidden-dropout", "1.5"], {}, "retro_encoder_hidden_dropout: 1.5"),
+        (["--retro-attention-gate", "nan"], {}, "--retro-attention-gate: nan"),
+        (["--retro-encoder-hidden-dropout", "1.5"], {}, "--retro-encoder-hidden-dropout: 1.5"),
     ],
 )
 def test_what_is_not_covered_is_refused(megatron, flags, defaults, message):
@@ -101,6 +106,16 @@ def test_the_gpt_twin_refuses_what_its_layers_do_not_have(megatron, name):
 def test_the_gpt_twin_refuses_noise_on_neighbors_that_it_does_not_read(megatron):
     with pytest.raises(ConfigurationError, match="--retro-drop-chunks: given without --retro-add"):
         check("--retro-drop-chunks", "0.5", retriever=False)
+
+
+def test_the_gpt_twin_refuses_what_would_change_its_decoder(megatron):
+    with pytest.raises(ConfigurationError, match="--retro-deepnorm: True, without --retro-add"):
+        check("--retro-deepnorm", retriever=False)
+
+
+def test_a_flag_that_a_release_has_itself_is_not_added_again(megatron):
+    args = parse("--softmax-scale", "0.5", extra=[("--softmax-scale", {"type": float})])
+    assert args.softmax_scale == 0.5
 
 
 def test_all_that_is_refused_is_told_at_once(megatron):
@@ -148,11 +163,13 @@ def test_every_option_of_our_model_and_of_noise_has_its_flag(megatron):
 
     from retro_mcore.model.options import ModelOptions
     from retro_mcore.training.options.noise import NeighborNoiseOptions
+    from retro_mcore.training.provider_flags import OURS
 
     args = parse()
     for options in (ModelOptions, NeighborNoiseOptions):
         for field in fields(options):
-            if field.name.startswith("retro_") and field.name != "retro_decoder_layers":
+            added = field.name.startswith("retro_") or field.name in OURS
+            if added and field.name != "retro_decoder_layers":
                 given = getattr(args, field.name)
                 assert given == field.default or field.name.endswith("_dropout"), field.name
     assert parse("--retro-encoder-layers", "3").retro_encoder_num_layers == 3

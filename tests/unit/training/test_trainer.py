@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -72,6 +73,15 @@ def test_metrics_of_an_interrupted_run_have_no_gap_and_no_repetition(tmp_path):
     assert [r["iteration"] for r in records if r["kind"] == "train"] == [2, 4, 6]
     assert [r["iteration"] for r in records if r["kind"] == "valid"] == [3, 6]
     assert result.loss_curve.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_matplotlib_ends_without_a_curve(tmp_path, monkeypatch, caplog):
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = train(save=str(tmp_path))
+    assert result.iteration == 6
+    assert result.loss_curve is None
+    assert "the loss curve could not be written (matplotlib: not installed" in caplog.text
 
 
 def test_a_finished_run_is_reused(uninterrupted):
