@@ -87,15 +87,7 @@ def load_checkpoint(
         verify_checkpoint(checkpoint)
         _check_holds_run(common, scope, checkpoint)
     takes_random_state = scope.random_state and _same_layout(common["args"])
-    if scope.optimizer:
-        unlike = unlike_parts(parts.optimizer, common.get("optimizer", {}))
-        if unlike:
-            raise CheckpointError(
-                checkpoint,
-                f"holds {unlike}",
-                "Give --expert-model-parallel-size, and which weights are trained and at which "
-                "rates, as before, or add --no-load-optim",
-            )
+    check_parts(parts, common, scope, checkpoint)
     if is_own(vars(common["args"])):
         request = state_dict(parts, True, scope.optimizer, takes_random_state)
         state = load_state(request, checkpoint)
@@ -105,6 +97,24 @@ def load_checkpoint(
     load_megatron_lm([unwrap_model(stage) for stage in parts.stages], checkpoint)
     parts.optimizer.reload_model_params()
     return _progress_of(common, scope)
+
+
+def check_parts(
+    parts: TrainingParts, common: Mapping[str, Any], scope: LoadScope, checkpoint: Path
+) -> None:
+    """Refuse the state of an optimizer of matrices that has other parts than this run's.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    unlike = scope.optimizer and unlike_parts(parts.optimizer, common.get("optimizer", {}))
+    if unlike:
+        raise CheckpointError(
+            checkpoint,
+            f"holds {unlike}",
+            "Give --expert-model-parallel-size, and which weights are trained and at which "
+            "rates, as before, or add --no-load-optim",
+        )
 
 
 def put_state(

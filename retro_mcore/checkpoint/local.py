@@ -1,17 +1,16 @@
 """Local checkpoints: what each rank holds, on the disk of its node, between those of --save.
 
-    SAVE/local_checkpoints.json                         names the run
-    DIRECTORY/RUN/RANK/iter_0000005_RANK_local.pt       of one rank, on its node
+    SAVE/local_checkpoints.json                         names the start that saved last
+    DIRECTORY/START/RANK/iter_0000005_RANK_local.pt     of one rank, on its node
 
 They hold what other checkpoints hold (`state.state_dict`), in this layout of ranks alone. Only the
-latest stays. See docs/decisions/0036-local-checkpoints.md.
+latest stays, and none when the run ends. See docs/decisions/0036-local-checkpoints.md.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-import uuid
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from retro_mcore import distributed
 from retro_mcore.checkpoint.arguments import completed
-from retro_mcore.checkpoint.loading import LoadScope, put_state, sharded_entries
+from retro_mcore.checkpoint.loading import LoadScope, check_parts, put_state, sharded_entries
+from retro_mcore.checkpoint.local_runs import new_name, runs_of, take_over
 from retro_mcore.checkpoint.safe_loading import load_local_state
 from retro_mcore.checkpoint.saving import progress_state
 from retro_mcore.checkpoint.state import (
@@ -35,42 +35,12 @@ from retro_mcore.checkpoint.state import (
     state_dict,
 )
 from retro_mcore.errors import CheckpointError, ConfigurationError
-from retro_mcore.json_text import parse_json
-from retro_mcore.project.atomic import write_json
 
 if TYPE_CHECKING:
     from retro_mcore.platform.local_files import Copies
 
-RUN_FILE = "local_checkpoints.json"
-
 # Entries beside the run's state.
 _LAYOUT, _CONTENTS = "local_layout", "local_contents"
-
-
-def run_of(directory: str | Path) -> str | None:
-    """The name of the run that saves in a directory; None if it has no local checkpoints.
-
-    Raises:
-        CheckpointError: the file that names it is damaged.
-    """
-    path = Path(directory) / RUN_FILE
-    if not path.is_file():
-        return None
-    try:
-        run = parse_json(path.read_bytes())["run"]
-    except (ValueError, KeyError, TypeError):
-        run = None
-    if not isinstance(run, str) or not re.fullmatch(r"[0-9a-f]{32}", run):
-        raise CheckpointError(path, "is damaged", "Remove it, to go on without local checkpoints")
-    return run
-
-
-def start_run(directory: str | Path) -> str:
-    """Give the run that saves in a directory a name, under which no others have saved."""
-    run = uuid.uuid4().hex
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    write_json(Path(directory) / RUN_FILE, {"run": run})
-    return run
 
 
 @dataclass(frozen=True)
@@ -91,50 +61,67 @@ class LocalState:
 
 
 class LocalCheckpoints:
-    """The local checkpoints of one run. All ranks make it and call its methods together.
+    """The local checkpoints of a start of a run. All ranks make it and call its methods together.
 
     Args:
         directory: On each node.
-        run: From `run_of` or `start_run`.
+        save: What --save names.
         algorithm: "fully_parallel" or "atomic".
         copies: Groups of ranks that keep copies, from `make_copies`.
         layout: The sizes and options by which the state is divided, which must be the same again.
+
+    Attributes:
+        name: Of this start, under which it saves.
+
+    Raises:
+        CheckpointError: the directory cannot be made.
     """
 
     def __init__(
         self,
         directory: str | Path,
-        run: str,
+        save: str | Path,
         algorithm: str,
         copies: Copies | None,
         layout: Mapping[str, Any],
     ) -> None:
         from retro_mcore.platform.local_files import LocalFiles
 
-        self._files = LocalFiles(directory, run, read_file, copies)
+        self._directory, self._save = Path(directory), save
+        with distributed.raise_together(), _naming(self._directory, "cannot be made"):
+            self._directory.mkdir(parents=True, exist_ok=True)
+        self.name = distributed.on_first_rank(new_name)
+        self._files = LocalFiles(directory, self.name, read_file, copies)
         self._algorithm, self._layout = algorithm, {**layout, "algorithm": algorithm}
         self._distribution: Any = None
         self._has_saved = False
 
-    def newest_after(self, iteration: int) -> tuple[LocalState | None, list[str]]:
+    def newest_after(self, run: str, iteration: int) -> tuple[LocalState | None, list[str]]:
         """The newest one after an iteration, if it is complete, and what is to be said of others.
+
+        Args:
+            run: The start that saved it, from `runs_of`.
+            iteration: Of the checkpoint in --load.
 
         Raises:
             CheckpointError: it cannot be read.
         """
-        latest = self._files.latest()
-        notes = [f"a local checkpoint is damaged: {line}" for line in self._files.told_damaged()]
-        lacking = self._files.lacking()
-        if lacking is not None and lacking[0] > iteration:
-            ranks = ", ".join(map(str, lacking[1]))
+        from retro_mcore.platform.local_files import LocalFiles
+
+        files = LocalFiles(self._directory, run, read_file)
+        with distributed.raise_together(), _naming(files.folder, "cannot be read"):
+            found = files.newest_after(iteration)
+        notes = [f"a local checkpoint is damaged: {line}" for line in found.damaged]
+        if found.lacking is not None:
+            ranks = ", ".join(map(str, found.lacking[1]))
             notes.append(
-                f"the local checkpoint of iteration {lacking[0]} is not used: there is none of "
-                f"rank {ranks}"
+                f"the local checkpoint of iteration {found.lacking[0]} is not used: there is none "
+                f"of rank {ranks}"
             )
-        if latest is None or latest <= iteration:
+        if found.iteration is None:
             return None, notes
-        with distributed.raise_together(), _naming(self._files.folder, "cannot be read"):
-            content, _ = self._files.load()
+        with distributed.raise_together(), _naming(files.folder, "cannot be read"):
+            content = files.read()
         common = content.common
         if distributed.any_rank(common[_LAYOUT] != self._layout):
             changes = [
@@ -143,12 +130,12 @@ class LocalCheckpoints:
                 if common[_LAYOUT].get(name) != value
             ]
             notes.append(
-                f"the local checkpoint of iteration {latest} is not used: it has another layout "
-                f"({'; '.join(changes)})"
+                f"the local checkpoint of iteration {found.iteration} is not used: it has another "
+                f"layout ({'; '.join(changes)})"
             )
             return None, notes
-        arguments = completed(vars(common["args"]), self._files.folder)
-        return LocalState(self._files.folder, latest, arguments, content), notes
+        arguments = completed(vars(common["args"]), files.folder)
+        return LocalState(files.folder, found.iteration, arguments, content), notes
 
     def load(self, found: LocalState, parts: TrainingParts, scope: LoadScope) -> TrainingProgress:
         """Put the state of one into the parts of a run.
@@ -166,6 +153,7 @@ class LocalCheckpoints:
                     "Give the flags as before, or leave --non-persistent-ckpt-type out, to go on "
                     "from the checkpoint in --load",
                 )
+        check_parts(parts, found.content.common, scope, found.folder)
         with distributed.raise_together(), _naming(found.folder, "cannot be loaded"):
             state = found.content.to_state_dict(
                 request, algo=self._algorithm, parallelization_group=_ranks_with_the_same()
@@ -183,8 +171,6 @@ class LocalCheckpoints:
         )
 
         with distributed.raise_together(), _naming(self._files.folder, "could not be written"):
-            if not self._has_saved:
-                self._files.remove_from(progress.iteration)
             state = state_dict(parts, is_loading=False)
             digest = _digest(state)
             state.update(progress_state(parts, progress, args))
@@ -198,8 +184,22 @@ class LocalCheckpoints:
                 cached_metadata=self._distribution,
             )
             self._files.write(content, progress.iteration)
+        if not self._has_saved:
+            former = distributed.on_first_rank(lambda: take_over(self._save, self.name))
+            self._remove(*former)
         self._has_saved = True
         return self._files.folder
+
+    def remove(self) -> None:
+        """Remove all from the nodes, after the run's last checkpoint in --save."""
+        runs = distributed.on_first_rank(lambda: runs_of(self._save))
+        if runs.run == self.name:
+            self._remove(self.name, *runs.former)
+
+    def _remove(self, *names: str) -> None:
+        if distributed.is_first_on_host():
+            for name in names:  # that one stays is no reason to end a run
+                shutil.rmtree(self._directory / name, ignore_errors=True)
 
 
 def read_file(path: Path, mapped: bool = False) -> Any:

@@ -1,13 +1,11 @@
 """The files of nvidia-resiliency-ext's local checkpoints, with what its manager lacks (0.4.1).
 
-| method          | what happens without it                                                      |
-|-----------------|------------------------------------------------------------------------------|
-| `latest`        | a file that is cut short or damaged counts as a checkpoint                   |
-| `_my_ckpt_ids`  | copies count that no rank would send                                         |
-| `_load`         | files are unpickled unguarded                                                |
-| `_save_fn`      | if one rank cannot write, the others wait for it                             |
-| `remove_from`   | the iteration in which a run crashed while saving cannot be saved again, and |
-|                 | what a run leaves behind that goes on from before counts as its latest       |
+| here           | what its manager does                                                          |
+|----------------|--------------------------------------------------------------------------------|
+| `newest_after` | a file that is cut short or damaged counts as a checkpoint                     |
+| `read`         | a rank finds only its own folder, and copies only in its own group of ranks    |
+| `_load`        | files are unpickled unguarded                                                  |
+| `_save_fn`     | if one rank cannot write, the others wait for it, and what is written stays    |
 
 The package writes `DIRECTORY/RUN/RANK/iter_0000005_RANK_local.pt` with `torch.save`, first under a
 name with `.dirty`, and removes older ones when all ranks have it. Import this module only where it
@@ -19,6 +17,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,16 @@ import torch.distributed as dist
 from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import (
     LocalCheckpointManager,
 )
-from nvidia_resiliency_ext.checkpointing.local.replication.group_utils import parse_group_sequence
+from nvidia_resiliency_ext.checkpointing.local.replication.group_utils import (
+    GroupWrapper,
+    parse_group_sequence,
+)
 from nvidia_resiliency_ext.checkpointing.local.replication.strategies import (
     CliqueReplicationStrategy,
 )
 
 from retro_mcore.distributed import (
+    any_rank,
     gather,
     get_rank,
     get_world_size,
@@ -44,7 +47,10 @@ from retro_mcore.errors import CheckpointError
 #: Reads a file: its path, and whether to map its tensors into memory instead of reading them.
 Reader = Callable[[Path, bool], Any]
 
-_NAME = re.compile(r"iter_(\d+)_(\d+)_local(\.dirty)?\.pt")
+#: The files of a rank that a node has, by iteration and rank.
+Files = dict[tuple[int, int], list[Path]]
+
+_NAME = re.compile(r"iter_(\d+)_(\d+)_local\.pt")
 
 
 class Copies:
@@ -59,15 +65,30 @@ class Copies:
         for ranks in parse_group_sequence(jump, factor, get_world_size()):
             group = dist.new_group([*ranks], timeout=group_timeout(), group_desc="LOCAL_COPIES")
             if get_rank() in ranks:
-                self.ranks, self.strategy = ranks, CliqueReplicationStrategy(group)
+                self.strategy = CliqueReplicationStrategy(group)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Which local checkpoints the nodes have.
+
+    Attributes:
+        iteration: The newest of which some node has each rank's file, undamaged; None: of none.
+        lacking: A newer iteration, and the ranks of which no node has a file; None: there is none.
+        damaged: Files that are not used, and why, a line each.
+    """
+
+    iteration: int | None
+    lacking: tuple[int, Sequence[int]] | None
+    damaged: Sequence[str]
 
 
 class LocalFiles(LocalCheckpointManager):
-    """A run's local checkpoints, as files of this rank and of those whose copies it keeps.
+    """The local checkpoints that one start of a run saves, or has saved.
 
     Args:
         directory: On this node.
-        run: Names the run; a folder in `directory`.
+        run: Names the start; a folder in `directory`.
         read: Reads a file without running what it holds.
         copies: Groups of ranks that keep copies of one another's files, if wanted.
     """
@@ -76,45 +97,58 @@ class LocalFiles(LocalCheckpointManager):
         self, directory: str | Path, run: str, read: Reader, copies: Copies | None = None
     ) -> None:
         super().__init__(directory, run, copies and copies.strategy)
-        self._read, self._kept = read, {get_rank()} if copies is None else {*copies.ranks}
-        self._compares = False
-        #: What `latest` found damaged, by path, on this rank.
-        self.damaged: dict[Path, Exception] = {}
+        self._read = read
+        self._own: dict[int, Path] = {}
+        self._holders: list[int] = []
 
     @property
     def folder(self) -> Path:
         """Where this rank's files lie."""
         return self.local_ckpt_dir
 
-    def latest(self) -> int | None:
-        """The newest iteration that all ranks have, themselves or as a copy, undamaged.
+    def newest_after(self, iteration: int) -> Found:
+        """Find the newest one after an iteration. All ranks call it together.
 
-        All ranks call it together. It reads the files.
+        Ranks may be on other nodes than before: all folders on each node count. Files that will be
+        read are compared with their checksums.
         """
         with raise_together():
-            self._ensure_dir()
-        self.latest_iteration, self._compares = -1, True
-        try:
-            found = self.find_latest()
-        finally:
-            self._compares = False
-        return None if found < 0 else found
+            files = self._on_this_node(iteration)
+        damaged: list[str] = []
+        first = held = gather({*files})
+        while (newest := _complete(held)) is not None:
+            self._holders = [_holder(held, newest, rank) for rank in range(get_world_size())]
+            self._own = {
+                rank: files[newest, rank][0]
+                for rank, holder in enumerate(self._holders)
+                if holder == get_rank()
+            }
+            found = [
+                line for rank in self._own if (line := _damage(files, newest, rank, self._read))
+            ]
+            damaged += found
+            if not any_rank(bool(found)):
+                break
+            held = gather({*files})
+        lines = dict.fromkeys(line for lines in gather(damaged) for line in lines)
+        return Found(newest, _lacking(first, held, newest), [*lines])
 
-    def lacking(self) -> tuple[int, Sequence[int]] | None:
-        """The newest iteration after that of `latest`, and the ranks of which there is no file."""
-        held: dict[int, set[int]] = {}
-        for ids in self.globally_available_ids:
-            for iteration, rank, _ in ids:
-                held.setdefault(iteration, set()).add(rank)
-        newest = max(held, default=-1)
-        if newest <= self.latest_iteration:
-            return None
-        return newest, sorted({*range(get_world_size())} - held[newest])
-
-    def told_damaged(self) -> list[str]:
-        """What all ranks found damaged, a line each."""
-        own = [f"{path} ({error})" for path, error in self.damaged.items()]
-        return [line for lines in gather(own) for line in lines]
+    def read(self) -> Any:
+        """What `newest_after` found of this rank, from its node or another. All ranks call it."""
+        with raise_together():  # before some wait for what others read
+            states = {rank: self._read(path, False) for rank, path in self._own.items()}
+        own, world = None, GroupWrapper()
+        for rank, holder in enumerate(self._holders):
+            if holder == get_rank():
+                state = states.pop(rank)
+                state.restore_tensor_device(non_blocking=False)
+                if rank == holder:
+                    own = state
+                else:
+                    world.isend_state_dict(state, rank)
+            elif rank == get_rank():
+                own, _ = world.irecv_state_dict(holder)
+        return own
 
     def write(self, state: Any, iteration: int) -> None:
         """Save what this rank holds. All ranks call it together."""
@@ -122,42 +156,79 @@ class LocalFiles(LocalCheckpointManager):
         with torch.no_grad():
             self.save(state, iteration)
 
-    def remove_from(self, iteration: int) -> None:
-        """Remove what was not written completely, and what is of this iteration or a later one."""
-        self._ensure_dir()
-        for path in self.folder.iterdir():
+    def _on_this_node(self, iteration: int) -> Files:
+        """All files after an iteration, of this rank's folder first."""
+        files: Files = {}
+        folders = sorted(self.folder.parent.glob("*"), key=lambda folder: folder != self.folder)
+        for path in (path for folder in folders for path in folder.glob("iter_*")):
             match = _NAME.fullmatch(path.name)
-            if match and (match[3] or int(match[1]) >= iteration):
-                path.unlink()
-
-    def _my_ckpt_ids(self) -> list[tuple[int, int, str]]:
-        found = [id_ for id_ in super()._my_ckpt_ids() if id_[1] in self._kept]
-        return [id_ for id_ in found if self._is_whole(id_)] if self._compares else found
-
-    def _is_whole(self, id_: tuple[int, int, str]) -> bool:
-        path = self._local_ckpt_path_from_id(id_)
-        try:
-            with zipfile.ZipFile(path) as archive:  # torch writes sums, and does not compare them
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} in it has another checksum")
-            self._read(path, True)
-        except Exception as error:  # a file can be damaged in many ways
-            self.damaged[path] = error
-            return False
-        return True
+            if match and int(match[1]) > iteration:
+                files.setdefault((int(match[1]), int(match[2])), []).append(path)
+        return files
 
     def _load(self, ckpt_id: tuple[int, int, str]) -> Any:
         return self._read(self._local_ckpt_path_from_id(ckpt_id), False)
 
     def _save_fn(self, id_to_state_dict: dict[tuple[int, int, str], Any]) -> None:
-        with raise_together():
-            try:
-                super()._save_fn(id_to_state_dict)
-            except Exception as error:
-                raise CheckpointError(
-                    self.folder,
-                    f"cannot take a local checkpoint ({type(error).__name__}: {error})",
-                    "Check the node's disk (--non-persistent-local-ckpt-dir); earlier checkpoints "
-                    "are intact",
-                ) from error
+        try:
+            with raise_together():
+                self._write_all(id_to_state_dict)
+        except Exception:
+            for iteration, _, _ in id_to_state_dict:  # on all ranks: it is of no use, and has bytes
+                self._cleanup_failed_save(iteration)
+            raise
+
+    def _write_all(self, id_to_state_dict: dict[tuple[int, int, str], Any]) -> None:
+        try:
+            super()._save_fn(id_to_state_dict)
+        except Exception as error:
+            raise CheckpointError(
+                self.folder,
+                f"cannot take a local checkpoint ({type(error).__name__}: {error})",
+                "Check the node's disk (--non-persistent-local-ckpt-dir); earlier checkpoints "
+                "are intact",
+            ) from error
+
+
+def _complete(held: Sequence[set[tuple[int, int]]]) -> int | None:
+    """The newest iteration of which each rank's file is held by some rank."""
+    iterations = {iteration for ids in held for iteration, _ in ids}
+    complete = (each for each in iterations if not _missing(held, each))
+    return max(complete, default=None)
+
+
+def _missing(held: Sequence[set[tuple[int, int]]], iteration: int) -> list[int]:
+    there = {rank for ids in held for each, rank in ids if each == iteration}
+    return sorted({*range(get_world_size())} - there)
+
+
+def _lacking(
+    first: Sequence[set[tuple[int, int]]],
+    held: Sequence[set[tuple[int, int]]],
+    newest: int | None,
+) -> tuple[int, list[int]] | None:
+    latest = max((iteration for ids in first for iteration, _ in ids), default=None)
+    return None if latest is None or latest == newest else (latest, _missing(held, latest))
+
+
+def _holder(held: Sequence[set[tuple[int, int]]], iteration: int, rank: int) -> int:
+    """The rank that reads another's file: the rank itself, if its node has it."""
+    holders = [each for each, ids in enumerate(held) if (iteration, rank) in ids]
+    return rank if rank in holders else holders[rank % len(holders)]
+
+
+def _damage(files: Files, iteration: int, rank: int, read: Reader) -> str | None:
+    """What is wrong with the first file of a rank, which is then forgotten; None: nothing."""
+    paths = files[iteration, rank]
+    try:
+        with zipfile.ZipFile(paths[0]) as archive:  # torch writes sums, and does not compare them
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it has another checksum")
+        read(paths[0], True)
+    except Exception as error:  # a file can be damaged in many ways
+        path = paths.pop(0)
+        if not paths:
+            del files[iteration, rank]
+        return f"{path} ({error})"
+    return None

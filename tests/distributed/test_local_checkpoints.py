@@ -47,6 +47,12 @@ class Killed(Exception):
     """Stands for the end of all processes."""
 
 
+def node(folder):
+    """The disk of this rank's node. Nodes have as many ranks as copies are apart, else one."""
+    ranks = FOUR["replication_jump"] if torch.distributed.get_world_size() == 4 else 1
+    return folder / "nodes" / str(torch.distributed.get_rank() // ranks)
+
+
 def saving(folder, **options):
     """Options of a run that saves there, locally after every iteration."""
     return {
@@ -55,7 +61,7 @@ def saving(folder, **options):
         "save_interval": SAVE_INTERVAL,
         "non_persistent_ckpt_type": "local",
         "non_persistent_save_interval": 1,
-        "non_persistent_local_ckpt_dir": str(folder / "nodes"),
+        "non_persistent_local_ckpt_dir": str(node(folder)),
         "deterministic_mode": True,
         **options,
     }
@@ -97,10 +103,14 @@ def run(killed=None, **options):
     }
 
 
-def files_of(folder, rank):
-    """A rank's local checkpoints."""
-    (run_folder,) = (folder / "nodes").iterdir()
-    return sorted((run_folder / str(rank)).iterdir())
+def files_of(folder):
+    """This rank's local checkpoints, of which there are those of one start only."""
+    (run_folder,) = node(folder).iterdir()
+    return sorted((run_folder / str(torch.distributed.get_rank())).iterdir())
+
+
+def names(paths):
+    return [path.name for path in paths]
 
 
 def copy_of(folder, name):
@@ -133,21 +143,21 @@ def on_one_of_two(root: Path):
         whole = run(**model, deterministic_mode=True)
         options = saving(folder, **layout)
         killed = run(killed=KILLED, **options)
-        files = [path.name for path in files_of(folder, torch.distributed.get_rank())]
+        files = names(files_of(folder))
         lost = copy_of(folder, "lost")
         results[name] = {
             "whole": whole,
             "killed": killed,
             "files": files,
             "resumed": run(**options),
+            "left": [*node(folder).iterdir()],
             "lost": lose_and_resume(lost, layout),
         }
     return results
 
 
 def lose_and_resume(folder, layout):
-    (run_folder,) = (folder / "nodes").iterdir()
-    change(shutil.rmtree, run_folder / "1")
+    change(shutil.rmtree, folder / "nodes" / "1")
     return run(**saving(folder, **layout))
 
 
@@ -162,6 +172,7 @@ def test_a_killed_run_goes_on_from_the_local_checkpoint_exactly(two, layout):
         assert (resumed["start"], resumed["notes"]) == (KILLED, [])
         assert resumed["losses"] == whole["losses"][KILLED:]
         assert resumed["state"] == whole["state"]
+        assert found["left"] == []  # the run has ended
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -186,7 +197,8 @@ def in_trouble(root: Path):
     folder = root / "run"
     killed = run(killed=KILLED, **saving(folder, **layout))
     damaged, step = copy_of(folder, "damaged"), copy_of(folder, "step")
-    change(damage, files_of(damaged, 0)[0])
+    if torch.distributed.get_rank() == 0:
+        damage(files_of(damaged)[0])
     branch = saving(step, **layout)
     return {
         "killed": killed,
@@ -194,8 +206,13 @@ def in_trouble(root: Path):
         "another layout": start_of(**saving(folder, **layout, tensor_model_parallel_size=2)),
         "weights alone": start_of(**saving(folder, **layout), finetune=True, other_save=root / "x"),
         "earlier": run(killed=SAVE_INTERVAL + 1, ckpt_step=SAVE_INTERVAL, **branch),
-        "files of the branch": [path.name for path in files_of(step, 1)],
+        "files of the branch": names(files_of(step)),
         "after the branch": start_of(**branch),
+        "after saving elsewhere": [
+            branch_in_save(copy_of(folder, f"{with_local}"), layout, with_local)
+            for with_local in (True, False)
+        ],
+        "returned": lose_and_return(copy_of(folder, "returned"), layout),
         "full disk": on_a_full_disk(root / "full", layout),
     }
 
@@ -206,6 +223,29 @@ def start_of(other_save=None, **options):
         options["save"] = str(other_save)
     trainer = small_trainer(**options)
     return trainer._progress.iteration, trainer._local.notes
+
+
+def branch_in_save(folder, layout, with_local):
+    """Where a run starts after a branch from an earlier iteration that saved in --save alone."""
+    options = saving(folder, **layout)
+    branch = {**options, "save_interval": 4, "ckpt_step": SAVE_INTERVAL, "exit_interval": 4}
+    local = [name for name in branch if "non_persistent" in name]
+    small_trainer(**(branch if with_local else without(branch, local))).train()
+    return start_of(**options)
+
+
+def without(options, names):
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def lose_and_return(folder, layout):
+    """Where a run starts if a node comes back with what it saved before others went on."""
+    nodes = folder / "nodes"
+    change(shutil.move, nodes / "1", folder / "away")
+    lost = run(killed=KILLED, **saving(folder, **layout))
+    change(shutil.rmtree, nodes / "1")
+    change(shutil.move, folder / "away", nodes / "1")
+    return lost["start"], start_of(**saving(folder, **layout))
 
 
 def damage(path: Path):
@@ -230,7 +270,8 @@ def on_a_full_disk(folder, layout):
             run(**saving(folder, **layout))
     finally:
         torch.save = write
-    return str(caught.value), run(killed=KILLED, **saving(folder, **layout))
+    files = names(files_of(folder))
+    return str(caught.value), files, run(killed=KILLED, **saving(folder, **layout))
 
 
 def test_a_damaged_file_is_not_used(troubles):
@@ -253,18 +294,34 @@ def test_an_earlier_start_is_a_branch_of_its_own(troubles):
         assert results["earlier"]["start"] == SAVE_INTERVAL
         assert results["earlier"]["losses"] == results["killed"]["losses"][SAVE_INTERVAL:-1]
         # That of the other branch, although newer, is gone.
-        assert results["files of the branch"] == [f"iter_{SAVE_INTERVAL + 1:07d}_1_local.pt"]
+        (name,) = results["files of the branch"]
+        assert name.startswith(f"iter_{SAVE_INTERVAL + 1:07d}_")
         assert results["after the branch"] == (SAVE_INTERVAL + 1, [])
         assert results["weights alone"] == (0, [])
 
 
-def test_a_crash_while_saving_leaves_the_one_before(troubles):
+def test_nothing_of_an_abandoned_branch_is_resumed(troubles):
     for results in troubles:
-        message, resumed = results["full disk"]
+        assert results["after saving elsewhere"] == [(4, []), (4, [])]
+
+
+def test_a_node_that_comes_back_has_no_part_in_a_later_start(troubles):
+    for results in troubles:
+        lost, (start, notes) = results["returned"]
+        assert (lost, start) == (SAVE_INTERVAL, SAVE_INTERVAL)
+        assert notes == [
+            f"the local checkpoint of iteration {KILLED} is not used: there is none of rank 1"
+        ]
+
+
+def test_a_crash_while_saving_leaves_the_one_before(troubles):
+    for rank, results in enumerate(troubles):
+        message, files, resumed = results["full disk"]
         assert "nodes" in message
         assert "No space left" in message
         assert "earlier checkpoints are intact" in message
-        assert resumed["start"] == KILLED - 1
+        assert files == [f"iter_{KILLED - 1:07d}_{rank}_local.pt"]
+        assert (resumed["start"], resumed["notes"]) == (KILLED - 1, [])
         assert resumed["losses"] == results["killed"]["losses"][KILLED - 1 :]
         assert resumed["state"] == results["killed"]["state"]
 
@@ -280,19 +337,27 @@ def on_one_of_four(root: Path):
     whole = run(**model, deterministic_mode=True)
     options = saving(folder, **FOUR)
     run(killed=KILLED, **options)
-    files = [path.name for path in files_of(folder, torch.distributed.get_rank())]
-    (run_folder,) = (folder / "nodes").iterdir()
-    for rank in (2, 3):
-        change(shutil.rmtree, run_folder / str(rank))
+    files = names(files_of(folder))
+    swapped = copy_of(folder, "swapped")
+    nodes = swapped / "nodes"
+    for source, target in (("0", "x"), ("1", "0"), ("x", "1")):
+        change(shutil.move, nodes / source, nodes / target)
+    change(shutil.rmtree, folder / "nodes" / "1")
     with pytest.raises(ConfigurationError, match="--replication-jump: 3, with --replication-f"):
         small_trainer(**{**options, "replication_jump": 3})
-    return {"whole": whole, "files": files, "resumed": run(**options)}
+    return {
+        "whole": whole,
+        "files": files,
+        "lost": run(**options),
+        "swapped": run(**saving(swapped, **without(FOUR, ("replication", "replication_jump")))),
+    }
 
 
-def test_copies_replace_a_lost_node(four):
-    """Ranks 0 and 1 are on one node, 2 and 3 on another, which is lost."""
+@pytest.mark.parametrize("case", ["lost", "swapped"])
+def test_ranks_take_their_files_from_wherever_they_are(four, case):
+    """Ranks 0 and 1 are on one node, 2 and 3 on another, which is lost, or changes places."""
     for rank, results in enumerate(four):
-        whole, resumed = results["whole"], results["resumed"]
+        whole, resumed = results["whole"], results[case]
         kept = sorted({rank, (rank + 2) % 4})
         assert results["files"] == [f"iter_{KILLED:07d}_{each}_local.pt" for each in kept]
         assert (resumed["start"], resumed["notes"]) == (KILLED, [])

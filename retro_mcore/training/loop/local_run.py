@@ -10,13 +10,8 @@ from megatron.core import parallel_state
 
 from retro_mcore.checkpoint.files import iteration_of
 from retro_mcore.checkpoint.loading import LoadScope
-from retro_mcore.checkpoint.local import (
-    LocalCheckpoints,
-    LocalState,
-    make_copies,
-    run_of,
-    start_run,
-)
+from retro_mcore.checkpoint.local import LocalCheckpoints, LocalState, make_copies
+from retro_mcore.checkpoint.local_runs import runs_of
 from retro_mcore.checkpoint.state import TrainingParts, TrainingProgress
 from retro_mcore.distributed import get_world_size, on_first_rank, raise_together
 from retro_mcore.platform.parallel import parallel_sizes
@@ -36,7 +31,7 @@ def _run_to_resume(options: TrainingOptions) -> str | None:
     wanted = options.non_persistent_ckpt_type is not None and options.ckpt_step is None
     if options.load is None or options.finetune or not wanted:
         return None
-    return run_of(options.load)
+    return runs_of(options.load).run
 
 
 class LocalRun:
@@ -49,6 +44,7 @@ class LocalRun:
     Attributes:
         found: The local checkpoint to resume from; None if the other one is as new.
         notes: What the log should say of local checkpoints that are not used.
+        name: Of this start, under which it saves.
 
     Raises:
         CheckpointError: one cannot be read.
@@ -57,49 +53,40 @@ class LocalRun:
 
     def __init__(self, plan: TrainingPlan, checkpoint: Path | None) -> None:
         options = plan.options
-        self._copies = None
+        assert options.save is not None
+        assert options.non_persistent_local_ckpt_dir is not None
+        copies = None
         if options.replication:
             with raise_together():
-                self._copies = make_copies(
-                    options.replication_jump or 1, options.replication_factor
-                )
-        self._plan = plan
+                copies = make_copies(options.replication_jump or 1, options.replication_factor)
+        self._checkpoints = LocalCheckpoints(
+            options.non_persistent_local_ckpt_dir,
+            options.save,
+            options.non_persistent_local_ckpt_algo,
+            copies,
+            _layout(options),
+        )
+        self.name = self._checkpoints.name
         self.found: LocalState | None = None
         self.notes: list[str] = []
         source = on_first_rank(lambda: _run_to_resume(options))
         if source is not None:
-            self._source = self._checkpoints(source)
             after = -1 if checkpoint is None else iteration_of(checkpoint)
-            self.found, self.notes = self._source.newest_after(after)
-        self._own = self._checkpoints(on_first_rank(lambda: _run_to_save(options)))
+            self.found, self.notes = self._checkpoints.newest_after(source, after)
 
     def load(self, parts: TrainingParts, scope: LoadScope) -> TrainingProgress:
         """Put the state of `found` into the parts of the run, and forget it."""
         assert self.found is not None
         found, self.found = self.found, None
-        return self._source.load(found, parts, scope)
+        return self._checkpoints.load(found, parts, scope)
 
     def save(self, parts: TrainingParts, progress: TrainingProgress, args: Namespace) -> Path:
         """Save one; returns where this rank's part lies."""
-        return self._own.save(parts, progress, args)
+        return self._checkpoints.save(parts, progress, args)
 
-    def _checkpoints(self, run: str) -> LocalCheckpoints:
-        options = self._plan.options
-        assert options.non_persistent_local_ckpt_dir is not None
-        return LocalCheckpoints(
-            options.non_persistent_local_ckpt_dir,
-            run,
-            options.non_persistent_local_ckpt_algo,
-            self._copies,
-            _layout(options),
-        )
-
-
-def _run_to_save(options: TrainingOptions) -> str:
-    """A run that goes on keeps its name; one that starts does not meet what others left."""
-    assert options.save is not None
-    goes_on = options.load and Path(options.load).resolve() == Path(options.save).resolve()
-    return (run_of(options.save) if goes_on else None) or start_run(options.save)
+    def remove(self) -> None:
+        """Remove all from the nodes, after the run's last checkpoint in --save."""
+        self._checkpoints.remove()
 
 
 def _layout(options: TrainingOptions) -> dict[str, Any]:

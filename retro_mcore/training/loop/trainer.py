@@ -158,6 +158,7 @@ class Trainer:
             options.async_save,
             Retention(options.keep_last_n, options.save_retain_interval),
             alone,
+            None if local is None else local.name,
         )
         self._gpt_contents, self._end_tokens = saved.get("gpt_contents"), saved.get(END_TOKENS)
         if self._decoder is not None:
@@ -173,7 +174,7 @@ class Trainer:
     @property
     def has_loaded(self) -> bool:
         """Whether the weights come from a checkpoint or a GPT model."""
-        return self._result.checkpoint is not None or self._decoder is not None
+        return self._start is not None or self._decoder is not None
 
     def train(self) -> TrainingResult:
         """Train until the last iteration, or until the run is stopped early.
@@ -206,6 +207,8 @@ class Trainer:
             reporter.samples(self._progress.iteration)
             self._loop(stop, reporter)
             self._report_saved(self._saver.finish(), reporter)
+            if self._local is not None:
+                self._local.remove()
             if result.stopped_by is None:  # otherwise every second matters
                 with raise_together():
                     result.loss_curve = reporter.draw()

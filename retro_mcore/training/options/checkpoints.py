@@ -71,6 +71,7 @@ class CheckpointOptions(LocalCheckpointOptions):
         ]
         problems += self._schedules_without_effect()
         problems += self.refused_local_checkpoints()
+        problems += self._local_ones_never_due()
         raise_problems(problems)
 
     def _schedules_without_effect(self) -> Iterator[ConfigurationError]:
@@ -85,6 +86,16 @@ class CheckpointOptions(LocalCheckpointOptions):
                     yield ConfigurationError(
                         flag_of(name), f"given together with {flag_of(other)}", "Choose one"
                     )
+
+    def _local_ones_never_due(self) -> Iterator[ConfigurationError]:
+        local, interval = self.non_persistent_save_interval, self.save_interval
+        if local and interval and local % interval == 0:
+            yield ConfigurationError(
+                "--non-persistent-save-interval",
+                f"{local}, with --save-interval {interval}, which is due at all of these "
+                "iterations, and then no local checkpoint is saved",
+                f"Give less than {interval}" if interval > 1 else "Give a larger --save-interval",
+            )
 
     @property
     def needs_checkpoint(self) -> str | None:

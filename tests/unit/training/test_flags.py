@@ -105,6 +105,10 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
             {"non_persistent_save_interval": 2},
             "--non-persistent-save-interval: given without --non-persistent-ckpt-type",
         ),
+        (
+            {"save": "run", "save_interval": 3, "non_persistent_save_interval": 6},
+            "--non-persistent-save-interval: 6, with --save-interval 3, which is due at all",
+        ),
         ({"non_persistent_local_ckpt_dir": "x"}, "--non-persistent-local-ckpt-dir: given without"),
         ({"non_persistent_local_ckpt_algo": "atomic"}, "--non-persistent-local-ckpt-algo: given"),
         ({"non_persistent_global_ckpt_dir": "x"}, "--non-persistent-global-ckpt-dir: x, but"),
