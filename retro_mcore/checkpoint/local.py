@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from retro_mcore import distributed
 from retro_mcore.checkpoint.arguments import completed
 from retro_mcore.checkpoint.loading import LoadScope, check_parts, put_state, sharded_entries
-from retro_mcore.checkpoint.local_runs import new_name, runs_of, take_over
+from retro_mcore.checkpoint.local_runs import announce, new_name, runs_of, take_over
 from retro_mcore.checkpoint.safe_loading import load_local_state
 from retro_mcore.checkpoint.saving import progress_state
 from retro_mcore.checkpoint.state import (
@@ -170,6 +170,8 @@ class LocalCheckpoints:
             MCoreTensorAwareStateDict,
         )
 
+        if not self._has_saved:
+            self._remove(*distributed.on_first_rank(lambda: announce(self._save, self.name)))
         with distributed.raise_together(), _naming(self._files.folder, "could not be written"):
             state = state_dict(parts, is_loading=False)
             digest = _digest(state)
@@ -185,8 +187,7 @@ class LocalCheckpoints:
             )
             self._files.write(content, progress.iteration)
         if not self._has_saved:
-            former = distributed.on_first_rank(lambda: take_over(self._save, self.name))
-            self._remove(*former)
+            self._remove(*distributed.on_first_rank(lambda: take_over(self._save, self.name)))
         self._has_saved = True
         return self._files.folder
 

@@ -56,8 +56,20 @@ def runs_of(directory: str | Path) -> LocalRuns:
     return found
 
 
+def announce(directory: str | Path, run: str) -> tuple[str, ...]:
+    """Before a start saves its first local checkpoint: its folder may be left by a crash.
+
+    Returns:
+        The names of former ones, whose folders can be removed.
+    """
+    before = _readable(directory)
+    if before.run != run:
+        _write(directory, LocalRuns(before.run, (*before.former, run)))
+    return before.former
+
+
 def take_over(directory: str | Path, run: str | None) -> tuple[str, ...]:
-    """Before a start saves: what other starts have on the nodes is no longer resumed.
+    """When a start saves: what other starts have on the nodes is no longer resumed.
 
     Args:
         directory: --save.
@@ -66,16 +78,23 @@ def take_over(directory: str | Path, run: str | None) -> tuple[str, ...]:
     Returns:
         The names of the others.
     """
-    path = Path(directory) / RUN_FILE
-    if run is None and not path.is_file():
+    if run is None and not (Path(directory) / RUN_FILE).is_file():
         return ()
-    try:
-        before = runs_of(directory)
-    except CheckpointError:
-        before = LocalRuns("")
+    before = _readable(directory)
     if before.run == run:
         return before.former
-    former = (*before.former, before.run) if before.run else before.former
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(LocalRuns(run, former)))
+    former = tuple(name for name in (*before.former, before.run) if name and name != run)
+    _write(directory, LocalRuns(run, former))
     return former
+
+
+def _readable(directory: str | Path) -> LocalRuns:
+    try:
+        return runs_of(directory)
+    except CheckpointError:  # nothing can be resumed, and the next start shall be
+        return LocalRuns("")
+
+
+def _write(directory: str | Path, runs: LocalRuns) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    write_json(Path(directory) / RUN_FILE, asdict(runs))

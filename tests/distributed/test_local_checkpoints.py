@@ -88,8 +88,8 @@ def run(killed=None, **options):
     except Killed:
         assert killed is not None
     torch.distributed.barrier()  # others may still remove files
-    (optimizer,) = trainer._parts.optimizer.chained_optimizers
-    adam = optimizer.optimizer.state.values()
+    chained = trainer._parts.optimizer.chained_optimizers  # experts have one of their own
+    adam = [state for part in chained for state in part.optimizer.state.values()]
     return {
         "start": start,
         "notes": notes,
@@ -212,6 +212,7 @@ def in_trouble(root: Path):
             branch_in_save(copy_of(folder, f"{with_local}"), layout, with_local)
             for with_local in (True, False)
         ],
+        "after saving locally": branch_in_save_then_locally(copy_of(folder, "both"), layout),
         "returned": lose_and_return(copy_of(folder, "returned"), layout),
         "full disk": on_a_full_disk(root / "full", layout),
     }
@@ -223,6 +224,13 @@ def start_of(other_save=None, **options):
         options["save"] = str(other_save)
     trainer = small_trainer(**options)
     return trainer._progress.iteration, trainer._local.notes
+
+
+def branch_in_save_then_locally(folder, layout):
+    """A branch from an earlier iteration that saves in --save before it saves locally."""
+    options = saving(folder, **layout)
+    run(killed=KILLED, **{**options, "save_interval": 4, "ckpt_step": SAVE_INTERVAL})
+    return len(files_of(folder)), start_of(**options)
 
 
 def branch_in_save(folder, layout, with_local):
@@ -303,6 +311,7 @@ def test_an_earlier_start_is_a_branch_of_its_own(troubles):
 def test_nothing_of_an_abandoned_branch_is_resumed(troubles):
     for results in troubles:
         assert results["after saving elsewhere"] == [(4, []), (4, [])]
+        assert results["after saving locally"] == (1, (KILLED, []))
 
 
 def test_a_node_that_comes_back_has_no_part_in_a_later_start(troubles):

@@ -82,7 +82,7 @@ class LocalCheckpointOptions:
                 flag_of(_KIND),
                 "local, but the package nvidia-resiliency-ext is missing",
                 "pip install 'nvidia-resiliency-ext>=0.4.1,<0.5' (megatron-core 0.16; from 0.17 on "
-                "megatron-core needs 0.6 or later)",
+                "megatron-core needs 0.6 or later, from github.com/NVIDIA/nvidia-resiliency-ext)",
             )
 
 
