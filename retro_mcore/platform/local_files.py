@@ -182,12 +182,20 @@ class LocalFiles(LocalCheckpointManager):
         try:
             super()._save_fn(id_to_state_dict)
         except Exception as error:
+            reason = _first(error)
             raise CheckpointError(
                 self.folder,
-                f"cannot take a local checkpoint ({type(error).__name__}: {error})",
+                f"cannot take a local checkpoint ({type(reason).__name__}: {reason})",
                 "Check the node's disk (--non-persistent-local-ckpt-dir); earlier checkpoints "
                 "are intact",
             ) from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an error came of: on a full disk torch.save ends with `unexpected pos`."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _complete(held: Sequence[set[tuple[int, int]]]) -> int | None:
