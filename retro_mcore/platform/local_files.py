@@ -47,7 +47,7 @@ from retro_mcore.errors import CheckpointError
 #: Reads a file: its path, and whether to map its tensors into memory instead of reading them.
 Reader = Callable[[Path, bool], Any]
 
-#: The files of a rank that a node has, by iteration and rank.
+#: The files that a node has, by iteration and rank: each with its copies.
 Files = dict[tuple[int, int], list[Path]]
 
 _NAME = re.compile(r"iter_(\d+)_(\d+)_local\.pt")

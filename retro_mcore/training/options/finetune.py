@@ -128,11 +128,11 @@ class FinetuneOptions(
             ConfigurationError: an option is invalid. Names the flag.
         """
         raise_problems([*below_minimum(self)])
-        self.check_checkpoints()
         if self.load is None:
             raise ConfigurationError(
                 "--load", "not given", "Name the pretrained checkpoint, with --finetune"
             )
+        self.check_checkpoints()
         for flag, given, hint in (
             ("--load-gpt", self.load_gpt, "Continue its pretraining with pretrain_retro.py first"),
             ("--freeze-decoder", self.freeze_decoder, "Instruction tuning trains the decoder"),
