@@ -12,6 +12,7 @@ TE ?= 2.20.2
 OLDEST_TE ?= 2.1.0
 # Where Emerging-Optimizers is installed from.
 EMERGING ?= git+https://github.com/NVIDIA-NeMo/Emerging-Optimizers
+NVRX ?= 0.4.1
 # Results of `make test-gpu`, and the seconds it may take: called again, it goes on.
 GPU_REPORT ?= gpu_report
 GPU_SECONDS ?= 540
@@ -31,7 +32,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=default FAISS_SIMD_LEVEL=NONE FAISS_OPT_LEVEL=generic \
 	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: help env quickstart test test-slow test-kernels test-versions test-prerelease test-muon test-bridge test-te test-parity test-gpu docs style format lock clean
+.PHONY: help env quickstart test test-slow test-kernels test-versions test-prerelease test-muon test-local test-bridge test-te test-parity test-gpu docs style format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -111,6 +112,14 @@ test-muon: env .emerging-v0.1.0/.up-to-date .emerging-v0.2.0/.up-to-date .megatr
 	$(INSTALL) --ignore-requires-python --no-deps --upgrade --target $(@D) "$(EMERGING)@$*" absl-py
 	@touch $@
 
+test-local: env .nvrx-$(NVRX)/.up-to-date ## run the tests of local checkpoints, with nvidia-resiliency-ext in a folder of its own
+	PYTHONPATH=$(CURDIR)/.nvrx-$(NVRX) $(BIN)/python -m pytest tests/distributed/test_local_checkpoints.py
+
+# Beside it megatron-core 0.17 and later cannot be imported, so it is not in the environment.
+.nvrx-%/.up-to-date: $(STAMP)
+	$(INSTALL) --no-deps --upgrade --target $(@D) nvidia-resiliency-ext==$*
+	@touch $@
+
 test-bridge: env .bridge-$(BRIDGE)/.up-to-date ## train in Megatron-Bridge, installed into a folder of its own
 	PYTHONPATH=$(CURDIR)/.bridge-$(BRIDGE) $(BIN)/python -m pytest -m bridge tests/bridge
 
@@ -159,4 +168,4 @@ lock: ## pin requirements/cpu.txt from requirements/cpu.in
 	mv requirements/cpu.new requirements/cpu.txt
 
 clean: ## remove the environment and the quickstart's output
-	rm -rf $(VENV) .megatron-* .bridge-* $(filter-out %/wheels,$(wildcard .te-*/*)) .te-*/.up-to-date .emerging-* .clients quickstart
+	rm -rf $(VENV) .megatron-* .bridge-* $(filter-out %/wheels,$(wildcard .te-*/*)) .te-*/.up-to-date .emerging-* .nvrx-* .clients quickstart

@@ -1,6 +1,7 @@
 """Search in list order with memory for a quarter of the index: bytes read from the disk.
 
     python -m benchmarks.capped_search --vectors 1000000 --lists 4096 --folder /data
+    python -m benchmarks.capped_search --vectors 100000 --lists 1024 --queries 6250 --batches 0
 
 A process of its own builds the index. This one then opens it on the disk, loads the queries, and
 enters a control group (cgroup) of Linux whose limit is what the search of so many queries takes,
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ class Options:
     k: int = 20
     """Neighbors of each query."""
     queries: int = 32_768
-    """Queries, searched in one call."""
+    """Queries of a batch, searched in one call."""
+    batches: int = 1
+    """Batches, one after the other; 0: so many that each vector of the index is a query once."""
     codes: str = "Flat"
     """What the lists hold, as in Faiss's factory strings."""
     share: float = 0.25
@@ -67,8 +70,9 @@ def build(options: Options, folder: Path) -> None:
     vectors = make_vectors(options.vectors, options.dimension)
     sizes = {name: getattr(options, name) for name in ("vectors", "dimension", "lists", "nprobe")}
     save_index(make_index(vectors, KnnOptions(**sizes), options.codes), folder / "index")
-    rows = np.random.default_rng(1).choice(len(vectors), options.queries)
-    np.save(folder / "queries.npy", vectors[rows])
+    wanted = options.batches * options.queries or len(vectors)
+    rows = np.random.default_rng(1).permutation(len(vectors))
+    np.save(folder / "queries.npy", vectors[np.resize(rows, wanted)])
 
 
 @contextmanager
@@ -103,7 +107,7 @@ def measure(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         flags = ["--build", "--folder", str(folder), "--codes", options.codes]
-        for field in ("vectors", "dimension", "lists", "nprobe", "queries"):
+        for field in ("vectors", "dimension", "lists", "nprobe", "queries", "batches"):
             flags += [f"--{field}", str(getattr(options, field))]
         command = [sys.executable, "-m", "benchmarks.capped_search", *flags]
         subprocess.run(command, check=True, cwd=REPOSITORY)
@@ -115,17 +119,21 @@ def measure(options: Options) -> dict[str, Any]:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             searched = ListOrderSearch(load_index(folder / "index", options.nprobe, mapped=True))
-            needs = len(queries) * searched.bytes_per_query(options.k) + (64 << 20)
-            before, start = bytes_read_so_far(), time.process_time()
-            if kind == "free":
-                found[kind] = searched.search(queries, options.k)
-            else:
-                with limited_to(needs + int(options.share * size)):
-                    print(f"limit: {host.total_memory() / 2**20:.0f} MiB", flush=True)
-                    found[kind] = searched.search(queries, options.k)
+            step = min(options.queries, len(queries))
+            needs = step * searched.bytes_per_query(options.k) + (64 << 20)
+            limit = limited_to(needs + int(options.share * size))
+            parts, read, start = [], [], time.process_time()
+            with limit if kind == "capped" else nullcontext():
+                print(f"{kind}: {host.total_memory() / 2**20:.0f} MiB", flush=True)
+                for first in range(0, len(queries), step):
+                    before = bytes_read_so_far()
+                    parts.append(searched.search(queries[first : first + step], options.k))
+                    read.append((bytes_read_so_far() - before) / size)
             del searched  # mapped pages stay in memory
+            found[kind] = tuple(map(np.concatenate, zip(*parts, strict=True)))
             result[kind] = {
-                "read": (bytes_read_so_far() - before) / size,
+                "read": sum(read),
+                "read_by_batch": read,
                 "queries_per_cpu_second": len(queries) / (time.process_time() - start),
             }
         result["equal"] = all(map(np.array_equal, found["free"], found["capped"]))

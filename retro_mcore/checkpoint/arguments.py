@@ -36,7 +36,11 @@ def read_arguments(checkpoint: Path) -> dict[str, Any]:
             "holds no arguments of a training run",
             "Name a checkpoint that pretrain_retro.py wrote",
         )
-    arguments = vars(common["args"])
+    return completed(vars(common["args"]), checkpoint)
+
+
+def completed(arguments: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's arguments with what those of older versions of ours do not state."""
     if in_our_form(arguments) and not arguments["no_retrieval"]:
         arguments = with_unstated(arguments)
     return _with_layers_of_window(arguments, checkpoint)

@@ -87,22 +87,59 @@ def load_checkpoint(
         verify_checkpoint(checkpoint)
         _check_holds_run(common, scope, checkpoint)
     takes_random_state = scope.random_state and _same_layout(common["args"])
-    if scope.optimizer:
-        unlike = unlike_parts(parts.optimizer, common.get("optimizer", {}))
-        if unlike:
-            raise CheckpointError(
-                checkpoint,
-                f"holds {unlike}",
-                "Give --expert-model-parallel-size, and which weights are trained and at which "
-                "rates, as before, or add --no-load-optim",
-            )
+    check_parts(parts, common, scope, checkpoint)
     if is_own(vars(common["args"])):
         request = state_dict(parts, True, scope.optimizer, takes_random_state)
         state = load_state(request, checkpoint)
-        for index, stage in enumerate(parts.stages):
-            unwrap_model(stage).load_state_dict(state[model_key(index, parts.stages)])
-    else:
-        load_megatron_lm([unwrap_model(stage) for stage in parts.stages], checkpoint)
+        return put_state(parts, state, common, scope, takes_random_state, checkpoint)
+    assert not scope.optimizer  # only its weights can be loaded
+    assert not takes_random_state
+    load_megatron_lm([unwrap_model(stage) for stage in parts.stages], checkpoint)
+    parts.optimizer.reload_model_params()
+    return _progress_of(common, scope)
+
+
+def check_parts(
+    parts: TrainingParts, common: Mapping[str, Any], scope: LoadScope, checkpoint: Path
+) -> None:
+    """Refuse the state of an optimizer of matrices that has other parts than this run's.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    unlike = scope.optimizer and unlike_parts(parts.optimizer, common.get("optimizer", {}))
+    if unlike:
+        raise CheckpointError(
+            checkpoint,
+            f"holds {unlike}",
+            "Give --expert-model-parallel-size, and which weights are trained and at which "
+            "rates, as before, or add --no-load-optim",
+        )
+
+
+def put_state(
+    parts: TrainingParts,
+    state: dict[str, Any],
+    common: Mapping[str, Any],
+    scope: LoadScope,
+    takes_random_state: bool,
+    checkpoint: Path,
+) -> TrainingProgress:
+    """Put a loaded state into the parts of a run.
+
+    Args:
+        parts: Filled in place.
+        state: What a request of `state_dict` was filled with.
+        common: What the checkpoint holds beside it.
+        scope: What to take.
+        takes_random_state: Whether to take the random states.
+        checkpoint: For errors.
+
+    Raises:
+        CheckpointError: it was trained with another schedule.
+    """
+    for index, stage in enumerate(parts.stages):
+        unwrap_model(stage).load_state_dict(state[model_key(index, parts.stages)])
     if scope.optimizer:
         _load_optimizer(parts, state["optimizer"], common["opt_param_scheduler"], checkpoint)
         put_squares(parts.optimizer, state.get(SQUARES, {}))
@@ -110,6 +147,10 @@ def load_checkpoint(
         parts.optimizer.reload_model_params()
     if takes_random_state:
         set_random_state(state["rng_state"][0])
+    return _progress_of(common, scope)
+
+
+def _progress_of(common: Mapping[str, Any], scope: LoadScope) -> TrainingProgress:
     if not scope.progress:
         return TrainingProgress()
     return TrainingProgress(common["iteration"], common["consumed_samples"])
@@ -205,7 +246,7 @@ def load_state(request: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 def _check_holds(request: dict[str, Any], metadata: Metadata, checkpoint: Path) -> None:
     """Refuse a checkpoint that lacks what this rank asks for, or has it in other sizes."""
-    for entry in _entries(request):
+    for entry in sharded_entries(request):
         key = entry.unique_key if isinstance(entry, ShardedObject) else entry.key
         stored = metadata.state_dict_metadata.get(key)
         size = stored.size if isinstance(stored, TensorStorageMetadata) else None
@@ -222,7 +263,8 @@ def _check_holds(request: dict[str, Any], metadata: Metadata, checkpoint: Path) 
         )
 
 
-def _entries(request: dict[str, Any]) -> Iterator[Any]:
+def sharded_entries(request: dict[str, Any]) -> Iterator[Any]:
+    """The sharded tensors and objects of a state, with those that Megatron makes for saving."""
     for value in nested_values(request):
         if isinstance(value, ShardedTensorFactory):
             yield from nested_values(value.build())

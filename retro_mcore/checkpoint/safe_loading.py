@@ -12,7 +12,7 @@ import pickle
 import re
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -141,6 +141,27 @@ def load_run_state(content: IO[bytes]) -> Any:
     """
     with _allowed_only({**_NOT_READ, **_VALUES, **_RUN_STATE}):
         return torch.load(content, weights_only=True)
+
+
+def load_local_state(path: Path, records: Sequence[type], mapped: bool = False) -> Any:
+    """Load what a rank saved as its local checkpoint, tensors on the CPU.
+
+    Args:
+        path: The file.
+        records: Classes of Megatron's records of names, places and tensors, which are allowed.
+        mapped: Map tensors into memory instead of reading them.
+
+    Raises:
+        CheckpointError: it is damaged, or holds a class that is not allowed, which is named.
+    """
+    named = {f"{kind.__module__}.{kind.__name__}": kind for kind in records}
+    with _allowed_only({**_NOT_READ, **_VALUES, **_RUN_STATE, **named}):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise _unsafe(path, _refused_names(path, error)) from error
+        except Exception as error:
+            raise _damaged(path, error) from error
 
 
 @contextmanager

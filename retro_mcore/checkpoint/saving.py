@@ -22,6 +22,7 @@ from retro_mcore.checkpoint.files import (
     publish,
     temporary_path,
 )
+from retro_mcore.checkpoint.local_runs import take_over
 from retro_mcore.checkpoint.state import (
     FAILURES,
     METADATA,
@@ -46,6 +47,7 @@ class CheckpointSaver:
         asynchronous: Write in a process of its own while training goes on; `finish` completes it.
         retention: Which checkpoints stay.
         alone: Whether no other run saves there, so that what crashes left over may be removed.
+        local_run: The name under which this start has local checkpoints, if any.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class CheckpointSaver:
         asynchronous: bool = False,
         retention: Retention | None = None,
         alone: bool = True,
+        local_run: str | None = None,
     ) -> None:
-        self._alone = alone
+        self._alone, self._local_run = alone, local_run
         self._directory, self._retention = Path(directory), retention or Retention()
         self._asynchronous, self._queue = asynchronous, AsyncCallsQueue()
         self._pending: int | None = None
@@ -86,13 +89,7 @@ class CheckpointSaver:
             if distributed.get_rank() == 0:
                 make_temporary(self._directory, iteration, self._alone)
         state = state_dict(parts, is_loading=False)
-        state.update(
-            args=args,
-            checkpoint_version=3.0,
-            iteration=iteration,
-            consumed_samples=progress.consumed_samples,
-            opt_param_scheduler=parts.scheduler.state_dict(),
-        )
+        state.update(progress_state(parts, progress, args))
         self._start(state, temporary_path(self._directory, iteration))
         self._pending, self._checksums = iteration, None
         return None if self._asynchronous else self.finish()
@@ -124,6 +121,7 @@ class CheckpointSaver:
         with distributed.raise_together():
             if distributed.get_rank() == 0:
                 write_checksums(temporary, shares)
+                take_over(self._directory, self._local_run)
                 publish(self._directory, iteration, self._retention)
         return checkpoint_path(self._directory, iteration)
 
@@ -147,6 +145,19 @@ class CheckpointSaver:
             )
             if request is not None:
                 self._queue.schedule_async_request(request)
+
+
+def progress_state(
+    parts: TrainingParts, progress: TrainingProgress, args: Namespace
+) -> dict[str, Any]:
+    """What a checkpoint holds beside the sharded state."""
+    return {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "opt_param_scheduler": parts.scheduler.state_dict(),
+    }
 
 
 def save_checkpoint(

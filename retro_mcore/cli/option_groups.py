@@ -49,7 +49,7 @@ GROUPS: dict[str, str] = {
     "use_cpu_initialization deterministic_mode",
     "checkpoint": "save save_* async_save keep_last_n load load_* ckpt_step use_checkpoint_args "
     "finetune *_opt_param_scheduler no_load_* exit_* target target_* decoder_only max_shard_size "
-    "model_config non_persistent_*",
+    "model_config non_persistent_* replication*",
     "logging": "log_* tensorboard_* wandb_* check_for_* device_peak_tflops",
     "scale": "tokens training_tokens document_tokens embedding_dimension hours *_per_node "
     "node_memory *_rate measure",

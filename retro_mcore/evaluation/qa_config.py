@@ -9,7 +9,7 @@ from typing import Literal
 
 from retro_mcore.data.instruction.examples import PassageKind
 from retro_mcore.data.instruction.prompts import PromptFormat
-from retro_mcore.errors import ConfigurationError, raise_problems, too_small
+from retro_mcore.errors import ConfigurationError, flag_of, raise_problems, too_small
 from retro_mcore.time_limit import InferenceTimeLimit
 from retro_mcore.training.options.parallel import ParallelOptions, divided_texts
 
@@ -20,6 +20,12 @@ _LEAST = {
     "num_resamples": 1,
     "ft_neighbours": 0,
 }
+#: Options of the answers, which given predictions already are.
+_OF_ANSWERS = (
+    *("project_dir", "load", "passages", "ft_neighbours", "prompt_format", "template_id"),
+    *("retro_neighbors", "retro_attention_gate", "max_new_tokens", "stop", "two_chunks"),
+    *("temperature", "top_k", "top_p"),
+)
 
 
 @dataclass(kw_only=True)
@@ -131,6 +137,12 @@ class EvaluateQaConfig(InferenceTimeLimit):
                     yield ConfigurationError(
                         flag, "not given", "Give it, or --predictions to score"
                     )
+        else:
+            usual = EvaluateQaConfig(sample_input_file="", output="")
+            for name in _OF_ANSWERS:
+                if getattr(self, name) != getattr(usual, name):
+                    found = "given with --predictions, which are answers already"
+                    yield ConfigurationError(flag_of(name), found, "Give one of them")
         if self.ablate_retrieval and self.retro_neighbors == "none":
             yield ConfigurationError(
                 "--ablate-retrieval",

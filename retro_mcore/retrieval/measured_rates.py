@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import recorded_options, stage_report
 from retro_mcore.retrieval.bert_tokens import BertTokenCounter
-from retro_mcore.retrieval.chunk_text import chunk_texts
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders import (
     build_embedder,
@@ -22,14 +22,15 @@ from retro_mcore.retrieval.embedders import (
 )
 from retro_mcore.retrieval.embedders.base import BATCH_SIZE, DEFAULT_EMBEDDER, Embedder
 from retro_mcore.retrieval.embedders.precision import Precision, obstacle
+from retro_mcore.retrieval.index.embeddings import write_embeddings
 from retro_mcore.retrieval.scale import Rates
 
 logger = logging.getLogger(__name__)
 
-#: Number of chunks that are embedded; tokenizing is faster and gets this many times more.
-_EMBEDDED, _TIMES = 512, 32
-#: Number of texts embedded before timing starts.
-_WARM_UP = 32
+#: Chunks that are tokenized, and of a file that is embedded.
+_TOKENIZED, _EMBEDDED = 16_384, 512
+#: Chunks embedded before timing starts, and seconds after which no more files are.
+_WARM_UP, _ENOUGH = 32, 3.0
 
 
 def measure_rates(
@@ -53,7 +54,7 @@ def measure_rates(
     config, settings = ProjectConfig.load(paths.root), ProjectSettings.load(paths.root)
     database = ChunkDatabase.open(paths.root, own=True)
     tokenizer = load_project_tokenizer(config, paths)
-    count = min(_TIMES * _EMBEDDED, len(database))
+    count = min(_TOKENIZED, len(database))
     ids = np.linspace(0, len(database) - 1, count).astype(int)
     counter = BertTokenCounter(paths.root / str(config.retro_bert_vocab_file))
     together = _chunks_per_document(paths, config.retro_gpt_chunk_length)
@@ -74,8 +75,8 @@ def measure_rates(
         precision=precision,
         batch_tokens=tokens,
     )
-    texts = chunk_texts(tokenizer, database.tokens(ids[:: max(count // _EMBEDDED, 1)]))
-    rates = Rates(tokenized=tokenized, chunked=chunked, embedded=_embedding_rate(built, texts))
+    embedded = _embedding_rate(database, tokenizer, built, settings, device)
+    rates = Rates(tokenized=tokenized, chunked=chunked, embedded=embedded)
     return rates, built.dimension
 
 
@@ -120,8 +121,26 @@ def _text_rates(
     return chunked, tokenized
 
 
-def _embedding_rate(embedder: Embedder, texts: list[str]) -> float:
-    embedder.embed(texts[:_WARM_UP])
-    start = time.perf_counter()
-    embedder.embed(texts)
-    return len(texts) / (time.perf_counter() - start)
+def _embedding_rate(
+    database: ChunkDatabase,
+    tokenizer: Tokenizer,
+    embedder: Embedder,
+    settings: ProjectSettings,
+    device: str,
+) -> float:
+    """Chunks per second of a GPU, or of a core, from the database to files of vectors."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    size = min(_EMBEDDED, len(database))
+    starts = np.random.default_rng(0).permutation(np.arange(0, len(database) - size + 1, size))
+    made_as = settings.document_ends, settings.embeddings_dtype
+    with tempfile.TemporaryDirectory() as folder:
+        path, embedded = Path(folder, "vectors.hdf5"), 0
+        write_embeddings(database, tokenizer, embedder, range(min(_WARM_UP, size)), path, *made_as)
+        begun = clock()
+        for start in starts.tolist():
+            ids = range(start, start + size)
+            write_embeddings(database, tokenizer, embedder, ids, path, *made_as)
+            embedded += size
+            if clock() - begun > _ENOUGH:
+                break
+        return embedded / (clock() - begun)

@@ -73,6 +73,8 @@ class NeighborSearch:
         num_searched: Chunks that the index holds; None: all of the database.
         together: Chunks, also of several files, that are searched in one call of an index whose
             result for a chunk does not depend on the others. 0: those of a file, up to `BATCH`.
+        together_wide: Chunks of one call that searches `num_query` candidates, where the first one
+            searches fewer; None: as many.
         prefixes: Whether a search for fewer candidates finds the first of those that one for more
             finds. Then few are searched first, and `num_query` for the chunks that need them.
     """
@@ -83,6 +85,7 @@ class NeighborSearch:
     rerank: BM25 | None = None
     num_searched: int | None = None
     together: int = 0
+    together_wide: int | None = None
     prefixes: bool = False
 
     def __post_init__(self) -> None:
@@ -99,7 +102,10 @@ class NeighborSearch:
 
     def most_queries(self, k: int) -> int:
         """Chunks per search of k candidates, which take no more memory than usual ones."""
-        return max(BATCH, self.together * self.num_query // max(k, self.num_query, 1))
+        wide = self.together if self.together_wide is None else self.together_wide
+        if k < self.num_query:
+            return max(BATCH, self.together)
+        return max(BATCH, wide * self.num_query // max(k, 1))
 
     def shard(self, chunks: QueryChunks, shard: Shard, path: Path, fingerprint: str) -> Steps:
         """Write one shard's neighbors to `path`, and their distances, one batch at a time.

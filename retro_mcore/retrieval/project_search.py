@@ -19,7 +19,7 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import input_digests
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.document_groups import group_files
-from retro_mcore.retrieval.embedders import load_project_embedder
+from retro_mcore.retrieval.embedders import default_batch_tokens, load_project_embedder
 from retro_mcore.retrieval.embedders.base import BATCH_SIZE, Embedder
 from retro_mcore.retrieval.embedders.identity import require_same_model
 from retro_mcore.retrieval.embedders.precision import Precision, obstacle
@@ -84,7 +84,7 @@ class ProjectSearch:
 
     def load_embedder(
         self,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         device: str | None = None,
         precision: Precision | None = None,
         batch_tokens: int | None = None,
@@ -93,7 +93,8 @@ class ProjectSearch:
         """Load the embedder that the index was built with; see `build_embedder`.
 
         Args:
-            batch_size: Texts per forward pass.
+            batch_size: Texts per forward pass; None, without `batch_tokens`: batches as a new
+                project of this layout has them.
             device: "cpu", "cuda" …; None: CUDA if available.
             precision: Precision to compute in; None: the database's.
             batch_tokens: Tokens per forward pass instead of `batch_size`.
@@ -105,8 +106,15 @@ class ProjectSearch:
             ConfigurationError: this machine cannot compute in the precision.
         """
         settings = self.source_settings
+        if batch_size is None and batch_tokens is None and settings.samples == "aligned":
+            batch_tokens = default_batch_tokens(str(settings.embedder), device or "auto")
         embedder = load_project_embedder(
-            settings, self.source, batch_size, device, precision or self.precision, batch_tokens
+            settings,
+            self.source,
+            batch_size or BATCH_SIZE,
+            device,
+            precision or self.precision,
+            batch_tokens,
         )
         if compare and settings.embedder_digests:
             require_same_model(embedder, settings.embedder_digests, self.source.root)

@@ -59,7 +59,7 @@ class PreviousNeighbors:
             num_query=search.num_query,
             num_save=search.num_save,
             rerank=search.rerank,
-            together=search.together,
+            together=search.most_queries(search.num_query) if search.together else 0,
             table=self.tables[split],
         )
 

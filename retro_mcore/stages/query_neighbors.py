@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.distributed import (
-    any_rank,
     barrier,
     get_rank,
     initialize,
@@ -42,6 +41,7 @@ from retro_mcore.retrieval.index.list_order import list_order_pays, queries_toge
 from retro_mcore.retrieval.neighbor_search import (
     NeighborSearch,
     count_queried,
+    narrow_candidates,
     query_split,
 )
 from retro_mcore.retrieval.project_search import ProjectSearch, open_search
@@ -321,7 +321,7 @@ class _Run:
         """Search all splits, and record them in the project."""
         with raise_together():
             self._open()
-        self._record_order()
+        self._agree_on_order()
         with raise_together():  # rank 0 has counted the tokens
             self._neighbor_search = self._make_neighbor_search()
         max_tokens = self._embedder.embedder.max_tokens
@@ -370,9 +370,16 @@ class _Run:
             if config.rerank is not None:
                 save_token_counts(search.database, self._tokenizer.vocab_size, search.source)
 
-    def _record_order(self) -> None:
-        """Record list order only if all ranks search in it: an index on a GPU is not."""
-        used = not any_rank(not queries_together(self._index, self._num_query))
+    def _agree_on_order(self) -> None:
+        """Agree on how many chunks are searched together, few candidates of each first.
+
+        List order is recorded only if all ranks search in it: an index on a GPU is not.
+        """
+        few = min(self._num_query, narrow_candidates(self._config.num_neighbors_save))
+        chosen = self._config.rescore or self._config.rerank is not None  # among all candidates
+        first = self._num_query if chosen or self._old is not None else few
+        self._together, self._together_wide = queries_together(self._index, first, self._num_query)
+        used, self._prefixes = self._together > 0, self._together > 0 and first == few
         finished = bool(recorded_options(self._paths, self._record))
         if self._in_list_order and not used and not finished:
             del self._options[_ORDER]
@@ -382,17 +389,17 @@ class _Run:
     def _make_neighbor_search(self) -> NeighborSearch:
         search, config = self._search, self._config
         reranker = search.load_reranker(config.rerank, self._tokenizer)
-        together = queries_together(self._index, self._num_query)
-        if together:
-            log_once(f"search reads each list once for up to {together} chunks")
+        if self._together:
+            log_once(f"search reads each list once for up to {self._together} chunks")
         return NeighborSearch(
             search.database,
             num_query=self._num_query if self._old is None else self._num_new_candidates,
             num_save=config.num_neighbors_save,
             rerank=reranker,
             num_searched=None if self._old is None else self._old.num_new,
-            together=together,
-            prefixes=bool(together) and not config.rescore,
+            together=self._together,
+            together_wide=self._together_wide,
+            prefixes=self._prefixes,
         )
 
     @property

@@ -1,6 +1,7 @@
 """Array jobs, torchrun and one process: the same index. Parts on ranks: the same neighbors."""
 
 import io
+import logging
 import multiprocessing
 import shutil
 import time
@@ -15,8 +16,11 @@ from retro_mcore.cli.build_db import BuildDbOptions, build_db
 from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.cli.query_neighbors import QueryNeighborsOptions, query_neighbors
+from retro_mcore.distributed import get_rank
 from retro_mcore.errors import ConfigurationError, ProjectError
 from retro_mcore.project import ProjectPaths, ProjectSettings
+from retro_mcore.retrieval import neighbor_search
+from retro_mcore.retrieval.index import list_order
 from tests.processes import START_METHOD, run_ranks
 from tests.unit.data.projects import documents, preprocess_options, write_corpus
 
@@ -52,7 +56,8 @@ def prepared(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_disk):
+def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_disk, caplog):
+    caplog.set_level(logging.INFO)
     changes = {"on_disk": on_disk}
     project = tmp_path / "project"
     shutil.copytree(prepared, project)
@@ -76,6 +81,8 @@ def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_dis
     build_index(options(project, stage="add", shard="1/2", **changes))
     build_index(options(project, stage="merge", **changes))
     assert contents(project / "index") == expected
+    assert caplog.text.count(f"train index: {STRING}, as --index says") == 2
+    assert caplog.text.count("measure index: nprobe 1, recall@2 ") == 2
     assert not list(project.glob(".lock*"))
     with pytest.raises(ConfigurationError, match="--shard"):
         build_index(options(project, stage="merge", shard="1/2", **changes))
@@ -108,6 +115,48 @@ def test_parts_on_ranks_give_the_neighbors_of_one_index(prepared, tmp_path):
         assert ProjectSettings.load(project).index_split
         assert not paths.added_index(STRING).exists()
         shutil.rmtree(project)
+
+
+def query_with(project: Path, together: list[int]) -> tuple[dict[str, bytes], int]:
+    """Search with so many chunks together, as each rank sees it; most of one search, too."""
+    asked, search = [], list_order.ListOrderSearch.search
+
+    def counted(self, vectors, k):
+        asked.append(len(vectors))
+        return search(self, vectors, k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbor_search, "BATCH", 8)
+        patch.setattr(list_order, "_queries_in", lambda *_: together[get_rank()])
+        patch.setattr(list_order.ListOrderSearch, "search", counted)
+        query_neighbors(QueryNeighborsOptions(str(project), num_neighbors_save=5))
+    return contents(project / "query"), max(asked, default=0)
+
+
+def test_how_many_chunks_are_searched_together_changes_no_byte(tmp_path):
+    """Parts of a file of 60 chunks, several files, all of them; ranks may see different memory."""
+    prepared, project = tmp_path / "prepared", tmp_path / "project"
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents(30, 500))
+    preprocess_corpus(preprocess_options(prepared, corpus, samples="aligned", retro_block_size=60))
+    build_db(BuildDbOptions(str(prepared)))
+    build_index(options(prepared))
+    found, most = [], []
+    for together in ([16], [130], [10_000], [10_000, 130]):
+        shutil.copytree(prepared, project)
+        if len(together) == 1:
+            ranks = [query_with(project, together)]
+        else:
+            ranks = run_ranks(len(together), query_with, project, together)
+        found.append(ranks[0][0])
+        most.append(max(asked for _, asked in ranks))
+        shutil.rmtree(project)
+    assert len(found[0]) > 20
+    for files in found[1:]:
+        assert [
+            name for name in {**files, **found[0]} if files.get(name) != found[0].get(name)
+        ] == []
+    assert most[0] == 16 < 60 < most[1] <= 130 < most[2]
+    assert most[3] == most[1]  # ranks agree
 
 
 @pytest.mark.slow

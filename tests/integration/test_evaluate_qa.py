@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from retro_mcore.cli.evaluate_qa import EvaluateQaOptions, evaluate_qa, main
-from retro_mcore.errors import ConfigurationError, CorpusError, ProjectError
+from retro_mcore.errors import ConfigurationError, CorpusError, ProjectError, flag_of
 from retro_mcore.project.lock import directory_lock
 from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project
@@ -171,13 +171,34 @@ def test_two_runs_into_one_folder_are_refused(options, tmp_path):
         evaluate_qa(options())
 
 
+def to_score(options, path, **changes):
+    given = options()
+    return EvaluateQaOptions(
+        sample_input_file=given.sample_input_file,
+        output=given.output,
+        predictions=str(path),
+        device="cpu",
+        **changes,
+    )
+
+
 def test_more_questions_than_there_are_are_not_taken_silently(options, tmp_path, capsys):
     path = tmp_path / "answers.txt"
     path.write_text("an answer\n" * 7)
-    evaluate_qa(options(predictions=str(path), num_gen=9))
+    evaluate_qa(to_score(options, path, num_gen=9))
     assert "--num-gen 9, but " in capsys.readouterr().err
-    evaluate_qa(options(predictions=str(path), num_gen=7))
+    evaluate_qa(to_score(options, path, num_gen=7))
     assert "--num-gen" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"load": "folder"}, {"max_new_tokens": 5}, {"top_k": 3}, {"retro_neighbors": "live"}],
+)
+def test_options_of_answers_do_not_go_with_given_answers(options, tmp_path, given):
+    (name,) = given
+    with pytest.raises(ConfigurationError, match=f"{flag_of(name)}: given with --predictions"):
+        evaluate_qa(to_score(options, tmp_path / "answers.txt", **given))
 
 
 def test_predictions_of_other_settings_are_not_mixed(ablation, tmp_path):
@@ -265,7 +286,7 @@ def test_a_malformed_test_file_is_refused_by_line_or_record(options, text, messa
 def test_too_few_predictions_are_refused(options, tmp_path):
     (tmp_path / "p.txt").write_text("one\n")
     with pytest.raises(CorpusError, match="holds 1 predictions of 7 questions"):
-        evaluate_qa(options(predictions=str(tmp_path / "p.txt")))
+        evaluate_qa(to_score(options, tmp_path / "p.txt"))
 
 
 @pytest.mark.slow

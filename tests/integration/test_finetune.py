@@ -453,6 +453,8 @@ def test_the_pretrained_checkpoint_needs_finetune(options):
     [
         ({"load": None}, ConfigurationError, "--load: not given"),
         ({"load_gpt": "x"}, ConfigurationError, "--load-gpt"),
+        ({"keep_last_n": 2}, ConfigurationError, "--keep-last-n: given without --save"),
+        ({"replication": True}, ConfigurationError, "--replication: given without"),
         ({"reuse_top": True}, ConfigurationError, "--reuse-top"),
         ({"train_iters": 0}, ConfigurationError, "--train-iters"),
         ({"moe_z_loss_coeff": -1.0}, ConfigurationError, "--moe-z-loss-coeff"),

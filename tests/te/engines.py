@@ -38,6 +38,9 @@ def model_of(engine: bool, stage: dict[str, Any] | None = None, **options: Any) 
         stage: Arguments of `ParallelOptions`.
         **options: Of `ModelArguments`, beside `SMALL`.
     """
+    from megatron.core.parallel_state import is_pipeline_first_stage as is_first_stage
+    from megatron.core.parallel_state import is_pipeline_last_stage as is_last_stage
+
     from retro_mcore.model.options import ModelArguments
     from retro_mcore.training.options.parallel import ParallelOptions, RecomputeOptions
     from retro_mcore.training.setup.build import assemble_model
@@ -45,7 +48,7 @@ def model_of(engine: bool, stage: dict[str, Any] | None = None, **options: Any) 
 
     arguments = ModelArguments(**{**SMALL, **options})
     config = build_config(arguments, ParallelOptions(**(stage or {})), RecomputeOptions())
-    where = {"pre_process": True, "post_process": True, "vp_stage": None}
+    where = {"pre_process": is_first_stage(), "post_process": is_last_stage(), "vp_stage": None}
     torch.manual_seed(3)
     with constructing():
         return assemble_model(config, arguments, engine, **where).eval()

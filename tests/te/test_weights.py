@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.te.engines import MARKS, constructing, pair, weights_of
+from tests.processes import join_megatron, run_ranks
+from tests.te.engines import MARKS, constructing, model_of, pair, weights_of
 from tests.unit.checkpoint.test_upstream import CASES as UPSTREAM
 from tests.unit.checkpoint.test_upstream import load_case, upstream_config_fields
 from tests.unit.huggingface.models import SMALL
@@ -33,18 +34,70 @@ def assert_equal(found, wanted):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("to_engine", [True, False], ids=["to the engine", "from the engine"])
 def test_checkpoints_are_loaded_by_the_other(name, to_engine, tmp_path):
+    local, engine = pair(**MODELS[name])
+    saved, loaded = (local, engine) if to_engine else (engine, local)
+    save_weights(randomize(saved), tmp_path)
+    load_weights(loaded, tmp_path)
+    assert_equal(weights_of(loaded), weights_of(saved))
+
+
+#: Layouts of two processes, and the models that they divide.
+LAYOUTS = {
+    "tensor and sequence parallel": (
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        MODELS,
+    ),
+    "pipeline": ({"pipeline_model_parallel_size": 2}, ["plain", "num_experts"]),
+    "expert parallel": ({"expert_model_parallel_size": 2}, ["num_experts", "qwen2_moe"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("to_engine", [True, False], ids=["to the engine", "from the engine"])
+def test_checkpoints_are_resharded_by_the_other(layout, to_engine, tmp_path):
+    """From one process to two of the other implementation, and back again."""
+    stage, names = LAYOUTS[layout]
+    models = {name: model_of(not to_engine, **MODELS[name]) for name in names}
+    for name, model in models.items():
+        (tmp_path / name / "two").mkdir(parents=True)
+        save_weights(randomize(model), tmp_path / name / "one")
+    failed = run_ranks(2, reshard, stage, list(names), to_engine, tmp_path)
+    assert failed == [{}, {}]
+    for name, model in models.items():
+        wanted = {key: weight.clone() for key, weight in weights_of(model).items()}
+        load_weights(randomize(model), tmp_path / name / "two")
+        assert_equal(weights_of(model), wanted)
+
+
+def save_weights(model, folder):
     from megatron.core import dist_checkpointing
 
+    from retro_mcore.checkpoint.state import METADATA
+
+    folder.mkdir(exist_ok=True)
+    dist_checkpointing.save({"model": model.sharded_state_dict(metadata=METADATA)}, str(folder))
+
+
+def load_weights(model, folder):
     from retro_mcore.checkpoint.loading import load_state
     from retro_mcore.checkpoint.state import METADATA
 
-    local, engine = pair(**MODELS[name])
-    saved, loaded = (local, engine) if to_engine else (engine, local)
-    randomize(saved)
-    dist_checkpointing.save({"model": saved.sharded_state_dict(metadata=METADATA)}, str(tmp_path))
-    state = load_state({"model": loaded.sharded_state_dict(metadata=METADATA)}, tmp_path)
-    loaded.load_state_dict(state["model"])
-    assert_equal(weights_of(loaded), weights_of(saved))
+    state = load_state({"model": model.sharded_state_dict(metadata=METADATA)}, folder)
+    model.load_state_dict(state["model"])
+
+
+def reshard(stage, names, engine, folder):
+    """Read what one process saved, and save it again; what fails on this rank, by model."""
+    join_megatron(**{key: value for key, value in stage.items() if key.endswith("_size")})
+    failed = {}
+    for name in names:
+        try:
+            model = model_of(engine, stage, **MODELS[name])
+            load_weights(model, folder / name / "one")
+            save_weights(model, folder / name / "two")
+        except Exception as error:
+            failed[name] = repr(error)
+    return failed
 
 
 @pytest.mark.parametrize("name", MODELS)

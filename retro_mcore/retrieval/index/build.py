@@ -8,6 +8,8 @@ work was divided.
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -48,6 +50,8 @@ from retro_mcore.retrieval.index.training import (
     num_lists,
     train_index,
 )
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +160,12 @@ class IndexBuild:
         if inherited and inherited.link_trained_index(choice.string, self.fingerprint):
             index = load_index(empty)
         else:
-            sampled = training_rows_of(self.paths)
+            sampled, begun = training_rows_of(self.paths), time.monotonic()
+            _LOG.info("train index: %s, %s", choice.string, choice.reason)
             index = train_index(
                 choice.string, self.embeddings, sampled, self.wanted.memory, self.wanted.gpu
             )
+            _LOG.info("train index: done in %.0f s", time.monotonic() - begun)
             with signed_write(empty, self.fingerprint) as temporary:
                 save_index(index, temporary)
         choice = self._place(choice, index)
@@ -304,7 +310,15 @@ class IndexBuild:
         """Measure the recall, and choose the breadth of search unless it was given."""
         queries = read_held_out(self.paths.held_out)
         exact = read_exact([exact_path(part) for part in parts], len(queries.rows))
-        measure = RecallMeasure(index, queries, exact, self.embeddings, self.wanted.rescore)
+        recall_of = RecallMeasure(index, queries, exact, self.embeddings, self.wanted.rescore)
+
+        def measure(nprobe: int | None, ef_search: int | None) -> Recall:
+            recall = recall_of(nprobe, ef_search)
+            breadth = {"nprobe": nprobe, "efSearch": ef_search}
+            named = "".join(f"{name} {value}, " for name, value in breadth.items() if value)
+            _LOG.info("measure index: %srecall@2 %.3f", named, recall.decisive)
+            return recall
+
         trained, wanted = load_index(self.paths.empty_index(choice.string)), self.wanted
         lists, graph = num_lists(trained), has_graph(trained)
         return tune(measure, lists, graph, wanted.recall, wanted.nprobe, wanted.ef_search)

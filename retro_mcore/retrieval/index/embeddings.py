@@ -46,15 +46,29 @@ def embed_database(
     """
 
     def build(shard: Shard, path: Path) -> None:
-        counts, ids = StoredCounts(), range(shard.start, shard.end)
-        texts = chunk_texts(tokenizer, database.tokens(ids), document_ends)
-        with h5py.File(path, "w") as file:
-            vectors = embed_unique(embedder, texts, counts, shard.start)
-            file["data"] = as_stored(vectors, dtype, counts)
-            file["counts"] = counts.to_array()
+        ids = range(shard.start, shard.end)
+        write_embeddings(database, tokenizer, embedder, ids, path, document_ends, dtype)
 
     row_bytes = bytes_of(dtype) * embedder.dimension
     return run_shards(shards, build, fingerprint, "embed database", row_bytes)
+
+
+def write_embeddings(
+    database: ChunkDatabase,
+    tokenizer: Tokenizer,
+    embedder: Embedder,
+    ids: range,
+    path: Path,
+    document_ends: DocumentEnds,
+    dtype: StoredType,
+) -> None:
+    """Embed some chunks of the database, and write their vectors; see `embed_database`."""
+    counts = StoredCounts()
+    texts = chunk_texts(tokenizer, database.tokens(ids), document_ends)
+    with h5py.File(path, "w") as file:
+        vectors = embed_unique(embedder, texts, counts, ids.start)
+        file["data"] = as_stored(vectors, dtype, counts)
+        file["counts"] = counts.to_array()
 
 
 def count_embedded(shards: Sequence[Shard]) -> StoredCounts:

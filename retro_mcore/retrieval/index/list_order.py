@@ -18,6 +18,7 @@ number of threads and ranks, and however queries are divided into batches.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.distributed import gather, get_world_size
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.host import available_memory
 from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
@@ -48,8 +51,13 @@ _LISTS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ")
 _STRING = re.compile(
     r"(^|,)IVF(?P<count>\d+)(?P<unit>[kM]?)(_HNSW\d+)?,(Flat|SQ\w+|PQ\d+(x\d+)?(np)?)$"
 )
-#: Queries that are worth searching together, and the memory that they may take.
+#: Queries that are searched together on any machine, and the memory that they may take.
 TOGETHER, _MEMORY = 65_536, 2 << 30
+#: Queries of one search at most, as a kill loses all of them.
+_MOST_TOGETHER = 8 * TOGETHER
+#: Queries of a list from which on more of them save little: to read a list takes as long as to
+#: compare it with some 200 queries.
+_ENOUGH_PER_LIST = 1536
 #: From this many queries per list on, list order is faster.
 _QUERIES_PER_LIST = 8
 #: Queries whose lists are chosen at a time.
@@ -61,6 +69,11 @@ _VECTORS, _QUERIES = 8192, 4096
 _CENTERS_PER_STEP = 128
 #: Lists up to this share of the available memory stay in it between two rounds.
 _MEMORY_SHARE = 0.5
+#: Shares of the available memory for more queries: where lists stay in memory, and where more
+#: queries are all that makes them be read less often.
+_QUERIES_SHARE, _QUERIES_SHARE_ON_DISK = 1 / 16, 0.25
+#: Bytes of a query beside its vectors, lists and candidates: its tokens, and what is filtered.
+_BESIDE = 1024
 
 
 class _Work(NamedTuple):
@@ -85,45 +98,61 @@ class ListOrderSearch:
     """
 
     def __init__(self, index: Any) -> None:
+        self.ntotal = index.ntotal
+        self._parted = isinstance(index, PartedIndex)
+        self._parts = index.parts if self._parted else [index]
+        self._offsets = index.offsets if self._parted else [0]
         if not supports_list_order(index):
-            kinds = {type(_inner(part)).__name__ for part in getattr(index, "parts", [index])}
+            kinds = {type(_inner(part)).__name__ for part in self._parts}
             raise ConfigurationError(
                 "search in list order",
                 f"an index of kind {', '.join(sorted(kinds))}",
                 "Expected lists of Flat, SQ or PQ codes for L2 distances; use `index.search`",
             )
-        self._index, self.ntotal = index, index.ntotal
-        self.d = getattr(index, "parts", [index])[0].d
+        self.d = self._parts[0].d if self._parts else 0
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Search the k nearest vectors of each query; see `faiss_search.search`."""
-        index = self._index
-        if isinstance(index, PartedIndex):
-            parts = [ListOrderSearch(part) for part in index.parts]
-            return PartedIndex(parts, index.offsets).search(vectors, k)
         vectors = np.ascontiguousarray(vectors, np.float32)
         nearest = NearestCandidates(len(vectors), k)
         if len(vectors) and k:
-            self._search(innermost(index), vectors, k, nearest)
-        return nearest.result()
+            for part, offset in zip(self._parts, self._offsets, strict=True):
+                _search(part, vectors, k, nearest, offset)
+        distances, ids = nearest.result()
+        if self._parted:
+            distances[ids == NO_NEIGHBOR] = np.inf  # as PartedIndex returns them
+        return distances, ids
 
     def bytes_per_query(self, k: int) -> int:
         """Memory of a query: its vector, lists, candidates and neighbors."""
-        parts = getattr(self._index, "parts", [self._index])
-        probes = max(int(innermost(part).nprobe) for part in parts)
-        return 9 * self.d + 24 * probes + 12 * (width_of(k) + k)
+        probes = max([int(innermost(part).nprobe) for part in self._parts], default=0)
+        return 9 * self.d + 8 * probes + 12 * (width_of(k) + k)
 
-    def _search(self, ivf: Any, vectors: np.ndarray, k: int, nearest: NearestCandidates) -> None:
-        lists = InvertedLists(ivf)
-        queries, visited, origin = choose_lists(self._index, ivf, vectors)
+    def enough_queries(self) -> int:
+        """Queries from which on more of them are hardly searched faster, if lists are in memory."""
+        ivfs = map(innermost, self._parts)
+        return max([enough_queries(ivf.nlist, ivf.nprobe) for ivf in ivfs], default=0)
 
-        def find(work: _Work) -> tuple[np.ndarray, ...]:
-            return _find(lists, work, queries, origin, nearest.limits[work.queries], k)
+    def stay_in_memory(self) -> bool:
+        """Whether the lists stay in memory while they are read again and again."""
+        return _fit(sum(_bytes(innermost(part)) for part in self._parts))
 
-        for columns in _rounds(ivf):
-            pieces = _cut(lists, visited[:, columns], ivf.nlist)
-            for rows, counts, distances, ids in _in_turn(find, pieces):
-                nearest.add(rows, counts, distances, ids)
+
+def _search(
+    index: Any, vectors: np.ndarray, k: int, nearest: NearestCandidates, offset: int
+) -> None:
+    """Add what one index finds; its ids count from `offset`."""
+    ivf = innermost(index)
+    lists = InvertedLists(ivf)
+    queries, visited, origin = choose_lists(index, ivf, vectors)
+
+    def find(work: _Work) -> tuple[np.ndarray, ...]:
+        return _find(lists, work, queries, origin, nearest.limits[work.queries], k)
+
+    for columns in _rounds(ivf):
+        pieces = _cut(lists, visited[:, columns], ivf.nlist)
+        for rows, counts, distances, ids in _in_turn(find, pieces):
+            nearest.add(rows, counts, distances, ids + offset)
 
 
 def list_order_pays(index_string: str, nprobe: int | None) -> bool:
@@ -142,23 +171,47 @@ def list_order_pays(index_string: str, nprobe: int | None) -> bool:
     return TOGETHER * min(nprobe or 1, count) >= _QUERIES_PER_LIST * count
 
 
-def queries_together(index: Any, k: int) -> int:
-    """Queries that are searched in one call, as many as 2 GiB of memory hold, up to `TOGETHER`.
+def queries_together(index: Any, *wanted: int) -> list[int]:
+    """Queries that are searched in one call, on all ranks alike; for each number of neighbors.
 
-    The result does not depend on it.
+    As many as 2 GiB of memory hold, up to `TOGETHER`. Up to eight times as many where this rank's
+    part of the available memory (a share of it, divided among the ranks of this machine) holds
+    them: as many as make each list worth its reading, or all of these if lists are read from the
+    disk. The result does not depend on it. All ranks must call this.
 
     Args:
         index: An index that `ProjectIndex.open` returned.
-        k: Neighbors of each.
+        wanted: Numbers of neighbors.
 
     Returns:
-        0 if it is not searched in list order.
+        0 if any rank does not search it in list order.
     """
     while hasattr(index, "local"):  # shared by ranks, or rescored
         index = index.local
-    if not isinstance(index, ListOrderSearch):
-        return 0
-    return max(1, min(TOGETHER, _MEMORY // index.bytes_per_query(k)))
+    own = [0] * len(wanted)
+    if isinstance(index, ListOrderSearch):
+        share = _QUERIES_SHARE if index.stay_in_memory() else _QUERIES_SHARE_ON_DISK
+        memory = int(share * available_memory()) // _ranks_here()
+        own = [_queries_in(index, k, memory) for k in wanted]
+    return [min(numbers) for numbers in zip(*gather(own), strict=True)]
+
+
+def _queries_in(index: ListOrderSearch, k: int, memory: int) -> int:
+    each = index.bytes_per_query(k)
+    usual = max(1, min(TOGETHER, _MEMORY // each))
+    worthwhile = index.enough_queries() if index.stay_in_memory() else _MOST_TOGETHER
+    fitting = memory // (each + 4 * index.d + _BESIDE)  # the caller holds the vectors, too
+    return max(usual, min(worthwhile, fitting))
+
+
+def _ranks_here() -> int:
+    """Ranks of this machine; all if the launcher does not say how many."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size())))
+
+
+def enough_queries(lists: int, nprobe: int) -> int:
+    """Queries that are worth searching together, if memory holds them and the lists."""
+    return max(TOGETHER, min(_MOST_TOGETHER, _ENOUGH_PER_LIST * lists // max(1, nprobe)))
 
 
 def supports_list_order(index: Any) -> bool:
@@ -183,7 +236,7 @@ def _inner(index: Any) -> Any:
 def choose_lists(
     index: Any, ivf: Any, vectors: np.ndarray
 ) -> tuple[Queries, np.ndarray, np.ndarray | None]:
-    """Transform queries as the index does, choose their lists i64 [n, nprobe], and the origin.
+    """Transform queries as the index does, choose their lists i32 [n, nprobe], and the origin.
 
     Lists are -1 where the quantizer found too few.
     """
@@ -197,11 +250,13 @@ def choose_lists(
     def prepare(start: int) -> Queries:
         return Queries.of(transformed(index, vectors[start : start + _BLOCK]), centers.origin)
 
-    def find(start: int) -> np.ndarray:
-        return centers.nearest(queries, np.arange(len(vectors))[start : start + _BLOCK])
+    def find(start: int) -> None:
+        rows = np.arange(start, min(start + _BLOCK, len(vectors)))
+        visited[rows] = centers.nearest(queries, rows)
 
     queries = Queries.join(list(worker_threads().map(prepare, starts)))
-    visited = np.concatenate(list(worker_threads().map(find, starts)))
+    visited = np.empty((len(vectors), probes), np.int32)
+    list(worker_threads().map(find, starts))
     return queries, visited, centers.origin
 
 
@@ -212,16 +267,31 @@ def _rounds(ivf: Any) -> list[slice]:
     That reads a list twice, so lists that exceed the memory are searched in one round. The result
     is the same.
     """
-    fits = ivf.ntotal * (ivf.code_size + 8) <= _MEMORY_SHARE * available_memory()
-    return [slice(0, 1), slice(1, None)] if fits else [slice(None)]
+    return [slice(0, 1), slice(1, None)] if _fit(_bytes(ivf)) else [slice(None)]
+
+
+def _bytes(ivf: Any) -> int:
+    """Bytes of all lists."""
+    return ivf.ntotal * (ivf.code_size + 8)
+
+
+def _fit(size: int) -> bool:
+    return size <= _MEMORY_SHARE * available_memory()
 
 
 def _cut(lists: InvertedLists, visited: np.ndarray, count: int) -> Iterator[_Work]:
     """Cut the search into pieces of work, list by list."""
-    numbers = np.where(visited < 0, count, visited).reshape(-1)
-    ends, pairs = faiss_library().bucket_sort(numbers, nbucket=count + 1)
+    width = visited.shape[1]
+    if not width:
+        return
+    # Faiss sorts in place only what has more elements than there are lists.
+    owners = np.full((len(visited) + count // width + 2, width), count, np.int32)
+    np.copyto(owners[: len(visited)], visited, where=visited >= 0)
+    # Puts the row of each number in the place of the number.
+    ends = faiss_library().matrix_bucket_sort_inplace(owners, nbucket=count + 1)
+    owners = owners.reshape(-1)
     for number in np.flatnonzero(np.diff(ends[: count + 1])).tolist():
-        queries = pairs[ends[number] : ends[number + 1]] // visited.shape[1]
+        queries = np.sort(owners[ends[number] : ends[number + 1]]).astype(np.int64)
         size = lists.size(number)
         for start in range(0, size, _VECTORS):
             for first in range(0, len(queries), _QUERIES):

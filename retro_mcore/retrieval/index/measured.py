@@ -21,9 +21,9 @@ from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
 from retro_mcore.retrieval.index.filling import add_rows
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads
 from retro_mcore.retrieval.index.list_order import (
-    TOGETHER,
     ListOrderSearch,
     choose_lists,
+    enough_queries,
     list_order_pays,
 )
 from retro_mcore.retrieval.index.packing import unpacked
@@ -91,7 +91,8 @@ def measure_index_rates(
     compared = _comparing(vectors, num_queries(count))
     added = 1 / (1 / added + compared + _tuning(index, vectors, probes, num_queries(count)) / count)
     share = few / lists
-    together = round(min(TOGETHER, count) * share) if in_order else _RECALL_QUERIES
+    together = round(min(enough_queries(lists, probes), count) * share)
+    together = together if in_order else _RECALL_QUERIES
     scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
     return IndexRates(_training(vectors, lists), added, 1 / (placed + scanned), probes)
 

@@ -19,6 +19,7 @@ from retro_mcore.checkpoint.files import (
 )
 from retro_mcore.checkpoint.loading import LoadScope
 from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.training.loop.local_run import may_resume_locally
 from retro_mcore.training.loop.sample_reader import Samples, SamplesInOrder
 from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.reporting.metrics import (
@@ -79,15 +80,25 @@ def checkpoint_to_resume(plan: TrainingPlan) -> Path | None:
         if not options.finetune:
             require_own(checkpoint)
         plan.check_resumes(saved_arguments(checkpoint), checkpoint)
-    elif options.needs_checkpoint is not None:
+    elif not may_resume_locally(options):
+        check_needs_none(options)
+    if checkpoint is None or options.finetune:
+        _check_overwrites_nothing(options)
+    return checkpoint
+
+
+def check_needs_none(options: TrainingOptions) -> None:
+    """Reject a run that has no checkpoint to start from, if a flag needs one.
+
+    Raises:
+        CheckpointError: naming the flag.
+    """
+    if options.needs_checkpoint is not None:
         raise CheckpointError(
             f"--load {options.load}",
             f"holds no checkpoint, and {options.needs_checkpoint} was given",
             "Name the --save of a run that has saved one",
         )
-    if checkpoint is None or options.finetune:
-        _check_overwrites_nothing(options)
-    return checkpoint
 
 
 def _check_overwrites_nothing(options: TrainingOptions) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from retro_mcore.platform.optimizer_state import InfiniteNormError
 from retro_mcore.samples.batch import RetroBatch
 from retro_mcore.samples.retro_dataset import note_of_mixed_chunks, note_of_short_neighbors
 from retro_mcore.training.loop.balance import reduce_balance
+from retro_mcore.training.loop.local_run import LocalRun
 from retro_mcore.training.loop.loss import (
     LossReport,
     StepLoss,
@@ -48,6 +50,7 @@ from retro_mcore.training.loop.optimizer import (
 )
 from retro_mcore.training.loop.resume import (
     TrainingResult,
+    check_needs_none,
     check_order,
     checkpoint_to_resume,
     finished_run,
@@ -116,33 +119,46 @@ class Trainer:
             if options.deterministic_mode:
                 use_deterministic_algorithms()
             checkpoint = checkpoint_to_resume(plan)
+        local = None if options.non_persistent_ckpt_type is None else LocalRun(plan, checkpoint)
+        found = None if local is None else local.found
+        start = checkpoint if found is None else found.folder
+        with raise_together():
             saved = {} if checkpoint is None else saved_arguments(checkpoint)
-            if checkpoint is None:
+            if found is not None:
+                saved = found.arguments
+                plan.check_resumes(saved, found.folder)
+            if start is None:
+                check_needs_none(options)
                 check_can_match(plan)
             else:
                 plan = plan.with_vocabulary_of(saved)
                 if load_scope(plan).progress:
-                    check_order(saved, train_samples, checkpoint)
+                    check_order(saved, train_samples, start)
             self._num_microbatches = set_batch_sizes(plan.batch_sizes, options.micro_batch_size)
             set_seeds(plan.project.retro_gpt_seed)
             models = build_model_stages(plan.arguments, options, options)
             check_sinks(options.tensorboard_dir, options.wandb_project)
             if get_rank() == 0:
                 plan.save_options()
-        self._decoder = load_decoder(models, plan) if checkpoint is None else None
-        if checkpoint is None:
+        self._decoder = load_decoder(models, plan) if start is None else None
+        if start is None:
             start_by_matching(models, plan, train_samples, device)
         self.plan, self._device, self._alone = plan, device, alone
         self._train_samples, self._valid_samples = train_samples, valid_samples
         self._parts = training_parts(models, plan)
         self._progress = TrainingProgress()
-        if checkpoint is not None:
+        if local is not None and found is not None:
+            found = None  # it holds the whole state
+            self._progress = local.load(self._parts, load_scope(plan))
+        elif checkpoint is not None:
             self._progress = load_checkpoint(checkpoint, self._parts, load_scope(plan))
+        self._local, self._start = local, start
         self._saver = CheckpointSaver(
             options.save or "",
             options.async_save,
             Retention(options.keep_last_n, options.save_retain_interval),
             alone,
+            None if local is None else local.name,
         )
         self._gpt_contents, self._end_tokens = saved.get("gpt_contents"), saved.get(END_TOKENS)
         if self._decoder is not None:
@@ -158,7 +174,7 @@ class Trainer:
     @property
     def has_loaded(self) -> bool:
         """Whether the weights come from a checkpoint or a GPT model."""
-        return self._result.checkpoint is not None or self._decoder is not None
+        return self._start is not None or self._decoder is not None
 
     def train(self) -> TrainingResult:
         """Train until the last iteration, or until the run is stopped early.
@@ -169,8 +185,11 @@ class Trainer:
         progress, result = self._progress, self._result
         started = time.perf_counter()
         with StopConditions(self.plan.options) as stop, self._reporter() as reporter, self._saver:
-            if result.checkpoint is not None:
-                reporter.message(f"loaded {result.checkpoint}, at iteration {progress.iteration}")
+            for local_note in () if self._local is None else self._local.notes:
+                reporter.message(local_note)
+            if self._start is not None:
+                kind = "" if self._start == result.checkpoint else "local checkpoints in "
+                reporter.message(f"loaded {kind}{self._start}, at iteration {progress.iteration}")
             if self._has_other_neighbors:
                 reporter.message("the samples have other neighbors than before: from now on, these")
             if self._other_bos is not None:
@@ -188,6 +207,8 @@ class Trainer:
             reporter.samples(self._progress.iteration)
             self._loop(stop, reporter)
             self._report_saved(self._saver.finish(), reporter)
+            if self._local is not None:
+                self._local.remove()
             if result.stopped_by is None:  # otherwise every second matters
                 with raise_together():
                     result.loss_curve = reporter.draw()
@@ -229,6 +250,8 @@ class Trainer:
                 self._validate(reporter)
             if self._at(self.plan.options.save_interval) or is_last or ends:
                 self._save(reporter)
+            elif self._at(self.plan.options.non_persistent_save_interval):
+                self._save_locally(reporter)
             reporter.resume()
             if told_to_stop and not is_last:
                 self._result.stopped_by = stop.reason()
@@ -329,15 +352,25 @@ class Trainer:
     def _save(self, reporter: TrainingReporter) -> None:
         if self.plan.options.save is None:
             return
+        self._report_saved(self._saver.finish(), reporter)
+        args = self._args_to_save()
+        with gathered_weights(self._parts.stages):
+            self._report_saved(self._saver.save(self._parts, self._progress, args), reporter)
+
+    def _save_locally(self, reporter: TrainingReporter) -> None:
+        assert self._local is not None
+        with gathered_weights(self._parts.stages):
+            folder = self._local.save(self._parts, self._progress, self._args_to_save())
+        reporter.message(f"saved local checkpoints in {folder}")
+
+    def _args_to_save(self) -> Namespace:
         args = self.plan.checkpoint_args()
         vars(args).update(order_of(self._train_samples, self._progress.consumed_samples))
         if self._gpt_contents is not None:
             args.gpt_contents = self._gpt_contents
         if self._end_tokens:
             setattr(args, END_TOKENS, list(self._end_tokens))
-        self._report_saved(self._saver.finish(), reporter)
-        with gathered_weights(self._parts.stages):
-            self._report_saved(self._saver.save(self._parts, self._progress, args), reporter)
+        return args
 
     def _report_saved(self, checkpoint: Path | None, reporter: TrainingReporter) -> None:
         if checkpoint is not None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems
 from retro_mcore.model.option_traits import at_least, needs, stated
+from retro_mcore.training.options.local_checkpoints import LocalCheckpointOptions
 
 
 @dataclass(kw_only=True)
-class CheckpointOptions:
+class CheckpointOptions(LocalCheckpointOptions):
     """Checkpoints: where they are saved and loaded, and which parts are loaded."""
 
     save: str | None = None
@@ -62,11 +63,15 @@ class CheckpointOptions:
             SeveralErrors: several options are invalid. Names all of them.
         """
         problems = [
-            ConfigurationError(flag_of(name), f"given without --{needed}", f"Add --{needed}")
+            ConfigurationError(
+                flag_of(name), f"given without {flag_of(needed)}", f"Add {flag_of(needed)}"
+            )
             for name, needed in stated("needs", CheckpointOptions).items()
             if getattr(self, name) and getattr(self, needed) is None
         ]
         problems += self._schedules_without_effect()
+        problems += self.refused_local_checkpoints()
+        problems += self._local_ones_never_due()
         raise_problems(problems)
 
     def _schedules_without_effect(self) -> Iterator[ConfigurationError]:
@@ -81,6 +86,16 @@ class CheckpointOptions:
                     yield ConfigurationError(
                         flag_of(name), f"given together with {flag_of(other)}", "Choose one"
                     )
+
+    def _local_ones_never_due(self) -> Iterator[ConfigurationError]:
+        local, interval = self.non_persistent_save_interval, self.save_interval
+        if local and interval and local % interval == 0:
+            yield ConfigurationError(
+                "--non-persistent-save-interval",
+                f"{local}, with --save-interval {interval}, which is due at all of these "
+                "iterations, and then no local checkpoint is saved",
+                f"Give less than {interval}" if interval > 1 else "Give a larger --save-interval",
+            )
 
     @property
     def needs_checkpoint(self) -> str | None:

@@ -132,6 +132,7 @@ class FinetuneOptions(
             raise ConfigurationError(
                 "--load", "not given", "Name the pretrained checkpoint, with --finetune"
             )
+        self.check_checkpoints()
         for flag, given, hint in (
             ("--load-gpt", self.load_gpt, "Continue its pretraining with pretrain_retro.py first"),
             ("--freeze-decoder", self.freeze_decoder, "Instruction tuning trains the decoder"),

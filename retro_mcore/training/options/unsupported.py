@@ -12,11 +12,7 @@ _ENCODER = "but activations of a neighbor encoder are not offloaded by it"
 _RECOMPUTE = "Use --cpu-offloading-num-layers"
 _STATE = "but checkpoints of an offloaded optimizer were never tried, since they need a GPU"
 _DISTRIBUTE = "Leave it out; --use-distributed-optimizer saves memory too"
-_NODE = (
-    "but megatron-core makes checkpoints on nodes with the package nvidia_resiliency_ext alone, "
-    "which was never tried with Retro"
-)
-_SAVE_OFTEN = "Use --async-save with a smaller --save-interval and --keep-last-n"
+_GLOBAL = "but of non-persistent checkpoints only local ones are supported"
 _LOW_WEIGHTS = "but the weights of checkpoints are not kept in fp8 or fp4"
 
 
@@ -72,26 +68,10 @@ class UnsupportedOptions:
     """Not supported: fp4 was never tried."""
     fp4_param_gather: bool = field(default=False, metadata=_refused(_LOW_WEIGHTS))
     """Not supported: checkpoints do not hold weights in fp4."""
-    non_persistent_save_interval: int | None = field(
-        default=None, metadata=_refused(_NODE, _SAVE_OFTEN)
-    )
-    """Not supported: megatron-core makes checkpoints on nodes with nvidia_resiliency_ext alone."""
-    non_persistent_ckpt_type: str | None = field(
-        default=None, metadata=_refused(_NODE, _SAVE_OFTEN)
-    )
-    """Not supported, for the same reason."""
     non_persistent_global_ckpt_dir: str | None = field(
-        default=None, metadata=_refused(_NODE, _SAVE_OFTEN)
+        default=None, metadata=_refused(_GLOBAL, "Use --non-persistent-ckpt-type local")
     )
-    """Not supported, for the same reason."""
-    non_persistent_local_ckpt_dir: str | None = field(
-        default=None, metadata=_refused(_NODE, _SAVE_OFTEN)
-    )
-    """Not supported, for the same reason."""
-    non_persistent_local_ckpt_algo: str | None = field(
-        default=None, metadata=_refused(_NODE, _SAVE_OFTEN)
-    )
-    """Not supported, for the same reason."""
+    """Not supported: of non-persistent checkpoints only local ones are."""
 
     def refused_options(self) -> Iterator[ConfigurationError]:
         """A problem for each of these options that is given."""

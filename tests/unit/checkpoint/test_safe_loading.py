@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from retro_mcore.checkpoint.safe_loading import Placeholder, load_run_state, load_torch_file
+from retro_mcore.checkpoint.safe_loading import (
+    Placeholder,
+    load_local_state,
+    load_run_state,
+    load_torch_file,
+)
 from retro_mcore.errors import CheckpointError
 
 
@@ -48,3 +53,21 @@ def test_what_the_process_allows_elsewhere_is_refused():
             load_run_state(saved(Fraction(1, 3)))
         assert torch.load(saved(Fraction(1, 3)), weights_only=True) == Fraction(1, 3)
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_local_checkpoint_holds_sharded_tensors_and_nothing_that_runs(tmp_path, mapped):
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    weight = torch.arange(6.0).reshape(2, 3)
+    path = tmp_path / "iter_0000005_0_local.pt"
+    torch.save({"w": ShardedTensor.from_rank_offsets("w", weight)}, path)
+    found = load_local_state(path, (ShardedTensor,), mapped)["w"]
+    assert (found.key, found.data.tolist()) == ("w", weight.tolist())
+    torch.save({"w": Fraction(1, 3)}, path)
+    with pytest.raises(CheckpointError, match=r"holds fractions\.Fraction"):
+        load_local_state(path, (ShardedTensor,), mapped)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_local_state(path, (ShardedTensor,), mapped)

@@ -235,6 +235,14 @@ def test_parts_with_ids_of_their_own_are_joined(files):
     found = search(ListOrderSearch(parted), vectors()[:20], 6)
     np.testing.assert_array_equal(found[0], search(parted, vectors()[:20], 6)[0])
     assert (found[1][:, 0] == search(index, vectors()[:20], 1)[1][:, 0]).all()
+    few = PartedIndex([index, index], [0, len(vectors())])
+    index.nprobe = 1  # too few are found
+    for one, other in zip(
+        search(ListOrderSearch(few), vectors()[:4], 5000),
+        few.search(vectors()[:4], 5000),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(np.sort(one, axis=1), np.sort(other, axis=1))
 
 
 @pytest.mark.parametrize(
@@ -437,12 +445,37 @@ def test_list_order_pays_where_lists_have_several_queries(string, nprobe, pays):
         assert supports_list_order(faiss_library().index_factory(128, string))
 
 
-def test_queries_searched_together_fit_the_memory(files):
-    index = opened(files, FLAT, 3, "full")
-    assert list_order.queries_together(index, 20) == 0
-    wrapped = SharedIndex(ListOrderSearch(index), index.ntotal, index.d)
-    assert list_order.queries_together(wrapped, 20) == list_order.TOGETHER
-    assert 0 < list_order.queries_together(wrapped, 10_000) < list_order.TOGETHER
+@pytest.mark.parametrize("where", ["full", "parts"])
+def test_queries_searched_together_fit_the_memory(files, where, monkeypatch):
+    index = opened(files, FLAT, 3, where)
+    assert list_order.queries_together(index, 20) == [0]
+    wrapped = SharedIndex(ListOrderSearch(index), index.ntotal, DIMENSION)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 30)
+    few, many = list_order.queries_together(wrapped, 20, 10_000)
+    assert 0 < many < few == list_order.TOGETHER  # as on any machine, however small
+    monkeypatch.setattr(list_order, "_ENOUGH_PER_LIST", 1 << 40)
+    needed = ListOrderSearch(index).bytes_per_query(20)
+    memory, grown = 4 * list_order.TOGETHER * needed / list_order._QUERIES_SHARE, []
+    monkeypatch.setattr(list_order, "available_memory", lambda: memory)
+    for ranks in (1, 2, 8):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        grown += list_order.queries_together(wrapped, 20)
+    assert list_order.TOGETHER < grown[0] < 4 * list_order.TOGETHER
+    assert grown[0] // 2 == grown[1]
+    assert grown[2] == list_order.TOGETHER
+    monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 50)
+    assert list_order.queries_together(wrapped, 20) == [8 * list_order.TOGETHER]
+
+
+def test_more_queries_are_taken_of_lists_that_do_not_stay_in_memory(files, monkeypatch):
+    searched = ListOrderSearch(opened(files, FLAT, 3, "full"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 40)
+    assert list_order.queries_together(searched, 20) == [list_order.TOGETHER]  # lists have many
+    monkeypatch.setattr(list_order, "_MEMORY_SHARE", 0.0)
+    assert not searched.stay_in_memory()
+    assert list_order.queries_together(searched, 20) == [8 * list_order.TOGETHER]
 
 
 def test_many_copies_of_a_vector_are_few_candidates(products):
@@ -472,3 +505,7 @@ def test_a_rank_without_parts_finds_nothing():
     assert np.isinf(distances).all()
     assert (ids == NO_NEIGHBOR).all()
     assert ids.shape == (3, 2)
+    empty = ListOrderSearch(PartedIndex([], []))
+    assert empty.bytes_per_query(2) > 0
+    for found, expected in zip(empty.search(vectors()[:3], 2), (distances, ids), strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -8,8 +8,10 @@ import shutil
 import pytest
 
 from retro_mcore.cli import build_index, query_neighbors, update_db
+from retro_mcore.project import ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import recorded_options
+from retro_mcore.retrieval.project_search import open_search
 from retro_mcore.stages import embedding_choice
 from tests.unit.data.projects import built_project, forget_neighbors
 
@@ -117,3 +119,20 @@ def test_tokens_are_not_asked_of_another_databases_embedder(project, tiny_bert, 
     assert run(query_neighbors, project) == 0
     assert run(update_db, project, "--exchange", other) == 0
     assert sorted(batches(project), key=len) == [IN_CHUNKS, IN_TOKENS]
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [("aligned", 1024), ("packed", None)])
+def test_searches_that_name_no_batches_have_those_of_the_layout(
+    tmp_path, tiny_bert, samples, tokens
+):
+    """Live retrieval and held-out documents."""
+    project = shutil.copytree(built_project(), tmp_path / "project")
+    settings = ProjectSettings.load(project)
+    settings.embedder, settings.embedding_dimension = str(tiny_bert), 8
+    settings.samples, settings.embedder_digests = samples, None
+    settings.save(project)
+    search = open_search(project)
+    embedder = search.load_embedder(device="cpu")
+    assert (embedder.batch_size, embedder.batch_tokens) == (16, tokens)
+    named = search.load_embedder(5, "cpu")
+    assert (named.batch_size, named.batch_tokens) == (5, None)

@@ -13,6 +13,7 @@ from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform.config_fields import config_fields
+from retro_mcore.training.options import local_checkpoints
 from retro_mcore.training.options import megatron as megatron_flags
 from retro_mcore.training.options.pretrain import TrainingOptions
 from retro_mcore.training.options.unsupported import UnsupportedOptions
@@ -85,6 +86,36 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
         ({"optimizer": "adagrad"}, "--optimizer: adagrad"),
         ({"reset_position_ids": True}, "--reset-position-ids: given with rotary positions"),
         (
+            {"save": "run", "non_persistent_ckpt_type": "global"},
+            "--non-persistent-ckpt-type: global, but",
+        ),
+        (
+            {"save": "run", "non_persistent_ckpt_type": "in_memory"},
+            "--non-persistent-ckpt-type: in_memory, which",
+        ),
+        (
+            {"save": "run", "non_persistent_ckpt_type": "local"},
+            "--non-persistent-ckpt-type: local without --non-persistent-save-interval",
+        ),
+        (
+            {"non_persistent_ckpt_type": "local"},
+            "--non-persistent-ckpt-type: given without --save",
+        ),
+        (
+            {"non_persistent_save_interval": 2},
+            "--non-persistent-save-interval: given without --non-persistent-ckpt-type",
+        ),
+        (
+            {"save": "run", "save_interval": 3, "non_persistent_save_interval": 6},
+            "--non-persistent-save-interval: 6, with --save-interval 3, which is due at all",
+        ),
+        ({"non_persistent_local_ckpt_dir": "x"}, "--non-persistent-local-ckpt-dir: given without"),
+        ({"non_persistent_local_ckpt_algo": "atomic"}, "--non-persistent-local-ckpt-algo: given"),
+        ({"non_persistent_global_ckpt_dir": "x"}, "--non-persistent-global-ckpt-dir: x, but"),
+        ({"replication": True}, "--replication: given without --non-persistent-ckpt-type"),
+        ({"replication_jump": 2}, "--replication-jump: given without --replication"),
+        ({"replication_factor": 3}, "--replication-factor: given without --replication"),
+        (
             {"load": "run", "override_opt_param_scheduler": True, "finetune": True},
             "--override-opt-param-scheduler: given together with --finetune",
         ),
@@ -114,6 +145,19 @@ def test_generated_flags_take_only_what_megatron_takes(capsys):
 @pytest.mark.usefixtures("megatron")
 def test_what_cannot_work_is_refused_by_name(flags, message):
     with pytest.raises(ConfigurationError, match=message):
+        small_plan(**flags)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_local_checkpoints_without_their_package_are_refused_with_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(local_checkpoints, "find_spec", lambda name: None)
+    flags = {
+        "save": "run",
+        "non_persistent_ckpt_type": "local",
+        "non_persistent_save_interval": 2,
+        "non_persistent_local_ckpt_dir": "node",
+    }
+    with pytest.raises(ConfigurationError, match=r"nvidia-resiliency-ext is missing.*pip install"):
         small_plan(**flags)
 
 
