@@ -115,7 +115,8 @@ class BuildIndexConfig(DataTimeLimit):
     """Keep the index in parts, which are divided among the ranks of query_neighbors."""
     rescore: bool = False
     """Choose and measure the index for candidates that query_neighbors sorts by the stored vectors,
-    which it then does by default. Much smaller indexes reach the recall."""
+    which it then does by default. Much smaller indexes reach the recall; "auto" takes the one that
+    is scanned fastest."""
     faiss_gpu: bool = True
     """Use GPUs if Faiss supports them."""
     stage: Step | None = None

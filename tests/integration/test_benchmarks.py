@@ -41,6 +41,56 @@ def test_padding_is_counted_as_embedders_batch(together, tokens, computed):
 
 
 @pytest.mark.slow
+def test_a_large_batch_is_searched_in_list_order_or_in_larger_calls(tmp_path):
+    from benchmarks.all_knn import Options, measure_all
+
+    sizes = {"vectors": 3000, "dimension": 32, "lists": 8, "nprobe": 4, "k": 5, "queries": 600}
+    codes = ["Flat", "SQ8", "PQ8x4fs"]
+    options = Options(**sizes, compared=200, per_call=300, rounds=1, codes=codes, folder=tmp_path)
+    found = measure_all(options)
+    assert [row.second for row in found] == ["list order", "list order", "300 per call"]
+    assert found[0].equal_ids == 1.0
+    assert all(row.equal_ids > 0.99 for row in found)  # sums of codes are rounded differently
+    assert all(min(row.plain, row.large, row.ratio) > 0 for row in found)
+
+
+@pytest.mark.slow
+def test_embedders_are_compared_and_those_that_lack_are_named():
+    from benchmarks.embedding import chunks, measure
+
+    results = measure(["lexical", "minilm:fp16"], chunks(60), rounds=1)
+    assert results["lexical"].overlap == results["lexical"].ratio == 1.0
+    assert results["lexical"].rate > 0
+    assert results["minilm:fp16"].refused  # fp16 is for GPUs
+
+
+@pytest.mark.slow
+def test_a_large_corpus_is_recombined_and_a_stage_that_takes_too_long_is_killed(tmp_path):
+    from benchmarks.large_corpus import start, write_corpus
+
+    corpus = tmp_path / "corpus.jsonl"
+    write_corpus(corpus, 180)
+    texts = [json.loads(line)["text"] for line in corpus.read_text("utf-8").splitlines()]
+    assert len(set(texts)) == 10
+    for code, limit, ends in (("", None, True), ("import time; time.sleep(600)", 0.2, False)):
+        assert start([sys.executable, "-c", code], tmp_path / "log.txt", limit)[0] == ends
+    with pytest.raises(SystemExit):
+        start([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log.txt", None)
+
+
+@pytest.mark.slow
+def test_what_a_layout_costs_is_read_from_its_project():
+    from benchmarks.aligned_against_packed import counted_share, padding_share, query_cost
+    from tests.unit.data.projects import built_project
+
+    project = built_project()
+    assert 0 < counted_share(project, 4) <= 1
+    assert 0 <= padding_share(project) < 1
+    cost = query_cost(project)
+    assert 0 <= cost["embedded"] <= cost["searched"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_layout_is_compared_with_one_process():
     command = [sys.executable, "-m", "benchmarks.parallel_cost", "--smoke", "--only", "CP2"]

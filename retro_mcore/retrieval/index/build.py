@@ -41,6 +41,7 @@ from retro_mcore.retrieval.index.filling import (
 )
 from retro_mcore.retrieval.index.inherited import InheritedIndex
 from retro_mcore.retrieval.index.recall import Recall, RecallMeasure, read_exact, tune, write_exact
+from retro_mcore.retrieval.index.rescoring import log_if_in_vain
 from retro_mcore.retrieval.index.training import (
     IndexKind,
     has_graph,
@@ -152,6 +153,8 @@ class IndexBuild:
 
     def _choose_and_train(self) -> None:
         choice = self.choice or self._choose()
+        if self.wanted.rescore:
+            log_if_in_vain(choice.string)
         empty = self.paths.empty_index(choice.string)
         inherited = self.inherited
         if inherited and inherited.link_trained_index(choice.string, self.fingerprint):

@@ -31,17 +31,21 @@ from retro_mcore.retrieval.index.training import innermost, make_index
 AUTO = "auto"
 #: Up to this many vectors, an exact search is cheap enough to do without lists.
 _LARGEST_WITHOUT_LISTS = 50_000
-#: Exhaustive search uses matrix products and costs about an eighth per vector of scanning lists. So
-#: lists pay off only if less than this fraction of them is scanned.
+#: Exhaustive search of vectors uses matrix products and costs about an eighth per vector of
+#: scanning lists. So lists pay off only if less than this fraction of them is scanned.
 _WORTHWHILE_SHARE = 1 / 8
 #: From this many lists on, a graph finds the nearest lists faster than comparing all.
 _FEWEST_LISTS_FOR_GRAPH = 8192
 #: Training vectors per list that Faiss needs for good centroids.
 _VECTORS_PER_LIST = 39
 _GRAPH_NEIGHBORS = 32
+#: RaBitQ of 8 or 9 bits is larger than SQ8, for a recall of half a percent more, and takes longer
+#: to scan and many times as long to add. It works by name.
+_RABITQ_BITS = range(1, 8)
 #: From this many vectors on, training a rotation for the codes pays off.
 _FEWEST_ROTATED = 20_000_000
-#: The largest codes that fit are compared. Recalls closer than this are equal within noise.
+#: The largest codes that fit, and the largest of each kind, are compared in search of the most
+#: exact. Recalls closer than this are equal within noise.
 _CONSIDERED, _CLOSE = 4, 0.005
 _SAMPLE, _SAMPLE_IN_LISTS = 32_768, 131_072
 _SAMPLE_QUERIES = 2000
@@ -89,12 +93,14 @@ class _Code:
     Attributes:
         string: Last part of the factory string.
         num_bytes: Bytes per vector.
+        kind: Codes of one kind lose less the more bytes they have.
         rotation: First part of the factory string, if any.
-        scan: Time to scan a vector, relative to an uncompressed one.
+        scan: Time to scan a vector, relative to an uncompressed one in a list.
     """
 
     string: str
     num_bytes: int
+    kind: str
     rotation: str = ""
     scan: float = 1.0
 
@@ -176,6 +182,10 @@ def choose_index(
 ) -> IndexChoice:
     """Choose the most exact index that fits into memory, if it reaches the recall.
 
+    Candidates that are sorted by the stored vectors are in exact order in any case. So with
+    `rescore` it is the one that is scanned fastest among those that reach the recall, and the
+    smallest of these.
+
     Lossy codes are tried on evenly spaced vectors with exhaustive search, so the measured loss is
     due to the codes alone. Losses due to lists can be avoided by searching more lists; lists are
     omitted if that would cost more than an exhaustive search. Recall falls as vectors get denser,
@@ -209,9 +219,13 @@ def choose_index(
         return _choice(codes[0], count, dimension, reason, True)
     trial = _Trial(embeddings, rescore)
     fitting = [code for code in codes if index_bytes(count, dimension, code.num_bytes) <= memory]
-    if fitting and fitting[0] == codes[0]:
-        share = _share_to_scan(embeddings, recall) if num_lists_for(count) else 0.0
-        if share > _WORTHWHILE_SHARE:
+    best = _best(trial, fitting, recall, rescore) if fitting else None
+    if best is None or trial.expected_recall(best) < recall:
+        raise _nothing_fits(trial, codes, best, memory, recall)
+    if num_lists_for(count) and fitting[0] == codes[0] and best.scan > _WORTHWHILE_SHARE:
+        of_lists = recall / trial.expected_recall(best)
+        share = _share_to_scan(embeddings, of_lists)
+        if share * best.scan > _WORTHWHILE_SHARE:
             size = 4 * dimension * count
             why = (
                 f"recall@{DECISIVE} {recall} would take scanning {share:.0%} of "
@@ -219,17 +233,26 @@ def choose_index(
             )
             reason = f"{count} vectors searched one by one, {show_bytes(size)}: {why}"
             return IndexChoice("Flat", reason, size)
-        return _choice(codes[0], count, dimension, "uncompressed, which fits the memory")
-    best = _best(trial, fitting) if fitting else None
-    expected = trial.expected_recall(best) if best else 0.0
-    if best and expected >= recall:
-        among = f" among {NUM_RESCORED} candidates" if rescore else ""
-        reason = (
-            f"the most exact that fits the memory; recall@{DECISIVE} of its codes{among} "
-            f"{expected:.3f}, from a sample"
-        )
-        return _choice(best, count, dimension, reason)
-    raise _nothing_fits(trial, codes, best, memory, recall)
+    return _choice(best, count, dimension, _reason(trial, best, rescore))
+
+
+def _best(trial: _Trial, fitting: list[_Code], recall: float, rescore: bool) -> _Code:
+    if fitting[0].string == "Flat" and not (rescore and num_lists_for(trial.count)):
+        return fitting[0]  # without lists by matrix products, which no code is scanned as fast as
+    return _fastest(trial, fitting, recall) if rescore else _most_exact(trial, fitting, recall)
+
+
+def _reason(trial: _Trial, code: _Code, rescore: bool) -> str:
+    if code.string == "Flat":
+        why = "in exact order as it is" if rescore else "which fits the memory"
+        return f"uncompressed, {why}"
+    known = f"{trial.expected_recall(code):.3f}, from a sample"
+    if not rescore:
+        return f"the most exact that fits the memory; recall@{DECISIVE} of its codes {known}"
+    return (
+        "the fastest that reaches the recall and fits the memory; "
+        f"recall@{DECISIVE} of its codes among {NUM_RESCORED} candidates {known}"
+    )
 
 
 def _share_to_scan(embeddings: Embeddings, recall: float) -> float:
@@ -255,29 +278,31 @@ def _choice(
 def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -> list[_Code]:
     """The codes from the largest to the smallest, which is roughly from the most exact on.
 
-    Times of scanning a vector are relative to an uncompressed one (benchmarks/index_choice.py).
-    They decide only between codes of equal recall.
+    Times of scanning a vector are relative to an uncompressed one in a list
+    (benchmarks/index_choice.py). They are constants, so that the choice does not depend on the
+    machine's load.
     """
-    flat = _Code("Flat", 4 * dimension)
+    lists = num_lists_for(count)
+    flat = _Code("Flat", 4 * dimension, "Flat")
     codes = [
-        _Code("SQfp16", 2 * dimension, scan=0.65),
-        _Code("SQ8", dimension, scan=0.65),
-        _Code("SQ6", -(-dimension * 6 // 8), scan=1.0),
-        _Code("SQ4", -(-dimension // 2), scan=0.85),
+        _Code("SQfp16", 2 * dimension, "SQ", scan=0.65),
+        _Code("SQ8", dimension, "SQ", scan=0.65),
+        _Code("SQ6", -(-dimension * 6 // 8), "SQ", scan=1.0),
+        _Code("SQ4", -(-dimension // 2), "SQ", scan=0.85),
     ]
     rotated = count >= _FEWEST_ROTATED
     for size in (128, 96, 64, 48, 32, 24, 16, 12, 8, 4):
         if dimension % size == 0 and size < dimension // 2:
             # np: without the long training for Hamming distances, which is not used.
-            codes.append(_Code(f"PQ{size}np", size, f"OPQ{size}" if rotated else "", scan=0.75))
+            rotation, scan = f"OPQ{size}" if rotated else "", 0.1 + 2.9 * size / dimension
+            codes.append(_Code(f"PQ{size}np", size, "PQ", rotation, scan))
     if not gpu and _has_rabitq():
-        codes += [_rabitq(bits, dimension) for bits in range(1, 7)]
-    if not (gpu or split) and num_lists_for(count):
-        codes += [
-            _Code(f"PQ{size}x4fs", size // 2, f"OPQ{size}" if rotated else "", scan=0.1)
-            for size in (dimension // 2, dimension // 4, dimension // 8)
-            if size > 1 and size % 2 == 0 and dimension % size == 0
-        ]
+        codes += [_rabitq(bits, dimension) for bits in _RABITQ_BITS]
+    if not (gpu or split) and lists:
+        for size in (dimension // 2, dimension // 4, dimension // 8):
+            if size > 1 and size % 2 == 0 and dimension % size == 0:
+                rotation, scan = f"OPQ{size}" if rotated else "", 0.03 + 0.13 * size / dimension
+                codes.append(_Code(f"PQ{size}x4fs", size // 2, "fs", rotation, scan))
     smaller = [code for code in codes if code.num_bytes < flat.num_bytes]
     return [flat, *sorted(smaller, key=lambda code: -code.num_bytes)]
 
@@ -293,17 +318,44 @@ def _has_rabitq() -> bool:
 def _rabitq(bits: int, dimension: int) -> _Code:
     """RaBitQ with some bits per dimension, and its factors in single precision."""
     if bits == 1:
-        return _Code("RaBitQ", -(-dimension // 8) + 8, scan=0.25)
+        return _Code("RaBitQ", -(-dimension // 8) + 8, "RaBitQ", scan=0.25)
     size = -(-dimension // 8) + -(-dimension * (bits - 1) // 8) + 20
-    return _Code(f"RaBitQ{bits}", size, scan=0.4 if bits == 2 else 0.9)
+    return _Code(f"RaBitQ{bits}", size, "RaBitQ", scan=0.4 if bits == 2 else 0.9)
 
 
-def _best(trial: _Trial, fitting: list[_Code]) -> _Code:
-    """The code with the highest recall among the largest; if several are close, the fastest."""
+def _largest_of_kinds(fitting: list[_Code]) -> dict[str, _Code]:
+    return {code.kind: code for code in reversed(fitting)}
+
+
+def _most_exact(trial: _Trial, fitting: list[_Code], recall: float) -> _Code:
+    """The code with the highest recall; of those that are close and reach `recall`, the fastest."""
     considered = fitting[:_CONSIDERED]
     highest = max(trial.expected_recall(code) for code in considered)
-    close = [code for code in considered if trial.expected_recall(code) >= highest - _CLOSE]
-    return min(close, key=lambda code: (code.scan, -code.num_bytes))
+    least = max(highest - _CLOSE, min(recall, highest))
+
+    def is_close(code: _Code) -> bool:
+        return trial.expected_recall(code) >= least
+
+    best = min(filter(is_close, considered), key=lambda code: (code.scan, -code.num_bytes))
+    for code in _largest_of_kinds(fitting).values():
+        if code.scan < best.scan and is_close(code):
+            best = code
+    return best
+
+
+def _fastest(trial: _Trial, fitting: list[_Code], recall: float) -> _Code:
+    """The code that is scanned fastest of those that reach the recall, and the smallest of these.
+
+    Half of what may be lost is left to the lists, which would otherwise have to be scanned nearly
+    all. If no code loses as little, it is the most exact one.
+    """
+    wanted = (1 + recall) / 2 if num_lists_for(trial.count) else recall
+    largest = _largest_of_kinds(fitting)
+    for code in sorted(fitting, key=lambda code: (code.scan, code.num_bytes)):
+        # If the largest of its kind does not reach it, the others need not be measured.
+        if all(trial.expected_recall(each) >= wanted for each in (largest[code.kind], code)):
+            return code
+    return max(largest.values(), key=lambda code: (trial.expected_recall(code), -code.scan))
 
 
 class _Trial:

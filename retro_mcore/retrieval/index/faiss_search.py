@@ -44,13 +44,23 @@ def search(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
     if not isinstance(index, (faiss_library().Index, PartedIndex)):
         return by_distance_then_id(*_sorted(*index.search(vectors, k)))
     parts = [vectors[start : start + _QUERIES] for start in range(0, len(vectors), _QUERIES)]
-    found = list(worker_threads().map(_search_few, repeat(index), parts, repeat(k)))
+    found = list(worker_threads().map(search_once, repeat(index), parts, repeat(k)))
     distances, ids = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     return by_distance_then_id(distances, ids)
 
 
-def _search_few(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return index.search(vectors, k)
+def search_once(index: Any, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """One call of `index.search`, whatever was in the memory that Faiss writes to.
+
+    Fast scans for 2 to 20 neighbors look at the first distance there before they write any. By
+    chance it may be the number that makes them keep nothing (Faiss 1.15).
+    """
+    faiss = faiss_library()
+    if not isinstance(index, faiss.Index):
+        return index.search(vectors, k)
+    limits, largest = np.finfo(np.float32), index.metric_type == faiss.METRIC_INNER_PRODUCT
+    distances = np.full((len(vectors), k), limits.min if largest else limits.max, np.float32)
+    return index.search(vectors, k, D=distances)
 
 
 def _sorted(distances: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +111,7 @@ class PartedIndex:
         if not self.parts:  # of a rank that holds none
             shape = len(vectors), k
             return np.full(shape, np.inf, np.float32), np.full(shape, NO_NEIGHBOR, np.int64)
-        found = [part.search(vectors, k) for part in self.parts]
+        found = [search_once(part, vectors, k) for part in self.parts]
         ids = [
             np.where(part == NO_NEIGHBOR, part, part + offset)
             for (_, part), offset in zip(found, self.offsets, strict=True)

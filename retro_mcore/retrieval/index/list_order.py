@@ -29,6 +29,7 @@ import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.distributed import gather, get_world_size
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.host import available_memory
 from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
 from retro_mcore.retrieval.index.centers import MOST_COMPARED, Centers
@@ -91,6 +92,9 @@ class ListOrderSearch:
 
     Args:
         index: An index that `supports_list_order`, or a PartedIndex of such.
+
+    Raises:
+        ConfigurationError: it is another kind of index.
     """
 
     def __init__(self, index: Any) -> None:
@@ -98,6 +102,13 @@ class ListOrderSearch:
         self._parted = isinstance(index, PartedIndex)
         self._parts = index.parts if self._parted else [index]
         self._offsets = index.offsets if self._parted else [0]
+        if not supports_list_order(index):
+            kinds = {type(_inner(part)).__name__ for part in self._parts}
+            raise ConfigurationError(
+                "search in list order",
+                f"an index of kind {', '.join(sorted(kinds))}",
+                "Expected lists of Flat, SQ or PQ codes for L2 distances; use `index.search`",
+            )
         self.d = self._parts[0].d if self._parts else 0
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,15 +219,18 @@ def supports_list_order(index: Any) -> bool:
     if isinstance(index, PartedIndex):
         return all(supports_list_order(part) for part in index.parts)
     faiss = faiss_library()
-    if not isinstance(index, faiss.Index):
-        return False
-    inner = innermost(index)
+    inner = _inner(index)
     return (
         type(inner).__name__ in _LISTS
         and type(faiss.downcast_index(inner.quantizer)).__name__ in QUANTIZERS
         and inner.metric_type == faiss.METRIC_L2
         and not inner.max_codes
     )
+
+
+def _inner(index: Any) -> Any:
+    """The index below transforms if it is Faiss's, else itself."""
+    return innermost(index) if isinstance(index, faiss_library().Index) else index
 
 
 def choose_lists(

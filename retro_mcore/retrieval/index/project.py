@@ -23,7 +23,11 @@ from retro_mcore.retrieval.index.files import lists_path, load_index, load_parts
 from retro_mcore.retrieval.index.filling import find_parts
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus, to_gpu_for_search
 from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
-from retro_mcore.retrieval.index.rescoring import RescoredIndex, RescoredSharedIndex
+from retro_mcore.retrieval.index.rescoring import (
+    RescoredIndex,
+    RescoredSharedIndex,
+    log_if_in_vain,
+)
 from retro_mcore.retrieval.index.shared import SharedIndex
 from retro_mcore.retrieval.index.training import kind_of
 from retro_mcore.retrieval.index.vector_files import VectorFiles
@@ -162,6 +166,7 @@ class ProjectIndex:
             index = SharedIndex(index, self._count, dimension)
         if not rescore:
             return index
+        log_if_in_vain(settings.index_string or "")
         kind = RescoredSharedIndex if isinstance(index, SharedIndex) else RescoredIndex
         return kind(index, self.vector_files().open(check=get_rank() == 0 or not share))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,28 @@ import numpy as np
 from retro_mcore.distributed import raise_together
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.faiss_search import nearest, search
+from retro_mcore.retrieval.index.gpu import log_once
 from retro_mcore.retrieval.index.shared import SharedIndex
 
 #: Bytes of vectors that are read at a time.
 _BLOCK_BYTES = 64 << 20
 
+#: Factory strings of indexes that hold the vectors as they are.
+_EXACT = re.compile(r"(IVF[\w()]+,|(HNSW|NSG)\d*[,_])?Flat|(HNSW|NSG)\d*")
+
 Found = tuple[np.ndarray, np.ndarray]
+
+
+def log_if_in_vain(index_string: str) -> None:
+    """Say it in the log if an index's candidates are in exact order without --rescore.
+
+    They are sorted again nevertheless: distances may differ in their last bits.
+    """
+    if _EXACT.fullmatch(index_string):
+        log_once(
+            f"--rescore gains nothing: candidates of {index_string} are in exact order, and their "
+            "vectors are read a second time"
+        )
 
 
 def rescored(embeddings: Embeddings, queries: np.ndarray, ids: np.ndarray) -> Found:

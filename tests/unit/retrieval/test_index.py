@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,6 +261,27 @@ def test_the_number_of_threads_does_not_matter(tmp_path, monkeypatch):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("string", ["Flat", "SQ8", "PQ8x4fs", "IVF4,PQ8x4fs", "IVF4,RaBitQfs"])
+@pytest.mark.parametrize("k", [1, 3, 30])
+def test_what_lay_in_the_memory_of_the_results_does_not_matter(monkeypatch, string, k):
+    """Fast scans read the first distance before they write any; the lowest lets them find none."""
+    metrics = (faiss_library().METRIC_L2, faiss_library().METRIC_INNER_PRODUCT)
+    limits = np.finfo(np.float32)
+    for metric, worst in zip(metrics, (limits.min, limits.max), strict=True):
+        index = faiss_library().index_factory(DIMENSION, string, metric)
+        index.train(vectors())
+        index.add(vectors())
+
+        def filled(shape, dtype=float, worst=worst, **_):
+            return np.full(shape, worst if np.dtype(dtype) == np.float32 else 0, dtype)
+
+        for each in (index, faiss_search.PartedIndex([index], [0])):
+            with monkeypatch.context() as patch:
+                patch.setattr(np, "empty", filled)
+                found = search(each, vectors()[:300], k)[1]
+            assert (found[:, 0] >= 0).all()
+
+
 def test_vectors_are_read_while_another_rank_writes_the_first_file(tmp_path):
     shards = write_rows(vectors(), tmp_path, 700)
     shards[0].path.unlink()
@@ -451,6 +473,79 @@ class TestAutomaticIndex:
             recalls.append(tune(measure, num_lists(index), False, self.recall).decisive)
         assert recalls[0] < 0.9 < 0.95 <= recalls[1]
 
+    @pytest.mark.parametrize(("divisor", "split"), [(1, False), (8, False), (1, True)])
+    def test_with_rescore_the_fastest_codes_that_reach_the_recall_win(
+        self, embeddings, divisor, split
+    ):
+        memory, dimension = self.uncompressed_bytes(embeddings) // divisor, embeddings.dimension
+        chosen = choose_index(embeddings, memory, self.recall, rescore=True, split=split)
+        trial = choice._Trial(embeddings, rescore=True)
+        codes = sorted(
+            choice._codes(self.count, dimension, split), key=lambda c: (c.scan, c.num_bytes)
+        )
+        place = [code.string for code in codes].index(chosen.string.split(",")[-1])
+        assert trial.expected_recall(codes[place]) >= self.recall
+        assert f"{trial.expected_recall(codes[place]):.3f}" in chosen.reason
+        for faster in codes[:place]:  # half of the loss is for the lists
+            fits = choice.index_bytes(self.count, dimension, faster.num_bytes) <= memory
+            assert not fits or trial.expected_recall(faster) < 0.975
+        assert chosen.num_bytes <= memory
+        assert codes[place].kind in (("PQ", "RaBitQ") if split else ("fs",))
+        assert codes[place].num_bytes < dimension  # than SQ8
+
+    @pytest.mark.parametrize(
+        ("recalls", "wanted", "string"),
+        [
+            ({"fs": 0.99}, 0.95, "PQ48x4fs"),
+            ({"fs": 0.96, "RaBitQ": 0.98}, 0.95, "RaBitQ"),  # lists could lose only 0.01
+            ({"RaBitQ": 0.98}, 0.95, "RaBitQ"),
+            ({"PQ": 0.98, "RaBitQ": 0.98}, 0.95, "PQ4np"),
+            ({"SQ": 0.98}, 0.95, "SQ8"),
+            ({"SQ": 0.97, "PQ": 0.96}, 0.95, "SQfp16"),  # the most exact
+            ({}, 0.95, "Flat"),
+        ],
+    )
+    def test_the_fastest_kind_that_reaches_the_recall_wins(self, recalls, wanted, string):
+        codes = choice._codes(10**6, 384)
+        if "RaBitQ" not in {code.kind for code in codes}:
+            codes += [choice._rabitq(bits, 384) for bits in range(1, 8)]
+        codes.sort(key=lambda code: -code.num_bytes)
+        if string not in ("Flat", "SQfp16"):
+            codes = codes[1:]
+
+        def expected(code):
+            return recalls.get(code.kind, float(code.kind == "Flat" and not recalls))
+
+        trial = SimpleNamespace(count=10**6, expected_recall=expected)
+        assert choice._fastest(trial, codes, wanted).string == string
+
+    @pytest.mark.parametrize(
+        ("recalls", "wanted", "string"),
+        [
+            ({}, 0.95, "SQfp16"),
+            ({"fs": 0.98}, 0.95, "SQfp16"),
+            ({"fs": 0.996}, 0.95, "PQ192x4fs"),
+            ({"fs": 0.996}, 0.998, "SQfp16"),  # close, but not enough
+            ({"SQ": 0.94, "RaBitQ": 0.93, "fs": 0.936}, 0.95, "SQfp16"),  # none is enough
+        ],
+    )
+    def test_without_rescore_fast_codes_win_where_they_lose_nothing(self, recalls, wanted, string):
+        codes = choice._codes(10**6, 384)[1:]
+        known = {"SQ": 1.0, "RaBitQ": 0.99, "PQ": 0.8, "fs": 0.7} | recalls
+        trial = SimpleNamespace(count=10**6, expected_recall=lambda code: known[code.kind])
+        assert choice._most_exact(trial, codes, wanted).string == string
+
+    def test_vectors_without_lists_are_searched_uncompressed(self, embeddings, monkeypatch):
+        """By matrix products, whatever is asked for: no code is scanned as fast."""
+        monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 5000)
+        chosen = choose_index(embeddings, 1 << 30, self.recall, rescore=True)
+        assert chosen.string == "Flat"
+        assert "in exact order as it is" in chosen.reason
+        trial = SimpleNamespace(count=5000, expected_recall=lambda code: 1.0)
+        for dimension in (64, 4096):
+            codes = choice._codes(5000, dimension)
+            assert choice._best(trial, codes, self.recall, rescore=True).string == "Flat"
+
     def test_on_the_disk_nothing_is_compressed(self, embeddings, monkeypatch):
         chosen = choose_index(embeddings, 1000, self.recall, on_disk=True)
         assert chosen.on_disk
@@ -475,7 +570,7 @@ def test_codes_that_cannot_be_split_or_used_on_a_gpu_are_left_out():
     split = {code.string for code in choice._codes(10**6, 384, split=True)}
     gpu = {code.string for code in choice._codes(10**6, 384, gpu=True)}
     assert every - split == {"PQ192x4fs", "PQ96x4fs", "PQ48x4fs"}
-    assert split - gpu == {"RaBitQ", *(f"RaBitQ{bits}" for bits in range(2, 7))}
+    assert split - gpu == {"RaBitQ", *(f"RaBitQ{bits}" for bits in range(2, 8))}
 
 
 @pytest.mark.parametrize(

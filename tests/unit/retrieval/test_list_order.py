@@ -1,6 +1,7 @@
 """Search in list order: the neighbors of index.search, each list read once."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from retro_mcore.chunking import NO_NEIGHBOR
+from retro_mcore.errors import ConfigurationError
 from retro_mcore.retrieval.index import (
     Embeddings,
     add_part,
@@ -249,7 +251,11 @@ def test_parts_with_ids_of_their_own_are_joined(files):
      ("IVF8,Flat,RFlat", False)],
 )  # fmt: skip
 def test_which_indexes_are_searched_in_list_order(string, supported):
-    assert supports_list_order(faiss_library().index_factory(DIMENSION, string)) == supported
+    index = faiss_library().index_factory(DIMENSION, string)
+    assert supports_list_order(index) == supported
+    for each in (index, PartedIndex([index], [0])):
+        with nullcontext() if supported else pytest.raises(ConfigurationError, match="list order"):
+            ListOrderSearch(each)
 
 
 def test_inner_products_are_left_to_the_index():

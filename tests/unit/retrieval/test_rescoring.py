@@ -1,5 +1,6 @@
 """Candidates in exact order, from the stored vectors."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project import ProjectConfig, ProjectPaths, ProjectSettings
 from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.index import Embeddings, add_to_index, rescoring, search, train_index
+from retro_mcore.retrieval.index.gpu import log_once
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.rescoring import RescoredIndex, RescoredSharedIndex, rescored
 from retro_mcore.retrieval.index.shared import SharedIndex
@@ -63,6 +65,19 @@ def test_a_compressed_index_gives_the_exact_order(embeddings):
     assert (np.diff(distances, axis=1) >= 0).all()
     hits = [(np.sort(found[:, :2]) == np.sort(order)).mean() for found in (coarse, ids)]
     assert hits[0] < 0.5 < 0.9 < hits[1]
+
+
+@pytest.mark.parametrize(
+    ("string", "exact"),
+    [("Flat", True), ("IVF8192_HNSW32,Flat", True), ("IVF8(NSG),Flat", True), ("HNSW32", True),
+     ("HNSW16,Flat", True), ("NSG_Flat", True), ("IVF8,SQ8", False), ("PCA64,IVF8,Flat", False),
+     ("HNSW32_SQ8", False), ("IVF8,PQ4x4fs", False)],
+)  # fmt: skip
+def test_the_log_says_where_there_is_nothing_to_sort(caplog, string, exact):
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        rescoring.log_if_in_vain(string)
+    assert ("--rescore gains nothing" in caplog.text) == exact
 
 
 def search_damaged(shards: list[Shard]) -> str:
