@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -138,7 +139,7 @@ def measure(options: Options) -> dict[str, Any]:
     for number in some:
         for name, order in orders.items():
             rows = np.array_split(order, count)[number]
-            seconds, products, _ = timed(lambda rows=rows: search.search(vectors[rows], options.k))
+            seconds, products, _ = timed(partial(search.search, vectors[rows], options.k))
             rates[name].append(len(rows) / seconds)
             shares.append(products / seconds)
     result["queries per processor second"] = {
