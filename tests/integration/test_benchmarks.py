@@ -91,6 +91,17 @@ def test_what_a_layout_costs_is_read_from_its_project():
 
 
 @pytest.mark.slow
+def test_other_samplings_cost_nothing_if_samples_are_aligned(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.samplings", "--documents", "30", "--seeds", "1"]
+    subprocess.run([*command, "--json", str(tmp_path / "cost")], capture_output=True, check=True)
+    cost = json.loads((tmp_path / "cost").read_text(encoding="utf-8"))
+    assert cost["samplings"] == 2
+    # Of each packed sampling some samples at the end are left over.
+    assert 1.5 < cost["searched, packed ÷ aligned"] <= 2.1
+    assert 1.5 < cost["embedded, packed ÷ aligned"] <= 3.1
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_layout_is_compared_with_one_process():
     command = [sys.executable, "-m", "benchmarks.parallel_cost", "--smoke", "--only", "CP2"]
