@@ -185,7 +185,8 @@ class LocalCheckpoints:
                 parallelization_group=_ranks_with_the_same(),
                 cached_metadata=self._distribution,
             )
-            self._files.write(content, progress.iteration)
+        with _naming(self._files.folder, "could not be written"):
+            self._files.write(content, progress.iteration)  # it raises on all ranks itself
         if not self._has_saved:
             self._remove(*distributed.on_first_rank(lambda: take_over(self._save, self.name)))
         self._has_saved = True

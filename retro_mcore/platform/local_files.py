@@ -5,7 +5,8 @@
 | `newest_after` | a file that is cut short or damaged counts as a checkpoint                     |
 | `read`         | a rank finds only its own folder, and copies only in its own group of ranks    |
 | `_load`        | files are unpickled unguarded                                                  |
-| `_save_fn`     | if one rank cannot write, the others wait for it, and what is written stays    |
+| `_save_fn`     | it writes what may not have come from the GPU yet; if one rank cannot write,   |
+|                | the others wait for it, and what is written stays                              |
 
 The package writes `DIRECTORY/RUN/RANK/iter_0000005_RANK_local.pt` with `torch.save`, first under a
 name with `.dirty`, and removes older ones when all ranks have it. Import this module only where it
@@ -179,6 +180,8 @@ class LocalFiles(LocalCheckpointManager):
             raise
 
     def _write_all(self, id_to_state_dict: dict[tuple[int, int, str], Any]) -> None:
+        if torch.cuda.is_initialized():  # the package does not wait for copies from the GPU
+            torch.cuda.synchronize()
         try:
             super()._save_fn(id_to_state_dict)
         except Exception as error:

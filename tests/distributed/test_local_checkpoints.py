@@ -338,6 +338,42 @@ def test_a_crash_while_saving_leaves_the_one_before(troubles):
         assert resumed["state"] == results["killed"]["state"]
 
 
+def without_memory_on_the_second(folder):
+    """What each rank tells if rank 1 cannot take its second local checkpoint."""
+    from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
+
+    take, taken = MCoreTensorAwareStateDict.from_state_dict, []
+
+    def fail(*args, **kwargs):
+        taken.append(args)
+        if len(taken) == 2 and torch.distributed.get_rank() == 1:
+            raise MemoryError("no room for a copy")
+        return take(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MCoreTensorAwareStateDict, "from_state_dict", fail)
+        with pytest.raises(CheckpointError) as caught:
+            run(**saving(folder, **LAYOUTS["distributed optimizer"]))
+    return str(caught.value), names(files_of(folder))
+
+
+def test_a_rank_that_fails_before_it_writes_is_told_on_all(tmp_path):
+    for rank, (message, files) in enumerate(run_ranks(2, without_memory_on_the_second, tmp_path)):
+        assert "no room for a copy" in message
+        assert files == [f"iter_0000001_{rank}_local.pt"]
+
+
+def test_nothing_is_written_before_it_has_come_from_the_gpu(tmp_path, monkeypatch):
+    from retro_mcore.platform.local_files import LocalFiles
+
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
+    monkeypatch.setattr(torch, "save", lambda value, file: done.append("written"))
+    LocalFiles(tmp_path, "run", torch.load)._save_fn({(5, 0, "run"): {}})
+    assert done == ["waited", "written"]
+
+
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     return run_ranks(4, on_one_of_four, tmp_path_factory.mktemp("four_processes"))

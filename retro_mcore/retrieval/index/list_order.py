@@ -131,7 +131,8 @@ class ListOrderSearch:
     def enough_queries(self) -> int:
         """Queries from which on more of them are hardly searched faster, if lists are in memory."""
         ivfs = map(innermost, self._parts)
-        return max([enough_queries(ivf.nlist, ivf.nprobe) for ivf in ivfs], default=0)
+        enough = [enough_queries(ivf.nlist, ivf.nprobe) for ivf in ivfs]
+        return max(enough, default=_MOST_TOGETHER)  # a rank without parts sets no limit to others
 
     def stay_in_memory(self) -> bool:
         """Whether the lists stay in memory while they are read again and again."""

@@ -478,6 +478,12 @@ def test_more_queries_are_taken_of_lists_that_do_not_stay_in_memory(files, monke
     assert list_order.queries_together(searched, 20) == [8 * list_order.TOGETHER]
 
 
+def test_a_rank_without_parts_does_not_limit_how_many_are_searched_together(monkeypatch):
+    monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 50)
+    empty = SharedIndex(ListOrderSearch(PartedIndex([], [])), 100, DIMENSION)
+    assert list_order.queries_together(empty, 20) == [8 * list_order.TOGETHER]
+
+
 def test_many_copies_of_a_vector_are_few_candidates(products):
     rows = np.concatenate([np.tile(vectors()[:1], (300, 1)), vectors()[:100]])
     limits = np.full(4, np.inf, np.float32)
