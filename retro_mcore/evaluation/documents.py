@@ -200,7 +200,8 @@ def search_document_neighbors(
             breadth = search.num_candidates(search.settings.num_neighbors_query)
             num_query = min(max(breadth, num_save), len(search.database))
             precision = search.usable_precision(device)
-            fingerprint = _fingerprint(search, documents, num_save, num_query, precision)
+            in_tokens = search.batch_tokens(device) is not None
+            fingerprint = _fingerprint(search, documents, num_save, num_query, precision, in_tokens)
             # The EOD after a short chunk is padding. As a line break it adds no text.
             compare = is_first_on_host()
             embedder = ChunkEmbedder(
@@ -236,6 +237,7 @@ def _fingerprint(
     num_save: int,
     num_query: int,
     precision: Precision,
+    in_tokens: bool,
 ) -> str:
     """Fingerprint of the inputs of the documents' neighbors."""
     settings, rerank = search.source_settings, search.settings.rerank
@@ -252,6 +254,7 @@ def _fingerprint(
             + (["rescore"] if search.rescore else []),
             **({} if usual else {"num_query": num_query}),
             **({} if precision == "fp32" else {"precision": precision}),
+            **({"batches": "tokens"} if in_tokens else {}),
         }
     )
 

@@ -21,7 +21,7 @@ _LEAST = {
     "ft_neighbours": 0,
 }
 #: Options of the answers, which given predictions already are.
-_OF_ANSWERS = (
+OF_ANSWERS = (
     *("project_dir", "load", "passages", "ft_neighbours", "prompt_format", "template_id"),
     *("retro_neighbors", "retro_attention_gate", "max_new_tokens", "stop", "two_chunks"),
     *("temperature", "top_k", "top_p"),
@@ -139,7 +139,7 @@ class EvaluateQaConfig(InferenceTimeLimit):
                     )
         else:
             usual = EvaluateQaConfig(sample_input_file="", output="")
-            for name in _OF_ANSWERS:
+            for name in OF_ANSWERS:
                 if getattr(self, name) != getattr(usual, name):
                     found = "given with --predictions, which are answers already"
                     yield ConfigurationError(flag_of(name), found, "Give one of them")

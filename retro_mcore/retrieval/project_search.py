@@ -82,6 +82,17 @@ class ProjectSearch:
         )
         return "fp32"
 
+    def batch_tokens(self, device: str | None) -> int | None:
+        """Tokens of a batch for queries, as in a new project of this layout; None: 16 chunks.
+
+        Args:
+            device: "cpu", "cuda" …; None: CUDA if available.
+        """
+        settings = self.source_settings
+        if settings.samples != "aligned":
+            return None
+        return default_batch_tokens(str(settings.embedder), device or "auto")
+
     def load_embedder(
         self,
         batch_size: int | None = None,
@@ -93,8 +104,8 @@ class ProjectSearch:
         """Load the embedder that the index was built with; see `build_embedder`.
 
         Args:
-            batch_size: Texts per forward pass; None, without `batch_tokens`: batches as a new
-                project of this layout has them.
+            batch_size: Texts per forward pass; None, without `batch_tokens`: those of
+                `self.batch_tokens`.
             device: "cpu", "cuda" …; None: CUDA if available.
             precision: Precision to compute in; None: the database's.
             batch_tokens: Tokens per forward pass instead of `batch_size`.
@@ -106,8 +117,8 @@ class ProjectSearch:
             ConfigurationError: this machine cannot compute in the precision.
         """
         settings = self.source_settings
-        if batch_size is None and batch_tokens is None and settings.samples == "aligned":
-            batch_tokens = default_batch_tokens(str(settings.embedder), device or "auto")
+        if batch_size is None and batch_tokens is None:
+            batch_tokens = self.batch_tokens(device)
         embedder = load_project_embedder(
             settings,
             self.source,

@@ -37,7 +37,11 @@ from retro_mcore.project.records import (
 from retro_mcore.project.shards import ShardReport, cut
 from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus
-from retro_mcore.retrieval.index.list_order import list_order_pays, queries_together
+from retro_mcore.retrieval.index.list_order import (
+    TOGETHER,
+    list_order_pays,
+    queries_together,
+)
 from retro_mcore.retrieval.neighbor_search import (
     NeighborSearch,
     count_queried,
@@ -373,13 +377,18 @@ class _Run:
     def _agree_on_order(self) -> None:
         """Agree on how many chunks are searched together, few candidates of each first.
 
-        List order is recorded only if all ranks search in it: an index on a GPU is not.
+        List order is recorded only if all ranks search in it: an index on a GPU is not. Chunks of
+        packed samples are embedded on the way, which takes longer than their search and which a
+        kill would lose, so no more than usual are taken.
         """
         few = min(self._num_query, narrow_candidates(self._config.num_neighbors_save))
         chosen = self._config.rescore or self._config.rerank is not None  # among all candidates
-        first = self._num_query if chosen or self._old is not None else few
-        self._together, self._together_wide = queries_together(self._index, first, self._num_query)
-        used, self._prefixes = self._together > 0, self._together > 0 and first == few
+        narrow = not chosen and self._old is None
+        first = few if narrow else self._num_query
+        most = TOGETHER if not self._aligned else None
+        numbers = queries_together(self._index, first, self._num_query, most=most)
+        self._together, self._together_wide = numbers
+        used, self._prefixes = self._together > 0, self._together > 0 and narrow
         finished = bool(recorded_options(self._paths, self._record))
         if self._in_list_order and not used and not finished:
             del self._options[_ORDER]

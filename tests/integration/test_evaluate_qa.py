@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from retro_mcore.cli.evaluate_qa import EvaluateQaOptions, evaluate_qa, main
 from retro_mcore.errors import ConfigurationError, CorpusError, ProjectError, flag_of
+from retro_mcore.evaluation import qa_config
 from retro_mcore.project.lock import directory_lock
 from tests.integration.small_checkpoint import small_checkpoint
 from tests.unit.data.projects import built_project
@@ -169,6 +171,17 @@ def test_two_runs_into_one_folder_are_refused(options, tmp_path):
     lock = directory_lock(tmp_path / "output", "evaluate_qa")
     with lock, pytest.raises(ProjectError, match="another run works on it: evaluate_qa"):
         evaluate_qa(options())
+
+
+def test_every_option_is_of_scores_or_refused_with_given_answers():
+    """Or does not change results."""
+    of_scores = {"sample_input_file", "output", "predictions", "num_gen", "seed", "verify"}
+    of_scores |= {"legacy_scoring", "confidence_level", "num_resamples", "task"}
+    refused_elsewhere = {"ablate_retrieval", "reuse_top", "context_parallel_size"}
+    how = {"micro_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"}
+    how |= {"device", "distributed_timeout_minutes"}
+    known = {*qa_config.OF_ANSWERS, *of_scores, *refused_elsewhere, *how}
+    assert {field.name for field in dataclasses.fields(EvaluateQaOptions)} == known
 
 
 def to_score(options, path, **changes):

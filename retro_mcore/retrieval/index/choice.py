@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from itertools import takewhile
@@ -27,6 +28,8 @@ from retro_mcore.retrieval.index.recall import (
     without,
 )
 from retro_mcore.retrieval.index.training import innermost, make_index
+
+_LOG = logging.getLogger(__name__)
 
 AUTO = "auto"
 #: Up to this many vectors, an exact search is cheap enough to do without lists.
@@ -376,9 +379,9 @@ class _Trial:
     def expected_recall(self, code: _Code) -> float:
         """Expected recall@2 among all vectors."""
         if code not in self._known:
-            self._known[code] = codes_recall(
-                code.string, self._vectors, self.count, self._candidates
-            )
+            recall = codes_recall(code.string, self._vectors, self.count, self._candidates)
+            _LOG.info("choose index: %s, expected recall@%d %.3f", code.string, DECISIVE, recall)
+            self._known[code] = recall
         return self._known[code]
 
 

@@ -172,7 +172,7 @@ def list_order_pays(index_string: str, nprobe: int | None) -> bool:
     return TOGETHER * min(nprobe or 1, count) >= _QUERIES_PER_LIST * count
 
 
-def queries_together(index: Any, *wanted: int) -> list[int]:
+def queries_together(index: Any, *wanted: int, most: int | None = None) -> list[int]:
     """Queries that are searched in one call, on all ranks alike; for each number of neighbors.
 
     As many as 2 GiB of memory hold, up to `TOGETHER`. Up to eight times as many where this rank's
@@ -183,6 +183,7 @@ def queries_together(index: Any, *wanted: int) -> list[int]:
     Args:
         index: An index that `ProjectIndex.open` returned.
         wanted: Numbers of neighbors.
+        most: No more queries than so many.
 
     Returns:
         0 if any rank does not search it in list order.
@@ -194,7 +195,8 @@ def queries_together(index: Any, *wanted: int) -> list[int]:
         share = _QUERIES_SHARE if index.stay_in_memory() else _QUERIES_SHARE_ON_DISK
         memory = int(share * available_memory()) // _ranks_here()
         own = [_queries_in(index, k, memory) for k in wanted]
-    return [min(numbers) for numbers in zip(*gather(own), strict=True)]
+    limit = _MOST_TOGETHER if most is None else most
+    return [min(limit, *numbers) for numbers in zip(*gather(own), strict=True)]
 
 
 def _queries_in(index: ListOrderSearch, k: int, memory: int) -> int:

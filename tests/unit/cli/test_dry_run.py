@@ -298,7 +298,7 @@ def test_the_estimate_is_near_a_simulated_step(tmp_path):
         assert is_rounded(rows[kind], stage["memory"][kind] / GIB)
     assert is_rounded(rows["sent for a step: dp"], stage["sent"]["dp"] / GIB)
     # What operations need on the way differs between releases of PyTorch.
-    assert float(rows["memory"]) == pytest.approx(stage["peak"] / GIB, rel=0.005)
+    assert float(rows["memory"]) == pytest.approx(stage["peak"] / GIB, rel=0.02)
     assert float(rows["TFLOPs for a step"]) == pytest.approx(stage["flops"] / TERA, rel=0.05)
 
 

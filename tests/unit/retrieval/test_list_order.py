@@ -466,6 +466,7 @@ def test_queries_searched_together_fit_the_memory(files, where, monkeypatch):
     assert grown[2] == list_order.TOGETHER
     monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 50)
     assert list_order.queries_together(wrapped, 20) == [8 * list_order.TOGETHER]
+    assert list_order.queries_together(wrapped, 20, 5, most=100) == [100, 100]
 
 
 def test_more_queries_are_taken_of_lists_that_do_not_stay_in_memory(files, monkeypatch):
