@@ -116,6 +116,7 @@ class LocalFiles(LocalCheckpointManager):
         with raise_together():
             files = self._on_this_node(iteration)
         damaged: list[str] = []
+        whole: set[Path] = set()  # compared already
         first = held = gather({*files})
         while (newest := _complete(held)) is not None:
             self._holders = [_holder(held, newest, rank) for rank in range(get_world_size())]
@@ -124,9 +125,11 @@ class LocalFiles(LocalCheckpointManager):
                 for rank, holder in enumerate(self._holders)
                 if holder == get_rank()
             }
-            found = [
-                line for rank in self._own if (line := _damage(files, newest, rank, self._read))
-            ]
+            unknown = [rank for rank, path in self._own.items() if path not in whole]
+            found = [line for rank in unknown if (line := _damage(files, newest, rank, self._read))]
+            whole.update(
+                self._own[rank] for rank in unknown
+            )  # a damaged one is not asked for again
             damaged += found
             if not any_rank(bool(found)):
                 break
