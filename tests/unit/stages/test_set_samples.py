@@ -60,6 +60,8 @@ def test_other_samples_need_no_new_search(project, finished, capsys):
     assert train[0]["neighbor_tokens"].shape[0] == 6
     # Earlier stages take the project as it is now.
     build_db(BuildDbOptions(str(project), retro_doc_block_size=6))
+    infos = [ProjectPaths(each).dataset_infos.read_bytes() for each in (finished, project)]
+    assert infos[0] == infos[1]  # else build_index would refuse to go on
     counts = [stage_report(ProjectPaths(each), PREPROCESS) for each in (finished, project)]
     assert counts[0]["datasets"] == counts[1]["datasets"]
     assert counts[1]["splits"]["train"]["samples"] == 10
