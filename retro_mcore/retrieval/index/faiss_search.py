@@ -10,6 +10,7 @@ import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.retrieval.index.library import faiss_library, worker_threads
+from retro_mcore.retrieval.index.training import graph_of
 
 #: Number of queries per call of Faiss.
 _QUERIES = 128
@@ -124,6 +125,11 @@ def set_search_breadth(index: Any, nprobe: int | None, ef_search: int | None) ->
     parameters = faiss_library().ParameterSpace()
     if nprobe is not None:
         parameters.set_index_parameter(index, "nprobe", nprobe)
-    if ef_search is not None:
-        name = "quantizer_efSearch" if nprobe is not None else "efSearch"
-        parameters.set_index_parameter(index, name, ef_search)
+    if ef_search is None:
+        return
+    graph = graph_of(index)
+    if hasattr(graph, "nsg"):  # whose breadth Faiss does not set by name
+        graph.nsg.search_L = ef_search
+        return
+    name = "quantizer_efSearch" if nprobe is not None else "efSearch"
+    parameters.set_index_parameter(index, name, ef_search)
