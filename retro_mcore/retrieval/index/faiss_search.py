@@ -128,8 +128,8 @@ def set_search_breadth(index: Any, nprobe: int | None, ef_search: int | None) ->
     if ef_search is None:
         return
     graph = graph_of(index)
-    if hasattr(graph, "nsg"):  # whose breadth Faiss does not set by name
-        graph.nsg.search_L = ef_search
+    if hasattr(graph, "nsg"):  # Faiss does not set its breadth by name, and hangs in a broader one
+        graph.nsg.search_L = min(ef_search, graph.ntotal)
         return
     name = "quantizer_efSearch" if nprobe is not None else "efSearch"
     parameters.set_index_parameter(index, name, ef_search)
