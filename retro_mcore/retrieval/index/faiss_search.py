@@ -127,9 +127,9 @@ def set_search_breadth(index: Any, nprobe: int | None, ef_search: int | None) ->
         parameters.set_index_parameter(index, "nprobe", nprobe)
     if ef_search is None:
         return
-    graph = graph_of(index)
-    if hasattr(graph, "nsg"):  # Faiss does not set its breadth by name, and hangs in a broader one
-        graph.nsg.search_L = min(ef_search, graph.ntotal)
+    nsg = getattr(graph_of(index), "nsg", None)
+    if nsg is not None:  # Faiss does not set its breadth by name, and hangs in a broader one
+        nsg.search_L = min(ef_search, nsg.ntotal)
         return
     name = "quantizer_efSearch" if nprobe is not None else "efSearch"
     parameters.set_index_parameter(index, name, ef_search)
