@@ -448,8 +448,9 @@ def _nothing_fits(
     else:
         found = f"{show_bytes(memory)} hold no index; the smallest takes {size(codes[-1])}"
         way = ""
+    disk = ", or --on-disk" if num_lists_for(count) else ""
     return ConfigurationError(
         f"--index-memory with --index-recall {recall}",
         f"{found} of {count} vectors",
-        f"The nearest possible: {way}give {size(enough)} ({enough.string}), or --on-disk",
+        f"The nearest possible: {way}give {size(enough)} ({enough.string}){disk}",
     )

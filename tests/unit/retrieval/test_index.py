@@ -556,6 +556,9 @@ class TestAutomaticIndex:
         monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 5000)
         with pytest.raises(ConfigurationError, match="--on-disk"):
             choose_index(embeddings, 1000, self.recall, on_disk=True)
+        with pytest.raises(ConfigurationError) as refused:
+            choose_index(embeddings, 1000, self.recall)
+        assert "--on-disk" not in str(refused.value)  # which would be refused
 
 
 @pytest.mark.parametrize("dimension", [256, 384, 1024])
