@@ -335,8 +335,10 @@ def _merge_all(
     fingerprint: str,
 ) -> bool:
     """Write the missing merged databases. Returns whether all existed already."""
-    with signed_write(paths.dataset_infos, fingerprint) as temporary:
-        write_json(temporary, [vars(info) for info in infos])
+    # Kept where only the weights differ, which `set_samples` changes: build_index has its digest.
+    if state_of(paths.dataset_infos, fingerprint) is not FileState.COMPLETE:
+        with signed_write(paths.dataset_infos, fingerprint) as temporary:
+            write_json(temporary, [vars(info) for info in infos])
     reused = True
     for name in MERGED:
         path = paths.merged_db(name)

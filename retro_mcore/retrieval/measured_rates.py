@@ -71,6 +71,7 @@ def measure_rates(
         name,
         recorded.get("--embed-batch-size", BATCH_SIZE),
         device=device,
+        pooling=None if embedder else settings.embedder_pooling,
         weights=paths.lexical_weights,
         precision=precision,
         batch_tokens=tokens,
@@ -93,11 +94,16 @@ def _usable_precision(recorded: Precision | None, device: str) -> Precision:
     return "fp32"
 
 
-def _chunks_per_document(paths: ProjectPaths, chunk_length: int) -> int:
-    """Mean length of the project's documents, in chunks."""
+def mean_document_tokens(paths: ProjectPaths) -> float | None:
+    """Mean length of a project's documents, without padding; None if another program made it."""
     counts = stage_report(paths, "preprocess_corpus")
     tokens = counts.get("tokens", 0) - counts.get("padding_tokens", 0)
-    return round(tokens / counts["documents"] / chunk_length) if counts.get("documents") else 1
+    return tokens / counts["documents"] if counts.get("documents") and tokens else None
+
+
+def _chunks_per_document(paths: ProjectPaths, chunk_length: int) -> int:
+    """Mean length of the project's documents, in chunks."""
+    return round((mean_document_tokens(paths) or chunk_length) / chunk_length)
 
 
 def _text_rates(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from retro_mcore.chunking import SampleLayout
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.retrieval.index.choice import automatic_string, largest_code, num_lists_for
+from retro_mcore.retrieval.stored_types import StoredType, bytes_of
 
 #: Maximum number of vectors, and lists, by Faiss's guidelines; the last as used for Retro.
 _LISTS = ((100_000_000, 262_144), (1_000_000_000, 1_048_576))
@@ -52,11 +53,12 @@ class Workload:
     dimension: int = 1024
     neighbors_saved: int = 20
     samples: SampleLayout = "packed"
+    stored_as: StoredType | None = None
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes per number of a stored vector: fp16 in aligned projects, fp32 in packed ones."""
-        return 2 if self.samples == "aligned" else 4
+        """Bytes per number of a stored vector."""
+        return bytes_of(self.stored_as or ("fp16" if self.samples == "aligned" else "fp32"))
 
 
 @dataclass(frozen=True)

@@ -203,10 +203,13 @@ def numbers_in_database(
     held = ProjectConfig.load(source.root).blend[1]
     digests = [digest_of(bin_path(source.data / prefix)) for prefix in held]
     wanted = [digest_of(bin_path(paths.data / prefix)) for prefix in prefixes]
-    return [
-        digests.index(digest) if digest in digests else len(held) + i
-        for i, digest in enumerate(wanted)
-    ]
+    numbers: list[int] = []
+    for i, digest in enumerate(wanted):
+        same = [number for number, each in enumerate(digests) if each == digest]
+        # Of datasets with the same tokens, each has its own, so that no document finds itself.
+        own = [number for number in same if number not in numbers]
+        numbers.append((own or same or [len(held) + i])[0])
+    return numbers
 
 
 def build_gpt_samples(

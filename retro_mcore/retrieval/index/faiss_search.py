@@ -10,6 +10,7 @@ import numpy as np
 
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.retrieval.index.library import faiss_library, worker_threads
+from retro_mcore.retrieval.index.training import graph_of
 
 #: Number of queries per call of Faiss.
 _QUERIES = 128
@@ -124,6 +125,11 @@ def set_search_breadth(index: Any, nprobe: int | None, ef_search: int | None) ->
     parameters = faiss_library().ParameterSpace()
     if nprobe is not None:
         parameters.set_index_parameter(index, "nprobe", nprobe)
-    if ef_search is not None:
-        name = "quantizer_efSearch" if nprobe is not None else "efSearch"
-        parameters.set_index_parameter(index, name, ef_search)
+    if ef_search is None:
+        return
+    nsg = getattr(graph_of(index), "nsg", None)
+    if nsg is not None:  # Faiss does not set its breadth by name, and hangs in a broader one
+        nsg.search_L = min(ef_search, nsg.ntotal)
+        return
+    name = "quantizer_efSearch" if nprobe is not None else "efSearch"
+    parameters.set_index_parameter(index, name, ef_search)

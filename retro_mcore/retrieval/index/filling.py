@@ -115,10 +115,13 @@ def add_part(
     """
     trained.reset()
     trained = unpacked(trained)
+    # Faiss builds an NSG graph once, from all its vectors.
+    at_once = hasattr(innermost(trained), "nsg")
+    size = max(part.end - part.start, 1) if at_once else _ADD_BATCH
     if gpu and kind_of(trained) is IndexKind.LISTS:
         trained = _add_on_gpu(trained, _batches(embeddings, part))
     else:
-        for rows, vectors in _batches(embeddings, part):
+        for rows, vectors in _batches(embeddings, part, size):
             add_rows(trained, vectors, rows)
     if kind_of(trained) is IndexKind.LISTS:
         write_lists(trained, path)
@@ -140,9 +143,11 @@ def extend_index(filled: Path, embeddings: Embeddings, path: Path) -> None:
     save_index(index, path)
 
 
-def _batches(embeddings: Embeddings, part: Shard) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(part.start, part.end, _ADD_BATCH):
-        rows = np.arange(start, min(start + _ADD_BATCH, part.end))
+def _batches(
+    embeddings: Embeddings, part: Shard, size: int = _ADD_BATCH
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(part.start, part.end, size):
+        rows = np.arange(start, min(start + size, part.end))
         yield rows, embeddings.rows(rows)
 
 

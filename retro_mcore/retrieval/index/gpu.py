@@ -18,13 +18,16 @@ import numpy as np
 
 from retro_mcore.retrieval.index.faiss_search import search
 from retro_mcore.retrieval.index.library import faiss_library, message_of
-from retro_mcore.retrieval.index.training import has_graph, num_lists
+from retro_mcore.retrieval.index.training import has_graph, innermost, num_lists
 
 #: Largest nprobe and k of Faiss's own GPU code, and of cuVS (faiss/gpu/impl/IndexUtils.cu).
 _MOST, _MOST_CUVS = 2048, 16384
 #: Up to this many lists, a GPU compares each query with all centroids. Beyond, the graph over the
 #: centroids is searched on the CPU.
 _MOST_CENTROIDS = 1 << 20
+#: Shared memory of a block, which holds the tables of PQ codes (faiss/gpu/GpuIndexIVFPQ.cu): those
+#: of 48 bytes in single precision, of 96 in half.
+_TABLE_BYTES = 48 << 10
 #: Faiss's messages about an index that its GPU code does not support, or that does not fit.
 _UNSUPPORTED = re.compile(r"not implemented|support|Bits per code|shared memory", re.IGNORECASE)
 _NO_MEMORY = re.compile(r"alloc fail|memory allocation|out of memory|bad_alloc", re.IGNORECASE)
@@ -83,10 +86,12 @@ def to_gpu(index: Any, step: str) -> Any | None:
         log_once(f"{step} runs on the CPU: {_refusal(error)}")
         return None
     copy.referenced_objects = [resources]
-    lists = ""
+    how = ""
     if graph is not None:
-        lists = ", all centroids compared" if flat else ", the graph over the centroids on the CPU"
-    log_once(f"{step} runs on GPUs{lists}")
+        how = ", all centroids compared" if flat else ", the graph over the centroids on the CPU"
+    if _has_large_tables(index):
+        how += ", tables of its codes in half precision"
+    log_once(f"{step} runs on GPUs{how}")
     return copy
 
 
@@ -108,7 +113,15 @@ def _cloner_options(index: Any) -> Any:
     if graph is not None and graph.ntotal > _MOST_CENTROIDS:
         options.allowCpuCoarseQuantizer = True
         options.use_cuvs = False  # takes no quantizer on the CPU
+    if _has_large_tables(index):
+        options.useFloat16 = True
     return options
+
+
+def _has_large_tables(index: Any) -> bool:
+    """Whether the tables of PQ codes in lists do not fit a GPU's block in single precision."""
+    pq = getattr(innermost(index), "pq", None) if num_lists(index) is not None else None
+    return pq is not None and 4 * pq.M << pq.nbits > _TABLE_BYTES
 
 
 def _graph_of(index: Any) -> Any | None:

@@ -207,10 +207,15 @@ def num_lists(index: Any) -> int | None:
         return None
 
 
-def has_graph(index: Any) -> bool:
-    """Whether a search walks a graph over the vectors or over the lists."""
+def graph_of(index: Any) -> Any | None:
+    """The graph over the vectors or over the lists that a search walks; None if there is none."""
     faiss = faiss_library()
     graph = innermost(index)
     if num_lists(index) is not None:
         graph = faiss.downcast_index(faiss.extract_index_ivf(index).quantizer)
-    return "HNSW" in type(graph).__name__ or "NSG" in type(graph).__name__
+    return graph if any(hasattr(graph, kind) for kind in ("hnsw", "nsg")) else None
+
+
+def has_graph(index: Any) -> bool:
+    """Whether a search walks a graph over the vectors or over the lists."""
+    return graph_of(index) is not None

@@ -109,7 +109,8 @@ class PreprocessCorpusConfig(DataTimeLimit):
     seed: int = 1234
     """Seed for the order of the samples."""
     retro_block_size: int | None = None
-    """Rows per file of embeddings and neighbors (default: depends on the number of samples)."""
+    """Rows per file of embeddings and neighbors (default: a 64th of the chunks, aligned of the
+    documents, packed of the training samples, but 64 to 100,000)."""
 
     @property
     def trains_tokenizer(self) -> bool:

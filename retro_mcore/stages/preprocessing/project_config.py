@@ -42,6 +42,9 @@ def make_project_config(
     """
     train_samples = _num_train_samples(config, datasets)
     rows = train_samples * (config.seq_length // config.retro_chunk_length)
+    if config.samples == "aligned":  # the chunks of documents are searched, however many samples
+        rows = sum(int(dataset.lengths.sum(dtype=np.int64)) for dataset in datasets)
+        rows //= config.retro_chunk_length
     made = ProjectConfig(
         retro_block_size=config.retro_block_size or choose_shard_length(rows, _LONGEST_BLOCK),
         retro_gpt_chunk_length=config.retro_chunk_length,

@@ -105,6 +105,32 @@ def test_what_agrees_with_the_project_is_no_problem():
     assert plan_scale(options).query_chunks == 1e6 / 16
 
 
+def test_what_is_not_given_is_taken_from_the_project(tmp_path):
+    """Documents of 1,150 tokens and 20 neighbors were planned for any project."""
+
+    def workload(**given):
+        plan_scale(PlanScaleOptions("1M", json=str(tmp_path / "plan.json"), **given))
+        return json.loads((tmp_path / "plan.json").read_text())["workload"]
+
+    project = shutil.copytree(built_project(), tmp_path / "project")
+    record = ProjectPaths(project).stage_record("preprocess_corpus")
+    counts = json.loads(record.read_text())["report"]
+    names = ("document_tokens", "token_bytes", "neighbors_saved", "stored_as")
+
+    def found(**given):
+        work = workload(**given)
+        return tuple(work[name] for name in names)
+
+    mean = counts["tokens"] / counts["documents"]
+    assert found(project_dir=str(project)) == (mean, 2, 5, "fp32")
+    settings = ProjectSettings.load(project)
+    settings.embeddings_dtype = "fp16"
+    settings.save(project)
+    given = {"document_tokens": 300.0, "num_neighbors_save": 2, "vocab_size": 100_000}
+    assert found(project_dir=str(project), **given) == (300, 4, 2, "fp16")
+    assert found() == (1150, 2, 20, None)
+
+
 def test_the_planned_index_fits_the_memory(caplog):
     """Of the node, unless the index's own is given."""
 

@@ -13,6 +13,7 @@ from retro_mcore.retrieval.index import (
     Embeddings,
     add_part,
     add_to_index,
+    choice,
     gpu,
     load_index,
     search,
@@ -78,6 +79,34 @@ def test_a_graph_over_very_many_lists_stays_on_the_cpu(build, filled, monkeypatc
     assert build.options[0].allowCpuCoarseQuantizer
     assert not build.options[0].use_cuvs
     assert caplog.messages == ["search runs on GPUs, the graph over the centroids on the CPU"]
+
+
+@pytest.mark.parametrize(
+    ("string", "half"),
+    [
+        ("IVF8,PQ8x4", True),
+        ("OPQ8_16,IVF8,PQ8x4", True),
+        ("IVF8,PQ4x4", False),
+        ("IVF8,SQ8", False),
+    ],
+)
+def test_large_tables_of_codes_are_in_half_precision(
+    build, filled, monkeypatch, caplog, string, half
+):
+    """Of 64 bytes they did not fit, so that the largest indexes were searched on the CPU."""
+    monkeypatch.setattr(gpu, "_TABLE_BYTES", 4 * 4 * 16)
+    index = filled(string, 2)
+    with caplog.at_level("INFO"):
+        gpu.to_gpu_for_search(index, 5, 2)
+    assert hasattr(build.options[-1], "useFloat16") == half
+    assert caplog.messages[-1].endswith("half precision" if half else "runs on GPUs")
+
+
+def test_automatic_codes_for_a_gpu_run_there():
+    """Faiss's GPU code has PQ codes of 96 bytes at most."""
+    sizes = {code.string: code.num_bytes for code in choice._codes(10**6, 384, gpu=True)}
+    assert max(size for string, size in sizes.items() if string.startswith("PQ")) == 96
+    assert not any("RaBitQ" in string or "fs" in string for string in sizes)
 
 
 @pytest.mark.parametrize(

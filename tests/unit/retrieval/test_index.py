@@ -288,7 +288,10 @@ def test_vectors_are_read_while_another_rank_writes_the_first_file(tmp_path):
     np.testing.assert_array_equal(Embeddings(shards).rows(np.arange(700, 800)), vectors()[700:800])
 
 
-@pytest.mark.parametrize("string", ["Flat", "IVF8,Flat", "IVF4_HNSW4,Flat", "HNSW8,Flat"])
+@pytest.mark.parametrize(
+    "string",
+    ["Flat", "IVF8,Flat", "IVF4_HNSW4,Flat", "HNSW8,Flat", "NSG8,Flat", "IVF128(NSG8),Flat"],
+)
 def test_an_index_finds_its_vectors_and_its_recall_is_measured(tmp_path, string):
     embeddings = Embeddings(write_rows(vectors(), tmp_path, 700))
     index = train_index(string, embeddings, np.arange(len(embeddings)))
@@ -297,7 +300,7 @@ def test_an_index_finds_its_vectors_and_its_recall_is_measured(tmp_path, string)
     assert recall.at[2] >= 0.95
     assert (recall.num_queries, recall.num_held_out) == (100, 50)
     assert (recall.nprobe is None) == ("IVF" not in string)
-    assert (recall.ef_search is None) == ("HNSW" not in string)
+    assert (recall.ef_search is None) == ("HNSW" not in string and "NSG" not in string)
 
 
 def test_the_search_is_as_narrow_as_the_recall_allows(tmp_path):
@@ -553,6 +556,9 @@ class TestAutomaticIndex:
         monkeypatch.setattr(choice, "_LARGEST_WITHOUT_LISTS", 5000)
         with pytest.raises(ConfigurationError, match="--on-disk"):
             choose_index(embeddings, 1000, self.recall, on_disk=True)
+        with pytest.raises(ConfigurationError) as refused:
+            choose_index(embeddings, 1000, self.recall)
+        assert "--on-disk" not in str(refused.value)  # which would be refused
 
 
 @pytest.mark.parametrize("dimension", [256, 384, 1024])

@@ -14,7 +14,7 @@ import pytest
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.data.tokenizers.loading import load_project_tokenizer
 from retro_mcore.data.tokens.splits import document_ranges, num_retrieved_documents
-from retro_mcore.data.tokens.token_file import TokenFile
+from retro_mcore.data.tokens.token_file import TokenFile, bin_path
 from retro_mcore.errors import CorruptFileError, ProjectError, RetroError
 from retro_mcore.evaluation.repeats import distinct_text
 from retro_mcore.project.config import ProjectConfig
@@ -22,9 +22,10 @@ from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.samples.chunk_neighbors import first_rows
 from retro_mcore.samples.neighbor_noise import NeighborNoise
+from retro_mcore.samples.project_samples import numbers_in_database
 from retro_mcore.samples.retro_dataset import build_retro_datasets, note_of_short_neighbors
 from tests.unit.data.aligned import M, aligned_database, distances_between, save_tables
-from tests.unit.data.projects import documents
+from tests.unit.data.projects import built_project, documents
 
 #: Chosen by document counts 21 and 11: the training documents of the samples (rounded) are one more
 #: than those of the database (rounded down).
@@ -265,3 +266,29 @@ def test_damaged_and_foreign_tables_are_refused(project, tmp_path):
 def test_documents_that_are_not_padded_are_refused(project, tmp_path):
     copy = with_samples(project, tmp_path, chunk_length=2 * M, seq_length=4 * M)
     refused(copy, CorruptFileError, "do not fill whole chunks of 32 tokens")
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "numbers"),
+    [
+        ("aab", "aab", [0, 1, 2]),
+        ("aaab", "ba", [3, 0]),
+        ("ab", "aca", [0, 3, 0]),
+        ("bca", "abc", [2, 0, 1]),
+    ],
+)
+def test_datasets_of_the_same_tokens_have_numbers_of_their_own(tmp_path, held, wanted, numbers):
+    """Both were taken for the first, so that chunks of the second found their own documents."""
+    config = ProjectConfig.load(built_project())
+    made: list[ProjectConfig] = []
+    for name, contents in (("source", held), ("own", wanted)):
+        paths = ProjectPaths(tmp_path / name)
+        paths.data.mkdir(parents=True)
+        prefixes = [f"{place}_text" for place in range(len(contents))]
+        for prefix, content in zip(prefixes, contents, strict=True):
+            bin_path(paths.data / prefix).write_text(content)
+        path = [item for prefix in prefixes for item in ("1.0", prefix)]
+        made.append(replace(config, retro_gpt_data_path=path))
+        made[-1].save(paths.root)
+    own, source = (ProjectPaths(tmp_path / name) for name in ("own", "source"))
+    assert numbers_in_database(own, made[1], source) == numbers

@@ -9,11 +9,13 @@ import pytest
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
 from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.cli.set_samples import SetSamplesOptions, set_samples
+from retro_mcore.data.tokens.token_file import TokenFile
 from retro_mcore.errors import ConfigurationError, ProjectError, SeveralErrors
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
 from retro_mcore.project.records import recorded_options, stage_report
 from retro_mcore.samples.retro_dataset import build_retro_datasets
+from retro_mcore.stages.preprocessing import project_config
 from tests.unit.data.aligned import M, aligned_database, save_tables
 from tests.unit.data.projects import (
     built_project,
@@ -60,6 +62,8 @@ def test_other_samples_need_no_new_search(project, finished, capsys):
     assert train[0]["neighbor_tokens"].shape[0] == 6
     # Earlier stages take the project as it is now.
     build_db(BuildDbOptions(str(project), retro_doc_block_size=6))
+    infos = [ProjectPaths(each).dataset_infos.read_bytes() for each in (finished, project)]
+    assert infos[0] == infos[1]  # else build_index would refuse to go on
     counts = [stage_report(ProjectPaths(each), PREPROCESS) for each in (finished, project)]
     assert counts[0]["datasets"] == counts[1]["datasets"]
     assert counts[1]["splits"]["train"]["samples"] == 10
@@ -84,6 +88,18 @@ def test_the_record_is_that_of_the_same_preprocessing(project, finished, tmp_pat
     assert not change(project).changed
     change(project, train_samples=8)
     assert recorded_options(ProjectPaths(project), PREPROCESS)["--train-epochs"] is None
+
+
+@pytest.mark.parametrize("layout", ["aligned", "packed"])
+def test_rows_per_file_follow_from_what_is_searched(tmp_path, monkeypatch, layout):
+    """A few samples of a large corpus made a file for every 64 chunks of its database."""
+    monkeypatch.setattr(project_config, "choose_shard_length", lambda rows, longest: rows)
+    changes = {"samples": layout, "retro_block_size": None, "train_samples": 3}
+    paths = ProjectPaths(aligned_database(tmp_path, False, documents(9), **changes))
+    config = ProjectConfig.load(paths.root)
+    files = [TokenFile(paths.data / prefix) for prefix in config.blend[1]]
+    chunks = sum(len(file.tokens) for file in files) // M
+    assert config.retro_block_size == (chunks if layout == "aligned" else 3 * 4)
 
 
 def test_preprocessing_again_keeps_the_rows_per_file(tmp_path):
