@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from retro_mcore.errors import CorruptFileError, ProjectError
@@ -19,6 +20,7 @@ def check_stage(
     options: Mapping[str, Any],
     inputs: Mapping[str, str],
     output: Path,
+    hints: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Compare a stage's options and inputs with those of its last finished run, if any.
 
@@ -28,6 +30,7 @@ def check_stage(
         options: Values by flag, for every flag that changes what the stage writes.
         inputs: Content digests by input.
         output: The stage's final output; without a completion marker, another program wrote it.
+        hints: What to do if an option differs, by flag, where it is not to repeat the command.
 
     Returns:
         Fingerprint of options and inputs, for the completion markers of the stage's files.
@@ -37,7 +40,7 @@ def check_stage(
     """
     record = paths.stage_record(stage)
     if record.is_file():
-        _compare(paths, stage, read_stage_record(record), options, inputs)
+        _compare(paths, stage, read_stage_record(record), options, inputs, hints)
     elif output.exists() and not marker_path(output).exists():
         raise ProjectError(
             output,
@@ -125,6 +128,7 @@ def _compare(
     recorded: Mapping[str, Any],
     options: Mapping[str, Any],
     inputs: Mapping[str, str],
+    hints: Mapping[str, str],
 ) -> None:
     hint = "Repeat the command as it was run before, or use another --project-dir"
     before = recorded.get("options", {})
@@ -134,7 +138,7 @@ def _compare(
             raise ProjectError(
                 option,
                 f"{paths.root} was built by {stage} with {_show(was)}, asked for {_show(asked)}",
-                hint,
+                hints.get(option, hint),
             )
     recorded_inputs = recorded.get("inputs", {})
     for name in sorted({*inputs, *recorded_inputs}):

@@ -47,6 +47,14 @@ from retro_mcore.stages.preprocessing.tokenizer import (
 __all__ = ["STAGE", "PreprocessCorpusConfig", "PreprocessCorpusReport", "run"]
 
 STAGE = "preprocess_corpus"
+#: For options that `set_samples` changes, too.
+_HINTS = dict.fromkeys(
+    (
+        *("--input-weights", "--seq-length", "--train-samples", "--train-epochs"),
+        *("--global-batch-size", "--eval-interval", "--eval-iters", "--seed"),
+    ),
+    "Give it as set_samples or this command set it last, or change it with set_samples",
+)
 #: Part of the fingerprint of tokens. In earlier versions, special tokens mentioned in a text became
 #: special tokens, and no document had BOS.
 _TEXT_VERSION = "text is never special"
@@ -155,7 +163,8 @@ class _Inputs:
         text = text_options(config)
         near = near_duplicate_options(config)
         options = {**text, **sample_options(config), **near}
-        check_stage(paths, STAGE, options, digests, bin_path(paths.data / corpora.prefixes[0]))
+        output = bin_path(paths.data / corpora.prefixes[0])
+        check_stage(paths, STAGE, options, digests, output, _HINTS)
         version = [] if choice.first_known_eod else [_TEXT_VERSION]
         fingerprint = fingerprint_of([text, digests, *version])
         return cls(corpora, choice, options, digests, fingerprint)

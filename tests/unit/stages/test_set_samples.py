@@ -90,6 +90,13 @@ def test_the_record_is_that_of_the_same_preprocessing(project, finished, tmp_pat
     assert recorded_options(ProjectPaths(project), PREPROCESS)["--train-epochs"] is None
 
 
+def test_the_command_of_before_is_told_of_the_change(tmp_path):
+    project = aligned_database(tmp_path, False, train_samples=8)
+    change(project, seed=5)
+    with pytest.raises(ProjectError, match=r"--seed: .* with 5, asked for 1234.*as set_samples"):
+        aligned_database(tmp_path, False, train_samples=8)
+
+
 @pytest.mark.parametrize("layout", ["aligned", "packed"])
 def test_rows_per_file_follow_from_what_is_searched(tmp_path, monkeypatch, layout):
     """A few samples of a large corpus made a file for every 64 chunks of its database."""
