@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -268,6 +269,10 @@ class _Run:
             if getattr(config, name) is not None and not has:
                 found = f"given with --index {config.index}, which has no {what}"
                 problems.append(ConfigurationError(flag_of(name), found, "Leave it out"))
+        lists = re.search(r"IVF(\d+)(?![\dkM])", config.index)
+        if config.nprobe is not None and lists and config.nprobe > int(lists[1]):
+            found = f"{config.nprobe} with --index {config.index}, which has fewer lists"
+            problems.append(ConfigurationError("--nprobe", found, f"Give at most {lists[1]}"))
         raise_problems(problems)
 
     def _inherit(self, embedding_options: dict[str, Any]) -> InheritedIndex | None:

@@ -16,6 +16,8 @@ from retro_mcore.retrieval.index.packing import is_packed
 
 #: Number of vectors per list that Faiss uses for k-means, or for training codes without lists.
 _VECTORS_PER_LIST = 256
+#: With fewer, Faiss warns.
+_FEWEST_PER_LIST = 39
 _VECTORS_FOR_CODES = 65_536
 #: From these on SuperKMeans (Kuffo et al. 2026) is faster than Lloyd's algorithm and as good. For
 #: vectors near the unit sphere, as embeddings are, at least 4096 lists (faiss/SuperKMeans.h).
@@ -110,6 +112,14 @@ def train_index(
     if index.is_trained:
         return index
     rows = training_rows(index, sample, embeddings.dimension, memory)
+    _LOG.info("train index: on %d of %d vectors", len(rows), len(sample))
+    lists = num_lists(index) or 0
+    if len(rows) < min(_FEWEST_PER_LIST * lists, len(sample)):
+        _LOG.warning(
+            "--index-memory leaves %d training vectors for %d lists. Faiss advises %d for each: "
+            "give more memory, or an --index of fewer lists",
+            *(len(rows), lists, _FEWEST_PER_LIST),
+        )
     try:
         with faiss_threads((os.cpu_count() or 1) if len(rows) > _FEW_VECTORS else 1):
             train(index, embeddings.rows(rows), gpu)

@@ -1,5 +1,6 @@
 """The index: any factory string, in parts, on the disk, chosen for a memory and a recall."""
 
+import logging
 import re
 import shutil
 import subprocess
@@ -318,6 +319,17 @@ def test_the_search_is_as_narrow_as_the_recall_allows(tmp_path):
     given = measure_recall(index, embeddings, queries, nprobe=3, target=1.0)
     assert given.nprobe == 3
     assert given.decisive <= recalls[2].decisive
+
+
+@pytest.mark.parametrize(("memory", "few"), [(None, False), (64 << 10, True)])
+def test_training_says_how_many_vectors_it_uses(tmp_path, caplog, memory, few):
+    caplog.set_level(logging.INFO)
+    embeddings = Embeddings(write_rows(passages(2000), tmp_path, 700))
+    train_index("IVF32,Flat", embeddings, np.arange(2000), memory)
+    used = 2000 if memory is None else memory // (8 * embeddings.dimension)
+    assert f"train index: on {used} of 2000 vectors" in caplog.text
+    warning = f"--index-memory leaves {used} training vectors for 32 lists"
+    assert (warning in caplog.text) == few
 
 
 def test_exact_neighbors_of_parts_are_those_of_all(tmp_path):

@@ -302,6 +302,8 @@ def recorded_runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     [
         ({"index": "Flat", "nprobe": 2, "ef_search": 9}, {"--nprobe", "--ef-search"}),
         ({"index": "IVF4,Flat", "nprobe": 2, "ef_search": 9}, {"--ef-search"}),
+        ({"index": "IVF4,Flat", "nprobe": 5}, {"--nprobe"}),
+        ({"index": "OPQ8,IVF16_HNSW32,PQ8", "nprobe": 17}, {"--nprobe"}),
         ({"index": "HNSW8", "nprobe": 2, "ef_search": 9}, {"--nprobe"}),
     ],
 )
