@@ -91,6 +91,17 @@ def test_what_a_layout_costs_is_read_from_its_project():
 
 
 @pytest.mark.slow
+def test_recall_is_measured_with_other_queries():
+    from benchmarks.other_queries import Options, run
+    from tests.unit.data.projects import built_project
+
+    found = run(Options(built_project(), queries=20))
+    assert found["queries"] == 20
+    assert found["others"][1] == 1.0  # its index is exhaustive
+    assert found["bytes per vector"] > 0
+
+
+@pytest.mark.slow
 def test_other_samplings_cost_nothing_if_samples_are_aligned(tmp_path):
     command = [sys.executable, "-m", "benchmarks.samplings", "--documents", "30", "--seeds", "1"]
     subprocess.run([*command, "--json", str(tmp_path / "cost")], capture_output=True, check=True)
