@@ -17,6 +17,9 @@ from retro_mcore.stages.preprocess_corpus import (
     run,
 )
 
+#: From this share of padding on, the summary warns.
+_MUCH_PADDING = 0.25
+
 
 @dataclass
 class PreprocessCorpusOptions(PreprocessCorpusConfig, ProjectOptions):
@@ -47,6 +50,7 @@ def print_report(report: PreprocessCorpusReport, options: PreprocessCorpusOption
         "tokens": report.num_tokens,
         **({"near-duplicates": options.near} if options.near.are_searched else {}),
         **loss_rows(report.report),
+        **_padding_rows(report),
         "tokenizer": f"{report.tokenizer_type}, {vocab}",
         "documents end with": f"{report.eod_token} (token {report.eod_id})",
         "documents begin with": bos,
@@ -58,6 +62,22 @@ def print_report(report: PreprocessCorpusReport, options: PreprocessCorpusOption
         for name, examples in counts.get("such_as", {}).items():
             rows[f"{name.replace('_', ' ')} of {prefix}"] = ", ".join(examples)
     print_summary(STAGE, rows)
+
+
+def _padding_rows(report: PreprocessCorpusReport) -> dict[str, str]:
+    """The share of padding, and what to do if it is large."""
+    padding = report.report.get("padding_tokens", 0)
+    if not padding:
+        return {}
+    share = padding / report.num_tokens
+    rows = {"padding tokens": f"{padding} ({share:.1%} of the tokens)"}
+    if share > _MUCH_PADDING:
+        length = report.config.retro_gpt_chunk_length
+        rows["warning, padding"] = (
+            f"documents are short for chunks of {length} tokens: a smaller --retro-chunk-length or "
+            "--samples packed wastes less"
+        )
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

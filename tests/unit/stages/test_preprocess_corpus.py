@@ -172,6 +172,15 @@ def test_losses_are_shown_and_recorded(tmp_path, inputs, capsys, monkeypatch):
     assert "empty_documents" not in each["part_text_document"]
 
 
+@pytest.mark.parametrize(("words", "warns"), [(3, True), (400, False)])
+def test_much_padding_is_told(tmp_path, capsys, words, warns):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents(9, words))
+    preprocess_corpus(preprocess_options(tmp_path / "project", corpus, samples="aligned"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "% of the tokens)" in shown
+    assert ("documents are short for chunks of" in shown) == warns
+
+
 def test_of_a_large_corpus_a_share_is_compared_with_its_tokens(tmp_path, capsys, monkeypatch):
     """Turning all tokens back into text would cost a third of the time."""
     monkeypatch.setattr("retro_mcore.data.tokens.tokenizing._ALL_COMPARED", 10)
