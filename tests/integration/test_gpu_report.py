@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
 
@@ -26,7 +28,7 @@ from benchmarks.gpu_report import (
 from benchmarks.gpu_report.__main__ import exit_code, main
 from benchmarks.gpu_report.findings import Findings
 from benchmarks.gpu_report.options import Setting
-from benchmarks.gpu_report.runner import NOT_RUN, Runner
+from benchmarks.gpu_report.runner import NOT_RUN, ROOT, Runner
 from benchmarks.gpu_report.sections import NEEDS, SECTIONS, Section
 from benchmarks.gpu_report.table import markdown
 from benchmarks.gpu_report.worker import run_section
@@ -105,6 +107,25 @@ def test_no_process_outlives_its_section(tmp_path, monkeypatch, ending):
     processes = json.loads((tmp_path / "processes").read_text())
     assert len(processes) == 3
     assert not [each for each in processes if is_alive(each)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_no_process_outlives_a_signal(tmp_path, monkeypatch, number):
+    """As a scheduler, `timeout` or a closed terminal sends it."""
+    monkeypatch.setenv("PROCESSES", str(tmp_path / "processes"))
+    monkeypatch.setenv("ENDING", "is_slow")
+    code = "from tests.integration.test_gpu_report import *; from pathlib import Path; "
+    code += f"Runner(Path({str(tmp_path)!r}), SMALL, 600).run(stubs('leaves_processes'))"
+    runner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not (tmp_path / "processes").exists():
+        assert runner.poll() is None
+        time.sleep(0.05)
+    children = psutil.Process(runner.pid).children(recursive=True)
+    runner.send_signal(number)
+    assert runner.wait() == 128 + number
+    processes = json.loads((tmp_path / "processes").read_text())
+    assert not [each for each in processes if is_alive(each)]
+    assert not [each for each in children if is_alive(each.pid)]
 
 
 def is_alive(process: int) -> bool:
