@@ -33,6 +33,7 @@ from benchmarks.gpu_report.sections import NEEDS, SECTIONS, Section
 from benchmarks.gpu_report.table import markdown
 from benchmarks.gpu_report.worker import run_section
 from retro_mcore.errors import ConfigurationError
+from tests.parity import environment
 from tests.unit.retrieval.gpu_build import stand_in
 
 SMALL = Setting("cpu", small=True)
@@ -200,6 +201,13 @@ def test_the_code_is_told_by_its_files(tmp_path, monkeypatch):
     assert machine.describe("cpu")["code"] == before["code"]
     (tmp_path / "retro_mcore" / "__init__.py").write_text("1")
     assert machine.describe("cpu")["code"] != before["code"]
+
+
+def test_the_retired_release_comes_first_and_other_packages_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "site:more")
+    assert environment.variables(tmp_path)["PYTHONPATH"] == f"{tmp_path}:{ROOT}:site:more"
+    monkeypatch.delenv("PYTHONPATH")
+    assert environment.variables(tmp_path)["PYTHONPATH"] == f"{tmp_path}:{ROOT}"
 
 
 def test_every_section_exists():
