@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import retro_mcore
+from benchmarks import generation
 from benchmarks.gpu_report import __main__ as command
 from benchmarks.gpu_report import (
     kernels,
@@ -33,6 +36,7 @@ from benchmarks.gpu_report.sections import NEEDS, SECTIONS, Section
 from benchmarks.gpu_report.table import markdown
 from benchmarks.gpu_report.worker import run_section
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.decoders import FullRecomputation
 from tests.parity import environment
 from tests.unit.retrieval.gpu_build import stand_in
 
@@ -210,6 +214,17 @@ def test_the_retired_release_comes_first_and_other_packages_stay(tmp_path, monke
     assert environment.variables(tmp_path)["PYTHONPATH"] == f"{tmp_path}:{ROOT}"
 
 
+def test_make_test_gpu_uses_all_cores(monkeypatch):
+    from tests.gpu import test_gpu_report as tests
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = []
+    monkeypatch.setattr(tests, "report", lambda _: threads.append(os.getenv("OMP_NUM_THREADS")))
+    tests.run_report()
+    assert threads == [None]
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
 def test_every_section_exists():
     named = {name for need in NEEDS for name in (*need.sections, *need.parts)}
     assert named <= set(SECTIONS)
@@ -282,6 +297,23 @@ def test_parts_with_transformer_engine(name, monkeypatch, megatron):
     result = run_section(SECTIONS[name].target, SMALL)
     assert result["status"] == "passed", result
     assert not result["skipped"]
+
+
+@pytest.mark.slow
+def test_cached_decoding_in_bf16_may_be_as_far_off_as_its_bound(megatron):
+    """Two results that are rounded independently: the bound leaves half of itself."""
+    options = generation.Options(hidden_size=64, num_layers=24, vocab_size=1024, dtype="bfloat16")
+    in_bf16 = generation.build_model(options, 128)
+    in_fp32 = generation.build_model(dataclasses.replace(options, dtype="float32"), 128)
+    with torch.no_grad():
+        for one, other in zip(in_fp32.parameters(), in_bf16.parameters(), strict=True):
+            one.copy_(other)
+        text = generation.text_of(options, 128, generation.RandomNeighbors(options))
+        logits = [
+            FullRecomputation(model, 0).next_logits([text]).float() for model in (in_bf16, in_fp32)
+        ]
+    apart = numerics.distance(*logits)
+    assert 0.2 < apart * 2**0.5 / speed.DECODING_LOGITS < 0.8
 
 
 @pytest.mark.slow
