@@ -317,6 +317,15 @@ def test_cached_decoding_in_bf16_may_be_as_far_off_as_its_bound(megatron):
 
 
 @pytest.mark.slow
+def test_the_query_rate_needs_no_package_with_a_vocabulary(monkeypatch):
+    from retro_mcore.retrieval import bert_tokens
+
+    monkeypatch.setattr(bert_tokens, "find_spec", lambda name: None)
+    result = run_section(SECTIONS["queries"].target, SMALL)
+    assert result["status"] == "passed", result
+
+
+@pytest.mark.slow
 def test_the_embedding_rate_needs_no_sentence_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     result = run_section(SECTIONS["embedding"].target, SMALL)
