@@ -78,7 +78,8 @@ def _print_simulation(simulation: Simulation) -> None:
     add("TFLOPs", (stage.flops / 1e12 for stage in stages), ",.1f")
     if len(stages) > 1:
         add("waiting for other stages, %", (100 * share for share in simulation.waiting), ".1f")
-    Console(width=max(80, 34 + 11 * len(stages))).print(table)
+    width = max(80, 34 + 11 * len(stages))
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def _dry_run_rows(result: DryRun) -> dict[str, object]:
