@@ -215,6 +215,34 @@ def test_a_shared_directory(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_where_a_directory_is_to_be(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/run"):
+        found = on_ranks(
+            2, lambda peers, name=name: check_storage("--save", tmp_path / name, peers)
+        )
+        assert [each.level for each in found[0]] == ["error"]
+        assert found[0][0].found == f"{tmp_path}/file is not a directory"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LOCAL_WORLD_SIZE": "all"},
+        {"RANK": "0", "WORLD_SIZE": "two"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": ""},
+    ],
+)
+def test_variables_of_a_launcher_that_are_wrong_are_named(monkeypatch, capsys, variables):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert command.main(["--device", "cpu", "--time-limit", "1"]) == 2
+    wrong = [name for name, value in variables.items() if not value.isdecimal()]
+    assert wrong[0] in capsys.readouterr().err.partition("error: ")[2]
+
+
 def test_a_directory_that_nodes_do_not_share(tmp_path, monkeypatch):
     """Rank 1 looks into another folder of the same name."""
     from retro_mcore.stages.doctor import storage
