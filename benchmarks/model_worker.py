@@ -204,6 +204,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
     kind, options, weights = sys.argv[1:]
+    if kind == "retired":
+        from tests.parity.oracle import compile_nothing
+
+        compile_nothing()
     side = Side(kind, json.loads(options), weights)
     commands: dict[str, Callable[[], float]] = {
         "loss": side.step,

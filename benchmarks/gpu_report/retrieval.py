@@ -218,8 +218,7 @@ def random_encoder(folder: Path, layers: int, hidden: int, heads: int) -> str:
     except ImportError as error:
         raise Skipped(f"transformers does not import: {error}") from error
     folder.mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_words()]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    words = _write_vocabulary(folder / "vocab.txt")
     tokenizer = BertTokenizerFast.from_pretrained(str(folder), model_max_length=512)
     tokenizer.save_pretrained(folder)
     config = BertConfig(
@@ -246,6 +245,7 @@ def queries(setting: Setting, findings: Findings) -> None:
         where = {"project_dir": str(folder / "project")}
         texts = folder / "texts.jsonl"
         _write_documents(texts, documents, length)
+        _write_vocabulary(folder / "vocab.txt")
         retro.preprocess_corpus(
             **where,
             input=[str(texts)],
@@ -256,6 +256,7 @@ def queries(setting: Setting, findings: Findings) -> None:
             global_batch_size=2,
             eval_iters=1,
             train_samples=4,
+            bert_vocab_file=str(folder / "vocab.txt"),  # else it is a package's
         )
         retro.build_db(**where)
         seconds, built = _timed(
@@ -284,6 +285,13 @@ def _words() -> list[str]:
     starts, ends = "bcdfghklmnprstvz", ("a", "e", "i", "o", "u", "an", "er", "is", "on", "ut")
     syllables = [start + end for start in starts for end in ends]
     return [first + second for first in syllables[::8] for second in syllables[::3]][:1000]
+
+
+def _write_vocabulary(path: Path) -> list[str]:
+    """Write BERT's special tokens and the words; returns them."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_words()]
+    path.write_text("\n".join(words) + "\n", encoding="utf-8")
+    return words
 
 
 def _write_documents(path: Path, count: int, length: int) -> None:

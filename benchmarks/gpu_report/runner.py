@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 NOT_RUN = "not run"
 #: Variable in the environment of all processes of a runner.
 _MARK = "RETRO_MCORE_GPU_REPORT"
+#: What a scheduler, `timeout` or a closed terminal sends.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Runner:
@@ -46,10 +51,11 @@ class Runner:
         for name in self.replaced(sections, repeat):
             self._path(name).unlink(missing_ok=True)
         pending = [section for section in sections.values() if not self._has_result(section.name)]
-        while pending and self._seconds_left() > 0:
-            _, together = next(itertools.groupby(pending, lambda section: section.environment))
-            self._run_process(list(together))
-            pending = [section for section in pending if not self._has_result(section.name)]
+        with _ended_by_signals():
+            while pending and self._seconds_left() > 0:
+                _, together = next(itertools.groupby(pending, lambda section: section.environment))
+                self._run_process(list(together))
+                pending = [section for section in pending if not self._has_result(section.name)]
         return {name: self.result(name) for name in sections}
 
     def replaced(self, names: Iterable[str], repeat: bool = False) -> list[str]:
@@ -113,6 +119,30 @@ class Runner:
 
     def _has_result(self, name: str) -> bool:
         return self._path(name).is_file()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals that end this process raise SystemExit, so that it ends what it started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        for each in _ENDING:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    # nohup has SIGHUP ignored, and wants it so.
+    chosen = [number for number in _ENDING if before[number] != signal.SIG_IGN]
+    try:
+        for number in chosen:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in chosen:
+            signal.signal(number, before[number])
 
 
 def _crashed(code: int, log: Path) -> dict[str, Any]:

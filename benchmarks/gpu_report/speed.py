@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_report.findings import Findings, Skipped
-from benchmarks.gpu_report.numerics import BF16_LOGITS, distance
+from benchmarks.gpu_report.numerics import distance
 from benchmarks.gpu_report.options import Setting
 from benchmarks.gpu_report.small_runs import Shape, make_trainer, require_engine
 
 #: Aims: our time ÷ the retired model's; time of recomputation ÷ time with the cache.
 STEP_AIM, DECODING_AIM = 0.6, 20.0
+#: Both ways compute in bf16. With 24 layers each is 0.015 from fp32, so they are 0.021 apart.
+DECODING_LOGITS = 0.04
 
 
 def step_time(setting: Setting, findings: Findings) -> None:
@@ -164,4 +166,4 @@ def _same_logits(findings: Findings, model: Any, options: Any, window: int) -> N
             apart.append(distance(found, recomputing.next_logits([text]).float()))
         text.tokens.append(token + 1)
         generation.give_neighbors(text, options, source)
-    findings.at_most("cached logits, distance to recomputed ones", max(apart), BF16_LOGITS)
+    findings.at_most("cached logits, distance to recomputed ones", max(apart), DECODING_LOGITS)

@@ -84,4 +84,4 @@ def print_summary(title: str, rows: Mapping[str, object]) -> None:
         _LOG.info("%s: %s: %s", title, name, value, extra=PRINTED)
     # A file or a pipe has no width to keep to.
     width = None if sys.stdout.isatty() else _UNLIMITED
-    Console(width=width).print(table)
+    Console(width=width, markup=False, emoji=False).print(table)

@@ -55,6 +55,8 @@ def leaves_processes(setting, findings):
     ranks = [int(each.stdout.readline()) for each in launched]
     launched[1].wait()
     pids = json.dumps([launched[0].pid, *ranks])
-    Path(os.environ["PROCESSES"]).write_text(pids, encoding="utf-8")
+    path = Path(os.environ["PROCESSES"])
+    (path.parent / "temporary").write_text(pids, encoding="utf-8")
+    (path.parent / "temporary").replace(path)
     if ending := os.environ["ENDING"]:
         getattr(sys.modules[__name__], ending)(setting, findings)

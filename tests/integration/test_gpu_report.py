@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 
 import retro_mcore
+from benchmarks import generation
 from benchmarks.gpu_report import __main__ as command
 from benchmarks.gpu_report import (
     kernels,
@@ -26,11 +31,13 @@ from benchmarks.gpu_report import (
 from benchmarks.gpu_report.__main__ import exit_code, main
 from benchmarks.gpu_report.findings import Findings
 from benchmarks.gpu_report.options import Setting
-from benchmarks.gpu_report.runner import NOT_RUN, Runner
+from benchmarks.gpu_report.runner import NOT_RUN, ROOT, Runner
 from benchmarks.gpu_report.sections import NEEDS, SECTIONS, Section
 from benchmarks.gpu_report.table import markdown
 from benchmarks.gpu_report.worker import run_section
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.inference.decoders import FullRecomputation
+from tests.parity import environment
 from tests.unit.retrieval.gpu_build import stand_in
 
 SMALL = Setting("cpu", small=True)
@@ -107,6 +114,25 @@ def test_no_process_outlives_its_section(tmp_path, monkeypatch, ending):
     assert not [each for each in processes if is_alive(each)]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_no_process_outlives_a_signal(tmp_path, monkeypatch, number):
+    """As a scheduler, `timeout` or a closed terminal sends it."""
+    monkeypatch.setenv("PROCESSES", str(tmp_path / "processes"))
+    monkeypatch.setenv("ENDING", "is_slow")
+    code = "from tests.integration.test_gpu_report import *; from pathlib import Path; "
+    code += f"Runner(Path({str(tmp_path)!r}), SMALL, 600).run(stubs('leaves_processes'))"
+    runner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not (tmp_path / "processes").exists():
+        assert runner.poll() is None
+        time.sleep(0.05)
+    children = psutil.Process(runner.pid).children(recursive=True)
+    runner.send_signal(number)
+    assert runner.wait() == 128 + number
+    processes = json.loads((tmp_path / "processes").read_text())
+    assert not [each for each in processes if is_alive(each)]
+    assert not [each for each in children if is_alive(each.pid)]
+
+
 def is_alive(process: int) -> bool:
     try:
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
@@ -181,6 +207,24 @@ def test_the_code_is_told_by_its_files(tmp_path, monkeypatch):
     assert machine.describe("cpu")["code"] != before["code"]
 
 
+def test_the_retired_release_comes_first_and_other_packages_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "site:more")
+    assert environment.variables(tmp_path)["PYTHONPATH"] == f"{tmp_path}:{ROOT}:site:more"
+    monkeypatch.delenv("PYTHONPATH")
+    assert environment.variables(tmp_path)["PYTHONPATH"] == f"{tmp_path}:{ROOT}"
+
+
+def test_make_test_gpu_uses_all_cores(monkeypatch):
+    from tests.gpu import test_gpu_report as tests
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = []
+    monkeypatch.setattr(tests, "report", lambda _: threads.append(os.getenv("OMP_NUM_THREADS")))
+    tests.run_report()
+    assert threads == [None]
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
 def test_every_section_exists():
     named = {name for need in NEEDS for name in (*need.sections, *need.parts)}
     assert named <= set(SECTIONS)
@@ -253,6 +297,32 @@ def test_parts_with_transformer_engine(name, monkeypatch, megatron):
     result = run_section(SECTIONS[name].target, SMALL)
     assert result["status"] == "passed", result
     assert not result["skipped"]
+
+
+@pytest.mark.slow
+def test_cached_decoding_in_bf16_may_be_as_far_off_as_its_bound(megatron):
+    """Two results that are rounded independently: the bound leaves half of itself."""
+    options = generation.Options(hidden_size=64, num_layers=24, vocab_size=1024, dtype="bfloat16")
+    in_bf16 = generation.build_model(options, 128)
+    in_fp32 = generation.build_model(dataclasses.replace(options, dtype="float32"), 128)
+    with torch.no_grad():
+        for one, other in zip(in_fp32.parameters(), in_bf16.parameters(), strict=True):
+            one.copy_(other)
+        text = generation.text_of(options, 128, generation.RandomNeighbors(options))
+        logits = [
+            FullRecomputation(model, 0).next_logits([text]).float() for model in (in_bf16, in_fp32)
+        ]
+    apart = numerics.distance(*logits)
+    assert 0.2 < apart * 2**0.5 / speed.DECODING_LOGITS < 0.8
+
+
+@pytest.mark.slow
+def test_the_query_rate_needs_no_package_with_a_vocabulary(monkeypatch):
+    from retro_mcore.retrieval import bert_tokens
+
+    monkeypatch.setattr(bert_tokens, "find_spec", lambda name: None)
+    result = run_section(SECTIONS["queries"].target, SMALL)
+    assert result["status"] == "passed", result
 
 
 @pytest.mark.slow

@@ -81,6 +81,18 @@ def test_a_job_of_an_array_takes_its_share(tools):
 
 
 @pytest.mark.parametrize(
+    ("variables", "shard"), [({}, None), ({"SHARDS": "8"}, "5/8"), ({"SLURM_ARRAY_TASK_ID": "9",
+     "SLURM_ARRAY_TASK_MIN": "9", "SLURM_ARRAY_TASK_MAX": "10"}, "1/2")]
+)  # fmt: skip
+def test_some_jobs_of_an_array_again(tools, variables, shard):
+    array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "5",
+             "SLURM_ARRAY_TASK_COUNT": "2", **variables}  # fmt: skip
+    code = start("data.sbatch", "build_index", "--project-dir", "p", **array).wait()
+    assert code == (2 if shard is None else 0)
+    assert [parse(words)[1].shard for words in asked(tools, "srun")] == [shard] * (code == 0)
+
+
+@pytest.mark.parametrize(
     ("variables", "launcher"),
     [
         ({"SLURM_CPUS_PER_TASK": "32"}, "--standalone --nproc-per-node 32"),
@@ -145,6 +157,19 @@ def test_training_starts_unless_the_doctor_finds_errors(tools, found, trains):
     name, options = parse(calls[0])
     assert (name, options.save, options.project_dir) == ("doctor", str(run), "/p")
     assert len(calls) == 1 + trains
+
+
+@pytest.mark.parametrize(("minutes", "code"), [(240, 0), (15.5, 2)])
+def test_processes_and_time_of_a_training(tools, minutes, code):
+    config, run = tools / "run.yaml", tools / "run"
+    config.write_text(f"save: {run}\nload: {run}\n")
+    variables = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "4"}
+    variables["SLURM_JOB_END_TIME"] = str(int(time.time() + 60 * minutes))
+    assert start("pretrain.sbatch", str(config), **variables).wait() == code
+    for words in asked(tools, "srun"):
+        assert words[words.index("--nproc-per-node") + 1] == "4"
+        assert 200 < int(words[words.index("--exit-duration-in-mins") + 1]) <= 225
+    assert len(asked(tools, "srun")) == (code == 0)
 
 
 def commands(node: object) -> list[list[str]]:

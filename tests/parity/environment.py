@@ -57,7 +57,9 @@ def variables(folder: Path | None = None) -> dict[str, str]:
     # Models that were built in this process have set these; the retired one refuses their values.
     own = {name: value for name, value in os.environ.items() if name not in _OF_BUILT_MODELS}
     release = install() if folder is None else folder
-    return {**own, "PYTHONPATH": os.pathsep.join([str(release), str(ROOT)])}
+    # Where torch may come from.
+    further = filter(None, [own.get("PYTHONPATH")])
+    return {**own, "PYTHONPATH": os.pathsep.join([str(release.absolute()), str(ROOT), *further])}
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -31,6 +31,20 @@ def import_retired() -> Any:
     return retro
 
 
+def compile_nothing() -> None:
+    """Refuse to compile extensions; call it before the release is imported.
+
+    Its import compiles one that only inference needs, for up to a minute where there is CUDA's
+    compiler. A process that is ended meanwhile leaves a lock, at which later ones wait for ever.
+    """
+    from torch.utils import cpp_extension
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("extensions are not compiled here")
+
+    cpp_extension.load_inline = refuse
+
+
 def build_retired_model(
     config_fields: dict[str, Any], model_arguments: dict[str, Any], final_layernorm: bool = False
 ) -> torch.nn.Module:
@@ -132,6 +146,7 @@ def main(cases_path: str, results_path: str) -> None:
     """Answer every case; one that fails is answered with its traceback."""
     from tests.processes import join_megatron
 
+    compile_nothing()
     join_megatron()
     results = {}
     for fields in torch.load(cases_path, weights_only=True):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.model_step import Options, measure
 from retro_mcore.errors import ConfigurationError
+from tests.parity import environment
 
 pytestmark = pytest.mark.parity
 
@@ -37,6 +41,30 @@ def test_three_sides_of_a_small_model(tmp_path: Path) -> None:
     assert sides["gpt"].saved_bytes < sides["ours"].saved_bytes < sides["retired"].saved_bytes
     written = json.loads((tmp_path / "step.json").read_text())
     assert [side["flops"] for side in written["sides"]] == [m.flops for m in sides.values()]
+
+
+def test_the_retired_side_compiles_nothing(tmp_path: Path) -> None:
+    """Its release would, where it is imported and CUDA's compiler is there."""
+    options = {**dataclasses.asdict(Options(**SMALL)), "hidden": 32}
+    code = f"""
+from pathlib import Path
+from torch.utils import cpp_extension
+compiled = Path({str(tmp_path / "compiled")!r})
+cpp_extension._jit_compile = lambda *args, **kwargs: compiled.touch()
+from benchmarks.model_worker import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "retired", json.dumps(options, default=str), "weights.pt"],
+        cwd=tmp_path,
+        env=environment.variables(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == '"ready"\n'
+    assert not (tmp_path / "compiled").exists()
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:

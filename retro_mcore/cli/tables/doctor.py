@@ -27,7 +27,8 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         where = [show_ranks(ranks)] if several else []
         level = Text(finding.level, style=_STYLES[finding.level])
         table.add_row(level, finding.area, finding.subject, *where, found)
-    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED)
+    width = None if sys.stdout.isatty() else _UNLIMITED
+    console = Console(width=width, markup=False, emoji=False)  # [gpu] is an extra
     console.print(table)
     levels = [finding.level for finding, _ in diagnosis.findings]
     errors, warnings = levels.count("error"), levels.count("warning")

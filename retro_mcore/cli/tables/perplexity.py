@@ -163,4 +163,4 @@ def _print_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="left" if left else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

@@ -57,7 +57,7 @@ def print_qa_table(
     for name in ("exact_match", "precision", "recall", "f1") if legacy else ():
         cells = [f"{100 * getattr(values, name):.2f}" for values in legacy.values()]
         table.add_row(f"legacy {_NAMES.get(name, name)}", *cells)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     for arm, counts in report.items():
         found = [f"{count} {_REPORTED[name]}" for name, count in counts.items() if count]
         if found:

@@ -38,7 +38,7 @@ def _print_stages(stages: list[StagePlan]) -> None:
         disk = _bytes(stage.disk) if stage.disk else ""
         ranks = f"{stage.nodes:,}", f"{stage.ranks:,}"
         table.add_row(stage.name, hours, *ranks, disk, _bytes(stage.memory))
-    Console(width=120).print(table)
+    Console(width=120, markup=False, emoji=False).print(table)
 
 
 def _bytes(count: float) -> str:

@@ -12,12 +12,18 @@ from retro_mcore.cli.output import print_summary
 from retro_mcore.distributed import get_rank
 
 if TYPE_CHECKING:
+    from retro_mcore.model.options import ModelArguments
     from retro_mcore.training.loop.trainer import TrainingResult
     from retro_mcore.training.setup.dry_run import DryRun
     from retro_mcore.training.setup.plan import TrainingPlan
     from retro_mcore.training.setup.simulate import Simulation
 
 _GIB = 2**30
+_KEPT_SCORES = (
+    "With attention dropout the CPU's attention, which was simulated, keeps all scores, and a "
+    "GPU's does not: for a GPU's memory simulate with --attention-dropout 0 "
+    "--retro-encoder-attention-dropout 0"
+)
 
 
 def print_training(command: str, plan: TrainingPlan, result: TrainingResult) -> None:
@@ -51,6 +57,17 @@ def print_dry_run(result: DryRun) -> None:
     print_summary("pretrain_retro --dry-run", _dry_run_rows(result))
     if result.simulation is not None and get_rank() == 0:
         _print_simulation(result.simulation)
+        if drops_attention(result.plan.arguments):
+            print(_KEPT_SCORES)
+
+
+def drops_attention(arguments: ModelArguments) -> bool:
+    """Whether an attention of the model has dropout."""
+    rates = [arguments.attention_dropout]
+    if not arguments.no_retrieval:
+        rates.append(arguments.retro_encoder_attention_dropout)
+        rates.append(arguments.retro_encoder_cross_attention_dropout or 0.0)
+    return max(rates) > 0
 
 
 def _print_simulation(simulation: Simulation) -> None:
@@ -78,7 +95,8 @@ def _print_simulation(simulation: Simulation) -> None:
     add("TFLOPs", (stage.flops / 1e12 for stage in stages), ",.1f")
     if len(stages) > 1:
         add("waiting for other stages, %", (100 * share for share in simulation.waiting), ".1f")
-    Console(width=max(80, 34 + 11 * len(stages))).print(table)
+    width = max(80, 34 + 11 * len(stages))
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def _dry_run_rows(result: DryRun) -> dict[str, object]:

@@ -97,7 +97,7 @@ def to_gpu(index: Any, step: str) -> Any | None:
 
 def to_gpu_for_search(index: Any, k: int, nprobe: int | None) -> Any:
     """Put `index` on this rank's GPU if it can be searched there as asked, else return it."""
-    most = _MOST_CUVS if _cloner_options(index).use_cuvs else _MOST
+    most = _MOST_CUVS if getattr(_cloner_options(index), "use_cuvs", False) else _MOST
     for value, name in ((nprobe or 0, "nprobe"), (k, "the number of candidates")):
         if value > most:
             log_once(f"search runs on the CPU: {name} is {value}, and a GPU takes at most {most}")
@@ -112,7 +112,8 @@ def _cloner_options(index: Any) -> Any:
     graph = _graph_of(index)
     if graph is not None and graph.ntotal > _MOST_CENTROIDS:
         options.allowCpuCoarseQuantizer = True
-        options.use_cuvs = False  # takes no quantizer on the CPU
+        if hasattr(options, "use_cuvs"):  # from 1.10 on
+            options.use_cuvs = False  # takes no quantizer on the CPU
     if _has_large_tables(index):
         options.useFloat16 = True
     return options

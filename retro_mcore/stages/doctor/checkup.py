@@ -13,7 +13,7 @@ from retro_mcore.errors import ConfigurationError, RetroError
 from retro_mcore.platform import setup_device
 from retro_mcore.project.verification import compare_sizes
 from retro_mcore.stages.doctor.collective import check_collective
-from retro_mcore.stages.doctor.device import check_device, compare_speeds, matmul_tflops
+from retro_mcore.stages.doctor.device import check_device, compare_speeds, measure_speed
 from retro_mcore.stages.doctor.findings import Diagnosis, Finding, error, note, ok
 from retro_mcore.stages.doctor.host import check_host
 from retro_mcore.stages.doctor.peers import Peers, compare_clocks, join, missing
@@ -70,12 +70,15 @@ def run(config: DoctorConfig, report: Callable[[Diagnosis], None] | None = None)
     _check_flags(config)
     peers = join(config.time_limit)
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    findings = [
-        *check_device(cuda, peers.local_world_size),
-        *_each_node(config, peers, cuda),
-    ]
-    usable = not any(each.area == "device" and each.level == "error" for each in findings)
-    speed = matmul_tflops() if cuda and usable else None
+    findings = check_device(cuda, peers.local_world_size)
+    speed = None
+    if cuda and _is_usable(findings):
+        speed, failures = measure_speed()
+        findings += failures
+    usable = _is_usable(findings)
+    # Of a GPU that is used: asking makes a context, beside which a run on the CPU is refused.
+    capability = torch.cuda.get_device_capability() if cuda and usable else None
+    findings += _each_node(config, peers, cuda, capability)
     facts = {"host": peers.host, "leads": peers.leads, "usable": usable, "tflops": speed}
     peers.put("facts", {**facts, "settings": shared_settings(), "versions": _versions()})
     absent = peers.meet("the start")
@@ -99,11 +102,16 @@ def _check_flags(config: DoctorConfig) -> None:
             raise ConfigurationError(flag, f"{getattr(config, name)}", "Give a positive number")
 
 
-def _each_node(config: DoctorConfig, peers: Peers, cuda: bool) -> list[Finding]:
+def _is_usable(findings: Sequence[Finding]) -> bool:
+    return not any(each.area == "device" and each.level == "error" for each in findings)
+
+
+def _each_node(
+    config: DoctorConfig, peers: Peers, cuda: bool, capability: tuple[int, int] | None
+) -> list[Finding]:
     """Checks that the first rank of each node makes for all of its ranks."""
     if not peers.leads:
         return []
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     local = peers.local_world_size
     return [
         *check_software(cuda),

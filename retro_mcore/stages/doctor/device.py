@@ -27,7 +27,12 @@ def check_device(cuda: bool, local_world_size: int) -> list[Finding]:
         local_world_size: Ranks of this node.
     """
     if cuda:
-        return list(_check_gpu(local_world_size))
+        findings: list[Finding] = []
+        try:
+            findings.extend(_check_gpu(local_world_size))
+        except RuntimeError as refused:  # torch's errors of CUDA are such, too
+            findings.append(_unusable(refused))
+        return findings
     built = torch.version.cuda
     if built and not torch.cuda.is_available():
         fix = "Check nvidia-smi and the driver's version, or give --device cpu"
@@ -61,6 +66,20 @@ def _check_gpu(local_world_size: int) -> Iterator[Finding]:
     if free < (1 - _TAKEN) * total:
         found = f"{(total - free) / _GIB:.1f} of {total / _GIB:.0f} GiB are in use"
         yield warning(AREA, f"GPU {where}", found, "End other processes (nvidia-smi)")
+
+
+def _unusable(refused: RuntimeError) -> Finding:
+    found = " ".join(str(refused).split())[:200]
+    fix = "Look at nvidia-smi and dmesg (Xid): end other processes, reset the GPU, or leave it out"
+    return error(AREA, f"GPU {os.environ.get('LOCAL_RANK', 0)}", found, fix)
+
+
+def measure_speed() -> tuple[float | None, list[Finding]]:
+    """`matmul_tflops`, or the finding that this rank's GPU does not compute."""
+    try:
+        return matmul_tflops(), []
+    except RuntimeError as refused:
+        return None, [_unusable(refused)]
 
 
 def matmul_tflops(size: int = 8192, rounds: int = 10) -> float:

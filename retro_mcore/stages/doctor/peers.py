@@ -38,8 +38,8 @@ class Peers:
     def __init__(self, store: Any, rank: int, world_size: int, seconds: float) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.seconds = seconds
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else 0
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.local_rank = _number("LOCAL_RANK", "0") if world_size > 1 else 0
+        self.local_world_size = _number("LOCAL_WORLD_SIZE", "1")
         self.host = socket.gethostname()
 
     @property
@@ -85,15 +85,28 @@ class Peers:
         return bool(self.store.check([key]))
 
 
+def _number(name: str, unset: str = "") -> int:
+    """A variable of the launcher.
+
+    Raises:
+        ConfigurationError: it is not a number.
+    """
+    value = os.environ.get(name, unset)
+    if not value.isdecimal():
+        fix = "Start with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
+        raise ConfigurationError(name, f"{value!r} is not a number", fix)
+    return int(value)
+
+
 def join(seconds: float) -> Peers:
     """Reach the other ranks through the store of torchrun, or through one on rank 0.
 
     Raises:
-        ConfigurationError: the address cannot be reached.
+        ConfigurationError: the address cannot be reached, or the launcher's variables are wrong.
     """
     if not launched_by_torchrun():
         return Peers(dist.HashStore(), 0, 1, seconds)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = _number("RANK"), _number("WORLD_SIZE")
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     by_agent = is_kept_by_agent()
     try:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from retro_mcore.stages.doctor.findings import Finding, error, note, ok, warning
 
@@ -40,16 +41,31 @@ def installed(name: str) -> str | None:
 
 def stated_requirements() -> list[Requirement] | None:
     """This package's requirements without extras, installed or in a clone; None: not known."""
+    found = _all_requirements()
+    if found is None:
+        return None
+    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+def optional_range(name: str) -> SpecifierSet:
+    """The releases of a package that this package's extras allow; all if that is not known."""
+    stated = [each for each in _all_requirements() or [] if each.name == name]
+    return stated[0].specifier if stated else SpecifierSet()
+
+
+def _all_requirements() -> list[Requirement] | None:
+    """With those of extras, whose markers name them."""
     clone = Path(__file__).parents[3] / "pyproject.toml"
     try:
         texts = requires("retro-mcore") or []
     except PackageNotFoundError:
         if not clone.is_file() or importlib.util.find_spec("tomllib") is None:
             return None
-        read = importlib.import_module("tomllib").loads
-        texts = read(clone.read_text(encoding="utf-8"))["project"]["dependencies"]
-    found = [Requirement(text) for text in texts]
-    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
+        project = importlib.import_module("tomllib").loads(clone.read_text("utf-8"))["project"]
+        texts = list(project["dependencies"])
+        for extra, optional in project["optional-dependencies"].items():
+            texts += [f'{text}; extra == "{extra}"' for text in optional]
+    return [Requirement(text) for text in texts]
 
 
 def _required() -> Iterator[Finding]:
@@ -94,6 +110,10 @@ def _optional(cuda: bool) -> Iterator[Finding]:
     if engine is None:
         fix = 'pip install "retro-mcore[gpu]", or use an image that has it'
         yield warning(AREA, "transformer-engine", "is not installed: layers are local, no fp8", fix)
+    elif not optional_range("transformer-engine").contains(engine, prereleases=True):
+        found = f"{engine}, not {optional_range('transformer-engine')}"
+        fix = "Use an image that has it, or --transformer-impl local"
+        yield error(AREA, "transformer-engine", found, fix)
     elif failure := _failure("transformer_engine.pytorch"):
         fix = "Install the build for this version of torch and CUDA, or --transformer-impl local"
         yield error(AREA, "transformer-engine", f"{engine} does not import: {failure}", fix)
@@ -114,6 +134,11 @@ def _faiss(cuda: bool) -> Iterator[Finding]:
         extra = "gpu" if cuda else "cpu"
         fix = f'pip install "retro-mcore[{extra}]" for build_index and query_neighbors'
         yield warning(AREA, "Faiss", f"does not import: {failure}", fix)
+        return
+    if found and not optional_range(found[0]).contains(installed(found[0]) or "", True):
+        told = f"{found[0]} {installed(found[0])}, not {optional_range(found[0])}"
+        fix = f"pip install '{found[0]}{optional_range(found[0])}'"
+        yield warning(AREA, "Faiss", told, fix)
         return
     gpus = getattr(importlib.import_module("faiss"), "get_num_gpus", lambda: 0)()
     built = f"sees {gpus} GPUs" if gpus else "CPU build, or no GPU"

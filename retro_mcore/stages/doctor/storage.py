@@ -35,6 +35,9 @@ def check_storage(flag: str, directory: Path, peers: Peers) -> list[Finding]:
     """
     findings: list[Finding] = []
     place = _existing(directory)
+    if place.exists() and not place.is_dir():
+        fix = "Name a directory"
+        return [error(AREA, f"{flag} {directory}", f"{place} is not a directory", fix)]
     if peers.rank == 0:
         if place != directory.absolute():
             findings.append(note(AREA, f"{flag} {directory}", f"is not there yet; checked {place}"))
@@ -55,7 +58,7 @@ def check_storage(flag: str, directory: Path, peers: Peers) -> list[Finding]:
 
 def _existing(path: Path) -> Path:
     path = path.absolute()
-    while not path.is_dir() and path != path.parent:
+    while not path.exists() and path != path.parent:
         path = path.parent
     return path
 

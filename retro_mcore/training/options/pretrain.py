@@ -81,7 +81,7 @@ class ExitOptions:
 
     exit_interval: int | None = field(default=None, metadata=at_least(1))
     """Save and stop at the next iteration that is a multiple of this; rerun to resume."""
-    exit_duration_in_mins: float | None = None
+    exit_duration_in_mins: float | None = field(default=None, metadata=at_least(0))
     """Save and stop after this many minutes."""
     exit_signal_handler: bool = True
     """Save and stop with exit code 0 on SIGTERM (preemption, time limit)."""

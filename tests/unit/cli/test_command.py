@@ -17,7 +17,9 @@ from retro_mcore.cli.help import print_help
 from retro_mcore.cli.main import COMMANDS, main
 from retro_mcore.cli.option_groups import group_of
 from retro_mcore.cli.output import print_summary
+from retro_mcore.cli.tables.doctor import print_diagnosis
 from retro_mcore.errors import ConfigurationError, CorpusError
+from retro_mcore.stages.doctor import Diagnosis, Finding
 
 TOOLS = Path(__file__).parents[3] / "tools"
 
@@ -253,6 +255,16 @@ def test_a_summary_shows_long_paths_whole(capsys):
     path = "folder/" * 30 + "loss_curve.png"
     print_summary("stage", {"loss curve": path})
     assert path in capsys.readouterr().out
+
+
+def test_brackets_are_no_markup(capsys):
+    """Paths, names of extras and words between colons are shown as they are."""
+    value = "/data/[wiki]/[/red] retro-mcore[gpu] :warning:"
+    print_summary("stage", {"project": value})
+    finding = Finding("software", "warning", "TE", "is not installed", f"pip install {value}")
+    print_diagnosis(Diagnosis.of({0: [finding]}, 1))
+    shown = capsys.readouterr().out
+    assert shown.count(value) == 2
 
 
 def test_the_console_script_lists_the_commands(capsys):

@@ -11,11 +11,13 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main, pretrain_retro
+from retro_mcore.cli.tables.training import drops_attention
 from retro_mcore.errors import ConfigurationError
 from tests.processes import START_METHOD
 from tests.unit.data.projects import built_project
@@ -218,6 +220,7 @@ def test_a_simulated_step_is_printed_and_written(tmp_path):
     with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
         code, printed = pool.submit(run_main, flags).result()
     assert code == 0
+    assert "simulate with --attention-dropout 0 " in printed
     written = json.loads((tmp_path / "run.json").read_text())
     stages = written["simulation"]
     assert written["batch"]["micro_batches"] == 12
@@ -231,6 +234,19 @@ def test_a_simulated_step_is_printed_and_written(tmp_path):
     # Of the whole model's FLOPs: two micro batches in a row, divided by two.
     flops = sum(stage["flops"] for stage in stages) * 2 / 12
     assert flops == pytest.approx(written["flops_per_token"] * 128, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("rates", "drops"),
+    [({}, False), ({"attention_dropout": 0.1}, True), ({"no_retrieval": True}, False),
+     ({"retro_encoder_attention_dropout": 0.1}, True),
+     ({"retro_encoder_cross_attention_dropout": 0.1}, True),
+     ({"retro_encoder_attention_dropout": 0.1, "no_retrieval": True}, False)],
+)  # fmt: skip
+def test_attention_with_dropout_is_told(rates, drops):
+    none = {"attention_dropout": 0.0, "retro_encoder_attention_dropout": 0.0,
+            "retro_encoder_cross_attention_dropout": None, "no_retrieval": False}  # fmt: skip
+    assert drops_attention(SimpleNamespace(**{**none, **rates})) == drops
 
 
 GIB, TERA = 2**30, 1e12

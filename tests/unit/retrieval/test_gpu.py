@@ -81,6 +81,18 @@ def test_a_graph_over_very_many_lists_stays_on_the_cpu(build, filled, monkeypatc
     assert caplog.messages == ["search runs on GPUs, the graph over the centroids on the CPU"]
 
 
+@pytest.mark.parametrize("most", [4, 1 << 20])
+def test_a_build_that_does_not_know_cuvs(build, filled, monkeypatch, most):
+    """As before 1.10."""
+    options = SimpleNamespace(allowCpuCoarseQuantizer=False)
+    monkeypatch.setattr(faiss_library(), "GpuClonerOptions", lambda: options)
+    monkeypatch.setattr(gpu, "_MOST_CENTROIDS", most)
+    index = filled("IVF8_HNSW4,Flat", 2)
+    assert isinstance(gpu.to_gpu_for_search(index, 5, 2), gpu.GpuIndex)
+    assert not hasattr(options, "use_cuvs")
+    assert gpu.to_gpu_for_search(index, 2049, 2) is index
+
+
 @pytest.mark.parametrize(
     ("string", "half"),
     [
@@ -173,8 +185,9 @@ def test_unsorted_results_of_a_gpu_are_sorted():
 
 def test_only_lists_are_filled_on_a_gpu(build, embeddings, tmp_path, caplog):
     part = Shard(100, 1100, tmp_path / "part")
+    index = trained(embeddings, "IVF8_HNSW4,SQfp16")
     with caplog.at_level("INFO"):
-        add_part(trained(embeddings, "IVF8_HNSW4,SQfp16"), embeddings, part, part.path, gpu=True)
+        add_part(index, embeddings, part, part.path, gpu=True)
     assert caplog.messages == ["adding to the index runs on GPUs, all centroids compared"]
     lists = read_lists(part.path, mapped=False)
     assert lists.compute_ntotal() == 1000

@@ -7,9 +7,12 @@ import os
 import shutil
 import threading
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from retro_mcore.cli import doctor as command
@@ -114,6 +117,30 @@ def test_versions_outside_the_range_are_errors(monkeypatch):
     assert by_name["transformer-engine"].level == "warning"
 
 
+@pytest.mark.parametrize("in_a_clone", [False, True])
+def test_optional_packages_outside_their_range(monkeypatch, in_a_clone):
+    """As extras state them, in metadata or in a clone's pyproject.toml."""
+    from retro_mcore.stages.doctor import software
+
+    pytest.importorskip("tomllib")  # a clone is read from Python 3.11 on
+
+    def refuse(name):
+        raise PackageNotFoundError(name)
+
+    if in_a_clone:
+        monkeypatch.setattr(software, "requires", refuse)
+    versions = {"transformer-engine": "1.13.0", "faiss-cpu": None, "faiss-gpu": "1.7.2"}
+    real = software.installed
+    monkeypatch.setattr(software, "installed", lambda name: versions.get(name, real(name)))
+    by_name = {finding.subject: finding for finding in check_software(cuda=True)}
+    assert by_name["transformer-engine"].level == "error"
+    assert by_name["transformer-engine"].found == "1.13.0, not >=2.1"
+    assert by_name["Faiss"].level == "warning"
+    assert by_name["Faiss"].found == "faiss-gpu 1.7.2, not >=1.14.3"
+    assert by_name["torch"].level == "ok"
+    assert "sphinx" not in by_name
+
+
 def test_settings_that_matter(tmp_path):
     (tmp_path / "eth0").touch()
 
@@ -188,6 +215,34 @@ def test_a_shared_directory(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_where_a_directory_is_to_be(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/run"):
+        found = on_ranks(
+            2, lambda peers, name=name: check_storage("--save", tmp_path / name, peers)
+        )
+        assert [each.level for each in found[0]] == ["error"]
+        assert found[0][0].found == f"{tmp_path}/file is not a directory"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LOCAL_WORLD_SIZE": "all"},
+        {"RANK": "0", "WORLD_SIZE": "two"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": ""},
+    ],
+)
+def test_variables_of_a_launcher_that_are_wrong_are_named(monkeypatch, capsys, variables):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert command.main(["--device", "cpu", "--time-limit", "1"]) == 2
+    wrong = [name for name, value in variables.items() if not value.isdecimal()]
+    assert wrong[0] in capsys.readouterr().err.partition("error: ")[2]
+
+
 def test_a_directory_that_nodes_do_not_share(tmp_path, monkeypatch):
     """Rank 1 looks into another folder of the same name."""
     from retro_mcore.stages.doctor import storage
@@ -245,8 +300,6 @@ def test_a_report_reaches_all_ranks(monkeypatch):
 
 
 def test_cuda_is_asked_for_where_there_is_none(monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     outcome = run(DoctorConfig(device="cuda"))
     assert outcome.exit_code == 2
@@ -256,3 +309,53 @@ def test_cuda_is_asked_for_where_there_is_none(monkeypatch):
     )
     with pytest.raises(ConfigurationError, match="--tensor-model-parallel-size"):
         run(DoctorConfig(tensor_model_parallel_size=0))
+
+
+def gpu(monkeypatch, **functions):
+    """Let torch find one GPU whose functions answer, or raise, what is given."""
+    found = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "set_device": lambda device: None,
+        "get_device_capability": lambda: (9, 0),
+        "get_device_name": lambda: "H100",
+        "is_bf16_supported": lambda including_emulation: True,
+        "mem_get_info": lambda: (79 << 30, 80 << 30),
+    }
+    for name, function in {**found, **functions}.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.cuda, "nccl", SimpleNamespace(version=lambda: (2, 30, 7)))
+
+
+def broken(*args):
+    raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+
+@pytest.mark.parametrize("name", ["set_device", "get_device_capability", "mem_get_info", "product"])
+def test_a_gpu_that_does_not_work_is_reported(monkeypatch, name):
+    from retro_mcore.stages.doctor import device
+
+    monkeypatch.setattr(device, "matmul_tflops", broken if name == "product" else lambda: 700.0)
+    gpu(monkeypatch, **({} if name == "product" else {name: broken}))
+    outcome = run(DoctorConfig(device="cuda"))
+    found = [each for each, _ in outcome.diagnosis.findings if each.subject == "GPU 0"]
+    assert [each.level for each in found] == ["error"]
+    assert found[0].found == "CUDA error: out of memory Compile with TORCH_USE_CUDA_DSA"
+
+
+def test_a_gpu_that_works(monkeypatch):
+    from retro_mcore.stages.doctor import device
+
+    monkeypatch.setattr(device, "matmul_tflops", lambda: 700.0)
+    gpu(monkeypatch, mem_get_info=lambda: (60 << 30, 80 << 30))
+    found = {each.subject: each for each, _ in run(DoctorConfig()).diagnosis.findings}
+    assert found["GPU"].found == f"H100, compute capability 9.0, CUDA {torch.version.cuda}"
+    assert found["NCCL"].found == "2.30.7"
+    assert (found["GPU 0"].level, found["GPU 0"].found) == ("warning", "20.0 of 80 GiB are in use")
+    assert found["matrix products"].found == "700 TFLOP/s in bf16 (median)"
+
+
+def test_a_check_for_the_cpu_does_not_touch_gpus(monkeypatch):
+    gpu(monkeypatch, get_device_capability=broken, set_device=broken, mem_get_info=broken)
+    levels_found = {each.level for each, _ in run(DoctorConfig(device="cpu")).diagnosis.findings}
+    assert "error" not in levels_found
