@@ -99,7 +99,7 @@ def test_some_jobs_of_an_array_again(tools, variables, shard):
         ({"SLURM_CPUS_PER_TASK": "32", "PROCESSES": "4"}, "--standalone --nproc-per-node 4"),
         ({"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NODELIST": "node[1-2]"},
          "--nnodes 2 --nproc-per-node 8 --rdzv-id 7 --rdzv-backend c10d "
-         "--rdzv-endpoint node1:29500"),
+         "--rdzv-endpoint node1:29507"),
     ],
 )  # fmt: skip
 def test_processes_of_a_stage(tools, variables, launcher):
