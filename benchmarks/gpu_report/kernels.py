@@ -30,6 +30,9 @@ def attention(setting: Setting, findings: Findings) -> None:
     counted = operations(_profile(setting, bf16=True))
     findings.figure("local layers, Retro", dict(counted))
     findings.equal("local layers, attentions as matrix products", counted["math"], 0)
+    flash = counted["flash"] + counted["cudnn"]
+    layers = shape_of(setting).layers
+    findings.true("local layers, Retro, each layer in flash attention", flash >= layers, flash)
     with findings.part("Transformer Engine"):
         require_engine(setting)
         _engine(setting, findings, decoder)
