@@ -53,7 +53,8 @@ _HINTS = dict.fromkeys(
         *("--input-weights", "--seq-length", "--train-samples", "--train-epochs"),
         *("--global-batch-size", "--eval-interval", "--eval-iters", "--seed"),
     ),
-    "Give it as set_samples or this command set it last, or change it with set_samples",
+    "Give it as set_samples or this command set it last, change it with set_samples, or use "
+    "another --project-dir",
 )
 #: Part of the fingerprint of tokens. In earlier versions, special tokens mentioned in a text became
 #: special tokens, and no document had BOS.

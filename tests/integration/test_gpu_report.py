@@ -120,6 +120,7 @@ def test_no_process_outlives_a_signal(tmp_path, monkeypatch, number):
     monkeypatch.setenv("PROCESSES", str(tmp_path / "processes"))
     monkeypatch.setenv("ENDING", "is_slow")
     code = "from tests.integration.test_gpu_report import *; from pathlib import Path; "
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # whatever these tests were started by
     code += f"Runner(Path({str(tmp_path)!r}), SMALL, 600).run(stubs('leaves_processes'))"
     runner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     while not (tmp_path / "processes").exists():
