@@ -122,7 +122,7 @@ def test_optional_packages_outside_their_range(monkeypatch, in_a_clone):
     """As extras state them, in metadata or in a clone's pyproject.toml."""
     from retro_mcore.stages.doctor import software
 
-    pytest.importorskip("tomllib")  # a clone is read from Python 3.11 on
+    pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML, so no clone")
 
     def refuse(name):
         raise PackageNotFoundError(name)
