@@ -67,7 +67,10 @@ def _recall(recall: Recall, wanted: float) -> str:
     shares = ", ".join(f"@{k} {value:.3f}" for k, value in recall.at.items())
     missed = "" if recall.decisive >= wanted else f", below the {wanted} wanted"
     queries = f"{recall.num_queries} queries, {recall.num_held_out} of held-out documents"
-    return f"{shares} ({queries}){missed}"
+    error = f"; standard error {recall.error:.3f}" if recall.error else ""
+    order = recall.in_list_order
+    in_order = f"; @2 {order:.3f} in list order" if order not in (None, recall.decisive) else ""
+    return f"{shares} ({queries}{error}){in_order}{missed}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,7 +40,15 @@ from retro_mcore.retrieval.index.filling import (
     stored_bytes,
 )
 from retro_mcore.retrieval.index.inherited import InheritedIndex
-from retro_mcore.retrieval.index.recall import Recall, RecallMeasure, read_exact, tune, write_exact
+from retro_mcore.retrieval.index.list_order import supports_list_order
+from retro_mcore.retrieval.index.recall import (
+    Measure,
+    Recall,
+    RecallMeasure,
+    read_exact,
+    tune,
+    write_exact,
+)
 from retro_mcore.retrieval.index.rescoring import log_if_in_vain
 from retro_mcore.retrieval.index.training import (
     IndexKind,
@@ -52,6 +60,8 @@ from retro_mcore.retrieval.index.training import (
 )
 
 _LOG = logging.getLogger(__name__)
+#: What reports of older versions lack.
+_LATER = ("error", "in_list_order")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,18 +320,27 @@ class IndexBuild:
         """Measure the recall, and choose the breadth of search unless it was given."""
         queries = read_held_out(self.paths.held_out)
         exact = read_exact([exact_path(part) for part in parts], len(queries.rows))
-        recall_of = RecallMeasure(index, queries, exact, self.embeddings, self.wanted.rescore)
-
-        def measure(nprobe: int | None, ef_search: int | None) -> Recall:
-            recall = recall_of(nprobe, ef_search)
-            breadth = {"nprobe": nprobe, "efSearch": ef_search}
-            named = "".join(f"{name} {value}, " for name, value in breadth.items() if value)
-            _LOG.info("measure index: %srecall@2 %.3f", named, recall.decisive)
-            return recall
-
         trained, wanted = load_index(self.paths.empty_index(choice.string)), self.wanted
+
+        def measuring(list_order: bool) -> Measure:
+            recall_of = RecallMeasure(
+                index, queries, exact, self.embeddings, wanted.rescore, list_order
+            )
+
+            def measure(nprobe: int | None, ef_search: int | None) -> Recall:
+                recall = recall_of(nprobe, ef_search)
+                breadth = {"nprobe": nprobe, "efSearch": None if list_order else ef_search}
+                named = "".join(f"{name} {value}, " for name, value in breadth.items() if value)
+                how = "in list order, " if list_order else ""
+                _LOG.info("measure index: %s%srecall@2 %.3f", how, named, recall.decisive)
+                return recall
+
+            return measure
+
+        in_order = measuring(True) if supports_list_order(index) else None
         lists, graph = num_lists(trained), has_graph(trained)
-        return tune(measure, lists, graph, wanted.recall, wanted.nprobe, wanted.ef_search)
+        given = wanted.nprobe, wanted.ef_search
+        return tune(measuring(False), lists, graph, wanted.recall, *given, in_order)
 
     def _hint(self, step: str) -> str:
         return f"Run build_index --project-dir {self.paths.root} --stage {step} first"
@@ -345,7 +364,8 @@ def read_recall(paths: ProjectPaths, index_string: str) -> Recall:
     path = paths.recall_report(index_string)
     report = read_json_object(path)
     try:
-        values = {name: report[name] for name in Recall.__dataclass_fields__}
+        names = Recall.__dataclass_fields__
+        values = {name: report[name] for name in names if name in report or name not in _LATER}
         values["at"] = {int(k): float(value) for k, value in values["at"].items()}
         return Recall(**values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.index.embeddings import Embeddings, HeldOut
 from retro_mcore.retrieval.index.faiss_search import nearest, search, set_search_breadth
 from retro_mcore.retrieval.index.library import faiss_library
+from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
 from retro_mcore.retrieval.index.training import has_graph, num_lists
 
 RECALL_AT = (1, 2, 10)
@@ -31,6 +33,10 @@ _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 _BROADEST_GRAPH = 4096
 #: nprobe is found within one part in so many.
 _STEPS = 16
+#: A margin for the error of measurement may take so many times the lists.
+_MARGIN = 1.5
+#: A graph search whose recall is closer to the best than this is as good.
+_CLOSE = 0.001
 #: Queries whose candidates' vectors are in memory at a time.
 _GATHERED = 256
 
@@ -48,6 +54,9 @@ class Recall:
             which do not count as their own neighbors.
         nprobe: Lists searched; None without lists.
         ef_search: Breadth of the graph search; None without a graph.
+        error: Standard error of the decisive recall, as for other queries like these.
+        in_list_order: Decisive recall of a search in list order, which visits the nearest lists;
+            None if the index has no such search.
     """
 
     at: dict[int, float]
@@ -55,11 +64,17 @@ class Recall:
     num_held_out: int
     nprobe: int | None
     ef_search: int | None
+    error: float = 0.0
+    in_list_order: float | None = None
 
     @property
     def decisive(self) -> float:
         """Recall@2, or @1 in a smaller database."""
         return self.at.get(DECISIVE, self.at[min(self.at)])
+
+
+#: Measures an index with some nprobe and efSearch.
+Measure = Callable[[int | None, int | None], Recall]
 
 
 def exact_neighbors(
@@ -112,11 +127,12 @@ class RecallMeasure:
     """Measures an index by the exact neighbors of held-out queries.
 
     Args:
-        index: Anything that `search` accepts.
+        index: A Faiss index, or a PartedIndex.
         queries: The queries.
         exact: Their exact neighbors, from `read_exact`.
         embeddings: The database's vectors, for true distances.
         rescore: Whether the best of NUM_RESCORED candidates are taken by their true distances.
+        list_order: Whether it is searched in list order, which it must support.
     """
 
     def __init__(
@@ -126,8 +142,10 @@ class RecallMeasure:
         exact: np.ndarray,
         embeddings: Embeddings,
         rescore: bool = False,
+        list_order: bool = False,
     ) -> None:
         self._index, self._queries, self._embeddings = index, queries, embeddings
+        self._searched = ListOrderSearch(index) if list_order else index
         self._rescore = rescore
         width = int((exact >= 0).all(axis=0).sum())
         self._ks = [k for k in RECALL_AT if k <= width] or [max(width, 1)]
@@ -138,13 +156,15 @@ class RecallMeasure:
         """Measure the recall with this breadth of search."""
         set_search_breadth(self._index, nprobe, ef_search)
         wanted = NUM_RESCORED if self._rescore else max(self._ks)
-        _, found = search(self._index, self._queries.vectors, wanted + 1)
+        _, found = search(self._searched, self._queries.vectors, wanted + 1)
         found = self._distances(without(found, self._queries.rows))
         if self._rescore:
             found = np.sort(found, axis=1)
         at = {k: recall_at(k, found, self._exact, self._rounding) for k in self._ks}
         held_out = int((self._queries.rows < 0).sum())
-        return Recall(at, len(found), held_out, nprobe, ef_search)
+        decisive = DECISIVE if DECISIVE in at else min(at)
+        error = _standard_error(*_hits(decisive, found, self._exact, self._rounding))
+        return Recall(at, len(found), held_out, nprobe, ef_search, error)
 
     def _neighbors(self, ids: np.ndarray) -> np.ndarray:
         """Vectors of rows [n, k], f32 [n, k, dimension]; arbitrary where an id is missing."""
@@ -161,17 +181,20 @@ class RecallMeasure:
 
 
 def tune(
-    measure: Callable[[int | None, int | None], Recall],
+    measure: Measure,
     lists: int | None,
     graph: bool,
     target: float,
     nprobe: int | None = None,
     ef_search: int | None = None,
+    in_list_order: Measure | None = None,
 ) -> Recall:
     """Find the narrowest search that reaches `target`, or the broadest if none does.
 
-    nprobe is doubled until recall@2 is reached, then bisected within the last step. Then efSearch
-    is reduced as long as the recall holds. Given values are not changed.
+    nprobe is doubled until recall@2 is reached, then bisected within the last step. The recall of
+    other queries is lower half of the time, so a standard error is added, unless this takes more
+    than `_MARGIN` times the lists. Then efSearch is reduced as long as the recall holds. Given
+    values are not changed.
 
     Args:
         measure: Measures the index with some nprobe and efSearch.
@@ -180,6 +203,7 @@ def tune(
         target: Target recall@2.
         nprobe: Lists to search.
         ef_search: Breadth of the graph search.
+        in_list_order: Measures a search of the nearest lists, which chooses nprobe.
     """
     if lists is None:
         return _narrow_graph(measure, None, target, ef_search) if graph else measure(None, None)
@@ -187,24 +211,45 @@ def tune(
     def breadth(probes: int) -> int | None:
         return (ef_search or max(256, 2 * probes)) if graph else None
 
-    if nprobe is None:
-        result = measure(1, breadth(1))
-        low = 0
-        while result.decisive < target and result.nprobe < lists:  # type: ignore[operator]
-            low = result.nprobe  # type: ignore[assignment]
-            result = measure(min(2 * low, lists), breadth(min(2 * low, lists)))
-        high: int = result.nprobe  # type: ignore[assignment]
-        while result.decisive >= target and high - low > max(1, low // _STEPS):
-            middle = (low + high) // 2
-            narrower = measure(middle, breadth(middle))
-            if narrower.decisive >= target:
-                result, high = narrower, middle
-            else:
-                low = middle
-        nprobe = result.nprobe
-    if graph and ef_search is None:
-        return _narrow_graph(measure, nprobe, target, None)
-    return measure(nprobe, breadth(nprobe))  # type: ignore[arg-type]
+    def of_lists(probes: int) -> Recall:
+        return (in_list_order or measure)(probes, breadth(probes))
+
+    found = of_lists(nprobe) if nprobe else _narrowest(of_lists, lists, target)
+    if not graph:
+        return replace(found, in_list_order=found.decisive) if in_list_order else found
+    result = _narrow_graph(measure, found.nprobe, min(target, found.decisive), ef_search)
+    if in_list_order:
+        again = in_list_order(result.nprobe, result.ef_search)
+        result = replace(result, in_list_order=again.decisive)
+    return result
+
+
+def _narrowest(measure: Callable[[int], Recall], lists: int, target: float) -> Recall:
+    """The fewest lists that reach the target, with a margin; see `tune`."""
+    low, result = 0, measure(1)
+    while result.decisive < target and (probes := result.nprobe or lists) < lists:
+        low, result = probes, measure(min(2 * probes, lists))
+    result = _bisected(measure, low, result, target)
+    safe, probes = min(1.0, target + result.error), result.nprobe or lists
+    widest = min(math.ceil(_MARGIN * probes), lists)
+    if target <= result.decisive < safe and widest > probes:
+        wide = measure(widest)
+        if wide.decisive >= safe:
+            return _bisected(measure, probes, wide, safe)
+    return result
+
+
+def _bisected(measure: Callable[[int], Recall], low: int, result: Recall, target: float) -> Recall:
+    """The fewest lists, more than `low`, that reach the target, if `result` does."""
+    high = result.nprobe or low
+    while result.decisive >= target and high - low > max(1, low // _STEPS):
+        middle = (low + high) // 2
+        narrower = measure(middle)
+        if narrower.decisive >= target:
+            result, high = narrower, middle
+        else:
+            low = middle
+    return result
 
 
 def tuned_probes(needed: int, lists: int) -> int:
@@ -221,24 +266,21 @@ def tuned_probes(needed: int, lists: int) -> int:
 
 
 def _narrow_graph(
-    measure: Callable[[int | None, int | None], Recall],
-    nprobe: int | None,
-    target: float,
-    ef_search: int | None,
+    measure: Measure, nprobe: int | None, target: float, ef_search: int | None
 ) -> Recall:
-    """Find the smallest efSearch, a power of two, that reaches the target; the best one if none
-    does."""
+    """Find the smallest efSearch, a power of two, that reaches the target; if none does, the
+    smallest that is as good as the best."""
     if ef_search is not None:
         return measure(nprobe, ef_search)
-    ef_search, best = 16, None
+    ef_search, tried = 16, list[Recall]()
     most = max(_BROADEST_GRAPH, 2 * (nprobe or 0))
-    while True:
-        result = measure(nprobe, ef_search)
-        if best is None or result.decisive > best.decisive:
-            best = result
-        if result.decisive >= target or 2 * ef_search > most:
-            return result if result.decisive >= target else best
+    while ef_search <= most:
+        tried.append(measure(nprobe, ef_search))
+        if tried[-1].decisive >= target:
+            return tried[-1]
         ef_search *= 2
+    enough = max(recall.decisive for recall in tried) - _CLOSE
+    return next(recall for recall in tried if recall.decisive >= enough)
 
 
 def measure_recall(
@@ -252,7 +294,10 @@ def measure_recall(
     """Compare with exact search in this process, and choose the breadth unless given."""
     _, exact = exact_neighbors(embeddings, queries, Shard(0, len(embeddings), Path()))
     measure = RecallMeasure(index, queries, exact, embeddings)
-    return tune(measure, num_lists(index), has_graph(index), target, nprobe, ef_search)
+    in_order = None
+    if supports_list_order(index):
+        in_order = RecallMeasure(index, queries, exact, embeddings, list_order=True)
+    return tune(measure, num_lists(index), has_graph(index), target, nprobe, ef_search, in_order)
 
 
 def without(ids: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -301,7 +346,21 @@ def recall_at(
         exact: True distances of the exact neighbors [n, at least k], in the same form.
         rounding: Differences to ignore, per query.
     """
+    hits, there = _hits(k, found, exact, rounding)
+    return float(hits.sum() / there.sum()) if there.any() else 1.0
+
+
+def _hits(
+    k: int, found: np.ndarray, exact: np.ndarray, rounding: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many of the k nearest neighbors were found, and how many there are, of each query."""
     there = np.isfinite(exact[:, :k]).sum(axis=1)
     farthest = np.where(np.isfinite(exact[:, :k]), exact[:, :k], -np.inf).max(axis=1, initial=0.0)
     hits = (found[:, :k] <= (farthest + rounding)[:, None]).sum(axis=1)
-    return float(np.minimum(hits, there).sum() / there.sum()) if there.any() else 1.0
+    return np.minimum(hits, there), there
+
+
+def _standard_error(hits: np.ndarray, there: np.ndarray) -> float:
+    """Standard error of the mean recall over queries; 0 of a single one."""
+    shares = hits[there > 0] / there[there > 0]
+    return float(shares.std(ddof=1) / len(shares) ** 0.5) if len(shares) > 1 else 0.0

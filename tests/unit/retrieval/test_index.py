@@ -50,6 +50,7 @@ from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.recall import (
     NUM_RESCORED,
     exact_neighbors,
+    Recall,
     recall_at,
     without,
 )
@@ -319,6 +320,43 @@ def test_the_search_is_as_narrow_as_the_recall_allows(tmp_path):
     given = measure_recall(index, embeddings, queries, nprobe=3, target=1.0)
     assert given.nprobe == 3
     assert given.decisive <= recalls[2].decisive
+
+
+@pytest.mark.parametrize(
+    ("best", "error", "nprobe"),
+    [
+        (1.0, 0.0, 94),
+        (1.0, 0.01, 101),  # for .96
+        (0.955, 0.01, 165),  # .96 is out of reach: no margin
+        (1.0, 0.045, 94),  # .995 would take 166
+        (0.9, 0.01, 1024),  # .95 is out of reach
+    ],
+)
+def test_a_margin_for_the_error_of_measurement_is_cheap_or_left_out(best, error, nprobe):
+    def measure(nprobe, ef_search):
+        recall = best * (1 - 2.0 ** (-nprobe / 21.7))
+        return Recall({2: recall}, 100, 100, nprobe, ef_search, error)
+
+    found = tune(measure, 1024, False, 0.95)
+    assert nprobe <= found.nprobe <= nprobe * 17 // 16  # found within a sixteenth
+
+
+@pytest.mark.parametrize("code", ["Flat", "SQ8"])
+def test_lists_are_chosen_for_a_search_of_the_nearest_ones(tmp_path, code):
+    """A poor graph over the lists misses some, which query_neighbors does not."""
+    embeddings = Embeddings(write_rows(passages(3000), tmp_path, 700))
+    index = train_index(f"IVF128_HNSW2,{code}", embeddings, np.arange(3000))
+    add_to_index(index, embeddings)
+    queries = held_out(passages(3000), 200)
+    found = measure_recall(index, embeddings, queries)
+    _, exact = exact_neighbors(embeddings, queries, Shard(0, 3000, Path()))
+    in_order = RecallMeasure(index, queries, exact, embeddings, list_order=True)
+    again = in_order(found.nprobe, found.ef_search)
+    assert found.in_list_order == again.decisive >= 0.95
+    assert 0 < found.error < 0.03
+    by_graph = tune(RecallMeasure(index, queries, exact, embeddings), 128, True, 0.95)
+    assert by_graph.in_list_order is None
+    assert found.nprobe <= by_graph.nprobe
 
 
 @pytest.mark.parametrize(("memory", "few"), [(None, False), (64 << 10, True)])
