@@ -5,7 +5,8 @@
     python -m benchmarks.expected_lists --project-dir PROJECT --lists 8192  # after build_index
 
 Needed is counted twice: with each vector in its nearest list, and in the one where Faiss's graph
-over the centers places it. See benchmarks/README.md.
+over the centers places it. Of a project, samples are whole documents, and chunks of a query's own
+document are no neighbors. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import numpy as np
 
 from retro_mcore.cli.command import run_command
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.index import Embeddings, search
-from retro_mcore.retrieval.index.breadth import expected_probes
+from retro_mcore.retrieval.index.breadth import sample_breadth
 from retro_mcore.retrieval.index.library import faiss_library
-from retro_mcore.retrieval.index.recall import DECISIVE, without
+from retro_mcore.retrieval.index.recall import DECISIVE
 from retro_mcore.retrieval.index.training import innermost, make_index, train
 from retro_mcore.stages.build_index import stored_embeddings
 
 _TRAINING_PER_LIST = 64
+_CANDIDATES = 64
 
 
 @dataclass
@@ -48,16 +51,28 @@ class Options:
     """Queries: evenly spaced vectors, which do not find themselves."""
 
 
-def read_vectors(options: Options) -> np.ndarray:
-    """All vectors, f32 [n, dimension]."""
+def read_vectors(options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """All vectors, f32 [n, dimension], and the numbers of their documents in order, i64 [n]."""
     if options.project_dir is None:
         random = np.random.default_rng(0)
-        return random.standard_normal((options.vectors, options.normal), np.float32)
-    embeddings = Embeddings(stored_embeddings(ProjectPaths(options.project_dir)).shards)
-    return embeddings.range(0, len(embeddings))
+        vectors = random.standard_normal((options.vectors, options.normal), np.float32)
+        return vectors, np.arange(len(vectors))
+    paths = ProjectPaths(options.project_dir)
+    embeddings = Embeddings(stored_embeddings(paths).shards)
+    rows = np.arange(len(embeddings))
+    owners = ChunkDatabase.open(paths.root, own=True).documents(rows)
+    documents = np.cumsum((owners != np.roll(owners, 1, axis=0)).any(axis=1))
+    return embeddings.range(0, len(embeddings)), documents
 
 
-def needed(vectors: np.ndarray, options: Options) -> dict[str, int]:
+def sample_of(documents: np.ndarray, size: int) -> np.ndarray:
+    """Rows of evenly spaced whole documents, about `size`."""
+    last = int(documents[-1])
+    chosen = np.linspace(0, last, max(1, round((last + 1) * size / len(documents))))
+    return np.flatnonzero(np.isin(documents, chosen.astype(np.int64)))
+
+
+def needed(vectors: np.ndarray, documents: np.ndarray, options: Options) -> dict[str, int]:
     """Lists needed with exact and with the graph's placement, and vectors that it misplaces."""
     index = make_index(f"IVF{options.lists}_HNSW32,Flat", vectors.shape[1])
     train(index, vectors[:: max(1, len(vectors) // (_TRAINING_PER_LIST * options.lists))])
@@ -68,7 +83,11 @@ def needed(vectors: np.ndarray, options: Options) -> dict[str, int]:
     rows = np.linspace(0, len(vectors) - 1, count).astype(np.int64)
     whole = faiss_library().IndexFlatL2(vectors.shape[1])
     whole.add(vectors)
-    nearest = without(search(whole, vectors[rows], DECISIVE + 1)[1], rows)[:, :DECISIVE]
+    candidates = search(whole, vectors[rows], _CANDIDATES)[1]
+    others = documents[candidates] != documents[rows][:, None]
+    full = np.flatnonzero(others.sum(axis=1) >= DECISIVE)
+    rows, candidates, others = rows[full], candidates[full], others[full]
+    nearest = candidates[others & (others.cumsum(axis=1) <= DECISIVE)].reshape(-1, DECISIVE)
     in_turn = search(flat, vectors[rows], options.lists)[1]
     ranks = np.empty_like(in_turn)
     np.put_along_axis(ranks, in_turn, np.arange(options.lists)[None], axis=1)
@@ -83,15 +102,13 @@ def needed(vectors: np.ndarray, options: Options) -> dict[str, int]:
 
 def main_with(options: Options) -> dict[str, int]:
     """Print and return expected and needed lists."""
-    vectors = read_vectors(options)
-    result = needed(vectors, options)
+    vectors, documents = read_vectors(options)
+    result = needed(vectors, documents, options)
     for size in options.samples:
         if size < len(vectors):
-            rows = np.linspace(0, len(vectors) - 1, size).astype(np.int64)
-            expected, _ = expected_probes(
-                vectors[rows], len(vectors), options.lists, options.recall
-            )
-            result[f"expected from {size}"] = expected
+            rows = sample_of(documents, size)
+            breadth = sample_breadth(vectors[rows], len(vectors), options.lists, documents[rows])
+            result[f"expected from {size}"] = breadth.probes(options.recall)
     for name, value in result.items():
         print(f"{name}: {value}")
     return result

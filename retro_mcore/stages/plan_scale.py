@@ -15,6 +15,7 @@ from retro_mcore.errors import ConfigurationError, flag_of, raise_problems, too_
 from retro_mcore.platform import choose_device
 from retro_mcore.project.config import ProjectConfig, ProjectSettings
 from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.index.breadth import FEWEST_LISTS
 from retro_mcore.retrieval.index.choice import MEMORY_SHARE, parse_bytes
 from retro_mcore.retrieval.index.embeddings import Embeddings
@@ -282,11 +283,14 @@ def _with_index(config: PlanScaleConfig, rates: Rates, work: Workload, memory: f
     if lists and count * lists < FEWEST_LISTS * chunks:
         needed = math.ceil(FEWEST_LISTS * chunks / lists)
         return _unmeasured(rates, index, f"the project has {count} vectors of {needed}")
-    vectors = embeddings.rows(np.linspace(0, len(embeddings) - 1, count).astype(np.int64))
+    rows = np.linspace(0, len(embeddings) - 1, count).astype(np.int64)
+    vectors = embeddings.rows(rows)
+    owners = ChunkDatabase.open(paths.root, own=True).documents(rows)
+    documents = np.unique(owners, axis=0, return_inverse=True)[1].reshape(-1)
     candidates = min(settings.num_neighbors_query or NUM_QUERY, len(embeddings))
     narrow = candidates if built.rescore else narrow_candidates(work.neighbors_saved)
     found = measure_index_rates(
-        vectors, chunks, lists, built.index_recall, candidates, narrow, planned.code
+        vectors, chunks, lists, built.index_recall, candidates, narrow, planned.code, documents
     )
     lists_visited = f"about {found.nprobe} lists, expected from {count} vectors"
     visited = lists_visited if found.nprobe else "all vectors"

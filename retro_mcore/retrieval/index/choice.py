@@ -14,7 +14,7 @@ from retro_mcore.errors import ConfigurationError, CorruptFileError, MissingDepe
 from retro_mcore.host import total_memory
 from retro_mcore.project.config import read_json_object
 from retro_mcore.project.space import show_bytes
-from retro_mcore.retrieval.index.breadth import FEWEST_LISTS, expected_probes
+from retro_mcore.retrieval.index.breadth import FEWEST_LISTS, sample_breadth
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.index.faiss_search import search
 from retro_mcore.retrieval.index.library import faiss_library, faiss_threads
@@ -266,8 +266,7 @@ def _share_to_scan(embeddings: Embeddings, recall: float) -> float:
     wanted = max(_SAMPLE_IN_LISTS, math.ceil(FEWEST_LISTS * count / lists))
     rows = np.linspace(0, count - 1, min(wanted, count)).astype(np.int64)
     with faiss_threads(1):  # so that the choice does not depend on the machine
-        probes, _ = expected_probes(embeddings.rows(rows), count, lists, recall)
-    return probes / lists
+        return sample_breadth(embeddings.rows(rows), count, lists).probes(recall) / lists
 
 
 def _choice(

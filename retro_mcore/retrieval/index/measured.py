@@ -6,6 +6,7 @@ many queries per list. All of it runs on the CPU.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_mcore.retrieval.index.breadth import expected_probes, small_lists
+from retro_mcore.retrieval.index.breadth import sample_breadth, small_lists
 from retro_mcore.retrieval.index.choice import automatic_string, codes_recall
 from retro_mcore.retrieval.index.embeddings import num_queries
 from retro_mcore.retrieval.index.faiss_search import search, set_search_breadth
@@ -27,14 +28,15 @@ from retro_mcore.retrieval.index.list_order import (
     list_order_pays,
 )
 from retro_mcore.retrieval.index.packing import unpacked
-from retro_mcore.retrieval.index.recall import RECALL_AT, tuned_probes
+from retro_mcore.retrieval.index.recall import RECALL_AT, tuned_probes, with_margin
 from retro_mcore.retrieval.index.training import has_graph, innermost, make_index, train
 
 _RECALL_QUERIES, _CODED = 400, 16_384
 _PLACED, _PLACED_IN_ORDER = 2048, 16_384
 _ROUNDS = 3
-#: Searches of full breadth that `tune` takes: doubling takes about 3, bisection 5, efSearch 5.
-_TUNING_SEARCHES = 13
+#: Searches of full breadth that `tune` takes for nprobe: doubling takes about 2, bisection 4, the
+#: margin 5, the last measurement 1. And for efSearch.
+_TUNING_SEARCHES, _TUNING_GRAPH = 12, 4
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,12 @@ def measure_index_rates(
     k: int,
     narrow: int,
     code: str = "Flat",
+    documents: np.ndarray | None = None,
 ) -> IndexRates:
     """Measure the automatic index of a large database with some of its vectors.
 
     Args:
-        vectors: Evenly spaced vectors of the database, f32 [n, dimension]. They must fill
+        vectors: Vectors of some documents of the database, f32 [n, dimension]. They must fill
             `breadth.FEWEST_LISTS` lists as long as the large index's.
         count: Vectors of the large database.
         lists: Its lists; 0: all vectors are searched one by one.
@@ -74,12 +77,15 @@ def measure_index_rates(
         k: Candidates per chunk.
         narrow: Candidates per chunk where the search is in list order.
         code: Last part of the index's factory string.
+        documents: Number of each vector's document, i64 [n]; None: each is of its own.
     """
     if not lists:
         return _without_lists(vectors, count, k, code)
     of_codes = codes_recall(code, vectors[:: max(1, len(vectors) // _CODED)], count)
-    expected, index = expected_probes(vectors, count, lists, min(1.0, recall / of_codes))
-    probes = tuned_probes(expected, lists)
+    breadth, queries = sample_breadth(vectors, count, lists, documents), num_queries(count)
+    index, error = breadth.index, math.sqrt(recall * (1 - recall) / queries)
+    wanted = [min(1.0, target / of_codes) for target in (recall, recall + error)]
+    probes = with_margin(*(tuned_probes(breadth.probes(target), lists) for target in wanted))
     few = small_lists(len(vectors), count, lists)
     if code != "Flat":
         index = make_index(f"IVF{few},{code}", vectors.shape[1])
@@ -88,9 +94,9 @@ def measure_index_rates(
     string = automatic_string(code, lists)
     in_order = list_order_pays(string, probes)
     added, placed = _placing(vectors, string, lists, probes, in_order)
-    compared = _comparing(vectors, num_queries(count))
-    added = 1 / (1 / added + compared + _tuning(index, vectors, probes, num_queries(count)) / count)
     share = few / lists
+    tuning = _tuning(index, vectors, probes, queries, share if in_order else None)
+    added = 1 / (1 / added + _comparing(vectors, queries) + tuning / count)
     together = round(min(enough_queries(lists, probes), count) * share)
     together = together if in_order else _RECALL_QUERIES
     scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
@@ -151,10 +157,25 @@ def _comparing(vectors: np.ndarray, queries: int) -> float:
     )
 
 
-def _tuning(index: Any, vectors: np.ndarray, probes: int, queries: int) -> float:
-    """Seconds in which the held-out queries are searched until the breadth is found."""
-    once = _scanning(index, vectors, probes, max(RECALL_AT) + 1, _RECALL_QUERIES, False)
-    return _TUNING_SEARCHES * queries * once
+def _tuning(
+    index: Any, vectors: np.ndarray, probes: int, queries: int, share: float | None
+) -> float:
+    """Seconds in which the held-out queries are searched until the breadth is found.
+
+    Args:
+        index: A small index of the vectors.
+        vectors: The vectors.
+        probes: Lists to visit in the large index.
+        queries: Held-out queries.
+        share: Share of the large index's lists that the small one has; None if searches are not
+            in list order.
+    """
+    k = max(RECALL_AT) + 1
+    once = _scanning(index, vectors, probes, k, _RECALL_QUERIES, False)
+    if share is None:
+        return (_TUNING_SEARCHES + _TUNING_GRAPH) * queries * once
+    in_order = _scanning(index, vectors, probes, k, round(queries * share), True)
+    return queries * (_TUNING_SEARCHES * in_order + _TUNING_GRAPH * once)
 
 
 def _scanning(

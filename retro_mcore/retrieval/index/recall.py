@@ -231,7 +231,7 @@ def _narrowest(measure: Callable[[int], Recall], lists: int, target: float) -> R
         low, result = probes, measure(min(2 * probes, lists))
     result = _bisected(measure, low, result, target)
     safe, probes = min(1.0, target + result.error), result.nprobe or lists
-    widest = min(math.ceil(_MARGIN * probes), lists)
+    widest = min(math.floor(_MARGIN * probes), lists)
     if target <= result.decisive < safe and widest > probes:
         wide = measure(widest)
         if wide.decisive >= safe:
@@ -263,6 +263,15 @@ def tuned_probes(needed: int, lists: int) -> int:
         return Recall({DECISIVE: float((nprobe or 0) >= needed)}, 1, 0, nprobe, ef_search)
 
     return tune(measure, lists, False, 1.0).nprobe or lists
+
+
+def with_margin(needed: int, safe: int) -> int:
+    """The number of lists that `tune` ends with if one target needs so many, and a safe one others.
+
+    >>> with_margin(100, 140), with_margin(100, 160)
+    (140, 100)
+    """
+    return safe if safe <= math.floor(_MARGIN * needed) else needed
 
 
 def _narrow_graph(

@@ -45,12 +45,12 @@ from retro_mcore.retrieval.index import (
     tune,
     write_exact,
 )
-from retro_mcore.retrieval.index.breadth import expected_probes
+from retro_mcore.retrieval.index.breadth import sample_breadth
 from retro_mcore.retrieval.index.library import faiss_library
 from retro_mcore.retrieval.index.recall import (
     NUM_RESCORED,
-    exact_neighbors,
     Recall,
+    exact_neighbors,
     recall_at,
     without,
 )
@@ -436,9 +436,9 @@ def test_lists_to_visit_are_expected_from_a_sample(dimension):
     the share of the sample is three times too much."""
     vectors = np.random.default_rng(0).normal(size=(40_000, dimension)).astype(np.float32)
     count, sample = len(vectors), vectors[::4]
-    needed, _ = expected_probes(vectors, count, 512, 0.95)
-    of_sample, _ = expected_probes(sample, len(sample), 128, 0.95)
-    expected, _ = expected_probes(sample, count, 512, 0.95)
+    needed = sample_breadth(vectors, count, 512).probes(0.95)
+    of_sample = sample_breadth(sample, len(sample), 128).probes(0.95)
+    expected = sample_breadth(sample, count, 512).probes(0.95)
     assert needed / 2 < expected < 2 * needed < 512 * of_sample / 128
 
 
