@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from retro_mcore import agent_store, watch
+from retro_mcore import agent_store, launcher, watch
 from retro_mcore.errors import RetroError, system_refusal
 from retro_mcore.time_limit import DATA_MINUTES, check_minutes
 
@@ -27,9 +26,12 @@ Value = TypeVar("Value")
 
 
 def launched_by_torchrun() -> bool:
-    """Whether torchrun (or a scheduler with its environment variables) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether torchrun (or a scheduler with its environment variables) started this process.
 
+    Raises:
+        ConfigurationError: the variables are wrong; see `launcher.read`.
+    """
+    return launcher.read().in_job
 
 def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> None:
     """Join the default process group; a process launched alone becomes a world of size one.
@@ -65,13 +67,15 @@ def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> 
 def _join(backend: str, timeout: timedelta) -> str:
     """Join by the launcher's environment variables; a name that these ranks alone have."""
     if agent_store.is_kept_by_agent():
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        place = launcher.read()
+        rank, world_size = cast(int, place.rank), cast(int, place.world_size)
         store, name = agent_store.fresh_part(rank, world_size, timeout)
         initialize_with_store(backend, store, rank, world_size, timeout.total_seconds())
         return name
     dist.init_process_group(backend, timeout=timeout)  # rank 0 of these ranks keeps the store
     own = uuid.uuid4().hex
     if "gloo" in backend:
+    launcher.meeting_place()  # else PyTorch's own error
         return str(broadcast_object(own))
     store = _get_default_store()  # NCCL's first collective takes memory
     if get_rank() == 0:
@@ -164,7 +168,7 @@ def get_rank(group: dist.ProcessGroup | None = None) -> int:
 
 def is_first_on_host() -> bool:
     """Whether this rank is the first of those that torchrun started on its host."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return launcher.local_rank() == 0
 
 
 def get_world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -261,7 +265,7 @@ def print_error(error: RetroError) -> None:
 
     If every rank raises the error, only the first rank prints it.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank = launcher.shown_rank()
     everywhere = error.raised_together or not dist.is_initialized()
     if rank == 0 or not everywhere:
         where = "" if everywhere or get_world_size() == 1 else f"[rank {rank}] "

@@ -22,6 +22,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from retro_mcore import launcher
 from retro_mcore.fault_report import lost_contact, places, stacks, timed_out
 from retro_mcore.rank_state import (
     ENDS,
@@ -475,7 +476,7 @@ def start(rank: int, world_size: int, limit_minutes: float, nonce: str) -> None:
         nonce: Of these ranks only: those that failed before may have used the same store.
     """
     global _watch
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = launcher.meeting_place()
 
     def connect() -> dist.Store:
         # A client of a store tries again for long if it is refused.
@@ -485,8 +486,9 @@ def start(rank: int, world_size: int, limit_minutes: float, nonce: str) -> None:
         )
         return dist.PrefixStore(f"retro_mcore/watch/{nonce}", client)
 
-    first = rank - int(os.environ.get("LOCAL_RANK", rank))
-    on_node = range(max(first, 0), first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    place = launcher.read()
+    first = 0 if place.local_rank is None else rank - place.local_rank
+    on_node = range(max(first, 0), first + (place.local_world_size or world_size))
     _watch = Watch(connect, rank, world_size, on_node, limit_minutes)
     if _command:
         _watch.begin(_command)
