@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from retro_mcore import agent_store, launcher, watch
 from retro_mcore.errors import RetroError, system_refusal
-from retro_mcore.time_limit import DATA_MINUTES, check_minutes
+from retro_mcore.time_limit import DATA_MINUTES, check_minutes, check_stall
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,7 +33,12 @@ def launched_by_torchrun() -> bool:
     """
     return launcher.read().in_job
 
-def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> None:
+
+def initialize(
+    backend: str = "gloo",
+    timeout_minutes: float = DATA_MINUTES,
+    stall_minutes: float | None = None,
+) -> None:
     """Join the default process group; a process launched alone becomes a world of size one.
 
     Does nothing if the group exists. A world of size one uses an in-memory store, so it needs no
@@ -43,11 +48,14 @@ def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> 
     Args:
         backend: "gloo" or "nccl".
         timeout_minutes: Most minutes that a collective may take.
+        stall_minutes: Most minutes for which a rank may do nothing (0: any); ranks that keep others
+            waiting are then told by name, too. None: neither, where ranks wait for requests.
 
     Raises:
-        ConfigurationError: the time is not positive.
+        ConfigurationError: a time is out of range, or the launcher's variables are wrong.
     """
     check_minutes(timeout_minutes)
+    check_stall(stall_minutes)
     if dist.is_initialized():
         return
     atexit.unregister(_leave_at_exit)
@@ -57,7 +65,7 @@ def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> 
     if launched_by_torchrun():
         name = _join(backend, timeout)
         if dist.get_world_size() > 1:
-            _start_watch(timeout_minutes, name)
+            _start_watch(timeout_minutes, stall_minutes, name)
     else:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -66,6 +74,7 @@ def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> 
 
 def _join(backend: str, timeout: timedelta) -> str:
     """Join by the launcher's environment variables; a name that these ranks alone have."""
+    launcher.meeting_place()  # else PyTorch's own error
     if agent_store.is_kept_by_agent():
         place = launcher.read()
         rank, world_size = cast(int, place.rank), cast(int, place.world_size)
@@ -75,7 +84,6 @@ def _join(backend: str, timeout: timedelta) -> str:
     dist.init_process_group(backend, timeout=timeout)  # rank 0 of these ranks keeps the store
     own = uuid.uuid4().hex
     if "gloo" in backend:
-    launcher.meeting_place()  # else PyTorch's own error
         return str(broadcast_object(own))
     store = _get_default_store()  # NCCL's first collective takes memory
     if get_rank() == 0:
@@ -83,10 +91,10 @@ def _join(backend: str, timeout: timedelta) -> str:
     return str(store.get("retro_mcore/watch").decode())
 
 
-def _start_watch(timeout_minutes: float, name: str) -> None:
+def _start_watch(timeout_minutes: float, stall_minutes: float | None, name: str) -> None:
     """Let the ranks watch one another, under a name in the store that no other ranks have had."""
     try:
-        watch.start(get_rank(), get_world_size(), timeout_minutes, name)
+        watch.start(get_rank(), get_world_size(), timeout_minutes, stall_minutes, name)
     except Exception:  # a watch that is broken is no reason to end a job
         _LOG.warning("the watch over ranks does not work", exc_info=True)
     # Processes of multiprocessing end without atexit's functions, while their error is handled.
