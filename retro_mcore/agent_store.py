@@ -14,6 +14,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from retro_mcore import launcher
+
 _PREFIX = "retro_mcore/meeting"
 _PAUSE = 0.05
 
@@ -39,8 +41,9 @@ def fresh_part(rank: int, world_size: int, timeout: timedelta) -> tuple[dist.Sto
 
     Raises:
         TimeoutError: some ranks have not come in time.
+        ConfigurationError: the address is missing or wrong.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = launcher.meeting_place()
     whole = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
     store = dist.PrefixStore(_PREFIX, whole)
     name = uuid.uuid4().hex

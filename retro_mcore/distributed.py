@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,9 +16,9 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from retro_mcore import agent_store, watch
+from retro_mcore import agent_store, launcher, watch
 from retro_mcore.errors import RetroError, system_refusal
-from retro_mcore.time_limit import DATA_MINUTES, check_minutes
+from retro_mcore.time_limit import DATA_MINUTES, check_minutes, check_stall
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,11 +26,19 @@ Value = TypeVar("Value")
 
 
 def launched_by_torchrun() -> bool:
-    """Whether torchrun (or a scheduler with its environment variables) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether torchrun (or a scheduler with its environment variables) started this process.
+
+    Raises:
+        ConfigurationError: the variables are wrong; see `launcher.read`.
+    """
+    return launcher.read().in_job
 
 
-def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> None:
+def initialize(
+    backend: str = "gloo",
+    timeout_minutes: float = DATA_MINUTES,
+    stall_minutes: float | None = None,
+) -> None:
     """Join the default process group; a process launched alone becomes a world of size one.
 
     Does nothing if the group exists. A world of size one uses an in-memory store, so it needs no
@@ -41,11 +48,14 @@ def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> 
     Args:
         backend: "gloo" or "nccl".
         timeout_minutes: Most minutes that a collective may take.
+        stall_minutes: Most minutes for which a rank may do nothing (0: any); ranks that keep others
+            waiting are then told by name, too. None: neither, where ranks wait for requests.
 
     Raises:
-        ConfigurationError: the time is not positive.
+        ConfigurationError: a time is out of range, or the launcher's variables are wrong.
     """
     check_minutes(timeout_minutes)
+    check_stall(stall_minutes)
     if dist.is_initialized():
         return
     atexit.unregister(_leave_at_exit)
@@ -55,7 +65,7 @@ def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> 
     if launched_by_torchrun():
         name = _join(backend, timeout)
         if dist.get_world_size() > 1:
-            _start_watch(timeout_minutes, name)
+            _start_watch(timeout_minutes, stall_minutes, name)
     else:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -64,8 +74,10 @@ def initialize(backend: str = "gloo", timeout_minutes: float = DATA_MINUTES) -> 
 
 def _join(backend: str, timeout: timedelta) -> str:
     """Join by the launcher's environment variables; a name that these ranks alone have."""
+    launcher.meeting_place()  # else PyTorch's own error
     if agent_store.is_kept_by_agent():
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        place = launcher.read()
+        rank, world_size = cast(int, place.rank), cast(int, place.world_size)
         store, name = agent_store.fresh_part(rank, world_size, timeout)
         initialize_with_store(backend, store, rank, world_size, timeout.total_seconds())
         return name
@@ -79,10 +91,10 @@ def _join(backend: str, timeout: timedelta) -> str:
     return str(store.get("retro_mcore/watch").decode())
 
 
-def _start_watch(timeout_minutes: float, name: str) -> None:
+def _start_watch(timeout_minutes: float, stall_minutes: float | None, name: str) -> None:
     """Let the ranks watch one another, under a name in the store that no other ranks have had."""
     try:
-        watch.start(get_rank(), get_world_size(), timeout_minutes, name)
+        watch.start(get_rank(), get_world_size(), timeout_minutes, stall_minutes, name)
     except Exception:  # a watch that is broken is no reason to end a job
         _LOG.warning("the watch over ranks does not work", exc_info=True)
     # Processes of multiprocessing end without atexit's functions, while their error is handled.
@@ -164,7 +176,7 @@ def get_rank(group: dist.ProcessGroup | None = None) -> int:
 
 def is_first_on_host() -> bool:
     """Whether this rank is the first of those that torchrun started on its host."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return launcher.local_rank() == 0
 
 
 def get_world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -261,7 +273,7 @@ def print_error(error: RetroError) -> None:
 
     If every rank raises the error, only the first rank prints it.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank = launcher.shown_rank()
     everywhere = error.raised_together or not dist.is_initialized()
     if rank == 0 or not everywhere:
         where = "" if everywhere or get_world_size() == 1 else f"[rank {rank}] "

@@ -2,7 +2,7 @@
 
 Modules log to `logging.getLogger(__name__)` and configure nothing. A command runs inside
 `command_logs`, which adds handlers to the root logger and removes them at the end. Only the
-standard library is used here, so that every layer can log.
+standard library is used, so that every layer can log.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+
+from retro_mcore.launcher import shown_rank
 
 #: Names for --log-level.
 LEVELS = ("debug", "info", "warning", "error")
@@ -72,7 +74,7 @@ class CommandLogs:
             made: File or folder that must exist before the log file is created. Default: `folder`.
         """
         prefix = f"{name}_" if name else ""
-        path = folder / "logs" / f"{prefix}rank_{_rank():04d}.log"
+        path = folder / "logs" / f"{prefix}rank_{shown_rank():04d}.log"
         self._add(_RankFile(path, folder if made is None else made))
 
     def close(self) -> None:
@@ -112,16 +114,14 @@ def default_level() -> str:
     return level if level in LEVELS else "info"
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 class _Terminal(logging.Handler):
     """Writes to the current `sys.stderr`."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING if _rank() else logging.NOTSET)
-        self.setFormatter(logging.Formatter(f"%(asctime)s [rank {_rank()}] %(message)s", _TIME))
+        super().__init__(logging.WARNING if shown_rank() else logging.NOTSET)
+        self.setFormatter(
+            logging.Formatter(f"%(asctime)s [rank {shown_rank()}] %(message)s", _TIME)
+        )
         self.addFilter(lambda record: not getattr(record, "printed", False))
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -149,7 +149,7 @@ class _RankFile(logging.Handler):
         self._waiting: deque[str] = deque(maxlen=1000)
         self._descriptor: int | None = None
         self._failed = False
-        form = f"%(asctime)s rank {_rank()} %(levelname)s %(name)s: %(message)s"
+        form = f"%(asctime)s rank {shown_rank()} %(levelname)s %(name)s: %(message)s"
         self.setFormatter(logging.Formatter(form, _TIME))
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -18,6 +18,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from retro_mcore import progress
+from retro_mcore.activity import Activity
 
 _OURS = str(Path(__file__).parent) + os.sep
 #: Between a caller and its collective, or around a whole command; they tell nothing.
@@ -51,6 +52,8 @@ class RankState:
         place: Line of this package's code that its main thread is in.
         waits: Whether the main thread waits for other ranks there.
         unchanged: Seconds since work, place or waiting last changed.
+        stepped: Seconds since its work last changed, which counts steps.
+        idle: Seconds for which its process has surely done nothing, if that is measured.
     """
 
     rank: int
@@ -65,6 +68,8 @@ class RankState:
     place: str
     waits: bool
     unchanged: float
+    stepped: float
+    idle: float
 
     @classmethod
     def parse(cls, text: str | bytes) -> RankState:
@@ -96,15 +101,21 @@ class RankState:
 
 
 class OwnState:
-    """Makes this process's states."""
+    """Makes this process's states.
 
-    def __init__(self, rank: int) -> None:
+    Args:
+        rank: Its rank.
+        activity: Measures whether it does nothing; None: that is not told.
+    """
+
+    def __init__(self, rank: int, activity: Activity | None = None) -> None:
+        self._activity = activity
         self._rank, self._host, self._node = rank, socket.gethostname(), _node()
         own = process_of(os.getpid())
         self._started = own.started if own else 0
         self._beat = 0
         self._last: tuple[str, str, bool] | None = None
-        self._since = 0.0
+        self._since = self._stepped = 0.0
         self._failed_at: str | None = None
         self._command = ""
 
@@ -125,8 +136,12 @@ class OwnState:
         if self._failed_at is not None:
             place, waits = self._failed_at, True
         now = time.monotonic()
-        if (work, place, waits) != self._last:
+        if self._last is None or work != self._last[0]:
+            self._stepped = now
+        has_moved = (work, place, waits) != self._last
+        if has_moved:
             self._last, self._since = (work, place, waits), now
+        idle = 0.0 if self._activity is None else self._activity.idle(has_moved or waits)
         self._beat += 1
         return RankState(
             rank=self._rank,
@@ -141,6 +156,8 @@ class OwnState:
             place=place,
             waits=waits,
             unchanged=now - self._since,
+            stepped=now - self._stepped,
+            idle=idle,
         )
 
     def shares_processes_with(self, other: RankState) -> bool:

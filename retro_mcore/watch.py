@@ -22,7 +22,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from retro_mcore import launcher
+from retro_mcore.activity import Activity
 from retro_mcore.fault_report import lost_contact, places, stacks, timed_out
+from retro_mcore.late_ranks import LateRanks
 from retro_mcore.rank_state import (
     ENDS,
     LEFT,
@@ -91,6 +94,8 @@ class Watch:
         world_size: Number of ranks.
         on_node: Ranks that may run on this node.
         limit_minutes: Time limit of collectives.
+        stall_minutes: How long a rank may do nothing (0: any time); None: that is not looked at,
+            nor who keeps others waiting.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class Watch:
         world_size: int,
         on_node: Iterable[int],
         limit_minutes: float,
+        stall_minutes: float | None = None,
     ) -> None:
         self._connect = connect
         self._client: dist.Store | None = None
@@ -107,7 +113,9 @@ class Watch:
         self._limit_minutes = limit_minutes
         self._silence = min(SILENCE, 60 * limit_minutes)
         self._pause = min(BEAT, self._silence / 10)
-        self.own, self._pid = OwnState(rank), os.getpid()
+        self._late = None if stall_minutes is None else LateRanks(stall_minutes)
+        activity = Activity(self._late.pause) if self._late and stall_minutes else None
+        self.own, self._pid = OwnState(rank, activity), os.getpid()
         self._status, self._error, self._lost = RUNS, "", ""
         self._on_node: dict[int, RankState | None] = {
             other: None for other in on_node if other != rank and other < world_size
@@ -265,7 +273,10 @@ class Watch:
             self._report(self._find(timed_out(self._lost)))
             return False
         verdict = (
-            self._verdict() or self._accuse(self._ended()) or self._accuse(self._silent(elapsed))
+            self._verdict()
+            or self._accuse(self._ended())
+            or self._accuse(self._silent(elapsed))
+            or self._accuse({}, self._stalled(elapsed))
         )
         if verdict is not None:
             end = threading.Timer(6 * self._pause, os._exit, (_EXIT_CODE,))  # logs may be stuck
@@ -359,6 +370,24 @@ class Watch:
             if min(each.seconds for each in gone) >= self._silence:
                 return {each.state.rank: each.state.silence(each.seconds) for each in gone}
         return {}
+
+    def _stalled(self, elapsed: float) -> list[str]:
+        """Tell who keeps others waiting; why the job ends, if that rank surely does nothing.
+
+        The first rank that has not left looks, at all. A rank that does nothing can report.
+        """
+        if self._late is None or not self._late.is_due(elapsed):
+            return []
+        before = map(self._read, range(self._rank))
+        if not all(state is not None and state.status == LEFT for state in before):
+            return []
+        states = self._read_all()
+        stalled = self._late.stalled(states)
+        if stalled:
+            return [*stalled, *places(states)]
+        for line in self._late.warnings(states):
+            _LOG.warning("%s", line)
+        return []
 
     def _neighbours(self) -> list[RankState]:
         """The next rank that has not left, and the next of this node."""
@@ -465,17 +494,20 @@ def _undisturbed() -> Iterator[None]:
 _watch: Watch | None = None
 
 
-def start(rank: int, world_size: int, limit_minutes: float, nonce: str) -> None:
+def start(
+    rank: int, world_size: int, limit_minutes: float, stall_minutes: float | None, nonce: str
+) -> None:
     """Start to watch the ranks that have just joined the default group by environment variables.
 
     Args:
         rank: This rank.
         world_size: Number of ranks.
         limit_minutes: Time limit of collectives.
+        stall_minutes: How long a rank may do nothing; see `Watch`.
         nonce: Of these ranks only: those that failed before may have used the same store.
     """
     global _watch
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = launcher.meeting_place()
 
     def connect() -> dist.Store:
         # A client of a store tries again for long if it is refused.
@@ -485,9 +517,10 @@ def start(rank: int, world_size: int, limit_minutes: float, nonce: str) -> None:
         )
         return dist.PrefixStore(f"retro_mcore/watch/{nonce}", client)
 
-    first = rank - int(os.environ.get("LOCAL_RANK", rank))
-    on_node = range(max(first, 0), first + int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-    _watch = Watch(connect, rank, world_size, on_node, limit_minutes)
+    place = launcher.read()
+    first = 0 if place.local_rank is None else rank - place.local_rank
+    on_node = range(max(first, 0), first + (place.local_world_size or world_size))
+    _watch = Watch(connect, rank, world_size, on_node, limit_minutes, stall_minutes)
     if _command:
         _watch.begin(_command)
     if not faulthandler.is_enabled():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_report.options import Setting
-from benchmarks.gpu_report.processes import end_all
+from benchmarks.gpu_report.processes import end_all, ended_with_us
 from benchmarks.gpu_report.sections import Section
 from benchmarks.gpu_report.worker import RAISED, RUNNING, save
 
@@ -51,7 +51,7 @@ class Runner:
         for name in self.replaced(sections, repeat):
             self._path(name).unlink(missing_ok=True)
         pending = [section for section in sections.values() if not self._has_result(section.name)]
-        with _ended_by_signals():
+        with ended_with_us(_MARK, self._mark), _ended_by_signals():
             while pending and self._seconds_left() > 0:
                 _, together = next(itertools.groupby(pending, lambda section: section.environment))
                 self._run_process(list(together))

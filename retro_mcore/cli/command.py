@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from retro_mcore import launcher
 from retro_mcore.cli.flags import parse_command
 from retro_mcore.cli.log_files import add_log_file, logged_run
 from retro_mcore.cli.output import closed_pipe_ends_quietly
@@ -54,6 +55,7 @@ def _run(
     logs: CommandLogs,
 ) -> int:
     options, level = parse_command(options_type, arguments)
+    launcher.read()  # before log files are named by the rank
     logs.set_level(level)
     add_log_file(logs, function.__name__, options)
     with logged_run(function.__name__, arguments), verification_of(options):

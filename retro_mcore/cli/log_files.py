@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retro_mcore import __version__, watch
+from retro_mcore import __version__, launcher, watch
 from retro_mcore.cli.quiet import ignore_unwanted
 from retro_mcore.cli.utf8 import write_any_text
 from retro_mcore.errors import RetroError
@@ -67,7 +67,11 @@ def command_in_python(command: str, options: object) -> Iterator[None]:
     """Log a command that is called from Python, as `run_command` does.
 
     Lines go to the terminal unless the caller has configured logging.
+
+    Raises:
+        ConfigurationError: the launcher's variables are wrong.
     """
+    launcher.read()
     ignore_unwanted()
     write_any_text()
     with command_logs(terminal=not logging.getLogger().hasHandlers()) as logs:

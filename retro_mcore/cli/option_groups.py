@@ -42,7 +42,7 @@ GROUPS: dict[str, str] = {
     "precision": "fp8_* fp4_* bf16 fp16 *_bf16 tp_only_amax_red fp32_residual_connection "
     "*loss_scale* hysteresis accumulate_allreduce_grads_in_fp32",
     "parallelism": "device tensor_model_* sequence_parallel *pipeline* context_parallel_size "
-    "expert_*parallel_size moe_* distributed_timeout_minutes "
+    "expert_*parallel_size moe_* *_timeout_minutes "
     "cp_comm_type *overlap* world_size use_distributed_optimizer ddp_*",
     "computation": "transformer_impl attention_backend no_*_fusion no_persist_layer_norm "
     "cross_entropy_* *offloading* offload_modules recompute_* "

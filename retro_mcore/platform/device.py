@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 import torch
 
+from retro_mcore import launcher
 from retro_mcore.errors import ConfigurationError
 from retro_mcore.platform.cpu import disable_compilation, is_cpu_in_use, use_cpu
 
@@ -39,7 +39,7 @@ def choose_device(device: Device = "auto") -> torch.device:
     if device == "cpu" or is_cpu_in_use() or not torch.cuda.is_available():
         disable_compilation()
         return torch.device("cpu")
-    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local = torch.device("cuda", launcher.local_rank())
     torch.cuda.set_device(local)
     return local
 

@@ -6,7 +6,8 @@
 | `read`         | a rank finds only its own folder, and copies only in its own group of ranks    |
 | `_load`        | files are unpickled unguarded                                                  |
 | `_save_fn`     | it writes what may not have come from the GPU yet; if one rank cannot write,   |
-|                | the others wait for it, and what is written stays                              |
+|                | the others wait for it, and what is written stays; older files are removed     |
+|                | before the new ones are on the disk                                            |
 
 The package writes `DIRECTORY/RUN/RANK/iter_0000005_RANK_local.pt` with `torch.save`, first under a
 name with `.dirty`, and removes older ones when all ranks have it. Import this module only where it
@@ -15,6 +16,7 @@ is installed.
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -187,6 +189,11 @@ class LocalFiles(LocalCheckpointManager):
             torch.cuda.synchronize()
         try:
             super()._save_fn(id_to_state_dict)
+            # The package then removes older ones, which until now a loss of power leaves.
+            for each in id_to_state_dict:
+                _sync(self._local_ckpt_path_from_id(each))
+            for folder in (self.folder, *self.folder.parents[:2]):  # of the rank, run and directory
+                _sync(folder)
         except Exception as error:
             reason = _first(error)
             raise CheckpointError(
@@ -195,6 +202,15 @@ class LocalFiles(LocalCheckpointManager):
                 "Check the node's disk (--non-persistent-local-ckpt-dir); earlier checkpoints "
                 "are intact",
             ) from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _first(error: BaseException) -> BaseException:

@@ -52,7 +52,10 @@ def run(project: Project, config: BuildDbConfig) -> BuildDbReport:
         CorruptFileError: the tokens are damaged.
         TokenizerError: the tokenizer differs from the project's.
     """
-    initialize(timeout_minutes=config.distributed_timeout_minutes)
+    initialize(
+        timeout_minutes=config.distributed_timeout_minutes,
+        stall_minutes=config.stall_timeout_minutes,
+    )
     paths = project_paths(project)
     with stage_lock(paths, STAGE):
         with raise_together():

@@ -181,7 +181,10 @@ def run(project: Project, config: BuildIndexConfig) -> BuildIndexReport:
             recall in the memory.
         CorruptFileError: the database is damaged.
     """
-    initialize(timeout_minutes=config.distributed_timeout_minutes)
+    initialize(
+        timeout_minutes=config.distributed_timeout_minutes,
+        stall_minutes=config.stall_timeout_minutes,
+    )
     with raise_together():
         _check(config)
         automatic = _automatic(config)

@@ -75,7 +75,10 @@ def run(project: Project, config: PreprocessCorpusConfig) -> PreprocessCorpusRep
         ProjectError: the project was built with another configuration or other inputs, another
             run works on it, or the disk is full.
     """
-    initialize(timeout_minutes=config.distributed_timeout_minutes)
+    initialize(
+        timeout_minutes=config.distributed_timeout_minutes,
+        stall_minutes=config.stall_timeout_minutes,
+    )
     with raise_together():
         raise_problems(list(problems_of(config)))
     paths = project_paths(project)

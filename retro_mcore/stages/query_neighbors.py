@@ -156,7 +156,10 @@ def run(project: Project, config: QueryNeighborsConfig) -> QueryNeighborsReport:
             another run works on the project, or the disk is full.
         CorruptFileError: the database or the index is damaged.
     """
-    initialize(timeout_minutes=config.distributed_timeout_minutes)
+    initialize(
+        timeout_minutes=config.distributed_timeout_minutes,
+        stall_minutes=config.stall_timeout_minutes,
+    )
     paths = project_paths(project)
     with stage_lock(paths, STAGE):
         return _run(paths, config, None)

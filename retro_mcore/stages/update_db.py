@@ -143,7 +143,10 @@ def run(
         ConfigurationError: the configuration is invalid.
         CorpusError: an input is missing, empty or malformed.
     """
-    initialize(timeout_minutes=config.distributed_timeout_minutes)
+    initialize(
+        timeout_minutes=config.distributed_timeout_minutes,
+        stall_minutes=config.stall_timeout_minutes,
+    )
     paths = project_paths(project)
     with stage_lock(paths, STAGE):
         with raise_together():

@@ -4,6 +4,7 @@ in --save where a node lost its own."""
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -372,6 +373,34 @@ def test_nothing_is_written_before_it_has_come_from_the_gpu(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "save", lambda value, file: done.append("written"))
     LocalFiles(tmp_path, "run", torch.load)._save_fn({(5, 0, "run"): {}})
     assert done == ["waited", "written"]
+
+
+def test_the_one_before_stays_until_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
+    """The file, and the folders that lead to it; a loss of power then leaves one of both."""
+    from retro_mcore.platform.local_files import LocalFiles
+
+    files, synced, sync = LocalFiles(tmp_path, "run", torch.load), [], os.fsync
+    folder = files.folder
+
+    def record(descriptor: int) -> None:
+        sync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path, path == folder / name(2) and (folder / name(1)).exists()))
+
+    def name(iteration: int) -> str:
+        return f"iter_000000{iteration}_0_local.pt"
+
+    files._save_fn({(1, 0, "run"): {"of": 1}})
+    monkeypatch.setattr(os, "fsync", record)
+    files._save_fn({(2, 0, "run"): {"of": 2}})
+    assert synced == [
+        (folder / name(2), True),
+        (folder, False),
+        (folder.parent, False),
+        (tmp_path, False),
+    ]
+    files._cleanup(2)
+    assert names(folder.iterdir()) == [name(2)]
 
 
 @pytest.fixture(scope="module")

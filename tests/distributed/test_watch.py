@@ -141,6 +141,31 @@ def test_a_sick_job_ends(name, told):
     assert "this rank ends too. Its threads:" in text
 
 
+@pytest.mark.slow
+def test_a_rank_that_works_for_long_is_told():
+    """It does not end the job, however long that takes."""
+    store, address = host_store()
+    ranks = start(address, "works_alone", "10", "0.4")
+    texts = outputs(ranks)
+    del store
+    assert [rank.returncode for rank in ranks] == [0, 0], texts
+    assert re.search(r"rank 1 \(.*\) keeps 1 of 2 ranks waiting, for up to \d+ s", texts[0])
+    assert "this rank ends too" not in "".join(texts)
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_nothing_ends_the_job():
+    """Long before the limit of collectives; both log their stacks."""
+    store, address = host_store()
+    ranks = start(address, "reads_in_vain", "60", "1")
+    texts = outputs(ranks)
+    del store
+    assert [rank.returncode for rank in ranks] == [1, 1], texts
+    for text in texts:
+        assert re.search(r"rank 1 \(.*\) has done nothing for \d+ s: it computed nothing", text)
+        assert "this rank ends too. Its threads:" in text
+
+
 _STORE = """
 import time
 from torch.distributed import TCPStore

@@ -101,6 +101,22 @@ def works(rank: int) -> None:
     time.sleep(10 * LONG)
 
 
+def works_alone(rank: int) -> None:
+    """Rank 1 computes without a step for longer than a rank may do nothing, and rank 0 waits."""
+    end = time.monotonic() + 4 * LONG
+    while rank == 1 and time.monotonic() < end:
+        sum(range(1_000_000))
+    distributed.barrier()
+
+
+def reads_in_vain(rank: int) -> None:
+    """Rank 1 reads what nobody writes, as from a file system whose server is gone."""
+    reader, _writer = os.pipe()
+    if rank == 1:
+        os.read(reader, 1)
+    distributed.barrier()
+
+
 def is_killed(rank: int) -> None:
     """Rank 1 ends without leaving."""
     time.sleep(3)
@@ -125,11 +141,11 @@ def is_stuck_at_its_end(rank: int) -> None:
     time.sleep(10 * LONG)
 
 
-def main(function: Callable[[int], None], limit: float = LIMIT) -> None:
+def main(function: Callable[[int], None], limit: float = LIMIT, stall: float | None = None) -> None:
     """Join, and be healthy or not."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rank = int(os.environ["RANK"])
-    distributed.initialize("gloo", limit)
+    distributed.initialize("gloo", limit, stall)
     print("joined", flush=True)
     function(rank)
     print("done", flush=True)

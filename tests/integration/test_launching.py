@@ -121,6 +121,20 @@ def test_a_stage_out_of_time_is_requeued_a_limited_number_of_times(tools, restar
     assert requeued == ([["requeue", "7"]] if restarts == 0 else [])
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_stage_that_has_just_ended_is_not_requeued(tools, code):
+    """The signal comes when the stage has ended, and its script does not know yet."""
+    (tools / "srun").write_text(
+        "#!/bin/bash\n"
+        "state() { sed 's/.*) //' /proc/$1/stat | cut -c 1; }\n"
+        "(until [ $(state $$) = Z ]; do sleep 0.05; done; kill -USR1 $PPID; kill -CONT $PPID) &\n"
+        "kill -STOP $PPID; until [ $(state $PPID) = T ]; do sleep 0.05; done\n"
+        f"exit {code}\n"
+    )
+    assert start("data.sbatch", "build_db", "--project-dir", "p").wait() == code
+    assert not [words for words in asked(tools, "scontrol") if words[0] == "requeue"]
+
+
 def test_all_stages_are_submitted_in_order(tools):
     assert start("pipeline.sh", "/data/wiki", "/data/wiki.jsonl", EMBED_JOBS="3").wait() == 0
     submitted = asked(tools, "sbatch")

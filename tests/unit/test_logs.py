@@ -24,6 +24,7 @@ def alone(monkeypatch):
 
 def test_lines_have_time_and_rank(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with command_logs() as logs:
         logs.add_file(tmp_path, "build_db")
         LOG.warning("%d lines", 2)

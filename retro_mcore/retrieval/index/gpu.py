@@ -7,7 +7,6 @@ says once per step what runs where, and why.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from retro_mcore import launcher
 from retro_mcore.retrieval.index.faiss_search import search
 from retro_mcore.retrieval.index.library import faiss_library, message_of
 from retro_mcore.retrieval.index.training import has_graph, innermost, num_lists
@@ -75,7 +75,7 @@ def to_gpu(index: Any, step: str) -> Any | None:
         RuntimeError: any other error of Faiss.
     """
     faiss = faiss_library()
-    device = int(os.environ.get("LOCAL_RANK", "0")) % num_gpus()
+    device = launcher.local_rank() % num_gpus()
     resources = faiss.StandardGpuResources()
     graph, options = _graph_of(index), _cloner_options(index)
     flat = graph is not None and graph.ntotal <= _MOST_CENTROIDS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from retro_mcore import launcher
 from retro_mcore.errors import MissingDependencyError
 from retro_mcore.host import usable_cores
 
@@ -38,7 +38,7 @@ def faiss_library() -> ModuleType:
 
 def share_of_cores() -> int:
     """This process's share of the cores that it may run on."""
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // launcher.local_world_size())
 
 
 @contextmanager

@@ -18,7 +18,6 @@ number of threads and ranks, and however queries are divided into batches.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from retro_mcore import launcher
 from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.distributed import gather, get_world_size
 from retro_mcore.errors import ConfigurationError
@@ -209,7 +209,7 @@ def _queries_in(index: ListOrderSearch, k: int, memory: int) -> int:
 
 def _ranks_here() -> int:
     """Ranks of this machine; all if the launcher does not say how many."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size())))
+    return launcher.local_world_size(get_world_size())
 
 
 def enough_queries(lists: int, nprobe: int) -> int:

@@ -15,6 +15,7 @@ from retro_mcore.project.verification import compare_sizes
 from retro_mcore.stages.doctor.collective import check_collective
 from retro_mcore.stages.doctor.device import check_device, compare_speeds, measure_speed
 from retro_mcore.stages.doctor.findings import Diagnosis, Finding, error, note, ok
+from retro_mcore.stages.doctor.hardware import check_hardware, check_ports
 from retro_mcore.stages.doctor.host import check_host
 from retro_mcore.stages.doctor.peers import Peers, compare_clocks, join, missing
 from retro_mcore.stages.doctor.settings import check_settings, compare_settings, shared_settings
@@ -116,6 +117,8 @@ def _each_node(
     return [
         *check_software(cuda),
         *check_host(local),
+        *check_hardware(cuda),
+        *check_ports(),
         *check_settings(cuda, config.tensor_model_parallel_size, local, capability),
     ]
 

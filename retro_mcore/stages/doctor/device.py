@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from statistics import median
 
 import torch
 
+from retro_mcore import launcher
 from retro_mcore.stages.doctor.findings import Finding, error, note, ok, warning
 
 AREA = "device"
@@ -53,7 +53,7 @@ def _check_gpu(local_world_size: int) -> Iterator[Finding]:
         fix = "Lower --nproc-per-node, or check CUDA_VISIBLE_DEVICES"
         yield error(AREA, "GPUs", f"{count} for {local_world_size} processes of this node", fix)
         return
-    where = int(os.environ.get("LOCAL_RANK", 0))
+    where = launcher.local_rank()
     torch.cuda.set_device(where)
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
@@ -71,7 +71,7 @@ def _check_gpu(local_world_size: int) -> Iterator[Finding]:
 def _unusable(refused: RuntimeError) -> Finding:
     found = " ".join(str(refused).split())[:200]
     fix = "Look at nvidia-smi and dmesg (Xid): end other processes, reset the GPU, or leave it out"
-    return error(AREA, f"GPU {os.environ.get('LOCAL_RANK', 0)}", found, fix)
+    return error(AREA, f"GPU {launcher.local_rank()}", found, fix)
 
 
 def measure_speed() -> tuple[float | None, list[Finding]]:

@@ -11,10 +11,11 @@ import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
+from retro_mcore import launcher
 from retro_mcore.agent_store import is_kept_by_agent
 from retro_mcore.distributed import launched_by_torchrun
 from retro_mcore.errors import ConfigurationError
@@ -38,8 +39,8 @@ class Peers:
     def __init__(self, store: Any, rank: int, world_size: int, seconds: float) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.seconds = seconds
-        self.local_rank = _number("LOCAL_RANK", "0") if world_size > 1 else 0
-        self.local_world_size = _number("LOCAL_WORLD_SIZE", "1")
+        self.local_rank = launcher.local_rank() if world_size > 1 else 0
+        self.local_world_size = launcher.local_world_size()
         self.host = socket.gethostname()
 
     @property
@@ -85,19 +86,6 @@ class Peers:
         return bool(self.store.check([key]))
 
 
-def _number(name: str, unset: str = "") -> int:
-    """A variable of the launcher.
-
-    Raises:
-        ConfigurationError: it is not a number.
-    """
-    value = os.environ.get(name, unset)
-    if not value.isdecimal():
-        fix = "Start with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
-        raise ConfigurationError(name, f"{value!r} is not a number", fix)
-    return int(value)
-
-
 def join(seconds: float) -> Peers:
     """Reach the other ranks through the store of torchrun, or through one on rank 0.
 
@@ -106,20 +94,21 @@ def join(seconds: float) -> Peers:
     """
     if not launched_by_torchrun():
         return Peers(dist.HashStore(), 0, 1, seconds)
-    rank, world_size = _number("RANK"), _number("WORLD_SIZE")
-    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    place = launcher.read()
+    rank, world_size = cast(int, place.rank), cast(int, place.world_size)
+    host, port = launcher.meeting_place()
     by_agent = is_kept_by_agent()
     try:
         store = dist.TCPStore(
             host,
-            int(port),
+            port,
             world_size,
             is_master=rank == 0 and not by_agent,
             timeout=timedelta(seconds=seconds),
             wait_for_workers=False,
             multi_tenant=True,
         )
-    except (RuntimeError, ValueError) as failure:
+    except RuntimeError as failure:
         raise ConfigurationError(
             f"MASTER_ADDR={host} MASTER_PORT={port}",
             f"rank {rank} on {socket.gethostname()} does not reach rank 0 in {seconds:g} s "

@@ -18,7 +18,9 @@ from retro_mcore.checkpoint.files import (
     latest_iteration,
 )
 from retro_mcore.checkpoint.loading import LoadScope
+from retro_mcore.distributed import get_rank
 from retro_mcore.errors import CheckpointError, ConfigurationError
+from retro_mcore.project.atomic import atomic_write
 from retro_mcore.training.loop.local_run import may_resume_locally
 from retro_mcore.training.loop.sample_reader import Samples, SamplesInOrder
 from retro_mcore.training.options.pretrain import TrainingOptions
@@ -30,6 +32,10 @@ from retro_mcore.training.reporting.metrics import (
 )
 from retro_mcore.training.setup.plan import TrainingPlan
 from retro_mcore.training.setup.saved_arguments import saved_arguments
+
+#: File in --save that names the last iteration of a run that has reached it, for launchers: after a
+#: signal the exit code does not tell whether there is work left.
+FINISHED_FILE = "finished_iteration.txt"
 
 
 @dataclass
@@ -142,6 +148,23 @@ def finished_run(plan: TrainingPlan) -> TrainingResult | None:
         loss_curve=curve if curve.is_file() else None,
         reused=True,
     )
+
+
+def tell_finished(save: str | None, iteration: int | None) -> None:
+    """Write which iteration was the run's last (None: it goes on), on rank 0; see `FINISHED_FILE`.
+
+    Args:
+        save: The run's --save, if it has one.
+        iteration: Its last iteration, whose checkpoint is written.
+    """
+    if save is None or get_rank() != 0:
+        return
+    path = Path(save) / FINISHED_FILE
+    if iteration is None:
+        path.unlink(missing_ok=True)
+    else:
+        with atomic_write(path) as temporary:
+            temporary.write_text(f"{iteration}\n", encoding="utf-8")
 
 
 def check_order(saved: Mapping[str, Any], samples: Samples, checkpoint: Path) -> None:

@@ -57,6 +57,7 @@ from retro_mcore.training.loop.resume import (
     load_scope,
     num_parameters,
     order_of,
+    tell_finished,
 )
 from retro_mcore.training.loop.sample_reader import (
     MicroBatchSampler,
@@ -205,8 +206,13 @@ class Trainer:
                     if note := note_of(self._train_samples):
                         reporter.message(f"train samples: {note}")
             reporter.samples(self._progress.iteration)
+            with raise_together():
+                tell_finished(self.plan.options.save, None)
             self._loop(stop, reporter)
             self._report_saved(self._saver.finish(), reporter)
+            if progress.iteration == self.plan.train_iters:
+                with raise_together():
+                    tell_finished(self.plan.options.save, progress.iteration)
             if self._local is not None:
                 self._local.remove()
             if result.stopped_by is None:  # otherwise every second matters

@@ -19,6 +19,7 @@ from retro_mcore.cli.flags import parse_options
 from retro_mcore.cli.pretrain_retro import PretrainRetroOptions, main, pretrain_retro
 from retro_mcore.cli.tables.training import drops_attention
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.training.loop.resume import FINISHED_FILE
 from tests.processes import START_METHOD
 from tests.unit.data.projects import built_project
 
@@ -120,6 +121,46 @@ def test_slurm_script_requeues_a_run_that_saved(tmp_path, text, flags, code):
     assert done.returncode == code, done.stderr
     assert ("requeue 7" in done.stdout) == (code == 0)
     assert ("error: save and load" in done.stderr) == (code == 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "saved", "finished", "requeued"),
+    [
+        (None, 5, None, True),
+        (None, 5, 5, False),  # at the moment of the signal it had just ended
+        (5, 5, 5, False),
+        (5, 9, 5, True),  # its iterations were raised since
+        (5, 5, None, False),
+        (None, None, None, False),
+    ],
+)
+def test_slurm_script_does_not_requeue_a_run_that_is_finished(
+    tmp_path, before, saved, finished, requeued
+):
+    """torchrun ends with 1 after a signal, whether or not its processes had finished."""
+    config, run, tools = tmp_path / "c.yaml", tmp_path / "run", tmp_path / "tools"
+    config.write_text(f"save: {run}\nload: {run}\n")
+    tools.mkdir()
+    run.mkdir()
+    tracker, last = run / "latest_checkpointed_iteration.txt", run / FINISHED_FILE
+    if before is not None:
+        tracker.write_text(str(before))
+    srun = "" if saved is None else f"echo {saved} > {tracker}\n"
+    srun += "" if finished is None else f"echo {finished} > {last}\n"
+    commands = {"srun": srun + "exit 1", "scontrol": "echo $*", "python": "exit 1"}
+    for name, body in commands.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "slurm" / "pretrain.sbatch"), str(config)],
+        env={"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_JOB_ID": "7",
+             "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "n1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert ("requeue 7" in done.stdout) == requeued
+    at_its_end = finished is not None and finished == saved
+    assert done.returncode == (0 if requeued or at_its_end else 1), done.stderr
 
 
 def test_a_project_says_what_it_fixes(megatron, capsys):

@@ -240,7 +240,7 @@ def test_variables_of_a_launcher_that_are_wrong_are_named(monkeypatch, capsys, v
         monkeypatch.setenv(name, value)
     assert command.main(["--device", "cpu", "--time-limit", "1"]) == 2
     wrong = [name for name, value in variables.items() if not value.isdecimal()]
-    assert wrong[0] in capsys.readouterr().err.partition("error: ")[2]
+    assert wrong[-1] in capsys.readouterr().err.partition("error: ")[2]
 
 
 def test_a_directory_that_nodes_do_not_share(tmp_path, monkeypatch):

@@ -221,7 +221,8 @@ KEPT: dict[str, dict[str, object]] = {
         "faiss_gpu": False,
     },
 }
-OF_A_RUN = {"stage", "shard", "device", "verify", "distributed_timeout_minutes"}
+OF_A_RUN = {"stage", "shard", "device", "verify"}
+OF_A_RUN |= {"distributed_timeout_minutes", "stall_timeout_minutes"}
 ASKED: dict[str, dict[str, object]] = {
     "num_neighbors_query": {"num_neighbors_query": 9},
     "num_neighbors_save": {"num_neighbors_save": 2},

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.training.loop.resume import FINISHED_FILE
 from tests.unit.training.small import (
     TRAIN_SAMPLES,
     VOCABULARY,
@@ -54,6 +55,18 @@ def test_a_run_stops_when_its_time_is_up_and_resumes(tmp_path):
     second = train(save=save, load=save)
     assert second.stopped_by is None
     assert first.train_losses + second.train_losses == train().train_losses
+
+
+def test_a_run_that_has_reached_its_last_iteration_says_so(tmp_path):
+    save, finished = str(tmp_path), tmp_path / FINISHED_FILE
+    train(save=save, train_iters=3, exit_interval=2)
+    assert not finished.exists()
+    for _ in range(2):  # the second finds it finished
+        train(save=save, load=save, train_iters=3)
+        assert finished.read_text(encoding="utf-8") == "3\n"
+    longer = {"train_iters": 6, "override_opt_param_scheduler": True}
+    train(save=save, load=save, exit_duration_in_mins=0.0, **longer)
+    assert not finished.exists()
 
 
 def test_each_size_of_a_ramp_must_divide_into_micro_batches():
