@@ -47,12 +47,19 @@ from retro_mcore.retrieval.index.transforms import transformed
 
 #: Kinds of lists that are searched in their order.
 _LISTS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ")
-#: Their factory strings.
-_STRING = re.compile(
-    r"(^|,)IVF(?P<count>\d+)(?P<unit>[kM]?)(_HNSW\d+)?,(Flat|SQ\w+|PQ\d+(x\d+)?(np)?)$"
-)
-#: Queries that are searched together on any machine, and the memory that they may take.
-TOGETHER, _MEMORY = 65_536, 2 << 30
+#: Kinds of indexes without lists that are searched block by block.
+_WHOLE = ("IndexFlat", "IndexFlatL2", "IndexScalarQuantizer", "IndexPQ")
+#: Factory strings of both.
+_CODES = r"(Flat|SQ\w+|PQ\d+(x\d+)?(np)?)$"
+_STRING = re.compile(r"(^|,)IVF(?P<count>\d+)(?P<unit>[kM]?)(_HNSW\d+)?," + _CODES)
+_WHOLE_STRING = re.compile(r"((OPQ\d+(_\d+)?|PCA\w?\d+|RR\d+|L2norm)," + ")*" + _CODES)
+#: Vectors of an index without lists whose mean is the origin that queries are rounded from.
+_AVERAGED = 4096
+#: Queries that are searched together where memory allows it, the memory that they may take, and the
+#: share of the available memory that they never exceed.
+TOGETHER, _MEMORY, _MEMORY_SHARE_OF_QUERIES = 65_536, 2 << 30, 0.25
+#: Queries that are searched together on any machine: the caller reads as many at a time.
+_FEWEST_TOGETHER = 4096
 #: Queries of one search at most, as a kill loses all of them.
 _MOST_TOGETHER = 8 * TOGETHER
 #: Queries of a list from which on more of them save little: to read a list takes as long as to
@@ -175,10 +182,11 @@ def list_order_pays(index_string: str, nprobe: int | None) -> bool:
 def queries_together(index: Any, *wanted: int, most: int | None = None) -> list[int]:
     """Queries that are searched in one call, on all ranks alike; for each number of neighbors.
 
-    As many as 2 GiB of memory hold, up to `TOGETHER`. Up to eight times as many where this rank's
-    part of the available memory (a share of it, divided among the ranks of this machine) holds
-    them: as many as make each list worth its reading, or all of these if lists are read from the
-    disk. The result does not depend on it. All ranks must call this.
+    As many as 2 GiB of memory hold, up to `TOGETHER`, if they take no more than a quarter of this
+    rank's part of the available memory (which the ranks of this machine divide), but at least 4096.
+    Up to eight times as many where a smaller share of that part holds them: as many as make each
+    list worth its reading, or all of these if lists are read from the disk. The result does not
+    depend on it. All ranks must call this.
 
     Args:
         index: An index that `ProjectIndex.open` returned.
@@ -192,19 +200,21 @@ def queries_together(index: Any, *wanted: int, most: int | None = None) -> list[
         index = index.local
     own = [0] * len(wanted)
     if isinstance(index, ListOrderSearch):
-        share = _QUERIES_SHARE if index.stay_in_memory() else _QUERIES_SHARE_ON_DISK
-        memory = int(share * available_memory()) // _ranks_here()
+        memory = available_memory() // _ranks_here()
         own = [_queries_in(index, k, memory) for k in wanted]
     limit = _MOST_TOGETHER if most is None else most
     return [min(limit, *numbers) for numbers in zip(*gather(own), strict=True)]
 
 
 def _queries_in(index: ListOrderSearch, k: int, memory: int) -> int:
+    """Queries of one search on a rank whose part of the available memory is `memory`."""
     each = index.bytes_per_query(k)
-    usual = max(1, min(TOGETHER, _MEMORY // each))
-    worthwhile = index.enough_queries() if index.stay_in_memory() else _MOST_TOGETHER
-    fitting = memory // (each + 4 * index.d + _BESIDE)  # the caller holds the vectors, too
-    return max(usual, min(worthwhile, fitting))
+    held = each + 4 * index.d + _BESIDE  # the caller holds the vectors, too
+    usual = min(TOGETHER, _MEMORY // each, int(_MEMORY_SHARE_OF_QUERIES * memory) // held)
+    share, worthwhile = _QUERIES_SHARE, index.enough_queries()
+    if not index.stay_in_memory():
+        share, worthwhile = _QUERIES_SHARE_ON_DISK, _MOST_TOGETHER
+    return max(_FEWEST_TOGETHER, usual, min(worthwhile, int(share * memory) // held))
 
 
 def _ranks_here() -> int:

@@ -452,18 +452,20 @@ def test_queries_searched_together_fit_the_memory(files, where, monkeypatch):
     wrapped = SharedIndex(ListOrderSearch(index), index.ntotal, DIMENSION)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 30)
-    few, many = list_order.queries_together(wrapped, 20, 10_000)
-    assert 0 < many < few == list_order.TOGETHER  # as on any machine, however small
+    few, many = list_order.queries_together(wrapped, 20, 1000)
+    assert list_order._FEWEST_TOGETHER < many < few == list_order.TOGETHER
     monkeypatch.setattr(list_order, "_ENOUGH_PER_LIST", 1 << 40)
-    needed = ListOrderSearch(index).bytes_per_query(20)
-    memory, grown = 4 * list_order.TOGETHER * needed / list_order._QUERIES_SHARE, []
-    monkeypatch.setattr(list_order, "available_memory", lambda: memory)
-    for ranks in (1, 2, 8):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        grown += list_order.queries_together(wrapped, 20)
-    assert list_order.TOGETHER < grown[0] < 4 * list_order.TOGETHER
-    assert grown[0] // 2 == grown[1]
-    assert grown[2] == list_order.TOGETHER
+    searched = ListOrderSearch(index)
+    held = searched.bytes_per_query(20) + 4 * DIMENSION + list_order._BESIDE
+    for available, least in ((1 << 20, 4096), (100 << 20, 4096), (1 << 30, 4096), (64 << 30, None)):
+        monkeypatch.setattr(list_order, "available_memory", lambda size=available: size)
+        for ranks in (1, 2, 8):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+            (taken,) = list_order.queries_together(wrapped, 20)
+            mine = available // ranks // 4 // held
+            assert taken == max(4096, min(list_order.TOGETHER, mine)) or taken > list_order.TOGETHER
+            assert taken <= max(4096, mine)
+            assert (least is None) == (taken > list_order.TOGETHER)
     monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 50)
     assert list_order.queries_together(wrapped, 20) == [8 * list_order.TOGETHER]
     assert list_order.queries_together(wrapped, 20, 5, most=100) == [100, 100]
