@@ -203,6 +203,29 @@ def test_batches_rounds_and_threads_do_not_change_a_byte(files, string, monkeypa
             assert joined.tobytes() == whole[: len(joined)].tobytes()
 
 
+@pytest.mark.parametrize("string", ["Flat", "SQ8", "PQ4x4np", "OPQ4_8,PQ4x4np", "PCA8,Flat"])
+def test_an_index_without_lists_is_searched_in_blocks(products, string, tmp_path, monkeypatch):
+    """The neighbors of `index.search`; batches and places in them do not change a byte."""
+    monkeypatch.setattr(list_order, "_VECTORS_OF_WHOLE", 300)
+    monkeypatch.setattr(list_order, "multiplies_int8_fast", lambda: products == "int8")
+    assert list_order.obstacle(string, None) is None
+    index = train_index_of(string, vectors())
+    index.add(vectors())
+    save_index(index, tmp_path / "index.faissindex")
+    index = load_index(tmp_path / "index.faissindex", mapped=True)
+    queries = np.concatenate([vectors()[::26], vectors()[::26] + 0.05])
+    for k in (400, 20, 1):
+        found = ListOrderSearch(index).search(queries, k)
+        assert_same(found, search(index, queries, k), string)
+    parts = [ListOrderSearch(index).search(queries[start:][:77], 1) for start in (0, 77, 154)]
+    for one, whole in zip(zip(*parts, strict=True), found, strict=True):
+        assert np.concatenate(one).tobytes() == whole.tobytes()
+    joined = ListOrderSearch(PartedIndex([index, index], [0, len(vectors())])).search(queries, 2)
+    np.testing.assert_array_equal(joined[0][:, 0], found[0][:, 0])
+    empty = train_index_of(string, vectors())
+    assert (ListOrderSearch(empty).search(queries, 3)[1] == NO_NEIGHBOR).all()
+
+
 def test_vectors_that_are_not_finite_are_neighbors_of_none(files):
     index = opened(files, FLAT, LISTS, "full")
     wrong = np.full((3, DIMENSION), np.nan, np.float32)
@@ -247,8 +270,8 @@ def test_parts_with_ids_of_their_own_are_joined(files):
 
 @pytest.mark.parametrize(
     ("string", "supported"),
-    [(FLAT, True), ("Flat", False), ("HNSW8,Flat", False), ("IVF8,PQ4x4fs", False),
-     ("IVF8,Flat,RFlat", False)],
+    [(FLAT, True), ("Flat", True), ("PCA8,SQ8", True), ("HNSW8,Flat", False),
+     ("IVF8,PQ4x4fs", False), ("PQ4x4fs", False), ("IVF8,Flat,RFlat", False)],
 )  # fmt: skip
 def test_which_indexes_are_searched_in_list_order(string, supported):
     index = faiss_library().index_factory(DIMENSION, string)
@@ -260,8 +283,9 @@ def test_which_indexes_are_searched_in_list_order(string, supported):
 
 def test_inner_products_are_left_to_the_index():
     faiss = faiss_library()
-    index = faiss.index_factory(DIMENSION, FLAT, faiss.METRIC_INNER_PRODUCT)
-    assert not supports_list_order(index)
+    for string in (FLAT, "Flat"):
+        index = faiss.index_factory(DIMENSION, string, faiss.METRIC_INNER_PRODUCT)
+        assert not supports_list_order(index)
 
 
 @pytest.fixture(params=["fp32", "int8"])
@@ -441,6 +465,7 @@ def test_candidates_may_come_in_any_order():
 )
 def test_list_order_pays_where_lists_have_several_queries(string, nprobe, pays):
     assert list_order.list_order_pays(string, nprobe) == pays
+    assert (list_order.obstacle(string, nprobe) is None) == (pays or string == "Flat")
     if pays and "4M" not in string:
         assert supports_list_order(faiss_library().index_factory(128, string))
 
