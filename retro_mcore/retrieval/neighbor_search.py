@@ -157,13 +157,12 @@ class NeighborSearch:
         k = self._first_candidates(query)
         distances, candidates = yield query.vectors, k
         require_found(distances, candidates, self.database, query.known is not None)
-        neighbors, kept = self._choose(query, np.arange(len(candidates)), candidates, distances)
+        everything = np.arange(len(candidates))
+        neighbors, kept, open_ = self._choose(query, everything, candidates, distances)
         total = len(self.database) if self.num_searched is None else self.num_searched
         while k < total:
             # Too few because many candidates are from the sample's own documents.
-            short = np.flatnonzero(
-                (neighbors[:, -1] == NO_NEIGHBOR) & (candidates[:, -1] != NO_NEIGHBOR)
-            )
+            short = np.flatnonzero(open_)
             if not len(short):
                 break
             k = min(_MORE * k if k >= self.num_query else self.num_query, total)
@@ -172,8 +171,7 @@ class NeighborSearch:
                 some = short[start : start + most]
                 more, wider = yield query.vectors[some], k
                 require_found(more, wider, self.database, may_be_empty=True)
-                neighbors[some], kept[some] = self._choose(query, some, wider, more)
-                candidates[some, -1] = wider[:, -1]
+                neighbors[some], kept[some], open_[some] = self._choose(query, some, wider, more)
         count_neighbors(self.database, query.tokens, neighbors, counts)
         return neighbors, kept
 
@@ -185,8 +183,13 @@ class NeighborSearch:
 
     def _choose(
         self, query: QueryBatch, rows: np.ndarray, candidates: np.ndarray, distances: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Choose the neighbors of some rows among candidates [rows, k] and those known already."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Choose the neighbors of some rows among candidates [rows, k] and those known already.
+
+        Returns:
+            Neighbors and distances [rows, saved], and for which rows farther candidates may be
+            among them, bool [rows].
+        """
         selected = []
         for start in range(0, len(rows), BATCH):
             some = slice(start, start + BATCH)
@@ -194,13 +197,15 @@ class NeighborSearch:
             owners = rows_of(query.owners, rows[some])
             selected.append(self.select(tokens, candidates[some], distances[some], owners))
         ids, kept = (np.concatenate(parts) for parts in zip(*selected, strict=True))
+        farther = (ids[:, -1] == NO_NEIGHBOR) & (candidates[:, -1] != NO_NEIGHBOR)
         if query.known is None:
-            return ids, kept
+            return ids, kept, farther
         found = [
             np.hstack([old[rows], new]) for old, new in zip(query.known, (ids, kept), strict=True)
         ]
         kept, ids = nearest(found[1], found[0], self.num_save)
-        return ids, np.where(ids == NO_NEIGHBOR, np.float32(np.nan), kept)
+        farther &= (ids[:, -1] == NO_NEIGHBOR) | (distances[:, -1] <= kept[:, -1])
+        return ids, np.where(ids == NO_NEIGHBOR, np.float32(np.nan), kept), farther
 
     def select(
         self,

@@ -187,7 +187,8 @@ def run(project: Project, config: BuildIndexConfig) -> BuildIndexReport:
     )
     with raise_together():
         _check(config)
-        automatic = _automatic(config)
+        # Rank 0 alone asks a hub.
+        automatic = _automatic(config) if get_rank() == 0 else Automatic()
     automatic = broadcast_object(automatic)  # type: ignore[assignment]
     paths = project_paths(project)
     job = None
@@ -201,8 +202,9 @@ def run(project: Project, config: BuildIndexConfig) -> BuildIndexReport:
 
 def _automatic(config: BuildIndexConfig) -> Automatic:
     device = "cpu" if config.device == "auto" and is_cpu_in_use() else config.device
-    tokens = default_batch_tokens(config.embedder, device)
-    return Automatic(default_precision(config.embedder, device), Batches(tokens=tokens))
+    batches = Batches(tokens=default_batch_tokens(config.embedder, device))
+    asked = explicit_precision(config.embed_precision, config.embed_fp16)
+    return Automatic(asked or default_precision(config.embedder, device), batches)
 
 
 def _check(config: BuildIndexConfig) -> None:

@@ -2,8 +2,10 @@
 
 An index of lists finds the nearest of the vectors in the lists that it probes. The extended index
 has the same lists, so its nearest neighbors are the nearest of those found before and of those
-found among the new vectors. This holds for an aligned project, whose table of neighbors in the old
-database has the same rows. It does not hold for graphs, nor for candidates that are sorted anew.
+found among the new vectors. So are those of an index without lists, to the byte if it is searched
+in blocks: then no distance depends on other chunks. This holds for an aligned project, whose table
+of neighbors in the old database has the same rows. It does not hold for graphs, which lead
+elsewhere once they have grown, nor for candidates that are sorted anew.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from retro_mcore.chunking import NO_NEIGHBOR
 from retro_mcore.errors import CorruptFileError, ProjectError
 from retro_mcore.project.config import Split
 from retro_mcore.project.integrity import verify_project
@@ -24,7 +27,7 @@ from retro_mcore.project.records import recorded_inputs, recorded_options
 from retro_mcore.project.shards import Shard
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.index import load_index, load_parts
-from retro_mcore.retrieval.index.filling import find_parts
+from retro_mcore.retrieval.index.filling import find_parts, first_row_of_new_parts
 from retro_mcore.retrieval.index.list_order import ListOrderSearch, supports_list_order
 from retro_mcore.retrieval.index.training import IndexKind, kind_of
 from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors
@@ -33,6 +36,9 @@ from retro_mcore.stages.stored_vectors import way_of_embedding
 
 #: Merged databases whose chunks have neighbors in an aligned project.
 MERGED: tuple[Split, ...] = ("train", "valid")
+
+#: Name, among the recorded options of a search, of the order in which an index is read.
+ORDER = "order of the search"
 
 Known = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 
@@ -45,7 +51,9 @@ class OldNeighbors:
         search: The project and the extended database.
         directories: Directories of the neighbors, by merged database.
         num_chunks: Chunks of the old database.
-        parts: Parts of the extended index with the new chunks.
+        parts: Parts of the extended index with the new chunks, and with the old ones from
+            `first_row` on.
+        first_row: Known neighbors from this chunk on are found again.
         fingerprint: Fingerprint of the search that found the neighbors.
     """
 
@@ -53,6 +61,7 @@ class OldNeighbors:
     directories: Mapping[Split, Path]
     num_chunks: int
     parts: list[Shard]
+    first_row: int
     fingerprint: str
 
     @property
@@ -60,11 +69,16 @@ class OldNeighbors:
         """Number of new chunks."""
         return len(self.search.database) - self.num_chunks
 
+    @property
+    def num_searched(self) -> int:
+        """Number of chunks in the parts."""
+        return len(self.search.database) - self.first_row
+
     def open_index(self, list_order: bool) -> Any:
         """Open an index of the new chunks alone, with the breadth of the whole index.
 
         Args:
-            list_order: Read each inverted list once per search.
+            list_order: Read the index once per search.
         """
         settings, source = self.search.source_settings, self.search.source
         for part in self.parts:
@@ -87,7 +101,13 @@ class OldNeighbors:
         removed = self.search.database.removed
         neighbors = SavedNeighbors(directory, self.num_chunks, removed)
         distances = SavedDistances(directory).of(neighbors)
-        return lambda start, end: (neighbors.rows(start, end), distances.rows(start, end))
+
+        def known(start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+            ids, found = neighbors.rows(start, end), distances.rows(start, end)
+            again = ids >= self.first_row
+            return np.where(again, NO_NEIGHBOR, ids), np.where(again, np.float32(np.nan), found)
+
+        return known
 
 
 def find_old_neighbors(
@@ -132,11 +152,11 @@ def find_old_neighbors(
         for split in MERGED
         if len(ChunkDatabase.open(search.paths.root, split, own=True))
     }
-    parts = _new_parts(search, base)
-    if parts is None or not all((path / "distances").is_dir() for path in directories.values()):
+    found = _new_parts(search, base, in_order=options.get(ORDER) is not None)
+    if found is None or not all((path / "distances").is_dir() for path in directories.values()):
         return None
     fingerprint = fingerprint_of([stage, dict(options), inputs])
-    return OldNeighbors(search, directories, settings.growth[-1], parts, fingerprint)
+    return OldNeighbors(search, directories, settings.growth[-1], *found, fingerprint)
 
 
 def _are_grouped_as_before(database: ChunkDatabase, base: ProjectPaths) -> bool:
@@ -152,20 +172,28 @@ def _decisive(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "--num-neighbors-query"}
 
 
-def _new_parts(search: ProjectSearch, base: ProjectPaths) -> list[Shard] | None:
-    """The parts with the new chunks; None if they are gone, or the old index is of another kind."""
+def _new_parts(
+    search: ProjectSearch, base: ProjectPaths, in_order: bool
+) -> tuple[list[Shard], int] | None:
+    """The parts with the new chunks, and the first chunk in them.
+
+    None if they are gone, the old index is of another kind, or everything is in them.
+    """
     settings, source = search.source_settings, search.source
     string = str(settings.index_string)
     empty = [paths.empty_index(string) for paths in (base, source)]
     if not all(path.is_file() for path in empty) or digest_of(empty[0]) != digest_of(empty[1]):
         return None
-    if kind_of(load_index(empty[1])) is not IndexKind.LISTS:
+    index = load_index(empty[1])
+    kind, old, total = kind_of(index), settings.growth[-1], len(search.database)
+    blocks = kind is IndexKind.CODES and in_order and supports_list_order(index)
+    first = first_row_of_new_parts(old, kind)
+    if not (kind is IndexKind.LISTS or (blocks and first)):
         return None
     if way_of_embedding(base) != way_of_embedding(source):
         return None
-    total, block = len(search.database), search.source_config.retro_block_size
-    folder = source.index_parts(string)
-    parts = find_parts(folder, total, IndexKind.LISTS, block, settings.growth)
-    new = [part for part in parts if part.start >= settings.growth[-1]]
-    covered = sum(part.end - part.start for part in new) == total - settings.growth[-1]
-    return new if covered and all(part.path.is_file() for part in new) else None
+    block = search.source_config.retro_block_size
+    parts = find_parts(source.index_parts(string), total, kind, block, settings.growth)
+    new = [part for part in parts if part.start >= first]
+    covered = sum(part.end - part.start for part in new) == total - first
+    return (new, first) if covered and all(part.path.is_file() for part in new) else None

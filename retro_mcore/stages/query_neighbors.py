@@ -39,7 +39,8 @@ from retro_mcore.retrieval.embedders.precision import Precision
 from retro_mcore.retrieval.index.gpu import log_once, num_gpus
 from retro_mcore.retrieval.index.list_order import (
     TOGETHER,
-    list_order_pays,
+    has_lists,
+    obstacle,
     queries_together,
 )
 from retro_mcore.retrieval.neighbor_search import (
@@ -56,7 +57,7 @@ from retro_mcore.samples.project_samples import numbers_in_database, remove_trun
 from retro_mcore.stages.configuration import Project, project_paths
 from retro_mcore.stages.cut_chunks import warn_of_cut_chunks
 from retro_mcore.stages.embedding_choice import Batches, explicit_precision
-from retro_mcore.stages.extended_search import OldNeighbors, find_old_neighbors
+from retro_mcore.stages.extended_search import ORDER, OldNeighbors, find_old_neighbors
 from retro_mcore.stages.previous_search import PreviousNeighbors, find_previous_neighbors
 from retro_mcore.stages.query_options import (
     database_digests,
@@ -69,8 +70,6 @@ from retro_mcore.stages.stored_vectors import held_out_vectors
 from retro_mcore.time_limit import DataTimeLimit
 
 STAGE = "query_neighbors"
-#: Name, among the recorded options, of the order in which lists are searched.
-_ORDER = "order of the search"
 _LEAST = {
     "num_neighbors_query": 1,
     "num_neighbors_save": 1,
@@ -277,7 +276,7 @@ class _Run:
         config, self._batches = self._config, batches
         self._options = options_of(config, self._search, self._num_query, self._precision, batches)
         if order is not None:
-            self._options[_ORDER] = order
+            self._options[ORDER] = order
         self._old: OldNeighbors | None = None
         self._previous: PreviousNeighbors | None = None
         self._derived = False
@@ -292,7 +291,7 @@ class _Run:
 
     def _is_begun(self) -> bool:
         """Whether files of this search are there, with its order or, from a GPU, without one."""
-        unordered = {name: value for name, value in self._options.items() if name != _ORDER}
+        unordered = {name: value for name, value in self._options.items() if name != ORDER}
         made = check_stage(self._paths, self._record, unordered, self._inputs, self._output)
         before = self._old or self._previous
         made = made if before is None else fingerprint_of([made, before.fingerprint])
@@ -332,7 +331,8 @@ class _Run:
         with raise_together():  # rank 0 has counted the tokens
             self._neighbor_search = self._make_neighbor_search()
         max_tokens = self._embedder.embedder.max_tokens
-        searched, again = self._neighbor_search.num_searched, None
+        searched = None if self._old is None else self._old.num_new
+        again = None
         if self._previous is not None:
             again = self._previous.count_touched()
         report = QueryNeighborsReport(
@@ -394,25 +394,35 @@ class _Run:
         used, self._prefixes = self._together > 0, self._together > 0 and narrow
         finished = bool(recorded_options(self._paths, self._record))
         if self._in_list_order and not used and not finished:
-            del self._options[_ORDER]
+            del self._options[ORDER]
             self._fingerprint = self._check_options()
             self._derive_fingerprint()
 
     def _make_neighbor_search(self) -> NeighborSearch:
         search, config = self._search, self._config
         reranker = search.load_reranker(config.rerank, self._tokenizer)
-        if self._together:
-            log_once(f"search reads each list once for up to {self._together} chunks")
+        self._log_order()
         return NeighborSearch(
             search.database,
             num_query=self._num_query if self._old is None else self._num_new_candidates,
             num_save=config.num_neighbors_save,
             rerank=reranker,
-            num_searched=None if self._old is None else self._old.num_new,
+            num_searched=None if self._old is None else self._old.num_searched,
             together=self._together,
             together_wide=self._together_wide,
             prefixes=self._prefixes,
         )
+
+    def _log_order(self) -> None:
+        """Say how many chunks share the reading of the index, or why none do."""
+        settings = self._search.source_settings
+        string = settings.index_string or ""
+        if self._together:
+            what = "each list" if has_lists(string) else "the index"
+            log_once(f"search reads {what} once for up to {self._together} chunks")
+        elif not (self._config.faiss_gpu and num_gpus()):
+            why = obstacle(string, settings.nprobe) or "so it was begun, or samples are packed"
+            log_once(f"search goes from chunk to chunk: {why}")
 
     @property
     def _num_new_candidates(self) -> int:
@@ -507,10 +517,14 @@ def _order_of_search(paths: ProjectPaths, record: str, search: ProjectSearch) ->
     """
     before = recorded_options(paths, record)
     if before:
-        return before.get(_ORDER)
+        return before.get(ORDER)
     settings = search.source_settings
     string = settings.index_string or ""
-    if not list_order_pays(string, settings.nprobe):
+    if not has_lists(string):
+        # Packed projects, which other programs read, are searched as by Faiss.
+        whole = search.settings.samples == "aligned" and obstacle(string, None) is None
+        return "blocks" if whole else None
+    if obstacle(string, settings.nprobe) is not None:
         return None
     return "lists, the nearest ones" if "_HNSW" in string else "lists"
 

@@ -25,6 +25,7 @@ from retro_mcore.retrieval.embedders.base import (
 )
 from retro_mcore.retrieval.embedders.half_precision import HalfPrecision
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder
+from retro_mcore.retrieval.embedders.model_files import begins_with_transformer
 from retro_mcore.retrieval.embedders.pooled import PooledEncoder
 from retro_mcore.retrieval.embedders.precision import (
     FLAG,
@@ -63,11 +64,14 @@ def register_embedder(is_of_kind: Recognizer, build: Builder) -> None:
 def default_precision(name: str, device: str) -> Precision:
     """The precision of a new project: automatic for an encoder, fp32 for other kinds.
 
+    Which kind a hub's model is, is looked up on the hub if need be; fp32 if it cannot be.
+
     Args:
         name: Name of the embedder.
         device: "auto", "cpu" or "cuda".
     """
-    return automatic_precision(device) if _is_encoder(name) else "fp32"
+    precision = automatic_precision(device)
+    return precision if precision == "fp32" or _is_encoder(name) else "fp32"
 
 
 def default_batch_tokens(name: str, device: str) -> int | None:
@@ -92,8 +96,8 @@ def takes_batches(name: str) -> bool:
 
 def _is_encoder(name: str) -> bool:
     """Whether a name stands for a sentence-transformers or Hugging Face encoder."""
-    is_model = static_models.begins_with_transformer(name) and takes_batches(name)
-    return is_model and not _is_registered(name)
+    is_model = takes_batches(name) and not _is_registered(name)
+    return is_model and begins_with_transformer(name)
 
 
 def _is_registered(name: str) -> bool:

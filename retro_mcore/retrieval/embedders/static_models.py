@@ -84,13 +84,6 @@ def is_static(name: str) -> bool:
     return name == STATIC_EMBEDDER or find_static_files(name) is not None
 
 
-def begins_with_transformer(name: str) -> bool:
-    """Whether a model may begin with a transformer; False for a folder whose modules.json denies
-    it."""
-    first = next(iter(modules_of(Path(name))), None)
-    return first is None or str(first.get("type", "")).endswith("Transformer")
-
-
 def modules_of(folder: Path) -> Iterable[dict[str, Any]]:
     """The modules of a sentence-transformers model, as modules.json lists them."""
     return _read_json(folder / "modules.json", [])

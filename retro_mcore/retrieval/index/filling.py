@@ -69,12 +69,19 @@ def cut_parts(
     if kind is not IndexKind.WHOLE:
         for first, last in pairwise([0, *growth, count]):
             length = _part_length(last - first, block_size)
-            if kind is IndexKind.CODES:  # a part that ends within a block is not kept
-                first -= first % _FLAT_BLOCK
-                last -= last % _FLAT_BLOCK if last != count else 0
+            first = first_row_of_new_parts(first, kind)
+            last = last if last == count else first_row_of_new_parts(last, kind)
             bounds += [(start, min(start + length, last)) for start in range(first, last, length)]
     parts = name_shards(directory, bounds)
     return [Shard(part.start, part.end, part.path.with_suffix(suffix)) for part in parts]
+
+
+def first_row_of_new_parts(count: int, kind: IndexKind) -> int:
+    """First row of the parts that an index of `count` vectors gets when it grows.
+
+    Without lists, a part that ends within a block is not kept.
+    """
+    return count - count % _FLAT_BLOCK if kind is IndexKind.CODES else count
 
 
 def _part_length(count: int, block_size: int) -> int:

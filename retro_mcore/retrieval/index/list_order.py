@@ -1,4 +1,4 @@
-"""Search of many queries in the order of an index's inverted lists.
+"""Search of many queries in the order of an index's vectors: list by list, block by block.
 
 `index.search` goes from query to query and reads a list as often as queries visit it. Here each
 list is read once per batch, decoded once, and scored against all its queries as one matrix
@@ -14,6 +14,9 @@ product. The neighbors are those of `index.search`:
 
 A distance depends on its query and its vector alone. So the result has the same bytes on any
 number of threads and ranks, and however queries are divided into batches.
+
+An index without lists is one list that every query visits. (Faiss's own search of it takes all
+distances from matrix products, so their last bits depend on the other queries of a call.)
 """
 
 from __future__ import annotations
@@ -35,11 +38,16 @@ from retro_mcore.retrieval.index.candidates import NearestCandidates, width_of
 from retro_mcore.retrieval.index.centers import MOST_COMPARED, Centers
 from retro_mcore.retrieval.index.faiss_search import PartedIndex
 from retro_mcore.retrieval.index.library import faiss_library, share_of_cores, worker_threads
-from retro_mcore.retrieval.index.list_scores import InvertedLists, candidates_within
+from retro_mcore.retrieval.index.list_scores import (
+    InvertedLists,
+    WholeIndex,
+    candidates_within,
+)
 from retro_mcore.retrieval.index.rough_scores import (
     ROUNDED_FROM,
     Queries,
     VectorScores,
+    multiplies_int8_fast,
     squared_lengths,
 )
 from retro_mcore.retrieval.index.training import QUANTIZERS, innermost
@@ -47,12 +55,19 @@ from retro_mcore.retrieval.index.transforms import transformed
 
 #: Kinds of lists that are searched in their order.
 _LISTS = ("IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ")
-#: Their factory strings.
-_STRING = re.compile(
-    r"(^|,)IVF(?P<count>\d+)(?P<unit>[kM]?)(_HNSW\d+)?,(Flat|SQ\w+|PQ\d+(x\d+)?(np)?)$"
-)
-#: Queries that are searched together on any machine, and the memory that they may take.
-TOGETHER, _MEMORY = 65_536, 2 << 30
+#: Kinds of indexes without lists that are searched block by block.
+_WHOLE = ("IndexFlat", "IndexFlatL2", "IndexScalarQuantizer", "IndexPQ")
+#: Factory strings of both.
+_CODES = r"(Flat|SQ\w+|PQ\d+(x\d+)?(np)?)$"
+_STRING = re.compile(r"(^|,)IVF(?P<count>\d+)(?P<unit>[kM]?)(_HNSW\d+)?," + _CODES)
+_WHOLE_STRING = re.compile(r"((OPQ\d+(_\d+)?|PCA\w?\d+|RR\d+|L2norm)," + ")*" + _CODES)
+#: Vectors of an index without lists whose mean is the origin that queries are rounded from.
+_AVERAGED = 4096
+#: Queries that are searched together where memory allows it, the memory that they may take, and the
+#: share of the available memory that they never exceed.
+TOGETHER, _MEMORY, _MEMORY_SHARE_OF_QUERIES = 65_536, 2 << 30, 0.25
+#: Queries that are searched together on any machine: the caller reads as many at a time.
+_FEWEST_TOGETHER = 4096
 #: Queries of one search at most, as a kill loses all of them.
 _MOST_TOGETHER = 8 * TOGETHER
 #: Queries of a list from which on more of them save little: to read a list takes as long as to
@@ -64,6 +79,9 @@ _QUERIES_PER_LIST = 8
 _BLOCK = 1024
 #: Vectors of a list, and queries, that are scored in one piece of work.
 _VECTORS, _QUERIES = 8192, 4096
+#: Vectors of one piece of work in an index without lists, which has enough queries for larger
+#: products: measured.
+_VECTORS_OF_WHOLE = 2048
 #: Centers that are compared in fp32 in the time in which a graph looks at one. (In int8 it is three
 #: times as many. But which lists are visited must not depend on the processor.)
 _CENTERS_PER_STEP = 128
@@ -107,7 +125,7 @@ class ListOrderSearch:
             raise ConfigurationError(
                 "search in list order",
                 f"an index of kind {', '.join(sorted(kinds))}",
-                "Expected lists of Flat, SQ or PQ codes for L2 distances; use `index.search`",
+                "Expected Flat, SQ or PQ codes for L2 distances; use `index.search`",
             )
         self.d = self._parts[0].d if self._parts else 0
 
@@ -125,13 +143,17 @@ class ListOrderSearch:
 
     def bytes_per_query(self, k: int) -> int:
         """Memory of a query: its vector, lists, candidates and neighbors."""
-        probes = max([int(innermost(part).nprobe) for part in self._parts], default=0)
+        ivfs = filter(_has_lists, map(innermost, self._parts))
+        probes = max([int(ivf.nprobe) for ivf in ivfs], default=0)
         return 9 * self.d + 8 * probes + 12 * (width_of(k) + k)
 
     def enough_queries(self) -> int:
         """Queries from which on more of them are hardly searched faster, if lists are in memory."""
-        ivfs = map(innermost, self._parts)
-        enough = [enough_queries(ivf.nlist, ivf.nprobe) for ivf in ivfs]
+        inner = map(innermost, self._parts)
+        enough = [
+            enough_queries(index.nlist, index.nprobe) if _has_lists(index) else TOGETHER
+            for index in inner
+        ]
         return max(enough, default=_MOST_TOGETHER)  # a rank without parts sets no limit to others
 
     def stay_in_memory(self) -> bool:
@@ -143,42 +165,67 @@ def _search(
     index: Any, vectors: np.ndarray, k: int, nearest: NearestCandidates, offset: int
 ) -> None:
     """Add what one index finds; its ids count from `offset`."""
-    ivf = innermost(index)
-    lists = InvertedLists(ivf)
-    queries, visited, origin = choose_lists(index, ivf, vectors)
+    inner = innermost(index)
+    lists: InvertedLists | WholeIndex
+    if _has_lists(inner):
+        lists, count, columns, most = InvertedLists(inner), inner.nlist, _rounds(inner), _VECTORS
+        queries, visited, origin = choose_lists(index, inner, vectors)
+    else:
+        lists, count, columns, most = WholeIndex(inner), 1, [slice(None)], _VECTORS_OF_WHOLE
+        origin = _origin(lists)
+        queries = _prepared(index, vectors, origin)
+        visited = np.zeros((len(vectors), 1), np.int32)
 
     def find(work: _Work) -> tuple[np.ndarray, ...]:
         return _find(lists, work, queries, origin, nearest.limits[work.queries], k)
 
-    for columns in _rounds(ivf):
-        pieces = _cut(lists, visited[:, columns], ivf.nlist)
+    for some in columns:
+        pieces = _cut(lists, visited[:, some], count, most)
         for rows, counts, distances, ids in _in_turn(find, pieces):
             nearest.add(rows, counts, distances, ids + offset)
 
 
 def list_order_pays(index_string: str, nprobe: int | None) -> bool:
-    """Whether an index is searched faster in list order, `TOGETHER` queries at a time.
+    """Whether an index with lists is searched faster in their order; see `obstacle`."""
+    return has_lists(index_string) and obstacle(index_string, nprobe) is None
 
-    That takes several queries per list: reading and decoding it is shared among them.
+
+def has_lists(index_string: str) -> bool:
+    """Whether a Faiss factory string names an index of lists that can be searched in their order,
+    with `TOGETHER` queries at a time."""
+    return _STRING.search(index_string) is not None
+
+
+def obstacle(index_string: str, nprobe: int | None) -> str | None:
+    """Why many queries are searched one by one instead of in the order of the index; None: not.
+
+    List order takes several of `TOGETHER` queries per list, which share its reading and decoding.
+    An index without lists is read by all of them. (Its search in blocks is about as fast as
+    Faiss's, but its distances do not depend on other queries.)
 
     Args:
         index_string: Faiss factory string.
         nprobe: Lists that each query visits; None: 1.
     """
+    if _WHOLE_STRING.match(index_string):
+        return None
     found = _STRING.search(index_string)
     if found is None:
-        return False
+        return "only Flat, SQ and PQ codes, in lists or without, are searched in their order"
     count = int(found["count"]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[found["unit"]]
-    return TOGETHER * min(nprobe or 1, count) >= _QUERIES_PER_LIST * count
+    if TOGETHER * min(nprobe or 1, count) < _QUERIES_PER_LIST * count:
+        return f"of {TOGETHER} chunks, fewer than {_QUERIES_PER_LIST} visit each of its lists"
+    return None
 
 
 def queries_together(index: Any, *wanted: int, most: int | None = None) -> list[int]:
     """Queries that are searched in one call, on all ranks alike; for each number of neighbors.
 
-    As many as 2 GiB of memory hold, up to `TOGETHER`. Up to eight times as many where this rank's
-    part of the available memory (a share of it, divided among the ranks of this machine) holds
-    them: as many as make each list worth its reading, or all of these if lists are read from the
-    disk. The result does not depend on it. All ranks must call this.
+    As many as 2 GiB of memory hold, up to `TOGETHER`, if they take no more than a quarter of this
+    rank's part of the available memory (which the ranks of this machine divide), but at least 4096.
+    Up to eight times as many where a smaller share of that part holds them: as many as make each
+    list worth its reading, or all of these if lists are read from the disk. The result does not
+    depend on it. All ranks must call this.
 
     Args:
         index: An index that `ProjectIndex.open` returned.
@@ -192,19 +239,21 @@ def queries_together(index: Any, *wanted: int, most: int | None = None) -> list[
         index = index.local
     own = [0] * len(wanted)
     if isinstance(index, ListOrderSearch):
-        share = _QUERIES_SHARE if index.stay_in_memory() else _QUERIES_SHARE_ON_DISK
-        memory = int(share * available_memory()) // _ranks_here()
+        memory = available_memory() // _ranks_here()
         own = [_queries_in(index, k, memory) for k in wanted]
     limit = _MOST_TOGETHER if most is None else most
     return [min(limit, *numbers) for numbers in zip(*gather(own), strict=True)]
 
 
 def _queries_in(index: ListOrderSearch, k: int, memory: int) -> int:
+    """Queries of one search on a rank whose part of the available memory is `memory`."""
     each = index.bytes_per_query(k)
-    usual = max(1, min(TOGETHER, _MEMORY // each))
-    worthwhile = index.enough_queries() if index.stay_in_memory() else _MOST_TOGETHER
-    fitting = memory // (each + 4 * index.d + _BESIDE)  # the caller holds the vectors, too
-    return max(usual, min(worthwhile, fitting))
+    held = each + 4 * index.d + _BESIDE  # the caller holds the vectors, too
+    usual = min(TOGETHER, _MEMORY // each, int(_MEMORY_SHARE_OF_QUERIES * memory) // held)
+    share, worthwhile = _QUERIES_SHARE, index.enough_queries()
+    if not index.stay_in_memory():
+        share, worthwhile = _QUERIES_SHARE_ON_DISK, _MOST_TOGETHER
+    return max(_FEWEST_TOGETHER, usual, min(worthwhile, int(share * memory) // held))
 
 
 def _ranks_here() -> int:
@@ -223,12 +272,18 @@ def supports_list_order(index: Any) -> bool:
         return all(supports_list_order(part) for part in index.parts)
     faiss = faiss_library()
     inner = _inner(index)
+    if type(inner).__name__ in _WHOLE:
+        return inner.metric_type == faiss.METRIC_L2
     return (
         type(inner).__name__ in _LISTS
         and type(faiss.downcast_index(inner.quantizer)).__name__ in QUANTIZERS
         and inner.metric_type == faiss.METRIC_L2
         and not inner.max_codes
     )
+
+
+def _has_lists(index: Any) -> bool:
+    return type(index).__name__ in _LISTS
 
 
 def _inner(index: Any) -> Any:
@@ -250,17 +305,33 @@ def choose_lists(
     centers = Centers(quantizer, probes, most)
     starts = range(0, len(vectors), _BLOCK)
 
-    def prepare(start: int) -> Queries:
-        return Queries.of(transformed(index, vectors[start : start + _BLOCK]), centers.origin)
-
     def find(start: int) -> None:
         rows = np.arange(start, min(start + _BLOCK, len(vectors)))
         visited[rows] = centers.nearest(queries, rows)
 
-    queries = Queries.join(list(worker_threads().map(prepare, starts)))
+    queries = _prepared(index, vectors, centers.origin)
     visited = np.empty((len(vectors), probes), np.int32)
     list(worker_threads().map(find, starts))
     return queries, visited, centers.origin
+
+
+def _prepared(index: Any, vectors: np.ndarray, origin: np.ndarray | None) -> Queries:
+    """Transform queries as the index does, and round them from the origin."""
+
+    def prepare(start: int) -> Queries:
+        return Queries.of(transformed(index, vectors[start : start + _BLOCK]), origin)
+
+    starts = range(0, len(vectors), _BLOCK)
+    return Queries.join(list(worker_threads().map(prepare, starts)))
+
+
+def _origin(vectors: WholeIndex) -> np.ndarray | None:
+    """A point amid the vectors; None where the processor gains nothing by rounding."""
+    if not vectors.size(0) or not multiplies_int8_fast():
+        return None
+    some, _ = vectors.read(0, 0, min(_AVERAGED, vectors.size(0)))
+    some = some[np.isfinite(some).all(axis=1)]
+    return some.mean(axis=0) if len(some) and some.shape[1] > 1 else None
 
 
 def _rounds(ivf: Any) -> list[slice]:
@@ -273,17 +344,19 @@ def _rounds(ivf: Any) -> list[slice]:
     return [slice(0, 1), slice(1, None)] if _fit(_bytes(ivf)) else [slice(None)]
 
 
-def _bytes(ivf: Any) -> int:
-    """Bytes of all lists."""
-    return ivf.ntotal * (ivf.code_size + 8)
+def _bytes(index: Any) -> int:
+    """Bytes of all vectors, with their ids."""
+    return index.ntotal * (index.code_size + 8)
 
 
 def _fit(size: int) -> bool:
     return size <= _MEMORY_SHARE * available_memory()
 
 
-def _cut(lists: InvertedLists, visited: np.ndarray, count: int) -> Iterator[_Work]:
-    """Cut the search into pieces of work, list by list."""
+def _cut(
+    lists: InvertedLists | WholeIndex, visited: np.ndarray, count: int, most: int
+) -> Iterator[_Work]:
+    """Cut the search into pieces of work of at most so many vectors, list by list."""
     width = visited.shape[1]
     if not width:
         return
@@ -296,14 +369,14 @@ def _cut(lists: InvertedLists, visited: np.ndarray, count: int) -> Iterator[_Wor
     for number in np.flatnonzero(np.diff(ends[: count + 1])).tolist():
         queries = np.sort(owners[ends[number] : ends[number + 1]]).astype(np.int64)
         size = lists.size(number)
-        for start in range(0, size, _VECTORS):
+        for start in range(0, size, most):
             for first in range(0, len(queries), _QUERIES):
-                end = min(start + _VECTORS, size)
+                end = min(start + most, size)
                 yield _Work(number, start, end, queries[first : first + _QUERIES])
 
 
 def _find(
-    lists: InvertedLists,
+    lists: InvertedLists | WholeIndex,
     work: _Work,
     queries: Queries,
     origin: np.ndarray | None,

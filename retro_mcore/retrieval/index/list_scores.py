@@ -69,16 +69,40 @@ class InvertedLists:
         return self._ivf.quantizer.reconstruct(number) if self._residual else None
 
 
+class WholeIndex:
+    """The vectors of an index without lists, as one list that holds all of them.
+
+    Args:
+        index: An IndexFlat, IndexScalarQuantizer or IndexPQ that compares L2 distances.
+    """
+
+    def __init__(self, index: Any) -> None:
+        self._index, self._decode = index, _decoder(index)
+
+    def size(self, number: int) -> int:
+        """Number of vectors."""
+        return int(self._index.ntotal)
+
+    def read(self, number: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read vectors [start, end), decoded, f32 [end - start, dimension], and their ids i64."""
+        size = self._index.ntotal * self._index.code_size
+        codes = _view(self._index.codes.data(), size).reshape(-1, self._index.code_size)
+        return self._decode(codes[start:end].copy()), np.arange(start, end)
+
+    def center(self, number: int) -> np.ndarray | None:
+        """None: vectors are relative to the origin."""
+        return None
+
+
 def _view(pointer: Any, length: int) -> np.ndarray:
     return faiss_library().rev_swig_ptr(pointer, length)
 
 
-def _decoder(ivf: Any) -> Callable[[np.ndarray], np.ndarray]:
+def _decoder(index: Any) -> Callable[[np.ndarray], np.ndarray]:
     """Turn codes u8 [n, code size] into vectors f32 [n, dimension]."""
-    name = type(ivf).__name__
-    if name == "IndexIVFFlat":
+    quantizer = getattr(index, "pq", None) or getattr(index, "sq", None)
+    if quantizer is None:
         return lambda codes: codes.view(np.float32)
-    quantizer = ivf.pq if name == "IndexIVFPQ" else ivf.sq
     return quantizer.decode
 
 

@@ -203,6 +203,29 @@ def test_batches_rounds_and_threads_do_not_change_a_byte(files, string, monkeypa
             assert joined.tobytes() == whole[: len(joined)].tobytes()
 
 
+@pytest.mark.parametrize("string", ["Flat", "SQ8", "PQ4x4np", "OPQ4_8,PQ4x4np", "PCA8,Flat"])
+def test_an_index_without_lists_is_searched_in_blocks(products, string, tmp_path, monkeypatch):
+    """The neighbors of `index.search`; batches and places in them do not change a byte."""
+    monkeypatch.setattr(list_order, "_VECTORS_OF_WHOLE", 300)
+    monkeypatch.setattr(list_order, "multiplies_int8_fast", lambda: products == "int8")
+    assert list_order.obstacle(string, None) is None
+    index = train_index_of(string, vectors())
+    index.add(vectors())
+    save_index(index, tmp_path / "index.faissindex")
+    index = load_index(tmp_path / "index.faissindex", mapped=True)
+    queries = np.concatenate([vectors()[::26], vectors()[::26] + 0.05])
+    for k in (400, 20, 1):
+        found = ListOrderSearch(index).search(queries, k)
+        assert_same(found, search(index, queries, k), string)
+    parts = [ListOrderSearch(index).search(queries[start:][:77], 1) for start in (0, 77, 154)]
+    for one, whole in zip(zip(*parts, strict=True), found, strict=True):
+        assert np.concatenate(one).tobytes() == whole.tobytes()
+    joined = ListOrderSearch(PartedIndex([index, index], [0, len(vectors())])).search(queries, 2)
+    np.testing.assert_array_equal(joined[0][:, 0], found[0][:, 0])
+    empty = train_index_of(string, vectors())
+    assert (ListOrderSearch(empty).search(queries, 3)[1] == NO_NEIGHBOR).all()
+
+
 def test_vectors_that_are_not_finite_are_neighbors_of_none(files):
     index = opened(files, FLAT, LISTS, "full")
     wrong = np.full((3, DIMENSION), np.nan, np.float32)
@@ -247,8 +270,8 @@ def test_parts_with_ids_of_their_own_are_joined(files):
 
 @pytest.mark.parametrize(
     ("string", "supported"),
-    [(FLAT, True), ("Flat", False), ("HNSW8,Flat", False), ("IVF8,PQ4x4fs", False),
-     ("IVF8,Flat,RFlat", False)],
+    [(FLAT, True), ("Flat", True), ("PCA8,SQ8", True), ("HNSW8,Flat", False),
+     ("IVF8,PQ4x4fs", False), ("PQ4x4fs", False), ("IVF8,Flat,RFlat", False)],
 )  # fmt: skip
 def test_which_indexes_are_searched_in_list_order(string, supported):
     index = faiss_library().index_factory(DIMENSION, string)
@@ -260,8 +283,9 @@ def test_which_indexes_are_searched_in_list_order(string, supported):
 
 def test_inner_products_are_left_to_the_index():
     faiss = faiss_library()
-    index = faiss.index_factory(DIMENSION, FLAT, faiss.METRIC_INNER_PRODUCT)
-    assert not supports_list_order(index)
+    for string in (FLAT, "Flat"):
+        index = faiss.index_factory(DIMENSION, string, faiss.METRIC_INNER_PRODUCT)
+        assert not supports_list_order(index)
 
 
 @pytest.fixture(params=["fp32", "int8"])
@@ -441,6 +465,7 @@ def test_candidates_may_come_in_any_order():
 )
 def test_list_order_pays_where_lists_have_several_queries(string, nprobe, pays):
     assert list_order.list_order_pays(string, nprobe) == pays
+    assert (list_order.obstacle(string, nprobe) is None) == (pays or string == "Flat")
     if pays and "4M" not in string:
         assert supports_list_order(faiss_library().index_factory(128, string))
 
@@ -452,18 +477,20 @@ def test_queries_searched_together_fit_the_memory(files, where, monkeypatch):
     wrapped = SharedIndex(ListOrderSearch(index), index.ntotal, DIMENSION)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 30)
-    few, many = list_order.queries_together(wrapped, 20, 10_000)
-    assert 0 < many < few == list_order.TOGETHER  # as on any machine, however small
+    few, many = list_order.queries_together(wrapped, 20, 1000)
+    assert list_order._FEWEST_TOGETHER < many < few == list_order.TOGETHER
     monkeypatch.setattr(list_order, "_ENOUGH_PER_LIST", 1 << 40)
-    needed = ListOrderSearch(index).bytes_per_query(20)
-    memory, grown = 4 * list_order.TOGETHER * needed / list_order._QUERIES_SHARE, []
-    monkeypatch.setattr(list_order, "available_memory", lambda: memory)
-    for ranks in (1, 2, 8):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        grown += list_order.queries_together(wrapped, 20)
-    assert list_order.TOGETHER < grown[0] < 4 * list_order.TOGETHER
-    assert grown[0] // 2 == grown[1]
-    assert grown[2] == list_order.TOGETHER
+    searched = ListOrderSearch(index)
+    held = searched.bytes_per_query(20) + 4 * DIMENSION + list_order._BESIDE
+    for available, least in ((1 << 20, 4096), (100 << 20, 4096), (1 << 30, 4096), (64 << 30, None)):
+        monkeypatch.setattr(list_order, "available_memory", lambda size=available: size)
+        for ranks in (1, 2, 8):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+            (taken,) = list_order.queries_together(wrapped, 20)
+            mine = available // ranks // 4 // held
+            assert taken == max(4096, min(list_order.TOGETHER, mine)) or taken > list_order.TOGETHER
+            assert taken <= max(4096, mine)
+            assert (least is None) == (taken > list_order.TOGETHER)
     monkeypatch.setattr(list_order, "available_memory", lambda: 1 << 50)
     assert list_order.queries_together(wrapped, 20) == [8 * list_order.TOGETHER]
     assert list_order.queries_together(wrapped, 20, 5, most=100) == [100, 100]

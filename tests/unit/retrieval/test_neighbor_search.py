@@ -17,6 +17,7 @@ from retro_mcore.retrieval.query_chunks import (
     ChunkEmbedder,
     DatabaseChunks,
     EmbeddedVectors,
+    QueryBatch,
     QueryCounts,
     SampleChunks,
 )
@@ -114,6 +115,25 @@ class Rising:
         self.asked.append((len(vectors), k))
         found = np.tile(np.arange(k), (len(vectors), 1))
         return found.astype(np.float32), found
+
+
+def test_known_neighbors_hide_no_nearer_ones_behind_those_of_the_own_documents(database):
+    """They fill the row, but are farther than what a wider search finds."""
+    every = np.arange(len(database))
+    own = np.unique(database.documents(every[:5])[:, 1])
+    chunks, owners = [database.tokens([0])[0]], [SampleRows(0, 1, 0, own)]
+    search = NeighborSearch(database, num_query=2, num_save=2)
+    expected = search.select(chunks, every[None], every[None].astype(np.float32), owners)
+    assert expected[0].min() > 3
+    for far in (1e6, expected[1][0, 0] - 0.5):  # farther than all, nearer than all others
+        known = every[None, -2:], np.array([[1, far]], np.float32)
+        query = QueryBatch(chunks, np.zeros((1, 1), np.float32), owners, known)
+        index = Rising(len(database))
+        ids, distances = answer(search.find(query, QueryCounts()), index)
+        wanted = expected[0][0, 0] if far == 1e6 else every[-1]
+        assert ids.tolist() == [[every[-2], wanted]]
+        assert distances.tolist() == [[1, min(far, expected[1][0, 0])]]
+        assert (len(index.asked) > 1) == (index.asked[-1][1] > 2)
 
 
 def test_a_search_goes_on_until_there_are_enough_neighbors(database):

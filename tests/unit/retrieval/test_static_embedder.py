@@ -3,10 +3,15 @@
 import importlib.util
 import json
 import shutil
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
+import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Normalize, StaticEmbedding
 from tokenizers import Tokenizer
 
 from retro_mcore.cli.build_db import BuildDbOptions, build_db
@@ -14,8 +19,10 @@ from retro_mcore.cli.build_index import BuildIndexOptions, build_index
 from retro_mcore.cli.preprocess_corpus import preprocess_corpus
 from retro_mcore.errors import ConfigurationError, MissingDependencyError
 from retro_mcore.project.config import ProjectSettings
+from retro_mcore.project.paths import ProjectPaths
+from retro_mcore.project.records import recorded_options
 from retro_mcore.retrieval.bert_tokens import default_bert_vocab
-from retro_mcore.retrieval.embedders import build_embedder, default_precision
+from retro_mcore.retrieval.embedders import build_embedder, default_precision, precision
 from retro_mcore.retrieval.embedders.base import embed_unique
 from retro_mcore.retrieval.embedders.static_models import installed_files
 from retro_mcore.retrieval.retriever import Retriever
@@ -24,6 +31,7 @@ from tests.unit.data.projects import documents, preprocess_options, write_corpus
 
 TEXTS = ["A dog chases a cat.", "\u2603 unknown \U0001f9ee", "", "word " * 2000, "Rates rose."]
 UNKNOWN = 100
+COMMIT = "a" * 40
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +90,6 @@ def test_a_model2vec_folder(parts, tmp_path):
 
 def test_a_sentence_transformers_folder(parts, tmp_path):
     """As the library itself computes it, in both of its layouts."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, StaticEmbedding
-
     table, path = parts
     static = StaticEmbedding(Tokenizer.from_file(str(path)), embedding_weights=table[:, :16].copy())
     static.tokenizer.no_truncation()
@@ -151,3 +156,93 @@ def test_a_project_with_a_static_model(parts, tmp_path):
     texts = retriever.database.texts([3, 40], retriever.tokenizer)
     found = retriever.search_texts(texts)
     assert retriever.database.texts(found.ids[:, 0], retriever.tokenizer) == texts
+
+
+class Hub(ThreadingHTTPServer):
+    """The files of models, by "owner/name/resolve/main/file"; others are answered as a hub does."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                content = files.get(self.path.strip("/"))
+                self.send_response(404 if content is None else 200)
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", '"1"')
+                self.send_header("Content-Length", str(len(content or b"")))
+                if content is None:
+                    self.send_header("X-Error-Code", "EntryNotFound")
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content or b"")
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of a hub, and a processor whose automatic precision is bf16."""
+    monkeypatch.setattr(precision, "processor_features", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_precision_of_a_hubs_model_that_is_not_here_yet(cache, monkeypatch):
+    """Its list of modules is looked up, as loading it does."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    kinds = ("sentence_transformers.models.StaticEmbedding", "sentence_transformers.Transformer")
+    lists = {f"a/{kind.split('.')[-1]}": [{"path": "", "type": kind}] for kind in kinds}
+    files = {f"{name}/resolve/main/modules.json": json.dumps(lists[name]) for name in lists}
+    with Hub({name: content.encode() for name, content in files.items()}) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            f"http://127.0.0.1:{hub.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        )
+        for name, wanted in (
+            ("a/StaticEmbedding", "fp32"),
+            ("a/Transformer", "bf16"),
+            ("a/without-modules", "bf16"),  # loaded as a transformer
+        ):
+            assert default_precision(name, "cpu") == wanted
+        hub.shutdown()
+    assert default_precision("a/StaticEmbedding", "cpu") == "fp32"  # now in the cache
+    assert default_precision("a/Transformer", "cpu") == "bf16"
+    assert default_precision("a/without-modules", "cpu") == "bf16"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert default_precision("a/out-of-reach", "cpu") == "fp32"
+
+
+@pytest.mark.parametrize("layout", ["static", "encoder"])
+def test_auto_embeds_a_hubs_model_of_any_kind(
+    parts, tiny_bert, tmp_path, cache, monkeypatch, layout
+):
+    """What it chooses, the model can compute in, and the record names."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = cache / "models--a--b" / "snapshots" / COMMIT
+    if layout == "encoder":
+        shutil.copytree(tiny_bert, folder)
+    else:
+        static = StaticEmbedding(
+            Tokenizer.from_file(str(parts[1])), embedding_weights=parts[0][:, :16].copy()
+        )
+        SentenceTransformer(modules=[static]).save_pretrained(str(folder))
+    (cache / "models--a--b" / "refs").mkdir()
+    (cache / "models--a--b" / "refs" / "main").write_text(COMMIT)
+    project = tmp_path / "project"
+    preprocess_corpus(
+        preprocess_options(
+            project, write_corpus(tmp_path / "corpus.jsonl", documents()), samples="aligned"
+        )
+    )
+    build_db(BuildDbOptions(str(project)))
+    build_index(BuildIndexOptions(str(project), embedder="a/b", index="Flat"))
+    wanted = "bf16" if layout == "encoder" else "fp32"
+    assert ProjectSettings.load(project).embed_precision == wanted
+    recorded = recorded_options(ProjectPaths(project), "build_index")
+    assert recorded.get("--embed-precision", "fp32") == wanted

@@ -26,6 +26,7 @@ from retro_mcore.project.config import ProjectSettings
 from retro_mcore.project.records import stage_report
 from retro_mcore.retrieval.database import ChunkDatabase
 from retro_mcore.retrieval.embedders.lexical import LexicalEmbedder
+from retro_mcore.retrieval.index import filling
 from retro_mcore.retrieval.index.embeddings import Embeddings
 from retro_mcore.retrieval.neighbor_tables import SavedDistances, SavedNeighbors
 from retro_mcore.retrieval.project_search import open_search
@@ -311,6 +312,41 @@ def test_only_new_chunks_are_searched_where_the_rest_is_known(
         same = np.take_along_axis(distances, np.maximum(ids[0], 0), 1)
         np.testing.assert_allclose(same[ids[0] >= 0], rows[0][ids[0] >= 0], atol=OF_STORING)
         assert (ids[0] >= result[0].num_before).any()
+
+
+@pytest.mark.parametrize("index", ["Flat", "SQ8"])
+def test_an_exhaustive_index_goes_on_to_the_bytes_of_a_full_search(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    """Old chunks are appended again, so distances tie; part of a block is searched again."""
+    monkeypatch.setattr(filling, "_FLAT_BLOCK", 32)
+    begun = shutil.copytree(built, tmp_path / "begun")
+    if index != "Flat":
+        shutil.rmtree(begun / "project" / "index")
+        (begun / "project" / "stages" / "build_index.json").unlink()
+        build_index(BuildIndexOptions(str(begun / "project"), embedder="lexical", index=index))
+        search_again(forget_neighbors(begun / "project"))
+    write_corpus(begun / "last.jsonl", [*documents(60, 200)[50:53], TEXTS[0], TEXTS[3]])
+    found = []
+    for known in (True, False):
+        folder = shutil.copytree(begun, tmp_path / str(known))
+        if not known:
+            monkeypatch.setattr(query_command, "find_old_neighbors", lambda *given: None)
+        for name in ("more", "last"):
+            options = {"append": [str(folder / f"{name}.jsonl")], "num_neighbors_query": 2}
+            update = update_db(UpdateDbOptions(str(folder / "project"), **options))
+            new = update.num_chunks - update.num_before
+            assert update.neighbors.num_searched == (new if known else None)
+        saved = Oracle(folder / "project").saved
+        assert (saved["train"].rows(0, 40) >= update.num_before).any()
+        found.append(
+            [
+                rows.rows(0, len(rows)).tobytes()
+                for split in ("train", "valid")
+                for rows in (saved[split], SavedDistances(saved[split].directory))
+            ]
+        )
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("samples", ["aligned", "packed"])

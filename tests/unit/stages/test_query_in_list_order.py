@@ -72,8 +72,11 @@ def test_the_neighbors_are_those_of_index_search(
     recorded = recorded_options(ProjectPaths(lists), stage.STAGE)
     assert recorded["order of the search"] == ORDERS[index_string]
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "list_order_pays", lambda *_: False)
-        query(before)
+        patch.setattr(stage, "obstacle", lambda *_: "as before")
+        gpu.log_once.cache_clear()
+        with caplog.at_level(logging.INFO):
+            query(before)
+    assert "search goes from chunk to chunk: as before" in caplog.text
     distances = saved(before, "distances")
     np.testing.assert_array_equal(saved(lists, "distances"), distances)
     tied = np.diff(distances, axis=1, append=np.nan) == 0
