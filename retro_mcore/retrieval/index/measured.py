@@ -26,6 +26,7 @@ from retro_mcore.retrieval.index.list_order import (
     choose_lists,
     enough_queries,
     list_order_pays,
+    supports_list_order,
 )
 from retro_mcore.retrieval.index.packing import unpacked
 from retro_mcore.retrieval.index.recall import RECALL_AT, tuned_probes, with_margin
@@ -109,8 +110,9 @@ def _without_lists(vectors: np.ndarray, count: int, k: int, code: str) -> IndexR
     train(index, vectors)
     added = len(vectors) / _seconds(lambda: index.add(vectors))
     added = 1 / (1 / added + _comparing(vectors, num_queries(count)))
-    queries = vectors[:: max(1, len(vectors) // _RECALL_QUERIES)]
-    searched = _seconds(lambda: search(index, queries, k)) / len(queries)
+    queries = vectors[:: max(1, len(vectors) // _PLACED)]  # in blocks, as query_neighbors does
+    blocks = ListOrderSearch(index) if supports_list_order(index) else index
+    searched = _seconds(lambda: search(blocks, queries, k)) / len(queries)
     return IndexRates(None, added, len(vectors) / count / searched, None)
 
 
