@@ -23,7 +23,8 @@ class _Value:
     """A value that is computed when it is needed."""
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self._compute, self._value = compute, None
+        self._compute = compute
+        self._value: Tensor | None = None
 
     def get(self) -> Tensor:
         if self._value is not None:
