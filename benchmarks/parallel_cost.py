@@ -205,24 +205,23 @@ def plan_of(layout: dict, sizes: dict[str, int], folder: str | None) -> Any:
     from retro_mcore.training.setup.plan import make_plan
 
     project = random_project(sizes["length"], CHUNK, sizes["batch"])
-    options = TrainingOptions(
-        project_dir="random",
-        num_layers=sizes["layers"],
-        hidden_size=sizes["hidden"],
-        num_attention_heads=sizes["hidden"] // 32,
-        retro_decoder_layers=[2, 4],
-        position_embedding_type="rope",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        retro_encoder_hidden_dropout=0.0,
-        retro_encoder_attention_dropout=0.0,
-        micro_batch_size=1,
-        num_workers=0,
-        lr=1e-4,
-        save=folder,
-        device="cpu",
-        **layout,
-    )
+    defaults: dict[str, Any] = {
+        "num_layers": sizes["layers"],
+        "hidden_size": sizes["hidden"],
+        "num_attention_heads": sizes["hidden"] // 32,
+        "retro_decoder_layers": [2, 4],
+        "position_embedding_type": "rope",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "retro_encoder_hidden_dropout": 0.0,
+        "retro_encoder_attention_dropout": 0.0,
+        "micro_batch_size": 1,
+        "num_workers": 0,
+        "lr": 1e-4,
+        "save": folder,
+        "device": "cpu",
+    }
+    options = TrainingOptions(project_dir="random", **{**defaults, **layout})
     return make_plan(options, project, sizes["vocabulary"])
 
 
