@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,19 @@ def run_rank(request: dict[str, Any]) -> None:
 
 
 def measure(
-    layout: dict, sizes: dict[str, int], folder: str | None
+    layout: dict, sizes: dict[str, int], folder: str | None, evenly: bool = False
 ) -> tuple[Any, Iterator[Any], Any]:
     """A trainer after two steps, its micro batches, and what the second step took on this rank.
 
     Call it after `setup_device`, on every rank.
+
+    Args:
+        layout: Options of the run.
+        sizes: Of the model and its samples.
+        folder: Of checkpoints; None: none are written.
+        evenly: Whether experts get equal numbers of tokens, whatever their routers choose.
     """
+    from retro_mcore.platform.experts import routing_evenly
     from retro_mcore.platform.tracking import Tracker
     from retro_mcore.training.loop.trainer import Trainer
     from retro_mcore.training.setup.simulate import measure_step
@@ -172,12 +180,14 @@ def measure(
     with Tracker() as tracker:
         trainer = Trainer(plan, random_samples(sizes, plan.with_retrieval), None, device)
         batches = trainer._train_batches()
-        for chunk in trainer._parts.stages:
+        stages = trainer._parts.stages
+        for chunk in stages:
             chunk.train()
-        for _ in range(2):  # the first step makes the optimizer's state
-            step = measure_step(
-                trainer._parts, trainer.plan, batches, trainer._num_microbatches, tracker
-            )
+        with routing_evenly(stages, tracker) if evenly else nullcontext():
+            for _ in range(2):  # the first step makes the optimizer's state
+                step = measure_step(
+                    trainer._parts, trainer.plan, batches, trainer._num_microbatches, tracker
+                )
     return trainer, batches, step
 
 
@@ -195,24 +205,23 @@ def plan_of(layout: dict, sizes: dict[str, int], folder: str | None) -> Any:
     from retro_mcore.training.setup.plan import make_plan
 
     project = random_project(sizes["length"], CHUNK, sizes["batch"])
-    options = TrainingOptions(
-        project_dir="random",
-        num_layers=sizes["layers"],
-        hidden_size=sizes["hidden"],
-        num_attention_heads=sizes["hidden"] // 32,
-        retro_decoder_layers=[2, 4],
-        position_embedding_type="rope",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        retro_encoder_hidden_dropout=0.0,
-        retro_encoder_attention_dropout=0.0,
-        micro_batch_size=1,
-        num_workers=0,
-        lr=1e-4,
-        save=folder,
-        device="cpu",
-        **layout,
-    )
+    defaults: dict[str, Any] = {
+        "num_layers": sizes["layers"],
+        "hidden_size": sizes["hidden"],
+        "num_attention_heads": sizes["hidden"] // 32,
+        "retro_decoder_layers": [2, 4],
+        "position_embedding_type": "rope",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "retro_encoder_hidden_dropout": 0.0,
+        "retro_encoder_attention_dropout": 0.0,
+        "micro_batch_size": 1,
+        "num_workers": 0,
+        "lr": 1e-4,
+        "save": folder,
+        "device": "cpu",
+    }
+    options = TrainingOptions(project_dir="random", **{**defaults, **layout})
     return make_plan(options, project, sizes["vocabulary"])
 
 

@@ -21,7 +21,7 @@ from retro_mcore.model.decoder_model import DecoderModel
 from retro_mcore.model.option_traits import passed_to
 from retro_mcore.model.options import ModelArguments, ModelOptions
 from retro_mcore.model.pipeline import share_embedding
-from retro_mcore.training.options.model_sizes import check_divisible
+from retro_mcore.training.options.model_sizes import check_context_parallel, check_divisible
 from retro_mcore.training.options.pretrain import ParallelOptions, RecomputeOptions
 from retro_mcore.training.provider_flags import REFUSED_IN_PIPELINES, changed_fields
 from retro_mcore.training.setup.build import arguments_from, assemble_model
@@ -32,11 +32,11 @@ _OF_OUR_TRAINER = {
     "retro_mup_base_hidden_size": "whose optimizer would not scale learning rates",
     "num_experts": "whose losses do not weigh the experts' balance",
 }
-#: Parallelism that Bridge's schedules or Retro's layers do not support, with a hint.
-_REFUSED = {
-    "context_parallel_size": "Use tools/pretrain_retro.py, which divides samples",
-    "expert_model_parallel_size": "Use tools/pretrain_retro.py",
-}
+#: Fields that divide samples in other ways than `context_parallel_size`.
+_OTHER_CONTEXT = (
+    *("hybrid_context_parallel", "dynamic_context_parallel"),
+    "hierarchical_context_parallel_sizes",
+)
 
 
 @dataclass(kw_only=True)
@@ -69,6 +69,8 @@ class RetroModelConfig(GPTModelConfig):
         layout = ParallelOptions(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            context_parallel_size=self.context_parallel_size,
+            sequence_parallel=self.sequence_parallel,
             decoder_first_pipeline_num_layers=self.num_layers_in_first_pipeline_stage,
             decoder_last_pipeline_num_layers=self.num_layers_in_last_pipeline_stage,
             pipeline_model_parallel_layout=self.pipeline_model_parallel_layout,
@@ -77,6 +79,7 @@ class RetroModelConfig(GPTModelConfig):
         )
         with names_of_recipe():
             check_divisible(arguments_from(self.arguments), layout)
+            check_context_parallel(arguments_from(self.arguments), layout)
         super().finalize()
 
     def take_weights_of(self, start: RetroModelConfig) -> None:
@@ -160,10 +163,19 @@ class RetroModelConfig(GPTModelConfig):
                 f"{ranks}, which does not divide the padded vocabulary of {rows}",
                 "Choose a divisor",
             )
-        for name, hint in _REFUSED.items():
-            size = getattr(self, name)
-            if size > 1:
-                yield ConfigurationError(f"model.{name}", f"{size} in Megatron-Bridge", hint)
+        if (size := self.expert_model_parallel_size) > 1:
+            yield ConfigurationError(
+                "model.expert_model_parallel_size",
+                f"{size} in Megatron-Bridge, where this model has no experts",
+                "Use tools/pretrain_retro.py",
+            )
+        for name in _OTHER_CONTEXT:
+            if value := getattr(self.transformer, name, None):
+                yield ConfigurationError(
+                    f"model.{name}",
+                    f"{value}, which divides samples in another way than the forward step",
+                    "Leave it out; context_parallel_size divides every sample alike",
+                )
         if self.virtual_pipeline_model_parallel_size is not None:
             yield ConfigurationError(
                 "model.virtual_pipeline_model_parallel_size",

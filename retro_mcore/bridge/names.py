@@ -13,7 +13,7 @@ from retro_mcore.model.options import ModelOptions
 _LAYOUT = (
     *("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size"),
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
-    "pipeline_model_parallel_layout",
+    *("pipeline_model_parallel_layout", "context_parallel_size", "cp_comm_type"),
 )
 #: Options of the recipe, by the names that our trainer's flags have. Others are not given here.
 _NAMES = {field.name: field.name for field in fields(ModelOptions)} | {

@@ -6,7 +6,7 @@ import logging
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron.bridge.training.config import (
     CheckpointConfig,
@@ -55,11 +55,19 @@ class RetroConfigContainer(ConfigContainer):
 
         Raises:
             RetroError: the checkpoint to resume from is another model's; a pipeline with FSDP;
+                validation under another context parallel size;
                 `checkpoint.also_save_hf_checkpoint` with adapters or in a pipeline, or see
                 `check_export`.
         """
         super().validate()
         self._check_resumes()
+        ranks, divided = self.model.context_parallel_size, self.dist.eval_context_parallel_size
+        if divided not in (None, ranks):
+            raise ConfigurationError(
+                "dist.eval_context_parallel_size",
+                f"{divided}, and training divides samples over {ranks} ranks",
+                "Leave it out",
+            )
         stages = self.model.pipeline_model_parallel_size
         for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
             if stages > 1 and getattr(self.dist, name):
@@ -136,6 +144,8 @@ def pretrain_config(
     decoder_last_pipeline_num_layers: int | None = None,
     pipeline_model_parallel_layout: str | None = None,
     sequence_parallel: bool = False,
+    context_parallel_size: int = 1,
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = None,
     mixed_precision: str | None = "bf16_mixed",
     save: str | None = None,
     huggingface: str | None = None,
@@ -158,6 +168,8 @@ def pretrain_config(
         pipeline_model_parallel_layout: The layers of each stage, as in Megatron.
         sequence_parallel: Whether the ranks of a layer also divide the activations outside of
             attention and MLP.
+        context_parallel_size: Number of ranks that share each sample.
+        cp_comm_type: How they exchange keys and values; see `ParallelOptions`.
         mixed_precision: A name of Bridge's mixed precision; None: fp32.
         save: Directory of checkpoints, from which a run also resumes; None: none are written.
         huggingface: Directory of a `RetroForCausalLM` that the run starts from, with its options.
@@ -183,6 +195,8 @@ def pretrain_config(
         decoder_last_pipeline_num_layers=decoder_last_pipeline_num_layers,
         pipeline_model_parallel_layout=pipeline_model_parallel_layout,
         sequence_parallel=sequence_parallel,
+        context_parallel_size=context_parallel_size,
+        cp_comm_type=cp_comm_type,
         **_options_of_model(model, start),
     )
     check_needs_no_trainer(options)

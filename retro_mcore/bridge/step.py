@@ -7,8 +7,11 @@ from functools import partial
 
 import torch
 from megatron.bridge.training.state import GlobalState
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from retro_mcore.samples.batch import RetroBatch
+from retro_mcore.training.loop.loss import own_part, share_of_tokens
 from retro_mcore.training.providers import get_batch, loss_of_batch
 
 
@@ -23,8 +26,18 @@ def forward_step(
         model: The wrapped model.
     """
     state.timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, not state.cfg.model.arguments["no_retrieval"])
+    whole = get_batch(data_iterator, not state.cfg.model.arguments["no_retrieval"])
+    batch = own_part(whole, model)
     state.timers("batch-generator").stop()
     losses_BS = model(**batch.model_inputs(), labels=batch.labels)
     check = state.cfg.rerun_state_machine.check_for_nan_in_loss
-    return losses_BS, partial(loss_of_batch, check, batch)
+    summed = get_model_config(model).calculate_per_token_loss
+    share = 1.0 if summed else share_of_tokens(batch, whole)
+    return losses_BS, partial(_loss, check, batch, share)
+
+
+def _loss(
+    check: bool, batch: RetroBatch, share: Tensor | float, losses_BS: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    loss, num_tokens, report = loss_of_batch(check, batch, losses_BS)
+    return loss * share, num_tokens, report

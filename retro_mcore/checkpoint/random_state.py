@@ -13,8 +13,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 
 def sharded_random_state() -> ShardedObject:
-    """The states of each tensor and pipeline parallel rank. Data and context parallel ranks share
-    theirs."""
+    """The states of each tensor and pipeline parallel rank.
+
+    Data and context parallel ranks share theirs, but for the stream that experts' initial weights
+    are drawn from, of which the first expert parallel rank's is stored. Training draws nothing
+    from it: an expert's layers have no dropout.
+    """
     return ShardedObject(
         "rng_state",
         [_random_state()],

@@ -7,9 +7,11 @@ between releases (0.16.1 to 0.19.2). `BalancedRouter` weighs them by a factor th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
@@ -22,6 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from retro_mcore.platform import is_cpu_in_use
+from retro_mcore.platform.tracking import Tracker
 
 #: Names of the losses, as Megatron logs them.
 LOSS_NAMES = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
@@ -62,7 +65,7 @@ def allow_splits_on_cpu() -> None:
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         if as_numpy and torch.is_tensor(tensor):
-            return tensor.cpu().numpy()
+            return np.array(tensor.tolist())  # of fake tensors, too
         return original(tensor, as_numpy, record_stream)
 
     move.works_on_cpu = True  # type: ignore[attr-defined]
@@ -148,6 +151,36 @@ def routers(models: Iterable[torch.nn.Module]) -> Iterator[BalancedRouter]:
         for module in model.modules():
             if isinstance(module, BalancedRouter):
                 yield module
+
+
+@contextmanager
+def routing_evenly(models: Iterable[torch.nn.Module], tracker: Tracker) -> Iterator[None]:
+    """Context in which every expert is chosen by as many of a rank's tokens as any other.
+
+    Only the choice is changed, not the experts' weights: memory, messages and FLOPs are those of
+    balanced experts, and what is computed means nothing.
+
+    Args:
+        models: This rank's stages.
+        tracker: Sees their tensors.
+    """
+
+    def choose(router: Any, _: object, output: tuple[Tensor, Tensor]) -> None:
+        (tokens, experts), chosen = output[1].shape, router.config.moe_router_topk
+        tracker.write(output[1], partial(_even_choice, tokens, experts, chosen))
+
+    handles = [router.register_forward_hook(choose) for router in routers(models)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _even_choice(tokens: int, experts: int, chosen: int) -> Tensor:
+    """The experts of each token in turn: bool `[tokens, experts]`."""
+    places = torch.arange(tokens * chosen).view(tokens, chosen) % experts
+    return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, places, True)
 
 
 def take_losses(models: Iterable[torch.nn.Module], names: Iterable[str]) -> Tensor:

@@ -1,12 +1,13 @@
 """One rank of any world, simulated in this process: tensors have shapes but no values.
 
 PyTorch's fake tensors stand for real ones, and its fake process group for the other ranks: nothing
-is computed or sent. Where a program asks for a value, it gets one: True, or the number 1.
+is computed or sent. Where a program asks for a value, it gets one: whole numbers that follow from
+shapes and constants (`known_values`); otherwise True, or 1.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,9 +22,11 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.utils._pytree import tree_leaves
 
 from retro_mcore.distributed import leave
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform.known_values import forget_value, pass_on, set_value, sum_of, value_of
 from retro_mcore.platform.tracking import Tracker
 from retro_mcore.platform.windows import forget_masks
 
@@ -33,69 +36,80 @@ _ATEN = torch.ops.aten
 class SimulatedTracker(Tracker):
     """A tracker of fake tensors. It answers what they cannot.
 
-    Args:
-        chosen: Experts that a token chooses, and their number; None for dense models. Every expert
-            gets as many tokens as any other.
-
     Raises:
-        ConfigurationError: an operation has a result whose shape depends on values.
+        ConfigurationError: an operation has a result whose shape depends on values that are not
+            known, or a program asks for such a whole number.
     """
 
-    def __init__(self, chosen: tuple[int, int] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._chosen = chosen
-        self._integer = 1
         self._values: dict[int, float] = {}
 
     def answer(self, tensor: Tensor, value: float) -> None:
         """Give a number for a tensor's value from now on, in place of 1."""
         self._values[tensor.untyped_storage()._cdata] = value
 
+    def write(self, tensor: Tensor, compute: Callable[[], Tensor]) -> None:
+        """Know a tensor's value from now on."""
+        set_value(tensor, compute)
+
     def run(self, func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation on fake tensors, or answer it."""
         if func.namespace == "c10d":
-            work = FakeWork().boxed()  # done already
-            return (args[0], work) if len(func._schema.returns) == 2 else work
+            return self._sent(func, args)
         if func is _ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._value(args[0])
         if func is _ATEN.equal.default:
             return True
-        if func is _ATEN.masked_select.default and self._chosen is not None:
-            return self._selected(*args)
+        if func is _ATEN.masked_select.default:
+            chosen = sum_of(args[1])
+            if chosen is not None:
+                return args[0].new_empty(chosen)
         try:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
         except (
             DataDependentOutputException,
             DynamicOutputShapeException,
             UnsupportedOperatorException,
         ) as error:
-            raise ConfigurationError(
-                "--simulate",
-                f"{func} has a result that depends on values, and a simulation has none",
-                "Leave out the option that needs it, or --simulate",
-            ) from error
+            raise _unknown(f"{func} has a result that depends") from error
+        pass_on(func, args, kwargs, result)
+        return result
+
+    def _sent(self, func: Any, args: tuple) -> Any:
+        """What a collective returns. The other ranks have the values that this one has."""
+        gathered = value_of(args[1]) if func._opname == "_allgather_base_" else None
+        for written in tree_leaves(args[0]):
+            forget_value(written)
+        if gathered is not None:
+            copies = args[0].numel() // args[1].numel()
+            self.write(args[0], lambda: torch.cat([gathered()] * copies))
+        work = FakeWork().boxed()  # done already
+        return (args[0], work) if len(func._schema.returns) == 2 else work
 
     def _value(self, tensor: FakeTensor) -> float | bool:
         if tensor.constant is not None:
             return tensor.constant.item()
+        known = sum_of(tensor)
+        if known is not None:
+            return bool(known) if tensor.dtype == torch.bool else known
         if tensor.dtype == torch.bool:
             return True
         if not tensor.dtype.is_floating_point:
-            return self._integer
+            raise _unknown("a whole number is asked for that depends")
         return self._values.get(tensor.untyped_storage()._cdata, 1.0)
 
-    def _selected(self, values: Tensor, mask: Tensor) -> Tensor:
-        """What experts select of their tokens: `mask` is `[experts, tokens]`."""
-        assert self._chosen is not None
-        chosen, experts = self._chosen
-        self._integer = mask.shape[1] * chosen // experts  # asked for next: tokens of an expert
-        return values.new_empty(mask.shape[0] * self._integer)
+
+def _unknown(what: str) -> ConfigurationError:
+    return ConfigurationError(
+        "--simulate",
+        f"{what} on values, and a simulation has none",
+        "Leave out the option that needs it, or --simulate",
+    )
 
 
 @contextmanager
-def simulated_rank(
-    rank: int, world_size: int, chosen: tuple[int, int] | None = None
-) -> Iterator[SimulatedTracker]:
+def simulated_rank(rank: int, world_size: int) -> Iterator[SimulatedTracker]:
     """Be a rank of a world of any size; inside, all new tensors are fake.
 
     Megatron's groups are created inside, before `fake_tensors`. They are left at the end.
@@ -103,7 +117,6 @@ def simulated_rank(
     Args:
         rank: The rank.
         world_size: Number of ranks.
-        chosen: As SimulatedTracker takes it.
 
     Raises:
         ConfigurationError: this process already belongs to a group.
@@ -121,7 +134,7 @@ def simulated_rank(
     forget_masks()  # fake ones must not stay, nor real ones go uncounted
     try:
         with _stand_ins():
-            yield SimulatedTracker(chosen)
+            yield SimulatedTracker()
     finally:
         torch.set_rng_state(state)
         forget_masks()

@@ -84,6 +84,16 @@ class Tracker(TorchDispatchMode):
         """Run an operation; a simulation answers some of them itself."""
         return func(*args, **kwargs)
 
+    def write(self, tensor: Tensor, compute: Callable[[], Tensor]) -> None:
+        """Give a tensor another value; a simulation computes it only if it is asked for.
+
+        Args:
+            tensor: The tensor.
+            compute: Returns its value, on the CPU.
+        """
+        with torch.no_grad():
+            tensor.copy_(compute())
+
     def __enter__(self) -> Tracker:
         # Modules free a storage without an operation: Megatron's recomputation of norms.
         self._resize = resize = torch.UntypedStorage.resize_

@@ -65,6 +65,9 @@ DISTRIBUTED = {
     "ddp.use_distributed_optimizer": True,
     "optimizer.use_distributed_optimizer": True,
 }
+CP2 = {"context_parallel_size": 2}
+EXPERT = {"model.expert_model_parallel_size": 2}
+UNEQUAL = {"dist.eval_context_parallel_size": 1}
 VIRTUAL = {"model.virtual_pipeline_model_parallel_size": 2}
 
 
@@ -124,6 +127,7 @@ def trained(megatron, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bridge")
     resume = {"checkpoint.load": "retro"}
     load = {**resume, "checkpoint.save": "resumed"}
+    from_context = {"checkpoint.load": "context"}
     each = {"checkpoint.save_interval": 1}
     third = {"checkpoint.load": "new stages", "checkpoint.ckpt_step": 2}
     start_from = {"huggingface": str(saved_for_transformers(folder)), "lr": 1e-2}
@@ -165,6 +169,13 @@ def trained(megatron, tmp_path_factory):
         run(
             "uneven", 1, ranks=2, changes=DISTRIBUTED, mixed_precision="bf16_mixed", **UNEVEN, **PP2
         ),
+        run("context", 3, ranks=2, save="context", **RETRO, **CP2),
+        run("from context", 4, ranks=2, changes=from_context, **RETRO, **TP2),
+        run("from context, in stages", 4, ranks=4, changes=from_context, **RETRO, **PP2, **CP2),
+        run("context, gpt", 2, ranks=2, no_retrieval=True, **CP2),
+        run("whole validation", 2, ranks=2, changes=UNEQUAL, **RETRO, **CP2),
+        run("long pieces", 2, ranks=2, **RETRO, context_parallel_size=3),
+        run("divided experts", 2, ranks=2, changes=EXPERT, **RETRO),
         run("virtual", 1, ranks=2, changes=VIRTUAL, **RETRO, **PP2),
         run("gpt", 2, save="gpt", no_retrieval=True),
         run("refused", 2, changes=CHANGED, **RETRO),
@@ -207,6 +218,31 @@ def test_stages_hold_the_same_embedding(trained):
 def test_uneven_stages_in_bf16_with_the_distributed_optimizer(trained):
     (loss,) = losses(output(trained, "uneven"))
     assert loss == pytest.approx(our_run().train_losses[0], rel=0.02)  # of random weights
+
+
+def test_context_parallelism(trained):
+    found = losses(output(trained, "context"))
+    assert found == pytest.approx(our_run().train_losses[:3], rel=1e-6)
+    found = losses(output(trained, "context, gpt"))
+    assert found == pytest.approx(our_run(no_retrieval=True).train_losses[:2], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["from context", "from context, in stages"])
+def test_its_checkpoint_is_resumed_in_another_layout(trained, name):
+    (last,) = losses(output(trained, name))
+    assert last == pytest.approx(our_run().train_losses[3], rel=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("whole validation", "dist.eval_context_parallel_size: 1, and training divides samples"),
+        ("long pieces", "error: context_parallel_size: 3, for samples of"),
+        ("divided experts", "model.expert_model_parallel_size: 2 in Megatron-Bridge"),
+    ],
+)
+def test_other_divisions_are_refused(trained, name, message):
+    assert message in output(trained, name, code=2, rank=0)
 
 
 def test_virtual_stages_are_refused(trained):

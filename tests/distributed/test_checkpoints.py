@@ -23,8 +23,15 @@ LAYOUTS = {
     "distributed optimizer": {"use_distributed_optimizer": True},
     "pipeline": {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True},
     "pipeline in bf16": {"pipeline_model_parallel_size": 2, "bf16": True},
+    "experts": {
+        "expert_model_parallel_size": 2,
+        "num_experts": 4,
+        "disable_bias_linear": True,
+        "moe_token_dispatcher_type": "alltoall",
+    },
 }
 STOP = 4
+EXPERTS = "expert-parallel-rng"  # Megatron's name of the stream
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +57,31 @@ def on_one_rank(folder):
 def run(**options):
     """The losses of a run, and digests of all that it ends with."""
     trainer = small_trainer(**options)
+    of_experts = random_streams()[EXPERTS]
     losses = trainer.train().train_losses
-    (optimizer,) = trainer._parts.optimizer.chained_optimizers
-    adam = optimizer.optimizer.state.values()
+    optimizers = trainer._parts.optimizer.chained_optimizers
+    adam = [state for each in optimizers for state in each.optimizer.state.values()]
     return losses, {
         "weights": digest(*trainer._parts.stages[0].parameters()),
         "moments": digest(*(state[name] for state in adam for name in sorted(state))),
         "random states": digest(*random_states()),
+        "nothing is drawn from the experts' stream": torch.equal(
+            of_experts, random_streams()[EXPERTS]
+        ),
         "schedule": trainer._parts.scheduler.num_steps,
     }
 
 
-def random_states():
+def random_streams():
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    return get_cuda_rng_tracker().get_states()
+
+
+def random_states():
     text = repr((random.getstate(), np.random.get_state()[1].tolist()))  # noqa: NPY002
-    tracker = get_cuda_rng_tracker().get_states()
+    tracker = random_streams()
+    del tracker[EXPERTS]  # expert ranks resume with the first one's
     python = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     return [torch.get_rng_state(), python, *(tracker[name] for name in sorted(tracker))]
 
@@ -95,6 +111,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ranks, layout)
         losses, losses_again, state, state_again = rank[layout]
         assert losses_again == losses
         assert state_again == state
+        assert state["nothing is drawn from the experts' stream"]
 
 
 def test_a_damaged_checkpoint_is_told_on_every_rank(ranks):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from retro_mcore.training.setup.simulate import Simulation
 
 _GIB = 2**30
+_EVEN = "Tokens are assumed to be evenly routed to the experts"
 _KEPT_SCORES = (
     "With attention dropout the CPU's attention, which was simulated, keeps all scores, and a "
     "GPU's does not: for a GPU's memory simulate with --attention-dropout 0 "
@@ -57,6 +58,8 @@ def print_dry_run(result: DryRun) -> None:
     print_summary("pretrain_retro --dry-run", _dry_run_rows(result))
     if result.simulation is not None and get_rank() == 0:
         _print_simulation(result.simulation)
+        if result.plan.arguments.num_experts is not None:
+            print(_EVEN)
         if drops_attention(result.plan.arguments):
             print(_KEPT_SCORES)
 

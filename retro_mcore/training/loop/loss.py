@@ -62,6 +62,22 @@ def own_part(batch: RetroBatch, model: torch.nn.Module) -> RetroBatch:
     return batch.part(context_part(), chunk_length)
 
 
+def share_of_tokens(part: RetroBatch, whole: RetroBatch) -> Tensor | float:
+    """A context parallel rank's tokens that count ÷ the mean of the ranks.
+
+    Megatron's schedules divide each rank's loss by the rank's own number, at least 1, and gradients
+    are the mean over ranks. Times this, they are those of the mean over the samples' tokens.
+
+    Args:
+        part: The rank's part.
+        whole: The batch that it is cut from.
+    """
+    if part is whole:
+        return 1.0
+    own, all_of_them = (each.loss_mask.sum().clamp(min=1) for each in (part, whole))
+    return own * whole.tokens.numel() / (all_of_them * part.tokens.numel())
+
+
 def _share_of_loss(
     positions: int, batch: RetroBatch, losses_BS: Tensor
 ) -> tuple[Tensor, Tensor, LossReport]:

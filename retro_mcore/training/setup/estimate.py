@@ -355,14 +355,22 @@ def _activations(
         # Keys and values of the other processes' tokens.
         others = 2 * (arguments.seq_length - tokens) * _widths(config, parts)[1]
         kept += (1 if full else len(layers)) * others
-    if last:  # logits with 2 bytes, and with 4 for the loss
-        kept += 3 * tokens * arguments.padded_vocab_size // parts
+    if 1 in layers:
+        kept += _masks(config, tokens)
+    if last:  # their softmax with 4 bytes, and in low precision logits with 2
+        copies = 3 if config.bf16 or config.fp16 else 1
+        kept += copies * tokens * arguments.padded_vocab_size // parts
     return kept
 
 
 def _boundary(config: TransformerConfig, tokens: int) -> int:
     """Bytes passed from layer to layer."""
     return tokens * config.hidden_size // _sequence_parts(config)
+
+
+def _masks(config: TransformerConfig, tokens: int) -> int:
+    """The mask of a dropout of hidden states: as wide as they are on the CPU, a byte on a GPU."""
+    return _boundary(config, tokens) if config.hidden_dropout else 0
 
 
 def _layer_kept(config: TransformerConfig, tokens: int, has_experts: bool = False) -> int:
@@ -378,7 +386,7 @@ def _layer_kept(config: TransformerConfig, tokens: int, has_experts: bool = Fals
         ffn += config.moe_shared_expert_intermediate_size or 0
         inner += 2 * config.hidden_size * config.moe_router_topk // _sequence_parts(config)
     inner += ffn // config.tensor_model_parallel_size * (3 if config.gated_linear_unit else 2)
-    return 4 * _boundary(config, tokens) + tokens * inner
+    return 4 * _boundary(config, tokens) + 2 * _masks(config, tokens) + tokens * inner
 
 
 def _retrieval_kept(config: RetroConfig, tokens: int, layers: range, full: bool) -> int:
@@ -390,11 +398,13 @@ def _retrieval_kept(config: RetroConfig, tokens: int, layers: range, full: bool)
     attended = retrieved if config.context_parallel_size == 1 else (chunks + 2) * of_chunk
     encoder = config.encoder_config()
     cross = 2 * _boundary(config, tokens) + tokens * 2 * wide + attended * 2 * narrow
+    cross += _masks(config, tokens)
     count = len([number for number in config.retro_layer_numbers if number in layers])
     kept = (1 if full and count else 0 if full else count) * cross
     if config.retro_layer_numbers[0] in layers:
         of_encoder = encoder.num_layers * _layer_kept(encoder, retrieved)
         of_encoder += 2 * _boundary(encoder, retrieved) + retrieved * 2 * wide
+        of_encoder += 2 * _masks(encoder, retrieved)  # of its input and its cross-attention
         kept += of_encoder  # recomputed together with the layer that calls it, so needed completely
     return kept
 

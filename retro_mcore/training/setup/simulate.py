@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import megatron.core
 import torch
 from torch import Tensor
 
 from retro_mcore.checkpoint.state import TrainingParts
 from retro_mcore.errors import ConfigurationError
+from retro_mcore.platform.experts import routing_evenly
 from retro_mcore.platform.optimizer_state import overflow_flags, state_tensors
 from retro_mcore.platform.simulation import SimulatedTracker, fake_tensors, simulated_rank
 from retro_mcore.platform.tracking import Tracker, marking_forward_passes
@@ -78,7 +78,7 @@ class Simulation:
 def simulate(plan: TrainingPlan, world_size: int) -> Simulation:
     """Simulate a training step under the plan's layout. Call it after `setup_device("cpu")`.
 
-    Layers are local ones (without Transformer Engine), experts get equal numbers of tokens, and
+    Layers are local ones (without Transformer Engine), tokens are evenly routed to the experts, and
     all samples are full.
 
     Args:
@@ -145,7 +145,7 @@ def _held(parts: TrainingParts) -> dict[str, list[Tensor]]:
 
 
 def _refuse(plan: TrainingPlan) -> None:
-    options, arguments = plan.options, plan.arguments
+    options = plan.options
     if uses_transformer_engine(options):
         raise ConfigurationError(
             "--simulate",
@@ -158,20 +158,6 @@ def _refuse(plan: TrainingPlan) -> None:
             f"with --cpu-offloading-num-layers {options.cpu_offloading_num_layers}, but a "
             "simulation has one kind of memory",
             "Leave one of them out",
-        )
-    if arguments.num_experts is not None and options.moe_token_dispatcher_type == "alltoall":
-        raise ConfigurationError(
-            "--simulate",
-            "with --moe-token-dispatcher-type alltoall, whose messages depend on values",
-            "Use allgather",
-        )
-    release = megatron.core.__version__
-    if arguments.num_experts is not None and [int(n) for n in release.split(".")[:2]] > [0, 16]:
-        raise ConfigurationError(
-            "--simulate",
-            f"with --num-experts {arguments.num_experts} on megatron-core {release}, whose experts "
-            "cut their tokens by values",
-            "Use megatron-core 0.16, or leave one of them out",
         )
 
 
@@ -186,9 +172,7 @@ def _copies(plan: TrainingPlan, world_size: int) -> int:
 
 def _simulate_rank(plan: TrainingPlan, rank: int, world_size: int) -> RankStep:
     options = plan.options
-    experts = plan.arguments.num_experts
-    chosen = None if experts is None else (plan.arguments.moe_router_topk, experts)
-    with simulated_rank(rank, world_size, chosen) as tracker:
+    with simulated_rank(rank, world_size) as tracker:
         initialize_layout(options)
         num_microbatches = set_batch_sizes(plan.batch_sizes, options.micro_batch_size)
         set_seeds(plan.project.retro_gpt_seed)
@@ -196,7 +180,8 @@ def _simulate_rank(plan: TrainingPlan, rank: int, world_size: int) -> RankStep:
             parts = training_parts(build_model_stages(plan.arguments, options, options), plan)
             for stage in parts.stages:
                 stage.train()
-            step = _step_of_many(parts, plan, num_microbatches, tracker)
+            with routing_evenly(parts.stages, tracker):
+                step = _step_of_many(parts, plan, num_microbatches, tracker)
             release_functions(parts.stages)
     return step
 

@@ -257,11 +257,15 @@ def test_a_simulated_step_is_printed_and_written(tmp_path):
              "--micro-batch-size", "1", "--seq-length", "128", "--global-batch-size", "24",
              "--train-samples", "240", "--vocab-size", "500", "--world-size", "8",
              "--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2",
+             "--sequence-parallel", "--num-experts", "4", "--moe-layer-freq", "2",
+             "--disable-bias-linear", "--expert-model-parallel-size", "2",
+             "--moe-token-dispatcher-type", "alltoall",
              "--dry-run", "--simulate", "--json", str(tmp_path / "run.json")]  # fmt: skip
     with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
         code, printed = pool.submit(run_main, flags).result()
     assert code == 0
     assert "simulate with --attention-dropout 0 " in printed
+    assert "Tokens are assumed to be evenly routed" in printed
     written = json.loads((tmp_path / "run.json").read_text())
     stages = written["simulation"]
     assert written["batch"]["micro_batches"] == 12
@@ -269,7 +273,7 @@ def test_a_simulated_step_is_printed_and_written(tmp_path):
     for stage, name in zip(stages, ("stage 1", "stage 2"), strict=True):
         assert name in printed
         assert stage["peak"] == sum(stage["memory"].values()) > 0
-        assert all(stage["sent"][group] > 0 for group in ("tp", "pp", "dp", "embedding"))
+        assert all(stage["sent"][group] > 0 for group in ("tp", "pp", "dp", "ep", "embedding"))
     # The first stage has the encoder, and so is the slower one: it never waits for long.
     assert stages[0]["waiting"] < stages[1]["waiting"]
     # Of the whole model's FLOPs: two micro batches in a row, divided by two.
@@ -373,8 +377,6 @@ def run_main(flags):
         (["--json", "run.json"], "--json: run.json without --dry-run"),
         (["--dry-run", "--simulate", "--cpu-offloading-num-layers", "2"],
          "--simulate: with --cpu-offloading-num-layers 2"),
-        (["--dry-run", "--simulate", "--num-experts", "4", "--moe-token-dispatcher-type",
-          "alltoall"], "--simulate: with --moe-token-dispatcher-type alltoall"),
         (["--dry-run", "--simulate", "--transformer-impl", "transformer_engine"],
          "--transformer-impl: transformer_engine, which is not installed"),
         (["--dry-run", "--simulate", "--fp8-format", "hybrid"], "--fp8-format: hybrid without"),

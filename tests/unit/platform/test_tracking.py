@@ -67,9 +67,39 @@ def test_matrix_products_are_counted():
 def test_messages_of_a_simulated_rank():
     with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
         sent, values, outside = pool.submit(messages).result()
-    assert sent == {"tp": 2 * 3 * KIB + 3 * KIB, "pp": 4 * KIB, "dp": 3 * KIB, "all": 6 * KIB}
-    assert values == (True, 1, 1.0, 0.0)
+    counts = 3 * 3 * 8 + 2 * 3 * 3 * 8 // 4  # a gather and an all-reduce
+    everything = {
+        "tp": 2 * 3 * KIB + 3 * KIB,
+        "pp": 4 * KIB,
+        "dp": 3 * KIB,
+        "all": 6 * KIB + counts,
+    }
+    assert sent == everything
+    assert values == (True, 1.0, 0.0, [1, 2, 0] * 4, 4, 3, "unknown", "unknown")
     assert outside == (False, False)
+
+
+def whole_numbers(group):
+    """Whole numbers that follow from constants, also on other ranks, and those that do not."""
+    import torch.distributed as dist
+
+    from retro_mcore.errors import ConfigurationError
+
+    counts = torch.arange(3).roll(-1)
+    gathered = torch.empty(12, dtype=torch.long)
+    dist.all_gather_into_tensor(gathered, counts, group=group)
+    chosen = torch.rand(12).masked_select(gathered == 1)
+    yield gathered.tolist()
+    yield len(chosen)
+    written, summed = torch.arange(3), torch.arange(3)
+    yield int(written.sum())
+    written[0] = 5
+    dist.all_reduce(summed, group=group)
+    for tensor in (written, summed):
+        try:
+            yield int(tensor.sum())
+        except ConfigurationError:
+            yield "unknown"
 
 
 def messages():
@@ -101,9 +131,9 @@ def messages():
             tracker.answer(flag, 0.0)
             values = (
                 bool((tensor == 1).all()),
-                int(tensor.sum().long()),
                 tensor.sum().item(),
                 flag.item(),
+                *whole_numbers(groups["other"]),
             )
     made = torch.ones(1)
     return dict(tracker.sent), values, (type(made) is not torch.Tensor, dist.is_initialized())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.processes import run_ranks
+from tests.processes import START_METHOD, run_ranks
 from tests.unit.checkpoint.test_huggingface import arguments, tokens_of_test
 
 BASE = {
@@ -176,3 +178,51 @@ def kept_bytes(model, model_arguments) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, positions, None, labels=tokens, **context)
     return sum(size for size, _ in storages.values())
+
+
+SIZES = {"layers": 4, "hidden": 64, "length": 256, "batch": 2, "vocabulary": 512}
+DROPOUT = {"hidden_dropout": 0.1, "retro_encoder_hidden_dropout": 0.1}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SIMULATED = {
+    "dropout": (1, DROPOUT),
+    "dropout, bf16": (1, {**DROPOUT, "bf16": True}),
+    "dropout, full recomputation, bf16": (1, {**DROPOUT, **FULL, "bf16": True}),
+    "dropout, sequence parallel, bf16": (
+        2,
+        {**DROPOUT, "tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True},
+    ),
+    "dropout, PP2": (2, {**DROPOUT, "pipeline_model_parallel_size": 2}),
+    "CP2": (2, {"context_parallel_size": 2}),
+    "experts": (1, {"num_experts": 4, "disable_bias_linear": True}),
+}
+
+
+@pytest.mark.slow
+def test_activations_are_near_those_of_a_simulated_step():
+    """Without attention dropout, for which the CPU keeps scores, and gated MLPs, for which local
+    layers keep more than fused ones."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
+        found = pool.submit(estimated_and_simulated).result()
+    problems = {name: pair for name, pair in found.items() if not 0.85 < pair[0] / pair[1] < 1.1}
+    assert problems == {}
+
+
+def estimated_and_simulated():
+    """Bytes beside weights, gradients and optimizer state on the largest rank, both ways."""
+    from retro_mcore.platform import setup_device
+
+    setup_device("cpu")
+    from benchmarks.parallel_cost import plan_of
+    from retro_mcore.training.setup.build import build_config
+    from retro_mcore.training.setup.estimate import estimate_memory
+    from retro_mcore.training.setup.simulate import simulate
+
+    found = {}
+    for name, (ranks, layout) in SIMULATED.items():
+        plan = plan_of(layout, SIZES, None)
+        config = build_config(plan.arguments, plan.options, plan.options)
+        estimate = estimate_memory(config, plan.arguments, 1, SIZES["batch"], 1, False)
+        largest = max(simulate(plan, ranks).stages, key=lambda stage: stage.peak)
+        kinds = (largest.memory[kind] for kind in ("activations", "temporary"))
+        found[name] = estimate.activations, sum(kinds)
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -57,10 +56,7 @@ LENGTHS = {"a partial first chunk": 29}
 
 
 def test_nothing_is_left_on_the_cpu():
-    cases = CASES
-    if not version("megatron-core").startswith("0.16."):  # others' experts are not simulated
-        cases = {name: each for name, each in cases.items() if "num_experts" not in each}
-    assert in_a_process(steps, cases) == dict.fromkeys(cases)
+    assert in_a_process(steps, CASES) == dict.fromkeys(CASES)
 
 
 MISTAKES = ("neighbors", "their mask", "documents", "loss mask", "mask of a window", "weight")
