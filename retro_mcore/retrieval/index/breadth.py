@@ -45,14 +45,19 @@ class SampledBreadth:
     found: dict[int, list[np.ndarray]]
     index: Any
 
+    def needed(self, recall: float) -> np.ndarray:
+        """Lists to visit for a recall@2 in each of the small indexes, the largest one last."""
+        return np.array(
+            [
+                np.mean([np.interp(recall, curve, np.arange(few + 1)) for curve in curves])
+                for few, curves in self.found.items()
+            ]
+        )
+
     def probes(self, recall: float) -> int:
         """Lists to visit for a recall@2 in the large, uncompressed index."""
-        needed = [
-            np.mean([np.interp(recall, curve, np.arange(few + 1)) for curve in curves])
-            for few, curves in self.found.items()
-        ]
         sizes = np.array(list(self.found))
-        return min(self.lists, _extrapolated(sizes, np.array(needed), self.lists))
+        return min(self.lists, _extrapolated(sizes, self.needed(recall), self.lists))
 
 
 def sample_breadth(

@@ -95,12 +95,15 @@ def measure_index_rates(
     string = automatic_string(code, lists)
     in_order = list_order_pays(string, probes)
     added, placed = _placing(vectors, string, lists, probes, in_order)
-    share = few / lists
-    tuning = _tuning(index, vectors, probes, queries, share if in_order else None)
+    # Farther lists would be scanned faster: they hold hardly any candidate.
+    near = min(probes, math.ceil(breadth.needed(wanted[-1])[-1]))
+    share = few * probes / (lists * near)  # as many queries per list as in the large index
+    tuning = _tuning(index, vectors, near, queries, share if in_order else None) * probes / near
     added = 1 / (1 / added + _comparing(vectors, queries) + tuning / count)
     together = round(min(enough_queries(lists, probes), count) * share)
     together = together if in_order else _RECALL_QUERIES
-    scanned = _scanning(index, vectors, probes, narrow if in_order else k, together, in_order)
+    scanned = _scanning(index, vectors, near, narrow if in_order else k, together, in_order)
+    scanned *= probes / near
     return IndexRates(_training(vectors, lists), added, 1 / (placed + scanned), probes)
 
 
@@ -167,10 +170,10 @@ def _tuning(
     Args:
         index: A small index of the vectors.
         vectors: The vectors.
-        probes: Lists to visit in the large index.
+        probes: Lists to visit in it.
         queries: Held-out queries.
-        share: Share of the large index's lists that the small one has; None if searches are not
-            in list order.
+        share: Share of them with which its lists have as many queries as those of the large
+            index; None if searches are not in list order.
     """
     k = max(RECALL_AT) + 1
     once = _scanning(index, vectors, probes, k, _RECALL_QUERIES, False)
@@ -184,14 +187,14 @@ def _scanning(
     index: Any, vectors: np.ndarray, probes: int, k: int, together: int, in_order: bool
 ) -> float:
     """Processor seconds per chunk in which lists are scanned, for so many chunks together."""
-    visited, together = min(probes, innermost(index).nlist), max(together, 1)
-    set_search_breadth(index, visited, None)
+    together = max(together, 1)
+    set_search_breadth(index, probes, None)
     searched: Any = ListOrderSearch(index) if in_order else index
     taken = []
     for start in range(_ROUNDS):
         queries = vectors[np.arange(start, start + together * _ROUNDS, _ROUNDS) % len(vectors)]
         taken.append(_seconds(partial(search, searched, queries, k)) / together)
-    return sorted(taken)[_ROUNDS // 2] * probes / visited
+    return sorted(taken)[_ROUNDS // 2]
 
 
 def _seconds(action: Callable[[], Any]) -> float:
