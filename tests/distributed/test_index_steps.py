@@ -82,7 +82,7 @@ def test_jobs_in_any_order_write_the_files_of_one_run(prepared, tmp_path, on_dis
     build_index(options(project, stage="merge", **changes))
     assert contents(project / "index") == expected
     assert caplog.text.count(f"train index: {STRING}, as --index says") == 2
-    assert caplog.text.count("measure index: nprobe 1, recall@2 ") == 2
+    assert caplog.text.count("measure index: in list order, nprobe 1, recall@2 ") == 2
     assert not list(project.glob(".lock*"))
     with pytest.raises(ConfigurationError, match="--shard"):
         build_index(options(project, stage="merge", shard="1/2", **changes))

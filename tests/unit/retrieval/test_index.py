@@ -442,6 +442,20 @@ def test_lists_to_visit_are_expected_from_a_sample(dimension):
     assert needed / 2 < expected < 2 * needed < 512 * of_sample / 128
 
 
+def test_chunks_of_the_own_document_do_not_count_as_its_neighbors():
+    """They are near, and in few lists; those of other documents are spread over many."""
+    random = np.random.default_rng(0)
+    topics = random.normal(size=(2000, 16))
+    rows = np.repeat(topics, 6, axis=0) + 0.02 * random.normal(size=(12_000, 16))
+    vectors, documents = rows.astype(np.float32), np.repeat(np.arange(2000), 6)
+    alone = sample_breadth(vectors, 12_000, 128)
+    others = sample_breadth(vectors, 12_000, 128, documents)
+    assert 4 * alone.needed(0.95)[-1] < others.needed(0.95)[-1]
+    assert alone.probes(0.95) < others.probes(0.95)
+    of_documents = np.full(len(vectors), 7)
+    assert sample_breadth(vectors, 12_000, 128, of_documents).probes(0.95) == 128  # none at all
+
+
 class TestAutomaticIndex:
     """On real text, with the border to lists moved so that a small corpus crosses it."""
 
