@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from retro_mcore import distributed, launcher
 from retro_mcore.cli import commands, verify
@@ -40,7 +41,8 @@ NOWHERE = [
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Sets the launcher's variables to what is given alone."""
+    """Sets the launcher's variables to what is given alone, in a process that has not joined."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
 
     def launch(variables: dict[str, str]) -> None:
         for name in NAMES:
