@@ -79,7 +79,7 @@ def test_neighbors_help_before_training(megatron, tmp_path, caplog):
     with_copies = mean_loss(started, CopiedSamples(8))
     with_others = mean_loss(started, RandomSamples(8))
     # The text is random: a copy of what follows is all that can lower its loss. By how much other
-    # neighbors raise it is noise of the fit, which differs between a processor's kernels (.23, .41).
+    # neighbors raise it is noise of the fit, which differs between kernels (.23, .41).
     assert with_copies < with_others - 0.1
     assert "matching start: queries explain" in caplog.text
 
