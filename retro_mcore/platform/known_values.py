@@ -84,12 +84,13 @@ def pass_on(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> N
             shape, dtype = results[place].shape, results[place].dtype
             set_value(results[place], partial(torch.ones, shape, dtype=dtype))
         return
-    given = tree_map(
-        lambda each: _known(each) if isinstance(each, Tensor) else each, [args, kwargs]
-    )
-    tensors = [each for each in tree_leaves([args, kwargs]) if isinstance(each, Tensor)]
-    if any(_known(each) is None for each in tensors):
+    if func._opname.startswith("lift_fresh"):  # of torch.tensor's real numbers
+        set_value(results[0], lambda: args[0])
         return
+    known = {id(each): _known(each) for each in tree_leaves((args, kwargs)) if _is_tensor(each)}
+    if None in known.values():
+        return
+    given = tree_map(lambda each: known[id(each)] if _is_tensor(each) else each, (args, kwargs))
 
     def compute(place: int) -> Tensor:
         real_args, real_kwargs = tree_map(_real, given)
@@ -102,6 +103,10 @@ def pass_on(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> N
 def _known(tensor: Tensor) -> _Value | None:
     value, version = getattr(tensor, _ATTRIBUTE, (None, None))
     return value if version == tensor._version else None
+
+
+def _is_tensor(each: Any) -> bool:
+    return isinstance(each, Tensor)
 
 
 def _is_exact(result: Any) -> bool:

@@ -79,7 +79,7 @@ class SimulatedTracker(Tracker):
     def _sent(self, func: Any, args: tuple) -> Any:
         """What a collective returns. The other ranks have the values that this one has."""
         gathered = value_of(args[1]) if func._opname == "_allgather_base_" else None
-        for written in tree_leaves(args[0]):
+        for written in tree_leaves(args[0]) if func._opname != "broadcast_" else ():
             forget_value(written)
         if gathered is not None:
             copies = args[0].numel() // args[1].numel()
@@ -88,11 +88,11 @@ class SimulatedTracker(Tracker):
         return (args[0], work) if len(func._schema.returns) == 2 else work
 
     def _value(self, tensor: FakeTensor) -> float | bool:
-        if tensor.constant is not None:
-            return tensor.constant.item()
         known = sum_of(tensor)
         if known is not None:
             return bool(known) if tensor.dtype == torch.bool else known
+        if tensor.constant is not None:
+            return tensor.constant.item()
         if tensor.dtype == torch.bool:
             return True
         if not tensor.dtype.is_floating_point:
@@ -145,12 +145,21 @@ def simulated_rank(rank: int, world_size: int) -> Iterator[SimulatedTracker]:
 def _stand_ins() -> Iterator[None]:
     """Context in which some of torch's functions do what a lone process with fake tensors can."""
     new_group, make, copy_storage = dist.new_group, torch.tensor, torch.UntypedStorage.copy_
+    all_reduce = dist.all_reduce
 
     def fake_group(*args: Any, **kwargs: Any) -> Any:
         return new_group(*args, **{**kwargs, "backend": "fake"})  # Megatron's gloo groups, too
 
     def gather_own(values: list[Any], value: Any, *args: Any, **kwargs: Any) -> None:
         values[:] = [value] * len(values)
+
+    def reduce_equal(tensor: Tensor, op: Any = dist.ReduceOp.SUM, *args: Any, **kwargs: Any) -> Any:
+        value, work = value_of(tensor), all_reduce(tensor, op, *args, **kwargs)
+        if value is not None and op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN):
+            group = args[0] if args else kwargs.get("group")
+            times = dist.get_world_size(group) if op == dist.ReduceOp.SUM else 1
+            set_value(tensor, lambda: value() * times)
+        return work
 
     def tensor_of(data: Any, *args: Any, **kwargs: Any) -> Tensor:
         # Megatron's gradient norm makes a tensor of a list of tensors, whose values torch reads.
@@ -167,6 +176,7 @@ def _stand_ins() -> Iterator[None]:
     stand_ins: list[tuple[Any, str, Any]] = [
         (dist, "new_group", fake_group),
         (dist, "all_gather_object", gather_own),
+        (dist, "all_reduce", reduce_equal),
         (torch, "tensor", tensor_of),
         (torch.utils, "swap_tensors", set_data),
         (torch.UntypedStorage, "copy_", copy),

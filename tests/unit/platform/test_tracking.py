@@ -67,7 +67,7 @@ def test_matrix_products_are_counted():
 def test_messages_of_a_simulated_rank():
     with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
         sent, values, outside = pool.submit(messages).result()
-    counts = 3 * 3 * 8 + 2 * 3 * 3 * 8 // 4  # a gather and an all-reduce
+    counts = 3 * 3 * 8 + 2 * 3 * 3 * 8 // 4 + 2 * 3 * 2 * 8 // 4  # a gather, two all-reduces
     everything = {
         "tp": 2 * 3 * KIB + 3 * KIB,
         "pp": 4 * KIB,
@@ -75,7 +75,8 @@ def test_messages_of_a_simulated_rank():
         "all": 6 * KIB + counts,
     }
     assert sent == everything
-    assert values == (True, 1.0, 0.0, [1, 2, 0] * 4, 4, 3, "unknown", "unknown")
+    known = ([1, 2, 0] * 4, 4, 3, 12, [3, 6])
+    assert values == (True, 1.0, 0.0, *known, "unknown", "unknown")
     assert outside == (False, False)
 
 
@@ -93,8 +94,13 @@ def whole_numbers(group):
     yield len(chosen)
     written, summed = torch.arange(3), torch.arange(3)
     yield int(written.sum())
-    written[0] = 5
     dist.all_reduce(summed, group=group)
+    yield int(summed.sum())
+    most = torch.tensor([2, 5]) + 1
+    dist.all_reduce(most, dist.ReduceOp.MAX, group)
+    yield most.tolist()
+    written[0] = 5
+    dist.recv(summed, 6, group=group)
     for tensor in (written, summed):
         try:
             yield int(tensor.sum())
